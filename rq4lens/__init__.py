@@ -1,0 +1,1 @@
+"""rq4lens: which attention heads carry what a fine-tune changed."""

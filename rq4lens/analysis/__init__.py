@@ -1,0 +1,1 @@
+"""What the patched numbers mean: rankings, coverage, uncertainty, layers."""

@@ -1,0 +1,1 @@
+"""One drawing per question: results in, plotly figures out."""

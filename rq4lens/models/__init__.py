@@ -1,0 +1,1 @@
+"""The two models of a pair, their prompts, and how both are loaded."""

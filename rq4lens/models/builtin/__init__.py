@@ -1,0 +1,1 @@
+"""The pair in the box and the planting of known differences."""

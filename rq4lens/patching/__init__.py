@@ -1,0 +1,1 @@
+"""Reading, mapping and patching attention heads; every number comes from here."""

@@ -1,0 +1,329 @@
+"""Frozen records of what was measured, and the quantities that follow from one record alone.
+
+Everything here is plain numbers: no model, no figure. Symbols are those of the method page:
+``KL_raw``, ``KL_mapped`` and ``ΔKL = KL_raw - KL_mapped``, in nats, per prompt and as means over
+the prompts of the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.errors import UserError
+from rq4lens.heads import Head, HeadSet
+
+HOOK = "hook_z"
+
+RankBy = Literal["delta", "drop_pct"]
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """How a grid was made; printed on every figure and written with every result.
+
+    Args:
+        pair: name of the pair.
+        base: where the base model came from.
+        tuned: where the tuned model came from.
+        layer: the main layer.
+        control_layer: the control layer, or None when the grid has none.
+        alpha: blend strength, in [0, 1].
+        ks: sizes of the top-k and random-k head sets.
+        random_seeds: seeds of the random-k head sets.
+        rank_by: the score that orders single heads.
+        map_kind: kind of the fitted map.
+        map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
+        split: the prompts that were measured.
+        k_positions: how many positions were patched, the decision token last.
+        n_layers: layers of the models.
+        n_heads: heads per layer.
+        kl_direction: which way the divergence is taken.
+        raw_baseline: what the raw patch inserts: ``"identity"`` is the base activation itself.
+        decision_rule: how the decision token was found.
+        dtype: number format of the models.
+        seed: seed of the run.
+        engine: the engine that computed the numbers.
+    """
+
+    pair: str
+    base: str
+    tuned: str
+    layer: int
+    control_layer: int | None
+    alpha: float
+    ks: tuple[int, ...]
+    random_seeds: tuple[int, ...]
+    rank_by: RankBy
+    map_kind: str
+    map_scope: str
+    split: str
+    k_positions: int
+    n_layers: int
+    n_heads: int
+    kl_direction: str
+    raw_baseline: str
+    decision_rule: str
+    dtype: str
+    seed: int
+    engine: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GridSettings:
+        """Settings read back from JSON."""
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+        )
+
+
+@dataclass(frozen=True)
+class ConditionResult:
+    """One condition of the grid: a head set patched at one layer, raw and mapped.
+
+    Args:
+        cond: name of the condition: ``full``, ``head{h}``, ``top{k}``, ``rand{k}_s{seed}``,
+            ``ctrl_full``, ``none`` or ``self``.
+        layer: the patched layer.
+        heads: the patched heads.
+        alpha: blend strength, in [0, 1].
+        kl_raw_nats: KL of the raw patch, per prompt.
+        kl_mapped_nats: KL of the mapped patch, per prompt.
+        answer_logprob_change_raw_nats: log-probability of the tuned model's own most likely next
+            token under the raw patch, minus the same in the clean model, per prompt.
+        answer_logprob_change_mapped_nats: the same under the mapped patch.
+    """
+
+    cond: str
+    layer: int
+    heads: HeadSet
+    alpha: float
+    kl_raw_nats: Float64[ndarray, "prompt"]
+    kl_mapped_nats: Float64[ndarray, "prompt"]
+    answer_logprob_change_raw_nats: Float64[ndarray, "prompt"]
+    answer_logprob_change_mapped_nats: Float64[ndarray, "prompt"]
+
+    @property
+    def KL_raw(self) -> float:
+        """Mean KL of the raw patch, in nats."""
+        return float(self.kl_raw_nats.mean())
+
+    @property
+    def KL_mapped(self) -> float:
+        """Mean KL of the mapped patch, in nats."""
+        return float(self.kl_mapped_nats.mean())
+
+    @property
+    def delta_nats(self) -> Float64[ndarray, "prompt"]:
+        """``ΔKL`` of each prompt, in nats."""
+        return self.kl_raw_nats - self.kl_mapped_nats
+
+    @property
+    def delta(self) -> float:
+        """``ΔKL``: how much of the raw patch's damage the map repairs, in nats."""
+        return float(self.delta_nats.mean())
+
+    @property
+    def drop_pct(self) -> float | None:
+        """``100 ΔKL / KL_raw``; None when the raw patch changes nothing."""
+        return 100 * self.delta / self.KL_raw if self.KL_raw > 0 else None
+
+
+@dataclass(frozen=True)
+class HeadRanking:
+    """Heads of one layer, best first.
+
+    Args:
+        method: the ranking method, for instance ``"delta"``.
+        layer: the layer whose heads are ranked.
+        alpha: blend strength the scores refer to, or None when they do not depend on one.
+        heads: head indices, best first.
+        scores: score of each of ``heads``; None where the score is undefined (these come last).
+        standard_errors: standard error of each score, where the method has one.
+        per_prompt: score of each head (in index order, not rank order) on each prompt, where the
+            method has one.
+        settings: the method's own settings.
+    """
+
+    method: str
+    layer: int
+    alpha: float | None
+    heads: tuple[int, ...]
+    scores: tuple[float | None, ...]
+    standard_errors: tuple[float | None, ...] | None = None
+    per_prompt: Float64[ndarray, "head prompt"] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Sequence[float | None],
+        *,
+        method: str,
+        layer: int,
+        alpha: float | None,
+        standard_errors: Sequence[float | None] | None = None,
+        per_prompt: Float64[ndarray, "head prompt"] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> HeadRanking:
+        """Rank heads by descending score; ties break by head index, undefined scores come last.
+
+        Args:
+            scores: score of head 0, 1, 2, ...
+            method: name of the method.
+            layer: the layer whose heads these are.
+            alpha: blend strength, or None.
+            standard_errors: standard error of head 0, 1, 2, ...
+            per_prompt: scores of head 0, 1, 2, ... on each prompt.
+            settings: the method's own settings.
+
+        Returns:
+            The ranking.
+        """
+
+        def key(head: int) -> tuple[bool, float, int]:
+            score = scores[head]
+            return (score is None, 0.0 if score is None else -score, head)
+
+        order = tuple(sorted(range(len(scores)), key=key))
+        errors = None if standard_errors is None else tuple(standard_errors[head] for head in order)
+        return cls(
+            method=method,
+            layer=layer,
+            alpha=alpha,
+            heads=order,
+            scores=tuple(scores[head] for head in order),
+            standard_errors=errors,
+            per_prompt=per_prompt,
+            settings=dict(settings or {}),
+        )
+
+    @property
+    def n_heads(self) -> int:
+        """Number of ranked heads."""
+        return len(self.heads)
+
+    @property
+    def by_head(self) -> tuple[float | None, ...]:
+        """The scores in head order."""
+        of = dict(zip(self.heads, self.scores, strict=True))
+        return tuple(of[head] for head in range(self.n_heads))
+
+    def top(self, k: int) -> tuple[int, ...]:
+        """The best ``k`` heads, best first."""
+        return self.heads[:k]
+
+    def top_set(self, k: int) -> HeadSet:
+        """The best ``k`` heads as a head set."""
+        return HeadSet.of(self.top(k), self.n_heads)
+
+    def rank_of(self, head: int) -> int:
+        """Rank of a head; 1 is best."""
+        return self.heads.index(head) + 1
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """All conditions of one run of the main job, with every prompt's own numbers.
+
+    Args:
+        settings: how the grid was made.
+        prompt_ids: the measured prompts, in the order of every per-prompt array.
+        groups: the group of each prompt (paraphrases share one); a prompt without a group is a
+            group of its own, named by its id.
+        conditions: the results by condition name, in the order of the grid.
+        noise_floor_nats: largest mean KL that patching nothing leaves, in nats.
+        provenance: versions, fingerprints, timings: everything that says how it was made.
+    """
+
+    settings: GridSettings
+    prompt_ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    conditions: Mapping[str, ConditionResult]
+    noise_floor_nats: float
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, cond: str) -> ConditionResult:
+        if cond not in self.conditions:
+            raise UserError(
+                f"the grid has no condition {cond!r}: it has {', '.join(self.conditions)}."
+            )
+        return self.conditions[cond]
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of measured prompts."""
+        return len(self.prompt_ids)
+
+    @property
+    def n_heads(self) -> int:
+        """Number of heads of a layer."""
+        return self.settings.n_heads
+
+    @property
+    def full(self) -> ConditionResult:
+        """Every head of the main layer patched."""
+        return self["full"]
+
+    @property
+    def control(self) -> ConditionResult | None:
+        """Every head of the control layer patched, if there is one."""
+        return self.conditions.get("ctrl_full")
+
+    def single(self, head: int) -> ConditionResult:
+        """One head of the main layer patched."""
+        return self[f"head{head}"]
+
+    @property
+    def singles(self) -> tuple[ConditionResult, ...]:
+        """The single-head conditions, in head order."""
+        return tuple(self.single(head) for head in range(self.n_heads))
+
+    @property
+    def ranking(self) -> HeadRanking:
+        """Single heads ranked by ``settings.rank_by``."""
+        return self.ranking_by(self.settings.rank_by)
+
+    def ranking_by(self, rank_by: RankBy) -> HeadRanking:
+        """Single heads ranked by ``"delta"`` or ``"drop_pct"``."""
+        return rank_single_heads(self.singles, rank_by)
+
+    def label(self, head: int) -> str:
+        """Name of a head of the main layer, for instance ``L26H3``."""
+        return Head(self.settings.layer, head).label
+
+
+def rank_single_heads(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
+    """Rank the heads of one layer by their own single-head effect.
+
+    Args:
+        singles: the single-head conditions of the layer, in head order.
+        rank_by: ``"delta"`` for ``ΔKL`` or ``"drop_pct"`` for ``100 ΔKL / KL_raw``.
+
+    Returns:
+        The ranking, with per-prompt ``ΔKL`` when that is the score.
+    """
+    scores = [single.delta if rank_by == "delta" else single.drop_pct for single in singles]
+    per_prompt = np.stack([single.delta_nats for single in singles]) if rank_by == "delta" else None
+    return HeadRanking.from_scores(
+        scores,
+        method=rank_by,
+        layer=singles[0].layer,
+        alpha=singles[0].alpha,
+        per_prompt=per_prompt,
+        settings={"metric": "kl"},
+    )

@@ -1,0 +1,135 @@
+"""Capturing head activations ``z`` at the decision token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import einops
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from rq4lens.errors import UserError
+from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
+
+
+def z_site(layer: int) -> str:
+    """Name of the hook point of head activations, ``blocks.{layer}.attn.hook_z``."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "prompt position"]:
+    """Indices of the last ``k_positions`` tokens of each padded row, the decision token last.
+
+    Raises:
+        UserError: if a prompt is shorter than that.
+    """
+    shortest = int(batch.lengths.min())
+    if not 1 <= k_positions <= shortest:
+        raise UserError(
+            f"k_positions {k_positions} does not fit: the shortest prompt has {shortest} tokens; "
+            f"choose a number from 1 to {shortest}."
+        )
+    steps = torch.arange(1 - k_positions, 1)
+    return einops.rearrange(batch.decision, "prompt -> prompt 1") + steps
+
+
+def run_tuned(
+    model: HookedTransformer,
+    batch: TokenBatch,
+    stop_at_layer: int | None = None,
+) -> Tensor:
+    """One forward pass over a padded batch.
+
+    Right padding needs no mask: a causal model's earlier positions cannot see it. The padding side
+    is named so that TransformerLens does not derive a mask from the tokenizer's own setting.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        stop_at_layer: return the residual stream before this layer instead of logits.
+
+    Returns:
+        Logits ``[prompt pos vocab]``, or the residual stream ``[prompt pos d_model]``.
+    """
+    left = batch.padding_side == "left"
+    return model(
+        batch.tokens.to(device_of(model)),
+        attention_mask=batch.attention_mask.to(device_of(model)) if left else None,
+        padding_side=batch.padding_side,
+        stop_at_layer=stop_at_layer,
+    )
+
+
+def device_of(model: HookedTransformer) -> torch.device:
+    """The device that the model's input goes to."""
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def capture_z(
+    model: HookedTransformer,
+    prompts: TokenizedPrompts,
+    layers: Sequence[int],
+    *,
+    k_positions: int = 1,
+    batch_size: int = 32,
+    padding_side: PaddingSide = "right",
+) -> dict[int, Float[Tensor, "prompt position head d_head"]]:
+    """Activations ``z`` of every head at the patched positions.
+
+    The forward pass ends with the last layer that is asked for.
+
+    Args:
+        model: the model to read.
+        prompts: prompts tokenized for this model.
+        layers: the layers to read.
+        k_positions: how many positions to keep; the decision token is the last of them.
+        batch_size: prompts per forward pass.
+        padding_side: where shorter prompts are filled up; it changes no number.
+
+    Returns:
+        The activations by layer, in the order of ``prompts``, on the CPU.
+
+    Raises:
+        UserError: if the model has no such layer.
+    """
+    check_layers(layers, model.cfg.n_layers)
+    cfg = model.cfg
+    shape = (len(prompts), k_positions, cfg.n_heads, cfg.d_head)
+    captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
+    for batch in prompts.batches(batch_size, padding_side):
+        positions = patched_positions(batch, k_positions)
+        with model.hooks(fwd_hooks=_readers(captured, batch, positions)):
+            run_tuned(model, batch, stop_at_layer=max(layers) + 1)
+    return captured
+
+
+def check_layers(layers: Sequence[int], n_layers: int) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        UserError: if the list is empty or a layer is outside ``[0, n_layers)``.
+    """
+    if not layers:
+        raise UserError("no layer was named: name at least one.")
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise UserError(
+                f"layer {layer} does not exist: the models have layers 0 to {n_layers - 1}."
+            )
+
+
+def _readers(
+    captured: dict[int, Tensor], batch: TokenBatch, positions: Int[Tensor, "prompt position"]
+) -> list[tuple[str, Any]]:
+    def reader(layer: int) -> Any:
+        def read(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
+            rows = torch.arange(len(z))[:, None]
+            captured[layer][batch.rows] = z[rows, positions].to("cpu")
+
+        return read
+
+    return [(z_site(layer), reader(layer)) for layer in captured]

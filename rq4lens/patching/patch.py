@@ -1,0 +1,179 @@
+"""The vocabulary every engine shares: patches, sources, effects, the blend and the divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import einops
+import torch
+from jaxtyping import Bool, Float, Float64
+from numpy import ndarray
+from torch import Tensor
+
+from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
+
+KLDirection = Literal["patched||clean", "clean||patched"]
+
+RAW = "raw"
+MAPPED = "mapped"
+SELF = "self"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One head set of one layer, blended with one source.
+
+    Args:
+        layer: the patched layer.
+        heads: the patched heads.
+        alpha: blend strength, in [0, 1].
+        source: which activations are blended in: a key of :class:`Sources`, such as ``"raw"``,
+            ``"mapped"`` or ``"self"``.
+
+    Raises:
+        UserError: if alpha is outside [0, 1].
+    """
+
+    layer: int
+    heads: HeadSet
+    alpha: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(
+                f"alpha {self.alpha} is not a blend strength: give a number from 0 (nothing "
+                "changes) to 1 (the source replaces the tuned activation)."
+            )
+
+
+Intervention = tuple[Patch, ...]
+"""Patches that are applied in the same forward pass; at most one per layer."""
+
+
+def head_mask(heads: HeadSet, device: torch.device | None = None) -> Bool[Tensor, "head"]:
+    """The head set as booleans, one per head of the layer."""
+    return torch.tensor(heads.mask, dtype=torch.bool, device=device)
+
+
+def blend(
+    z: Float[Tensor, "*rows head d_head"],
+    source: Float[Tensor, "*rows head d_head"],
+    mask: Bool[Tensor, "*#rows head"],
+    alpha: float | Float[Tensor, "*#rows"],
+) -> Float[Tensor, "*rows head d_head"]:
+    """``z' = (1 - α) z + α ẑ`` for the heads in the mask, ``z' = z`` for the others.
+
+    This is the patch of the method page, before ``W_O``. It is the only place where alpha is
+    applied: sources are never scaled by it beforehand.
+
+    Args:
+        z: activations of the tuned model.
+        source: activations that are blended in (raw or mapped), of the same shape.
+        mask: which heads are patched, per row or for all rows.
+        alpha: blend strength in [0, 1], one for all rows or one per row.
+
+    Returns:
+        The patched activations, in the dtype of ``z``.
+    """
+    strength = torch.as_tensor(alpha, dtype=z.dtype, device=z.device)
+    weight = einops.rearrange(strength[..., None] * mask.to(z.dtype), "... head -> ... head 1")
+    # z + w (ẑ - z), not (1 - w) z + w ẑ: patching z into itself is then exact in any precision.
+    return z + weight * (source.to(z.dtype) - z)
+
+
+def next_token_kl(
+    patched_logits: Float[Tensor, "*rows vocab"],
+    clean_logits: Float[Tensor, "*#rows vocab"],
+    direction: KLDirection = "patched||clean",
+) -> Float[Tensor, "*rows"]:
+    """Divergence between two next-token distributions.
+
+    Args:
+        patched_logits: logits of the patched tuned model.
+        clean_logits: logits of the clean tuned model.
+        direction: ``"patched||clean"`` is ``KL(p_patched || p_clean)``, the method's quantity.
+
+    Returns:
+        The divergence in nats, computed in float32 or better.
+    """
+    patched = _log_probs(patched_logits)
+    clean = _log_probs(clean_logits)
+    first, second = (patched, clean) if direction == "patched||clean" else (clean, patched)
+    # Both arguments finite: softmax never returns an exact zero here unless a logit is -inf, and
+    # 0 * (-inf - x) would be NaN where the limit is 0.
+    terms = first.exp() * (first - second)
+    return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(-1)
+
+
+def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return precise.log_softmax(-1)
+
+
+class Sources(Mapping[tuple[int, str], Tensor]):
+    """What is blended in, by layer and source name.
+
+    Each tensor is ``[prompt position head d_head]``; ``position`` runs over the patched positions,
+    the decision token last.
+
+    Args:
+        tensors: the activations, by ``(layer, source)``.
+
+    Raises:
+        UserError: if two tensors differ in their number of prompts or positions.
+    """
+
+    def __init__(
+        self, tensors: Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
+    ) -> None:
+        shapes = {tuple(tensor.shape[:2]) for tensor in tensors.values()}
+        if len(shapes) > 1:
+            raise UserError(
+                f"sources disagree on prompts and positions: {sorted(shapes)}; capture them all "
+                "on the same prompts with the same number of positions."
+            )
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, key: tuple[int, str]) -> Float[Tensor, "prompt position head d_head"]:
+        if key not in self._tensors:
+            known = ", ".join(f"{source!r} at layer {layer}" for layer, source in self._tensors)
+            raise UserError(
+                f"no activations for source {key[1]!r} at layer {key[0]}: there are {known}."
+            )
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What interventions did to the next-token distribution.
+
+    Args:
+        kl_nats: divergence from the clean tuned model, in nats.
+        answer_logprob_change_nats: log-probability of the clean model's most likely token, patched
+            minus clean.
+    """
+
+    kl_nats: Float64[ndarray, "condition prompt"]
+    answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
+
+
+class Engine(Protocol):
+    """Measures interventions on the tuned model over a fixed list of prompts."""
+
+    name: str
+
+    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of the tuned model at the patched positions of a layer."""
+
+    def effects(self, interventions: Sequence[Intervention], sources: Sources) -> Effects:
+        """Effect of each intervention on each prompt."""

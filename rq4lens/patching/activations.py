@@ -36,7 +36,7 @@ def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "promp
     return einops.rearrange(batch.decision, "prompt -> prompt 1") + steps
 
 
-def run_tuned(
+def forward_batch(
     model: HookedTransformer,
     batch: TokenBatch,
     stop_at_layer: int | None = None,
@@ -103,7 +103,7 @@ def capture_z(
     for batch in prompts.batches(batch_size, padding_side):
         positions = patched_positions(batch, k_positions)
         with model.hooks(fwd_hooks=_readers(captured, batch, positions)):
-            run_tuned(model, batch, stop_at_layer=max(layers) + 1)
+            forward_batch(model, batch, stop_at_layer=max(layers) + 1)
     return captured
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -50,6 +50,9 @@ class Patch:
             )
 
 
+Advance = Callable[[int], None]
+"""Told how many rows (prompt x intervention) were just finished; feeds progress bars."""
+
 Intervention = tuple[Patch, ...]
 """Patches that are applied in the same forward pass; at most one per layer."""
 
@@ -81,8 +84,8 @@ def blend(
     """
     strength = torch.as_tensor(alpha, dtype=z.dtype, device=z.device)
     weight = einops.rearrange(strength[..., None] * mask.to(z.dtype), "... head -> ... head 1")
-    # z + w (ẑ - z), not (1 - w) z + w ẑ: patching z into itself is then exact in any precision.
-    return z + weight * (source.to(z.dtype) - z)
+    # lerp is exact at both ends and when both sides agree: patching z into itself changes no bit.
+    return torch.lerp(z, source.to(z.dtype), weight)
 
 
 def next_token_kl(
@@ -175,5 +178,16 @@ class Engine(Protocol):
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of the tuned model at the patched positions of a layer."""
 
-    def effects(self, interventions: Sequence[Intervention], sources: Sources) -> Effects:
-        """Effect of each intervention on each prompt."""
+    def effects(
+        self,
+        interventions: Sequence[Intervention],
+        sources: Sources,
+        advance: Advance | None = None,
+    ) -> Effects:
+        """Effect of each intervention on each prompt.
+
+        Args:
+            interventions: what to patch; each is measured by itself.
+            sources: the activations that are blended in.
+            advance: called with the number of rows (prompt x intervention) just finished.
+        """

@@ -1,0 +1,212 @@
+"""The reference: native ``hook_z`` patches, one full forward pass per condition.
+
+Slow and simple on purpose. Every faster engine must give the numbers of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from rq4lens.errors import UserError
+from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.patching.activations import (
+    capture_z,
+    check_layers,
+    forward_batch,
+    patched_positions,
+    z_site,
+)
+from rq4lens.patching.patch import (
+    Advance,
+    Effects,
+    Intervention,
+    KLDirection,
+    Patch,
+    Sources,
+    blend,
+    head_mask,
+    next_token_kl,
+)
+
+
+@contextmanager
+def patched_heads(
+    model: HookedTransformer,
+    intervention: Intervention,
+    sources: Sources,
+    batch: TokenBatch,
+    k_positions: int = 1,
+) -> Iterator[HookedTransformer]:
+    """The model with its heads patched while the context lasts; no hook stays behind.
+
+    Args:
+        model: the tuned model.
+        intervention: the patches, at most one per layer.
+        sources: the activations that are blended in, for all prompts.
+        batch: the prompts that will be run.
+        k_positions: how many positions, ending at the decision token, are patched.
+
+    Yields:
+        The model, to be run on ``batch.tokens``.
+
+    Raises:
+        UserError: if a source does not have the shape of the site it is patched into.
+    """
+    positions = patched_positions(batch, k_positions)
+    hooks = [
+        (
+            z_site(patch.layer),
+            _patch_hook(patch, sources[patch.layer, patch.source], batch, positions),
+        )
+        for patch in intervention
+    ]
+    with model.hooks(fwd_hooks=hooks):
+        yield model
+
+
+def _patch_hook(
+    patch: Patch,
+    source: Float[Tensor, "prompt position head d_head"],
+    batch: TokenBatch,
+    positions: Tensor,
+) -> Callable[[Tensor, HookPoint], Tensor]:
+    def hook(z: Float[Tensor, "prompt pos head d_head"], hook: HookPoint) -> Tensor:
+        rows = torch.arange(len(z), device=z.device)[:, None]
+        at = positions.to(z.device)
+        current, incoming = z[rows, at], source[batch.rows].to(z.device)
+        if current.shape != incoming.shape:
+            raise UserError(
+                f"cannot patch source {patch.source!r} into {hook.name}: the site has shape "
+                f"{tuple(current.shape)} [prompt position head d_head], the source "
+                f"{tuple(incoming.shape)}; capture it on the same prompts of a model of this shape."
+            )
+        z = z.clone()
+        z[rows, at] = blend(current, incoming, head_mask(patch.heads, z.device), patch.alpha)
+        return z
+
+    return hook
+
+
+class HookEngine:
+    """Measures each intervention by a full forward pass of the tuned model.
+
+    Args:
+        model: the tuned model.
+        prompts: the measured prompts, tokenized for the tuned model.
+        k_positions: how many positions, ending at the decision token, are patched.
+        batch_size: prompts per forward pass.
+        padding_side: where shorter prompts are filled up; it changes no number.
+        kl_direction: which way the divergence is taken.
+    """
+
+    name = "hooks"
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        prompts: TokenizedPrompts,
+        *,
+        k_positions: int = 1,
+        batch_size: int = 32,
+        padding_side: PaddingSide = "right",
+        kl_direction: KLDirection = "patched||clean",
+    ) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.k_positions = k_positions
+        self.batch_size = batch_size
+        self.padding_side: PaddingSide = padding_side
+        self.kl_direction: KLDirection = kl_direction
+
+    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of the tuned model at the patched positions of a layer."""
+        captured = capture_z(
+            self.model,
+            self.prompts,
+            [layer],
+            k_positions=self.k_positions,
+            batch_size=self.batch_size,
+            padding_side=self.padding_side,
+        )
+        return captured[layer]
+
+    @torch.no_grad()
+    def effects(
+        self,
+        interventions: Sequence[Intervention],
+        sources: Sources,
+        advance: Advance | None = None,
+    ) -> Effects:
+        """Effect of each intervention on each prompt.
+
+        Args:
+            interventions: what to patch; each is measured by itself.
+            sources: the activations that are blended in.
+            advance: called with the number of rows (prompt x intervention) just finished.
+
+        Returns:
+            The effects, in the order of the interventions and prompts.
+
+        Raises:
+            UserError: if a layer, head set or source does not fit the model.
+        """
+        check_interventions(interventions, self.model)
+        kl, change = np.empty((2, len(interventions), len(self.prompts)))
+        for batch in self.prompts.batches(self.batch_size, self.padding_side):
+            clean = self._decision_logits(batch)
+            for index, intervention in enumerate(interventions):
+                with patched_heads(self.model, intervention, sources, batch, self.k_positions):
+                    patched = self._decision_logits(batch)
+                kl[index, batch.rows] = next_token_kl(patched, clean, self.kl_direction).cpu()
+                change[index, batch.rows] = answer_logprob_change(patched, clean).cpu()
+                if advance is not None:
+                    advance(len(batch.rows))
+        return Effects(kl, change)
+
+    def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:
+        logits = forward_batch(self.model, batch)
+        return logits[torch.arange(len(logits)), batch.decision]
+
+
+def answer_logprob_change(
+    patched_logits: Float[Tensor, "*rows vocab"], clean_logits: Float[Tensor, "*#rows vocab"]
+) -> Float[Tensor, "*rows"]:
+    """Log-probability of the clean model's most likely token, patched minus clean, in nats."""
+    patched, clean = patched_logits.float().log_softmax(-1), clean_logits.float().log_softmax(-1)
+    answer = clean.argmax(-1, keepdim=True)
+    patched, clean, answer = torch.broadcast_tensors(patched, clean, answer)
+    return (patched.gather(-1, answer[..., :1]) - clean.gather(-1, answer[..., :1]))[..., 0]
+
+
+def check_interventions(interventions: Sequence[Intervention], model: HookedTransformer) -> None:
+    """Refuse interventions that the model cannot take.
+
+    Raises:
+        UserError: for a layer the model does not have, a head set made for another number of heads,
+            or two patches of one layer in one intervention.
+    """
+    patches = {patch for intervention in interventions for patch in intervention}
+    if patches:
+        check_layers([patch.layer for patch in patches], model.cfg.n_layers)
+    for patch in patches:
+        if patch.heads.n_heads != model.cfg.n_heads:
+            raise UserError(
+                f"head set {patch.heads} is made for {patch.heads.n_heads} heads, but "
+                f"{z_site(patch.layer)} has {model.cfg.n_heads}: parse it with n_heads="
+                f"{model.cfg.n_heads}."
+            )
+    for intervention in interventions:
+        layers = [patch.layer for patch in intervention]
+        if len(set(layers)) < len(layers):
+            raise UserError(
+                f"one intervention patches layer {max(layers, key=layers.count)} twice: join its "
+                "head sets, or measure the patches one by one."
+            )

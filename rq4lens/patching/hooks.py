@@ -31,6 +31,7 @@ from rq4lens.patching.patch import (
     KLDirection,
     Patch,
     Sources,
+    answer_logprob_change,
     blend,
     head_mask,
     next_token_kl,
@@ -174,16 +175,6 @@ class HookEngine:
     def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:
         logits = forward_batch(self.model, batch)
         return logits[torch.arange(len(logits)), batch.decision]
-
-
-def answer_logprob_change(
-    patched_logits: Float[Tensor, "*rows vocab"], clean_logits: Float[Tensor, "*#rows vocab"]
-) -> Float[Tensor, "*rows"]:
-    """Log-probability of the clean model's most likely token, patched minus clean, in nats."""
-    patched, clean = patched_logits.float().log_softmax(-1), clean_logits.float().log_softmax(-1)
-    answer = clean.argmax(-1, keepdim=True)
-    patched, clean, answer = torch.broadcast_tensors(patched, clean, answer)
-    return (patched.gather(-1, answer[..., :1]) - clean.gather(-1, answer[..., :1]))[..., 0]
 
 
 def check_interventions(interventions: Sequence[Intervention], model: HookedTransformer) -> None:

@@ -112,6 +112,24 @@ def next_token_kl(
     return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(-1)
 
 
+def answer_logprob_change(
+    patched_logits: Float[Tensor, "*rows vocab"], clean_logits: Float[Tensor, "*#rows vocab"]
+) -> Float[Tensor, "*rows"]:
+    """Log-probability of the clean model's most likely token, patched minus clean.
+
+    Args:
+        patched_logits: logits of the patched tuned model.
+        clean_logits: logits of the clean tuned model.
+
+    Returns:
+        The change in nats, computed in float32 or better.
+    """
+    patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
+    answer = clean.argmax(-1, keepdim=True)
+    change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
+    return einops.rearrange(change, "... 1 -> ...")
+
+
 def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
     precise = logits if logits.dtype == torch.float64 else logits.float()
     return precise.log_softmax(-1)

@@ -1,0 +1,217 @@
+"""Files that are complete or absent, and JSON that is strict."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from rq4lens.errors import UserError
+
+MAX_JSON_BYTES = 1 << 28
+"""Larger JSON files are refused unread."""
+
+STALE_TEMPORARY_SECONDS = 3600.0
+"""A temporary file that is older was left by a process that died."""
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, no spaces, ASCII, floats round-trip exactly.
+
+    Args:
+        value: dictionaries with string keys, lists, tuples (written as lists), strings, finite
+            numbers, booleans and None, nested at will.
+
+    Returns:
+        The text; equal values have equal texts.
+
+    Raises:
+        UserError: if the value holds anything else.
+    """
+    _refuse_foreign_types(value, "value")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def read_json(path: Path) -> Any:
+    """Read a strict JSON file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        UserError: if the file is missing, is no regular file, or does not hold strict JSON.
+    """
+    try:
+        return parse_json(read_regular_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} does not exist: check the path.") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"{str(path)!r} cannot be read as JSON ({short_reason(problem)}): restore it, or "
+            "remove it and run again."
+        ) from None
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write strict, indented JSON that is complete under its name or absent.
+
+    Args:
+        path: the file; an existing one is replaced.
+        value: the value; keys keep their order.
+
+    Raises:
+        UserError: if the value is not JSON, or the file cannot be written.
+    """
+    _refuse_foreign_types(value, path.name)
+    # ASCII only: no character of a prompt, such as a right-to-left mark, acts on the reader.
+    write_text_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 text that is complete under its name or absent.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is complete under its name or absent, whatever interrupts the write.
+
+    Args:
+        path: the file; an existing one is replaced, a symlink is replaced and not followed.
+        data: the content.
+
+    Raises:
+        UserError: if the file cannot be written; nothing is left under its name or beside it.
+    """
+    try:
+        _replace_through_temporary(path, data)
+    except OSError as problem:
+        raise UserError(
+            f"cannot write {str(path)!r} ({problem.strerror or problem}): make the directory "
+            "writable and leave room on the disk; what was finished before is kept."
+        ) from problem
+
+
+def _refuse_foreign_types(value: Any, where: str) -> None:
+    if value is None or isinstance(value, bool | int | str):
+        return
+    if isinstance(value, float):
+        if value - value != 0:  # infinities and NaN, without a call per number
+            raise UserError(f"{where} is {value}: JSON has finite numbers only; write None.")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{where} has the key {key!r}: keys of JSON objects are strings.")
+            _refuse_foreign_types(inner, key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_foreign_types(inner, where)
+    else:
+        raise UserError(f"{where} is a {type(value).__name__}: give a JSON value instead.")
+
+
+def read_regular_file(path: Path) -> str:
+    """The UTF-8 text of a regular file of sane size.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is a directory, pipe or device, is too large, or is not UTF-8.
+    """
+    # O_NONBLOCK: opening a named pipe that lies there instead of a file must not hang.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - from a descriptor
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{status.st_size} bytes, more than {MAX_JSON_BYTES}")
+        return file.read().decode("utf-8")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a strict JSON text.
+
+    Raises:
+        ValueError: if the text is not JSON, or holds a number that is not finite.
+        RecursionError: if it is nested too deeply to read.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant)
+    json.dumps(value, allow_nan=False)  # an overflowing literal such as 1e999 reads as infinity
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not strict JSON")
+
+
+def short_reason(problem: BaseException) -> str:
+    """What an exception says, at most 200 characters of it."""
+    return f"{problem}"[:200] or type(problem).__name__
+
+
+def _replace_through_temporary(path: Path, data: bytes, attempts: int = 3) -> None:
+    for attempt in range(1, attempts + 1):
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            _write_synced(temporary, data)
+            os.replace(temporary, path)  # noqa: PTH105 - the atomic rename, by its known name
+        except FileNotFoundError:
+            # Another process took our temporary file for a stale one (the clock jumped).
+            if attempt == attempts or not path.parent.is_dir():
+                raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        else:
+            return _sync_directory(path.parent)
+    return None
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(descriptor, "wb") as file:  # noqa: PTH123 - from a descriptor
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    # Some file systems cannot sync a directory; the rename is atomic there all the same, and a
+    # record that a power cut loses is recomputed.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_stale_temporaries(directory: Path) -> int:
+    """Remove temporary files that killed processes left behind.
+
+    Args:
+        directory: the directory to clean; younger files may belong to a running process and stay.
+
+    Returns:
+        How many files were removed.
+    """
+    oldest = time.time() - STALE_TEMPORARY_SECONDS
+    removed = 0
+    for path in directory.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+    return removed

@@ -1,0 +1,375 @@
+"""The store believes a record only when everything that made it is what is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from rq4lens import files
+from rq4lens.errors import UserError
+from rq4lens.files import read_json, write_json_atomic
+from rq4lens.store import ConditionIngredients, Store, content_key
+
+INGREDIENTS = ConditionIngredients(
+    base_weights="weights of base",
+    tuned_weights="weights of tuned",
+    base_config="config of base",
+    tuned_config="config of tuned",
+    base_tokenizer="tokenizer of base",
+    tuned_tokenizer="tokenizer of tuned",
+    template="none",
+    base_token_ids="tokens of base",
+    tuned_token_ids="tokens of tuned",
+    base_decision=(4, 5),
+    tuned_decision=(6, 7),
+    split="val",
+    map_fingerprint="map",
+    layer=2,
+    heads=(0, 3),
+    n_heads=8,
+    alpha=0.3,
+    kind="mapped",
+    dtype="float32",
+    device="cpu",
+    weight_processing="none",
+    k_positions=1,
+    kl_direction="patched||clean",
+    raw_baseline="identity",
+    libraries="torch 2",
+)
+PAYLOAD = {"kl_nats": [0.1, 1e-17, 3.0], "reason": None}
+
+PAIRED = [name for name in (f.name for f in fields(INGREDIENTS)) if name.startswith("base_")]
+
+
+def other_value(value: object) -> object:
+    """A value of the same type that is not the given one."""
+    if isinstance(value, tuple):
+        return (*value, 7)
+    return value + 1 if isinstance(value, int | float) else f"another {value}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "conditions")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(ConditionIngredients)])
+def test_changing_any_ingredient_changes_the_key(store, name):
+    """Two conditions that differ in any one ingredient never share a record."""
+    changed = replace(INGREDIENTS, **{name: other_value(getattr(INGREDIENTS, name))})
+    assert content_key(changed.to_dict()) != content_key(INGREDIENTS.to_dict())
+    store.put(INGREDIENTS, PAYLOAD)
+    assert store.get(changed) is None
+    assert store.counters.set_aside == []
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_swapping_base_and_tuned_changes_the_key(name):
+    """A pair and its mirror image are different experiments, in each thing the sides have."""
+    twin = name.replace("base_", "tuned_")
+    swapped = replace(
+        INGREDIENTS, **{name: getattr(INGREDIENTS, twin), twin: getattr(INGREDIENTS, name)}
+    )
+    assert content_key(swapped.to_dict()) != content_key(INGREDIENTS.to_dict())
+
+
+def test_equal_contents_have_equal_keys():
+    """Order and repetition of heads, 0.0 or -0.0, tuple or list: one condition, one key."""
+    again = replace(INGREDIENTS, heads=(3, 0, 3))
+    assert content_key(again.to_dict()) == content_key(INGREDIENTS.to_dict())
+    zero, minus_zero = replace(INGREDIENTS, alpha=0.0), replace(INGREDIENTS, alpha=-0.0)
+    assert content_key(zero.to_dict()) == content_key(minus_zero.to_dict())
+    assert content_key({"a": (1,), "b": 2}) == content_key({"b": 2, "a": [1]})
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, {1: 2}, {None: 1}, object(), b"bytes", {3}, 1j]
+)
+def test_a_key_is_made_of_json_alone(value):
+    """Values that JSON cannot hold are refused, not turned into something else."""
+    with pytest.raises(UserError):
+        content_key({"ingredient": [value]})
+
+
+def test_numbers_return_bit_for_bit(store):
+    """float64 values survive the trip through a record exactly, subnormal ones included."""
+    draw = random.Random(0)
+    values = [draw.uniform(-1, 1) * 10.0 ** draw.randint(-320, 300) for _ in range(2000)]
+    store.put(INGREDIENTS, {"kl": values})
+    returned = store.get(INGREDIENTS)["kl"]
+    assert [v.hex() for v in returned] == [v.hex() for v in values]
+
+
+def test_counters_say_what_was_reused_and_computed(store):
+    """A record that was found counts as reused, one that was written as computed."""
+    assert store.get(INGREDIENTS) is None
+    store.put(INGREDIENTS, PAYLOAD)
+    assert store.get(INGREDIENTS) == PAYLOAD
+    assert (store.counters.computed, store.counters.reused) == (1, 1)
+
+
+def test_a_fresh_store_uses_nothing_that_is_there(store):
+    """`fresh` computes again and replaces the record."""
+    store.put(INGREDIENTS, PAYLOAD)
+    fresh = Store(store.directory, fresh=True)
+    assert fresh.get(INGREDIENTS) is None
+    fresh.put(INGREDIENTS, {"kl_nats": [2.0]})
+    assert Store(store.directory).get(INGREDIENTS) == {"kl_nats": [2.0]}
+
+
+def test_reasons_are_logged(store, caplog):
+    """The log names each reused and each recomputed record and says why."""
+    caplog.set_level("INFO", logger="rq4lens.store")
+    store.get(INGREDIENTS)
+    store.put(INGREDIENTS, PAYLOAD)
+    store.get(INGREDIENTS)
+    Store(store.directory, fresh=True).get(INGREDIENTS)
+    said = [record.message for record in caplog.records]
+    assert [message.split(":")[-1].strip() for message in said] == [
+        "no record yet",
+        "checksum and ingredients agree",
+        "the store is to be made fresh",
+    ]
+    assert all(store.path(INGREDIENTS).name in message for message in said)
+
+
+def edited(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def replaced_by_symlink(path: Path) -> None:
+    target = path.with_name("elsewhere.json")
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def replaced_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "inside").write_text("x")
+
+
+def replaced_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE = {
+    "empty": lambda p: p.write_bytes(b""),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-9]),
+    "half": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "zeroed": lambda p: p.write_bytes(bytes(p.stat().st_size)),
+    "doubled": lambda p: p.write_bytes(p.read_bytes() * 2),
+    "not UTF-8": lambda p: p.write_bytes(b"\xff\xfe" + p.read_bytes()),
+    "another number": lambda p: p.write_bytes(p.read_bytes().replace(b"0.1,", b"0.2,")),
+    "NaN": lambda p: p.write_bytes(p.read_bytes().replace(b"0.1,", b"NaN,")),
+    "infinity": lambda p: p.write_bytes(p.read_bytes().replace(b"0.1,", b"1e999,")),
+    "number as text": lambda p: p.write_bytes(p.read_bytes().replace(b"3.0", b'"3.0"')),
+    "deeply nested": lambda p: p.write_text("[" * 100_000),
+    "huge integer": lambda p: p.write_text("1" * 10_000),
+    "a list": lambda p: p.write_text("[]"),
+    "null": lambda p: p.write_text("null"),
+    "no payload": lambda p: p.write_text('{"format": "rq4lens record 1"}'),
+    "another format": lambda p: edited(p, format="rq4lens record 999"),
+    "format of another type": lambda p: edited(p, format=[1, 2]),
+    "other ingredients": lambda p: edited(p, ingredients={"layer": 5}),
+    "ingredients of another type": lambda p: edited(p, ingredients=None),
+    "another checksum": lambda p: edited(p, payload_sha256="0" * 64),
+    "checksum of another type": lambda p: edited(p, payload_sha256=0),
+    "one field more": lambda p: edited(p, more=1),
+    "a symlink": replaced_by_symlink,
+    "a directory": replaced_by_directory,
+    "a pipe": replaced_by_pipe,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_record_that_cannot_be_believed_is_set_aside(store, damage):
+    """Damaged, truncated and foreign files are renamed, said, and computed again."""
+    path = store.put(INGREDIENTS, PAYLOAD)
+    damage(path)
+    assert store.get(INGREDIENTS) is None
+    assert [name for name, _ in store.counters.set_aside] == [path.name]
+    assert not path.exists()
+    assert os.path.lexists(f"{path}.damaged")
+    store.put(INGREDIENTS, PAYLOAD)
+    assert store.get(INGREDIENTS) == PAYLOAD
+
+
+def test_a_foreign_record_under_the_right_name_is_not_believed(store):
+    """A valid record of another condition, renamed to this one's name, is set aside."""
+    other = replace(INGREDIENTS, base_weights="another base")
+    foreign = store.put(other, PAYLOAD)
+    shutil.copy(foreign, store.path(INGREDIENTS))
+    assert store.get(INGREDIENTS) is None
+    assert store.counters.set_aside[0][1] == "made from other ingredients"
+
+
+@pytest.mark.parametrize("byte", range(0, 1200, 37))
+def test_any_flipped_byte_is_noticed(store, byte):
+    """A record with one changed byte is never returned with a changed number."""
+    path = store.put(INGREDIENTS, PAYLOAD)
+    content = bytearray(path.read_bytes())
+    content[byte % len(content)] ^= 1
+    path.write_bytes(content)
+    assert store.get(INGREDIENTS) in (None, PAYLOAD)
+
+
+def test_temporary_files_are_ignored_and_removed_when_old(store):
+    """What a killed process left behind is never read; only old leftovers are removed."""
+    old, young = store.directory / ".old.tmp", store.directory / ".young.tmp"
+    for path in (old, young):
+        path.write_text("half a rec")
+    long_ago = time.time() - 2 * files.STALE_TEMPORARY_SECONDS
+    os.utime(old, (long_ago, long_ago))
+    again = Store(store.directory)
+    assert not old.exists()
+    assert young.exists()
+    assert again.get(INGREDIENTS) is None
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_jumping_clock_loses_nothing(store, monkeypatch, jump):
+    """Another process whose clock jumps may sweep our temporary file; the write is made again."""
+    true_time, replace_file = time.time, os.replace
+    monkeypatch.setattr(time, "time", lambda: true_time() + jump)
+    sweeps = iter([files.remove_stale_temporaries])
+
+    def swept_replace(source, target):
+        for sweep in sweeps:
+            sweep(store.directory)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", swept_replace)
+    store.put(INGREDIENTS, PAYLOAD)
+    assert store.get(INGREDIENTS) == PAYLOAD
+    assert not list(store.directory.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "open"])
+def test_a_failed_write_leaves_the_old_record_and_no_rest(store, monkeypatch, failing):
+    """A full disk at any step of a write: the old record stays, nothing half-written remains."""
+    store.put(INGREDIENTS, PAYLOAD)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full)
+        with pytest.raises(UserError, match="No space left on device"):
+            store.put(INGREDIENTS, {"kl_nats": [9.0]})
+    assert store.get(INGREDIENTS) == PAYLOAD
+    assert [p.name for p in store.directory.iterdir()] == [store.path(INGREDIENTS).name]
+
+
+def test_ctrl_c_during_a_write_leaves_no_rest(store, monkeypatch):
+    """An interrupted write removes its temporary file and lets the interrupt through."""
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.put(INGREDIENTS, PAYLOAD)
+    assert list(store.directory.iterdir()) == []
+
+
+def write_often(directory: str, n: int) -> None:
+    store = Store(Path(directory))
+    for number in range(n):
+        store.put(INGREDIENTS, {"kl_nats": [0.25] * (1 + number % 50)})
+
+
+def test_two_processes_may_write_the_same_record(store):
+    """Whoever reads while two processes write sees a complete record, never a mixture."""
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_often, args=(str(store.directory), 150)) for _ in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        payload = store.get(INGREDIENTS)
+        assert payload is None or set(payload["kl_nats"]) == {0.25}
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert store.counters.set_aside == []
+    assert len(list(store.directory.iterdir())) == 1
+
+
+def test_a_moved_store_still_knows_its_records(store, tmp_path):
+    """Records hold no path: the directory can be moved."""
+    store.put(INGREDIENTS, PAYLOAD)
+    moved = store.directory.rename(tmp_path / "elsewhere")
+    assert Store(moved).get(INGREDIENTS) == PAYLOAD
+
+
+def test_a_label_cannot_leave_the_directory(store):
+    """The readable part of a file name is made of harmless characters."""
+    hostile = replace(INGREDIENTS, kind="../../../etc/passwd\0\n" + "x" * 300)
+    path = store.put(hostile, PAYLOAD)
+    assert path.parent == store.directory
+    assert store.get(hostile) == PAYLOAD
+
+
+def test_a_file_where_the_directory_should_be_is_said(tmp_path):
+    """A store that cannot be made says so in one sentence."""
+    (tmp_path / "conditions").write_text("a file")
+    with pytest.raises(UserError, match="cannot make the directory"):
+        Store(tmp_path / "conditions")
+
+
+def test_a_hundred_conditions_take_well_under_a_second(store):
+    """Keeping a grid costs next to nothing beside computing it."""
+    values = [random.Random(0).random() for _ in range(256)]
+    conditions = [replace(INGREDIENTS, heads=(head,)) for head in range(100)]
+    start = time.perf_counter()
+    for condition in conditions:
+        store.put(condition, dict.fromkeys(["raw", "mapped", "change", "other"], values))
+    for condition in conditions:
+        store.get(condition)
+    assert time.perf_counter() - start < 5  # 0.4 on an idle machine; a shared one gets room
+
+
+def test_written_json_is_strict_and_ascii(tmp_path):
+    """No NaN is written, and no character of a prompt can act on whoever opens the file."""
+    path = tmp_path / "value.json"
+    write_json_atomic(path, {"text": "\u202eevil é"})
+    assert path.read_bytes().isascii()
+    assert read_json(path) == {"text": "\u202eevil é"}
+    with pytest.raises(UserError, match="finite"):
+        write_json_atomic(path, {"delta": math.nan})
+    assert read_json(path) == {"text": "\u202eevil é"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"NaN", b"[1e999]", b"\xff", b"[" * 10**5, b"1" * 5000, b"\0"]
+)
+def test_damaged_json_is_a_user_error(tmp_path, content):
+    """Reading JSON returns a value or one clear sentence."""
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"value\.json"):
+        read_json(path)
+
+
+def test_a_symlink_is_replaced_and_not_followed(tmp_path):
+    """Writing through a planted symlink does not touch the file it points to."""
+    target, path = tmp_path / "precious", tmp_path / "value.json"
+    target.write_text("precious")
+    path.symlink_to(target)
+    write_json_atomic(path, 1)
+    assert target.read_text() == "precious"
+    assert not path.is_symlink()

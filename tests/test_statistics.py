@@ -1,0 +1,165 @@
+"""The bootstrap over prompts and its intervals, against scipy, closed forms and simulation."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from scipy.stats._resampling import BootstrapResult
+
+from rq4lens.analysis.statistics import (
+    CONSTANT,
+    ONE_GROUP,
+    UNDEFINED_IN_RESAMPLES,
+    Bootstrap,
+    bca_levels,
+    quantiles,
+)
+from rq4lens.errors import UserError
+
+
+def singletons(n):
+    return tuple(f"p{i}" for i in range(n))
+
+
+def test_weights_are_means_of_whole_groups():
+    """Rows sum to 1, and prompts of one group always have the same weight."""
+    bootstrap = Bootstrap(("a", "a", "b", "c", "c", "c"), n_resamples=500, seed=3)
+    assert np.allclose(bootstrap.weights.sum(1), 1)
+    assert np.array_equal(bootstrap.weights[:, 0], bootstrap.weights[:, 1])
+    assert np.array_equal(bootstrap.weights[:, 3], bootstrap.weights[:, 5])
+
+
+def test_same_seed_same_resamples_for_every_quantity():
+    """A quantity's resampled means do not depend on what is resampled beside it."""
+    values = np.random.default_rng(0).normal(size=(3, 20))
+    together = Bootstrap(singletons(20), 100, 1).means(values)
+    alone = Bootstrap(singletons(20), 100, 1).means(values[1:2])
+    assert np.allclose(together[:, 1], alone[:, 0])
+
+
+def test_resampling_does_not_depend_on_prompt_order_within_groups():
+    """Swapping two prompts of one group leaves every resampled mean as it was."""
+    groups = ("a", "a", "b", "b", "c")
+    values = np.random.default_rng(0).normal(size=(1, 5))
+    swapped = values[:, [1, 0, 2, 3, 4]]
+    bootstrap = Bootstrap(groups, 50, 0)
+    assert np.allclose(bootstrap.means(values), bootstrap.means(swapped))
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("shape", ["normal", "lognormal"])
+def test_interval_of_a_mean_equals_scipy_on_the_same_draws(method, shape):
+    """Percentile and BCa ends equal scipy's when scipy reads the same bootstrap distribution."""
+    values = getattr(np.random.default_rng(5), shape)(size=30)
+    bootstrap = Bootstrap(singletons(30), 2000, 7)
+    ours = bootstrap.estimate(values[None], method=method)[0].interval
+    draws = bootstrap.means(values[None])[:, 0]
+    reference = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=0,
+        method=method,
+        bootstrap_result=BootstrapResult(None, draws, None),
+    ).confidence_interval
+    assert ours is not None
+    assert ours.low == pytest.approx(reference.low, rel=1e-9)
+    assert ours.high == pytest.approx(reference.high, rel=1e-9)
+
+
+def test_quantiles_equal_numpy():
+    """Columns read at their own levels equal numpy's linear quantiles."""
+    draws = np.random.default_rng(0).normal(size=(101, 3))
+    levels = np.array([[0.0, 0.1, 0.33], [1.0, 0.9, 0.5]])
+    expected = [[np.quantile(draws[:, q], levels[t, q]) for q in range(3)] for t in range(2)]
+    assert np.allclose(quantiles(draws, levels), expected)
+
+
+def test_symmetric_draws_leave_percentile_levels():
+    """Without bias or skew the BCa levels are the nominal tails."""
+    draws = np.linspace(-1, 1, 1001)[:, None]
+    jackknife = np.array([[-1.0], [0.0], [1.0]])
+    tails = np.array([0.025, 0.975])
+    assert np.allclose(bca_levels(np.zeros(1), draws, jackknife, tails)[:, 0], tails)
+
+
+def test_point_beyond_every_draw_stays_finite():
+    """A bias correction without a finite value reads the draws at their end."""
+    draws = np.linspace(0, 1, 100)[:, None]
+    jackknife = np.array([[2.0], [2.1]])
+    levels = bca_levels(np.array([5.0]), draws, jackknife, np.array([0.025, 0.975]))
+    assert np.isfinite(quantiles(draws, levels)).all()
+
+
+def test_standard_error_of_the_mean_is_the_closed_form():
+    """The bootstrap variance of a mean is the population variance over n."""
+    values = np.random.default_rng(2).normal(size=50)
+    draws = Bootstrap(singletons(50), 20_000, 0).means(values[None])[:, 0]
+    assert draws.std() == pytest.approx(values.std() / np.sqrt(50), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+def test_intervals_cover_at_their_nominal_rate(method):
+    """In 2,000 simulated studies of 80 prompts, 95% intervals cover the mean 95% +- 2 points."""
+    rng = np.random.default_rng(11)
+    studies = rng.normal(size=(2000, 80))
+    estimates = Bootstrap(singletons(80), 2000, 1).estimate(studies, method=method)
+    covered = np.mean([estimate.interval.contains(0.0) for estimate in estimates])
+    assert abs(covered - 0.95) < 0.02
+
+
+def test_group_intervals_cover_where_prompt_intervals_do_not():
+    """With paraphrases in groups, resampling single prompts is overconfident; by group it is not."""
+    rng = np.random.default_rng(4)
+    shared = np.repeat(rng.normal(size=(1500, 60)), 4, axis=1)
+    studies = shared + 0.1 * rng.normal(size=(1500, 240))
+    groups = tuple(f"g{i // 4}" for i in range(240))
+
+    def coverage(names):
+        estimates = Bootstrap(names, 1500, 2).estimate(studies, method="percentile")
+        return np.mean([estimate.interval.contains(0.0) for estimate in estimates])
+
+    assert abs(coverage(groups) - 0.95) < 0.02
+    assert coverage(singletons(240)) < 0.8
+
+
+def test_ratio_intervals_keep_the_pairing():
+    """A ratio of two proportional quantities has no spread at all, whatever each does by itself."""
+    values = np.random.default_rng(0).lognormal(size=40)
+    ratio = Bootstrap(singletons(40), 500, 0).estimate(
+        np.stack([values, 2 * values]), lambda m: m[..., 1:] / m[..., :1]
+    )[0]
+    assert ratio.value == pytest.approx(2.0)
+    assert ratio.interval is None
+    assert ratio.reason == CONSTANT
+
+
+def test_undefined_is_none_with_a_reason():
+    """One group, no spread, and denominators that reach 0 each say why there is no interval."""
+    one = Bootstrap(("only",), 100, 0).estimate(np.array([[1.5]]))[0]
+    assert (one.value, one.interval, one.reason) == (1.5, None, ONE_GROUP)
+    same = Bootstrap(singletons(9), 100, 0).estimate(np.full((1, 9), 0.1))[0]
+    assert (same.interval, same.reason) == (None, CONSTANT)
+    sometimes = np.array([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    ratio = Bootstrap(singletons(3), 300, 0).estimate(sometimes, lambda m: m[..., 1:] / m[..., :1])
+    assert (ratio[0].interval, ratio[0].reason) == (None, UNDEFINED_IN_RESAMPLES)
+    never = Bootstrap(singletons(3), 300, 0).estimate(
+        np.zeros((2, 3)), lambda m: m[..., 1:] / m[..., :1]
+    )
+    assert never[0].value is None
+    assert never[0].reason is not None
+
+
+def test_fields_of_an_estimate():
+    """An estimate becomes a value, a pair, and a reason only where something is missing."""
+    values = np.random.default_rng(0).normal(size=(1, 30))
+    estimate = Bootstrap(singletons(30), 200, 0).estimate(values)[0]
+    assert set(estimate.fields("x")) == {"x", "x_ci95"}
+    one = Bootstrap(("only",), 10, 0).estimate(np.array([[1.0]]))[0]
+    assert one.fields("x") == {"x": 1.0, "x_ci95": None, "x_reason": ONE_GROUP}
+
+
+def test_nothing_to_resample_is_refused():
+    """No prompts, or no resamples, is said in one sentence."""
+    with pytest.raises(UserError, match="no prompt"):
+        Bootstrap((), 10)
+    with pytest.raises(UserError, match="n_resamples 0"):
+        Bootstrap(("a",), 0)

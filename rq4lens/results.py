@@ -83,12 +83,11 @@ class GridSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GridSettings:
         """Settings read back from JSON."""
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

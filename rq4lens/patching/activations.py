@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
+from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 
 
@@ -133,3 +134,43 @@ def _readers(
         return read
 
     return [(z_site(layer), reader(layer)) for layer in captured]
+
+
+class PairActivations:
+    """Activations z of both models at the decision token, each captured once.
+
+    Args:
+        pair: the pair.
+        k_positions: how many positions to keep, the decision token last.
+        batch_size: prompts per forward pass.
+    """
+
+    def __init__(self, pair: ModelPair, *, k_positions: int = 1, batch_size: int = 32) -> None:
+        self.pair = pair
+        self.k_positions = k_positions
+        self.batch_size = batch_size
+        self._captured: dict[tuple[Side, str, int], Tensor] = {}
+
+    def capture(self, side: Side, split: str, layers: Sequence[int]) -> None:
+        """Capture what is missing of these layers in one pass.
+
+        Args:
+            side: the base or the tuned model.
+            split: the prompts.
+            layers: the layers.
+        """
+        missing = [layer for layer in layers if (side, split, layer) not in self._captured]
+        if missing:
+            captured = capture_z(
+                self.pair.use(side).model,
+                self.pair.tokens(side, split),
+                missing,
+                k_positions=self.k_positions,
+                batch_size=self.batch_size,
+            )
+            self._captured |= {(side, split, layer): z for layer, z in captured.items()}
+
+    def z(self, side: Side, split: str, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Activations of one layer; captured now if they are not there yet."""
+        self.capture(side, split, [layer])
+        return self._captured[side, split, layer]

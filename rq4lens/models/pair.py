@@ -1,0 +1,238 @@
+"""A pair: a base model and its fine-tune, checked to be comparable head by head."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedTokenizerBase
+
+from rq4lens.errors import UserError
+from rq4lens.models.loading import LoadedModel
+from rq4lens.models.prompts import DecisionRule, PromptSet, TokenizedPrompts, tokenize
+
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What has to be known of a model after it was released.
+
+    Args:
+        source: folder or hub id.
+        revision: revision of a hub id.
+        architecture: name of the architecture in the checkpoint.
+        dtype: number format of the weights.
+        n_layers: number of layers.
+        n_heads: heads per layer.
+        d_head: width of a head's activation.
+        d_vocab: size of the vocabulary.
+        trust_remote_code: whether code from the checkpoint ran.
+        weights_fingerprint: hash of the weights.
+        config_fingerprint: hash of everything else that decides the model's function.
+        tokenizer_fingerprint: hash of the vocabulary and the special tokens.
+        logit_check_max_abs_diff: largest logit difference to the Hugging Face model at load time.
+    """
+
+    source: str
+    revision: str | None
+    architecture: str
+    dtype: str
+    n_layers: int
+    n_heads: int
+    d_head: int
+    d_vocab: int
+    trust_remote_code: bool
+    weights_fingerprint: str
+    config_fingerprint: str
+    tokenizer_fingerprint: str
+    logit_check_max_abs_diff: float | None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> ModelCard:
+        """The card of a loaded model."""
+        cfg = loaded.model.cfg
+        return cls(
+            source=loaded.source,
+            revision=loaded.revision,
+            architecture=loaded.architecture,
+            dtype=str(cfg.dtype).removeprefix("torch."),
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            d_head=cfg.d_head,
+            d_vocab=cfg.d_vocab,
+            trust_remote_code=loaded.trust_remote_code,
+            weights_fingerprint=loaded.fingerprint,
+            config_fingerprint=config_fingerprint(loaded.model),
+            tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
+            logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The card as plain JSON values."""
+        return asdict(self)
+
+
+class PairMember:
+    """One model of a pair, loaded when it is first used and released on request.
+
+    Args:
+        load: loads the model.
+    """
+
+    def __init__(self, load: Callable[[], LoadedModel]) -> None:
+        self._load = load
+        self._loaded: LoadedModel | None = None
+        self._card: ModelCard | None = None
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> PairMember:
+        """A member that is loaded already."""
+        return cls(lambda: loaded)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The loaded model; loads it if need be."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    @property
+    def model(self) -> HookedTransformer:
+        """The model."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer."""
+        return self.loaded.tokenizer
+
+    @property
+    def card(self) -> ModelCard:
+        """What is known of the model; stays after a release."""
+        if self._card is None:
+            self._card = ModelCard.of(self.loaded)
+        return self._card
+
+    def release(self) -> None:
+        """Let go of the weights; the next use loads them again."""
+        _ = self.card
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class ModelPair:
+    """A base model, its fine-tune, and the prompts they are compared on.
+
+    Args:
+        name: name of the pair.
+        base: the base model.
+        tuned: the fine-tune.
+        prompts: the prompts with their splits.
+        layer: the layer to study when none is asked for.
+        control_layer: the control layer when none is asked for.
+        decision_rule: how the decision token is found.
+        keep_both: False releases each model before the other is used.
+
+    Raises:
+        UserError: if the models differ in layers, heads or head width.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: PairMember,
+        tuned: PairMember,
+        prompts: PromptSet,
+        *,
+        layer: int | None = None,
+        control_layer: int | None = None,
+        decision_rule: DecisionRule = "last",
+        keep_both: bool = True,
+    ) -> None:
+        self.name = name
+        self.base = base
+        self.tuned = tuned
+        self.prompts = prompts
+        self.layer = layer
+        self.control_layer = control_layer
+        self.decision_rule: DecisionRule = decision_rule
+        self.keep_both = keep_both
+        self._token_fingerprints: dict[tuple[Side, str], str] = {}
+        if keep_both:
+            self.check_shapes()
+
+    def member(self, side: Side) -> PairMember:
+        """The base or the tuned model."""
+        return self.base if side == "base" else self.tuned
+
+    def use(self, side: Side) -> PairMember:
+        """The base or the tuned model, ready; the other one is released unless both may stay."""
+        if not self.keep_both:
+            self.member("tuned" if side == "base" else "base").release()
+        return self.member(side)
+
+    def tokens(self, side: Side, split: str) -> TokenizedPrompts:
+        """The prompts of a split as one of the models reads them, cut at the decision token."""
+        prompts = self.prompts.split(split)
+        tokens = tokenize(prompts, self.use(side).tokenizer, self.decision_rule)
+        self._token_fingerprints[side, split] = tokens.fingerprint
+        return tokens
+
+    def token_fingerprint(self, side: Side, split: str) -> str:
+        """Hash of what one of the models reads of a split; remembered across releases."""
+        if (side, split) not in self._token_fingerprints:
+            self._token_fingerprints[side, split] = self.tokens(side, split).fingerprint
+        return self._token_fingerprints[side, split]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads per layer."""
+        return self.tuned.card.n_heads
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of each model."""
+        return self.tuned.card.n_layers
+
+    def check_shapes(self) -> None:
+        """Refuse models whose heads cannot be compared one by one.
+
+        Raises:
+            UserError: if they differ in layers, heads or head width.
+        """
+        for what in ("n_layers", "n_heads", "d_head"):
+            of_base, of_tuned = getattr(self.base.card, what), getattr(self.tuned.card, what)
+            if of_base != of_tuned:
+                raise UserError(
+                    f"the models cannot be compared head by head: {what} is {of_base} in the base "
+                    f"and {of_tuned} in the tuned model; give a model and its own fine-tune."
+                )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of a tokenizer's vocabulary, special tokens and chat template."""
+    content = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        getattr(tokenizer, "chat_template", None),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def config_fingerprint(model: HookedTransformer) -> str:
+    """Hash of a model's configuration, whatever device it is on and wherever it came from."""
+    elsewhere = {"device", "n_devices", "tokenizer_name", "model_name", "seed", "init_weights"}
+    values = {
+        name: str(value) for name, value in model.cfg.to_dict().items() if name not in elsewhere
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,252 @@
+"""A pair made ready to measure: sources captured and mapped, the tuned model behind an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import einops
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
+from rq4lens.models.pair import ModelPair
+from rq4lens.models.prompts import MEASURE_SPLIT, TokenizedPrompts
+from rq4lens.patching.activations import PairActivations, check_layers
+from rq4lens.patching.engines import EngineChoice, make_engine
+from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.maps import LayerMap
+from rq4lens.patching.patch import (
+    MAPPED,
+    RAW,
+    SELF,
+    Advance,
+    Engine,
+    KLDirection,
+    Patch,
+    Sources,
+)
+
+RawBaseline = Literal["identity", "moments"]
+RAW_BASELINES: tuple[RawBaseline, ...] = get_args(RawBaseline)
+
+
+@dataclass(frozen=True)
+class HeadSetEffects:
+    """Raw and mapped effect of several head sets of one layer, per prompt.
+
+    Args:
+        layer: the patched layer.
+        alpha: blend strength.
+        head_sets: the patched head sets; one row of each array.
+        kl_raw_nats: KL of the raw patch.
+        kl_mapped_nats: KL of the mapped patch.
+        answer_logprob_change_raw_nats: change of the log-probability of the clean model's most
+            likely token under the raw patch.
+        answer_logprob_change_mapped_nats: the same under the mapped patch.
+    """
+
+    layer: int
+    alpha: float
+    head_sets: tuple[HeadSet, ...]
+    kl_raw_nats: Float64[ndarray, "condition prompt"]
+    kl_mapped_nats: Float64[ndarray, "condition prompt"]
+    answer_logprob_change_raw_nats: Float64[ndarray, "condition prompt"]
+    answer_logprob_change_mapped_nats: Float64[ndarray, "condition prompt"]
+
+    @property
+    def delta_nats(self) -> Float64[ndarray, "condition prompt"]:
+        """``ΔKL`` of each head set on each prompt."""
+        return self.kl_raw_nats - self.kl_mapped_nats
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A pair, its measured prompts, its maps and an engine, ready to measure any head set.
+
+    Args:
+        pair: the pair.
+        split: the measured prompts.
+        prompts: these prompts as the tuned model reads them.
+        groups: the group of each prompt.
+        maps: the maps by layer.
+        sources: what can be blended in: ``"raw"``, ``"mapped"`` and ``"self"`` of each layer.
+        engine: measures interventions on the tuned model.
+        raw_baseline: what ``"raw"`` inserts.
+        kl_direction: which way the divergence is taken.
+        k_positions: how many positions are patched, the decision token last.
+        fingerprints: hashes of everything the sources depend on.
+    """
+
+    pair: ModelPair
+    split: str
+    prompts: TokenizedPrompts
+    groups: tuple[str, ...]
+    maps: Mapping[int, LayerMap]
+    sources: Sources
+    engine: Engine
+    raw_baseline: RawBaseline
+    kl_direction: KLDirection
+    k_positions: int
+    fingerprints: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tuned_model(self) -> HookedTransformer:
+        """The tuned model."""
+        return self.pair.use("tuned").model
+
+    @property
+    def prompt_ids(self) -> tuple[str, ...]:
+        """The measured prompts' ids."""
+        return self.prompts.ids
+
+    @property
+    def n_heads(self) -> int:
+        """Heads per layer."""
+        return self.pair.n_heads
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of each model."""
+        return self.pair.n_layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that can be patched."""
+        return tuple(self.maps)
+
+    def z(self, layer: int, source: str) -> Float[Tensor, "prompt head d_head"]:
+        """Activations of a source at the decision token."""
+        return self.sources[layer, source][:, -1]
+
+    def with_sources(self, extra: Mapping[tuple[int, str], Tensor]) -> Experiment:
+        """The same experiment with more sources, for instance other maps under other names.
+
+        Args:
+            extra: tensors ``[prompt position head d_head]`` by ``(layer, source)``.
+
+        Returns:
+            A new experiment that shares the engine and its clean pass.
+        """
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Experiment(**values | {"sources": Sources({**self.sources, **extra})})
+
+    def measure(
+        self,
+        layer: int,
+        head_sets: Sequence[HeadSet],
+        alpha: float,
+        *,
+        raw: str = RAW,
+        mapped: str = MAPPED,
+        advance: Advance | None = None,
+    ) -> HeadSetEffects:
+        """Patch each head set by itself, raw and mapped.
+
+        Args:
+            layer: the patched layer.
+            head_sets: the head sets.
+            alpha: blend strength, in [0, 1].
+            raw: the source that counts as raw.
+            mapped: the source that counts as mapped.
+            advance: called with the number of rows (prompt x intervention) just finished.
+
+        Returns:
+            The effects, in the order of the head sets.
+
+        Raises:
+            UserError: if the layer was not prepared, a head set does not fit or alpha is outside
+                [0, 1].
+        """
+        interventions = [
+            (Patch(layer, heads, alpha, source),) for source in (raw, mapped) for heads in head_sets
+        ]
+        effects = self.engine.effects(interventions, self.sources, advance)
+        pick = "(source condition) prompt -> source condition prompt"
+        kl = einops.rearrange(effects.kl_nats, pick, source=2)
+        change = einops.rearrange(effects.answer_logprob_change_nats, pick, source=2)
+        return HeadSetEffects(layer, alpha, tuple(head_sets), kl[0], kl[1], change[0], change[1])
+
+
+def prepare(
+    pair: ModelPair,
+    maps: Mapping[int, LayerMap],
+    *,
+    split: str = MEASURE_SPLIT,
+    raw_baseline: RawBaseline = "identity",
+    kl_direction: KLDirection = "patched||clean",
+    engine: EngineChoice = "suffix",
+    batch_size: int = 32,
+    activations: PairActivations | None = None,
+) -> Experiment:
+    """Capture the measured prompts, map them, and set the tuned model behind an engine.
+
+    Args:
+        pair: the pair.
+        maps: the maps by layer, as :func:`rq4lens.fit_maps` returns them.
+        split: the prompts to measure.
+        raw_baseline: what the raw patch inserts: ``"identity"`` the base activation itself,
+            ``"moments"`` the base activation matched in mean and spread (fitted on train).
+        kl_direction: which way the divergence is taken.
+        engine: ``"suffix"`` for the exact fast engine, ``"hooks"`` for one forward pass per
+            condition.
+        batch_size: prompts per forward pass.
+        activations: already captured activations of this pair.
+
+    Returns:
+        The experiment.
+
+    Raises:
+        UserError: if a setting is unknown or a layer does not exist.
+    """
+    check_layers(list(maps), pair.n_layers)
+    _check_baseline(raw_baseline)
+    activations = activations or PairActivations(pair, batch_size=batch_size)
+    activations.capture("base", split, list(maps))
+    raw_maps = _raw_maps(pair, list(maps), raw_baseline, activations)
+    prompts = pair.tokens("tuned", split)
+    tuned_engine = make_engine(
+        pair.use("tuned").model,
+        prompts,
+        prefer=engine,
+        k_positions=activations.k_positions,
+        batch_size=batch_size,
+        kl_direction=kl_direction,
+    )
+    tensors: dict[tuple[int, str], Tensor] = {}
+    for layer, layer_map in maps.items():
+        z_base = activations.z("base", split, layer)
+        tensors[layer, RAW] = raw_maps[layer](z_base) if layer in raw_maps else z_base
+        tensors[layer, MAPPED] = layer_map(z_base)
+        tensors[layer, SELF] = tuned_engine.tuned_z(layer)
+    return Experiment(
+        pair=pair,
+        split=split,
+        prompts=prompts,
+        groups=pair.prompts.split(split).groups,
+        maps=dict(maps),
+        sources=Sources(tensors),
+        engine=tuned_engine,
+        raw_baseline=raw_baseline,
+        kl_direction=kl_direction,
+        k_positions=activations.k_positions,
+    )
+
+
+def _raw_maps(
+    pair: ModelPair, layers: list[int], raw_baseline: RawBaseline, activations: PairActivations
+) -> dict[int, LayerMap]:
+    if raw_baseline == "identity":
+        return {}
+    return fit_maps(pair, layers, "moments", activations=activations)
+
+
+def _check_baseline(raw_baseline: str) -> None:
+    if raw_baseline not in RAW_BASELINES:
+        raise UserError(
+            f"raw baseline {raw_baseline!r} does not exist: choose 'identity' or 'moments'."
+        )

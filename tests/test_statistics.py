@@ -107,7 +107,7 @@ def test_intervals_cover_at_their_nominal_rate(method):
 
 
 def test_group_intervals_cover_where_prompt_intervals_do_not():
-    """With paraphrases in groups, resampling single prompts is overconfident; by group it is not."""
+    """With paraphrases in groups, resampling prompts is overconfident; by group it is not."""
     rng = np.random.default_rng(4)
     shared = np.repeat(rng.normal(size=(1500, 60)), 4, axis=1)
     studies = shared + 0.1 * rng.normal(size=(1500, 240))

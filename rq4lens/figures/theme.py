@@ -1,0 +1,229 @@
+"""How every figure looks: one palette, two templates, one frame.
+
+Colours come from the palette of Okabe and Ito, which stays apart under the common forms of colour
+blindness; where colour carries a meaning, the marker's shape or the line's dash repeats it.
+Nothing here touches plotly's global templates: a template is an object that a figure carries.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREY = "#8A8A8A"
+
+RAW = VERMILLION
+MAPPED = BLUE
+DELTA = GREEN
+RANDOM = GREY
+CONTROL = PURPLE
+CROSS_FITTED = ORANGE
+BEST = SKY
+
+SEQUENCE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star")
+
+KIND_COLORS = {"re-coordinated": BLUE, "rewired": VERMILLION, "idle": GREY}
+KIND_SYMBOLS = {"re-coordinated": "circle", "rewired": "diamond", "idle": "circle-open"}
+
+# Cividis is made for colour-blind readers; the diverging scale runs blue - pale - orange.
+SEQUENTIAL = "Cividis"
+DIVERGING = (
+    (0.0, "#8C3C00"),
+    (0.25, "#E58A3C"),
+    (0.5, "#F5F5F5"),
+    (0.75, "#5AA5D6"),
+    (1.0, "#004F7C"),
+)
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+# A window of 400 px holds about this many letters of the setting line.
+SETTING_CHARACTERS = 66
+_SETTING_LINE_PX = 14
+_AXIS_PX = 46
+_LEFT_PX = 66
+_RIGHT_PX = 18
+
+
+def template(*, dark: bool = False) -> go.layout.Template:
+    """The look of a figure, as an object that the figure carries.
+
+    Args:
+        dark: light text on a dark ground instead of the reverse.
+
+    Returns:
+        The template.
+    """
+    ink, paper, grid = (
+        ("#E8E8E8", "#15171B", "#34383F") if dark else ("#222222", "#FFFFFF", "#E4E4E4")
+    )
+    axis = {
+        "gridcolor": grid,
+        "zerolinecolor": "#7A7A7A",
+        "linecolor": "#7A7A7A",
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": "#7A7A7A",
+        "automargin": False,
+        "title": {"font": {"size": 12}, "standoff": 8},
+        "tickfont": {"size": 11},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": FONT, "size": 12, "color": ink},
+            "paper_bgcolor": paper,
+            "plot_bgcolor": paper,
+            "colorway": SEQUENCE,
+            "xaxis": axis,
+            "yaxis": axis,
+            "title": {
+                "font": {"size": 15},
+                "x": 0,
+                "xref": "container",
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"l": 12, "t": 12},
+            },
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1,
+                "yanchor": "bottom",
+                "font": {"size": 11},
+                "bgcolor": "rgba(0,0,0,0)",
+            },
+            "hoverlabel": {"font": {"size": 12}, "align": "left"},
+            "hovermode": "closest",
+        }
+    )
+
+
+def plain(text: object) -> str:
+    """Text that plotly draws letter by letter: its own small markup is escaped."""
+    return escape(str(text), quote=False)
+
+
+def wrap(parts: Sequence[str], characters: int = SETTING_CHARACTERS) -> list[str]:
+    """Lines of at most ``characters`` letters, broken between parts where possible."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 3 + len(part) <= characters:
+            lines[-1] += f" · {part}"
+        else:
+            lines.extend(textwrap.wrap(part, characters) or [""])
+    return lines
+
+
+def frame(
+    figure: go.Figure,
+    *,
+    title: str,
+    setting: Sequence[str],
+    height_px: int = 460,
+    legend_rows: int = 1,
+    left_px: int = _LEFT_PX,
+    right_px: int = _RIGHT_PX,
+    axis_px: int = _AXIS_PX,
+    dark: bool = False,
+) -> go.Figure:
+    """Give a figure its title, its margins, its template and its setting line.
+
+    Args:
+        figure: the figure, changed in place.
+        title: what the figure shows, at most about 45 letters a line; ``<br>`` breaks it.
+        setting: the parts of the setting line, plain text.
+        height_px: height of the whole figure; the width follows the window.
+        legend_rows: rows that the legend fills in a window of 400 px; 0 without a legend.
+        left_px: width of the tick labels and the title of the y axis.
+        right_px: room at the right, for instance for a colour bar.
+        axis_px: height of the tick labels and the title of the x axis.
+        dark: the dark template.
+
+    Returns:
+        The same figure.
+    """
+    lines = [plain(line) for line in wrap(setting)]
+    title_px = 18 + 20 * (1 + title.count("<br>"))
+    figure.update_layout(
+        template=template(dark=dark),
+        title={"text": title},
+        height=height_px,
+        autosize=True,
+        showlegend=legend_rows > 0,
+        margin={
+            "l": left_px,
+            "r": right_px,
+            "t": title_px + 21 * legend_rows + 4,
+            "b": axis_px + _SETTING_LINE_PX * len(lines) + 10,
+            "autoexpand": False,
+        },
+    )
+    figure.add_annotation(
+        name="setting",
+        text="<br>".join(lines),
+        x=0,
+        xref="paper",
+        xanchor="left",
+        xshift=12 - left_px,
+        y=0,
+        yref="paper",
+        yanchor="top",
+        yshift=-axis_px,
+        align="left",
+        showarrow=False,
+        font={"size": 10, "color": GREY},
+    )
+    return figure
+
+
+def message(figure: go.Figure, text: str) -> go.Figure:
+    """Write a sentence into the middle of a figure that has nothing to draw."""
+    figure.add_annotation(
+        text="<br>".join(plain(line) for line in textwrap.wrap(text, 42)),
+        x=0.5,
+        y=0.5,
+        xref="paper",
+        yref="paper",
+        showarrow=False,
+        font={"size": 13},
+    )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def translucent(color: str, opacity: float) -> str:
+    """A palette colour with an opacity, for bands under lines.
+
+    Args:
+        color: ``#RRGGBB``.
+        opacity: in [0, 1].
+
+    Returns:
+        The colour in CSS ``rgba`` form.
+    """
+    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:g})"
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Colour and dash of the ``place``-th line of a family; no two of the first 42 are alike."""
+    return {
+        "color": SEQUENCE[place % len(SEQUENCE)],
+        "dash": DASHES[place // len(SEQUENCE) % len(DASHES)],
+    }

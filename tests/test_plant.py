@@ -1,0 +1,235 @@
+"""What is planted is what the truth says, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from rq4lens.errors import UserError
+from rq4lens.heads import Head
+from rq4lens.models.builtin.plant import CHANGE_KINDS, WEIGHTS, plant
+
+N_HEADS, N_LAYERS, D_HEAD = 4, 3, 5
+LAYER = 1
+
+
+def model_of(n_key_value_heads: int | None, seed: int = 0) -> HookedTransformer:
+    torch.manual_seed(seed)
+    cfg = HookedTransformerConfig(
+        n_layers=N_LAYERS,
+        d_model=20,
+        n_ctx=12,
+        d_head=D_HEAD,
+        n_heads=N_HEADS,
+        n_key_value_heads=n_key_value_heads,
+        d_vocab=17,
+        act_fn="gelu",
+        normalization_type="LN",
+        device="cpu",
+        init_mode="xavier_normal",
+    )
+    model = HookedTransformer(cfg)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "b_" in name:
+                parameter.normal_()
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=[None, 2, 1], ids=["all heads", "grouped", "one value head"])
+def base(request):
+    return model_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 17, (6, 9), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(tokens)
+
+
+@torch.no_grad()
+def z(model, tokens, layer=LAYER):
+    return model.run_with_cache(tokens)[1][f"blocks.{layer}.attn.hook_z"]
+
+
+def of_layer(*indices, layer=LAYER):
+    return [Head(layer, index) for index in indices]
+
+
+def unchanged(pair):
+    return [h for h in range(N_HEADS) if h not in pair.changed_heads(LAYER)]
+
+
+@pytest.mark.parametrize("kind", ["rotated", "scaled"])
+def test_a_change_of_coordinates_keeps_the_function(base, tokens, kind):
+    """Rotating or scaling value spaces changes no logit by more than 1e-5."""
+    heads = [*of_layer(1), *of_layer(0, 3, layer=2)]
+    pair = plant(base, **{kind: heads})
+    assert torch.allclose(logits(pair.tuned, tokens), logits(base, tokens), atol=1e-5)
+    assert set(heads) <= set(pair.truth)
+
+
+def test_a_rotated_head_reads_as_the_recorded_rotation(base, tokens):
+    """`z_t = z_b R` with the R of the truth, R orthogonal, at every head that shares it."""
+    pair = plant(base, rotated=of_layer(2))
+    (change,) = pair.changes
+    rotation = change.rotation
+    identity = torch.eye(D_HEAD, dtype=rotation.dtype)
+    torch.testing.assert_close(rotation @ rotation.T, identity, atol=1e-12, rtol=0)
+    for head in pair.changed_heads(LAYER):
+        expected = z(base, tokens)[:, :, head] @ rotation.float()
+        torch.testing.assert_close(z(pair.tuned, tokens)[:, :, head], expected, atol=1e-5, rtol=0)
+
+
+def test_a_scaled_head_reads_as_the_recorded_scale(base, tokens):
+    """`z_t = s z_b` with `s = 1 + strength`."""
+    pair = plant(base, scaled=of_layer(2), strength=0.5)
+    assert pair.changes[0].scale == 1.5
+    heads = list(pair.changed_heads(LAYER))
+    expected = 1.5 * z(base, tokens)[:, :, heads]
+    torch.testing.assert_close(z(pair.tuned, tokens)[:, :, heads], expected, atol=1e-5, rtol=0)
+
+
+def test_a_shifted_head_reads_as_the_recorded_shift(base, tokens):
+    """`z_t = z_b + v`: attention rows sum to one. `|v| = strength |W_V|`."""
+    pair = plant(base, shifted=of_layer(2), strength=0.25)
+    shift = pair.changes[0].shift
+    head = 2
+    expected = z(base, tokens)[:, :, head] + shift.float()
+    torch.testing.assert_close(z(pair.tuned, tokens)[:, :, head], expected, atol=1e-5, rtol=0)
+    norm = base.blocks[LAYER].attn.W_V[head].double().norm()
+    torch.testing.assert_close(shift.norm(), 0.25 * norm)
+
+
+def test_a_rewired_head_does_something_else(base, tokens):
+    """New content changes the head's activations and the model's function."""
+    pair = plant(base, rewired=of_layer(2))
+    assert not torch.allclose(logits(pair.tuned, tokens), logits(base, tokens), atol=1e-3)
+    assert not torch.allclose(z(pair.tuned, tokens)[:, :, 2], z(base, tokens)[:, :, 2], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CHANGE_KINDS)
+def test_every_other_head_is_untouched(base, tokens, kind):
+    """Heads outside the truth read bit for bit as before, in the layer and before it."""
+    pair = plant(base, **{kind: of_layer(2)})
+    others = unchanged(pair)
+    assert torch.equal(z(pair.tuned, tokens)[:, :, others], z(base, tokens)[:, :, others])
+    assert torch.equal(z(pair.tuned, tokens, 0), z(base, tokens, 0))
+
+
+@pytest.mark.parametrize("kind", CHANGE_KINDS)
+def test_the_truth_names_exactly_the_heads_that_read_differently(base, tokens, kind):
+    """With shared value heads the truth is the whole group, no more and no less."""
+    pair = plant(base, **{kind: of_layer(2)})
+    moved = (z(pair.tuned, tokens) - z(base, tokens)).abs().amax(dim=(0, 1, 3)) > 1e-4
+    assert [h for h in range(N_HEADS) if moved[h]] == list(pair.changed_heads(LAYER))
+    assert set(pair.truth.values()) == {kind}
+
+
+def test_new_queries_belong_to_one_head_alone(base, tokens):
+    """Rewiring only `W_Q` of a head leaves the heads that share its value head alone."""
+    pair = plant(base, rewired=of_layer(2), weights=["W_Q"])
+    assert pair.truth == {Head(LAYER, 2): "rewired"}
+    moved = (z(pair.tuned, tokens) - z(base, tokens)).abs().amax(dim=(0, 1, 3)) > 1e-4
+    assert moved.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_new_content_has_the_stated_size_and_rank(weight):
+    """`|W' - W| = strength |W|` in Frobenius norm, with the stated rank."""
+    base = model_of(None)
+    pair = plant(base, rewired=of_layer(2), weights=[weight], strength=0.5, rank=2)
+    old, new = (getattr(m.blocks[LAYER].attn, weight)[2].double() for m in (base, pair.tuned))
+    torch.testing.assert_close((new - old).norm(), 0.5 * old.norm(), rtol=1e-5, atol=0)
+    singular = torch.linalg.svdvals(new - old)
+    assert singular[1] > 1e-3
+    assert singular[2] < 1e-5
+
+
+def test_drift_moves_every_parameter_by_its_share(base):
+    """Each parameter moves by `drift` times its own norm."""
+    pair = plant(base, drift=0.01)
+    tuned = dict(pair.tuned.named_parameters())
+    for name, old in base.named_parameters():
+        moved = (tuned[name] - old).double().norm()
+        torch.testing.assert_close(moved, 0.01 * old.double().norm(), rtol=1e-3, atol=1e-12)
+    assert pair.truth == {}
+
+
+def test_the_base_model_is_never_changed(base):
+    """Planting works on a copy."""
+    before = {name: value.clone() for name, value in base.named_parameters()}
+    plant(base, rotated=of_layer(0), rewired=of_layer(2, layer=2), drift=0.1)
+    assert all(torch.equal(before[name], value) for name, value in base.named_parameters())
+
+
+def test_nothing_planted_is_a_null_pair(base, tokens):
+    """Without changes the copy gives the very same logits, and the truth is empty."""
+    pair = plant(base)
+    assert torch.equal(logits(pair.tuned, tokens), logits(base, tokens))
+    assert pair.truth == {}
+
+
+def test_the_seed_decides_everything(base):
+    """Equal seeds give equal models; different seeds do not."""
+    models = [plant(base, rotated=of_layer(1), drift=0.1, seed=s).tuned for s in (3, 3, 4)]
+    same, again, other = (m.blocks[LAYER].attn.W_O for m in models)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+
+
+def test_one_more_plant_leaves_the_others_as_they_are():
+    """Each change has its own random numbers."""
+    base = model_of(None)
+    alone = plant(base, rotated=of_layer(1))
+    beside = plant(base, rotated=of_layer(1, 3), scaled=of_layer(0))
+    assert torch.equal(
+        alone.tuned.blocks[LAYER].attn.W_V[1], beside.tuned.blocks[LAYER].attn.W_V[1]
+    )
+
+
+def test_order_and_repetition_of_heads_do_not_matter(base):
+    """A head named twice, or in another order, is changed once and in the same way."""
+    one = plant(base, rotated=of_layer(0, 3)).tuned.blocks[LAYER].attn.W_V
+    other = plant(base, rotated=of_layer(3, 0, 3)).tuned.blocks[LAYER].attn.W_V
+    assert torch.equal(one, other)
+
+
+def test_the_truth_is_json():
+    """The record of a planted pair can be written with every result."""
+    pair = plant(model_of(2), rotated=of_layer(0), scaled=of_layer(2), strength=0.5, seed=9)
+    assert pair.to_dict() == {
+        "changes": [
+            {"kind": "rotated", "heads": ["L1H0", "L1H1"], "scale": None, "weights": []},
+            {"kind": "scaled", "heads": ["L1H2", "L1H3"], "scale": 1.5, "weights": []},
+        ],
+        "drift": 0.0,
+        "strength": 0.5,
+        "seed": 9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"rotated": [Head(9, 0)]}, "L9H0 does not exist"),
+        ({"scaled": [Head(0, 4)]}, "L0H4 does not exist"),
+        ({"scaled": [Head(0, -1)]}, "does not exist"),
+        ({"rotated": of_layer(0), "scaled": of_layer(0)}, "changed twice"),
+        ({"rotated": of_layer(0), "shifted": of_layer(1)}, "changed twice"),
+        ({"drift": -0.1}, "drift -0.1"),
+        ({"drift": float("nan")}, "drift nan"),
+        ({"strength": float("inf")}, "strength inf"),
+        ({"rank": 0}, "rank 0"),
+        ({"rank": 99}, "rank 99"),
+    ],
+)
+def test_what_cannot_be_planted_is_said(asked, said):
+    """Bad input is one clear sentence; heads 0 and 1 share a value head here."""
+    with pytest.raises(UserError, match=said):
+        plant(model_of(2), **asked)

@@ -1,1 +1,69 @@
-"""rq4lens: which attention heads carry what a fine-tune changed."""
+"""rq4lens: which attention heads carry what a fine-tune changed.
+
+>>> import rq4lens as rq
+>>> pair = rq.load_pair("etiquette")
+>>> maps = rq.fit_maps(pair, layers=[1, 4])
+>>> run = rq.run_grid(pair, maps, layer=1, control_layer=4, alpha=0.3)
+>>> run.ranking.top(4)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rq4lens import figures as figures
+    from rq4lens.config import RunConfig as RunConfig
+    from rq4lens.errors import UserError as UserError
+    from rq4lens.heads import Head as Head
+    from rq4lens.heads import HeadSet as HeadSet
+    from rq4lens.models.catalog import load_pair as load_pair
+    from rq4lens.models.pair import ModelPair as ModelPair
+    from rq4lens.models.prompts import PromptSet as PromptSet
+    from rq4lens.patching.experiment import Experiment as Experiment
+    from rq4lens.patching.experiment import prepare as prepare
+    from rq4lens.patching.fitting import fit_maps as fit_maps
+    from rq4lens.patching.grid import run_grid as run_grid
+    from rq4lens.patching.hooks import patched_heads as patched_heads
+    from rq4lens.results import ConditionResult as ConditionResult
+    from rq4lens.results import GridResult as GridResult
+    from rq4lens.results import HeadRanking as HeadRanking
+    from rq4lens.run_directory import read_run as read_run
+    from rq4lens.study import run_study as run_study
+
+# Where each public name lives. Importing rq4lens loads none of them: torch and TransformerLens
+# take seconds, and the command line must answer at once.
+_HOMES = {
+    "RunConfig": "rq4lens.config",
+    "UserError": "rq4lens.errors",
+    "Head": "rq4lens.heads",
+    "HeadSet": "rq4lens.heads",
+    "load_pair": "rq4lens.models.catalog",
+    "ModelPair": "rq4lens.models.pair",
+    "PromptSet": "rq4lens.models.prompts",
+    "Experiment": "rq4lens.patching.experiment",
+    "prepare": "rq4lens.patching.experiment",
+    "fit_maps": "rq4lens.patching.fitting",
+    "run_grid": "rq4lens.patching.grid",
+    "patched_heads": "rq4lens.patching.hooks",
+    "ConditionResult": "rq4lens.results",
+    "GridResult": "rq4lens.results",
+    "HeadRanking": "rq4lens.results",
+    "read_run": "rq4lens.run_directory",
+    "run_study": "rq4lens.study",
+}
+
+__all__ = ["figures", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "figures":
+        return import_module("rq4lens.figures")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rq4lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -69,9 +69,8 @@ class GridPlan:
 
     def fixed(self) -> list[Planned]:
         """Every condition whose head set is known before anything is measured."""
-        everything, n_heads = HeadSet.all(self.n_heads), self.n_heads
-        planned = [Planned("full", self.layer, everything)]
-        planned += [
+        n_heads = self.n_heads
+        planned = [
             Planned(f"head{h}", self.layer, HeadSet.of([h], n_heads)) for h in range(n_heads)
         ]
         planned += [
@@ -80,10 +79,17 @@ class GridPlan:
             for seed in self.random_seeds
         ]
         if self.control_layer is not None:
-            planned.append(Planned("ctrl_full", self.control_layer, everything))
-        planned.append(Planned("none", self.layer, HeadSet.none(n_heads)))
-        planned.append(Planned("self", self.layer, everything, SELF))
-        return planned
+            planned.append(Planned("ctrl_full", self.control_layer, HeadSet.all(n_heads)))
+        return [*planned, *self.checks()]
+
+    def checks(self) -> list[Planned]:
+        """The whole layer, and the two conditions that must read 0."""
+        everything = HeadSet.all(self.n_heads)
+        return [
+            Planned("full", self.layer, everything),
+            Planned("none", self.layer, HeadSet.none(self.n_heads)),
+            Planned("self", self.layer, everything, SELF),
+        ]
 
     def top(self, ranking: HeadRanking) -> list[Planned]:
         """The top-k conditions, once the single heads are ranked."""
@@ -157,8 +163,39 @@ def run_grid(
     singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
     results = fixed | recorder.measure(plan.top(rank_single_heads(singles, rank_by)))
     conditions = {name: results[name] for name in plan.table_order}
+    settings = _settings(experiment, plan, alpha=alpha, rank_by=rank_by, seed=seed)
+    return _result(experiment, settings, conditions)
+
+
+def run_condition(
+    experiment: Experiment, layer: int, heads: HeadSet, alpha: float = DEFAULT_ALPHA
+) -> GridResult:
+    """Measure one head set (``patch``), with the whole layer and the two checks beside it.
+
+    Coverage is a share of the whole layer's effect and is only defined above the noise floor, so
+    these are measured along with it.
+
+    Args:
+        experiment: the prepared pair.
+        layer: the patched layer.
+        heads: the patched heads.
+        alpha: blend strength, in [0, 1].
+
+    Returns:
+        A grid of the conditions ``full``, ``patch``, ``none`` and ``self``.
+    """
+    plan = GridPlan(experiment.n_heads, layer, None, (), ())
+    wanted = [Planned("patch", layer, heads), *plan.checks()]
+    conditions = Recorder(experiment, alpha).measure(wanted)
+    settings = _settings(experiment, plan, alpha=alpha, rank_by="delta", seed=0)
+    return _result(experiment, settings, conditions)
+
+
+def _result(
+    experiment: Experiment, settings: GridSettings, conditions: Mapping[str, ConditionResult]
+) -> GridResult:
     return GridResult(
-        settings=_settings(experiment, plan, alpha=alpha, rank_by=rank_by, seed=seed),
+        settings=settings,
         prompt_ids=experiment.prompt_ids,
         groups=experiment.groups,
         conditions=conditions,

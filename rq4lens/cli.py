@@ -1,0 +1,154 @@
+"""The command line: commands, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+from rq4lens.config import RunConfig, preset, preset_names, preset_text
+from rq4lens.errors import UserError
+from rq4lens.options import takes_config
+from rq4lens.terminal import errors, output, watched
+
+app = typer.Typer(
+    help="Which attention heads carry what a fine-tune changed.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+PAIR_SETTINGS = ("pair", "base", "tuned", "base_revision", "tuned_revision", "prompts")
+PLACE_SETTINGS = ("device", "dtype", "batch_size", "keep_both", "trust_remote_code", "engine")
+METHOD_SETTINGS = (
+    "layer",
+    "alpha",
+    "map_kind",
+    "map_scope",
+    "split",
+    "k_positions",
+    "raw_baseline",
+    "kl_direction",
+    "decision_rule",
+)
+RUN_SETTINGS = (
+    *PAIR_SETTINGS,
+    *METHOD_SETTINGS,
+    "control_layer",
+    "k",
+    "random_seeds",
+    "rank_by",
+    *PLACE_SETTINGS,
+    "resamples",
+    "seed",
+)
+
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what is reused or computed, and why.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        output.print(context.get_help(), markup=False)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=errors, show_path=False, show_time=False)],
+    )
+    logging.captureWarnings(True)
+    logging.getLogger("rq4lens").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory.")] = Path("runs/demo"),
+    fresh: Fresh = False,
+) -> None:
+    """Run the main job on the built-in pair."""
+    _run(preset("etiquette"), out, fresh)
+
+
+@app.command()
+@takes_config(*RUN_SETTINGS, config_file=True)
+def run(config: RunConfig, out: Out = None, fresh: Fresh = False) -> None:
+    """Run the main job: maps, every head, top-k against random-k, control layer, report."""
+    _run(config, out or _default_directory(config), fresh)
+
+
+@app.command()
+@takes_config(*PAIR_SETTINGS, *METHOD_SETTINGS, *PLACE_SETTINGS, "resamples", "seed")
+def patch(
+    config: RunConfig,
+    heads: Annotated[str, typer.Option(help="Head set: '3,7,12', '0-3,8', ALL or NONE.")] = "ALL",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the record as JSON.")
+    ] = None,
+) -> None:
+    """Patch one head set of one layer, raw and mapped."""
+    from rq4lens.single import patch_once  # noqa: PLC0415 - keeps --help fast
+
+    result = patch_once(config, heads, out, stage=watched)
+    output.print(result.text, end="")
+
+
+@app.command()
+def pairs(
+    name: Annotated[str | None, typer.Argument(help="Print this pair's settings as TOML.")] = None,
+) -> None:
+    """List the pairs that come with the package."""
+    if name is not None:
+        output.print(preset_text(name), end="", markup=False)
+        return
+    for each in preset_names():
+        output.print(f"{each:<12}{preset(each).about}", markup=False)
+
+
+def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
+    from rq4lens.study import run_study  # noqa: PLC0415 - keeps --help fast
+
+    try:
+        study = run_study(config, directory, fresh=fresh, stage=watched)
+    except KeyboardInterrupt:
+        errors.print(
+            f"stopped; what is finished is kept in {directory}: the same command goes on there."
+        )
+        raise typer.Exit(130) from None
+    output.print(study.summary, end="", markup=False)
+    output.print(f"written to {directory}", markup=False)
+
+
+def _default_directory(config: RunConfig) -> Path:
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair)
+    return Path("runs") / f"{name}_L{config.layer}"
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as problem:
+        _fail(str(problem))
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as problem:
+        # Typer's own usage errors have no public common class; this method is what marks them.
+        if not hasattr(problem, "format_message"):
+            raise
+        _fail(f"{problem.format_message()}; see `rq4lens --help`.")
+
+
+def _fail(sentence: str) -> None:
+    errors.print(f"rq4lens: {sentence}", markup=False, soft_wrap=True)
+    sys.exit(2)

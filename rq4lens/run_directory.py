@@ -1,0 +1,191 @@
+"""A run directory: what a finished run leaves behind, written and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rq4lens.errors import UserError
+from rq4lens.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
+from rq4lens.heads import HeadSet
+from rq4lens.results import HOOK, ConditionResult, GridResult, GridSettings, HeadRanking
+
+RESULTS = "rq4_results.json"
+PER_PROMPT = "per_prompt.parquet"
+ANALYSIS = "analysis.json"
+SUMMARY = "summary.txt"
+RUN = "run.json"
+CONDITIONS = "conditions"
+MAPS = "maps"
+FIGURES = "figures"
+REPORT = "report.html"
+
+KINDS = ("raw", "mapped")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run read back from its directory.
+
+    Args:
+        directory: where it was read from.
+        grid: every prompt's own numbers.
+        records: the records of ``rq4_results.json``.
+        analysis: the content of ``analysis.json``.
+        run: the provenance of ``run.json``.
+    """
+
+    directory: Path
+    grid: GridResult
+    records: list[dict[str, Any]]
+    analysis: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+
+def ranking_file(layer: int, alpha: float, method: str | None = None) -> str:
+    """Name of a ranking file.
+
+    Args:
+        layer: the ranked layer.
+        alpha: blend strength.
+        method: the ranking method, or None for the single-head ranking of the main job.
+    """
+    start = "single_head" if method is None else f"ranking_{method}"
+    return f"{start}_L{layer}_{HOOK}_alpha{alpha:g}.json"
+
+
+def write_grid(directory: Path, grid: GridResult, records: list[dict[str, Any]]) -> None:
+    """Write the results file and every prompt's own numbers.
+
+    Args:
+        directory: the run directory.
+        grid: the measured grid.
+        records: its records.
+    """
+    write_bytes_atomic(directory / PER_PROMPT, per_prompt_table(grid).to_parquet(index=False))
+    write_json_atomic(directory / RESULTS, records)
+
+
+def write_run(
+    directory: Path, *, analysis: Mapping[str, Any], run: Mapping[str, Any], summary: str
+) -> None:
+    """Write what the analysis adds, the summary, and last of all the provenance."""
+    write_json_atomic(directory / ANALYSIS, dict(analysis))
+    write_text_atomic(directory / SUMMARY, summary)
+    write_json_atomic(directory / RUN, dict(run))
+
+
+def write_ranking(directory: Path, ranking: HeadRanking) -> Path:
+    """Write a ranking by another method: a list of ``head, rank, score, se``, best first."""
+    errors = ranking.standard_errors or (None,) * ranking.n_heads
+    rows = [
+        {"head": head, "rank": rank, "score": score, "se": error}
+        for rank, (head, score, error) in enumerate(
+            zip(ranking.heads, ranking.scores, errors, strict=True), start=1
+        )
+    ]
+    path = directory / ranking_file(ranking.layer, ranking.alpha or 0.0, ranking.method)
+    write_json_atomic(path, rows)
+    return path
+
+
+def per_prompt_table(grid: GridResult) -> pd.DataFrame:
+    """Every prompt's own numbers: a row per prompt, condition and kind.
+
+    Args:
+        grid: the measured grid.
+
+    Returns:
+        Columns ``prompt_id, group, layer, cond, heads, alpha, kind, kl, answer_logprob_change``;
+        the last two in nats.
+    """
+    return pd.concat(
+        [_rows(grid, condition, kind) for condition in grid.conditions.values() for kind in KINDS],
+        ignore_index=True,
+    )
+
+
+def _rows(grid: GridResult, condition: ConditionResult, kind: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "prompt_id": grid.prompt_ids,
+            "group": grid.groups,
+            "layer": condition.layer,
+            "cond": condition.cond,
+            "heads": str(condition.heads),
+            "alpha": condition.alpha,
+            "kind": kind,
+            "kl": getattr(condition, f"kl_{kind}_nats"),
+            "answer_logprob_change": getattr(condition, f"answer_logprob_change_{kind}_nats"),
+        }
+    )
+
+
+def read_run(directory: Path) -> SavedRun:
+    """Read a finished run.
+
+    Args:
+        directory: the run directory.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: if it is not a finished run, or a file is damaged.
+    """
+    if not (directory / RUN).is_file():
+        raise UserError(
+            f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
+            "`rq4lens run --out` wrote, or run it again to finish it."
+        )
+    run, records = read_json(directory / RUN), read_json(directory / RESULTS)
+    try:
+        grid = _grid(
+            GridSettings.from_dict(run["settings"]), run, pd.read_parquet(directory / PER_PROMPT)
+        )
+    except (OSError, KeyError, ValueError, TypeError) as problem:
+        raise UserError(
+            f"run {str(directory)!r} is damaged ({type(problem).__name__}: {problem}): "
+            "run it again."
+        ) from problem
+    return SavedRun(directory, grid, records, read_json(directory / ANALYSIS), run)
+
+
+def _grid(settings: GridSettings, run: Mapping[str, Any], table: pd.DataFrame) -> GridResult:
+    ids = dict(zip(table["prompt_id"], table["group"], strict=True))
+    conditions = {
+        str(cond): _condition(rows, settings.n_heads, list(ids))
+        for cond, rows in table.groupby("cond", sort=False)
+    }
+    return GridResult(
+        settings=settings,
+        prompt_ids=tuple(ids),
+        groups=tuple(ids.values()),
+        conditions=conditions,
+        noise_floor_nats=float(run["noise_floor_nats"]),
+        provenance=run,
+    )
+
+
+def _condition(rows: pd.DataFrame, n_heads: int, ids: Iterable[str]) -> ConditionResult:
+    first = rows.iloc[0]
+
+    def column(kind: str, name: str) -> np.ndarray:
+        values = rows[rows["kind"] == kind].set_index("prompt_id")[name].loc[list(ids)]
+        return values.to_numpy(dtype=np.float64)
+
+    return ConditionResult(
+        cond=str(first["cond"]),
+        layer=int(first["layer"]),
+        heads=HeadSet.parse(str(first["heads"]), n_heads),
+        alpha=float(first["alpha"]),
+        kl_raw_nats=column("raw", "kl"),
+        kl_mapped_nats=column("mapped", "kl"),
+        answer_logprob_change_raw_nats=column("raw", "answer_logprob_change"),
+        answer_logprob_change_mapped_nats=column("mapped", "answer_logprob_change"),
+    )

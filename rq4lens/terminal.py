@@ -1,0 +1,50 @@
+"""Progress on a terminal; silence everywhere else."""
+
+from __future__ import annotations
+
+# The type alone: nothing heavy is imported for it.
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+errors = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+
+@contextmanager
+def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None] | None]:
+    """Show a stage of the work while it lasts: a bar where its rows are counted, else a spinner.
+
+    Args:
+        name: what is being done.
+        rows: how many rows there are, or None.
+
+    Yields:
+        What to call with the number of rows just finished; None where nothing is counted.
+    """
+    if not errors.is_terminal:
+        yield None
+        return
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    if rows is not None:
+        columns[2:] = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
+        columns += [TimeRemainingColumn()]
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(name, total=rows, rate="")
+
+        def advance(finished: int) -> None:
+            speed = progress.tasks[task].speed
+            rate = "" if speed is None else f"{speed:,.0f} rows/s"
+            progress.update(task, advance=finished, rate=rate)
+
+        yield advance if rows is not None else None

@@ -2,31 +2,30 @@
 
 ``HookedTransformer.from_pretrained`` refuses every name that is not on its list, so the parts are
 put together here: the configuration from the folder, the weights from the Hugging Face model
-through TransformerLens' own conversions, the tokenizer from the folder. No weight is processed:
-folding ``b_V`` away would shift z, and refactoring W_V and W_O would change its basis.
+through TransformerLens' own conversions, the tokenizer from the folder.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
-from rq4lens.models.architectures import ARCHITECTURES, StateDict
-
-CHECK_TEXTS = ("The quick brown fox jumps over the lazy dog.", "In 1999, 3 + 4 = 7; what is next?")
-"""The two prompts on which a loaded model must agree with its Hugging Face original."""
+from rq4lens.models.adapters import base_of, merge_adapter
+from rq4lens.models.architectures import find_architecture
+from rq4lens.models.checkpoint import Checkpoint, architecture_of, locate, refuse_quantized
+from rq4lens.models.conversion import give_tokenizer, hooked_from
+from rq4lens.models.fingerprint import weights_fingerprint
+from rq4lens.models.huggingface import load_hugging_face, load_tokenizer
+from rq4lens.models.memory import estimate_memory
+from rq4lens.models.parity import check_tokens, hugging_face_logits, require_same_logits
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,17 @@ class LoadedModel:
     Attributes:
         model: The model; its weights are those of the checkpoint, never processed.
         tokenizer: The checkpoint's own tokenizer, unchanged.
-        source: Folder or hub id.
-        revision: Commit, branch or tag of a hub id; None means the default branch.
+        source: Folder or hub id, or ``"in memory"``.
+        revision: The exact commit of a hub id; None for a folder.
         dtype: Type of the weights.
         trust_remote_code: Whether code from the checkpoint was allowed to run.
         architecture: Name in ``config.json``, as ``LlamaForCausalLM``.
+        adapter_base: Where the base model of a merged adapter came from; None without adapter.
         logit_check_max_abs_diff: Largest logit difference to the Hugging Face model on
-            ``CHECK_TEXTS``; None when the check was not asked for.
+            ``parity.CHECK_TEXTS``; None when the check was not made.
     """
 
-    model: HookedTransformer
+    model: HookedTransformer | TransformerBridge
     tokenizer: PreTrainedTokenizerBase
     source: str
     revision: str | None
@@ -53,28 +53,49 @@ class LoadedModel:
     trust_remote_code: bool
     architecture: str
     logit_check_max_abs_diff: float | None
+    adapter_base: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights' names, shapes, types and bytes; independent of the path."""
         return weights_fingerprint(self.model)
 
+    @classmethod
+    def wrap(
+        cls,
+        model: HookedTransformer | TransformerBridge,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: str = "in memory",
+    ) -> Self:
+        """Accept a model that is already loaded.
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over name, shape, type and bytes of every parameter, in order of name.
+        Args:
+            model: A ``HookedTransformer`` from ``from_pretrained_no_processing``, or a
+                ``TransformerBridge`` before any weight processing; both answer to the same names
+                of hooks, as ``blocks.3.attn.hook_z``.
+            tokenizer: Its tokenizer.
+            source: A name for it in results.
 
-    Args:
-        model: Any module.
+        Returns:
+            The model itself, not a copy.
 
-    Returns:
-        64 hexadecimal digits that depend on the weights alone.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|".encode())
-        data = parameter.detach().cpu().contiguous()
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        Raises:
+            UserError: Its weights were processed on load.
+        """
+        _refuse_processed(model)
+        cfg = model.cfg
+        named = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            source=source,
+            revision=None,
+            dtype=cfg.dtype,
+            trust_remote_code=False,
+            architecture=named or "custom",
+            logit_check_max_abs_diff=None,
+        )
 
 
 def load_hooked(
@@ -83,16 +104,18 @@ def load_hooked(
     revision: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    n_devices: int = 1,
     trust_remote_code: bool = False,
     check_logits: bool = True,
 ) -> LoadedModel:
     """Load a checkpoint as a ``HookedTransformer`` without processing its weights.
 
     Args:
-        source: A Hugging Face folder or hub id.
+        source: A Hugging Face folder, a hub id, or either of these with a PEFT adapter.
         revision: Commit, branch or tag of a hub id.
         device: Where the model goes, as ``"cpu"`` or ``"cuda"``.
         dtype: Type of the weights.
+        n_devices: Over how many GPUs the layers are spread, in order.
         trust_remote_code: Allow code that the checkpoint brings along to run.
         check_logits: Compare with the Hugging Face model on two prompts.
 
@@ -102,85 +125,72 @@ def load_hooked(
     Raises:
         UserError: The checkpoint cannot be loaded, or its logits differ from Hugging Face.
     """
-    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hf_config = AutoConfig.from_pretrained(str(source), **origin)
-    architecture = hf_config.architectures[0]
-    tokenizer = AutoTokenizer.from_pretrained(str(source), **origin)
-    hf_model = AutoModelForCausalLM.from_pretrained(
-        str(source), dtype=dtype, use_safetensors=True, **origin
-    ).eval()
-    expected = _hf_logits(hf_model, tokenizer) if check_logits else None
-    model = _hooked_from_hf(hf_model, architecture, device, dtype)
+    _require_device(device, n_devices)
+    asked = locate(source, revision)
+    weights = base_of(asked) if asked.is_adapter else asked
+    architecture = _loadable_architecture(weights)
+    estimate_memory(weights, dtype=dtype, device=device, n_devices=n_devices).require_fit()
+    tokenizer = load_tokenizer(
+        asked if asked.has_tokenizer else weights, trust_remote_code=trust_remote_code
+    )
+    hf_model = load_hugging_face(
+        weights,
+        dtype=dtype,
+        device="cpu" if n_devices > 1 else device,  # several GPUs are filled layer by layer
+        trust_remote_code=trust_remote_code,
+    )
+    if asked.is_adapter:
+        hf_model = merge_adapter(hf_model, asked)
+    tokens = check_tokens(tokenizer, hf_model.config)
+    expected = hugging_face_logits(hf_model, tokens) if check_logits else None
+    model = hooked_from(hf_model, architecture, dtype=dtype, device=device, n_devices=n_devices)
     del hf_model
-    _attach_tokenizer(model, tokenizer)
-    difference = None if expected is None else _logit_difference(model, tokenizer, expected)
-    if difference is not None and difference > 1e-3:
-        raise UserError(
-            f"{source} as a HookedTransformer differs from its Hugging Face model by up to "
-            f"{difference:.3g} in the logits."
-        )
+    give_tokenizer(model, tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        source=str(source),
-        revision=revision,
+        source=asked.source,
+        revision=asked.revision,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         architecture=architecture,
-        logit_check_max_abs_diff=difference,
+        logit_check_max_abs_diff=(
+            require_same_logits(model, tokens, expected, asked.source) if expected else None
+        ),
+        adapter_base=weights.source if asked.is_adapter else None,
     )
 
 
-@torch.no_grad()
-def _hooked_from_hf(
-    hf_model: Any, architecture: str, device: str, dtype: torch.dtype
-) -> HookedTransformer:
-    entry = ARCHITECTURES[architecture]
-    cfg = HookedTransformerConfig(
-        **entry.config(hf_model.config),
-        original_architecture=architecture,
-        dtype=dtype,
-        device="cpu",
-        init_weights=False,
+def _loadable_architecture(checkpoint: Checkpoint) -> str:
+    """The name of the checkpoint's architecture, after refusing what cannot be loaded."""
+    architecture = architecture_of(checkpoint)
+    find_architecture(architecture)
+    refuse_quantized(checkpoint)
+    return str(architecture)
+
+
+def _require_device(device: str, n_devices: int) -> None:
+    n_gpus = torch.cuda.device_count()
+    chip = torch.device(device)
+    if chip.type == "cuda" and (chip.index or 0) + n_devices > n_gpus:
+        raise UserError(
+            f"device {device!r} with n_devices={n_devices} asks for GPUs that are not there "
+            f"(this machine has {n_gpus}); use fewer, or device='cpu'."
+        )
+    if chip.type != "cuda" and n_devices != 1:
+        raise UserError(
+            f"n_devices={n_devices} spreads a model over GPUs, and device is {device!r}; "
+            "use device='cuda', or n_devices=1."
+        )
+
+
+def _refuse_processed(model: HookedTransformer | TransformerBridge) -> None:
+    """Folded norms are the trace that ``from_pretrained`` leaves when it processes weights."""
+    folded = str(model.cfg.normalization_type).endswith("Pre") or getattr(
+        model.cfg, "layer_norm_folding", False
     )
-    model = HookedTransformer(cfg, move_to_device=False)
-    _assign(model, entry.weights(hf_model, cfg))
-    cfg.device = device
-    model.move_model_modules_to_device()
-    return model.eval()
-
-
-def _assign(model: HookedTransformer, weights: StateDict) -> None:
-    """Let the model's parameters be the converted tensors themselves, without a second copy."""
-    result = model.load_state_dict(weights, strict=False, assign=True)
-    lost = [name for name in result.missing_keys if "W_" in name.rsplit(".", 1)[-1]]
-    if lost or result.unexpected_keys:
-        raise UserError(f"The conversion left out {lost} and left over {result.unexpected_keys}.")
-
-
-def _attach_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model a tokenizer of its own: TransformerLens changes the padding side of it."""
-    own = copy.deepcopy(tokenizer)
-    own.padding_side = "right"
-    model.tokenizer = own
-
-
-def _check_tokens(tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    return [torch.tensor([tokenizer(text)["input_ids"]]) for text in CHECK_TEXTS]
-
-
-@torch.no_grad()
-def _hf_logits(
-    hf_model: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[Float[Tensor, "1 pos vocab"]]:
-    rows = _check_tokens(tokenizer)
-    return [hf_model(input_ids=tokens.to(hf_model.device)).logits.cpu() for tokens in rows]
-
-
-@torch.no_grad()
-def _logit_difference(
-    model: HookedTransformer, tokenizer: PreTrainedTokenizerBase, expected: Sequence[Tensor]
-) -> float:
-    """Largest absolute logit difference over the two check prompts."""
-    got = [model(tokens, padding_side="right").cpu() for tokens in _check_tokens(tokenizer)]
-    return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
+    if folded and getattr(model.cfg, "original_architecture", None):
+        raise UserError(
+            "This model's weights were processed on load, which changes z; load it with "
+            "HookedTransformer.from_pretrained_no_processing, or with rq4lens.load_hooked."
+        )

@@ -1,0 +1,162 @@
+"""Turn a Hugging Face model into a ``HookedTransformer`` without processing or copying weights.
+
+No weight is processed: folding ``b_V`` away would shift z, and refactoring W_V and W_O would
+change its basis. The converted tensors are views of the Hugging Face ones and become the
+parameters themselves, so that a model is never in memory twice; TransformerLens' own
+``load_state_dict`` would copy each of them into a tensor allocated before.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
+from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+from transformers import PreTrainedTokenizerBase
+
+from rq4lens.errors import UserError
+from rq4lens.models.architectures import Architecture, StateDict, find_architecture
+from rq4lens.models.rotary import write_longrope_tables
+
+
+@torch.no_grad()
+def hooked_from(
+    hf_model: Any, architecture: str, *, dtype: torch.dtype, device: str = "cpu", n_devices: int = 1
+) -> HookedTransformer:
+    """Convert a Hugging Face model; the result takes over its memory.
+
+    Args:
+        hf_model: A causal language model whose weights are of type ``dtype``.
+        architecture: Name of its entry in ``ARCHITECTURES``.
+        dtype: Type of the weights.
+        device: Where the model goes.
+        n_devices: Over how many GPUs its layers are spread, in order.
+
+    Returns:
+        The model with untouched weights, in evaluation mode, without tokenizer.
+
+    Raises:
+        UserError: TransformerLens has no counterpart for this variant of the architecture.
+    """
+    entry = find_architecture(architecture)
+    cfg = _config(hf_model, entry, architecture, dtype, n_devices)
+    with init_empty_weights():
+        model = HookedTransformer(cfg, move_to_device=False)
+    _assign(model, _converted(hf_model, entry, cfg))
+    write_longrope_tables(model, hf_model.config)
+    _place(model, device)
+    return model.eval()
+
+
+def _config(
+    hf_model: Any, entry: Architecture, architecture: str, dtype: torch.dtype, n_devices: int
+) -> HookedTransformerConfig:
+    fields = entry.config(hf_model.config)
+    if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
+        raise UserError(
+            f"The activation function {fields['act_fn']!r} of this checkpoint is unknown to "
+            f"TransformerLens; allowed are {', '.join(SUPPORTED_ACTIVATIONS)}."
+        )
+    return HookedTransformerConfig(
+        **fields,
+        original_architecture=architecture,
+        dtype=dtype,
+        device=str(hf_model.get_input_embeddings().weight.device),
+        n_devices=n_devices,
+        init_weights=False,
+        default_prepend_bos=False,  # prompts are tokenized before they get here
+    )
+
+
+def _converted(hf_model: Any, entry: Architecture, cfg: HookedTransformerConfig) -> StateDict:
+    try:
+        weights = entry.weights(hf_model, cfg)
+    except (AttributeError, AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"TransformerLens cannot convert this {cfg.original_architecture} "
+            f"({type(error).__name__}: {error}); use a checkpoint of the usual form."
+        ) from error
+    return _untied({name: _as_type(tensor, cfg.dtype) for name, tensor in weights.items()})
+
+
+def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _untied(weights: StateDict) -> StateDict:
+    """Give tensors that share memory their own, so that editing one does not change another."""
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        weights[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return weights
+
+
+def _assign(model: HookedTransformer, weights: StateDict) -> None:
+    """Make the converted tensors the parameters of a model that has no memory yet."""
+    known = model.state_dict().keys()
+    surplus = [name for name, tensor in weights.items() if name not in known and tensor.any()]
+    model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if name in known},
+        strict=False,
+        assign=True,
+    )
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    lost = [name for name in empty if not _is_bias(name)]
+    if surplus or lost:
+        raise UserError(
+            f"TransformerLens' conversion leaves out {lost or 'nothing'} and leaves over "
+            f"{surplus or 'nothing'} of this checkpoint; use one of the usual form."
+        )
+    for name in empty:
+        _set_zero(model, name)
+
+
+def _is_bias(name: str) -> bool:
+    leaf = name.rpartition(".")[2].lstrip("_")
+    return leaf == "b" or leaf.startswith("b_")
+
+
+def _set_zero(model: HookedTransformer, name: str) -> None:
+    """A bias that the conversion does not mention does not exist in the checkpoint: it is 0."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    shape, dtype = getattr(module, leaf).shape, getattr(module, leaf).dtype
+    setattr(module, leaf, torch.nn.Parameter(torch.zeros(shape, dtype=dtype)))
+
+
+def _place(model: HookedTransformer, device: str) -> None:
+    """Put each layer where ``HookedTransformer.forward`` will look for it."""
+    cfg = model.cfg
+    cfg.device = device
+    first = get_device_for_block_index(0, cfg)
+    last = get_device_for_block_index(cfg.n_layers - 1, cfg)
+    for index, block in enumerate(model.blocks):
+        block.to(get_device_for_block_index(index, cfg))
+    model.ln_final.to(last)
+    model.unembed.to(last)
+    for name in ("embed", "pos_embed"):
+        if hasattr(model, name):
+            getattr(model, name).to(first)
+
+
+def give_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model a copy of the tokenizer, for its own methods such as ``to_tokens``.
+
+    A copy, because TransformerLens changes the padding side of the one it holds.
+
+    Args:
+        model: The model.
+        tokenizer: The checkpoint's tokenizer; stays as it is.
+    """
+    own = copy.deepcopy(tokenizer)
+    own.padding_side = "right"
+    if own.pad_token is None:
+        own.pad_token = own.eos_token
+    model.tokenizer = own
+    model.cfg.tokenizer_prepends_bos = len(own.encode("")) > 0

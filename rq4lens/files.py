@@ -198,6 +198,15 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
+def set_aside(path: Path) -> None:
+    """Rename a file that cannot be believed to ``*.damaged``, where nothing looks for it.
+
+    In a read-only directory it stays where it is, and is not believed the next time either.
+    """
+    with contextlib.suppress(OSError):
+        os.replace(path, path.with_name(f"{path.name}.damaged"))  # noqa: PTH105
+
+
 def remove_stale_temporaries(directory: Path) -> int:
     """Remove temporary files that killed processes left behind.
 

@@ -7,10 +7,8 @@ is believed only when its checksum and its stored ingredients agree with what is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +21,7 @@ from rq4lens.files import (
     parse_json,
     read_regular_file,
     remove_stale_temporaries,
+    set_aside,
     short_reason,
     write_bytes_atomic,
 )
@@ -230,9 +229,7 @@ class Store:
     def _set_aside(self, path: Path, reason: str) -> None:
         self.counters.set_aside.append((path.name, reason))
         log.warning("set aside %s and computing it again: %s", path.name, reason)
-        # Where the directory is read-only the file stays; it is not believed next time either.
-        with contextlib.suppress(OSError):
-            os.replace(path, path.with_name(f"{path.name}.damaged"))  # noqa: PTH105
+        set_aside(path)
 
 
 def _read_record(path: Path) -> Any:

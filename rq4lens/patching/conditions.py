@@ -15,7 +15,7 @@ from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.patch import MAPPED, RAW, Advance, Patch
 from rq4lens.results import ConditionResult
-from rq4lens.store import ConditionIngredients, Store, content_key
+from rq4lens.store import ConditionIngredients, Store
 
 CHUNK = 32
 """Patches measured and stored together. Rounding depends on how many rows a matrix product has, so
@@ -89,14 +89,15 @@ class Recorder:
         effects = self.experiment.engine.effects(
             [(patch,) for patch in patches], self.experiment.sources, self.advance
         )
-        payloads = [
+        measured = [
             {"kl_nats": kl.tolist(), "answer_logprob_change_nats": change.tolist()}
             for kl, change in zip(effects.kl_nats, effects.answer_logprob_change_nats, strict=True)
         ]
-        for patch, before, payload in zip(patches, stored, payloads, strict=True):
+        for patch, before, payload in zip(patches, stored, measured, strict=True):
             if self.store is not None and before is None:
                 self.store.put(self._ingredients(patch), payload)
-        return payloads
+        # What is stored is what the table shows, even where this machine would round otherwise.
+        return [before or new for before, new in zip(stored, measured, strict=True)]
 
     def _get(self, patch: Patch) -> dict[str, Any] | None:
         return None if self.store is None else self.store.get(self._ingredients(patch))
@@ -119,11 +120,11 @@ class Recorder:
         )
 
     def _ingredients(self, patch: Patch) -> ConditionIngredients:
-        layer_map = self.experiment.maps[patch.layer]
+        layer_map = self.experiment.source_maps.get((patch.layer, patch.source))
         return ConditionIngredients(
             **self._common,
-            # Raw and self patches do not pass through a map, so they outlive a change of map.
-            map_fingerprint=content_key(layer_map.ingredients) if patch.source == MAPPED else None,
+            # A source that passes through no map outlives a change of map.
+            map_fingerprint=None if layer_map is None else layer_map.fingerprint,
             layer=patch.layer,
             heads=patch.heads.indices,
             n_heads=patch.heads.n_heads,

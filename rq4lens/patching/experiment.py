@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import einops
 from jaxtyping import Float, Float64
@@ -79,7 +79,8 @@ class Experiment:
         raw_baseline: what ``"raw"`` inserts.
         kl_direction: which way the divergence is taken.
         k_positions: how many positions are patched, the decision token last.
-        fingerprints: hashes of everything the sources depend on.
+        source_maps: the map that a source went through, by ``(layer, source)``; a source without
+            one is the activation itself.
     """
 
     pair: ModelPair
@@ -92,7 +93,7 @@ class Experiment:
     raw_baseline: RawBaseline
     kl_direction: KLDirection
     k_positions: int
-    fingerprints: Mapping[str, Any] = field(default_factory=dict)
+    source_maps: Mapping[tuple[int, str], LayerMap] = field(default_factory=dict)
 
     @property
     def tuned_model(self) -> HookedTransformer:
@@ -234,6 +235,8 @@ def prepare(
         raw_baseline=raw_baseline,
         kl_direction=kl_direction,
         k_positions=activations.k_positions,
+        source_maps={(layer, MAPPED): each for layer, each in maps.items()}
+        | {(layer, RAW): each for layer, each in raw_maps.items()},
     )
 
 

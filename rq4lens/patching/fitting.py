@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
 from rq4lens.errors import UserError
+from rq4lens.files import set_aside
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
@@ -34,6 +36,8 @@ from rq4lens.patching.maps import (
     to_blocks,
 )
 from rq4lens.store import content_key
+
+log = logging.getLogger(__name__)
 
 MAP_NUMERICS = 1
 """Raised whenever the same ingredients would give other map weights than before."""
@@ -149,11 +153,22 @@ def _best_kept(recipes: Sequence[MapRecipe], directory: Path | None) -> LayerMap
     kept = []
     for recipe in recipes:
         path = None if directory is None else directory / recipe.file_name
-        if path is not None and path.exists():
-            found = load_map(path)
-            if found.ingredients == recipe.ingredients:
-                kept.append(found)
+        found = None if path is None else _load_kept(path)
+        if found is not None and found.ingredients == recipe.ingredients:
+            kept.append(found)
     return max(kept, key=lambda found: found.mean_cka or 0.0, default=None)
+
+
+def _load_kept(path: Path) -> LayerMap | None:
+    if not path.exists():
+        return None
+    try:
+        return load_map(path)
+    except UserError as problem:
+        log.warning("set aside %s and fitting it again: %s", path.name, problem)
+        for file in (path, path.with_suffix(".json")):
+            set_aside(file)
+        return None
 
 
 class _Blocks(NamedTuple):

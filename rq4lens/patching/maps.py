@@ -6,8 +6,10 @@ A map's **source** is the base model's z, its **target** the tuned model's z. It
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.files import read_json, write_bytes_atomic, write_json_atomic
+from rq4lens.store import content_key
 
 MapKind = Literal[
     "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
@@ -76,7 +79,7 @@ class LayerMap:
         weight: ``W``; ``block`` is the head for scope ``"head"`` and 1 for scope ``"layer"``.
         bias: ``b``.
         n_heads: heads of the layer.
-        ingredients: everything the fit depends on; its hash is the map's fingerprint.
+        ingredients: everything the fit depends on.
         diagnostics: held-out fit per head; empty when none was measured.
         details: what the fit chose by itself, such as the ridge strength.
     """
@@ -120,6 +123,19 @@ class LayerMap:
         values = [d.fitted.cka for d in self.diagnostics if d.fitted.cka is not None]
         return sum(values) / len(values) if values else None
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the bytes of ``W`` and ``b``."""
+        digest = hashlib.sha256()
+        for tensor in (self.weight, self.bias):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the map was fitted on and of what came out."""
+        return content_key({"ingredients": self.ingredients, "weights": self.weights_sha256})
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, as plain JSON values."""
         return {
@@ -132,6 +148,7 @@ class LayerMap:
             "ingredients": dict(self.ingredients),
             "details": dict(self.details),
             "diagnostics": [asdict(row) for row in self.diagnostics],
+            "weights_sha256": self.weights_sha256,
         }
 
 
@@ -163,8 +180,9 @@ def save_map(layer_map: LayerMap, path: Path) -> None:
         path: the safetensors file.
     """
     tensors = {"weight": layer_map.weight.contiguous(), "bias": layer_map.bias.contiguous()}
-    write_bytes_atomic(path, safetensors_save(tensors))
+    # The tensors come last: whoever finds them finds a complete map.
     write_json_atomic(path.with_suffix(".json"), layer_map.to_dict())
+    write_bytes_atomic(path, safetensors_save(tensors))
 
 
 def load_map(path: Path) -> LayerMap:
@@ -177,8 +195,8 @@ def load_map(path: Path) -> LayerMap:
         The map.
 
     Raises:
-        UserError: if a file is missing or damaged, or the tensors are not finite or do not have the
-            shapes that the JSON file promises.
+        UserError: if a file is missing or damaged, or the tensors are not finite, do not have the
+            shapes that the JSON file promises, or are not the ones that were written with it.
     """
     try:
         record = read_json(path.with_suffix(".json"))
@@ -201,6 +219,8 @@ def load_map(path: Path) -> LayerMap:
             "delete it, and the run fits it again."
         ) from problem
     _check_tensors(layer_map, path)
+    if layer_map.weights_sha256 != record.get("weights_sha256"):
+        raise UserError(f"map file {str(path)!r} does not match its checksum: delete it.")
     return layer_map
 
 

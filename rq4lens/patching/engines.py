@@ -1,16 +1,48 @@
-"""Choosing an engine."""
+"""Choosing the engine: the fastest one that is shown to be exact for the model at hand."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
 from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching.hooks import HookEngine
-from rq4lens.patching.patch import Engine
+from rq4lens.patching import cached, suffix
+from rq4lens.patching.activations import forward_batch
+from rq4lens.patching.hooks import HookEngine, patched_heads
+from rq4lens.patching.patch import Engine, Intervention, KLDirection, Patch, Sources
+from rq4lens.patching.row_engine import RowEngine
 
-EngineChoice = Literal["suffix", "hooks"]
+EngineChoice = Literal["suffix", "cached", "hooks"]
+
+logger = logging.getLogger("rq4lens")
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest logit difference to the native hook path that is put down to rounding.
+
+Relative to the largest logit. Half precision rounds every product along two different orders of
+the same sums, so only gross errors can be told from rounding there; the suffix engine is tested in
+float32.
+"""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    engine: type[RowEngine]
+    not_covered: Any
+
+
+_FAST_ENGINES = {
+    "suffix": _Candidate(suffix.SuffixEngine, suffix.not_covered),
+    "cached": _Candidate(cached.CachedEngine, cached.not_covered),
+}
 
 
 def make_engine(
@@ -18,7 +50,124 @@ def make_engine(
     prompts: TokenizedPrompts,
     *,
     prefer: EngineChoice = "suffix",
-    **settings: Any,
+    k_positions: int = 1,
+    batch_size: int = 32,
+    kl_direction: KLDirection = "patched||clean",
+    first_layer: int = 0,
+    max_bytes: int | None = None,
 ) -> Engine:
-    """The engine that was asked for, or the fastest that is exact for this model."""
-    return HookEngine(model, prompts, **settings)
+    """The engine that was asked for, or the fastest that is exact for this model.
+
+    An engine is used only if it covers the model's architecture and agrees with the native hooks on
+    two of the prompts; otherwise the next one is tried: suffix, cached, hooks. Which one it became
+    and why is logged once and kept in ``name`` and ``fallback_reason``.
+
+    Args:
+        model: the tuned model.
+        prompts: the measured prompts, tokenized for the tuned model.
+        prefer: the engine to try first.
+        k_positions: how many positions, ending at the decision token, are patched.
+        batch_size: prompts per clean forward pass.
+        kl_direction: which way the divergence is taken.
+        first_layer: the lowest layer that will be patched.
+        max_bytes: memory for what the engine keeps and computes; by default half of what is free
+            on a GPU.
+
+    Returns:
+        The engine.
+
+    Raises:
+        UserError: if a prompt has fewer tokens than positions to patch.
+    """
+    shared: dict[str, Any] = {"k_positions": k_positions, "kl_direction": kl_direction}
+    rows: dict[str, Any] = {"first_layer": first_layer, "max_bytes": max_bytes}
+    order = list(_FAST_ENGINES)
+    reasons: list[str] = []
+    for name in order[order.index(prefer) :] if prefer in order else []:
+        candidate = _FAST_ENGINES[name]
+        reason = _why_not(candidate, model, prompts, {**shared, **rows})
+        if reason is None:
+            engine: Engine = candidate.engine(
+                model, prompts, batch_size=batch_size, **shared, **rows
+            )
+            break
+        reasons.append(f"engine {name} is not used because {reason}")
+    else:
+        engine = HookEngine(model, prompts, batch_size=batch_size, **shared)
+    engine.fallback_reason = "; ".join(reasons) or None
+    if reasons:
+        logger.warning("%s; using engine %s", engine.fallback_reason, engine.name)
+    return engine
+
+
+def _why_not(
+    candidate: _Candidate,
+    model: HookedTransformer,
+    prompts: TokenizedPrompts,
+    settings: dict[str, Any],
+) -> str | None:
+    reason: str | None = candidate.not_covered(model)
+    if reason is not None:
+        return reason
+    probe = candidate.engine(model, shortest_and_longest(prompts), **settings)
+    try:
+        difference = difference_to_hooks(probe)
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as problem:
+        # Whatever goes wrong in an unforeseen architecture, the native hooks still measure it.
+        return f"it fails on this model ({type(problem).__name__}: {problem})"
+    tolerance = TOLERANCE.get(model.cfg.dtype, 0.0)
+    if difference <= tolerance:
+        return None
+    return (
+        f"its logits differ from those of native hooks by {difference:.2g} of the largest logit "
+        f"(allowed: {tolerance:g})"
+    )
+
+
+def shortest_and_longest(prompts: TokenizedPrompts) -> TokenizedPrompts:
+    """Two prompts that differ in length as much as possible, so that padding and windows matter."""
+    order = prompts.lengths.argsort(stable=True).tolist()
+    chosen = dict.fromkeys([order[0], order[-1]])
+    return TokenizedPrompts(
+        tuple(prompts.ids[row] for row in chosen), tuple(prompts.token_ids[row] for row in chosen)
+    )
+
+
+def difference_to_hooks(engine: RowEngine) -> float:
+    """How far an engine is from the native hook path, on its own prompts.
+
+    Every head of the lowest layer is half replaced by noise, so that all that follows is far from
+    the clean run.
+
+    Args:
+        engine: the engine.
+
+    Returns:
+        Largest absolute difference of the logits at the decision token, relative to the largest
+        logit; infinite if a logit is not a number.
+    """
+    layer, model = engine.first_layer, engine.model
+    z = engine.tuned_z(layer)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    sources = Sources({(layer, "noise"): (noise * z.float().std(unbiased=False)).to(z.dtype)})
+    intervention = (Patch(layer, HeadSet.all(model.cfg.n_heads), 0.5, "noise"),)
+    native = native_logits(engine, intervention, sources)
+    difference = (engine.logits([intervention], sources)[0].double() - native.double()).abs().max()
+    relative = float(difference / native.double().abs().max())
+    return relative if relative == relative else float("inf")  # noqa: PLR0124 - NaN
+
+
+@torch.no_grad()
+def native_logits(
+    engine: RowEngine, intervention: Intervention, sources: Sources
+) -> Float[Tensor, "prompt vocab"]:
+    """Logits at the decision token by one full forward pass through native hooks."""
+    cfg = engine.model.cfg
+    logits = torch.empty(len(engine.prompts), cfg.d_vocab_out, dtype=cfg.dtype)
+    for batch in engine.prompts.batches(len(engine.prompts)):
+        with patched_heads(engine.model, intervention, sources, batch, engine.k_positions):
+            every = forward_batch(engine.model, batch)
+        logits[batch.rows] = every[torch.arange(len(every)), batch.decision].cpu()
+    return logits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,12 @@ class HookEngine:
         self.batch_size = batch_size
         self.padding_side: PaddingSide = padding_side
         self.kl_direction: KLDirection = kl_direction
+        self.fallback_reason: str | None = None
+
+    @property
+    def memory_report(self) -> dict[str, Any]:
+        """What memory was asked for and used, for the record of a run."""
+        return {"batch_size": self.batch_size}
 
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of the tuned model at the patched positions of a layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import einops
 import torch
@@ -101,15 +101,9 @@ def next_token_kl(
         direction: ``"patched||clean"`` is ``KL(p_patched || p_clean)``, the method's quantity.
 
     Returns:
-        The divergence in nats, computed in float32 or better.
+        The divergence in nats, computed in the precision above that of the logits.
     """
-    patched = _log_probs(patched_logits)
-    clean = _log_probs(clean_logits)
-    first, second = (patched, clean) if direction == "patched||clean" else (clean, patched)
-    # Both arguments finite: softmax never returns an exact zero here unless a logit is -inf, and
-    # 0 * (-inf - x) would be NaN where the limit is 0.
-    terms = first.exp() * (first - second)
-    return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(-1)
+    return next_token_effects(patched_logits, clean_logits, direction)[0]
 
 
 def answer_logprob_change(
@@ -122,17 +116,50 @@ def answer_logprob_change(
         clean_logits: logits of the clean tuned model.
 
     Returns:
-        The change in nats, computed in float32 or better.
+        The change in nats, computed in the precision above that of the logits.
+    """
+    return next_token_effects(patched_logits, clean_logits)[1]
+
+
+def next_token_effects(
+    patched_logits: Float[Tensor, "*rows vocab"],
+    clean_logits: Float[Tensor, "*#rows vocab"],
+    direction: KLDirection = "patched||clean",
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """Both measures of :class:`Effects`, from one softmax of each side.
+
+    Args:
+        patched_logits: logits of the patched tuned model.
+        clean_logits: logits of the clean tuned model.
+        direction: which way the divergence is taken.
+
+    Returns:
+        The divergence, and the change of the log-probability of the clean model's most likely
+        token, both in nats.
     """
     patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
-    return einops.rearrange(change, "... 1 -> ...")
+    first, second = (patched, clean) if direction == "patched||clean" else (clean, patched)
+    return _divergence(first, second), einops.rearrange(change, "... 1 -> ...")
+
+
+def _divergence(
+    first: Float[Tensor, "*#rows vocab"], second: Float[Tensor, "*#rows vocab"]
+) -> Float[Tensor, "*rows"]:
+    kl = (first - second).mul_(first.exp()).sum(-1)
+    if kl.isnan().any():
+        # A logit of minus infinity gives 0 * (-inf - x), which is NaN where the limit is 0.
+        terms = torch.where(first == -torch.inf, 0.0, first.exp() * (first - second))
+        kl = terms.sum(-1)
+    return kl
 
 
 def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    return precise.log_softmax(-1)
+    # One precision above the logits: a divergence is of second order in the logits' difference, so
+    # rounding log-probabilities to the logits' own precision would swamp the small ones.
+    half = logits.dtype.itemsize < 4
+    return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
 
 
 class Sources(Mapping[tuple[int, str], Tensor]):
@@ -192,6 +219,12 @@ class Engine(Protocol):
     """Measures interventions on the tuned model over a fixed list of prompts."""
 
     name: str
+    fallback_reason: str | None
+    """Why a faster engine is not used, for the record of a run."""
+
+    @property
+    def memory_report(self) -> Mapping[str, Any]:
+        """What memory was asked for and used, for the record of a run."""
 
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of the tuned model at the patched positions of a layer."""

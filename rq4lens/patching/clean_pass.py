@@ -1,0 +1,193 @@
+"""One clean pass of the tuned model that keeps what every condition will need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.components import TransformerBlock
+from transformer_lens.hook_points import HookPoint
+
+from rq4lens.models.prompts import TokenBatch
+from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
+from rq4lens.patching.attention_row import SharedKeys, attention_bias, attention_input
+
+COLUMN_MULTIPLE = 8
+"""Half-precision matrix products are fast when their sides are multiples of this."""
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """What one layer of the clean pass leaves behind.
+
+    Args:
+        resid: the residual stream entering the layer, at the patched positions.
+        z: the head activations there.
+        shared: keys and values of the earlier positions.
+    """
+
+    resid: Float[Tensor, "prompt position d_model"]
+    z: Float[Tensor, "prompt position head d_head"]
+    shared: SharedKeys
+
+    def of_prompts(self, prompts: slice) -> KeptLayer:
+        """The same for some of the prompts."""
+        return KeptLayer(self.resid[prompts], self.z[prompts], self.shared.of_prompts(prompts))
+
+    def to(self, device: torch.device) -> KeptLayer:
+        """The same on another device."""
+        return KeptLayer(self.resid.to(device), self.z.to(device), self.shared.to(device))
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the layer's tensors take."""
+        tensors = (self.resid, self.z, self.shared.keys, self.shared.values)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """A batch of prompts after its clean pass.
+
+    Args:
+        rows: which prompts of the engine these are.
+        position_mask: ones for each prompt's tokens, aligned to the right.
+        layers: what is kept, by layer.
+    """
+
+    rows: Int[Tensor, "prompt"]
+    position_mask: Int[Tensor, "prompt pos"]
+    layers: dict[int, KeptLayer]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the batch takes."""
+        return sum(layer.n_bytes for layer in self.layers.values())
+
+    def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of a layer."""
+        return self.layers[layer].z
+
+    def to(self, device: torch.device) -> KeptBatch:
+        """The batch on another device."""
+        layers = {index: layer.to(device) for index, layer in self.layers.items()}
+        return KeptBatch(self.rows, self.position_mask.to(device), layers)
+
+
+def clean_pass(
+    model: HookedTransformer, batch: TokenBatch, first_layer: int, n_positions: int
+) -> KeptBatch:
+    """Run the model once over right-padded prompts and keep what a patched row will look at.
+
+    Of the last block only the attention is run: its MLP and the unembedding are read at the
+    decision token alone, where the engine's own clean row computes them.
+
+    Args:
+        model: the tuned model.
+        batch: the prompts, cut at the decision token and padded on the right.
+        first_layer: the lowest layer that will be patched.
+        n_positions: how many positions, ending at the decision token, will be patched.
+
+    Returns:
+        What is kept of the layers from ``first_layer`` up, on the model's device.
+    """
+    positions = patched_positions(batch, n_positions).to(device_of(model))
+    at = (torch.arange(len(positions), device=positions.device)[:, None], positions)
+    z: dict[int, Tensor] = {}
+    layers: dict[int, KeptLayer] = {}
+    bias = _bias_of_layers(model, batch, n_positions)
+    resid = forward_batch(model, batch, stop_at_layer=first_layer)
+    with model.hooks(fwd_hooks=_z_readers(z, range(first_layer, model.cfg.n_layers), at)):
+        for layer in range(first_layer, model.cfg.n_layers):
+            block, kept = model.blocks[layer], _KeptKeys(resid)
+            entering = resid[at]
+            if layer < model.cfg.n_layers - 1:
+                resid = block(resid, past_kv_cache_entry=kept)
+            else:
+                _run_attention(block, resid, kept)
+            shared = kept.share(block.attn, n_positions, bias(block.attn))
+            layers[layer] = KeptLayer(entering, z[layer], shared)
+    return KeptBatch(batch.rows, _aligned_right(batch.lengths).to(positions.device), layers)
+
+
+def _run_attention(block: TransformerBlock, resid: Tensor, kept: _KeptKeys) -> None:
+    read = attention_input(block, resid)
+    block.attn(read, read, read, past_kv_cache_entry=kept)
+
+
+class _KeptKeys(TransformerLensKeyValueCacheEntry):
+    """A cache entry that starts empty and keeps what the attention appends, without copying it."""
+
+    def __init__(self, resid: Float[Tensor, "prompt pos d_model"]) -> None:
+        nothing = resid.new_empty(len(resid), 0, 1, 1)
+        super().__init__(past_keys=nothing, past_values=nothing)
+
+    def append(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        self.past_keys, self.past_values = new_keys, new_values
+        return new_keys, new_values
+
+    def share(self, attn: Any, n_positions: int, bias: Tensor | None) -> SharedKeys:
+        """Keys and values in the layout of the decision row, the row's own columns left empty."""
+        keys = self.past_keys
+        if attn.cfg.positional_embedding_type == "rotary":
+            keys = attn.apply_rotary(keys)
+        return SharedKeys(
+            _by_head(keys, n_positions), _by_head(self.past_values, n_positions), bias
+        )
+
+
+def _by_head(
+    heads: Float[Tensor, "prompt pos kv_head d_head"], n_positions: int
+) -> Float[Tensor, "prompt kv_head key d_head"]:
+    n_prompts, n_pos, n_heads, d_head = heads.shape
+    columns = heads.new_zeros(n_prompts, n_heads, n_columns(n_pos), d_head)
+    earlier = heads[:, : n_pos - n_positions]
+    columns[:, :, : n_pos - n_positions] = rearrange(
+        earlier, "prompt pos kv_head d_head -> prompt kv_head pos d_head"
+    )
+    return columns
+
+
+def n_columns(n_pos: int) -> int:
+    """Key columns for prompts of this padded length."""
+    return -(-n_pos // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+
+def _bias_of_layers(
+    model: HookedTransformer, batch: TokenBatch, n_positions: int
+) -> Callable[[Any], Tensor | None]:
+    """The score bias of an attention module; layers of one kind share it."""
+    by_kind: dict[str, Tensor | None] = {}
+
+    def bias(attn: Any) -> Tensor | None:
+        if attn.attn_type not in by_kind:
+            columns = n_columns(batch.tokens.shape[1])
+            made = attention_bias(attn, batch.lengths, n_positions, columns)
+            by_kind[attn.attn_type] = None if made is None else made.to(device_of(model))
+        return by_kind[attn.attn_type]
+
+    return bias
+
+
+def _aligned_right(lengths: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt pos"]:
+    longest = int(lengths.max())
+    return (torch.arange(longest) >= longest - lengths[:, None]).long()
+
+
+def _z_readers(
+    z: dict[int, Tensor], layers: range, at: tuple[Tensor, Tensor]
+) -> list[tuple[str, Any]]:
+    def reader(layer: int) -> Any:
+        def read(value: Tensor, hook: HookPoint) -> None:  # noqa: ARG001 - passed by TransformerLens
+            z[layer] = value[at]
+
+        return read
+
+    return [(z_site(layer), reader(layer)) for layer in layers]

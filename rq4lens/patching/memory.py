@@ -1,0 +1,244 @@
+"""How many rows fit: a byte budget, and what happens when it was too large."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from rq4lens.errors import UserError
+from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.patching.activations import device_of
+
+logger = logging.getLogger("rq4lens")
+
+CPU_BUDGET_BYTES = 256 * 2**20
+"""Small enough that a chunk's largest tensors do not crowd out everything else on a laptop."""
+
+FREE_SHARE_OF_GPU = 0.5
+"""Share of the free GPU memory that is used unless told otherwise."""
+
+
+def default_budget_bytes(device: torch.device) -> int:
+    """Memory for the rows in flight when the user names none.
+
+    Args:
+        device: where the rows are computed.
+
+    Returns:
+        Half of the free memory of a GPU; a fixed amount elsewhere.
+    """
+    if device.type != "cuda":
+        return CPU_BUDGET_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(FREE_SHARE_OF_GPU * (free + reusable))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some prompts by some conditions: the rows that are computed together."""
+
+    prompts: slice
+    conditions: slice
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of prompts."""
+        return self.prompts.stop - self.prompts.start
+
+    @property
+    def n_conditions(self) -> int:
+        """Number of conditions."""
+        return self.conditions.stop - self.conditions.start
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.n_prompts * self.n_conditions
+
+    def split(self, max_rows: int) -> list[Block]:
+        """Blocks of at most ``max_rows`` rows; prompts are divided first.
+
+        Conditions stay together as long as they can: they share one clean reference row and the
+        keys of their prompt.
+        """
+        conditions = even_parts(self.conditions, max_rows)
+        widest = max(part.stop - part.start for part in conditions)
+        prompts = even_parts(self.prompts, max(1, max_rows // widest))
+        return [Block(some, part) for part in conditions for some in prompts]
+
+
+def even_parts(whole: slice, largest: int) -> list[slice]:
+    """The slice in parts of nearly equal size, none above ``largest``."""
+    size = whole.stop - whole.start
+    n_parts = max(1, -(-size // largest))
+    edges = [whole.start + size * part // n_parts for part in range(n_parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+@dataclass
+class RowBudget:
+    """Rows that are computed together, and how memory limited them.
+
+    Args:
+        max_bytes: memory for the rows in flight.
+        bytes_per_row: what one row is expected to need at its widest point.
+        max_rows: rows that are computed together; halved when memory runs out.
+        largest_chunk_rows: the largest block that was finished.
+        n_chunks: blocks that were finished.
+        n_out_of_memory: how often a block had to be divided.
+    """
+
+    max_bytes: int
+    bytes_per_row: int
+    max_rows: int = field(init=False)
+    largest_chunk_rows: int = 0
+    n_chunks: int = 0
+    n_out_of_memory: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_rows = max(1, self.max_bytes // self.bytes_per_row)
+
+    def run(self, whole: Block, work: Callable[[Block], None]) -> None:
+        """Work through a block in pieces that fit, halving the pieces when memory runs out.
+
+        What is finished stays finished: only the piece that failed is divided and tried again.
+
+        Args:
+            whole: all prompts and conditions.
+            work: computes one piece and stores its result.
+
+        Raises:
+            UserError: if a single row does not fit.
+        """
+        pending = [whole]
+        while pending:
+            block = pending.pop()
+            if block.n_rows > self.max_rows:
+                pending.extend(reversed(block.split(self.max_rows)))
+            elif self._fits(block, work):
+                self._finished(block)
+            else:
+                self._shrink(block)
+                pending.append(block)
+
+    @staticmethod
+    def _fits(block: Block, work: Callable[[Block], None]) -> bool:
+        try:
+            work(block)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _finished(self, block: Block) -> None:
+        self.n_chunks += 1
+        self.largest_chunk_rows = max(self.largest_chunk_rows, block.n_rows)
+
+    def _shrink(self, block: Block) -> None:
+        # Outside the handler of the error, which would keep the failed tensors alive.
+        if block.n_rows == 1:
+            raise UserError(
+                "memory ran out with a single prompt and condition in flight: use shorter prompts, "
+                "a smaller dtype such as bfloat16, or a device with more free memory."
+            )
+        self.n_out_of_memory += 1
+        self.max_rows = block.n_rows // 2
+        logger.warning("memory ran out at %d rows; going on with %d", block.n_rows, self.max_rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def report(self) -> dict[str, int]:
+        """What was asked for and what was used, for the record of a run."""
+        return {
+            "budget_bytes": self.max_bytes,
+            "bytes_per_row": self.bytes_per_row,
+            "max_rows": self.max_rows,
+            "largest_chunk_rows": self.largest_chunk_rows,
+            "n_chunks": self.n_chunks,
+            "n_out_of_memory": self.n_out_of_memory,
+        }
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the clean pass is kept, and how much is computed together.
+
+    Args:
+        passes: budget of the clean pass; a row is a prompt.
+        rows: budget of the conditions; a row is a prompt under one condition.
+        keep_on_device: False when the clean pass is kept in main memory, because it would take
+            more than half of the device memory asked for.
+    """
+
+    passes: RowBudget
+    rows: RowBudget
+    keep_on_device: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedTransformer,
+        prompts: TokenizedPrompts,
+        rows_copy_keys: bool = False,
+        max_bytes: int | None = None,
+        batch_size: int | None = None,
+    ) -> MemoryPlan:
+        """Divide a memory budget.
+
+        Args:
+            model: the tuned model.
+            prompts: the measured prompts.
+            rows_copy_keys: whether each row needs its own copy of its prompt's keys and values.
+            max_bytes: the budget; by default half of what is free on a GPU.
+            batch_size: an upper limit on the prompts of one clean forward pass.
+
+        Returns:
+            The plan.
+        """
+        cfg, device = model.cfg, device_of(model)
+        budget = default_budget_bytes(device) if max_bytes is None else max_bytes
+        longest = int(prompts.lengths.max())
+        keys = kept_bytes_per_prompt(cfg, longest)
+        keep_on_device = device.type == "cpu" or keys * len(prompts) <= budget // 2
+        # On a CPU the kept pass lies in main memory like everything else and is not budgeted.
+        kept = min(keys * len(prompts), budget // 2) if device.type != "cpu" else 0
+        in_pass = longest * bytes_per_row(cfg, longest, vocab=0) + keys
+        in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out) + keys * rows_copy_keys
+        passes, rows = RowBudget(budget - kept, in_pass), RowBudget(budget - kept, in_row)
+        if batch_size is not None:
+            passes.max_rows = min(passes.max_rows, batch_size)
+        return cls(passes, rows, keep_on_device)
+
+    def report(self) -> dict[str, Any]:
+        """What was asked for and used, for the record of a run."""
+        return {
+            "kept_on_device": self.keep_on_device,
+            "clean_pass": self.passes.report(),
+            "rows": self.rows.report(),
+        }
+
+
+def kept_bytes_per_prompt(cfg: HookedTransformerConfig, n_pos: int) -> int:
+    """Memory of one prompt's kept keys and values over all layers."""
+    n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
+    return 2 * cfg.n_layers * n_pos * n_kv_heads * cfg.d_head * cfg.dtype.itemsize
+
+
+def bytes_per_row(cfg: HookedTransformerConfig, n_pos: int, vocab: int) -> int:
+    """Memory of one row at its widest point, estimated from above.
+
+    The three wide points are not reached together: attention (queries, scores and their copies),
+    the MLP, and the vocabulary (logits and log-probabilities in the next higher precision).
+    """
+    size = cfg.dtype.itemsize
+    always = 6 * cfg.d_model * max(size, 4)
+    attention = size * cfg.n_heads * (8 * cfg.d_head + 4 * n_pos)
+    mlp = 5 * size * (cfg.d_mlp or 0) * (cfg.experts_per_token or 1)
+    logits = vocab * (size + 3 * 2 * size)
+    return always + max(attention, mlp, logits)

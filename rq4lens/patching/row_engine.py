@@ -1,0 +1,259 @@
+"""What the engines share that measure conditions as rows at the decision token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.patching.activations import check_layers, device_of
+from rq4lens.patching.hooks import check_interventions
+from rq4lens.patching.memory import Block, MemoryPlan
+from rq4lens.patching.patch import (
+    Advance,
+    Effects,
+    Intervention,
+    KLDirection,
+    Sources,
+    next_token_effects,
+)
+from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
+
+SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
+
+
+class Kept(Protocol):
+    """A batch of prompts after its clean pass."""
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the engine these are."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the batch takes."""
+
+    def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of a layer."""
+
+    def to(self, device: torch.device) -> Any:
+        """The batch on another device."""
+
+
+class RowEngine(ABC):
+    """Measures interventions on the tuned model from one clean pass of it.
+
+    Args:
+        model: the tuned model.
+        prompts: the measured prompts, tokenized for the tuned model.
+        k_positions: how many positions, ending at the decision token, are patched.
+        first_layer: the lowest layer that will be asked for; a lower one is served too, by another
+            clean pass.
+        max_bytes: memory for everything the engine keeps and computes; by default half of what is
+            free on a GPU.
+        batch_size: prompts per clean forward pass, if memory allows; by default as many as it does.
+        kl_direction: which way the divergence is taken.
+    """
+
+    name: str
+    padding_side: PaddingSide
+    rows_copy_keys: bool
+    """Whether each row needs its own copy of its prompt's keys and values."""
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        prompts: TokenizedPrompts,
+        *,
+        k_positions: int = 1,
+        first_layer: int = 0,
+        max_bytes: int | None = None,
+        batch_size: int | None = None,
+        kl_direction: KLDirection = "patched||clean",
+    ) -> None:
+        check_layers([first_layer], model.cfg.n_layers)
+        self.model = model
+        self.prompts = prompts
+        self.k_positions = k_positions
+        self.kl_direction: KLDirection = kl_direction
+        self.fallback_reason: str | None = None
+        self._memory = MemoryPlan.of(model, prompts, self.rows_copy_keys, max_bytes, batch_size)
+        self.first_layer = first_layer
+        self._kept: list[Any] = []
+
+    @abstractmethod
+    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> Kept:
+        """Run the clean model once over a batch and keep what rows from ``first_layer`` up need."""
+
+    @abstractmethod
+    def _group_logits(
+        self, kept: Any, prompts: slice, rows: Rows, sources: SourceTensors
+    ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
+        """Logits at the decision token of each group's rows, the clean reference first."""
+
+    @property
+    def memory_report(self) -> dict[str, Any]:
+        """What memory was asked for and used, for the record of a run."""
+        kept = sum(batch.n_bytes for batch in self._kept)
+        return {"kept_bytes": kept, **self._memory.report()}
+
+    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of the tuned model at the patched positions of a layer.
+
+        Args:
+            layer: the layer to read.
+
+        Returns:
+            The activations in the order of the prompts, on the CPU.
+
+        Raises:
+            UserError: if the model has no such layer.
+        """
+        check_layers([layer], self.model.cfg.n_layers)
+        z = torch.empty(self._site_shape, dtype=self.model.cfg.dtype)
+        for kept in self._clean(layer):
+            z[kept.rows] = kept.z(layer).cpu()
+        return z
+
+    def effects(
+        self,
+        interventions: Sequence[Intervention],
+        sources: Sources,
+        advance: Advance | None = None,
+    ) -> Effects:
+        """Effect of each intervention on each prompt.
+
+        Args:
+            interventions: what to patch; each is measured by itself.
+            sources: the activations that are blended in; they may lie on another device.
+            advance: called with the number of rows (prompt x intervention) just finished.
+
+        Returns:
+            The effects, in the order of the interventions and prompts.
+
+        Raises:
+            UserError: if a layer, head set or source does not fit the model, or if memory runs out
+                with a single row in flight.
+        """
+        both = np.empty((2, len(interventions), len(self.prompts)))
+
+        def store(group: RowGroup, prompts: Tensor, logits: Tensor) -> None:
+            measured = next_token_effects(logits[:, 1:], logits[:, :1], self.kl_direction)
+            by_condition = rearrange(
+                torch.stack(measured), "measure prompt condition -> measure condition prompt"
+            )
+            at = np.array(group.conditions)[:, None], prompts.numpy()
+            both[:, *at] = by_condition.cpu().numpy()
+
+        self._run(interventions, sources, store, advance)
+        return Effects(both[0], both[1])
+
+    def logits(
+        self, interventions: Sequence[Intervention], sources: Sources
+    ) -> Float[Tensor, "condition prompt vocab"]:
+        """Logits at the decision token under each intervention.
+
+        Args:
+            interventions: what to patch; each is applied by itself.
+            sources: the activations that are blended in.
+
+        Returns:
+            The logits on the CPU, in the order of the interventions and prompts.
+
+        Raises:
+            UserError: as for :meth:`effects`.
+        """
+        cfg = self.model.cfg
+        shape = (len(interventions), len(self.prompts), cfg.d_vocab_out)
+        every = torch.empty(shape, dtype=cfg.dtype)
+
+        def store(group: RowGroup, prompts: Tensor, logits: Tensor) -> None:
+            patched = rearrange(logits[:, 1:], "prompt condition vocab -> condition prompt vocab")
+            every[torch.tensor(group.conditions)[:, None], prompts] = patched.cpu()
+
+        self._run(interventions, sources, store)
+        return every
+
+    @property
+    def _site_shape(self) -> tuple[int, int, int, int]:
+        cfg = self.model.cfg
+        return len(self.prompts), self.k_positions, cfg.n_heads, cfg.d_head
+
+    @torch.no_grad()
+    def _run(
+        self,
+        interventions: Sequence[Intervention],
+        sources: Sources,
+        store: Callable[[RowGroup, Int[Tensor, "prompt"], Float[Tensor, "prompt row vocab"]], None],
+        advance: Advance | None = None,
+    ) -> None:
+        """Compute all rows in chunks that fit into memory, and hand over each group's logits."""
+        check_interventions(interventions, self.model)
+        n_layers, device = self.model.cfg.n_layers, device_of(self.model)
+        entries = [entry_layer(intervention, n_layers - 1) for intervention in interventions]
+        order = sorted(range(len(interventions)), key=entries.__getitem__)
+
+        @lru_cache
+        def arrange(start: int, stop: int) -> Rows:
+            return Rows.arrange(order[start:stop], interventions, n_layers, device)
+
+        for kept in self._clean(min(entries, default=n_layers - 1)):
+            here, incoming = kept.to(device), self._sources_of(kept, interventions, sources)
+
+            def work(block: Block, here: Any = here, incoming: SourceTensors = incoming) -> None:
+                rows = arrange(block.conditions.start, block.conditions.stop)
+                some = {key: source[block.prompts] for key, source in incoming.items()}
+                for group, logits in self._group_logits(here, block.prompts, rows, some):
+                    store(group, here.rows[block.prompts], logits)
+                if advance is not None:
+                    advance(block.n_rows)
+
+            whole = Block(slice(0, len(kept.rows)), slice(0, len(interventions)))
+            self._memory.rows.run(whole, work)
+
+    def _sources_of(
+        self, kept: Kept, interventions: Sequence[Intervention], sources: Sources
+    ) -> SourceTensors:
+        device, dtype = device_of(self.model), self.model.cfg.dtype
+        chosen = dict(used_sources(interventions, sources))
+        for key, source in chosen.items():
+            check_source(key, source, self._site_shape)
+        return {key: source[kept.rows].to(device, dtype) for key, source in chosen.items()}
+
+    def _clean(self, lowest: int) -> list[Any]:
+        """The clean pass, made on first use; a patch below its first layer makes another."""
+        if not self._kept or lowest < self.first_layer:
+            self.first_layer = min(lowest, self.first_layer)
+            self._kept = self._clean_passes()
+        return self._kept
+
+    @torch.no_grad()
+    def _clean_passes(self) -> list[Any]:
+        every = next(self.prompts.batches(len(self.prompts), self.padding_side))
+        made: list[Any] = []
+
+        def work(block: Block) -> None:
+            kept = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
+            made.append(kept if self._memory.keep_on_device else kept.to(torch.device("cpu")))
+
+        self._memory.passes.run(Block(slice(0, len(self.prompts)), slice(0, 1)), work)
+        return made
+
+
+def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
+    """Part of a batch, without the padding that no prompt of the part needs."""
+    mask = batch.attention_mask[prompts]
+    longest = int(mask.sum(-1).max())
+    used = slice(-longest, None) if batch.padding_side == "left" else slice(longest)
+    return TokenBatch(
+        batch.rows[prompts], batch.tokens[prompts, used], mask[:, used], batch.padding_side
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rq4lens.analysis.statistics import Estimate
 from rq4lens.heads import Head, HeadSet
 
 
+@singledispatch
 def plain(value: Any) -> Any:
     """A record, and everything in it, as strict JSON values.
 
@@ -28,35 +30,49 @@ def plain(value: Any) -> Any:
     Raises:
         ValueError: for a number that is not finite; undefined values must be None with a reason.
     """
-    if isinstance(value, Estimate):
-        return value.fields("value")
-    if isinstance(value, Head):
-        return value.label
-    if isinstance(value, HeadSet):
-        return list(value.indices)
-    if is_dataclass(value) and not isinstance(value, type):
-        return _record({field.name: getattr(value, field.name) for field in fields(value)})
-    if isinstance(value, Mapping):
-        return _record(value)
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    return _scalar(value)
+    if is_dataclass(value):
+        return plain({field.name: getattr(value, field.name) for field in fields(value)})
+    return value
 
 
-def _record(values: Mapping[Any, Any]) -> dict[str, Any]:
+@plain.register
+def _(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number: undefined values are None with a reason.")
+    return float(value)
+
+
+@plain.register
+def _(value: Estimate) -> dict[str, Any]:
+    return value.fields("value")
+
+
+@plain.register
+def _(value: Head) -> str:
+    return value.label
+
+
+@plain.register
+def _(value: HeadSet) -> list[int]:
+    return list(value.indices)
+
+
+@plain.register(Mapping)
+def _(value: Mapping[Any, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Estimate):
-            record |= value.fields(str(name))
-        else:
-            record[str(name)] = plain(value)
+    for name, item in value.items():
+        is_estimate = isinstance(item, Estimate)
+        record |= item.fields(str(name)) if is_estimate else {str(name): plain(item)}
     return record
 
 
-def _scalar(value: Any) -> Any:
-    number = value.item() if isinstance(value, np.generic) else value
-    if isinstance(number, float) and not math.isfinite(number):
-        raise ValueError(f"{number} is not a JSON number: undefined values are None with a reason.")
-    return number
+@plain.register(tuple)
+@plain.register(list)
+def _(value: tuple[Any, ...] | list[Any]) -> list[Any]:
+    return [plain(item) for item in value]
+
+
+@plain.register(np.ndarray)
+@plain.register(np.generic)
+def _(value: np.ndarray | np.generic) -> Any:
+    return plain(value.tolist())

@@ -1,0 +1,253 @@
+"""The coverage table: top-k heads beside random, cross-fitted and best-found sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rq4lens.analysis.best_sets import best_subsets
+from rq4lens.analysis.crossfit import CrossFit
+from rq4lens.analysis.curves import curve_of, ranking_curve
+from rq4lens.analysis.measured import Indices, MeasuredSets
+from rq4lens.analysis.metrics import FullEffect
+from rq4lens.analysis.random_sets import (
+    RandomBand,
+    RandomRankings,
+    at_least,
+    describe,
+    monte_carlo_p_value,
+    random_band,
+    random_sets,
+)
+from rq4lens.analysis.records import CoverageCurve, CoverageRow, RandomSets
+from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
+from rq4lens.results import HeadRanking, RankBy
+
+NO_EXPERIMENT = "only the grid was given: new head sets would have to be measured"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Coverage of one ranking, with everything it is to be compared with.
+
+    Args:
+        rows: the coverage table, a row a k.
+        curves: plain, cross-fitted and best-subset curves; empty without an experiment.
+        random: random head sets by size.
+        random_p_value: probability that a random ranking strays as far, over all sizes at once.
+    """
+
+    rows: tuple[CoverageRow, ...]
+    curves: tuple[CoverageCurve, ...]
+    random: tuple[RandomSets, ...]
+    random_p_value: float | None
+
+
+@dataclass(frozen=True)
+class CoverageStudy:
+    """What a coverage table is made from.
+
+    Args:
+        ranking: the ranking whose top k is shown.
+        rank_by: the score by which halves of the prompts are ranked.
+        ks: the sizes shown.
+        seed_sets: the run's own random sets, by size and seed.
+        measured: the head sets measured so far.
+        full: the full effect.
+        bootstrap: the resamples.
+        n_random_sets: random sets drawn of each size that has more.
+        n_splits: random half splits behind the cross-fitted numbers.
+        seed: seed of splits and draws.
+    """
+
+    ranking: HeadRanking
+    rank_by: RankBy
+    ks: tuple[int, ...]
+    seed_sets: Mapping[int, Mapping[int, Indices]]
+    measured: MeasuredSets
+    full: FullEffect
+    bootstrap: Bootstrap
+    n_random_sets: int = 1000
+    n_splits: int = 5
+    seed: int = 0
+
+    @property
+    def full_delta(self) -> float | None:
+        """``ΔKL(ALL)``, or None when it cannot be a denominator."""
+        return None if self.full.undefined_because else self.full.delta.value
+
+    def top(self, k: int) -> Indices:
+        """The top k heads, best first."""
+        return self.ranking.top(k)
+
+    def plain_estimates(self) -> list[Estimate]:
+        """Coverage of the top k, ranked and scored on the same prompts, by k."""
+        sets = [self.top(k) for k in self.ks]
+        estimates = _coverage_of(self, self.measured.delta_nats(sets))
+        return [
+            _by_definition(self, k, estimate, 100.0)
+            for k, estimate in zip(self.ks, estimates, strict=True)
+        ]
+
+
+def coverage_of_grid(study: CoverageStudy) -> Coverage:
+    """The coverage table from the grid's own conditions alone."""
+    random = tuple(
+        describe(
+            k,
+            study.measured.delta(study.seed_sets[k].values()),
+            False,
+            full_delta=study.full_delta,
+            of_seeds=dict(
+                zip(
+                    study.seed_sets[k],
+                    study.measured.delta(study.seed_sets[k].values()).tolist(),
+                    strict=True,
+                )
+            ),
+        )
+        for k in study.ks
+        if study.seed_sets.get(k)
+    )
+    by_k = {sets.k: sets for sets in random}
+    rows = tuple(
+        _row(study, k, estimate, by_k.get(k), reason=NO_EXPERIMENT)
+        for k, estimate in zip(study.ks, study.plain_estimates(), strict=True)
+    )
+    return Coverage(rows, (), random, None)
+
+
+def coverage(study: CoverageStudy) -> Coverage:
+    """The coverage table with curves, random sets, cross-fitting and the best sets found.
+
+    Args:
+        study: what it is made from; its experiment measures what is missing.
+    """
+    cross_fit = CrossFit.of(study.measured, study.rank_by, study.n_splits, study.seed)
+    rankings = RandomRankings.draw(cross_fit, study.n_random_sets, study.seed)
+    random = tuple(
+        random_sets(
+            rankings, k, full_delta=study.full_delta, seeds=dict(study.seed_sets.get(k, {}))
+        )
+        for k in study.ks
+    )
+    band = _band(study, rankings)
+    if band is not None:
+        random = tuple(
+            replace(sets, band_low_pct=low, band_high_pct=high)
+            for sets, low, high in zip(random, band.low_pct, band.high_pct, strict=True)
+        )
+    plain = ranking_curve(study.ranking, study.measured, study.full, study.bootstrap)
+    crossed = _cross_fitted_curve(study, cross_fit)
+    best = best_subsets(study.measured, study.full, study.bootstrap)
+    rows = _rows(study, rankings, random, best)
+    curves = (plain, *crossed, best)
+    return Coverage(rows, curves, random, None if band is None else band.p_value)
+
+
+def _band(study: CoverageStudy, rankings: RandomRankings) -> RandomBand | None:
+    if study.full_delta is None or not study.ks:
+        return None
+    random_pct = np.stack([rankings.delta(k) for k in study.ks], axis=1)
+    observed = study.measured.delta([study.top(k) for k in study.ks])
+    scale = 100 / study.full_delta
+    return random_band(scale * random_pct, scale * observed)
+
+
+def _cross_fitted_curve(study: CoverageStudy, cross_fit: CrossFit) -> tuple[CoverageCurve, ...]:
+    if cross_fit.undefined_because is not None:
+        return ()
+    # The sets differ between halves and splits, so the curve names none.
+    sets: list[Indices] = [()] * (study.measured.n_heads + 1)
+    name = f"{study.ranking.method} (cross-fitted)"
+    return (curve_of(name, sets, cross_fit.delta_nats, study.full, study.bootstrap),)
+
+
+def _rows(
+    study: CoverageStudy,
+    rankings: RandomRankings,
+    random: Sequence[RandomSets],
+    best: CoverageCurve,
+) -> tuple[CoverageRow, ...]:
+    reason = rankings.cross_fit.undefined_because
+    rows = []
+    for at, (k, estimate) in enumerate(zip(study.ks, study.plain_estimates(), strict=True)):
+        row = _row(study, k, estimate, random[at], reason=reason)
+        best_pct = best.coverage_pct[k].value
+        row = replace(row, best_heads=best.head_sets[k], best_coverage_pct=best_pct)
+        rows.append(row if reason else _with_cross_fit(study, row, rankings))
+    return tuple(rows)
+
+
+def _row(
+    study: CoverageStudy,
+    k: int,
+    estimate: Estimate,
+    random: RandomSets | None,
+    reason: str | None,
+) -> CoverageRow:
+    p_value, smallest = (None, None) if random is None else _plain_p_value(study, k, random)
+    missing = undefined(study.full.undefined_because or reason or "not computed yet")
+    quantiles = {} if random is None else random.quantiles_pct
+    return CoverageRow(
+        k=k,
+        ranking=study.ranking.method,
+        heads=study.top(k),
+        coverage_pct=estimate,
+        cross_fitted_coverage_pct=missing,
+        optimism_pct=missing,
+        p_value=None,
+        p_value_min=None,
+        plain_p_value=p_value,
+        plain_p_value_min=smallest,
+        n_subsets=0 if random is None else random.n_subsets,
+        exhaustive=False if random is None else random.exhaustive,
+        random_mean_pct=None if random is None else random.mean_pct,
+        random_low_pct=quantiles.get("0.025"),
+        random_high_pct=quantiles.get("0.975"),
+        best_heads=None,
+        best_coverage_pct=None,
+        reason=reason,
+    )
+
+
+def _plain_p_value(study: CoverageStudy, k: int, random: RandomSets) -> tuple[float, float]:
+    """Share of random sets that reach the top k; among all sets, the top k is one of them."""
+    observed = float(study.measured.delta([study.top(k)])[0])
+    draws = np.array(random.delta_nats)
+    if random.exhaustive:
+        return at_least(draws, observed) / len(draws), 1 / len(draws)
+    return monte_carlo_p_value(draws, observed), 1 / (1 + len(draws))
+
+
+def _with_cross_fit(
+    study: CoverageStudy, row: CoverageRow, rankings: RandomRankings
+) -> CoverageRow:
+    k = row.k
+    plain = study.measured.delta_nats([study.top(k)])[0]
+    crossed = rankings.cross_fit.delta_nats[k]
+    cross_fitted, optimism = _coverage_of(study, np.stack([crossed, plain - crossed]))
+    return replace(
+        row,
+        cross_fitted_coverage_pct=_by_definition(study, k, cross_fitted, 100.0),
+        optimism_pct=_by_definition(study, k, optimism, 0.0),
+        p_value=rankings.cross_fitted_p_value(k),
+        p_value_min=1 / (1 + rankings.n_draws),
+    )
+
+
+def _coverage_of(study: CoverageStudy, delta_nats: np.ndarray) -> list[Estimate]:
+    """``ΔKL`` of some sets as a share of the full effect, on the shared resamples."""
+    if study.full.undefined_because is not None:
+        return [undefined(study.full.undefined_because)] * len(delta_nats)
+    full = study.measured.delta_nats([study.measured.everything])
+    values = np.concatenate([full, delta_nats])
+    return study.bootstrap.estimate(values, lambda m: 100 * m[..., 1:] / m[..., :1])
+
+
+def _by_definition(study: CoverageStudy, k: int, estimate: Estimate, value: float) -> Estimate:
+    """All heads cover everything, however they are ranked."""
+    whole = k == study.measured.n_heads and estimate.value is not None
+    return exact(value) if whole else estimate

@@ -1,0 +1,213 @@
+"""Random head sets as a distribution, and what top-ranked heads are worth beside them.
+
+Random rankings are made so that one set of measurements serves two tests. With ``ρ₁`` and ``ρ₂``
+the heads ranked on the two halves of the prompts and ``π`` a random relabelling of heads, ``π ρ₂``
+and ``π⁻¹ ρ₁`` are random rankings; and scoring the first on the first half and the second on the
+second half is the cross-fitted score as it would be if head names meant nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import comb
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+
+from rq4lens.analysis.crossfit import CrossFit
+from rq4lens.analysis.curves import largest_deviation, max_deviation_width
+from rq4lens.analysis.measured import Indices, MeasuredSets
+from rq4lens.analysis.records import RandomSets
+from rq4lens.analysis.statistics import LEVEL
+
+EXHAUSTIVE_LIMIT = 1000
+"""Sizes with at most this many sets are enumerated."""
+
+QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
+
+
+def at_least(draws: Float64[ndarray, "draw"], value: float) -> int:
+    """How many draws reach a value; equal up to rounding counts as reaching it."""
+    tolerance = 1e-12 * max(abs(value), float(np.abs(draws).max(initial=0.0)))
+    return int((draws >= value - tolerance).sum())
+
+
+def monte_carlo_p_value(draws: Float64[ndarray, "draw"], value: float) -> float:
+    """P-value of a value among random draws; at least ``1 / (draws + 1)``.
+
+    Source:
+        Phipson and Smyth, Permutation P-values Should Never Be Zero (2010), equation 2.
+    """
+    return (1 + at_least(draws, value)) / (1 + len(draws))
+
+
+@dataclass(frozen=True)
+class RandomRankings:
+    """Random rankings of the heads of one layer.
+
+    Args:
+        cross_fit: the rankings on halves that are relabelled.
+        of_second: ``π ρ₂`` of each relabelling, to be scored on the first half.
+        of_first: ``π⁻¹ ρ₁`` of each relabelling, to be scored on the second half.
+    """
+
+    cross_fit: CrossFit
+    of_second: Int64[ndarray, "draw head"]
+    of_first: Int64[ndarray, "draw head"]
+
+    @classmethod
+    def draw(cls, cross_fit: CrossFit, n_sets: int, seed: int) -> RandomRankings:
+        """Relabel heads at random.
+
+        Args:
+            cross_fit: the rankings on halves.
+            n_sets: number of random rankings; every relabelling gives two.
+            seed: seed of the draws.
+        """
+        n_heads, n_draws = cross_fit.measured.n_heads, -(-n_sets // 2)
+        rng = np.random.default_rng(seed)
+        relabel = rng.permuted(np.tile(np.arange(n_heads), (n_draws, 1)), axis=1)
+        back = np.argsort(relabel, axis=1)
+        identity = np.arange(n_heads)
+        usable = cross_fit.undefined_because is None
+        first, second = cross_fit.orders[0] if usable else (identity, identity)
+        return cls(cross_fit, relabel[:, second], back[:, first])
+
+    @property
+    def measured(self) -> MeasuredSets:
+        """The head sets measured so far."""
+        return self.cross_fit.measured
+
+    @property
+    def n_draws(self) -> int:
+        """Number of relabellings."""
+        return len(self.of_first)
+
+    @cached_property
+    def rankings(self) -> Int64[ndarray, "ranking head"]:
+        """All random rankings."""
+        return np.concatenate([self.of_second, self.of_first])
+
+    def top_sets(self, k: int) -> list[Indices]:
+        """The first k heads of each random ranking."""
+        return [tuple(heads) for heads in np.sort(self.rankings[:, :k], axis=1).tolist()]
+
+    def delta(self, k: int) -> Float64[ndarray, "ranking"]:
+        """Mean ``ΔKL`` of the first k heads of each random ranking."""
+        return self.measured.delta(self.top_sets(k))
+
+    def cross_fitted_p_value(self, k: int) -> float:
+        """How often relabelled halves reach the cross-fitted effect of the top k heads.
+
+        It is exact: when no head is reliably better than another, the ranking of one half says
+        nothing about the other, and the p-value is uniform.
+        """
+        first = self.cross_fit.first[0]
+        delta_nats = self.measured.delta_nats(self.top_sets(k))
+        on_first, on_second = np.split(delta_nats, 2)
+        n_prompts = delta_nats.shape[1]
+        null = (on_first @ first + on_second @ ~first) / n_prompts
+        return monte_carlo_p_value(null, self.cross_fit.split_delta_nats(0)[k].mean())
+
+
+def random_sets(
+    rankings: RandomRankings,
+    k: int,
+    *,
+    full_delta: float | None,
+    seeds: dict[int, Indices],
+) -> RandomSets:
+    """Random head sets of one size: all of them when they are few, independent draws otherwise.
+
+    Args:
+        rankings: the random rankings that give the draws.
+        k: the size.
+        full_delta: mean ``ΔKL(ALL)``; None when it cannot be a denominator.
+        seeds: the run's own random sets of that size, by seed.
+    """
+    measured = rankings.measured
+    exhaustive = comb(measured.n_heads, k) <= EXHAUSTIVE_LIMIT
+    everything = list(combinations(range(measured.n_heads), k)) if exhaustive else []
+    delta = measured.delta(everything) if exhaustive else rankings.delta(k)
+    of_seeds = dict(zip(seeds, measured.delta(seeds.values()) if seeds else [], strict=True))
+    return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
+
+
+def describe(
+    k: int,
+    delta: Float64[ndarray, "draw"],
+    exhaustive: bool,
+    *,
+    full_delta: float | None,
+    of_seeds: dict[int, float],
+) -> RandomSets:
+    """The record of random sets whose mean ``ΔKL`` is known.
+
+    Args:
+        k: their size.
+        delta: their mean ``ΔKL``.
+        exhaustive: whether these are all sets of that size.
+        full_delta: mean ``ΔKL(ALL)``; None when it cannot be a denominator.
+        of_seeds: mean ``ΔKL`` of the run's own random sets, by seed.
+    """
+    coverage = np.empty(0) if full_delta is None else 100 * delta / full_delta
+    levels = np.quantile(coverage, QUANTILES).tolist() if len(coverage) else []
+    return RandomSets(
+        k=k,
+        n_subsets=len(delta),
+        exhaustive=exhaustive,
+        delta_nats=tuple(delta.tolist()),
+        coverage_pct=tuple(coverage.tolist()),
+        mean_pct=float(coverage.mean()) if len(coverage) else None,
+        quantiles_pct={f"{q:g}": value for q, value in zip(QUANTILES, levels, strict=False)},
+        seeds_pct=_seeds_pct(of_seeds, full_delta),
+        band_low_pct=None,
+        band_high_pct=None,
+    )
+
+
+def _seeds_pct(of_seeds: dict[int, float], full_delta: float | None) -> dict[int, float]:
+    if full_delta is None:
+        return {}
+    return {seed: float(100 * value / full_delta) for seed, value in of_seeds.items()}
+
+
+@dataclass(frozen=True)
+class RandomBand:
+    """Where a random ranking stays at all measured k at once.
+
+    Args:
+        low_pct: lower end, by k.
+        high_pct: upper end, by k.
+        p_value: probability that a random ranking strays from the mean as far as the given one.
+    """
+
+    low_pct: tuple[float, ...]
+    high_pct: tuple[float, ...]
+    p_value: float
+
+
+def random_band(
+    random_pct: Float64[ndarray, "ranking k"],
+    observed_pct: Float64[ndarray, "k"],
+    level: float = LEVEL,
+) -> RandomBand:
+    """A band that holds a random ranking's coverage at every k with the given probability.
+
+    Args:
+        random_pct: coverage of the first k heads of random rankings, for several k.
+        observed_pct: coverage of the ranking that is judged.
+        level: probability.
+    """
+    centre, spread = random_pct.mean(0), random_pct.std(0)
+    width = max_deviation_width(random_pct - centre, spread, level)
+    strays = largest_deviation(random_pct - centre, spread)
+    observed = largest_deviation((observed_pct - centre)[None], spread)[0]
+    return RandomBand(
+        tuple((centre - width).tolist()),
+        tuple((centre + width).tolist()),
+        monte_carlo_p_value(strays, float(observed)),
+    )

@@ -191,6 +191,50 @@ def run_condition(
     return _result(experiment, settings, conditions)
 
 
+def run_sweep(
+    experiment: Experiment,
+    alpha: float = DEFAULT_ALPHA,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    random_seeds: Sequence[int] = DEFAULT_RANDOM_SEEDS,
+    rank_by: RankBy = "delta",
+    seed: int = 0,
+    store: Store | None = None,
+    advance: Advance | None = None,
+) -> dict[int, GridResult]:
+    """The grid of every prepared layer, without control layers, from one clean pass.
+
+    Args:
+        experiment: the prepared pair; its layers are the ones that are swept.
+        alpha: blend strength, in [0, 1].
+        ks: sizes of the top-k and random-k head sets.
+        random_seeds: seeds of the random-k head sets.
+        rank_by: the score that orders single heads of a layer.
+        seed: seed of the run, recorded with the results.
+        store: where finished conditions are kept and looked up.
+        advance: called with the number of rows (prompt x patch) just finished.
+
+    Returns:
+        One grid per layer.
+    """
+    return {
+        layer: run_grid(
+            experiment.pair,
+            experiment.maps,
+            layer,
+            alpha=alpha,
+            ks=ks,
+            random_seeds=random_seeds,
+            rank_by=rank_by,
+            seed=seed,
+            store=store,
+            experiment=experiment,
+            advance=advance,
+        )
+        for layer in experiment.layers
+    }
+
+
 def _result(
     experiment: Experiment, settings: GridSettings, conditions: Mapping[str, ConditionResult]
 ) -> GridResult:

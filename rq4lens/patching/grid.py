@@ -163,8 +163,8 @@ def run_grid(
     singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
     results = fixed | recorder.measure(plan.top(rank_single_heads(singles, rank_by)))
     conditions = {name: results[name] for name in plan.table_order}
-    settings = _settings(experiment, plan, alpha=alpha, rank_by=rank_by, seed=seed)
-    return _result(experiment, settings, conditions)
+    described = _settings(experiment, plan, alpha=alpha, rank_by=rank_by, seed=seed)
+    return _result(experiment, described, conditions)
 
 
 def run_condition(

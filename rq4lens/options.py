@@ -43,7 +43,7 @@ def takes_config(*names: str, config_file: bool = False) -> Callable[[Callable[.
 
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
-        del wrapper.__wrapped__  # type: ignore[attr-defined]
+        del wrapper.__wrapped__  # else the original signature would be read
         return wrapper
 
     return decorate
@@ -53,10 +53,10 @@ def _assemble(file: Path | None, settings: dict[str, Any]) -> RunConfig:
     given = {name: _plain(name, value) for name, value in settings.items() if value is not None}
     if file is not None:
         start = read_config(file).model_dump(exclude_unset=True)
+    elif "base" in given and "tuned" in given:
+        start = {}
     elif "pair" in given:
         start = preset(given["pair"]).model_dump(exclude_unset=True)
-    elif "base" in given or "tuned" in given:
-        start = {}
     else:
         raise UserError(
             "no pair is named: give --pair NAME (see `rq4lens pairs`), --base and --tuned, or a "
@@ -94,7 +94,8 @@ def _parameter(name: str) -> inspect.Parameter:
         if name in FLAGS
         else typer.Option(flag, help=text, metavar=_metavar(name))
     )
-    annotation = Annotated[bool | None if name in FLAGS else str | None, option]
+    value_type: Any = bool | None if name in FLAGS else str | None
+    annotation = Annotated[value_type, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )

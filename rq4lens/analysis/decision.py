@@ -1,0 +1,151 @@
+"""The tuned model's decision logits as a differentiable function of one layer's ``z``.
+
+The rows of a prompt are versions of its ``z`` at the patched positions; everything before is the
+clean run. With the suffix engine's parts a row costs one token; for models that those parts do not
+cover, every row is a full forward pass through native hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import apply_softcap
+
+from rq4lens.models.prompts import TokenBatch
+from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
+from rq4lens.patching.attention_row import finish_block, row_z
+from rq4lens.patching.clean_pass import KeptBatch, clean_pass
+from rq4lens.patching.experiment import Experiment
+
+RowsOfZ = Float[Tensor, "prompt row position head d_head"]
+RowsOfLogits = Float[Tensor, "prompt row vocab"]
+
+
+class DecisionFunction(Protocol):
+    """Logits at the decision token of some prompts, as a function of ``z`` at one layer."""
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the experiment these are."""
+
+    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
+        """Logits of every row."""
+
+
+@dataclass(frozen=True)
+class SuffixFunction:
+    """From ``z`` to logits over keys and values kept from the clean pass.
+
+    Args:
+        model: the tuned model.
+        layer: the layer whose ``z`` is the argument.
+        kept: the clean pass of the prompts.
+    """
+
+    model: HookedTransformer
+    layer: int
+    kept: KeptBatch
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the experiment these are."""
+        return self.kept.rows
+
+    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
+        """Logits of every row.
+
+        Args:
+            z: the activations, on the model's device.
+        """
+        clean = self.kept.layers[self.layer].resid
+        resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
+        resid = finish_block(self.model.blocks[self.layer], resid, z)
+        for layer in range(self.layer + 1, self.model.cfg.n_layers):
+            block, shared = self.model.blocks[layer], self.kept.layers[layer].shared
+            z_above = row_z(block, resid, shared, self.kept.position_mask)
+            resid = finish_block(block, resid, z_above)
+        return _unembed(self.model, resid[:, :, -1])
+
+
+@dataclass(frozen=True)
+class NativeFunction:
+    """From ``z`` to logits by full forward passes through a native hook.
+
+    Args:
+        model: the tuned model.
+        layer: the layer whose ``z`` is the argument.
+        batch: the prompts.
+        k_positions: how many positions, ending at the decision token, are replaced.
+    """
+
+    model: HookedTransformer
+    layer: int
+    batch: TokenBatch
+    k_positions: int
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the experiment these are."""
+        return self.batch.rows
+
+    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
+        """Logits of every row.
+
+        Args:
+            z: the activations, on the model's device.
+        """
+        return torch.stack([self._one(row) for row in z.unbind(1)], dim=1)
+
+    def _one(self, z: Float[Tensor, "prompt position head d_head"]) -> Tensor:
+        device = device_of(self.model)
+        positions = patched_positions(self.batch, self.k_positions).to(device)
+        prompts = torch.arange(len(positions), device=device)
+
+        def replace(clean: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - by the library
+            return clean.index_put((prompts[:, None], positions), z.to(clean.dtype))
+
+        with self.model.hooks(fwd_hooks=[(z_site(self.layer), replace)]):
+            logits = forward_batch(self.model, self.batch)
+        return logits[prompts, self.batch.decision.to(device)]
+
+
+def decision_functions(
+    experiment: Experiment, layer: int, batch_size: int = 32
+) -> Iterator[DecisionFunction]:
+    """The decision function of each batch of the measured prompts.
+
+    Args:
+        experiment: the pair and its prompts.
+        layer: the layer whose ``z`` is the argument.
+        batch_size: prompts per batch.
+
+    Yields:
+        One function per batch; together they hold every prompt once.
+    """
+    model, k_positions = experiment.tuned_model, experiment.k_positions
+    for batch in experiment.prompts.batches(batch_size):
+        if experiment.engine.name == "suffix":
+            with torch.no_grad():
+                kept = clean_pass(model, batch, layer, k_positions)
+            yield SuffixFunction(model, layer, kept)
+        else:
+            yield NativeFunction(model, layer, batch, k_positions)
+
+
+def _unembed(model: HookedTransformer, resid: Float[Tensor, "prompt row d_model"]) -> RowsOfLogits:
+    if model.cfg.normalization_type is not None:
+        resid = model.ln_final(resid)
+    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
+
+
+def as_rows(z: Float[Tensor, "prompt position head d_head"]) -> RowsOfZ:
+    """Activations as the single row of their prompt."""
+    return rearrange(z, "prompt position head d_head -> prompt 1 position head d_head")

@@ -1,0 +1,95 @@
+"""Rankings by what each head does when it is patched by itself, and what is lost without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.measured import MeasuredSets, single_scores
+from rq4lens.analysis.statistics import group_membership
+from rq4lens.results import HeadRanking, RankBy
+
+
+def rank_by_delta(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by single-head ``ΔKL``: how much of the head's own raw damage the map repairs."""
+    return per_prompt_ranking("delta", measured, measured.delta_nats(measured.singles))
+
+
+def rank_by_drop_pct(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by ``100 ΔKL / KL_raw``; a head without a raw effect has no score."""
+    raw, mapped = measured.kl_nats(measured.singles)
+    scores = single_scores(raw.mean(-1), mapped.mean(-1), "drop_pct")
+    return HeadRanking.from_scores(
+        [float(score) if np.isfinite(score) else None for score in scores],
+        method="drop_pct",
+        layer=measured.layer,
+        alpha=measured.alpha,
+    )
+
+
+def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by single-head ``KL_raw``: how much swapping the head matters, map or not."""
+    return per_prompt_ranking("kl_raw", measured, measured.kl_nats(measured.singles)[0])
+
+
+def rank_by_leave_one_out(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by ``ΔKL(ALL) - ΔKL(ALL without the head)``."""
+    everything = measured.everything
+    without = [tuple(h for h in everything if h != head) for head in everything]
+    delta_nats = measured.delta_nats([everything, *without])
+    return per_prompt_ranking("leave_one_out", measured, delta_nats[0] - delta_nats[1:])
+
+
+def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
+    """The study's own ranking: by ``delta`` or ``drop_pct``."""
+    return rank_by_delta(measured) if rank_by == "delta" else rank_by_drop_pct(measured)
+
+
+def per_prompt_ranking(
+    method: str,
+    measured: MeasuredSets,
+    per_prompt: Float64[ndarray, "head prompt"],
+    settings: dict[str, Any] | None = None,
+) -> HeadRanking:
+    """Rank heads by their mean score over prompts.
+
+    Args:
+        method: name of the method.
+        measured: says which layer, alpha and groups the scores belong to.
+        per_prompt: score of each head on each prompt.
+        settings: the method's own settings.
+    """
+    return HeadRanking.from_scores(
+        per_prompt.mean(-1).tolist(),
+        method=method,
+        layer=measured.layer,
+        alpha=measured.alpha,
+        standard_errors=standard_errors(per_prompt, measured.groups),
+        per_prompt=per_prompt,
+        settings=settings,
+    )
+
+
+def standard_errors(
+    per_prompt: Float64[ndarray, "quantity prompt"], groups: tuple[str, ...]
+) -> list[float | None]:
+    """Standard error of each mean over prompts, by group; None with a single group.
+
+    Args:
+        per_prompt: quantities on each prompt.
+        groups: the group of each prompt.
+
+    Source:
+        The ratio estimator of a cluster sample, Cochran, Sampling Techniques (1977), section 9A.2;
+        with groups of one prompt it is the ordinary standard error of a mean.
+    """
+    membership = group_membership(groups)
+    n_groups, n_prompts = membership.shape
+    if n_groups < 2:
+        return [None] * len(per_prompt)
+    residuals = (per_prompt - per_prompt.mean(-1, keepdims=True)) @ membership.T
+    variance = (residuals**2).sum(-1) * n_groups / (n_groups - 1) / n_prompts**2
+    return np.sqrt(variance).tolist()

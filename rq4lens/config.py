@@ -128,6 +128,9 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(
             f"configuration file {str(path)!r} is neither TOML nor a run.json: {problem}."
         ) from None
+    if path.suffix == ".json" and isinstance(values, dict):
+        # Repeating a stranger's run must not run a stranger's code.
+        values.pop("trust_remote_code", None)
     if not isinstance(values, dict):
         raise UserError(f"configuration file {str(path)!r} holds no table of settings.")
     return config_from(values, str(path))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
+from pydantic import TypeAdapter
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
@@ -82,12 +83,12 @@ class GridSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GridSettings:
-        """Settings read back from JSON."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**fields)
+        """Settings read back from JSON.
+
+        Raises:
+            ValueError: if one is missing or of another type.
+        """
+        return TypeAdapter(cls).validate_python(dict(values))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,13 @@ import numpy as np
 import pandas as pd
 
 from rq4lens.errors import UserError
-from rq4lens.files import read_json, write_bytes_atomic, write_json_atomic, write_text_atomic
+from rq4lens.files import (
+    read_json,
+    short_reason,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 from rq4lens.heads import HeadSet
 from rq4lens.results import HOOK, ConditionResult, GridResult, GridSettings, HeadRanking
 
@@ -26,6 +32,12 @@ FIGURES = "figures"
 REPORT = "report.html"
 
 KINDS = ("raw", "mapped")
+
+FORMAT = 1
+"""Version of the files; stands in ``run.json``."""
+
+MAX_HEADS = 10_000
+"""No layer has more; a damaged number must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -136,28 +148,53 @@ def read_run(directory: Path) -> SavedRun:
         The run.
 
     Raises:
-        UserError: if it is not a finished run, or a file is damaged.
+        UserError: if it is not a finished run, was written by another version, or a file is
+            damaged.
     """
     if not (directory / RUN).is_file():
         raise UserError(
             f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
-    run, records = read_json(directory / RUN), read_json(directory / RESULTS)
+    run, records, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
+    _refuse_other_versions(directory, run)
     try:
         grid = _grid(
             GridSettings.from_dict(run["settings"]), run, pd.read_parquet(directory / PER_PROMPT)
         )
-    except (OSError, KeyError, ValueError, TypeError) as problem:
+        _check_completeness(grid, records, analysis)
+    except Exception as problem:  # every way in which a file can be damaged ends in one sentence
         raise UserError(
-            f"run {str(directory)!r} is damaged ({type(problem).__name__}: {problem}): "
-            "run it again."
+            f"run {str(directory)!r} is damaged ({type(problem).__name__}: "
+            f"{short_reason(problem)}): run it again."
         ) from problem
-    return SavedRun(directory, grid, records, read_json(directory / ANALYSIS), run)
+    return SavedRun(directory, grid, records, analysis, run)
+
+
+def _refuse_other_versions(directory: Path, run: Any) -> None:
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
+            f"this one reads {FORMAT}): run it again into a new folder."
+        )
+
+
+def _check_completeness(grid: GridResult, records: Any, analysis: Any) -> None:
+    singles = [f"head{head}" for head in range(grid.n_heads)]
+    missing = {"full", "none", "self", *singles} - set(grid.conditions)
+    if missing:
+        raise ValueError(f"conditions {sorted(missing)[:5]} are missing")
+    if [record["cond"] for record in records] != list(grid.conditions):
+        raise ValueError(f"{RESULTS} and {PER_PROMPT} hold other conditions")
+    if not isinstance(analysis, dict):
+        raise ValueError(f"{ANALYSIS} holds no object")
 
 
 def _grid(settings: GridSettings, run: Mapping[str, Any], table: pd.DataFrame) -> GridResult:
-    ids = dict(zip(table["prompt_id"], table["group"], strict=True))
+    if not 1 <= settings.n_heads <= MAX_HEADS:
+        raise ValueError(f"{settings.n_heads} heads")
+    ids = dict(zip(map(str, table["prompt_id"]), map(str, table["group"]), strict=True))
     conditions = {
         str(cond): _condition(rows, settings.n_heads, list(ids))
         for cond, rows in table.groupby("cond", sort=False)
@@ -172,12 +209,15 @@ def _grid(settings: GridSettings, run: Mapping[str, Any], table: pd.DataFrame) -
     )
 
 
-def _condition(rows: pd.DataFrame, n_heads: int, ids: Iterable[str]) -> ConditionResult:
+def _condition(rows: pd.DataFrame, n_heads: int, ids: Collection[str]) -> ConditionResult:
     first = rows.iloc[0]
 
     def column(kind: str, name: str) -> np.ndarray:
         values = rows[rows["kind"] == kind].set_index("prompt_id")[name].loc[list(ids)]
-        return values.to_numpy(dtype=np.float64)
+        numbers = values.to_numpy(dtype=np.float64)
+        if len(numbers) != len(ids) or not np.isfinite(numbers).all():
+            raise ValueError(f"{name} of {first['cond']!r} has repeated prompts or is not finite")
+        return numbers
 
     return ConditionResult(
         cond=str(first["cond"]),

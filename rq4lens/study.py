@@ -30,12 +30,13 @@ from rq4lens.patching.patch import Advance
 from rq4lens.results import GridResult
 from rq4lens.run_directory import (
     CONDITIONS,
+    FORMAT,
     MAPS,
     ranking_file,
     write_grid,
     write_run,
 )
-from rq4lens.store import Store, content_key
+from rq4lens.store import Store
 from rq4lens.summary import summary_text
 
 log = logging.getLogger(__name__)
@@ -236,7 +237,7 @@ def provenance(
     """Everything that says how a run was made; the content of ``run.json``."""
     pair = experiment.pair
     return {
-        "format": 1,
+        "format": FORMAT,
         "rq4lens": version("rq4lens"),
         "config": config.model_dump(mode="json", exclude_unset=True),
         "settings": grid.settings.to_dict(),
@@ -248,7 +249,7 @@ def provenance(
             "tokens": {side: pair.token_fingerprint(side, grid.settings.split) for side in SIDES},
         },
         "maps": {
-            str(layer): {**each.to_dict(), "fingerprint": content_key(each.ingredients)}
+            str(layer): {**each.to_dict(), "fingerprint": each.fingerprint}
             for layer, each in experiment.maps.items()
         },
         "engine": experiment.engine.name,

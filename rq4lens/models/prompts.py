@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
+from rq4lens.files import parse_json, read_regular_file, short_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,9 @@ DecisionRule = Literal["last", "last_content"]
 
 FIT_SPLIT = "train"
 MEASURE_SPLIT = "val"
+
+MAX_ID_LENGTH = 200
+"""Ids are names: they stand in error sentences, tables and hover texts."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,14 @@ class PromptSet:
         prompts: the prompts, in file order.
 
     Raises:
-        UserError: for an empty text, a repeated id, and a text or group that stands in both train
-            and val.
+        UserError: for an empty text, characters that UTF-8 cannot hold, a repeated or endless id,
+            and a text or group that stands in both train and val.
     """
 
     prompts: tuple[Prompt, ...]
 
     def __post_init__(self) -> None:
+        _refuse_unreadable(self.prompts)
         _refuse_empty_texts(self.prompts)
         _refuse_repeated_ids(self.prompts)
         _refuse_leaks(self.prompts)
@@ -247,6 +252,22 @@ def _cut(tokens: tuple[int, ...], skipped: frozenset[int], prompt_id: str) -> tu
     )
 
 
+def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        if not 1 <= len(prompt.id) <= MAX_ID_LENGTH:
+            raise UserError(
+                f"the id of prompt {number} has {len(prompt.id)} characters: give it a name of 1 "
+                f"to {MAX_ID_LENGTH}."
+            )
+        try:
+            "".join((prompt.id, prompt.text, prompt.split, prompt.group or "")).encode()
+        except UnicodeEncodeError as problem:
+            raise UserError(
+                f"prompt {prompt.id!r} holds half a character ({problem.reason}): write the whole "
+                "character, or remove it."
+            ) from None
+
+
 def _refuse_empty_texts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if not prompt.text.strip():
@@ -276,21 +297,27 @@ def _refuse_leaks(prompts: Iterable[Prompt]) -> None:
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = read_regular_file(path).removeprefix("\ufeff")  # a byte order mark is no content
     except FileNotFoundError:
         raise UserError(f"prompt file {str(path)!r} does not exist: check the path.") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"prompt file {str(path)!r} cannot be read as UTF-8: {problem}.") from None
-    for number, line in enumerate(lines, start=1):
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"prompt file {str(path)!r} cannot be read as UTF-8 ({short_reason(problem)}): save it "
+            "as a plain UTF-8 file."
+        ) from None
+    # Not splitlines(): a text may hold a form feed or a Unicode line separator.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             yield _parse_line(line, f"{path}:{number}")
 
 
 def _parse_line(line: str, where: str) -> Prompt:
     try:
-        record = json.loads(line)
-    except ValueError as problem:
-        raise UserError(f"{where} is not JSON ({problem}): write one object per line.") from None
+        record = parse_json(line)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(
+            f"{where} is not JSON ({short_reason(problem)}): write one object per line."
+        ) from None
     if not isinstance(record, dict):
         raise UserError(
             f'{where} is not an object: write {{"id": ..., "text": ..., "split": ...}}.'
@@ -303,7 +330,8 @@ def _parse_line(line: str, where: str) -> Prompt:
     unknown = sorted(set(record) - {"id", "text", "split", "group", "meta"})
     if unknown:
         raise UserError(
-            f"{where} has unknown key {unknown[0]!r}: allowed are id, text, split, group and meta."
+            f"{where} has unknown key {unknown[0][:60]!r}: allowed are id, text, split, group and "
+            "meta."
         )
     group, meta = record.get("group"), record.get("meta", {})
     if not isinstance(group, str | None) or not isinstance(meta, dict):

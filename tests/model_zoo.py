@@ -23,6 +23,11 @@ CORPUS = (
     "What is the use of a number, she said, if one may keep what one likes?",
     "In 1999, 3 + 4 = 7; the shelf held seven copies, all of them alike.",
 )
+KAZAKH = (
+    "Сәлем, әлем! Қалайсың? Бүгін ауа райы жақсы, көктем келді.",
+    "Кітапхана өзен мен ескі диірменнің арасында, қаланың шетінде ашылды.",
+)
+"""What a tokenizer of another language is trained on."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -137,12 +142,13 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONG_CONTEXT = 256
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.5, 2.0],
     "long_factor": [2.0, 3.0, 4.0],
-    "original_max_position_embeddings": 256,
+    "original_max_position_embeddings": LONG_CONTEXT,
     "partial_rotary_factor": 0.75,
 }
 GEMMA3_ROPE = {
@@ -218,7 +224,13 @@ ZOO: Mapping[str, Entry] = {
     ),
     "phi3": Entry(_decoder("Phi3Config", **WINDOW)),
     "phi3-grouped-longrope": Entry(
-        _decoder("Phi3Config", rope_parameters=LONG_ROPE, **TWO_GROUPS), n_groups=2
+        _decoder(
+            "Phi3Config",
+            rope_parameters=LONG_ROPE,
+            original_max_position_embeddings=256,
+            **TWO_GROUPS,
+        ),
+        n_groups=2,
     ),
     "olmo": Entry(_decoder("OlmoConfig", clip_qkv=1.5)),
     "olmo2": Entry(_decoder("Olmo2Config")),

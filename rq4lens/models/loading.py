@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TypeAlias
 
 import torch
 from transformer_lens import HookedTransformer
@@ -26,6 +26,9 @@ from rq4lens.models.fingerprint import weights_fingerprint
 from rq4lens.models.huggingface import load_hugging_face, load_tokenizer
 from rq4lens.models.memory import estimate_memory
 from rq4lens.models.parity import check_tokens, hugging_face_logits, require_same_logits
+
+HookedModel: TypeAlias = HookedTransformer | TransformerBridge
+"""What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class LoadedModel:
             ``parity.CHECK_TEXTS``; None when the check was not made.
     """
 
-    model: HookedTransformer | TransformerBridge
+    model: HookedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     revision: str | None
@@ -63,17 +66,16 @@ class LoadedModel:
     @classmethod
     def wrap(
         cls,
-        model: HookedTransformer | TransformerBridge,
+        model: HookedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
         source: str = "in memory",
-    ) -> Self:
+    ) -> LoadedModel:
         """Accept a model that is already loaded.
 
         Args:
             model: A ``HookedTransformer`` from ``from_pretrained_no_processing``, or a
-                ``TransformerBridge`` before any weight processing; both answer to the same names
-                of hooks, as ``blocks.3.attn.hook_z``.
+                ``TransformerBridge`` as it was booted.
             tokenizer: Its tokenizer.
             source: A name for it in results.
 
@@ -184,13 +186,13 @@ def _require_device(device: str, n_devices: int) -> None:
         )
 
 
-def _refuse_processed(model: HookedTransformer | TransformerBridge) -> None:
-    """Folded norms are the trace that ``from_pretrained`` leaves when it processes weights."""
-    folded = str(model.cfg.normalization_type).endswith("Pre") or getattr(
-        model.cfg, "layer_norm_folding", False
-    )
-    if folded and getattr(model.cfg, "original_architecture", None):
+def _refuse_processed(model: HookedModel) -> None:
+    """Refuse weights that carry a trace of processing: folded norms, or a bridge's own mark."""
+    converted = getattr(model.cfg, "original_architecture", None) is not None
+    folded = converted and str(model.cfg.normalization_type).endswith("Pre")
+    if folded or getattr(model, "_weights_processed", False):
         raise UserError(
-            "This model's weights were processed on load, which changes z; load it with "
-            "HookedTransformer.from_pretrained_no_processing, or with rq4lens.load_hooked."
+            "The weights of this model were processed on load, which changes z; load it with "
+            "rq4lens.load_hooked or HookedTransformer.from_pretrained_no_processing, or use a "
+            "TransformerBridge as it was booted."
         )

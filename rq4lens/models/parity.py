@@ -30,13 +30,13 @@ Hugging Face computes norms and rotary angles in float32 whatever the type of th
 float64 is held to the same share as float32.
 """
 
-Logits = Sequence[Float[Tensor, "1 pos vocab"]]
+Logits = Sequence[Float[Tensor, "1 _pos vocab"]]
 
 
 MAX_CHECK_TOKENS = 256
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int[Tensor, "1 pos"]]:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int[Tensor, "1 _pos"]]:
     """The check prompts as token ids, cut to what the model can read.
 
     Args:
@@ -53,7 +53,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int
 
 
 @torch.no_grad()
-def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 pos"]]) -> Logits:
+def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) -> Logits:
     """Logits of the Hugging Face model.
 
     Args:
@@ -70,7 +70,7 @@ def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 pos"]]) -
 @torch.no_grad()
 def require_same_logits(
     model: HookedTransformer,
-    tokens: Sequence[Int[Tensor, "1 pos"]],
+    tokens: Sequence[Int[Tensor, "1 _pos"]],
     expected: Logits,
     source: str,
 ) -> float:

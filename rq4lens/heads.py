@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import SupportsIndex
 
 from rq4lens.errors import UserError
 
@@ -55,9 +57,9 @@ class HeadSet:
         object.__setattr__(self, "indices", tuple(sorted(set(self.indices))))
 
     @classmethod
-    def of(cls, indices: Iterable[int], n_heads: int) -> HeadSet:
-        """The set of the given heads."""
-        return cls(tuple(indices), n_heads)
+    def of(cls, indices: Iterable[SupportsIndex], n_heads: int) -> HeadSet:
+        """The set of the given heads, which may be the integers of an array."""
+        return cls(tuple(operator.index(head) for head in indices), n_heads)
 
     @classmethod
     def all(cls, n_heads: int) -> HeadSet:

@@ -1,0 +1,52 @@
+"""Small pairs and everything measured on them, made once in each worker."""
+
+import os
+
+import pytest
+import torch
+from tiny import MicroFormula, fine_tuned, pair_of, random_prompts, tiny_model
+
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.grid import run_grid
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; threads of their own make small products many times slower.
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    torch.set_num_threads(1)
+
+MAIN, CONTROL, ALPHA = 1, 0, 0.3
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """The formulas of the base and the tuned micro model, and both as a pair."""
+    words = ("a", "b", "c", "d", "e")
+    base, tuned = MicroFormula(seed=1), MicroFormula(seed=2)
+    prompts = random_prompts(words, n_train=24, n_val=8, seed=3)
+    return base, tuned, pair_of(base.model(), tuned.model(), prompts, words)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair():
+    """A random decoder and a copy with other attention weights and two rotated heads."""
+    base = tiny_model()
+    return pair_of(base, fine_tuned(base), random_prompts())
+
+
+@pytest.fixture(scope="session")
+def tiny_maps(tiny_pair):
+    """The default maps of the tiny pair's main and control layer."""
+    return fit_maps(tiny_pair, [MAIN, CONTROL])
+
+
+@pytest.fixture(scope="session", params=["suffix", "hooks"])
+def tiny_experiment(tiny_pair, tiny_maps, request):
+    """The tiny pair ready to be measured, by the fast engine and by the reference."""
+    return prepare(tiny_pair, tiny_maps, engine=request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_grid(tiny_pair, tiny_maps):
+    """The main job's grid of the tiny pair."""
+    return run_grid(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4))

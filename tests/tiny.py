@@ -1,0 +1,197 @@
+"""Small pairs for tests: one whose numbers follow from a formula, and one that is like a real one.
+
+The **micro** pair has no normalisation and no MLP, and its queries and keys are zero, so that every
+token attends to all tokens up to itself with equal weight. Its weights are small integers, and
+:class:`MicroFormula` works out its logits in plain numpy.
+
+The **tiny** pair is a random decoder with everything real ones have: RMS norms, rotary embeddings,
+a gated MLP and, where asked for, grouped-query attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import PreTrainedTokenizerFast
+
+from rq4lens.heads import Head
+from rq4lens.models.builtin.plant import plant
+from rq4lens.models.loading import LoadedModel
+from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.models.prompts import Prompt, PromptSet
+
+WORDS = (
+    *("apple", "bread", "cheese", "date", "elm", "fig"),
+    *("grape", "hazel", "iris", "jasmine", "kale", "lemon"),
+)
+MICRO_HEADS, MICRO_LAYERS, MICRO_VOCAB = 2, 2, 5
+TINY_HEADS, TINY_LAYERS, TINY_WIDTH = 4, 3, 8
+
+
+def word_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One token per word, in the order given; no special token is added."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def random_prompts(
+    words: Sequence[str] = WORDS, n_train: int = 48, n_val: int = 16, seed: int = 0
+) -> PromptSet:
+    """Prompts of different lengths without repeated texts; some paraphrases share a group."""
+    rng = np.random.default_rng(seed)
+    texts: dict[str, None] = {}
+    while len(texts) < n_train + n_val:
+        texts[" ".join(rng.choice(words, rng.integers(3, 10)))] = None
+    splits = ["train"] * n_train + ["val"] * n_val
+    return PromptSet(
+        tuple(
+            Prompt(
+                f"p{index}", text, split, f"{split}{index // 2}" if 4 <= index % 12 < 8 else None
+            )
+            for index, (text, split) in enumerate(zip(texts, splits, strict=True))
+        )
+    )
+
+
+def pair_of(
+    base: HookedTransformer,
+    tuned: HookedTransformer,
+    prompts: PromptSet,
+    words: Sequence[str] = WORDS,
+    **settings,
+) -> ModelPair:
+    """Two models in memory as a pair."""
+    members = [
+        PairMember.of(LoadedModel.wrap(model, word_tokenizer(words), source=source))
+        for model, source in ((base, "base in memory"), (tuned, "tuned in memory"))
+    ]
+    return ModelPair("tiny", *members, prompts, **settings)
+
+
+class MicroFormula:
+    """The micro model in plain numpy: its weights, and its logits at the last token.
+
+    Args:
+        seed: seed of the integers in ``W_V``; everything else is the same in all micro models.
+    """
+
+    def __init__(self, seed: int) -> None:
+        shared, own = np.random.default_rng(7), np.random.default_rng(seed)
+        d_model, d_head = 4, 2
+        self.W_E = shared.integers(-1, 2, (MICRO_VOCAB, d_model)).astype(float)
+        self.W_pos = shared.integers(-1, 2, (10, d_model)) / 2
+        self.W_O = shared.integers(-1, 2, (MICRO_LAYERS, MICRO_HEADS, d_head, d_model)) / 2
+        self.b_O = shared.integers(-1, 2, (MICRO_LAYERS, d_model)) / 4
+        self.W_U = shared.integers(-1, 2, (d_model, MICRO_VOCAB)).astype(float)
+        self.b_U = shared.integers(-1, 2, MICRO_VOCAB) / 2
+        self.W_V = own.integers(-1, 2, (MICRO_LAYERS, MICRO_HEADS, d_model, d_head)).astype(float)
+        self.b_V = own.integers(-1, 2, (MICRO_LAYERS, MICRO_HEADS, d_head)) / 2
+
+    def model(self) -> HookedTransformer:
+        """The same weights in a HookedTransformer, in float64."""
+        cfg = HookedTransformerConfig(
+            n_layers=MICRO_LAYERS,
+            d_model=4,
+            n_ctx=10,
+            d_head=2,
+            n_heads=MICRO_HEADS,
+            d_vocab=MICRO_VOCAB,
+            attn_only=True,
+            normalization_type=None,
+            dtype=torch.float64,
+            device="cpu",
+        )
+        model = HookedTransformer(cfg).eval()
+        weights = {
+            "embed.W_E": self.W_E,
+            "pos_embed.W_pos": self.W_pos,
+            "unembed.W_U": self.W_U,
+            "unembed.b_U": self.b_U,
+        }
+        for layer in range(MICRO_LAYERS):
+            for name in ("W_V", "b_V", "W_O", "b_O"):
+                weights[f"blocks.{layer}.attn.{name}"] = getattr(self, name)[layer]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Whatever is not named is W_Q, W_K and their biases: attention is uniform.
+                parameter.copy_(torch.as_tensor(weights.get(name, np.zeros(parameter.shape))))
+        return model
+
+    def z(self, tokens: Sequence[int], layer: int) -> np.ndarray:
+        """``z`` of the last token, ``[head d_head]``: the mean value vector of all tokens."""
+        return self._run(tokens, {})[1][layer][-1]
+
+    def logits(self, tokens: Sequence[int], patched: dict[int, np.ndarray] | None = None):
+        """Logits of the last token.
+
+        Args:
+            tokens: the prompt.
+            patched: by layer, what stands for ``z`` ``[head d_head]`` of the last token.
+        """
+        return self._run(tokens, patched or {})[0][-1]
+
+    def _run(self, tokens: Sequence[int], patched: dict[int, np.ndarray]):
+        x = self.W_E[list(tokens)] + self.W_pos[: len(tokens)]
+        seen = np.arange(1, len(tokens) + 1)[:, None, None]
+        z = {}
+        for layer in range(MICRO_LAYERS):
+            v = np.einsum("pm,hmd->phd", x, self.W_V[layer]) + self.b_V[layer]
+            z[layer] = v.cumsum(0) / seen
+            if layer in patched:
+                z[layer][-1] = patched[layer]
+            x = x + np.einsum("phd,hdm->pm", z[layer], self.W_O[layer]) + self.b_O[layer]
+        return x @ self.W_U + self.b_U, z
+
+
+def kl_nats(patched_logits: np.ndarray, clean_logits: np.ndarray) -> float:
+    """``KL(p_patched || p_clean)`` of two rows of logits."""
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (patched_logits, clean_logits))
+    return float((p * np.log(p / q)).sum())
+
+
+def tiny_model(seed: int = 0, n_key_value_heads: int | None = None) -> HookedTransformer:
+    """A random decoder, wide enough that every part of it matters."""
+    cfg = HookedTransformerConfig(
+        n_layers=TINY_LAYERS,
+        d_model=32,
+        n_ctx=16,
+        d_head=TINY_WIDTH,
+        n_heads=TINY_HEADS,
+        n_key_value_heads=n_key_value_heads,
+        d_mlp=48,
+        d_vocab=len(WORDS),
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=TINY_WIDTH,
+        device="cpu",
+    )
+    model = HookedTransformer(cfg).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(".w"):  # norms keep their gain of 1
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def fine_tuned(base: HookedTransformer, size: float = 0.1, seed: int = 1) -> HookedTransformer:
+    """A copy whose attention weights moved a little, with two heads of layer 1 rotated besides.
+
+    The rotations are what a map can explain, so that the map of layer 1 has an effect to speak of.
+    """
+    tuned = plant(base, rotated=[Head(1, 2), Head(1, 3)]).tuned
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".attn." in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(size * parameter.std() * noise)
+    return tuned

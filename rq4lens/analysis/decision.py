@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
@@ -29,6 +29,7 @@ RowsOfZ = Float[Tensor, "prompt row position head d_head"]
 RowsOfLogits = Float[Tensor, "prompt row vocab"]
 
 
+@runtime_checkable
 class DecisionFunction(Protocol):
     """Logits at the decision token of some prompts, as a function of ``z`` at one layer."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import einops
 import torch
@@ -215,6 +215,7 @@ class Effects:
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Measures interventions on the tuned model over a fixed list of prompts."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, use
 SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
 
 
+@runtime_checkable
 class Kept(Protocol):
     """A batch of prompts after its clean pass."""
 

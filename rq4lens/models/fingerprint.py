@@ -30,6 +30,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 def _tensor_digest(tensor: Tensor) -> bytes:
     digest = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-    data = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(data.view(torch.uint8).numpy().tobytes())
+    data = tensor.detach().contiguous().cpu()  # in order first: a GPU does that faster
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()

@@ -33,12 +33,18 @@ from transformers import (
 )
 
 from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
 from rq4lens.models import checkpoint, loading, memory
 from rq4lens.models.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.conversion import hooked_from
 from rq4lens.models.loading import LoadedModel, load_hooked
 from rq4lens.models.memory import estimate_memory
+from rq4lens.models.pair import ModelCard
 from rq4lens.models.parity import CHECK_TEXTS
+from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.patching.engines import make_engine
+from rq4lens.patching.hooks import HookEngine
+from rq4lens.patching.patch import Patch, Sources
 
 TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(7))
 TOLERANCE = 1e-4
@@ -381,6 +387,32 @@ def test_a_bridge_answers_to_the_same_hooks(folders, name):
     assert float((z_bridge - z_hooked).abs().max()) < TOLERANCE
     assert float((of_bridge - of_hooked).abs().max()) < TOLERANCE
     assert len(wrapped.fingerprint) == 64
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma2"])
+def test_bridges_are_measured_like_hooked_transformers(folders, name, padding_side):
+    """The engine that is chosen for a bridge gives the effects that the native hooks of the
+    HookedTransformer give, whichever side the prompts are padded on.
+    """
+    prompts = TokenizedPrompts(
+        ids=("a", "b", "c"),
+        token_ids=tuple(tuple(TOKENS[0, :n].tolist()) for n in (5, 11, 8)),
+    )
+    bridge = TransformerBridge.boot_transformers(str(folders(name)), device="cpu")
+    wrapped = LoadedModel.wrap(bridge, bridge.tokenizer)
+    model = load_hooked(folders(name)).model
+    noise = torch.randn(3, 1, 4, model.cfg.d_head, generator=torch.Generator().manual_seed(5))
+    sources = Sources({(1, "raw"): noise})
+    patches = [(Patch(1, HeadSet.of(heads, 4), 0.7, "raw"),) for heads in ([0], [1, 3])]
+    assert make_engine(wrapped.model, prompts).name == "hooks"
+    of_bridge, of_hooked = (
+        HookEngine(one, prompts, padding_side=padding_side).effects(patches, sources)
+        for one in (wrapped.model, model)
+    )
+    assert of_hooked.kl_nats.min() > 0
+    assert abs(of_bridge.kl_nats - of_hooked.kl_nats).max() < 1e-5
+    assert ModelCard.of(wrapped).n_heads == ModelCard.of(load_hooked(folders(name))).n_heads
 
 
 def test_processed_weights_are_refused(folders):

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
-from rq4lens.models.loading import LoadedModel
+from rq4lens.models.loading import HookedModel, LoadedModel
 from rq4lens.models.prompts import DecisionRule, PromptSet, TokenizedPrompts, tokenize
 
 Side = Literal["base", "tuned"]
@@ -105,7 +104,7 @@ class PairMember:
         return self._loaded
 
     @property
-    def model(self) -> HookedTransformer:
+    def model(self) -> HookedModel:
         """The model."""
         return self.loaded.model
 
@@ -229,7 +228,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def config_fingerprint(model: HookedTransformer) -> str:
+def config_fingerprint(model: HookedModel) -> str:
     """Hash of a model's configuration, whatever device it is on and wherever it came from."""
     elsewhere = {"device", "n_devices", "tokenizer_name", "model_name", "seed", "init_weights"}
     values = {

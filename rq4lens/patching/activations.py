@@ -9,9 +9,9 @@ import einops
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
+from rq4lens.models.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 
@@ -38,7 +38,7 @@ def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "promp
 
 
 def forward_batch(
-    model: HookedTransformer,
+    model: HookedModel,
     batch: TokenBatch,
     stop_at_layer: int | None = None,
 ) -> Tensor:
@@ -64,14 +64,14 @@ def forward_batch(
     )
 
 
-def device_of(model: HookedTransformer) -> torch.device:
+def device_of(model: HookedModel) -> torch.device:
     """The device that the model's input goes to."""
     return next(model.parameters()).device
 
 
 @torch.no_grad()
 def capture_z(
-    model: HookedTransformer,
+    model: HookedModel,
     prompts: TokenizedPrompts,
     layers: Sequence[int],
     *,

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.models.loading import HookedModel
 from rq4lens.models.prompts import TokenizedPrompts
 from rq4lens.patching import cached, suffix
 from rq4lens.patching.activations import forward_batch
@@ -46,7 +46,7 @@ _FAST_ENGINES = {
 
 
 def make_engine(
-    model: HookedTransformer,
+    model: HookedModel,
     prompts: TokenizedPrompts,
     *,
     prefer: EngineChoice = "suffix",
@@ -102,7 +102,7 @@ def make_engine(
 
 def _why_not(
     candidate: _Candidate,
-    model: HookedTransformer,
+    model: HookedModel,
     prompts: TokenizedPrompts,
     settings: dict[str, Any],
 ) -> str | None:

@@ -10,10 +10,10 @@ import einops
 from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.models.loading import HookedModel
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts import MEASURE_SPLIT, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, check_layers
@@ -96,7 +96,7 @@ class Experiment:
     source_maps: Mapping[tuple[int, str], LayerMap] = field(default_factory=dict)
 
     @property
-    def tuned_model(self) -> HookedTransformer:
+    def tuned_model(self) -> HookedModel:
         """The tuned model."""
         return self.pair.use("tuned").model
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from rq4lens.errors import UserError
+from rq4lens.models.loading import HookedModel
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import (
     capture_z,
@@ -41,12 +41,12 @@ from rq4lens.patching.patch import (
 
 @contextmanager
 def patched_heads(
-    model: HookedTransformer,
+    model: HookedModel,
     intervention: Intervention,
     sources: Sources,
     batch: TokenBatch,
     k_positions: int = 1,
-) -> Iterator[HookedTransformer]:
+) -> Iterator[HookedModel]:
     """The model with its heads patched while the context lasts; no hook stays behind.
 
     Args:
@@ -113,7 +113,7 @@ class HookEngine:
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: HookedModel,
         prompts: TokenizedPrompts,
         *,
         k_positions: int = 1,
@@ -184,7 +184,7 @@ class HookEngine:
         return logits[torch.arange(len(logits)), batch.decision]
 
 
-def check_interventions(interventions: Sequence[Intervention], model: HookedTransformer) -> None:
+def check_interventions(interventions: Sequence[Intervention], model: HookedModel) -> None:
     """Refuse interventions that the model cannot take.
 
     Raises:

@@ -128,7 +128,7 @@ def _estimate(
     measure: Measure, first: Scored, second: Scored, together: Resampled | None
 ) -> Estimate:
     if together is None:
-        value = float(measure(first.scores, second.scores))
+        value = float(measure(first.scores[None], second.scores[None])[0])
         return Estimate(value, None, "neither ranking has per-prompt scores")
 
     def of_both(scores: Scores) -> ndarray:

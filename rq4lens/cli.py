@@ -125,7 +125,7 @@ def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
             f"stopped; what is finished is kept in {directory}: the same command goes on there."
         )
         raise typer.Exit(130) from None
-    output.print(study.summary, end="", markup=False)
+    output.print(study.summary, end="", markup=False, soft_wrap=True)
     output.print(f"written to {directory}", markup=False)
 
 

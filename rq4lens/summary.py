@@ -31,13 +31,16 @@ def print_summary(
     """
     by_name = {record["cond"]: record for record in records}
     full = by_name["full"]
-    console.print(Text(setting_line(settings, full["n"])), style="dim")
-    console.print(Text(full_line(full)), style="bold")
-    console.print(coverage_table(records))
-    console.print(Text(control_line(full, by_name.get("ctrl_full"))))
-    console.print(Text(checks_line(by_name["none"], by_name["self"])), style="dim")
-    for claim in claims:
-        console.print(Text(claim))
+    lines = [
+        Text(setting_line(settings, full["n"]), style="dim"),
+        Text(full_line(full), style="bold"),
+        coverage_table(records),
+        Text(control_line(full, by_name.get("ctrl_full"))),
+        Text(checks_line(by_name["none"], by_name["self"]), style="dim"),
+        *map(Text, claims),
+    ]
+    for line in lines:
+        console.print(line)
 
 
 def summary_text(
@@ -69,9 +72,9 @@ def condition_text(settings: GridSettings, record: Record) -> str:
 def setting_line(settings: GridSettings, n_prompts: int) -> str:
     """One line that says what was measured and how."""
     return (
-        f"{settings.pair}: layer {settings.layer} of {settings.n_layers}, "
-        f"{settings.n_heads} heads, "
-        f"alpha {settings.alpha:g}, {settings.split} split (n={n_prompts}), "
+        f"{settings.pair}, layer {settings.layer} of {settings.n_layers}, "
+        f"{settings.n_heads} heads, alpha {settings.alpha:g}, "
+        f"{settings.split} split (n={n_prompts}),\n"
         f"map {settings.map_kind} per {settings.map_scope}, KL({settings.kl_direction}) in nats, "
         f"{settings.dtype}"
     )
@@ -79,21 +82,22 @@ def setting_line(settings: GridSettings, n_prompts: int) -> str:
 
 def full_line(full: Record) -> str:
     """The FULL line: all heads of the main layer."""
-    return (
-        f"FULL layer {full['layer']}: KL_raw {_nats(full, 'KL_raw_mean')}  "
-        f"KL_mapped {_nats(full, 'KL_mapped_mean')}  ΔKL {_nats(full, 'delta')}"
-    )
+    return f"FULL layer {full['layer']}: {_three_numbers(full)}"
 
 
 def control_line(full: Record, control: Record | None) -> str:
     """The control line and how to read it."""
     if control is None:
         return "CONTROL: none was measured."
-    numbers = (
-        f"CONTROL layer {control['layer']}: KL_raw {_nats(control, 'KL_raw_mean')}  "
-        f"KL_mapped {_nats(control, 'KL_mapped_mean')}  ΔKL {_nats(control, 'delta')}"
+    numbers = f"CONTROL layer {control['layer']}: {_three_numbers(control)}"
+    return f"{numbers}\n  {_control_reading(full, control)}"
+
+
+def _three_numbers(record: Record) -> str:
+    return (
+        f"raw {record['KL_raw_mean']:.5f}  mapped {record['KL_mapped_mean']:.5f}  "
+        f"ΔKL {_nats(record, 'delta')} nats"
     )
-    return f"{numbers}: {_control_reading(full, control)}"
 
 
 def _control_reading(full: Record, control: Record) -> str:

@@ -1,136 +1,348 @@
-"""The whole analysis of one run: everything of ``analysis.json``."""
+"""The whole analysis of one run, from its grid and the experiment behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from rq4lens.analysis.metrics import FullEffect
-from rq4lens.analysis.plain import plain
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.agreement import Scored, agreement
+from rq4lens.analysis.alignment import Alignment, alignment
+from rq4lens.analysis.alpha_sweep import ALPHAS, alpha_sweep
+from rq4lens.analysis.claims import claims
+from rq4lens.analysis.concentration import concentration
+from rq4lens.analysis.control_sources import FitData
+from rq4lens.analysis.controls import (
+    ControlStudy,
+    grid_controls,
+    measured_controls,
+    random_controls,
+)
+from rq4lens.analysis.coverage import Coverage, CoverageStudy, coverage, coverage_of_grid
+from rq4lens.analysis.head_kinds import head_kinds
+from rq4lens.analysis.interactions import interactions
+from rq4lens.analysis.map_agreement import map_kind_agreement
+from rq4lens.analysis.measured import Indices, MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.methods import Methods, compare_methods
+from rq4lens.analysis.metrics import FullEffect, bootstrap_of, grid_full_effect
+from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.records import (
     Agreement,
-    Alignment,
     AlphaPoint,
     Concentration,
     Control,
     CoverageCurve,
-    CoverageRow,
     HeadKinds,
-    HeadTests,
     Interactions,
-    MethodRow,
-    RandomSets,
     RankStability,
 )
-from rq4lens.results import HeadRanking
+from rq4lens.analysis.result import Analysis, AnalysisSettings
+from rq4lens.analysis.significance import HeadTests, head_tests
+from rq4lens.analysis.single_effects import single_ranking
+from rq4lens.analysis.stability import rank_stability
+from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.heads import Head
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.patch import Advance
+from rq4lens.results import GridResult, HeadRanking
+
+PerPrompt = Float64[ndarray, "head prompt"]
+
+PARTS = (
+    *("coverage", "compared", "interactions", "alphas", "controls", "alignment"),
+    *("agreements", "stability", "tests", "kinds", "concentration"),
+)
+"""The parts of an analysis in the order in which they are computed and timed."""
+
+N_SPLITS = 5
+N_RANDOM_SETS = 1000
 
 
-@dataclass(frozen=True)
-class AnalysisSettings:
-    """How the analysis was made.
+def analyse(
+    grid: GridResult,
+    experiment: MeasuresHeadSets | None = None,
+    *,
+    n_resamples: int = 10_000,
+    n_random_sets: int = N_RANDOM_SETS,
+    n_splits: int = N_SPLITS,
+    seed: int = 0,
+    methods: Sequence[str] | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    activations: PairActivations | None = None,
+    neutral: Experiment | None = None,
+    advance: Advance | None = None,
+) -> Analysis:
+    """Analyse a grid.
+
+    With the grid alone, everything that its own conditions support is computed. With the experiment
+    behind it, new head sets are measured: whole curves, random sets, cross-fitting, interactions,
+    the other ranking methods and the controls.
 
     Args:
-        layer: the main layer.
-        control_layer: the control layer, or None.
-        alpha: blend strength.
-        ranking: the ranking whose top k the coverage table shows.
-        ks: the sizes in the coverage table.
-        n_prompts: measured prompts.
-        n_groups: groups of prompts; resampling and folds keep a group together.
+        grid: the measured grid.
+        experiment: the experiment behind it.
         n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
         n_splits: random half splits behind the cross-fitted numbers.
         seed: seed of all draws.
-        level: nominal coverage of the intervals.
-        interval_method: ``"bca"`` (bias-corrected and accelerated) unless a record says otherwise.
-    """
+        methods: ranking methods to compare; all of them when left out.
+        alphas: blend strengths of the sweep.
+        activations: already captured activations of the pair, for the controls.
+        neutral: the pair prepared on neutral prompts, for the side effect.
+        advance: called with the number of rows (prompt x patch) just finished.
 
-    layer: int
-    control_layer: int | None
-    alpha: float
-    ranking: str
-    ks: tuple[int, ...]
-    n_prompts: int
-    n_groups: int
-    n_resamples: int
-    n_random_sets: int
-    n_splits: int
-    seed: int
-    level: float = 0.95
-    interval_method: str = "bca"
+    Returns:
+        The analysis.
+    """
+    work = _Work(
+        grid=grid,
+        measured=MeasuredSets.of_grid(grid, experiment, advance),
+        bootstrap=bootstrap_of(grid, n_resamples=n_resamples, seed=seed),
+        n_random_sets=n_random_sets,
+        n_splits=n_splits,
+        methods=tuple(METHODS if methods is None else methods),
+        sweep_alphas=tuple(alphas),
+        given_activations=activations,
+        neutral=neutral,
+    )
+    return work.analysis()
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """Everything the analysis adds to a grid.
+class _Work:
+    """One analysis under way: its parts, each computed once. See :func:`analyse`."""
 
-    What needs new measurements (an experiment) is empty or None when only the grid was given.
+    grid: GridResult
+    measured: MeasuredSets
+    bootstrap: Bootstrap
+    n_random_sets: int
+    n_splits: int
+    methods: tuple[str, ...]
+    sweep_alphas: tuple[float, ...]
+    given_activations: PairActivations | None
+    neutral: Experiment | None
 
-    Args:
-        settings: how it was made.
-        full: ``ΔKL(ALL)``, the denominator of coverage, and whether it can serve as one.
-        coverage: the coverage table, a row a k.
-        curves: coverage curves of every ranking method, the run's own first, then cross-fitted
-            (``"<method> (cross-fitted)"``) and the envelope (``"best subset"``).
-        random: random head sets by size.
-        random_p_value: probability that a random ranking leaves the band as far as the run's own
-            does, over all sizes at once; selection is not accounted for.
-        rankings: every ranking, the run's own first.
-        methods: each method beside exact single-head ``ΔKL``.
-        stability: stability of the run's own ranking.
-        agreement: rankings of the same heads compared, across metrics, alphas, map kinds and folds.
-        concentration: how unevenly scores lie on heads.
-        tests: sign-flip tests of single heads.
-        interactions: do heads add up?
-        kinds: idle, re-coordinated and rewired heads.
-        controls: does the claim survive?
-        alignment: heads and the first direction of a joint low-rank map.
-        alphas: the sweep over blend strengths.
-        claims: a short paragraph built from the numbers.
-        seconds: time of each part.
-    """
+    def analysis(self) -> Analysis:
+        """Everything, part by part."""
+        seconds = {name: self._seconds(name) for name in PARTS}
+        analysis = Analysis(
+            settings=self.settings,
+            full=self.full,
+            coverage=self.coverage.rows,
+            curves=self.curves,
+            random=self.coverage.random,
+            random_p_value=self.coverage.random_p_value,
+            rankings=self.rankings,
+            methods=self.compared.rows,
+            stability=self.stability,
+            agreement=self.agreements,
+            concentration=self.concentration,
+            tests=self.tests,
+            interactions=self.interactions,
+            kinds=self.kinds,
+            controls=self.controls,
+            alignment=self.alignment,
+            alphas=self.alphas[0],
+            claims=(),
+            seconds=seconds,
+        )
+        return replace(analysis, claims=claims(analysis))
 
-    settings: AnalysisSettings
-    full: FullEffect
-    coverage: tuple[CoverageRow, ...]
-    curves: tuple[CoverageCurve, ...]
-    random: tuple[RandomSets, ...]
-    random_p_value: float | None
-    rankings: tuple[HeadRanking, ...]
-    methods: tuple[MethodRow, ...]
-    stability: RankStability
-    agreement: tuple[Agreement, ...]
-    concentration: tuple[Concentration, ...]
-    tests: HeadTests
-    interactions: Interactions | None
-    kinds: HeadKinds
-    controls: tuple[Control, ...]
-    alignment: Alignment | None
-    alphas: tuple[AlphaPoint, ...]
-    claims: str
-    seconds: Mapping[str, float]
+    def _seconds(self, part: str) -> float:
+        start = time.perf_counter()
+        getattr(self, part)
+        return round(time.perf_counter() - start, 3)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The content of ``analysis.json``, strict JSON values."""
-        record = plain({**vars(self), "rankings": [ranking_record(r) for r in self.rankings]})
-        record["areas"] = [_area(curve) for curve in record["curves"]]
-        return record
+    @property
+    def settings(self) -> AnalysisSettings:
+        grid = self.grid
+        return AnalysisSettings(
+            layer=grid.settings.layer,
+            control_layer=grid.settings.control_layer,
+            alpha=grid.settings.alpha,
+            ranking=self.ranking.method,
+            ks=self.ks,
+            n_heads=grid.n_heads,
+            n_prompts=grid.n_prompts,
+            n_groups=self.bootstrap.n_groups,
+            n_resamples=self.bootstrap.n_resamples,
+            n_random_sets=self.n_random_sets,
+            n_splits=self.n_splits,
+            seed=self.bootstrap.seed,
+        )
 
+    @property
+    def ks(self) -> tuple[int, ...]:
+        return self.grid.settings.ks
 
-def ranking_record(ranking: HeadRanking) -> dict[str, Any]:
-    """A ranking without its per-prompt scores, as strict JSON values."""
-    return {
-        "method": ranking.method,
-        "layer": ranking.layer,
-        "alpha": ranking.alpha,
-        "heads": list(ranking.heads),
-        "scores": list(ranking.scores),
-        "standard_errors": plain(ranking.standard_errors),
-        "settings": plain(ranking.settings),
-    }
+    @property
+    def can_measure(self) -> bool:
+        return self.measured.experiment is not None
 
+    @property
+    def experiment(self) -> Experiment | None:
+        """The experiment with its models and maps; None for anything that only measures."""
+        experiment = self.measured.experiment
+        return experiment if isinstance(experiment, Experiment) else None
 
-def _area(curve: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("ranking", "area_pct", "cpr", "cmd", "k90")
-    return {name: value for name, value in curve.items() if name.startswith(wanted)}
+    @cached_property
+    def activations(self) -> PairActivations | None:
+        if self.experiment is None:
+            return None
+        return self.given_activations or PairActivations(
+            self.experiment.pair, k_positions=self.experiment.k_positions
+        )
+
+    @cached_property
+    def ranking(self) -> HeadRanking:
+        return single_ranking(self.measured, self.grid.settings.rank_by)
+
+    @cached_property
+    def full(self) -> FullEffect:
+        return grid_full_effect(self.grid, self.bootstrap)
+
+    @cached_property
+    def singles(self) -> tuple[PerPrompt, PerPrompt]:
+        """``KL_raw`` and ``KL_mapped`` of single heads."""
+        return self.measured.kl_nats(self.measured.singles)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        study = CoverageStudy(
+            ranking=self.ranking,
+            rank_by=self.grid.settings.rank_by,
+            ks=self.ks,
+            seed_sets=self._seed_sets(),
+            measured=self.measured,
+            full=self.full,
+            bootstrap=self.bootstrap,
+            n_random_sets=self.n_random_sets,
+            n_splits=self.n_splits,
+            seed=self.bootstrap.seed,
+        )
+        return coverage(study) if self.can_measure else coverage_of_grid(study)
+
+    def _seed_sets(self) -> dict[int, dict[int, Indices]]:
+        settings = self.grid.settings
+        return {
+            k: {seed: self.grid[f"rand{k}_s{seed}"].heads.indices for seed in settings.random_seeds}
+            for k in settings.ks
+        }
+
+    @cached_property
+    def compared(self) -> Methods:
+        if not self.can_measure:
+            return Methods((), (), ())
+        return compare_methods(
+            self.methods, self.measured, self.full, self.ks, self.bootstrap, self.bootstrap.seed
+        )
+
+    @property
+    def rankings(self) -> tuple[HeadRanking, ...]:
+        own = self.ranking.method
+        return (self.ranking, *(r for r in self.compared.rankings if r.method != own))
+
+    @property
+    def curves(self) -> tuple[CoverageCurve, ...]:
+        """The run's own first, then the other methods, cross-fitted and envelope last."""
+        own = self.ranking.method
+        others = tuple(curve for curve in self.compared.curves if curve.ranking != own)
+        return (*self.coverage.curves[:1], *others, *self.coverage.curves[1:])
+
+    @cached_property
+    def interactions(self) -> Interactions | None:
+        if not self.can_measure:
+            return None
+        defined = self.full.undefined_because is None
+        return interactions(self.measured, self.bootstrap, defined=defined)
+
+    @cached_property
+    def alphas(self) -> tuple[tuple[AlphaPoint, ...], tuple[MeasuredSets, ...]]:
+        """The sweep over blend strengths, and the measurements behind it."""
+        if not self.can_measure:
+            return (), (self.measured,)
+        points, measured = alpha_sweep(self.measured, self.sweep_alphas, self.ks, self.bootstrap)
+        return tuple(points), tuple(measured)
+
+    @cached_property
+    def tests(self) -> HeadTests:
+        """All heads at all blend strengths that were tried."""
+        layer, heads = self.measured.layer, range(self.grid.n_heads)
+        at_alpha = self.alphas[1]
+        return head_tests(
+            [(Head(layer, head), each.alpha) for each in at_alpha for head in heads],
+            np.concatenate([each.delta_nats(each.singles) for each in at_alpha]),
+            self.grid.groups,
+            seed=self.bootstrap.seed,
+        )
+
+    @cached_property
+    def controls(self) -> tuple[Control, ...]:
+        rows = grid_controls(self.grid, self.bootstrap)
+        if self.experiment is not None and self.activations is not None:
+            study = ControlStudy(
+                experiment=self.experiment,
+                measured=self.measured,
+                control_layer=self.grid.settings.control_layer,
+                bootstrap=self.bootstrap,
+                activations=self.activations,
+                neutral=self.neutral,
+                seed=self.bootstrap.seed,
+            )
+            rows += measured_controls(study)
+        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads))
+
+    @cached_property
+    def alignment(self) -> Alignment | None:
+        if self.activations is None:
+            return None
+        data = FitData.of(self.activations, self.measured.layer)
+        return alignment(data, self._scored_delta, self.bootstrap)
+
+    @cached_property
+    def _scored_delta(self) -> Scored:
+        raw, mapped = self.singles
+        return Scored.of_prompts("delta", raw - mapped, self.bootstrap)
+
+    @cached_property
+    def agreements(self) -> tuple[Agreement, ...]:
+        """Rankings of the same heads across metrics and kinds of maps."""
+        found = [self._metric_agreement()]
+        if self.experiment is not None and self.activations is not None:
+            found += map_kind_agreement(
+                self.experiment, self.measured, self.activations, self.ks, self.bootstrap
+            )
+        return (*found, *(point.agreement for point in self.alphas[0]))
+
+    def _metric_agreement(self) -> Agreement:
+        """The same ranking by what the map repairs of the answer's log-probability."""
+        repair = np.stack(
+            [
+                single.answer_logprob_change_mapped_nats - single.answer_logprob_change_raw_nats
+                for single in self.grid.singles
+            ]
+        )
+        by_answer = Scored.of_prompts("answer log-probability", repair, self.bootstrap)
+        return agreement("metric", by_answer, self._scored_delta, self.ks, self.bootstrap)
+
+    @cached_property
+    def stability(self) -> RankStability:
+        rank_by = self.grid.settings.rank_by
+        return rank_stability(self.ranking, *self.singles, rank_by, self.ks, self.bootstrap)
+
+    @cached_property
+    def kinds(self) -> HeadKinds:
+        full, floor = self.grid.full.KL_raw, self.grid.noise_floor_nats
+        return head_kinds(*self.singles, full, floor, self.bootstrap)
+
+    @cached_property
+    def concentration(self) -> tuple[Concentration, ...]:
+        raw, mapped = self.singles
+        scores = {"|ΔKL|": raw - mapped, "KL_raw": raw}
+        return tuple(concentration(name, each, self.bootstrap) for name, each in scores.items())

@@ -229,6 +229,8 @@ def _with_cross_fit(
     plain = study.measured.delta_nats([study.top(k)])[0]
     crossed = rankings.cross_fit.delta_nats[k]
     cross_fitted, optimism = _coverage_of(study, np.stack([crossed, plain - crossed]))
+    if optimism.value is not None and np.allclose(plain, crossed, rtol=1e-12, atol=0):
+        optimism = exact(0.0)  # every half chose the heads that all prompts choose
     return replace(
         row,
         cross_fitted_coverage_pct=_by_definition(study, k, cross_fitted, 100.0),

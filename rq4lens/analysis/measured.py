@@ -28,7 +28,9 @@ Indices = tuple[int, ...]
 class MeasuresHeadSets(Protocol):
     """Whatever can measure head sets: an :class:`~rq4lens.patching.experiment.Experiment`."""
 
-    groups: tuple[str, ...]
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group of each prompt."""
 
     @property
     def n_heads(self) -> int:

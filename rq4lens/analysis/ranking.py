@@ -25,7 +25,6 @@ from rq4lens.analysis.single_effects import (
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
 
-
 RankingMethod = Callable[..., HeadRanking]
 """Ranks the heads of one layer.
 

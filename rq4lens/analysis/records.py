@@ -13,7 +13,6 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.statistics import Estimate
-from rq4lens.heads import Head
 
 
 @dataclass(frozen=True)
@@ -241,50 +240,6 @@ class Concentration:
 
 
 @dataclass(frozen=True)
-class HeadTest:
-    """Sign-flip test of one head's ``ΔKL`` against zero.
-
-    Args:
-        head: layer and index.
-        alpha: blend strength.
-        delta: mean ``ΔKL``, in nats.
-        p_value: two-sided, for this head alone.
-        p_max_t: corrected for everything tried, by the largest statistic of each flip.
-        p_holm: corrected by Holm.
-        p_bh: false discovery rate by Benjamini and Hochberg.
-        reason: why the p-values are missing, if they are.
-    """
-
-    head: Head
-    alpha: float
-    delta: float
-    p_value: float | None
-    p_max_t: float | None
-    p_holm: float | None
-    p_bh: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class HeadTests:
-    """Sign-flip tests of everything that was tried.
-
-    Args:
-        tests: one per head (and layer and alpha, where several were tried).
-        n_flips: number of sign patterns.
-        p_value_min: smallest p-value they can give.
-        exhaustive: whether these are all sign patterns.
-        n_groups: groups of prompts; their signs flip together.
-    """
-
-    tests: tuple[HeadTest, ...]
-    n_flips: int
-    p_value_min: float
-    exhaustive: bool
-    n_groups: int
-
-
-@dataclass(frozen=True)
 class PairInteraction:
     """``Δ({i,j}) - Δ(i) - Δ(j)`` of one pair of heads.
 
@@ -381,24 +336,6 @@ class Control:
     difference: Estimate
     unit: str
     survives: bool | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How the first direction of a joint low-rank map lies on the heads.
-
-    Args:
-        share: share of the direction's squared length that lies on each head, in head order; sums
-            to 1.
-        spearman: rank correlation with single-head ``ΔKL``.
-        kendall: the same by Kendall's tau-b.
-        reason: why it is missing, if it is.
-    """
-
-    share: tuple[float, ...]
-    spearman: Estimate
-    kendall: Estimate
     reason: str | None = None
 
 

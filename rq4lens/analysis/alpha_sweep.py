@@ -1,0 +1,80 @@
+"""The full effect and the head ranking at other blend strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rq4lens.analysis.agreement import Scored, agreement
+from rq4lens.analysis.measured import MeasuredSets, order_of
+from rq4lens.analysis.records import AlphaPoint
+from rq4lens.analysis.statistics import Bootstrap
+
+ALPHAS = (0.1, 0.3, 0.5, 0.7, 1.0)
+
+
+def alpha_sweep(
+    measured: MeasuredSets, alphas: Sequence[float], ks: Sequence[int], bootstrap: Bootstrap
+) -> tuple[list[AlphaPoint], list[MeasuredSets]]:
+    """Measure all heads together and one by one at several blend strengths.
+
+    Args:
+        measured: the head sets at the run's own alpha, which is added to the others.
+        alphas: blend strengths.
+        ks: sizes at which the overlap with the run's own ranking is taken.
+        bootstrap: the resamples.
+
+    Returns:
+        One point per blend strength, in ascending order, and the measurements behind them.
+    """
+    own = Scored.of_prompts(
+        f"alpha {measured.alpha:g}", measured.delta_nats(measured.singles), bootstrap
+    )
+    at_alpha = [
+        measured if alpha == measured.alpha else _at(measured, alpha)
+        for alpha in sorted({*alphas, measured.alpha})
+    ]
+    return [_point(each, own, ks, bootstrap) for each in at_alpha], at_alpha
+
+
+def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
+    return MeasuredSets(
+        measured.experiment,
+        measured.layer,
+        alpha,
+        n_heads=measured.n_heads,
+        groups=measured.groups,
+        mapped=measured.mapped,
+        advance=measured.advance,
+    )
+
+
+def _point(
+    measured: MeasuredSets, own: Scored, ks: Sequence[int], bootstrap: Bootstrap
+) -> AlphaPoint:
+    raw, mapped = measured.kl_nats([measured.everything, *measured.singles])
+    full = bootstrap.estimate(
+        np.stack([raw[0], mapped[0]]),
+        lambda m: np.stack(
+            [
+                m[..., 0],
+                m[..., 1],
+                m[..., 0] - m[..., 1],
+                100 * (m[..., 0] - m[..., 1]) / m[..., 0],
+            ],
+            axis=-1,
+        ),
+    )
+    singles = raw[1:] - mapped[1:]
+    scored = Scored.of_prompts(f"alpha {measured.alpha:g}", singles, bootstrap)
+    return AlphaPoint(
+        alpha=measured.alpha,
+        KL_raw=full[0],
+        KL_mapped=full[1],
+        delta=full[2],
+        drop_pct=full[3],
+        head_delta_nats=tuple(scored.scores.tolist()),
+        heads=tuple(order_of(scored.scores).tolist()),
+        agreement=agreement("alpha", scored, own, ks, bootstrap),
+    )

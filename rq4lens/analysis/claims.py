@@ -1,0 +1,168 @@
+"""A short paragraph that says what the numbers support; it changes when they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rq4lens.analysis.controls import SIGNIFICANT
+from rq4lens.analysis.records import Control, CoverageCurve, CoverageRow
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics import Estimate
+from rq4lens.heads import Head
+
+MOST_PCT = 50.0
+"""Heads that cover more than this carry most of the effect."""
+
+FEW_SHARE = 0.25
+"""Up to this share of a layer's heads are a few."""
+
+OPTIMISTIC_PCT = 5.0
+"""A gap between plain and cross-fitted coverage that is worth a sentence, in percentage points."""
+
+
+def claims(analysis: Analysis) -> tuple[str, ...]:
+    """What the numbers support, sentence by sentence.
+
+    Args:
+        analysis: everything else of the analysis.
+    """
+    return tuple(
+        sentence
+        for part in (_effect, _carriers, _certainty, _structure, _controls)
+        for sentence in part(analysis)
+    )
+
+
+def _effect(analysis: Analysis) -> Iterator[str]:
+    settings, full = analysis.settings, analysis.full
+    value = full.delta.value or 0.0
+    size = f"ΔKL(ALL) = {number(full.delta, 'nats')}"
+    where = f"At layer {settings.layer} (alpha {settings.alpha:g})"
+    if full.undefined_because is not None:
+        yield (
+            f"{where} nothing can be said about shares: {full.undefined_because}. "
+            "Coverage is undefined."
+        )
+    elif value < 0:
+        yield f"{where} the map makes the raw patch worse, not better: {size}."
+    else:
+        yield f"{where} the map repairs part of what the raw patch damages: {size}."
+
+
+def _carriers(analysis: Analysis) -> Iterator[str]:
+    row, defined = decisive_row(analysis), analysis.full.undefined_because is None
+    if row is None or not defined:
+        return
+    names = ", ".join(Head(analysis.settings.layer, head).label for head in row.heads[:8])
+    more = ", ..." if row.k > 8 else ""
+    heads = f"The top {row.k} of {analysis.settings.n_heads} heads by {row.ranking} ({names}{more})"
+    crossed = row.cross_fitted_coverage_pct
+    if crossed.value is None:
+        yield f"{heads} cover {number(row.coverage_pct, '%')} on the prompts that ranked them."
+        return
+    carries = "carry most of it" if crossed.value > MOST_PCT else "carry only part of it"
+    yield (
+        f"{heads} {carries}: {number(row.coverage_pct, '%')} on the prompts that ranked them, "
+        f"{number(crossed, '%')} when ranked on other prompts."
+    )
+    gap = row.optimism_pct.value
+    if gap is not None and abs(gap) > OPTIMISTIC_PCT:
+        direction = "optimistic" if gap > 0 else "pessimistic"
+        yield f"The first figure is {direction} by {abs(gap):.1f} points."
+
+
+def decisive_row(analysis: Analysis) -> CoverageRow | None:
+    """The row that the paragraph speaks of: the fewest heads that carry most of the effect.
+
+    Where no size does, it is the largest size below the whole layer.
+    """
+    rows = [row for row in analysis.coverage if row.k < analysis.settings.n_heads]
+    for row in rows:
+        crossed, plain = row.cross_fitted_coverage_pct.value, row.coverage_pct.value
+        honest = plain if crossed is None else crossed
+        if honest is not None and honest > MOST_PCT:
+            return row
+    return rows[-1] if rows else None
+
+
+def _certainty(analysis: Analysis) -> Iterator[str]:
+    row, full = decisive_row(analysis), analysis.full
+    if row is not None and full.undefined_because is None and row.random_mean_pct is not None:
+        yield _beside_random(row)
+    corrected = [
+        test.p_max_t
+        for test in analysis.tests.tests
+        if test.p_max_t is not None and test.alpha == analysis.settings.alpha
+    ]
+    if corrected:
+        firm = sum(p_value <= SIGNIFICANT for p_value in corrected)
+        yield (
+            f"{firm} of {analysis.settings.n_heads} heads by themselves differ from zero after "
+            f"correction for all {len(analysis.tests.tests)} tests of heads and alphas."
+        )
+
+
+def _beside_random(row: CoverageRow) -> str:
+    between = ""
+    if row.random_low_pct is not None and row.random_high_pct is not None:
+        between = f" (95% between {row.random_low_pct:.1f}% and {row.random_high_pct:.1f}%)"
+    judged = ""
+    if row.p_value is not None:
+        verdict = "better than chance" if row.p_value <= SIGNIFICANT else "no better than chance"
+        judged = f"; ranked on other prompts they are {verdict} (p = {row.p_value:.3g})"
+    return f"Random sets of {row.k} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
+
+
+def _structure(analysis: Analysis) -> Iterator[str]:
+    curve = _own_curve(analysis)
+    if curve is None or curve.k90.value is None:
+        return
+    k90, n_heads = curve.k90.value, analysis.settings.n_heads
+    few = k90 <= FEW_SHARE * n_heads
+    reading = "a few heads carry it" if few else "it is spread over many heads"
+    yield f"90% takes {number(curve.k90, f'of {n_heads} heads', digits=0)}: {reading}."
+
+
+def _own_curve(analysis: Analysis) -> CoverageCurve | None:
+    """The cross-fitted curve of the run's own ranking, or the plain one where there is none."""
+    own = analysis.settings.ranking
+    by_name = {curve.ranking: curve for curve in analysis.curves}
+    return by_name.get(f"{own} (cross-fitted)", by_name.get(own))
+
+
+def _controls(analysis: Analysis) -> Iterator[str]:
+    judged = [control for control in analysis.controls if control.survives is not None]
+    if not judged:
+        return
+    failed = [control for control in judged if not control.survives]
+    verdict = f"The claim survives {len(judged) - len(failed)} of {len(judged)} controls"
+    yield verdict + (f"; it does not survive: {_names(failed)}." if failed else ".")
+    untested = [control for control in analysis.controls if control.survives is None]
+    if untested:
+        yield f"Without a verdict: {_names(untested)}."
+
+
+def _names(controls: list[Control]) -> str:
+    return ", ".join(control.name for control in controls)
+
+
+def number(estimate: Estimate, unit: str, digits: int | None = None) -> str:
+    """A number with its interval and unit, for a sentence.
+
+    Args:
+        estimate: a defined estimate.
+        unit: its unit; a percent sign stands right behind the number.
+        digits: digits behind the point; by default three significant ones, or one for percent.
+    """
+    places = 1 if unit == "%" and digits is None else digits
+    space = "" if unit == "%" else " "
+
+    def written(value: float) -> str:
+        return f"{value:.3g}" if places is None else f"{value:.{places}f}"
+
+    if estimate.value is None:
+        return "an undefined share"
+    text = f"{written(estimate.value)}{space}{unit}"
+    if estimate.interval is None:
+        return text
+    return f"{text} [{written(estimate.interval.low)}, {written(estimate.interval.high)}]"

@@ -1,0 +1,213 @@
+"""The table "does the claim survive": what else could explain the main layer's effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.control_sources import (
+    MEAN_ONLY,
+    ROTATED,
+    SHUFFLED,
+    WRONG_LAYER,
+    control_sources,
+)
+from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.records import Control, CoverageRow
+from rq4lens.analysis.statistics import Bootstrap, Estimate, Resampled, undefined
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.experiment import Experiment
+from rq4lens.results import ConditionResult, GridResult
+
+DELTA_NATS = "ΔKL, nats"
+KL_RAW_NATS = "KL_raw, nats"
+COVERAGE_PCT = "coverage, %"
+SIGNIFICANT = 0.05
+
+QUESTIONS = {
+    SHUFFLED: "Does a map fitted on prompts that do not belong together repair as much?",
+    WRONG_LAYER: "Does the control layer's map, used at the main layer, repair as much?",
+    ROTATED: "Do predictions of the same length in random directions repair as much?",
+    MEAN_ONLY: "Does moving the mean alone repair as much?",
+}
+"""What the controls ask that put something else in the map's place."""
+
+PerPrompt = Float64[ndarray, "prompt"]
+
+
+def paired(
+    name: str,
+    question: str,
+    value: PerPrompt,
+    reference: PerPrompt,
+    bootstrap: Bootstrap,
+    unit: str = DELTA_NATS,
+) -> Control:
+    """A control measured on the same prompts as what it is compared with.
+
+    The claim survives when the interval of the difference lies above 0.
+
+    Args:
+        name: the control.
+        question: what it asks.
+        value: the control's effect on each prompt.
+        reference: the main effect on each prompt.
+        bootstrap: the resamples.
+        unit: unit of the numbers.
+    """
+    estimates = bootstrap.estimate(np.stack([value, reference, reference - value]))
+    return _judged(name, question, estimates, unit)
+
+
+def _judged(name: str, question: str, estimates: Sequence[Estimate], unit: str) -> Control:
+    value, reference, difference = estimates
+    interval = difference.interval
+    return Control(
+        name=name,
+        question=question,
+        value=value,
+        reference=reference,
+        difference=difference,
+        unit=unit,
+        survives=None if interval is None else interval.low > 0,
+        reason=difference.reason if interval is None else None,
+    )
+
+
+def missing(name: str, question: str, reason: str, unit: str = DELTA_NATS) -> Control:
+    """A control that could not be run."""
+    nothing = undefined(reason)
+    return Control(name, question, nothing, nothing, nothing, unit, None, reason)
+
+
+def grid_controls(grid: GridResult, bootstrap: Bootstrap) -> list[Control]:
+    """The controls that the grid itself holds: the control layer and the self-patch.
+
+    Args:
+        grid: the measured grid.
+        bootstrap: the resamples.
+    """
+    full = grid.full.delta_nats
+    layer = "Does the control layer's map repair as much of its own layer's damage?"
+    nothing = "Does patching the tuned model into itself change nothing?"
+    control = grid.control
+    rows = [
+        paired("control layer", layer, control.delta_nats, full, bootstrap)
+        if isinstance(control, ConditionResult)
+        else missing("control layer", layer, "the run has no control layer")
+    ]
+    itself = grid.conditions.get("self")
+    if itself is not None:
+        kl_raw = grid.full.kl_raw_nats
+        self_kl = itself.kl_raw_nats
+        rows.append(paired("self", nothing, self_kl, kl_raw, bootstrap, KL_RAW_NATS))
+    return rows
+
+
+@dataclass(frozen=True)
+class ControlStudy:
+    """What the measured controls are made from.
+
+    Args:
+        experiment: the pair, its maps and its engine.
+        measured: the head sets of the main layer.
+        control_layer: the control layer, or None.
+        bootstrap: the resamples.
+        activations: train and measured activations of the pair.
+        neutral: the same pair measured on neutral prompts; None where there are none.
+        seed: seed of shuffling and rotation.
+    """
+
+    experiment: Experiment
+    measured: MeasuredSets
+    control_layer: int | None
+    bootstrap: Bootstrap
+    activations: PairActivations
+    neutral: Experiment | None
+    seed: int
+
+
+def measured_controls(study: ControlStudy) -> list[Control]:
+    """The controls that put something else in the map's place, and the neutral prompts."""
+    measured, experiment = study.measured, study.experiment
+    layer, everything = measured.layer, measured.everything
+    sources = control_sources(experiment, layer, study.control_layer, study.activations, study.seed)
+    varied = experiment.with_sources({(layer, name): z for name, z in sources.items()})
+    reference = measured.delta_nats([everything])[0]
+    rows = []
+    for name, question in QUESTIONS.items():
+        if name in sources:
+            control = MeasuredSets.of(varied, layer, measured.alpha, mapped=name)
+            value = control.delta_nats([everything])[0]
+            rows.append(paired(name, question, value, reference, study.bootstrap))
+        else:
+            rows.append(missing(name, question, "the run has no control layer"))
+    return [*rows, _neutral(study)]
+
+
+def _neutral(study: ControlStudy) -> Control:
+    """Side effect: what the raw patch does to prompts that the fine-tune is not about."""
+    name = "neutral prompts"
+    question = "Does swapping all heads disturb neutral prompts as much?"
+    if study.neutral is None:
+        return missing(name, question, "the pair has no neutral prompts", KL_RAW_NATS)
+    measured = study.measured
+    elsewhere = MeasuredSets.of(study.neutral, measured.layer, measured.alpha)
+    value = elsewhere.kl_nats([measured.everything])[0]
+    reference = measured.kl_nats([measured.everything])[0]
+    bootstrap = study.bootstrap
+    # Other prompts, so other resamples: the two are independent.
+    own = Bootstrap(elsewhere.groups, bootstrap.n_resamples, bootstrap.seed + 1)
+    return unpaired(name, question, own.resampled(value), bootstrap.resampled(reference))
+
+
+def unpaired(name: str, question: str, value: Resampled, reference: Resampled) -> Control:
+    """A control measured on other prompts than what it is compared with.
+
+    Args:
+        name: the control.
+        question: what it asks.
+        value: the control's effect, resampled over its own prompts.
+        reference: the main effect, resampled over its prompts.
+    """
+    # An interval needs several groups on both sides; no jackknife says that there are none.
+    alone = min(len(value.jackknife), len(reference.jackknife)) == 0
+    jackknife = value.jackknife[:0] if alone else reference.jackknife
+    difference = Resampled(reference.point - value.point, reference.draws - value.draws, jackknife)
+    estimates = [
+        value.estimates()[0],
+        reference.estimates()[0],
+        # The correction of skewness would need a jackknife over both sides.
+        difference.estimates(method="percentile")[0],
+    ]
+    return _judged(name, question, estimates, KL_RAW_NATS)
+
+
+def random_controls(rows: Sequence[CoverageRow], n_heads: int) -> list[Control]:
+    """Random heads, with maps fitted like all others, against the top k chosen on other prompts.
+
+    The claim survives when the cross-fitted p-value is at most 0.05.
+
+    Args:
+        rows: the coverage table.
+        n_heads: number of heads of the layer.
+    """
+    return [_random(row) for row in rows if row.k < n_heads]
+
+
+def _random(row: CoverageRow) -> Control:
+    name, question = f"random heads, k={row.k}", "Do as many random heads carry as much?"
+    reference = row.cross_fitted_coverage_pct
+    if row.p_value is None or row.random_mean_pct is None or reference.value is None:
+        reason = reference.reason or row.reason or "there is no p-value"
+        return missing(name, question, reason, COVERAGE_PCT)
+    difference = Estimate(
+        reference.value - row.random_mean_pct, None, f"judged by p = {row.p_value:.3g}"
+    )
+    mean = Estimate(row.random_mean_pct, None, f"mean of {row.n_subsets} random sets")
+    survives = row.p_value <= SIGNIFICANT
+    return Control(name, question, mean, reference, difference, COVERAGE_PCT, survives)

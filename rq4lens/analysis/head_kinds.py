@@ -1,0 +1,96 @@
+"""Three kinds of heads: idle, re-coordinated and rewired.
+
+An idle head does nothing when it is swapped. A re-coordinated head does, but a linear map puts it
+right: the fine-tune only changed its coordinates. A rewired head does, and no map puts it right.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.records import HeadKind, HeadKinds
+from rq4lens.analysis.statistics import Bootstrap, Estimate, undefined
+
+IDLE_SHARE = 0.1
+"""Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
+
+NOISE_MULTIPLE = 10.0
+"""A head below this many noise floors is idle, too."""
+
+EXPLAINED_PCT = 50.0
+"""A map that repairs more than this share of a head's damage explains the head."""
+
+
+def head_kinds(
+    kl_raw_nats: Float64[ndarray, "head prompt"],
+    kl_mapped_nats: Float64[ndarray, "head prompt"],
+    full_kl_raw: float,
+    noise_floor_nats: float,
+    bootstrap: Bootstrap,
+) -> HeadKinds:
+    """Tell the kinds of all heads apart.
+
+    Args:
+        kl_raw_nats: ``KL_raw`` of each single head on each prompt.
+        kl_mapped_nats: ``KL_mapped`` of each single head on each prompt.
+        full_kl_raw: ``KL_raw(ALL)``, in nats.
+        noise_floor_nats: largest mean KL that patching nothing leaves.
+        bootstrap: the resamples.
+    """
+    n_heads = len(kl_raw_nats)
+    idle_below = max(IDLE_SHARE * full_kl_raw / n_heads, NOISE_MULTIPLE * noise_floor_nats)
+    means = bootstrap.estimate(np.concatenate([kl_raw_nats, kl_mapped_nats]))
+    drops = bootstrap.estimate(
+        np.concatenate([kl_raw_nats, kl_mapped_nats]), lambda m: _drop_pct(m, n_heads)
+    )
+    heads = tuple(
+        _kind(head, means[head], means[n_heads + head], drops[head], idle_below)
+        for head in range(n_heads)
+    )
+    return HeadKinds(heads, rule(idle_below), idle_below, EXPLAINED_PCT)
+
+
+def _drop_pct(means: Float64[ndarray, "*rows both"], n_heads: int) -> ndarray:
+    raw, mapped = means[..., :n_heads], means[..., n_heads:]
+    return 100 * (raw - mapped) / raw
+
+
+def _kind(
+    head: int, raw: Estimate, mapped: Estimate, drop: Estimate, idle_below: float
+) -> HeadKind:
+    if raw.value is None or raw.value <= 0:
+        drop = undefined("the raw patch changes nothing (KL_raw is 0)")
+    return HeadKind(head, kind_of(raw, drop, idle_below), raw, mapped, drop)
+
+
+def kind_of(raw: Estimate, drop: Estimate, idle_below: float) -> str:
+    """The kind of one head.
+
+    Args:
+        raw: its ``KL_raw``.
+        drop: its ``drop_pct``.
+        idle_below: a head whose ``KL_raw`` lies below this is idle.
+
+    Returns:
+        ``"idle"``, ``"re-coordinated"``, ``"rewired"``, or ``"undecided"`` when the interval of its
+        drop holds the dividing line.
+    """
+    if raw.value is None or raw.value <= idle_below:
+        return "idle"
+    if drop.value is None or drop.interval is None:
+        return "undecided"
+    if drop.interval.low > EXPLAINED_PCT:
+        return "re-coordinated"
+    return "rewired" if drop.interval.high < EXPLAINED_PCT else "undecided"
+
+
+def rule(idle_below: float) -> str:
+    """The rule in words, with its numbers."""
+    return (
+        f"idle: KL_raw at most {idle_below:.3g} nats ({100 * IDLE_SHARE:g}% of an even share of "
+        f"KL_raw(ALL), or {NOISE_MULTIPLE:g} noise floors if that is more); re-coordinated: the "
+        f"95% interval of drop lies above {EXPLAINED_PCT:g}%; rewired: it lies below; undecided: "
+        f"it holds {EXPLAINED_PCT:g}%"
+    )

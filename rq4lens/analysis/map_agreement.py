@@ -1,0 +1,51 @@
+"""Do other kinds of maps rank the same heads first?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rq4lens.analysis.agreement import Scored, agreement
+from rq4lens.analysis.control_sources import FitData, refit
+from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.records import Agreement
+from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.maps import MapKind
+
+OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
+
+
+def map_kind_agreement(
+    experiment: Experiment,
+    measured: MeasuredSets,
+    activations: PairActivations,
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
+) -> list[Agreement]:
+    """Compare the ranking by ``ΔKL`` with those under other kinds of maps.
+
+    Args:
+        experiment: the pair and its maps.
+        measured: the head sets of the main layer under its own map.
+        activations: train and measured activations of the pair.
+        ks: sizes at which the overlap of the top k is taken.
+        bootstrap: the resamples.
+
+    Returns:
+        One agreement per other kind of map.
+    """
+    layer, own = measured.layer, experiment.maps[measured.layer]
+    reference = Scored.of_prompts(own.kind, measured.delta_nats(measured.singles), bootstrap)
+    data = FitData.of(activations, layer)
+    z_base = activations.z("base", experiment.split, layer)
+    kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
+    varied = experiment.with_sources(
+        {(layer, kind): refit(own, data, kind)(z_base) for kind in kinds}
+    )
+    found = []
+    for kind in kinds:
+        other = MeasuredSets.of(varied, layer, measured.alpha, mapped=kind)
+        scored = Scored.of_prompts(kind, other.delta_nats(other.singles), bootstrap)
+        found.append(agreement("map_kind", scored, reference, ks, bootstrap))
+    return found

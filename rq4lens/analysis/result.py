@@ -1,0 +1,138 @@
+"""The analysis of one run as a record: everything of ``analysis.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rq4lens.analysis.alignment import Alignment
+from rq4lens.analysis.metrics import FullEffect
+from rq4lens.analysis.plain import plain
+from rq4lens.analysis.records import (
+    Agreement,
+    AlphaPoint,
+    Concentration,
+    Control,
+    CoverageCurve,
+    CoverageRow,
+    HeadKinds,
+    Interactions,
+    MethodRow,
+    RandomSets,
+    RankStability,
+)
+from rq4lens.analysis.significance import HeadTests
+from rq4lens.results import HeadRanking
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """How the analysis was made.
+
+    Args:
+        layer: the main layer.
+        control_layer: the control layer, or None.
+        alpha: blend strength.
+        ranking: the ranking whose top k the coverage table shows.
+        ks: the sizes in the coverage table.
+        n_heads: heads of a layer.
+        n_prompts: measured prompts.
+        n_groups: groups of prompts; resampling and folds keep a group together.
+        n_resamples: bootstrap resamples.
+        n_random_sets: random sets drawn of each size that has more.
+        n_splits: random half splits behind the cross-fitted numbers.
+        seed: seed of all draws.
+        level: nominal coverage of the intervals.
+        interval_method: ``"bca"`` (bias-corrected and accelerated) unless a record says otherwise.
+    """
+
+    layer: int
+    control_layer: int | None
+    alpha: float
+    ranking: str
+    ks: tuple[int, ...]
+    n_heads: int
+    n_prompts: int
+    n_groups: int
+    n_resamples: int
+    n_random_sets: int
+    n_splits: int
+    seed: int
+    level: float = 0.95
+    interval_method: str = "bca"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything the analysis adds to a grid.
+
+    What needs new measurements (an experiment) is empty or None when only the grid was given.
+
+    Args:
+        settings: how it was made.
+        full: ``ΔKL(ALL)``, the denominator of coverage, and whether it can serve as one.
+        coverage: the coverage table, a row a k.
+        curves: coverage curves of every ranking method, the run's own first, then cross-fitted
+            (``"<method> (cross-fitted)"``) and the envelope (``"best subset"``).
+        random: random head sets by size.
+        random_p_value: probability that a random ranking leaves the band as far as the run's own
+            does, over all sizes at once; selection is not accounted for.
+        rankings: every ranking, the run's own first.
+        methods: each method beside exact single-head ``ΔKL``.
+        stability: stability of the run's own ranking.
+        agreement: rankings of the same heads compared, across metrics, alphas, map kinds and folds.
+        concentration: how unevenly scores lie on heads.
+        tests: sign-flip tests of single heads.
+        interactions: do heads add up?
+        kinds: idle, re-coordinated and rewired heads.
+        controls: does the claim survive?
+        alignment: heads and the first direction of a joint low-rank map.
+        alphas: the sweep over blend strengths.
+        claims: a short paragraph built from the numbers, sentence by sentence.
+        seconds: time of each part.
+    """
+
+    settings: AnalysisSettings
+    full: FullEffect
+    coverage: tuple[CoverageRow, ...]
+    curves: tuple[CoverageCurve, ...]
+    random: tuple[RandomSets, ...]
+    random_p_value: float | None
+    rankings: tuple[HeadRanking, ...]
+    methods: tuple[MethodRow, ...]
+    stability: RankStability
+    agreement: tuple[Agreement, ...]
+    concentration: tuple[Concentration, ...]
+    tests: HeadTests
+    interactions: Interactions | None
+    kinds: HeadKinds
+    controls: tuple[Control, ...]
+    alignment: Alignment | None
+    alphas: tuple[AlphaPoint, ...]
+    claims: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``analysis.json``, strict JSON values."""
+        record = plain({**vars(self), "rankings": [ranking_record(r) for r in self.rankings]})
+        record["areas"] = [_area(curve) for curve in record["curves"]]
+        return record
+
+
+def ranking_record(ranking: HeadRanking) -> dict[str, Any]:
+    """A ranking without its per-prompt scores, as strict JSON values."""
+    return {
+        "method": ranking.method,
+        "layer": ranking.layer,
+        "alpha": ranking.alpha,
+        "heads": list(ranking.heads),
+        "scores": list(ranking.scores),
+        "standard_errors": plain(ranking.standard_errors),
+        "settings": plain(ranking.settings),
+    }
+
+
+def _area(curve: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = ("ranking", "area_pct", "cpr", "cmd", "k90")
+    return {name: value for name, value in curve.items() if name.startswith(wanted)}

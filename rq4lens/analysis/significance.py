@@ -1,0 +1,191 @@
+"""Sign-flip tests of single heads, corrected for everything that was tried.
+
+Under the null hypothesis a head's ``ΔKL`` is as likely to be negative as positive in every group of
+prompts, so flipping the signs of whole groups changes nothing. All heads (and layers and alphas)
+are flipped together: the largest statistic of each flip corrects for having looked at all of them.
+
+Source:
+    Westfall and Young, Resampling-Based Multiple Testing (1993), algorithm 2.5 (single-step max-T);
+    Nichols and Holmes, Nonparametric Permutation Tests for Functional Neuroimaging (2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+from statsmodels.stats.multitest import multipletests
+
+from rq4lens.analysis.statistics import ONE_GROUP, group_membership
+from rq4lens.heads import Head
+
+N_FLIPS = 10_000
+NO_EFFECT = "the effect is 0 on every prompt"
+
+PerPrompt = Float64[ndarray, "hypothesis prompt"]
+
+
+@dataclass(frozen=True)
+class HeadTest:
+    """Sign-flip test of one head's ``ΔKL`` against zero.
+
+    Args:
+        head: layer and index.
+        alpha: blend strength.
+        delta: mean ``ΔKL``, in nats.
+        p_value: two-sided, for this head alone.
+        p_max_t: corrected for everything tried, by the largest statistic of each flip.
+        p_holm: corrected by Holm.
+        p_bh: false discovery rate by Benjamini and Hochberg.
+        reason: why the p-values are missing, if they are.
+    """
+
+    head: Head
+    alpha: float
+    delta: float
+    p_value: float | None
+    p_max_t: float | None
+    p_holm: float | None
+    p_bh: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadTests:
+    """Sign-flip tests of everything that was tried.
+
+    Args:
+        tests: one per head (and layer and alpha, where several were tried).
+        n_flips: number of sign patterns.
+        p_value_min: smallest p-value they can give.
+        exhaustive: whether these are all sign patterns.
+        n_groups: groups of prompts; their signs flip together.
+    """
+
+    tests: tuple[HeadTest, ...]
+    n_flips: int
+    p_value_min: float
+    exhaustive: bool
+    n_groups: int
+
+
+@dataclass(frozen=True)
+class SignFlips:
+    """P-values of sign-flip tests.
+
+    Args:
+        p_value: of each hypothesis alone; NaN where the effect is 0 everywhere.
+        p_max_t: corrected by the largest statistic of each flip.
+        n_flips: number of sign patterns.
+        exhaustive: whether these are all sign patterns.
+    """
+
+    p_value: Float64[ndarray, "hypothesis"]
+    p_max_t: Float64[ndarray, "hypothesis"]
+    n_flips: int
+    exhaustive: bool
+
+    @property
+    def p_value_min(self) -> float:
+        """Smallest p-value that can occur."""
+        return 2 / self.n_flips if self.exhaustive else 1 / (1 + self.n_flips)
+
+
+def sign_flips(
+    values: PerPrompt, groups: Sequence[str], n_flips: int = N_FLIPS, seed: int = 0
+) -> SignFlips:
+    """Two-sided sign-flip tests of means against 0.
+
+    Args:
+        values: the effects on each prompt.
+        groups: the group of each prompt; its prompts' signs flip together.
+        n_flips: number of random sign patterns; fewer groups than that many patterns need are
+            enumerated.
+        seed: seed of the patterns.
+
+    Returns:
+        The p-values.
+    """
+    sums = values @ group_membership(groups).T
+    scale = np.sqrt((sums**2).sum(-1))
+    # The sum of squares does not change when signs flip, so this orders flips as a t statistic.
+    studentised = np.divide(sums, scale[:, None], out=np.zeros_like(sums), where=scale[:, None] > 0)
+    signs, exhaustive = _signs(sums.shape[1], n_flips, seed)
+    null = np.abs(signs @ studentised.T)
+    observed = np.abs(studentised.sum(-1))
+    reached = observed * (1 - 1e-12)
+    extra = 0 if exhaustive else 1
+    n_patterns = len(signs) + extra
+    alone = ((null >= reached).sum(0) + extra) / n_patterns
+    largest = null.max(-1, keepdims=True)
+    together = ((largest >= reached).sum(0) + extra) / n_patterns
+    untested = scale == 0
+    alone[untested] = together[untested] = np.nan
+    return SignFlips(alone, together, len(signs), exhaustive)
+
+
+def _signs(n_groups: int, n_flips: int, seed: int) -> tuple[Float64[ndarray, "flip group"], bool]:
+    if 2**n_groups <= n_flips:
+        return np.array(list(product([1.0, -1.0], repeat=n_groups))), True
+    rng = np.random.default_rng(seed)
+    return rng.choice([1.0, -1.0], size=(n_flips, n_groups)), False
+
+
+def head_tests(
+    heads: Sequence[tuple[Head, float]],
+    delta_nats: Float64[ndarray, "hypothesis prompt"],
+    groups: Sequence[str],
+    *,
+    n_flips: int = N_FLIPS,
+    seed: int = 0,
+) -> HeadTests:
+    """Test the ``ΔKL`` of every head that was tried against 0.
+
+    Args:
+        heads: head and alpha of each row.
+        delta_nats: its single-head ``ΔKL`` on each prompt.
+        groups: the group of each prompt.
+        n_flips: number of sign patterns.
+        seed: their seed.
+    """
+    flips = sign_flips(delta_nats, groups, n_flips, seed)
+    n_groups = len(set(groups))
+    usable = np.isfinite(flips.p_value) & (n_groups > 1)
+    columns = {
+        "p_value": flips.p_value,
+        "p_max_t": flips.p_max_t,
+        "p_holm": corrected(flips.p_value, usable, "holm"),
+        "p_bh": corrected(flips.p_value, usable, "fdr_bh"),
+    }
+    reason = NO_EFFECT if n_groups > 1 else ONE_GROUP
+    tests = tuple(
+        HeadTest(
+            head=head,
+            alpha=alpha,
+            delta=float(delta_nats[row].mean()),
+            reason=None if usable[row] else reason,
+            **{name: float(p[row]) if usable[row] else None for name, p in columns.items()},
+        )
+        for row, (head, alpha) in enumerate(heads)
+    )
+    return HeadTests(tests, flips.n_flips, flips.p_value_min, flips.exhaustive, n_groups)
+
+
+def corrected(
+    p_values: Float64[ndarray, "hypothesis"], usable: ndarray, method: str
+) -> Float64[ndarray, "hypothesis"]:
+    """P-values corrected for their number; hypotheses without one are not counted.
+
+    Args:
+        p_values: the p-values.
+        usable: which of them exist.
+        method: a method of statsmodels' ``multipletests``.
+    """
+    result = np.full(p_values.shape, np.nan)
+    if usable.any():
+        result[usable] = multipletests(p_values[usable], method=method)[1]
+    return result

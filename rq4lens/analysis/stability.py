@@ -1,0 +1,119 @@
+"""How firmly heads stand at their ranks when prompts are resampled or split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+
+from rq4lens.analysis.agreement import spearman, top_jaccard
+from rq4lens.analysis.crossfit import TOO_FEW_GROUPS, half_means, half_splits
+from rq4lens.analysis.measured import order_of, single_scores
+from rq4lens.analysis.records import HeadStability, RankStability
+from rq4lens.analysis.statistics import (
+    LEVEL,
+    ONE_GROUP,
+    Bootstrap,
+    Estimate,
+    Interval,
+    Resampled,
+    undefined,
+)
+from rq4lens.results import HeadRanking, RankBy
+
+N_HALVES = 500
+"""Random half splits behind the split-half numbers."""
+
+PerPrompt = Float64[ndarray, "head prompt"]
+
+
+def rank_stability(
+    ranking: HeadRanking,
+    kl_raw_nats: PerPrompt,
+    kl_mapped_nats: PerPrompt,
+    rank_by: RankBy,
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
+) -> RankStability:
+    """Stability of the ranking by single-head scores.
+
+    Args:
+        ranking: the ranking on all prompts.
+        kl_raw_nats: ``KL_raw`` of each single head on each prompt.
+        kl_mapped_nats: ``KL_mapped`` of each single head on each prompt.
+        rank_by: the score that orders the heads.
+        ks: sizes for the probability of being in the top k and for the overlap of halves.
+        bootstrap: the resamples.
+    """
+
+    def scores_of(means: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows head"]:
+        raw, mapped = np.split(means, 2, axis=-1)
+        return single_scores(raw, mapped, rank_by)
+
+    both = np.concatenate([kl_raw_nats, kl_mapped_nats])
+    scores = bootstrap.resampled(both).apply(scores_of)
+    halves = half_splits(bootstrap.groups, N_HALVES, bootstrap.seed)
+    half_scores = scores_of(half_means(both, halves))
+    return RankStability(
+        ranking=ranking.method,
+        heads=_heads(ranking, scores, [k for k in ks if k <= ranking.n_heads], bootstrap),
+        bootstrap_spearman=_of_draws(spearman(scores.draws, scores.point), ONE_GROUP, bootstrap),
+        split_half_spearman=_of_halves(spearman, half_scores),
+        split_half_jaccard={
+            k: _of_halves(partial(top_jaccard, k=k), half_scores)
+            for k in ks
+            if k <= ranking.n_heads
+        },
+        n_splits=len(halves),
+    )
+
+
+def _heads(
+    ranking: HeadRanking, scores: Resampled, ks: Sequence[int], bootstrap: Bootstrap
+) -> tuple[HeadStability, ...]:
+    ranks = ranks_of(scores.draws)
+    seen = bootstrap.n_groups > 1
+    tails = np.quantile(ranks, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest")
+    estimates = scores.estimates()
+    return tuple(
+        HeadStability(
+            head=head,
+            rank=rank,
+            score=estimates[head],
+            rank_low=int(tails[0, head]) if seen else None,
+            rank_high=int(tails[1, head]) if seen else None,
+            top_probability={k: float((ranks[:, head] <= k).mean()) for k in ks} if seen else {},
+        )
+        for rank, head in enumerate(ranking.heads, 1)
+    )
+
+
+def ranks_of(scores: Float64[ndarray, "*rows head"]) -> Int64[ndarray, "*rows head"]:
+    """Rank of each head, 1 for the best; ties break by head index."""
+    return np.argsort(order_of(scores), axis=-1, kind="stable") + 1
+
+
+def _of_halves(
+    measure: Callable[[ndarray, ndarray], ndarray],
+    scores: Float64[ndarray, "split half head"],
+) -> Estimate:
+    if len(scores) == 0:
+        return undefined(TOO_FEW_GROUPS)
+    values = measure(scores[:, 0], scores[:, 1])
+    return _spread(values, "range over random half splits")
+
+
+def _of_draws(values: ndarray, reason: str, bootstrap: Bootstrap) -> Estimate:
+    return undefined(reason) if bootstrap.n_groups < 2 else _spread(values, "percentile")
+
+
+def _spread(values: Float64[ndarray, "draw"], method: str) -> Estimate:
+    """Mean of the values and the range that holds most of them."""
+    finite = values[np.isfinite(values)]
+    if len(finite) < len(values):
+        return undefined("in some draws all heads have the same score")
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(finite.mean()), Interval(float(low), float(high), LEVEL, method))

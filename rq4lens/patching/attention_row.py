@@ -170,9 +170,10 @@ def _attend(
 
 
 def _attention_pattern(attn: Any, scores: Tensor, bias: Tensor | None) -> Tensor:
-    scores = apply_softcap(scores / attn.attn_scale, attn.cfg.attn_scores_soft_cap)
+    # In place where it can be: these are the largest tensors of a model with many small heads.
+    scores = apply_softcap(scores.div_(attn.attn_scale), attn.cfg.attn_scores_soft_cap)
     if bias is not None:
-        scores = (scores + bias).to(scores.dtype)
+        scores = scores.add_(bias)
     return functional.softmax(scores, dim=-1)
 
 
@@ -242,10 +243,10 @@ def finish_block(
         attn_out = block.ln1_post(attn_out)
     if is_post_norm(block):
         attn_out = block.ln1(attn_out)
-    resid_mid = resid_pre + attn_out
+    resid_mid = attn_out.add_(resid_pre)
     if block.cfg.parallel_attn_mlp:
-        resid_mid = resid_mid + block.apply_mlp(block.ln2(resid_pre))
+        resid_mid = resid_mid.add_(block.apply_mlp(block.ln2(resid_pre)))
     elif not block.cfg.attn_only:
         mlp_in = resid_mid if is_post_norm(block) else block.ln2(resid_mid)
-        resid_mid = resid_mid + block.apply_mlp(mlp_in)
+        resid_mid = block.apply_mlp(mlp_in).add_(resid_mid)
     return resid_mid.reshape(shape)

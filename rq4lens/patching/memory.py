@@ -17,11 +17,19 @@ from rq4lens.patching.activations import device_of
 
 logger = logging.getLogger("rq4lens")
 
-CPU_BUDGET_BYTES = 256 * 2**20
+CPU_BUDGET_BYTES = 512 * 2**20
 """Small enough that a chunk's largest tensors do not crowd out everything else on a laptop."""
+
+CPU_MAX_ROWS = 4096
+"""More rows than this only push each other out of a processor's caches."""
 
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
+
+
+def is_main_memory(device: torch.device) -> bool:
+    """Whether a device has no memory of its own."""
+    return device.type != "cuda"
 
 
 def default_budget_bytes(device: torch.device) -> int:
@@ -33,7 +41,7 @@ def default_budget_bytes(device: torch.device) -> int:
     Returns:
         Half of the free memory of a GPU; a fixed amount elsewhere.
     """
-    if device.type != "cuda":
+    if is_main_memory(device):
         return CPU_BUDGET_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -117,7 +125,7 @@ class RowBudget:
         Raises:
             UserError: if a single row does not fit.
         """
-        pending = [whole]
+        pending = [whole] if whole.n_rows else []
         while pending:
             block = pending.pop()
             if block.n_rows > self.max_rows:
@@ -205,14 +213,17 @@ class MemoryPlan:
         budget = default_budget_bytes(device) if max_bytes is None else max_bytes
         longest = int(prompts.lengths.max())
         keys = kept_bytes_per_prompt(cfg, longest)
-        keep_on_device = device.type == "cpu" or keys * len(prompts) <= budget // 2
-        # On a CPU the kept pass lies in main memory like everything else and is not budgeted.
-        kept = min(keys * len(prompts), budget // 2) if device.type != "cpu" else 0
+        shares_memory = is_main_memory(device)
+        keep_on_device = shares_memory or keys * len(prompts) <= budget // 2
+        # What is kept in main memory is not what the budget is about.
+        kept = 0 if shares_memory else min(keys * len(prompts), budget // 2)
         in_pass = longest * bytes_per_row(cfg, longest, vocab=0) + keys
         in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out) + keys * rows_copy_keys
         passes, rows = RowBudget(budget - kept, in_pass), RowBudget(budget - kept, in_row)
         if batch_size is not None:
             passes.max_rows = min(passes.max_rows, batch_size)
+        if shares_memory:
+            rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
         return cls(passes, rows, keep_on_device)
 
     def report(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import check_layers, device_of
+from rq4lens.patching.activations import check_layers, device_of, patched_positions
 from rq4lens.patching.hooks import check_interventions
 from rq4lens.patching.memory import Block, MemoryPlan
 from rq4lens.patching.patch import (
@@ -82,6 +82,8 @@ class RowEngine(ABC):
         kl_direction: KLDirection = "patched||clean",
     ) -> None:
         check_layers([first_layer], model.cfg.n_layers)
+        shortest = next(prompts.batches(1))
+        patched_positions(shortest, k_positions)  # refuses more positions than it has
         self.model = model
         self.prompts = prompts
         self.k_positions = k_positions

@@ -1,0 +1,73 @@
+"""Parity: the fast engines against native hooks on a tiny random model of each architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sources
+from jaxtyping import Float
+from model_zoo import ZOO, save, train_tokenizer
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from rq4lens.models.loading import load_hooked
+from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.patching.activations import forward_batch
+from rq4lens.patching.engines import make_engine
+from rq4lens.patching.hooks import patched_heads
+from rq4lens.patching.patch import Intervention, Sources
+
+TOLERANCE = 1e-4
+"""Largest logit difference in float32, relative to the largest logit."""
+
+EXPECTED_ENGINE = {"gpt-oss": "cached"}
+"""Architectures that the suffix engine leaves to another one; every other runs on it."""
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HookedTransformer]:
+    """Loads an architecture of the zoo the way a user's folder is loaded."""
+    tokenizer = train_tokenizer()
+
+    def loaded(name: str) -> HookedTransformer:
+        folder: Path = save(ZOO[name].make(), tokenizer, tmp_path_factory.mktemp(name))
+        return load_hooked(folder, check_logits=False).model
+
+    return loaded
+
+
+def native_logits(
+    model: HookedTransformer,
+    prompts: TokenizedPrompts,
+    interventions: list[Intervention],
+    sources: Sources,
+    k_positions: int,
+) -> Float[Tensor, "condition prompt vocab"]:
+    """Logits at the decision token, one full forward pass per intervention."""
+    batch = next(prompts.batches(len(prompts)))
+    logits = torch.empty(len(interventions), len(prompts), model.cfg.d_vocab_out)
+    for index, intervention in enumerate(interventions):
+        with patched_heads(model, intervention, sources, batch, k_positions), torch.no_grad():
+            every = forward_batch(model, batch)
+        logits[index, batch.rows] = every[torch.arange(len(every)), batch.decision]
+    return logits
+
+
+@pytest.mark.parametrize("k_positions", [1, 3])
+@pytest.mark.parametrize("architecture", ZOO)
+def test_patched_logits_equal_native_hooks(architecture, k_positions, load):
+    """Every architecture: the engine's patched logits are those of a full forward pass."""
+    model, prompts = load(architecture), ragged_prompts()
+    sources = random_sources(len(prompts), k_positions, model.cfg.d_head)
+    interventions = all_kinds_of_interventions(model.cfg.n_layers)
+    engine = make_engine(model, prompts, k_positions=k_positions)
+    assert engine.name == EXPECTED_ENGINE.get(architecture, "suffix"), engine.fallback_reason
+    expected = native_logits(model, prompts, interventions, sources, k_positions)
+    clean = native_logits(model, prompts, [()], sources, k_positions)
+    scale = expected.abs().max()
+    assert (expected - clean).abs().amax(-1).min() > 100 * TOLERANCE, "a condition does nothing"
+    found = engine.logits(interventions, sources)
+    assert (found - expected).abs().max() / scale <= TOLERANCE

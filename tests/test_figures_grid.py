@@ -81,7 +81,9 @@ def test_bars_of_another_method_use_its_scores_and_errors(grid):
 
 def test_undefined_scores_have_no_bar(grid):
     """A head without a score keeps its row, says so, and has no number."""
-    ranking = HeadRanking.from_scores([None, *np.arange(31.0).tolist()], method="x", layer=26, alpha=None)
+    ranking = HeadRanking.from_scores(
+        [None, *np.arange(31.0).tolist()], method="x", layer=26, alpha=None
+    )
     figure = figures.ranking_bars(grid, ranking)
     assert points(figure)["L26H0"][0] is None
     assert figure.layout.yaxis.categoryarray[-1] == "L26H0"
@@ -90,9 +92,9 @@ def test_undefined_scores_have_no_bar(grid):
 def test_hover_names_the_head_and_its_numbers(grid):
     """Hovering tells the head's name, ΔKL, KL_raw, KL_mapped, drop and an interval."""
     trace = figures.ranking_bars(grid).data[0]
-    text = trace.hovertext[0]
-    single = grid.single(grid.ranking.top(1)[0])
-    assert f"<b>{trace.customdata[0]}</b>" in text
+    text, label = trace.hovertext[0], trace.customdata[0]
+    single = grid.single(int(label.split("H")[1]))
+    assert f"<b>{label}</b>" in text
     for number in (single.delta, single.KL_raw, single.KL_mapped):
         assert f"{number:.3g} nats [" in text
 
@@ -132,15 +134,14 @@ def test_curve_is_the_coverage_of_the_top_k(grid):
 
 def test_random_sets_are_points_of_their_own(grid):
     """Each random head set is a point at its size and its coverage."""
-    drawn = trace_named(figures.coverage_curve(grid), "random k, by seed")
+    drawn = trace_named(figures.coverage_curve(grid), "random, seeds")
     expected = [
         (k, 100 * grid[f"rand{k}_s{seed}"].delta / grid.full.delta)
         for k in (1, 2, 4, 8)
         for seed in (0, 1, 2)
     ]
-    assert [y for _, y in sorted(expected)] == pytest.approx(
-        [y for _, y in sorted(zip(drawn.x, drawn.y, strict=True))]
-    )
+    shown = sorted((int(x), y) for x, y in zip(drawn.x, drawn.y, strict=True))
+    assert np.array(shown) == pytest.approx(np.array(sorted(expected)))
 
 
 def test_control_is_a_level_line(grid):

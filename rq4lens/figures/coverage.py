@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
@@ -11,8 +11,14 @@ from rq4lens.analysis.metrics import bootstrap_of, grid_full_effect
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import INTERVAL_NOTE, ConditionNumbers, error_bars, numbers_of, shown
+from rq4lens.figures.saved import HasRecord, Record, as_record, estimate, estimates
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import ConditionResult, GridResult
+
+CROSS_FITTED = "cross-fitted"
+BEST_SUBSET = "best subset"
+# Random sets of one size stand side by side: this share of one head apart.
+_SEED_STEP = 0.12
 
 
 class _Point(NamedTuple):
@@ -23,7 +29,7 @@ class _Point(NamedTuple):
 
 def coverage_curve(
     grid: GridResult,
-    analysis: Mapping[str, Any] | None = None,
+    analysis: HasRecord | Record | None = None,
     *,
     bootstrap: Bootstrap | None = None,
     dark: bool = False,
@@ -33,8 +39,8 @@ def coverage_curve(
     Args:
         grid: the measured grid; its ``top{k}``, ``rand{k}_s{seed}``, ``full`` and ``ctrl_full``
             conditions are drawn.
-        analysis: what the analysis adds (the content of ``analysis.json``): the cross-fitted
-            curve, the band of random head sets and the best subsets, as far as present.
+        analysis: an analysis of the grid, live or saved. It fills the curve in at every k and adds
+            the cross-fitted curve, the band of random head sets and the best subsets.
         bootstrap: the resamples; made from the grid's prompts when left out.
         dark: the dark template.
 
@@ -48,20 +54,24 @@ def coverage_curve(
     if undefined_because is not None:
         theme.message(figure, f"Coverage is undefined: {undefined_because}.")
     else:
-        figure.add_traces(_traces(grid, analysis or {}, bootstrap))
-        notes += _control(figure, grid, bootstrap)
-        _axes(figure, grid.n_heads)
+        traces = _traces(grid, as_record(analysis), bootstrap)
+        control, control_note = _control(grid, bootstrap)
+        figure.add_traces([*traces, *control])
+        notes += control_note
+        axes(figure, grid.n_heads)
+    named = sum(trace.showlegend is not False for trace in figure.data)
     return theme.frame(
         figure,
         title=f"Coverage of the best k heads, layer {grid.settings.layer}",
         setting=grid_setting(grid, *notes),
-        height_px=500,
-        legend_rows=0 if undefined_because else 2,
+        height_px=460 + 21 * theme.legend_rows(named),
+        legend_rows=theme.legend_rows(named) if named else 0,
         dark=dark,
     )
 
 
-def _axes(figure: go.Figure, n_heads: int) -> None:
+def axes(figure: go.Figure, n_heads: int) -> None:
+    """The axes of every coverage curve, with lines at 0 and 100%."""
     for level in (0, 100):
         figure.add_hline(y=level, line={"color": theme.GREY, "width": 1, "dash": "dot"})
     figure.update_xaxes(
@@ -73,26 +83,36 @@ def _axes(figure: go.Figure, n_heads: int) -> None:
     figure.update_yaxes(title_text="coverage (% of ΔKL of all heads)", zeroline=False)
 
 
-def _traces(
-    grid: GridResult, analysis: Mapping[str, Any], bootstrap: Bootstrap
-) -> list[go.Scatter]:
-    del analysis
-    top = _grid_points(grid, _ks(grid, "top"), "best {k}", bootstrap)
-    best = [
+def _traces(grid: GridResult, analysis: Record, bootstrap: Bootstrap) -> list[go.Scatter]:
+    curves = {curve["ranking"]: curve for curve in analysis.get("curves", ())}
+    own = next(iter(curves.values()), None)
+    seeds = _grid_points(grid, _conditions(grid, "rand"), "random {k}", bootstrap)
+    best = _saved_points(grid, own) if own else _best_of_grid(grid, bootstrap)
+    traces = _random_band(analysis.get("random", ()))
+    for name, curve in curves.items():
+        if name.endswith(f"({CROSS_FITTED})"):
+            traces.append(
+                _line(CROSS_FITTED, _saved_points(grid, curve), theme.CROSS_FITTED, "square", "dot")
+            )
+    if BEST_SUBSET in curves:
+        points = _saved_points(grid, curves[BEST_SUBSET])
+        traces.append(_line(BEST_SUBSET, points, theme.BEST, "triangle-up", "dashdot", bars=False))
+    traces.append(_line("best k", best, theme.BLUE, "circle", "solid"))
+    return traces + ([_scattered("random, seeds", seeds)] if seeds else [])
+
+
+def _conditions(grid: GridResult, prefix: str) -> list[ConditionResult]:
+    named = [c for name, c in grid.conditions.items() if name.startswith(prefix)]
+    return sorted(named, key=lambda condition: len(condition.heads))
+
+
+def _best_of_grid(grid: GridResult, bootstrap: Bootstrap) -> list[_Point]:
+    top = _grid_points(grid, _conditions(grid, "top"), "best {k}", bootstrap)
+    return [
         _Point(0, exact(0.0), "no head: 0% by definition"),
         *(point for point in top if 0 < point.k < grid.n_heads),
         _Point(grid.n_heads, exact(100.0), "all heads: 100% by definition"),
     ]
-    drawn = _grid_points(grid, _ks(grid, "rand"), "random {k}", bootstrap)
-    return [
-        _line("best k", best, theme.BLUE, "circle", "solid"),
-        *([_scattered("random k, by seed", drawn)] if drawn else []),
-    ]
-
-
-def _ks(grid: GridResult, prefix: str) -> list[ConditionResult]:
-    conditions = [c for name, c in grid.conditions.items() if name.startswith(prefix)]
-    return sorted(conditions, key=lambda condition: len(condition.heads))
 
 
 def _grid_points(
@@ -101,58 +121,160 @@ def _grid_points(
     if not conditions:
         return []
     labels = [label.format(k=len(condition.heads)) for condition in conditions]
-    return [_point(grid, n) for n in numbers_of(grid, conditions, labels, bootstrap)]
+    return [_measured(grid, n) for n in numbers_of(grid, conditions, labels, bootstrap)]
 
 
-def _point(grid: GridResult, numbers: ConditionNumbers) -> _Point:
+def _measured(grid: GridResult, numbers: ConditionNumbers) -> _Point:
     heads = numbers.condition.heads
-    named = ", ".join(grid.label(head) for head in list(heads)[:8])
-    more = f" and {len(heads) - 8} more" if len(heads) > 8 else ""
-    hover = f"{numbers.hover}<br>{named}{more} ({numbers.condition.cond})"
+    hover = f"{numbers.hover}<br>{_named(grid, tuple(heads))} ({numbers.condition.cond})"
     return _Point(len(heads), numbers.coverage_pct, hover)
 
 
-def _line(name: str, points: Sequence[_Point], color: str, symbol: str, dash: str) -> go.Scatter:
+def _saved_points(grid: GridResult, curve: Record) -> list[_Point]:
+    values = estimates(curve["coverage_pct"])
+    sets = curve.get("head_sets") or [()] * len(values)
+    return [
+        _Point(
+            k,
+            value,
+            f"<b>{theme.plain(curve['ranking'])}, k = {k}</b><br>coverage {shown(value, '%')}"
+            + (f"<br>{_named(grid, heads)}" if heads else ""),
+        )
+        for k, (value, heads) in enumerate(zip(values, sets, strict=False))
+    ]
+
+
+def _named(grid: GridResult, heads: Sequence[int], most: int = 6) -> str:
+    names = ", ".join(grid.label(head) for head in heads[:most])
+    return names if len(heads) <= most else f"{names} and {len(heads) - most} more"
+
+
+def _line(
+    name: str,
+    points: Sequence[_Point],
+    color: str,
+    symbol: str,
+    dash: str,
+    *,
+    bars: bool = True,
+) -> go.Scatter:
+    bar_color = theme.translucent(color, 0.7)
     return go.Scatter(
         name=name,
         x=[point.k for point in points],
         y=[point.coverage.value for point in points],
-        error_y=error_bars([point.coverage for point in points]),
+        error_y=error_bars([point.coverage for point in points], bar_color) if bars else None,
         mode="lines+markers",
         line={"color": color, "dash": dash, "width": 2},
-        marker={"symbol": symbol, "size": 8},
+        marker={"symbol": symbol, "size": 6},
         hovertext=[point.hover for point in points],
         hovertemplate="%{hovertext}<extra></extra>",
     )
 
 
 def _scattered(name: str, points: Sequence[_Point]) -> go.Scatter:
+    shifts = [
+        sum(other.k == point.k for other in points[:i]) * _SEED_STEP
+        for i, point in enumerate(points)
+    ]
     return go.Scatter(
         name=name,
-        x=[point.k for point in points],
+        x=[point.k + shift for point, shift in zip(points, shifts, strict=True)],
         y=[point.coverage.value for point in points],
         mode="markers",
-        marker={"symbol": "x-thin", "size": 8, "line": {"width": 1.6, "color": theme.RANDOM}},
+        marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": theme.RANDOM}},
         hovertext=[point.hover for point in points],
         hovertemplate="%{hovertext}<extra></extra>",
     )
 
 
-def _control(figure: go.Figure, grid: GridResult, bootstrap: Bootstrap) -> list[str]:
+def _random_band(random: Sequence[Record]) -> list[go.Scatter]:
+    """Mean of the random head sets of each size, in a band that holds 95% of them."""
+    sets = [row for row in random if row.get("mean_pct") is not None]
+    if not sets:
+        return []
+    k = [row["k"] for row in sets]
+    low, high = ([row["quantiles_pct"][q] for row in sets] for q in ("0.025", "0.975"))
+    edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    fill = {"fill": "tonexty", "fillcolor": theme.translucent(theme.RANDOM, 0.25)}
+    mean = go.Scatter(
+        name="random, 95% band",
+        x=k,
+        y=[row["mean_pct"] for row in sets],
+        mode="lines",
+        line={"color": theme.RANDOM, "width": 1.5, "dash": "dash"},
+        hovertext=[
+            f"<b>random sets of {row['k']}</b><br>mean coverage {row['mean_pct']:.3g}%"
+            f"<br>95% of {row['n_subsets']} sets in [{lo:.3g}, {hi:.3g}]%"
+            for row, lo, hi in zip(sets, low, high, strict=True)
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )
+    return [go.Scatter(x=k, y=low, **edge), go.Scatter(x=k, y=high, **edge, **fill), mean]
+
+
+def _control(grid: GridResult, bootstrap: Bootstrap) -> tuple[list[go.Scatter], list[str]]:
     """A level line for the control layer, and the note that explains it."""
     if grid.control is None:
-        return []
+        return [], []
     label = f"all heads of control layer {grid.control.layer}"
     control = numbers_of(grid, [grid.control], [label], bootstrap)[0]
-    figure.add_trace(
-        go.Scatter(
-            name=f"control, layer {grid.control.layer}",
-            x=[0, grid.n_heads],
-            y=[control.coverage_pct.value] * 2,
-            mode="lines",
-            line={"color": theme.CONTROL, "dash": "dash", "width": 2},
-            hovertext=[control.hover] * 2,
-            hovertemplate="%{hovertext}<extra></extra>",
-        )
+    line = go.Scatter(
+        name=f"control, layer {grid.control.layer}",
+        x=[0, grid.n_heads],
+        y=[control.coverage_pct.value] * 2,
+        mode="lines",
+        line={"color": theme.CONTROL, "dash": "longdash", "width": 2},
+        hovertext=[control.hover] * 2,
+        hovertemplate="%{hovertext}<extra></extra>",
     )
-    return [f"control: {label}, {shown(control.coverage_pct, '%')}"]
+    return [line], [f"control: {label}, {shown(control.coverage_pct, '%')}"]
+
+
+def curve_points(grid: GridResult, bootstrap: Bootstrap) -> list[tuple[int, float]]:
+    """Coverage of the best k heads of a grid at each measured k; empty where it is undefined."""
+    if grid_full_effect(grid, bootstrap).undefined_because is not None:
+        return []
+    points = _best_of_grid(grid, bootstrap)
+    return [(p.k, p.coverage.value) for p in points if p.coverage.value is not None]
+
+
+def method_curves(
+    grid: GridResult, analysis: HasRecord | Record, *, dark: bool = False
+) -> go.Figure:
+    """Coverage of the best k heads against k, for every ranking method that was tried.
+
+    Args:
+        grid: the measured grid.
+        analysis: an analysis of it; its curves are drawn, without cross-fitting and envelope.
+        dark: the dark template.
+
+    Returns:
+        The figure: a line per method.
+    """
+    figure = go.Figure()
+    for place, (name, points) in enumerate(_method_points(grid, as_record(analysis))):
+        style = theme.line_style(place)
+        symbol = theme.SYMBOLS[place % len(theme.SYMBOLS)]
+        figure.add_trace(
+            _line(theme.plain(name), points, style["color"], symbol, style["dash"], bars=False)
+        )
+    axes(figure, grid.n_heads)
+    rows = theme.legend_rows(len(figure.data))
+    return theme.frame(
+        figure,
+        title=f"Coverage by ranking method, layer {grid.settings.layer}",
+        setting=grid_setting(grid, "ranked and scored on the same prompts"),
+        height_px=460 + 21 * rows,
+        legend_rows=rows,
+        dark=dark,
+    )
+
+
+def _method_points(grid: GridResult, analysis: Record) -> list[tuple[str, list[_Point]]]:
+    return [
+        (curve["ranking"], _saved_points(grid, curve))
+        for curve in analysis.get("curves", ())
+        if curve["ranking"] != BEST_SUBSET and not curve["ranking"].endswith(f"({CROSS_FITTED})")
+        if any(estimate(point).value is not None for point in curve["coverage_pct"])
+    ]

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
+import numpy as np
+
+from rq4lens.analysis.head_kinds import head_kinds as tell_kinds
 from rq4lens.analysis.metrics import bootstrap_of, condition_estimates
 from rq4lens.analysis.statistics import Bootstrap, Estimate
+from rq4lens.figures.saved import HasRecord, Record, as_record
 from rq4lens.figures.theme import GREY
 from rq4lens.results import ConditionResult, GridResult
 
-Kind = Literal["re-coordinated", "rewired", "idle"]
+Kind = Literal["re-coordinated", "rewired", "undecided", "idle"]
 
-KINDS: tuple[Kind, ...] = ("re-coordinated", "rewired", "idle")
-IDLE_SHARE = 0.05
-REPAIRED_PCT = 50.0
-KIND_RULE = (
-    f"idle: KL_raw within the noise floor or below {IDLE_SHARE:.0%} of the layer's largest; "
-    f"re-coordinated: the map repairs at least {REPAIRED_PCT:g}%; rewired: less"
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 INTERVAL_NOTE = "bars and [..]: 95% bootstrap intervals over prompts"
 
 
@@ -97,20 +95,29 @@ def single_head_numbers(
     return numbers_of(grid, grid.singles, labels, bootstrap)
 
 
-def head_kinds(grid: GridResult) -> tuple[Kind, ...]:
-    """Which of the three kinds each head of the main layer is, in head order.
+def head_kinds(
+    grid: GridResult,
+    analysis: HasRecord | Record | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> tuple[tuple[Kind, ...], str]:
+    """Which kind each head of the main layer is, in head order, and the rule in words.
 
-    The bounds are a reading aid, printed with the figure; the numbers are the result.
+    Args:
+        grid: the measured grid.
+        analysis: an analysis that already told them apart.
+        bootstrap: the resamples that tell them apart otherwise.
     """
-    largest = max(single.KL_raw for single in grid.singles)
-    idle_below = max(grid.noise_floor_nats, IDLE_SHARE * largest)
-    return tuple(_kind(single, idle_below) for single in grid.singles)
-
-
-def _kind(single: ConditionResult, idle_below: float) -> Kind:
-    if single.drop_pct is None or single.KL_raw <= idle_below:
-        return "idle"
-    return "re-coordinated" if single.drop_pct >= REPAIRED_PCT else "rewired"
+    saved = as_record(analysis).get("kinds")
+    if saved:
+        return tuple(row["kind"] for row in saved["heads"]), saved["rule"]
+    kinds = tell_kinds(
+        np.stack([single.kl_raw_nats for single in grid.singles]),
+        np.stack([single.kl_mapped_nats for single in grid.singles]),
+        grid.full.KL_raw,
+        grid.noise_floor_nats,
+        bootstrap or bootstrap_of(grid),
+    )
+    return tuple(cast("Kind", row.kind) for row in kinds.heads), kinds.rule
 
 
 def shown(estimate: Estimate, unit: str) -> str:

@@ -10,7 +10,6 @@ from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
-    KIND_RULE,
     KINDS,
     ConditionNumbers,
     Kind,
@@ -18,6 +17,7 @@ from rq4lens.figures.numbers import (
     head_kinds,
     single_head_numbers,
 )
+from rq4lens.figures.saved import HasRecord, Record
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
@@ -27,7 +27,11 @@ _MOST_NAMES = 10
 
 
 def head_plane(
-    grid: GridResult, *, bootstrap: Bootstrap | None = None, dark: bool = False
+    grid: GridResult,
+    analysis: HasRecord | Record | None = None,
+    *,
+    bootstrap: Bootstrap | None = None,
+    dark: bool = False,
 ) -> go.Figure:
     """Each head of the main layer at (KL_raw, KL_mapped).
 
@@ -37,6 +41,7 @@ def head_plane(
 
     Args:
         grid: the measured grid.
+        analysis: an analysis of the grid, for the kinds of heads.
         bootstrap: the resamples; made from the grid's prompts when left out.
         dark: the dark template.
 
@@ -44,7 +49,7 @@ def head_plane(
         The figure: one scatter trace per kind of head, ``customdata`` names the head.
     """
     numbers = single_head_numbers(grid, bootstrap)
-    kinds = head_kinds(grid)
+    kinds, rule = head_kinds(grid, analysis, bootstrap)
     reach = 1.08 * max(_reach(n) for n in numbers) or 1.0
     named = _names(numbers, [grid.ranking.rank_of(head) for head in range(grid.n_heads)], reach)
     figure = go.Figure(
@@ -52,6 +57,7 @@ def head_plane(
         + [
             _points([n for n, own in zip(numbers, kinds, strict=True) if own == kind], kind, named)
             for kind in KINDS
+            if kind in kinds
         ]
     )
     figure.update_xaxes(title_text="KL_raw of the head alone (nats)", range=[0, reach], nticks=7)
@@ -59,8 +65,9 @@ def head_plane(
     return theme.frame(
         figure,
         title=f"Heads of layer {grid.settings.layer}: raw against mapped",
-        setting=grid_setting(grid, "dotted: KL_mapped = KL_raw", INTERVAL_NOTE, KIND_RULE),
+        setting=grid_setting(grid, "dotted: KL_mapped = KL_raw", INTERVAL_NOTE, rule),
         height_px=560,
+        legend_rows=theme.legend_rows(len(figure.data) - 1),
         dark=dark,
     )
 

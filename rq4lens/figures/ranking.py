@@ -11,7 +11,6 @@ from rq4lens.analysis.statistics import Bootstrap, Estimate, Interval
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
-    KIND_RULE,
     KINDS,
     ConditionNumbers,
     Kind,
@@ -19,6 +18,7 @@ from rq4lens.figures.numbers import (
     head_kinds,
     single_head_numbers,
 )
+from rq4lens.figures.saved import HasRecord, Record
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult, HeadRanking
 
@@ -33,6 +33,7 @@ def ranking_bars(
     *,
     intervals: Sequence[tuple[float, float] | None] | None = None,
     top: int | None = None,
+    analysis: HasRecord | Record | None = None,
     bootstrap: Bootstrap | None = None,
     dark: bool = False,
 ) -> go.Figure:
@@ -44,6 +45,7 @@ def ranking_bars(
         intervals: interval of the score of head 0, 1, 2, ...; when left out, bootstrap intervals
             for the grid's own scores, or the ranking's standard errors.
         top: show only the best ``top`` heads.
+        analysis: an analysis of the grid, for the kinds of heads.
         bootstrap: the resamples; made from the grid's prompts when left out.
         dark: the dark template.
 
@@ -54,7 +56,7 @@ def ranking_bars(
     numbers = single_head_numbers(grid, bootstrap)
     scores, note = _score_estimates(ranking, numbers, intervals)
     shown_heads = ranking.heads[:top]
-    kinds = head_kinds(grid)
+    kinds, rule = head_kinds(grid, analysis, bootstrap)
     figure = go.Figure(
         [
             _bars(
@@ -65,14 +67,16 @@ def ranking_bars(
                 scores,
             )
             for kind in KINDS
+            if kind in kinds
         ]
     )
     _axes(figure, ranking, [grid.label(head) for head in shown_heads])
     return theme.frame(
         figure,
         title=f"Heads of layer {grid.settings.layer}, best first",
-        setting=grid_setting(grid, note, KIND_RULE),
+        setting=grid_setting(grid, note, rule),
         height_px=190 + _ROW_PX * max(6, len(shown_heads)),
+        legend_rows=theme.legend_rows(len(figure.data)),
         dark=dark,
     )
 

@@ -42,6 +42,12 @@ def setting_parts(
     )
 
 
-def grid_setting(grid: GridResult, *notes: str) -> tuple[str, ...]:
-    """The setting of one grid at its main layer."""
-    return setting_parts(grid.settings, grid.n_prompts, notes=notes)
+def grid_setting(grid: GridResult, *notes: str, alpha: str | None = None) -> tuple[str, ...]:
+    """The setting of one grid at its main layer.
+
+    Args:
+        grid: the grid.
+        notes: what this one figure adds.
+        alpha: the blend strengths shown, when they are not the grid's own.
+    """
+    return setting_parts(grid.settings, grid.n_prompts, alpha=alpha, notes=notes)

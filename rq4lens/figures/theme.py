@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import get_colorscale
 
 BLUE = "#0072B2"
 VERMILLION = "#D55E00"
@@ -34,11 +35,23 @@ SEQUENCE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star")
 
-KIND_COLORS = {"re-coordinated": BLUE, "rewired": VERMILLION, "idle": GREY}
-KIND_SYMBOLS = {"re-coordinated": "circle", "rewired": "diamond", "idle": "circle-open"}
+KIND_COLORS = {
+    "re-coordinated": BLUE,
+    "rewired": VERMILLION,
+    "undecided": ORANGE,
+    "idle": GREY,
+}
+KIND_SYMBOLS = {
+    "re-coordinated": "circle",
+    "rewired": "diamond",
+    "undecided": "square",
+    "idle": "circle-open",
+}
+KIND_PATTERNS = {"re-coordinated": "", "rewired": "/", "undecided": "x", "idle": ""}
 
 # Cividis is made for colour-blind readers; the diverging scale runs blue - pale - orange.
 SEQUENTIAL = "Cividis"
+SEQUENTIAL_STEPS = tuple(tuple(step) for step in get_colorscale(SEQUENTIAL))
 DIVERGING = (
     (0.0, "#8C3C00"),
     (0.25, "#E58A3C"),
@@ -125,7 +138,7 @@ def wrap(parts: Sequence[str], characters: int = SETTING_CHARACTERS) -> list[str
         if lines and len(lines[-1]) + 3 + len(part) <= characters:
             lines[-1] += f" · {part}"
         else:
-            lines.extend(textwrap.wrap(part, characters) or [""])
+            lines.extend(textwrap.wrap(part, characters, break_on_hyphens=False) or [""])
     return lines
 
 
@@ -189,6 +202,31 @@ def frame(
         font={"size": 10, "color": GREY},
     )
     return figure
+
+
+def color_bar(title: str) -> dict[str, Any]:
+    """A colour bar that lies above the plot, where it costs no width; two legend rows high."""
+    return {
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "xpad": 0,
+        # At y = 1 plotly makes room by moving every title of the figure, into other text.
+        "y": 0.9999,
+        "yanchor": "bottom",
+        "ypad": 4,
+        "len": 1,
+        "thickness": 10,
+        "outlinewidth": 0,
+        "nticks": 6,
+        "tickfont": {"size": 10},
+        "title": {"text": title, "side": "top", "font": {"size": 11}},
+    }
+
+
+def legend_rows(entries: int) -> int:
+    """Rows that a legend of so many short entries fills in a window of 400 px."""
+    return 1 if entries <= 3 else (entries + 1) // 2
 
 
 def message(figure: go.Figure, text: str) -> go.Figure:

@@ -1,0 +1,62 @@
+"""What it costs: the engines' times beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from rq4lens.figures import theme
+
+_ROW_PX = 34
+
+
+def engine_cost(
+    seconds: Mapping[str, float],
+    *,
+    reference: str,
+    setting: Sequence[str],
+    dark: bool = False,
+) -> go.Figure:
+    """Times of several ways to do the same work, on a logarithmic axis.
+
+    Args:
+        seconds: time by name, in drawing order; above 0.
+        reference: the entry that the others are compared with.
+        setting: the parts of the setting line: the work, the hardware, the versions, the date.
+        dark: the dark template.
+
+    Returns:
+        The figure: a bar per entry, each with its ratio to the reference.
+    """
+    ratios = {name: value / seconds[reference] for name, value in seconds.items()}
+    longest = max(len(name) for name in seconds)
+    figure = go.Figure(
+        go.Bar(
+            orientation="h",
+            y=[theme.plain(name) for name in seconds],
+            x=list(seconds.values()),
+            text=[f"{ratio:.3g}×" for ratio in ratios.values()],
+            textposition="outside",
+            cliponaxis=False,
+            marker_color=[theme.GREY if name == reference else theme.BLUE for name in seconds],
+            hovertext=[
+                f"<b>{theme.plain(name)}</b><br>{value:.3g} s"
+                f"<br>{ratios[name]:.3g} × {theme.plain(reference)}"
+                for name, value in seconds.items()
+            ],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(type="log", title_text="seconds, logarithmic", dtick=1)
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False, dtick=1)
+    return theme.frame(
+        figure,
+        title="Time of the same work",
+        setting=(*setting, f"×: times {reference}"),
+        height_px=170 + _ROW_PX * max(3, len(seconds)),
+        legend_rows=0,
+        left_px=24 + 6 * longest,
+        right_px=54,
+        dark=dark,
+    )

@@ -1,0 +1,116 @@
+"""Does the ranking hold: ranks of the same heads under several rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from rq4lens.figures import theme
+from rq4lens.figures.setting import grid_setting
+from rq4lens.results import GridResult
+
+_ROW_PX = 16
+BY_INDEX = "head 3 of one layer is not head 3 of another: lines join equal indices only"
+
+
+def rank_flow(
+    grid: GridResult,
+    rankings: Mapping[str, Sequence[int]],
+    *,
+    what: str = "rankings",
+    alpha: str | None = None,
+    top: int = 8,
+    across_layers: bool = False,
+    dark: bool = False,
+) -> go.Figure:
+    """Rank of every head under several rankings, joined by a line per head.
+
+    Args:
+        grid: the grid the rankings belong to.
+        rankings: head indices, best first, by the name of the ranking, in drawing order.
+        what: what differs between the rankings, for the title: ``"blend strengths"``.
+        alpha: the blend strengths of the rankings, when they are not the grid's own.
+        top: heads in colour: the best ``top`` of the first ranking; the others stay grey.
+        across_layers: the rankings belong to different layers; heads are then named by index, and
+            the figure says that equal indices mean nothing.
+        dark: the dark template.
+
+    Returns:
+        The figure: a line per head; ``meta`` names the head.
+    """
+    names = [theme.plain(name) for name in rankings]
+    orders = [list(heads) for heads in rankings.values()]
+    first = orders[0]
+    lines = [
+        _line(
+            _label(grid, head, across_layers), head, names, orders, place if place < top else None
+        )
+        for place, head in enumerate(first)
+    ]
+    # Grey lines first, so that the coloured ones lie on top.
+    figure = go.Figure(lines[top:] + lines[:top])
+    longest = max(len(name) for name in names)
+    steep = longest * len(names) > 36
+    figure.update_xaxes(
+        type="category",
+        tickangle=-60 if steep else 0,
+        range=[-0.1, len(names) - 0.9],
+        showgrid=True,
+    )
+    figure.update_yaxes(
+        title_text=f"rank and head by {names[0]}",
+        range=[len(first) + 0.7, 0.3],
+        showgrid=False,
+        zeroline=False,
+        tickvals=list(range(1, len(first) + 1)),
+        ticktext=[
+            f"{rank} · {_label(grid, head, across_layers)}" for rank, head in enumerate(first, 1)
+        ],
+        tickfont_size=10,
+    )
+    return theme.frame(
+        figure,
+        title=f"Ranks of heads across {theme.plain(what)}",
+        setting=grid_setting(grid, *([BY_INDEX] if across_layers else []), alpha=alpha),
+        height_px=170 + _ROW_PX * max(8, len(first)) + (7 * longest if steep else 0),
+        legend_rows=0,
+        left_px=96,
+        right_px=26,
+        axis_px=24 + 7 * longest if steep else 34,
+        dark=dark,
+    )
+
+
+def _label(grid: GridResult, head: int, across_layers: bool) -> str:
+    return f"H{head}" if across_layers else grid.label(head)
+
+
+def _line(
+    label: str,
+    head: int,
+    names: Sequence[str],
+    orders: Sequence[Sequence[int]],
+    place: int | None,
+) -> go.Scatter:
+    ranks = [order.index(head) + 1 if head in order else None for order in orders]
+    style = {"color": theme.GREY, "width": 1} if place is None else theme.line_style(place)
+    return go.Scatter(
+        name=label,
+        meta=label,
+        x=list(names),
+        y=ranks,
+        mode="lines+markers",
+        line=style if place is None else {**style, "width": 2.5},
+        opacity=0.35 if place is None else 1,
+        marker={"size": 4 if place is None else 7, "symbol": _symbol(place)},
+        hovertext=[
+            f"<b>{label}</b><br>rank {rank} · {name}" if rank else ""
+            for name, rank in zip(names, ranks, strict=True)
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )
+
+
+def _symbol(place: int | None) -> str:
+    return "circle" if place is None else theme.SYMBOLS[place % len(theme.SYMBOLS)]

@@ -1,0 +1,69 @@
+"""Is the effect one of many prompts or of a few: the top heads, prompt by prompt."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from rq4lens.figures import theme
+from rq4lens.figures.setting import grid_setting
+from rq4lens.results import GridResult
+
+_ROW_PX = 40
+
+
+def per_prompt(
+    grid: GridResult,
+    heads: tuple[int, ...] | None = None,
+    *,
+    top: int = 8,
+    dark: bool = False,
+) -> go.Figure:
+    """Single-head ``ΔKL`` of every prompt, for the top heads.
+
+    Args:
+        grid: the measured grid.
+        heads: the heads to show, first at the top; the best ``top`` of the grid's ranking when
+            left out.
+        top: how many heads to show then.
+        dark: the dark template.
+
+    Returns:
+        The figure: a box and its points per head; hover names head and prompt.
+    """
+    heads = grid.ranking.top(top) if heads is None else heads
+    figure = go.Figure([_box(grid, head) for head in heads])
+    figure.add_vline(x=0, line={"color": theme.GREY, "width": 1})
+    figure.update_xaxes(title_text="ΔKL of the head alone, per prompt (nats)", nticks=7)
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    return theme.frame(
+        figure,
+        title=f"The best heads of layer {grid.settings.layer}, prompt by prompt",
+        setting=grid_setting(grid, "box: quartiles and median; dashed: mean; a point a prompt"),
+        height_px=190 + _ROW_PX * max(3, len(heads)),
+        legend_rows=0,
+        dark=dark,
+    )
+
+
+def _box(grid: GridResult, head: int) -> go.Box:
+    label, values = grid.label(head), grid.single(head).delta_nats
+    return go.Box(
+        name=label,
+        orientation="h",
+        x=values.tolist(),
+        y=[label] * len(values),
+        customdata=[label] * len(values),
+        boxpoints="all",
+        boxmean=True,
+        jitter=0.6,
+        pointpos=0,
+        hoveron="points",
+        line={"color": theme.GREY, "width": 1.2},
+        fillcolor="rgba(0,0,0,0)",
+        marker={"size": 3.5, "opacity": 0.5, "color": theme.DELTA},
+        hovertext=[
+            f"<b>{label}</b><br>prompt {theme.plain(prompt)}<br>ΔKL {value:.3g} nats"
+            for prompt, value in zip(grid.prompt_ids, values, strict=True)
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )

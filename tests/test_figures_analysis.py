@@ -1,0 +1,258 @@
+"""Figures of an analysis and of layers: what is drawn is what the records say."""
+
+import numpy as np
+import pytest
+from synthetic import synthetic_grid
+from synthetic_analysis import METHODS, synthetic_analysis, synthetic_diagnostics
+
+from rq4lens import figures
+from rq4lens.analysis.agreement import kendall
+from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.figures.gallery import method_agreements, saved_rankings
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return synthetic_grid()
+
+
+@pytest.fixture(scope="module")
+def analysis(grid):
+    return synthetic_analysis(grid)
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return {
+        layer: synthetic_grid(layer, n_prompts=40, layer=layer, control_layer=None)
+        for layer in range(4)
+    }
+
+
+def trace_named(figure, name):
+    return next(trace for trace in figure.data if trace.name == name)
+
+
+def setting_of(figure) -> str:
+    notes = [note.text for note in figure.layout.annotations if note.name == "setting"]
+    assert len(notes) == 1
+    return notes[0].replace("<br>", " · ")
+
+
+def curve_of(analysis, ranking):
+    curve = next(row for row in analysis["curves"] if row["ranking"] == ranking)
+    return [point["value"] for point in curve["coverage_pct"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "ranking"),
+    [
+        ("best k", "delta"),
+        ("cross-fitted", "delta (cross-fitted)"),
+        ("best subset", "best subset"),
+    ],
+)
+def test_an_analysis_fills_the_coverage_curve(grid, analysis, line, ranking):
+    """Plain, cross-fitted and best-subset lines show the saved coverage at every k."""
+    drawn = trace_named(figures.coverage_curve(grid, analysis), line)
+    assert list(drawn.x) == list(range(33))
+    assert list(drawn.y) == curve_of(analysis, ranking)
+
+
+def test_random_band_spans_the_saved_quantiles(grid, analysis):
+    """The band lies between the 2.5% and 97.5% quantiles, with the mean inside."""
+    traces = figures.coverage_curve(grid, analysis).data
+    filled = next(place for place, trace in enumerate(traces) if trace.fill == "tonexty")
+    low, high, mean = traces[filled - 1], traces[filled], traces[filled + 1]
+    assert list(low.y) == [row["quantiles_pct"]["0.025"] for row in analysis["random"]]
+    assert list(high.y) == [row["quantiles_pct"]["0.975"] for row in analysis["random"]]
+    assert list(mean.y) == [row["mean_pct"] for row in analysis["random"]]
+
+
+def test_a_live_analysis_draws_like_a_saved_one(grid, analysis):
+    """An object with ``to_dict`` and its content give the same figure."""
+
+    class Live:
+        def to_dict(self):
+            return analysis
+
+    saved, live = (figures.coverage_curve(grid, source) for source in (analysis, Live()))
+    assert saved.to_json() == live.to_json()
+
+
+def test_kinds_come_from_the_analysis(grid, analysis):
+    """The plane sorts heads by the kinds that the analysis found, and prints its rule."""
+    figure = figures.head_plane(grid, analysis)
+    for row in analysis["kinds"]["heads"]:
+        assert f"L26H{row['head']}" in trace_named(figure, row["kind"]).customdata
+    assert "0.0005 nats" in setting_of(figure)
+
+
+def test_methods_have_a_curve_each(grid, analysis):
+    """One line per method, without cross-fitting and envelope."""
+    figure = figures.method_curves(grid, analysis)
+    assert [trace.name for trace in figure.data] == list(METHODS)
+    assert list(trace_named(figure, "shapley").y) == curve_of(analysis, "shapley")
+
+
+def test_flow_shows_every_heads_rank(grid, analysis):
+    """A head's line passes its rank in each ranking."""
+    orders = {f"a{point['alpha']}": point["heads"] for point in analysis["alphas"]}
+    figure = figures.rank_flow(grid, orders)
+    for trace in figure.data:
+        head = int(trace.meta.split("H")[1])
+        assert list(trace.y) == [order.index(head) + 1 for order in orders.values()]
+
+
+def test_flow_across_layers_says_what_it_cannot_mean(grid):
+    """Lines between layers join indices, and the figure says so."""
+    figure = figures.rank_flow(
+        grid, {"layer 1": range(32), "layer 2": range(31, -1, -1)}, across_layers=True
+    )
+    assert "not head 3 of another" in setting_of(figure)
+    assert {trace.meta for trace in figure.data} == {f"H{head}" for head in range(32)}
+
+
+def test_agreement_is_symmetric_with_ones(grid, analysis):
+    """Cells hold the saved measure both ways round, and 1 on the diagonal."""
+    heat = figures.agreement_matrix(grid, analysis["agreement"]).data[0]
+    place = {name: index for index, name in enumerate(heat.x)}
+    for row in analysis["agreement"]:
+        i, j = place[row["first"]], place[row["second"]]
+        assert heat.z[i][j] == heat.z[j][i] == row["kendall"]
+    assert [heat.z[i][i] for i in range(len(place))] == [1.0] * len(place)
+
+
+def test_pairs_that_were_not_compared_stay_empty(grid, analysis):
+    """A missing pair is no number."""
+    heat = figures.agreement_matrix(grid, analysis["agreement"][:2]).data[0]
+    assert sum(cell is None for row in heat.z for cell in row) == 2
+
+
+def test_method_pairs_agree_as_their_saved_scores_do(analysis):
+    """Pairs that the analysis did not compare get Kendall's tau of the saved scores."""
+    rows = method_agreements(analysis, Bootstrap(("a", "b"), 10))
+    assert len(rows) == len(METHODS) * (len(METHODS) - 1) / 2
+    rankings = saved_rankings(analysis)
+    row = rows[0]
+    scores = [np.array([rankings[row[side]].by_head]) for side in ("first", "second")]
+    assert row["kendall"] == pytest.approx(kendall(*scores)[0])
+
+
+def test_interactions_are_the_matrix_without_its_diagonal(grid, analysis):
+    """Each cell is the pair's interaction; a head does not interact with itself."""
+    heat = figures.interaction_matrix(grid, analysis["interactions"]).data[0]
+    saved = analysis["interactions"]["matrix_nats"]
+    for i in range(32):
+        for j in range(32):
+            assert heat.z[i][j] == (None if i == j else saved[i][j])
+    assert heat.zmid == 0
+
+
+def test_alpha_sweep_shows_the_three_quantities(grid, analysis):
+    """KL_raw, KL_mapped and ΔKL stand at every blend strength."""
+    figure = figures.alpha_sweep(grid, analysis["alphas"])
+    for name, key in (("KL_raw", "KL_raw"), ("KL_mapped", "KL_mapped"), ("ΔKL", "delta")):
+        assert list(trace_named(figure, name).y) == [row[key] for row in analysis["alphas"]]
+    assert "0.05 to 1" in setting_of(figure)
+
+
+def test_per_prompt_shows_each_prompt_of_the_best_heads(grid):
+    """A box holds every prompt's ΔKL, best head first, and hover names the prompt."""
+    figure = figures.per_prompt(grid, top=3)
+    assert [trace.name for trace in figure.data] == [grid.label(h) for h in grid.ranking.top(3)]
+    best = figure.data[0]
+    assert list(best.x) == grid.single(grid.ranking.top(1)[0]).delta_nats.tolist()
+    assert all(pid in text for pid, text in zip(grid.prompt_ids, best.hovertext, strict=True))
+
+
+def test_map_quality_stands_against_delta(grid):
+    """Each head stands at (held-out R², ΔKL); hover compares with the simpler predictors."""
+    rows = synthetic_diagnostics(grid)
+    figure = figures.map_quality(grid, rows)
+    for trace in figure.data:
+        for label, x, y, text in zip(
+            trace.customdata, trace.x, trace.y, trace.hovertext, strict=True
+        ):
+            head = int(label.split("H")[1])
+            assert x == rows[head]["fitted"]["r2"]
+            assert y == pytest.approx(grid.single(head).delta)
+            assert "shuffled pairs" in text
+
+
+def test_heatmap_switch_holds_the_four_quantities(layers):
+    """Each button carries its quantity of every head of every layer."""
+    figure = figures.layer_heatmap(layers)
+    buttons = figure.layout.updatemenus[0].buttons
+    for button, quantity in zip(buttons, ("delta", "KL_raw", "KL_mapped", "drop_pct"), strict=True):
+        assert button.args[0]["z"] == [
+            [[getattr(single, quantity) for single in grid.singles] for grid in layers.values()]
+        ]
+    assert [list(row) for row in figure.data[0].z] == buttons[0].args[0]["z"][0]
+
+
+def test_heatmap_cells_name_their_heads(layers):
+    """Hover and selection know a cell as its head."""
+    heat = figures.layer_heatmap(layers).data[0]
+    assert heat.customdata[3][5] == "L3H5"
+    assert heat.hovertext[3][5].startswith("<b>L3H5</b>")
+
+
+def test_global_ranking_orders_all_layers(layers):
+    """Bars fall, and no head left out is better than one shown."""
+    bars = figures.global_ranking(layers, top=10).data[0]
+    everyone = sorted((s.delta for grid in layers.values() for s in grid.singles), reverse=True)
+    assert list(bars.x) == pytest.approx(everyone[:10])
+
+
+def test_layer_curves_name_the_layers_without_coverage(layers):
+    """A layer whose coverage is undefined has no line, and the setting says which."""
+    noisy = type(layers[2])(
+        layers[2].settings,
+        layers[2].prompt_ids,
+        layers[2].groups,
+        layers[2].conditions,
+        1e3,
+    )
+    figure = figures.layer_curves({**layers, 2: noisy}, main=1)
+    assert {trace.name for trace in figure.data if trace.name} == {"layer 0", "layer 1", "layer 3"}
+    assert "undefined in layers 2" in setting_of(figure)
+
+
+def test_cost_bars_carry_their_ratio():
+    """Each bar says how many times the reference it takes."""
+    figure = figures.engine_cost({"plain": 2.0, "fast": 0.5}, reference="plain", setting=("cpu",))
+    assert list(figure.data[0].text) == ["1×", "0.25×"]
+    assert "cpu" in setting_of(figure)
+
+
+def test_a_run_gets_every_figure_it_has_data_for(grid, analysis, layers):
+    """With everything at hand all figures are drawn; with the grid alone, those of the grid."""
+    provenance = {"maps": {"26": {"diagnostics": synthetic_diagnostics(grid)}}}
+    alone = figures.run_figures(grid)
+    full = figures.run_figures(grid, analysis, layers=layers, provenance=provenance)
+    assert set(alone) == {"ranking", "coverage", "plane", "prompts"}
+    assert set(full) == set(alone) | {
+        "methods",
+        "methods_flow",
+        "methods_agreement",
+        "map_kind_agreement",
+        "interactions",
+        "alpha",
+        "alpha_flow",
+        "layers",
+        "layers_ranking",
+        "layers_coverage",
+        "maps",
+    }
+    for figure in full.values():
+        for part in ("α =", "val, n =", "procrustes_scaled", "KL(patched ‖ clean)", "bfloat16"):
+            assert part in setting_of(figure)
+
+
+def test_titles_fit_a_narrow_window(grid, analysis, layers):
+    """Titles are short enough for 400 px, and so is every line of the setting."""
+    for figure in figures.run_figures(grid, analysis, layers=layers).values():
+        assert len(figure.layout.title.text) <= 45
+        setting = next(n.text for n in figure.layout.annotations if n.name == "setting")
+        assert max(map(len, setting.split("<br>"))) <= 70

@@ -608,6 +608,7 @@ def test_devices_that_are_not_there_are_refused(folders):
     sentence = refusal(folders("llama"), device="cuda", n_devices=n_gpus + 1)
     assert f"this machine has {n_gpus}" in sentence
     assert "n_devices=2" in refusal(folders("llama"), n_devices=2)
+    assert "device 'gpu' is unknown" in refusal(folders("llama"), device="gpu")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -633,6 +634,29 @@ def test_the_estimate_counts_the_weights(folders, dtype):
     estimate = estimate_memory(folders("llama3"), dtype=dtype)
     assert estimate.weights_bytes == n_weights * dtype.itemsize
     assert estimate.fits
+
+
+def test_the_estimate_of_a_hub_id_fetches_no_weights(folders, monkeypatch):
+    """The size of a hub id comes from its headers; without network, from what was fetched before
+    or as a refusal.
+    """
+
+    class Metadata:
+        parameter_count = MappingProxyType({"BF16": 1000, "F32": 10})
+
+    monkeypatch.setattr(memory, "get_safetensors_metadata", lambda *_args, **_options: Metadata)
+    assert estimate_memory("org/tuned", dtype=torch.bfloat16).weights_bytes == 2020
+
+    def unreachable(*_args, **_options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(memory, "get_safetensors_metadata", unreachable)
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_a, **_o: str(folders("llama3")))
+    fetched = estimate_memory(folders("llama3"))
+    assert estimate_memory("org/tuned").weights_bytes == fetched.weights_bytes
+    monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
+    with pytest.raises(UserError, match="could not be reached"):
+        estimate_memory("org/tuned")
 
 
 def test_what_cannot_fit_is_not_started(folders, monkeypatch):

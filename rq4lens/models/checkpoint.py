@@ -28,6 +28,12 @@ from rq4lens.errors import UserError
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 """What is fetched from the hub before the weights: configuration, tokenizer, index."""
 
+UNREACHABLE = (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    HfHubHTTPError,
+    OSError,
+)
 PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
 
 
@@ -209,7 +215,7 @@ def _download(source: str, revision: str | None, names: tuple[str, ...]) -> Path
             "is neither a folder here nor a hub id that this machine may read; check the "
             "spelling, or log in with `hf auth login` if it is private"
         )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except UNREACHABLE as error:
         reason = (
             f"is not a folder here, and the hub could not be reached ({type(error).__name__}); "
             "check the path or the network, or fetch it first with `hf download`"

@@ -173,7 +173,12 @@ def _loadable_architecture(checkpoint: Checkpoint) -> str:
 
 def _require_device(device: str, n_devices: int) -> None:
     n_gpus = torch.cuda.device_count()
-    chip = torch.device(device)
+    try:
+        chip = torch.device(device)
+    except RuntimeError:
+        raise UserError(
+            f"device {device!r} is unknown; allowed are 'cpu', 'cuda', 'cuda:1' and so on, 'mps'."
+        ) from None
     if chip.type == "cuda" and (chip.index or 0) + n_devices > n_gpus:
         raise UserError(
             f"device {device!r} with n_devices={n_devices} asks for GPUs that are not there "

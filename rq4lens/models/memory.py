@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors import safe_open
 
 from rq4lens.errors import UserError
@@ -125,7 +125,9 @@ def _n_weights(source: str | Path | Checkpoint, revision: str | None) -> int:
         counts = get_safetensors_metadata(str(source), revision=revision).parameter_count
     except NotASafetensorsRepoError:
         raise UserError(f"{source} has no safetensors on the hub; only these are read.") from None
-    except (HfHubHTTPError, OSError):
+    except Exception:
+        # Whatever keeps the hub from answering, it may have been fetched before; if not, locate
+        # says what is wrong.
         return _count(locate(source, revision).weight_files)
     return sum(counts.values())
 

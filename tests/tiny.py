@@ -155,7 +155,9 @@ def kl_nats(patched_logits: np.ndarray, clean_logits: np.ndarray) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def tiny_model(seed: int = 0, n_key_value_heads: int | None = None) -> HookedTransformer:
+def tiny_model(
+    seed: int = 0, n_key_value_heads: int | None = None, dtype: torch.dtype = torch.float32
+) -> HookedTransformer:
     """A random decoder, wide enough that every part of it matters."""
     cfg = HookedTransformerConfig(
         n_layers=TINY_LAYERS,
@@ -171,6 +173,7 @@ def tiny_model(seed: int = 0, n_key_value_heads: int | None = None) -> HookedTra
         normalization_type="RMS",
         positional_embedding_type="rotary",
         rotary_dim=TINY_WIDTH,
+        dtype=dtype,
         device="cpu",
     )
     model = HookedTransformer(cfg).eval()

@@ -6,12 +6,12 @@ A fitter takes source rows ``x`` and target rows ``y``, both ``[row d]`` in floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Shaped
 from numpy import ndarray
 from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import RidgeCV
@@ -39,10 +39,11 @@ class Fit:
 
 
 Rows = Float64[ndarray, "row d"]
-Fitter = Callable[[Rows, Rows, Sequence[str]], Fit]
+Groups = Shaped[ndarray, "row"]
+Fitter = Callable[[Rows, Rows, Groups], Fit]
 
 
-def fit_block(kind: MapKind, x: Rows, y: Rows, groups: Sequence[str]) -> Fit:
+def fit_block(kind: MapKind, x: Rows, y: Rows, groups: Groups) -> Fit:
     """Fit one block.
 
     Args:
@@ -57,16 +58,16 @@ def fit_block(kind: MapKind, x: Rows, y: Rows, groups: Sequence[str]) -> Fit:
     return FITTERS[kind](x, y, groups)
 
 
-def _identity(x: Rows, _y: Rows, _groups: Sequence[str]) -> Fit:
+def _identity(x: Rows, _y: Rows, _groups: Groups) -> Fit:
     width = x.shape[1]
     return Fit(np.eye(width), np.zeros(width))
 
 
-def _mean_shift(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
+def _mean_shift(x: Rows, y: Rows, _groups: Groups) -> Fit:
     return _through_means(np.eye(x.shape[1]), x, y)
 
 
-def _moments(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
+def _moments(x: Rows, y: Rows, _groups: Groups) -> Fit:
     """Match mean and standard deviation of each coordinate."""
     spread_x, spread_y = x.std(axis=0), y.std(axis=0)
     # A coordinate that never varies in the source carries nothing: it maps to the target mean.
@@ -74,7 +75,7 @@ def _moments(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
     return _through_means(np.diag(ratio), x, y)
 
 
-def _procrustes(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
+def _procrustes(x: Rows, y: Rows, _groups: Groups) -> Fit:
     """Closest rotation or reflection between the centred activations.
 
     Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem",
@@ -84,7 +85,7 @@ def _procrustes(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
     return _through_means(rotation, x, y)
 
 
-def _procrustes_scaled(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
+def _procrustes_scaled(x: Rows, y: Rows, _groups: Groups) -> Fit:
     """Closest rotation times one scale between the centred activations.
 
     Source: Schönemann and Carroll, "Fitting one matrix to another under choice of a central
@@ -100,14 +101,14 @@ def _procrustes_scaled(x: Rows, y: Rows, _groups: Sequence[str]) -> Fit:
     return Fit(fit.weight, fit.bias, {"scale": float(scale)})
 
 
-def _ridge(x: Rows, y: Rows, groups: Sequence[str]) -> Fit:
+def _ridge(x: Rows, y: Rows, groups: Groups) -> Fit:
     """Least squares with a penalty on ``W``, its strength chosen by cross-validation."""
     weight, strength = _ridge_weight(*_centred(x, y), groups)
     fit = _through_means(weight, x, y)
     return Fit(fit.weight, fit.bias, {"strength": strength})
 
 
-def _low_rank(x: Rows, y: Rows, groups: Sequence[str]) -> Fit:
+def _low_rank(x: Rows, y: Rows, groups: Groups) -> Fit:
     """Identity plus a correction of rank at most ``LOW_RANK``, as a low-rank fine-tune makes.
 
     Source: reduced-rank regression, Izenman, Journal of Multivariate Analysis 5 (1975): the ridge
@@ -128,7 +129,7 @@ def _low_rank(x: Rows, y: Rows, groups: Sequence[str]) -> Fit:
 
 
 def _ridge_weight(
-    x_centred: Rows, y_centred: Rows, groups: Sequence[str]
+    x_centred: Rows, y_centred: Rows, groups: Groups
 ) -> tuple[Float64[ndarray, "d d"], float | None]:
     names = np.asarray(groups)
     n_groups = len(np.unique(names))

@@ -1,15 +1,14 @@
-"""Loading: a folder computes what Hugging Face computes, or says in one sentence why it cannot."""
+"""Loading: a folder computes what Hugging Face computes, with weights that nobody touched."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import torch
-from huggingface_hub import errors as hub
+from loading_cases import TOKENS, TOLERANCE, difference, edit_config, hugging_face, refusal
 from model_zoo import (
     CHAT_TEMPLATE,
     CORPUS,
@@ -21,7 +20,6 @@ from model_zoo import (
     train_tokenizer,
 )
 from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,76 +30,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from rq4lens.errors import UserError
-from rq4lens.heads import HeadSet
-from rq4lens.models import checkpoint, loading, memory
 from rq4lens.models.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.conversion import hooked_from
 from rq4lens.models.loading import LoadedModel, load_hooked
-from rq4lens.models.memory import estimate_memory
-from rq4lens.models.pair import ModelCard
 from rq4lens.models.parity import CHECK_TEXTS
-from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching.engines import make_engine
-from rq4lens.patching.hooks import HookEngine
-from rq4lens.patching.patch import Patch, Sources
 
-TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(7))
-TOLERANCE = 1e-4
-LAST_SITE = "blocks.1.attn.hook_z"
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return train_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory, tokenizer):
-    """Each tiny model as a folder, saved when first asked for."""
-    root = tmp_path_factory.mktemp("zoo")
-
-    def folder(name: str) -> Path:
-        path = root / name
-        return path if path.exists() else save(ZOO[name].make(), tokenizer, path)
-
-    return folder
-
-
-@pytest.fixture
-def llama(folders, tmp_path):
-    """A copy of the Llama folder that a test may damage."""
-    return Path(shutil.copytree(folders("llama"), tmp_path / "llama"))
-
-
-def hugging_face(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
-@torch.no_grad()
-def difference(model, other, tokens=TOKENS):
-    logits = other(tokens)
-    logits = getattr(logits, "logits", logits)
-    return float((model(tokens, padding_side="right") - logits).abs().max())
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-
-
-def refusal(source, **options) -> str:
-    """The sentence with which a source is refused."""
-    with pytest.raises(UserError) as caught:
-        load_hooked(source, **options)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
-    return sentence
-
-
-# --- the same function -------------------------------------------------------------------------
+pytest_plugins = ("loading_cases",)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -191,9 +125,6 @@ def test_every_weight_has_the_type_asked_for(folders, name, dtype):
     assert loaded.model(TOKENS).dtype == loaded.dtype == dtype
 
 
-# --- untouched weights, one copy ---------------------------------------------------------------
-
-
 def test_no_weight_is_processed(folders):
     """Value biases, norms and the unembedding are the checkpoint's own numbers."""
     model = load_hooked(folders("gpt2")).model
@@ -251,9 +182,6 @@ def test_fingerprint_follows_the_weights_alone(folders, llama):
     assert changed.fingerprint != one.fingerprint
 
 
-# --- tokenizer and vocabulary ------------------------------------------------------------------
-
-
 def test_a_fine_tune_keeps_its_own_vocabulary_and_tokenizer(folders, tmp_path):
     """A fine-tune with more tokens and another tokenizer loads with both of its own."""
     own = train_tokenizer((*CORPUS, *KAZAKH), vocabulary=340)
@@ -282,152 +210,6 @@ def test_the_tokenizer_comes_unchanged(llama):
     assert loaded.model.tokenizer.padding_side == "right"
     ids = loaded.tokenizer(CHECK_TEXTS[0]).input_ids
     assert loaded.model.to_tokens(CHECK_TEXTS[0], prepend_bos=True)[0].tolist() == ids
-
-
-# --- adapters ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def adapter(folders, tmp_path_factory, tokenizer):
-    """A LoRA adapter on the Llama folder, and the folder of its merged model."""
-    peft = pytest.importorskip("peft")
-    root = tmp_path_factory.mktemp("lora")
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"])
-    adapted = peft.get_peft_model(hugging_face(folders("llama")), config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
-    adapted.save_pretrained(root / "adapter")
-    save(adapted.merge_and_unload(), tokenizer, root / "merged")
-    return root / "adapter", root / "merged"
-
-
-def test_an_adapter_is_its_merged_model(adapter, folders):
-    """A LoRA folder loads to the same weights as its merged model, takes the tokenizer of its
-    base when it has none, and names that base.
-    """
-    folder, merged = adapter
-    loaded = load_hooked(folder)
-    assert loaded.fingerprint == load_hooked(merged).fingerprint
-    assert loaded.fingerprint != load_hooked(folders("llama")).fingerprint
-    assert loaded.adapter_base == str(folders("llama"))
-    assert loaded.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(merged).get_vocab()
-
-
-def test_an_adapter_may_bring_tokens(folders, tmp_path, tokenizer):
-    """An adapter trained with added tokens grows the base model's vocabulary."""
-    peft = pytest.importorskip("peft")
-    base = hugging_face(folders("llama"))
-    base.resize_token_embeddings(330)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
-    adapted = peft.get_peft_model(base, config)
-    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    save(adapted.merge_and_unload(), tokenizer, tmp_path / "merged")
-    loaded = load_hooked(tmp_path / "adapter")
-    assert loaded.model.cfg.d_vocab == 330
-    assert loaded.fingerprint == load_hooked(tmp_path / "merged").fingerprint
-
-
-def test_adapters_that_cannot_be_merged_are_refused(adapter, folders, tmp_path):
-    """A pickled adapter, one without a base and one that adds virtual tokens: one sentence each."""
-    peft = pytest.importorskip("peft")
-    pickled, baseless, prompts = (tmp_path / name for name in ("pickled", "baseless", "prompts"))
-    for copy in (pickled, baseless):
-        shutil.copytree(adapter[0], copy)
-    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    assert "adapter_model.bin, which is not safetensors" in refusal(pickled)
-    settings = baseless / "adapter_config.json"
-    settings.write_text(
-        json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "/no/such/base"})
-    )
-    assert "There is no folder /no/such/base" in refusal(baseless)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    peft.get_peft_model(hugging_face(folders("llama")), config).save_pretrained(prompts)
-    assert "PromptTuning adapter" in refusal(prompts)
-
-
-# --- already loaded models ---------------------------------------------------------------------
-
-
-def test_wrapping_is_the_model_itself(folders):
-    """An already loaded model is accepted without a copy, with a fingerprint of its weights."""
-    loaded = load_hooked(folders("pythia"))
-    wrapped = LoadedModel.wrap(loaded.model, loaded.tokenizer)
-    assert wrapped.model is loaded.model
-    assert wrapped.fingerprint == loaded.fingerprint
-    assert wrapped.architecture == "GPTNeoXForCausalLM"
-    assert wrapped.logit_check_max_abs_diff is None
-
-
-def read_and_patch(model):
-    """Z of one layer, and the logits after head 2 is silenced at the last position."""
-    seen = []
-
-    def silence(z, hook):  # noqa: ARG001
-        seen.append(z.detach().clone())
-        z = z.clone()
-        z[:, -1, 2] = 0.0
-        return z
-
-    with torch.no_grad():
-        return model.run_with_hooks(TOKENS, fwd_hooks=[(LAST_SITE, silence)]), seen[0]
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_a_bridge_answers_to_the_same_hooks(folders, name):
-    """A TransformerBridge of the same folder has the same z at the same name and shape, and the
-    same logits when a head is patched there.
-    """
-    bridge = TransformerBridge.boot_transformers(str(folders(name)), device="cpu")
-    wrapped = LoadedModel.wrap(bridge, bridge.tokenizer)
-    of_bridge, z_bridge = read_and_patch(wrapped.model)
-    of_hooked, z_hooked = read_and_patch(load_hooked(folders(name)).model)
-    assert z_bridge.shape == z_hooked.shape
-    assert float((z_bridge - z_hooked).abs().max()) < TOLERANCE
-    assert float((of_bridge - of_hooked).abs().max()) < TOLERANCE
-    assert len(wrapped.fingerprint) == 64
-
-
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma2"])
-def test_bridges_are_measured_like_hooked_transformers(folders, name, padding_side):
-    """The engine that is chosen for a bridge gives the effects that the native hooks of the
-    HookedTransformer give, whichever side the prompts are padded on.
-    """
-    prompts = TokenizedPrompts(
-        ids=("a", "b", "c"),
-        token_ids=tuple(tuple(TOKENS[0, :n].tolist()) for n in (5, 11, 8)),
-    )
-    bridge = TransformerBridge.boot_transformers(str(folders(name)), device="cpu")
-    wrapped = LoadedModel.wrap(bridge, bridge.tokenizer)
-    model = load_hooked(folders(name)).model
-    noise = torch.randn(3, 1, 4, model.cfg.d_head, generator=torch.Generator().manual_seed(5))
-    sources = Sources({(1, "raw"): noise})
-    patches = [(Patch(1, HeadSet.of(heads, 4), 0.7, "raw"),) for heads in ([0], [1, 3])]
-    assert make_engine(wrapped.model, prompts).name == "hooks"
-    of_bridge, of_hooked = (
-        HookEngine(one, prompts, padding_side=padding_side).effects(patches, sources)
-        for one in (wrapped.model, model)
-    )
-    assert of_hooked.kl_nats.min() > 0
-    assert abs(of_bridge.kl_nats - of_hooked.kl_nats).max() < 1e-5
-    assert ModelCard.of(wrapped).n_heads == ModelCard.of(load_hooked(folders(name))).n_heads
-
-
-def test_processed_weights_are_refused(folders):
-    """Weights that were folded or centred on load are refused, in both kinds of model."""
-    loaded = load_hooked(folders("gpt2"))
-    loaded.model.process_weights_()
-    with pytest.raises(UserError, match="processed on load"):
-        LoadedModel.wrap(loaded.model, loaded.tokenizer)
-    bridge = TransformerBridge.boot_transformers(str(folders("gpt2")), device="cpu")
-    bridge.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(UserError, match="processed on load"):
-        LoadedModel.wrap(bridge, loaded.tokenizer)
-
-
-# --- the check at load time --------------------------------------------------------------------
 
 
 def test_a_wrong_conversion_is_refused(folders, monkeypatch):
@@ -467,141 +249,6 @@ def test_a_variant_without_counterpart_is_refused(llama, tmp_path, tokenizer):
     assert "do_layer_norm_before=False" in refusal(opt)
 
 
-# --- hub ids -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub_raises(monkeypatch):
-    """Let every fetch from the hub fail in a given way."""
-
-    def set_error(error):
-        def fetch(*_args, **_options):
-            raise error
-
-        monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
-
-    return set_error
-
-
-def test_a_hub_id_is_a_folder_with_a_commit(folders, tmp_path, monkeypatch):
-    """A hub id loads what its snapshot holds and records the exact commit; only safetensors, and
-    only files of the top folder, are asked for.
-    """
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = Path(shutil.copytree(folders("qwen2"), tmp_path / "snapshots" / commit))
-    asked = []
-
-    def fetch(source, *, revision, allow_patterns, ignore_patterns):
-        asked.extend(allow_patterns)
-        assert (source, revision, ignore_patterns) == ("org/tuned", "v2", ["*/*"])
-        return str(snapshot)
-
-    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
-    loaded = load_hooked("org/tuned", revision="v2")
-    assert (loaded.source, loaded.revision) == ("org/tuned", commit)
-    assert loaded.fingerprint == load_hooked(folders("qwen2")).fingerprint
-    assert {name for name in asked if "safetensors" in name} == {"model.safetensors"}
-    assert not [name for name in asked if name.endswith((".bin", ".pt", ".pth"))]
-
-
-class _Response:
-    status_code = 403
-    headers = MappingProxyType({})
-    request = None
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (hub.GatedRepoError("no", response=_Response()), "is gated"),
-        (hub.RepositoryNotFoundError("no", response=_Response()), "neither a folder here nor"),
-        (hub.RevisionNotFoundError("no", response=_Response()), "has no revision 'v9'"),
-        (hub.LocalEntryNotFoundError("no"), "the hub could not be reached"),
-        (hub.OfflineModeIsEnabled("no"), "the hub could not be reached"),
-        (ConnectionError("no"), "the hub could not be reached"),
-        (hub.HFValidationError("no"), "well-formed hub id"),
-    ],
-)
-def test_the_hub_says_no(hub_raises, error, said):
-    """A gated or missing repository, a missing revision, no network, a malformed id: one
-    sentence each, with what to do.
-    """
-    hub_raises(error)
-    sentence = refusal("meta-llama/Llama-3.1-8B-Instruct", revision="v9")
-    assert said in sentence
-    assert sentence.startswith("meta-llama/Llama-3.1-8B-Instruct ")
-
-
-# --- refusals ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c", Path("missing")])
-def test_a_wrong_path_is_refused(path):
-    """What can only be meant as a path is never looked up on the hub."""
-    assert f"There is no folder {path}" in refusal(path)
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, llama):
-    """A folder without a configuration, or with a broken one, is named with the fix."""
-    assert "has no config.json" in refusal(tmp_path)
-    (llama / "config.json").write_text("{")
-    assert "not valid JSON" in refusal(llama)
-
-
-def test_an_unsupported_architecture_is_refused(llama):
-    """An architecture without conversion is named together with every one that loads."""
-    edit_config(llama, architectures=["MambaForCausalLM"], model_type="mamba")
-    sentence = refusal(llama)
-    assert "MambaForCausalLM" in sentence
-    assert all(name in sentence for name in ARCHITECTURES)
-
-
-def test_a_quantized_checkpoint_is_refused(llama):
-    """A quantized checkpoint is refused by the name of its method."""
-    edit_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantized with gptq" in refusal(llama)
-
-
-def test_a_pickled_checkpoint_is_refused(llama):
-    """A checkpoint of pickled weights alone is refused, unread."""
-    (llama / "model.safetensors").unlink()
-    (llama / "pytorch_model.bin").write_bytes(b"would run code")
-    assert "pytorch_model.bin, which is not safetensors" in refusal(llama)
-
-
-def test_missing_parts_are_refused(llama, tmp_path, tokenizer):
-    """A missing shard, missing weights and a missing tokenizer are named."""
-    sharded = save(ZOO["llama"].make(), tokenizer, tmp_path / "sharded", max_shard_size="40KB")
-    shard = sorted(sharded.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    assert shard.name in refusal(sharded)
-    headless = save(ZOO["llama"].make().model, tokenizer, tmp_path / "headless")
-    edit_config(headless, architectures=["LlamaForCausalLM"])
-    assert "lm_head.weight" in refusal(headless)
-    for file in llama.glob("tokenizer*"):
-        file.unlink()
-    assert "has no tokenizer" in refusal(llama)
-
-
-def test_weights_of_another_shape_are_refused(llama):
-    """Weights that do not have the shapes of their configuration are refused."""
-    edit_config(llama, intermediate_size=64)
-    assert "cannot be read" in refusal(llama)
-
-
-def test_code_of_a_checkpoint_does_not_run_unasked(llama, tmp_path):
-    """Code that a checkpoint brings along is not run, and the result says so."""
-    mark = tmp_path / "ran"
-    (llama / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: pass\n")
-    edit_config(llama, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Config"})
-    loaded = load_hooked(llama)
-    assert loaded.trust_remote_code is False
-    assert not mark.exists()
-    edit_config(llama, model_type="unheard-of")
-    assert "trust_remote_code=True" in refusal(llama)
-    assert not mark.exists()
-
-
 def test_devices_that_are_not_there_are_refused(folders):
     """More GPUs than there are, or several devices of a kind that has one, are refused."""
     n_gpus = torch.cuda.device_count()
@@ -621,52 +268,6 @@ def test_two_gpus_are_one_model(folders, name):
     with torch.no_grad():
         gap = spread(TOKENS).cpu() - one(TOKENS).cpu()
     assert float(gap.abs().max()) < TOLERANCE
-
-
-# --- memory ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_estimate_counts_the_weights(folders, dtype):
-    """The estimate is the checkpoint's number of weights times the size of the type."""
-    hf = hugging_face(folders("llama3"))
-    n_weights = sum(parameter.numel() for parameter in hf.parameters())
-    estimate = estimate_memory(folders("llama3"), dtype=dtype)
-    assert estimate.weights_bytes == n_weights * dtype.itemsize
-    assert estimate.fits
-
-
-def test_the_estimate_of_a_hub_id_fetches_no_weights(folders, monkeypatch):
-    """The size of a hub id comes from its headers; without network, from what was fetched before
-    or as a refusal.
-    """
-
-    class Metadata:
-        parameter_count = MappingProxyType({"BF16": 1000, "F32": 10})
-
-    monkeypatch.setattr(memory, "get_safetensors_metadata", lambda *_args, **_options: Metadata)
-    assert estimate_memory("org/tuned", dtype=torch.bfloat16).weights_bytes == 2020
-
-    def unreachable(*_args, **_options):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(memory, "get_safetensors_metadata", unreachable)
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_a, **_o: str(folders("llama3")))
-    fetched = estimate_memory(folders("llama3"))
-    assert estimate_memory("org/tuned").weights_bytes == fetched.weights_bytes
-    monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
-    with pytest.raises(UserError, match="could not be reached"):
-        estimate_memory("org/tuned")
-
-
-def test_what_cannot_fit_is_not_started(folders, monkeypatch):
-    """A checkpoint larger than the free memory is refused before it is read, with advice."""
-    needed = estimate_memory(folders("llama3")).weights_bytes
-    monkeypatch.setattr(memory, "free_bytes", lambda *_: needed - 1)
-    monkeypatch.setattr(loading, "load_hugging_face", lambda *_args, **_options: pytest.fail())
-    assert "load it as bfloat16" in refusal(folders("llama3"))
-    monkeypatch.setattr(memory, "free_bytes", lambda *_: needed // 4)
-    assert "bfloat16" not in refusal(folders("llama3"))
 
 
 def test_the_zoo_is_what_transformers_makes(folders):

@@ -130,6 +130,9 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
@@ -221,7 +224,8 @@ def tokenize(
 
     Args:
         prompts: the prompts.
-        tokenizer: the model's own tokenizer; it adds its special tokens once.
+        tokenizer: the model's own tokenizer; it adds its special tokens, except to a text that
+            starts with its BOS: that is a rendered chat template and holds them already.
         decision_rule: ``"last"`` takes the last token, ``"last_content"`` the last token that is
             not a special one.
 
@@ -231,15 +235,16 @@ def tokenize(
     Raises:
         UserError: if a prompt has no token that can be the decision token.
     """
-    encoded = tokenizer(list(prompts.texts), add_special_tokens=True)["input_ids"]
     special = (
         frozenset(tokenizer.all_special_ids) if decision_rule == "last_content" else frozenset()
     )
-    cut = tuple(
-        _cut(tuple(tokens), special, prompt.id)
-        for tokens, prompt in zip(encoded, prompts.prompts, strict=True)
-    )
+    cut = tuple(_cut(_encode(prompt.text, tokenizer), special, prompt.id) for prompt in prompts)
     return TokenizedPrompts(prompts.ids, cut)
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    rendered = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tuple(tokenizer(text, add_special_tokens=not rendered)["input_ids"])
 
 
 def _cut(tokens: tuple[int, ...], skipped: frozenset[int], prompt_id: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rq4lens.errors import UserError
+from rq4lens.files import read_regular_file, short_reason
 
 SUPPLY = "SUPPLY"
 """Start of a preset's ``prompts`` entry when the user has to bring the file."""
@@ -117,11 +118,13 @@ def read_config(path: Path) -> RunConfig:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_file(path)
     except FileNotFoundError:
         raise UserError(f"configuration file {str(path)!r} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"configuration file {str(path)!r} cannot be read: {problem}.") from None
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"configuration file {str(path)!r} cannot be read: {short_reason(problem)}."
+        ) from None
     try:
         values = json.loads(text)["config"] if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, KeyError, TypeError, RecursionError) as problem:

@@ -13,8 +13,8 @@ from typing import Any
 
 from rq4lens.errors import UserError
 
-MAX_JSON_BYTES = 1 << 28
-"""Larger JSON files are refused unread."""
+MAX_TEXT_BYTES = 1 << 28
+"""Larger text files are refused unread."""
 
 STALE_TEMPORARY_SECONDS = 3600.0
 """A temporary file that is older was left by a process that died."""
@@ -128,15 +128,29 @@ def read_regular_file(path: Path) -> str:
         OSError: if the file cannot be opened.
         ValueError: if it is a directory, pipe or device, is too large, or is not UTF-8.
     """
+    return read_regular_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
+
+
+def read_regular_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: the file.
+        most: how many bytes it may have.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is a directory, pipe or device, or is too large.
+    """
     # O_NONBLOCK: opening a named pipe that lies there instead of a file must not hang.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:  # noqa: PTH123 - from a descriptor
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        if status.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{status.st_size} bytes, more than {MAX_JSON_BYTES}")
-        return file.read().decode("utf-8")
+        if most is not None and status.st_size > most:
+            raise ValueError(f"{status.st_size} bytes, more than {most}")
+        return file.read()
 
 
 def parse_json(text: str) -> Any:
@@ -155,9 +169,10 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not strict JSON")
 
 
-def short_reason(problem: BaseException) -> str:
-    """What an exception says, at most 200 characters of it."""
-    return f"{problem}"[:200] or type(problem).__name__
+def short_reason(problem: BaseException, most: int = 200) -> str:
+    """What an exception says, on one line that can be printed on any terminal."""
+    line = " ".join(str(problem).split())[:most] or type(problem).__name__
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _replace_through_temporary(path: Path, data: bytes, attempts: int = 3) -> None:

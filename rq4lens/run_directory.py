@@ -151,7 +151,7 @@ def read_run(directory: Path) -> SavedRun:
         UserError: if it is not a finished run, was written by another version, or a file is
             damaged.
     """
-    if not (directory / RUN).is_file():
+    if not _exists(directory / RUN):
         raise UserError(
             f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
@@ -169,6 +169,13 @@ def read_run(directory: Path) -> SavedRun:
             f"{short_reason(problem)}): run it again."
         ) from problem
     return SavedRun(directory, grid, records, analysis, run)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that no file system takes
+        return False
 
 
 def _refuse_other_versions(directory: Path, run: Any) -> None:

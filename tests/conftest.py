@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from counts import pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
 from tiny import MicroFormula, fine_tuned, pair_of, random_prompts, tiny_model
 
 from rq4lens.patching.experiment import prepare

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rq4lens.errors import UserError
+from rq4lens.files import parse_json, read_regular_file, short_reason
 from rq4lens.results import HeadRanking
 
 FORM = '[{"head": 3, "score": 0.12}, ...], [[3, 0.12], ...] or {"3": 0.12, ...}'
@@ -63,12 +63,13 @@ def read_ranking(
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_regular_file(path))
     except FileNotFoundError:
         raise UserError(f"ranking file {str(path)!r} does not exist: check the path.") from None
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(
-            f"ranking file {str(path)!r} cannot be read as JSON ({problem}): write {FORM}."
+            f"ranking file {str(path)!r} cannot be read as JSON ({short_reason(problem)}): "
+            f"write {FORM}."
         ) from None
 
 

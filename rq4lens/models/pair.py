@@ -181,9 +181,15 @@ class ModelPair:
         return self.member(side)
 
     def tokens(self, side: Side, split: str) -> TokenizedPrompts:
-        """The prompts of a split as one of the models reads them, cut at the decision token."""
+        """The prompts of a split as one of the models reads them, cut at the decision token.
+
+        Raises:
+            UserError: if no prompt has this split, or one is longer than the model's context.
+        """
         prompts = self.prompts.split(split)
-        tokens = tokenize(prompts, self.use(side).tokenizer, self.decision_rule)
+        member = self.use(side)
+        tokens = tokenize(prompts, member.tokenizer, self.decision_rule)
+        _refuse_long(tokens, member.model.cfg.n_ctx, side)
         self._token_fingerprints[side, split] = tokens.fingerprint
         return tokens
 
@@ -216,6 +222,15 @@ class ModelPair:
                     f"the models cannot be compared head by head: {what} is {of_base} in the base "
                     f"and {of_tuned} in the tuned model; give a model and its own fine-tune."
                 )
+
+
+def _refuse_long(prompts: TokenizedPrompts, n_ctx: int, side: Side) -> None:
+    for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
+        if len(tokens) > n_ctx:
+            raise UserError(
+                f"prompt {name!r} has {len(tokens)} tokens up to its decision token, but the "
+                f"{side} model reads at most {n_ctx}: shorten it or leave it out."
+            )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,7 +21,13 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from rq4lens.errors import UserError
-from rq4lens.files import read_json, write_bytes_atomic, write_json_atomic
+from rq4lens.files import (
+    read_json,
+    read_regular_bytes,
+    short_reason,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from rq4lens.store import content_key
 
 MapKind = Literal[
@@ -201,7 +207,7 @@ def load_map(path: Path) -> LayerMap:
     """
     try:
         record = read_json(path.with_suffix(".json"))
-        tensors = safetensors_load(path.read_bytes())
+        tensors = safetensors_load(read_regular_bytes(path))
         diagnostics = tuple(_diagnostics(row) for row in record["diagnostics"])
         layer_map = LayerMap(
             layer=record["layer"],
@@ -216,8 +222,8 @@ def load_map(path: Path) -> LayerMap:
         )
     except Exception as problem:  # every way in which a file can be damaged ends in one sentence
         raise UserError(
-            f"map file {str(path)!r} cannot be read ({type(problem).__name__}: {problem}): "
-            "delete it, and the run fits it again."
+            f"map file {str(path)!r} cannot be read ({type(problem).__name__}: "
+            f"{short_reason(problem)}): delete it, and the run fits it again."
         ) from problem
     _check_tensors(layer_map, path)
     if layer_map.weights_sha256 != record.get("weights_sha256"):

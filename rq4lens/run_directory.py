@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas as pd
 from rq4lens.errors import UserError
 from rq4lens.files import (
     read_json,
+    read_regular_bytes,
     short_reason,
     write_bytes_atomic,
     write_json_atomic,
@@ -86,10 +88,28 @@ def write_grid(directory: Path, grid: GridResult, records: list[dict[str, Any]])
 def write_run(
     directory: Path, *, analysis: Mapping[str, Any], run: Mapping[str, Any], summary: str
 ) -> None:
-    """Write what the analysis adds, the summary, and last of all the provenance."""
+    """Write what the analysis adds, the summary, and last of all the provenance.
+
+    The provenance also holds the checksums of the files that were written before it.
+    """
     write_json_atomic(directory / ANALYSIS, dict(analysis))
     write_text_atomic(directory / SUMMARY, summary)
-    write_json_atomic(directory / RUN, dict(run))
+    files = {name: file_sha256(directory / name) for name in written_files(run["settings"])}
+    write_json_atomic(directory / RUN, {**run, "files_sha256": files})
+
+
+def written_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files of a finished run that its provenance holds checksums of."""
+    ranking = ranking_file(settings["layer"], settings["alpha"])
+    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, SUMMARY)
+
+
+def file_sha256(path: Path) -> str | None:
+    """SHA-256 of a file's content, or None where there is no such file."""
+    try:
+        return hashlib.sha256(read_regular_bytes(path)).hexdigest()
+    except (OSError, ValueError):
+        return None
 
 
 def write_ranking(directory: Path, ranking: HeadRanking) -> Path:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from rq4lens.errors import UserError
 from rq4lens.files import (
@@ -193,7 +193,9 @@ class Store:
             log.info("computing %s: the store is to be made fresh", path.name)
             return None
         try:
-            payload = _verified_payload(_read_record(path), ingredients.to_dict())
+            record = read_record(path)
+            if canonical_json(record.ingredients) != canonical_json(ingredients.to_dict()):
+                raise ValueError("made from other ingredients")
         except FileNotFoundError:
             log.info("computing %s: no record yet", path.name)
             return None
@@ -202,7 +204,7 @@ class Store:
             return None
         self.counters.reused += 1
         log.info("reused %s: checksum and ingredients agree", path.name)
-        return payload
+        return record.payload
 
     def put(self, ingredients: Ingredients, payload: Any) -> Path:
         """Keep a payload; another process may write the same record at the same time.
@@ -232,23 +234,45 @@ class Store:
         set_aside(path)
 
 
-def _read_record(path: Path) -> Any:
+class Record(NamedTuple):
+    """A record that agrees with its checksum.
+
+    Args:
+        ingredients: what it was made from.
+        payload: its value.
+    """
+
+    ingredients: dict[str, Any]
+    payload: Any
+
+
+def read_record(path: Path) -> Record:
+    """Read a record and check that it is whole.
+
+    Args:
+        path: the record's file.
+
+    Returns:
+        The record.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no record, or does not agree with its checksum.
+        RecursionError: if it is nested too deeply to read.
+    """
     if path.is_symlink():
         raise ValueError("a symlink instead of a record")
-    return parse_json(read_regular_file(path))
-
-
-def _verified_payload(record: Any, asked: Mapping[str, Any]) -> Any:
+    record = parse_json(read_regular_file(path))
     fields = {"format", "ingredients", "payload", "payload_sha256"}
     if not isinstance(record, dict) or set(record) != fields:
         raise ValueError("not a record of this store")
     if record["format"] != FORMAT:
         raise ValueError(f"written in another format, {str(record['format'])[:40]!r}")
-    if canonical_json(record["ingredients"]) != canonical_json(dict(asked)):
-        raise ValueError("made from other ingredients")
+    if not isinstance(record["ingredients"], dict):
+        raise ValueError("no ingredients")
     if _sha256(canonical_json(record["payload"])) != record["payload_sha256"]:
         raise ValueError("the checksum does not match")
-    return record["payload"]
+    return Record(record["ingredients"], record["payload"])
 
 
 def _sha256(text: str) -> str:

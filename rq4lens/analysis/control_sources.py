@@ -6,13 +6,12 @@ layer, the direction, or everything but the means.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import einops
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Shaped
 from numpy import ndarray
 from scipy.stats import ortho_group
 from torch import Tensor
@@ -43,14 +42,14 @@ class FitData:
 
     x: Float[Tensor, "row head d_head"]
     y: Float[Tensor, "row head d_head"]
-    groups: Sequence[str]
+    groups: Shaped[ndarray, "row"]
 
     @classmethod
     def of(cls, activations: PairActivations, layer: int) -> FitData:
         """The train rows of one layer."""
         prompts = activations.pair.prompts.split(FIT_SPLIT)
         x, y = (_rows(activations.z(side, FIT_SPLIT, layer)) for side in ("base", "tuned"))
-        groups = np.repeat(prompts.groups, activations.k_positions).tolist()
+        groups = np.repeat(prompts.groups, activations.k_positions)
         return cls(x, y, groups)
 
     def unpaired(self, seed: int) -> FitData:

@@ -165,7 +165,7 @@ def kendall(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     signs = [np.sign(_pair_differences(scores)) for scores in (first, second)]
     agree = (signs[0] * signs[1]).sum(-1)
     untied = (np.abs(signs[0]).sum(-1), np.abs(signs[1]).sum(-1))
-    return agree / np.sqrt(untied[0] * untied[1])
+    return np.asarray(agree / np.sqrt(untied[0] * untied[1]))
 
 
 def _pair_differences(scores: Scores) -> Float64[ndarray, "*rows pair"]:
@@ -178,7 +178,7 @@ def spearman(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     ranks = [rankdata(scores, axis=-1) for scores in (first, second)]
     centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
     scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
-    return (centred[0] * centred[1]).sum(-1) / scale
+    return np.asarray((centred[0] * centred[1]).sum(-1) / scale)
 
 
 def rank_biased_overlap(
@@ -194,7 +194,7 @@ def rank_biased_overlap(
     overlap = _overlap_at_depth(first, second) / depth
     weights = persistence**depth
     body = (1 - persistence) / persistence * (overlap * weights).sum(-1)
-    return overlap[..., -1] * weights[-1] + body
+    return np.asarray(overlap[..., -1] * weights[-1] + body)
 
 
 def _overlap_at_depth(first: Scores, second: Scores) -> Float64[ndarray, "*rows depth"]:
@@ -207,7 +207,7 @@ def _overlap_at_depth(first: Scores, second: Scores) -> Float64[ndarray, "*rows 
 def top_jaccard(first: Scores, second: Scores, k: int) -> Float64[ndarray, "*rows"]:
     """``|A ∩ B| / |A ∪ B|`` of the two top-k sets, row by row."""
     both = ((_positions(first) < k) & (_positions(second) < k)).sum(-1)
-    return both / (2 * k - both)
+    return np.asarray(both / (2 * k - both))
 
 
 def _positions(scores: Scores) -> ndarray:

@@ -60,6 +60,7 @@ def synthetic_grid(seed: int = 0, n_prompts: int = 150, **changes) -> GridResult
         chosen = list(heads)
         jitter = rng.lognormal(sigma=0.2, size=n_prompts)
         kl_raw = scale * (raw[chosen] @ weight[chosen]) * jitter
+        jitter *= rng.lognormal(sigma=0.3, size=n_prompts)
         kl_mapped = scale * (mapped[chosen] @ weight[chosen]) * jitter
         conditions[cond] = ConditionResult(
             cond, layer, heads, settings.alpha, kl_raw, kl_mapped, -2 * kl_raw, -2 * kl_mapped

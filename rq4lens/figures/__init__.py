@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rq4lens.figures.plane import head_plane
     from rq4lens.figures.prompts import per_prompt
     from rq4lens.figures.ranking import ranking_bars
+    from rq4lens.figures.report import report_page, write_report
 
 _HOME = {
     "agreement_matrix": "matrices",
@@ -41,9 +42,11 @@ _HOME = {
     "picture": "export",
     "rank_flow": "flow",
     "ranking_bars": "ranking",
+    "report_page": "report",
     "run_figures": "gallery",
     "write_figures": "export",
     "write_html": "export",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -63,9 +66,11 @@ __all__ = [
     "picture",
     "rank_flow",
     "ranking_bars",
+    "report_page",
     "run_figures",
     "write_figures",
     "write_html",
+    "write_report",
 ]
 
 

@@ -19,12 +19,15 @@ CROSS_FITTED = "cross-fitted"
 BEST_SUBSET = "best subset"
 # Random sets of one size stand side by side: this share of one head apart.
 _SEED_STEP = 0.12
+# A 2.5% quantile of fewer sets than this is one of their extremes.
+_FEWEST_FOR_BAND = 40
 
 
 class _Point(NamedTuple):
     k: int
     coverage: Estimate
     hover: str
+    added: str | None = None
 
 
 def coverage_curve(
@@ -139,9 +142,16 @@ def _saved_points(grid: GridResult, curve: Record) -> list[_Point]:
             value,
             f"<b>{theme.plain(curve['ranking'])}, k = {k}</b><br>coverage {shown(value, '%')}"
             + (f"<br>{_named(grid, heads)}" if heads else ""),
+            added=_added(grid, sets[k - 1], heads) if k else None,
         )
         for k, (value, heads) in enumerate(zip(values, sets, strict=False))
     ]
+
+
+def _added(grid: GridResult, before: Sequence[int], after: Sequence[int]) -> str | None:
+    """The head by which one set exceeds another; None when that is not one head."""
+    extra = set(after) - set(before)
+    return grid.label(extra.pop()) if len(extra) == 1 and len(after) == len(before) + 1 else None
 
 
 def _named(grid: GridResult, heads: Sequence[int], most: int = 6) -> str:
@@ -167,6 +177,7 @@ def _line(
         mode="lines+markers",
         line={"color": color, "dash": dash, "width": 2},
         marker={"symbol": symbol, "size": 6},
+        customdata=[point.added for point in points],
         hovertext=[point.hover for point in points],
         hovertemplate="%{hovertext}<extra></extra>",
     )
@@ -188,9 +199,14 @@ def _scattered(name: str, points: Sequence[_Point]) -> go.Scatter:
     )
 
 
+def _many(row: Record) -> bool:
+    """Whether a record of random sets holds enough of them to show where 95% lie."""
+    return bool(row["exhaustive"]) or row["n_subsets"] >= _FEWEST_FOR_BAND
+
+
 def _random_band(random: Sequence[Record]) -> list[go.Scatter]:
     """Mean of the random head sets of each size, in a band that holds 95% of them."""
-    sets = [row for row in random if row.get("mean_pct") is not None]
+    sets = [row for row in random if row.get("mean_pct") is not None and _many(row)]
     if not sets:
         return []
     k = [row["k"] for row in sets]

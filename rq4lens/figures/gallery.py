@@ -82,7 +82,7 @@ def _of_analysis(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark
         )
     for kind, what in AGREEMENT_KINDS.items():
         rows = [row for row in record.get("agreement", ()) if row["kind"] == kind]
-        if rows:
+        if len({name for row in rows for name in (row["first"], row["second"])}) > 2:
             yield f"{kind}_agreement", agreement_matrix(grid, rows, what=what, dark=dark)
     if record.get("interactions"):
         yield "interactions", interaction_matrix(grid, record["interactions"], dark=dark)

@@ -178,7 +178,8 @@ def global_ranking(
     """
     bootstrap = bootstrap or bootstrap_of(_any(grids))
     best = _best(grids, top, bootstrap)
-    figure = go.Figure(_bars(best, min(grids), max(grids)))
+    span = (min(grids), max(grids))
+    figure = go.Figure([_bars(best, *span), _depth_scale(*span)])
     figure.update_yaxes(
         categoryorder="array",
         categoryarray=[numbers.label for _, numbers in best],
@@ -230,13 +231,7 @@ def _bars(best: Sequence[tuple[int, ConditionNumbers]], first: int, last: int) -
             for rank, (_, numbers) in enumerate(best, 1)
         ],
         hovertemplate="%{hovertext}<extra></extra>",
-        marker={
-            "color": [layer for layer, _ in best],
-            "colorscale": theme.SEQUENTIAL_STEPS,
-            "cmin": first,
-            "cmax": last,
-            "colorbar": theme.color_bar("layer"),
-        },
+        marker={"color": [_depth_color(layer, first, last) for layer, _ in best]},
     )
 
 
@@ -288,7 +283,6 @@ def layer_curves(
 def _curve(
     layer: int, points: Sequence[tuple[int, float]], span: tuple[int, int], *, bold: bool
 ) -> go.Scatter:
-    place = (layer - span[0]) / max(1, span[1] - span[0])
     return go.Scatter(
         name=f"layer {layer}",
         meta=f"L{layer}",
@@ -296,12 +290,17 @@ def _curve(
         y=[value for _, value in points],
         mode="lines+markers",
         line={
-            "color": sample_colorscale(theme.SEQUENTIAL, [place])[0],
+            "color": _depth_color(layer, *span),
             "width": 4 if bold else 1.5,
         },
         marker={"size": 8 if bold else 5},
         hovertemplate=f"<b>layer {layer}</b><br>k = %{{x}}: %{{y:.3g}}%<extra></extra>",
     )
+
+
+def _depth_color(layer: int, first: int, last: int) -> str:
+    place = (layer - first) / max(1, last - first)
+    return str(sample_colorscale(theme.SEQUENTIAL, [place])[0])
 
 
 def _depth_scale(first: int, last: int) -> go.Scatter:

@@ -117,6 +117,7 @@ def interaction_matrix(grid: GridResult, interactions: Record, *, dark: bool = F
     figure = go.Figure(
         go.Heatmap(
             z=[_without_diagonal(row, i) for i, row in enumerate(matrix)],
+            customdata=[[label] * len(labels) for label in labels],
             hovertext=[
                 [_pair_hover(labels, i, j, value, strongest) for j, value in enumerate(row)]
                 for i, row in enumerate(matrix)

@@ -175,6 +175,7 @@ def frame(
     figure.update_layout(
         template=template(dark=dark),
         title={"text": title},
+        meta={"setting": list(setting)},
         height=height_px,
         autosize=True,
         showlegend=legend_rows > 0,

@@ -1,0 +1,126 @@
+"""The report as a file: what it says is in the results, and nothing in it can run."""
+
+import json
+import re
+
+import pytest
+from synthetic import synthetic_grid
+from synthetic_analysis import synthetic_analysis
+
+from rq4lens import figures
+from rq4lens.analysis.analyse import analyse
+from rq4lens.figures.report_parts import script_json
+
+HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028"
+
+
+@pytest.fixture(scope="module")
+def grid():
+    return synthetic_grid(n_prompts=30)
+
+
+def sections_of(page) -> list[str]:
+    return re.findall(r'<section id="([\w-]+)"', page)
+
+
+def data_of(page) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_json_in_a_script_element_cannot_end_it():
+    """Escaped JSON holds no <, > or &, and reads back as what it was."""
+    text = script_json({"a": HOSTILE, "b": [1.5, None]})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"a": HOSTILE, "b": [1.5, None]}
+
+
+def test_undefined_numbers_are_refused_rather_than_written_as_nan():
+    """JSON is strict: a NaN is an error."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        script_json({"a": float("nan")})
+
+
+def test_sections_without_data_are_left_out(grid):
+    """With the grid alone there are no controls, layers or maps, and no empty headings."""
+    page = figures.report_page(grid, provenance={})
+    assert sections_of(page) == ["findings", "coverage", "heads", "prompts", "provenance"]
+    assert "No analysis was made" in page
+
+
+def test_an_analysis_adds_its_sections(grid):
+    """Claims, controls, rankings and structure appear with the analysis."""
+    analysis = synthetic_analysis(grid)
+    page = figures.report_page(grid, analysis, provenance={})
+    assert {"controls", "rankings", "structure"} <= set(sections_of(page))
+    assert "Four of 32 heads carry most of the effect. &lt;b&gt;Not&lt;/b&gt; a test." in page
+
+
+def test_a_real_analysis_of_a_grid_is_reported(grid):
+    """What analyse() makes of a grid goes into the report as it is."""
+    analysis = analyse(grid, n_resamples=200)
+    page = figures.report_page(grid, analysis, provenance={})
+    assert {"controls", "rankings", "structure"} <= set(sections_of(page))
+    assert analysis.kinds.rule.split(":")[0] in page
+
+
+def test_every_condition_stands_in_the_table(grid):
+    """The table lists full, top-k, random-k and control with their ΔKL."""
+    page = figures.report_page(grid, provenance={})
+    for condition in ("top4", "rand8_s2", "full", "ctrl_full"):
+        assert f'<th scope="row">{condition}' in page
+    assert f"{grid['top4'].delta:.3g} [" in page
+
+
+def test_prompts_carry_their_own_numbers(grid):
+    """The drill-down holds KL_raw and KL_mapped of every prompt and head, to six digits."""
+    page = figures.report_page(grid, prompts={"p003": HOSTILE}, provenance={})
+    prompts = data_of(page)["prompts"]
+    assert prompts["ids"] == list(grid.prompt_ids)
+    assert prompts["texts"][3] == HOSTILE
+    assert prompts["texts"][4] is None
+    by_name = {row["name"]: row for row in prompts["conditions"]}
+    assert by_name["L26H7"]["raw"] == pytest.approx(grid.single(7).kl_raw_nats, rel=1e-5)
+    assert by_name["all heads"]["mapped"] == pytest.approx(grid.full.kl_mapped_nats, rel=1e-5)
+
+
+def test_hostile_names_are_escaped():
+    """A pair, a prompt id, provenance and an analysis made of markup add no element."""
+    grid = synthetic_grid(n_prompts=9, pair=HOSTILE)
+    hostile = type(grid)(
+        grid.settings,
+        tuple(f"{HOSTILE}{i}" for i in range(9)),
+        grid.groups,
+        grid.conditions,
+        grid.noise_floor_nats,
+    )
+    analysis = {**synthetic_analysis(grid), "claims": (HOSTILE,)}
+    page = figures.report_page(hostile, analysis, provenance={"x": HOSTILE})
+    assert "<img" not in page.replace(plotly_script(page), "")
+    assert page.count("</script>") == 3 + plotly_script(page).count("</script>")
+
+
+def plotly_script(page) -> str:
+    return max(re.findall(r"<script>(.*?)</script>", page, re.DOTALL), key=len)
+
+
+def test_only_the_reports_own_scripts_may_run(grid):
+    """The security policy names the hashes of the two scripts and allows no network."""
+    page = figures.report_page(grid, provenance={})
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
+    assert policy.startswith("default-src &#39;none&#39;")
+    assert policy.count("sha256-") == 2
+    assert "http" not in policy
+
+
+def test_same_input_same_report(grid):
+    """The report is a function of its input."""
+    analysis = synthetic_analysis(grid)
+    assert figures.report_page(grid, analysis) == figures.report_page(grid, analysis)
+
+
+def test_report_refers_to_nothing_outside(grid):
+    """No element loads another file."""
+    page = figures.report_page(grid, provenance={})
+    page = page.replace(plotly_script(page), "")
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]+)"', page))

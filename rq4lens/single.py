@@ -12,7 +12,7 @@ from rq4lens.files import write_json_atomic
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.patching.grid import run_condition
-from rq4lens.study import Clock, Stage, plan_of, prepare_experiment, silent
+from rq4lens.study import Clock, Stage, capture, plan_of, prepare_experiment, silent
 from rq4lens.summary import condition_text
 
 
@@ -55,7 +55,8 @@ def patch_once(
         pair = pair_from_config(config)
         layers = plan_of(config, pair).layers
         chosen = HeadSet.parse(heads, pair.n_heads)
-    experiment = prepare_experiment(config, pair, layers, None, clock)
+    activations = capture(config, pair, layers, clock)
+    experiment = prepare_experiment(config, activations, layers, clock)
     with clock("patch"):
         grid = run_condition(experiment, layers[0], chosen, config.alpha)
         record = next(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -118,11 +117,12 @@ def run_study(
     with clock("load"):
         pair = pair_from_config(config)
         plan = plan_of(config, pair)
+    # Prompts that do not fit the models are said before anything is written.
+    activations = capture(config, pair, plan.layers, clock)
     store = Store(directory / CONDITIONS, fresh=fresh)
-    maps_directory = directory / MAPS
-    if fresh:
-        shutil.rmtree(maps_directory, ignore_errors=True)
-    experiment = prepare_experiment(config, pair, plan.layers, maps_directory, clock)
+    experiment = prepare_experiment(
+        config, activations, plan.layers, clock, maps_directory=directory / MAPS, fresh=fresh
+    )
     rows = 2 * (len(plan.fixed()) + len(plan.ks)) * len(experiment.prompts)
     with clock("grid", rows) as advance:
         grid = _grid(config, plan, experiment, store, advance)
@@ -154,24 +154,19 @@ def plan_of(config: RunConfig, pair: ModelPair) -> GridPlan:
     return plan
 
 
-def prepare_experiment(
-    config: RunConfig,
-    pair: ModelPair,
-    layers: Sequence[int],
-    maps_directory: Path | None,
-    clock: Clock,
-) -> Experiment:
-    """Capture both models, fit or reuse the maps, and set the tuned model behind an engine.
+def capture(
+    config: RunConfig, pair: ModelPair, layers: Sequence[int], clock: Clock
+) -> PairActivations:
+    """Read both models' activations.
 
     Args:
-        config: how to fit and patch.
+        config: which split is measured, at how many positions.
         pair: the pair.
-        layers: the layers to prepare.
-        maps_directory: where fitted maps are looked up and kept, if anywhere.
-        clock: times the stages.
+        layers: the layers to read.
+        clock: times the stage.
 
     Returns:
-        The experiment.
+        The activations.
     """
     activations = PairActivations(
         pair, k_positions=config.k_positions, batch_size=config.batch_size
@@ -181,6 +176,32 @@ def prepare_experiment(
         activations.capture("base", FIT_SPLIT, layers)
         activations.capture("base", config.split, layers)
         activations.capture("tuned", FIT_SPLIT, layers)
+    return activations
+
+
+def prepare_experiment(
+    config: RunConfig,
+    activations: PairActivations,
+    layers: Sequence[int],
+    clock: Clock,
+    *,
+    maps_directory: Path | None = None,
+    fresh: bool = False,
+) -> Experiment:
+    """Fit or reuse the maps, and set the tuned model behind an engine.
+
+    Args:
+        config: how to fit and patch.
+        activations: what :func:`capture` read.
+        layers: the layers to prepare.
+        clock: times the stages.
+        maps_directory: where fitted maps are looked up and kept, if anywhere.
+        fresh: fit every map again.
+
+    Returns:
+        The experiment.
+    """
+    pair = activations.pair
     with clock("maps"):
         maps = fit_maps(
             pair,
@@ -190,6 +211,7 @@ def prepare_experiment(
             seed=config.seed,
             activations=activations,
             directory=maps_directory,
+            fresh=fresh,
         )
     with clock("prepare"):
         return prepare(

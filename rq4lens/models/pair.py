@@ -120,8 +120,15 @@ class PairMember:
             self._card = ModelCard.of(self.loaded)
         return self._card
 
+    @property
+    def known(self) -> bool:
+        """Whether the model was ever loaded, so that its card is there without loading it."""
+        return self._card is not None or self._loaded is not None
+
     def release(self) -> None:
         """Let go of the weights; the next use loads them again."""
+        if self._loaded is None:
+            return
         _ = self.card
         self._loaded = None
         gc.collect()
@@ -175,9 +182,16 @@ class ModelPair:
         return self.base if side == "base" else self.tuned
 
     def use(self, side: Side) -> PairMember:
-        """The base or the tuned model, ready; the other one is released unless both may stay."""
+        """The base or the tuned model, ready; the other one is released unless both may stay.
+
+        Raises:
+            UserError: if the models turn out to differ in layers, heads or head width.
+        """
+        other = self.member("tuned" if side == "base" else "base")
         if not self.keep_both:
-            self.member("tuned" if side == "base" else "base").release()
+            other.release()
+            if other.known:
+                self.check_shapes()
         return self.member(side)
 
     def tokens(self, side: Side, split: str) -> TokenizedPrompts:
@@ -202,12 +216,17 @@ class ModelPair:
     @property
     def n_heads(self) -> int:
         """Heads per layer."""
-        return self.tuned.card.n_heads
+        return self._either_card.n_heads
 
     @property
     def n_layers(self) -> int:
         """Layers of each model."""
-        return self.tuned.card.n_layers
+        return self._either_card.n_layers
+
+    @property
+    def _either_card(self) -> ModelCard:
+        # Shapes agree, so a model that is known already saves loading the other for a number.
+        return self.tuned.card if self.tuned.known and not self.base.known else self.base.card
 
     def check_shapes(self) -> None:
         """Refuse models whose heads cannot be compared one by one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,9 @@ MAP_NUMERICS = 1
 
 CALIBRATION_SHARE = 0.2
 
+CKA_TIE = 1e-6
+"""CKA does not see rotations and scales, so kinds that only add these differ by rounding alone."""
+
 
 def fit_maps(
     pair: ModelPair,
@@ -54,6 +58,7 @@ def fit_maps(
     seed: int = 0,
     activations: PairActivations | None = None,
     directory: Path | None = None,
+    fresh: bool = False,
 ) -> dict[int, LayerMap]:
     """Fit the maps from base z (source) to tuned z (target) on the train prompts.
 
@@ -63,12 +68,13 @@ def fit_maps(
     Args:
         pair: the pair.
         layers: the layers to map.
-        kind: how to fit; None takes the already fitted map with the best calibration CKA, and fits
-            a scaled Procrustes map where there is none.
+        kind: how to fit; None takes the already fitted map with the best calibration CKA (the best
+            held-out R² among equals), and fits a scaled Procrustes map where there is none.
         scope: one map per head, or one over all heads of the layer jointly.
         seed: decides which train groups are held out for the diagnostics.
         activations: already captured activations of this pair.
         directory: where fitted maps are looked up and kept.
+        fresh: do not use any map that is there; new ones replace them.
 
     Returns:
         The maps by layer.
@@ -82,13 +88,18 @@ def fit_maps(
     _check_kind(kind, scope)
     check_layers(layers, pair.n_layers)
     activations = activations or PairActivations(pair)
+    recipes = {
+        layer: MapRecipe(pair, layer, kind or DEFAULT_KIND, scope, seed, activations.k_positions)
+        for layer in layers
+    }
+    looked_up = None if fresh else directory
+    kept = {layer: _best_kept(recipe, kind, looked_up) for layer, recipe in recipes.items()}
+    for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
+        activations.capture(side, FIT_SPLIT, [layer for layer in recipes if kept[layer] is None])
     maps = {}
-    for layer in layers:
-        recipe = MapRecipe(pair, layer, kind or DEFAULT_KIND, scope, seed, activations.k_positions)
-        wanted = MAP_KINDS if kind is None else (kind,)
-        reused = _best_kept([replace(recipe, kind=each) for each in wanted], directory)
-        maps[layer] = reused or _fit(recipe, activations)
-        if directory is not None and reused is None:
+    for layer, recipe in recipes.items():
+        maps[layer] = kept[layer] or _fit(recipe, activations)
+        if directory is not None and kept[layer] is None:
             save_map(maps[layer], directory / recipe.file_name)
     return maps
 
@@ -148,27 +159,29 @@ def _check_kind(kind: str | None, scope: str) -> None:
         raise UserError(f"map scope {scope!r} does not exist: choose 'head' or 'layer'.")
 
 
-def _best_kept(recipes: Sequence[MapRecipe], directory: Path | None) -> LayerMap | None:
-    """The kept map with the best calibration CKA among those that fit a recipe exactly."""
-    kept = []
-    for recipe in recipes:
-        path = None if directory is None else directory / recipe.file_name
-        found = None if path is None else _load_kept(path)
-        if found is not None and found.ingredients == recipe.ingredients:
-            kept.append(found)
-    return max(kept, key=lambda found: found.mean_cka or 0.0, default=None)
+def _best_kept(recipe: MapRecipe, kind: MapKind | None, directory: Path | None) -> LayerMap | None:
+    """The best kept map among those that fit the recipe, of any kind unless one was asked for."""
+    if directory is None:
+        return None
+    recipes = [replace(recipe, kind=each) for each in (MAP_KINDS if kind is None else (kind,))]
+    kept = [found for each in recipes if (found := _load_kept(each, directory)) is not None]
+    best = max((found.mean_cka or 0.0 for found in kept), default=0.0)
+    tied = [found for found in kept if (found.mean_cka or 0.0) >= best - CKA_TIE]
+    return max(tied, key=lambda found: found.mean_r2 or -math.inf, default=None)
 
 
-def _load_kept(path: Path) -> LayerMap | None:
+def _load_kept(recipe: MapRecipe, directory: Path) -> LayerMap | None:
+    path = directory / recipe.file_name
     if not path.exists():
         return None
     try:
-        return load_map(path)
+        found = load_map(path)
     except UserError as problem:
         log.warning("set aside %s and fitting it again: %s", path.name, problem)
         for file in (path, path.with_suffix(".json")):
             set_aside(file)
         return None
+    return found if found.ingredients == recipe.ingredients else None
 
 
 class _Blocks(NamedTuple):

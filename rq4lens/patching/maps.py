@@ -7,7 +7,7 @@ A map's **source** is the base model's z, its **target** the tuned model's z. It
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +113,7 @@ class LayerMap:
             UserError: if the activations have another number of heads or another width.
         """
         blocks = to_blocks(z.to(torch.promote_types(z.dtype, torch.float32)), self.scope)
-        if blocks.shape[-2:] != self.bias.shape:
+        if blocks.shape[-2:] != self.bias.shape or z.shape[-2] != self.n_heads:
             raise UserError(
                 f"the map of layer {self.layer} takes {self.n_heads} heads of width "
                 f"{self.weight.numel() // self.weight.shape[-1] // self.n_heads}, but the "
@@ -126,8 +126,12 @@ class LayerMap:
     @property
     def mean_cka(self) -> float | None:
         """Mean calibration CKA over heads; None when no head has one."""
-        values = [d.fitted.cka for d in self.diagnostics if d.fitted.cka is not None]
-        return sum(values) / len(values) if values else None
+        return _mean([row.fitted.cka for row in self.diagnostics])
+
+    @property
+    def mean_r2(self) -> float | None:
+        """Mean held-out R² over heads; None when no head has one."""
+        return _mean([row.fitted.r2 for row in self.diagnostics])
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -156,6 +160,11 @@ class LayerMap:
             "diagnostics": [asdict(row) for row in self.diagnostics],
             "weights_sha256": self.weights_sha256,
         }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def to_blocks(

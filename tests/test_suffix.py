@@ -231,7 +231,7 @@ def test_running_out_of_memory_halves_the_chunk_and_keeps_what_is_done(
         20,
         monkeypatch,
         row_engine_module,
-        "next_token_effects",
+        "log_probs",
         lambda logits, *_: logits.shape[:2].numel(),
     )
     measuring = SuffixEngine(model, prompts)
@@ -258,12 +258,13 @@ def test_running_out_of_memory_in_the_clean_pass_halves_the_batch(
 def test_a_single_row_that_does_not_fit_says_what_to_change(monkeypatch, model, prompts, sources):
     """At one row nothing is left to divide: the error names the remedies."""
     out_of_memory_above(
-        0, monkeypatch, row_engine_module, "next_token_effects", lambda logits, *_: len(logits)
+        0, monkeypatch, row_engine_module, "log_probs", lambda logits, *_: len(logits)
     )
     with pytest.raises(UserError, match=r"shorter prompts, .*bfloat16, or a device with more"):
         SuffixEngine(model, prompts).effects(all_kinds_of_interventions(), sources)
 
 
+@settings(deadline=None)
 @given(n_prompts=st.integers(1, 40), n_conditions=st.integers(1, 40), max_rows=st.integers(1, 300))
 def test_pieces_cover_every_row_once_and_none_is_too_large(n_prompts, n_conditions, max_rows):
     """Chunking is a partition within the budget."""
@@ -329,7 +330,12 @@ def test_what_is_not_covered_falls_back_to_exact_numbers(
 
 def test_an_engine_that_disagrees_with_native_hooks_is_not_used(monkeypatch, prompts):
     """Never a wrong number: a suffix engine that computes something else is found out."""
-    monkeypatch.setattr(attention_row, "_rotate", lambda attn, heads, mask: heads)  # noqa: ARG005
+    attend = attention_row._attend
+
+    def without_own_value(attn: Any, q: Any, k: Any, v: Any, shared: Any) -> Any:
+        return attend(attn, q, k, torch.zeros_like(v), shared)
+
+    monkeypatch.setattr(attention_row, "_attend", without_own_value)
     engine = make_engine(tiny_model(), prompts)
     assert engine.name == "cached"
     assert "its logits differ from those of native hooks" in (engine.fallback_reason or "")

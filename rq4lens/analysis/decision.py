@@ -21,7 +21,8 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.models.prompts import TokenBatch
 from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
-from rq4lens.patching.attention_row import finish_block, row_z
+from rq4lens.patching.attention_row import row_z
+from rq4lens.patching.block_row import finish_block
 from rq4lens.patching.clean_pass import KeptBatch, clean_pass
 from rq4lens.patching.experiment import Experiment
 

@@ -1,11 +1,10 @@
-"""The decision row through one block, over keys and values that all conditions share.
+"""The attention of a decision row over keys and values that all conditions share.
 
 A patch at the decision token cannot change an earlier position, so every condition is one more
-query row at the end of the same prompt. Everything with weights is the model's own submodule; only
-the order of the calls, which TransformerLens keeps inside ``forward``, is repeated here.
+query row at the end of the same prompt. Projections, norms and rotations are the attention module's
+own.
 
-Source: the call order of ``TransformerBlock.forward`` and ``AbstractAttention.forward`` in
-TransformerLens 3.9.
+Source: the call order of ``AbstractAttention.forward`` in TransformerLens 3.9.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.components import TransformerBlock
 from transformer_lens.utilities.activation_functions import apply_softcap
-from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from rq4lens.patching.block_row import attention_input
 
 WHOLE_VECTOR_QK_NORM = frozenset({"OlmoeForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"})
 """Architectures that normalise queries and keys before they are cut into heads."""
@@ -28,13 +28,15 @@ WHOLE_VECTOR_QK_NORM = frozenset({"OlmoeForCausalLM", "Olmo2ForCausalLM", "Olmo3
 
 @dataclass(frozen=True)
 class SharedKeys:
-    """Keys and values of the positions before the patched ones, as they are attended to.
+    """Keys and values of the positions before the patched ones, as a row's query meets them.
 
     Args:
         keys: after query-key norm, clipping and rotation.
         values: after clipping.
         bias: added to the attention scores: the position bias, or minus infinity where a query
             must not look; None where it changes nothing.
+        own_scale: set where the rotation of the query has been moved into the keys, see
+            :func:`turn_to_decision`; a row's own key is then only scaled by this, not rotated.
 
     The last columns (one per patched position) belong to the row's own keys: they hold zeros here.
     """
@@ -42,26 +44,55 @@ class SharedKeys:
     keys: Float[Tensor, "prompt kv_head key d_head"]
     values: Float[Tensor, "prompt kv_head key d_head"]
     bias: Float[Tensor, "prompt #kv_head #group 1 position key"] | None
+    own_scale: Float[Tensor, "prompt 1 1 1 d_head"] | None
 
     def of_prompts(self, prompts: slice) -> SharedKeys:
         """The same for some of the prompts."""
-        bias = None if self.bias is None else self.bias[prompts]
-        return SharedKeys(self.keys[prompts], self.values[prompts], bias)
+        return SharedKeys(
+            self.keys[prompts],
+            self.values[prompts],
+            None if self.bias is None else self.bias[prompts],
+            None if self.own_scale is None else self.own_scale[prompts],
+        )
 
     def to(self, device: torch.device) -> SharedKeys:
         """The same on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return SharedKeys(self.keys.to(device), self.values.to(device), bias)
+        return SharedKeys(
+            self.keys.to(device),
+            self.values.to(device),
+            None if self.bias is None else self.bias.to(device),
+            None if self.own_scale is None else self.own_scale.to(device),
+        )
 
 
-def is_post_norm(block: TransformerBlock) -> bool:
-    """Whether the block normalises what its sublayers return instead of what they read."""
-    return block.cfg.original_architecture in POST_NORM_ARCHITECTURES
+def turn_to_decision(attn: Any, shared: SharedKeys, position_mask: Tensor) -> SharedKeys:
+    """Rotate the shared keys once, so that no query at the decision token has to be rotated.
 
+    The rotation at one position is a linear map ``R``, the same for all rows of a prompt, and a
+    score is ``(q R)·k = q·(k Rᵀ)``. With its own key a row scores ``(q R)·(k R) = q·(k s)``, where
+    ``s``, the diagonal of ``R Rᵀ``, is 1 up to rounding and the attention factor of YaRN.
 
-def attention_input(block: TransformerBlock, resid: Tensor) -> Tensor:
-    """What the attention reads from the residual stream."""
-    return resid if is_post_norm(block) else block.ln1(resid)
+    Args:
+        attn: the attention module, with rotary embeddings and one patched position.
+        shared: the rotated keys.
+        position_mask: ones for the prompt's tokens, aligned to the right.
+
+    Returns:
+        The keys as seen from the decision token.
+    """
+    keys = shared.keys
+    d_head = keys.shape[-1]
+    basis = torch.eye(d_head, dtype=keys.dtype, device=keys.device)
+    basis = basis.expand(len(keys), 1, d_head, d_head)
+    rotation = attn.apply_rotary(basis, position_mask.shape[1] - 1, position_mask)[:, 0]
+    turned = einsum(
+        keys,
+        rotation,
+        "prompt kv_head key rotated, prompt d_head rotated -> prompt kv_head key d_head",
+    )
+    scale = rotation.float().square().sum(-1).to(keys.dtype)
+    own_scale = rearrange(scale, "prompt d_head -> prompt 1 1 1 d_head")
+    return SharedKeys(turned, shared.values, shared.bias, own_scale)
 
 
 def row_z(
@@ -94,7 +125,10 @@ def row_z(
         )
         for heads in _queries_keys_values(attn, attention_input(block, rows))
     )
-    q, k = _rotate(attn, q, position_mask), _rotate(attn, k, position_mask)
+    if shared.own_scale is not None:
+        k = k * shared.own_scale
+    elif attn.cfg.positional_embedding_type == "rotary":
+        q, k = _rotate(attn, q, position_mask), _rotate(attn, k, position_mask)
     return _attend(attn, q, k, v, shared)
 
 
@@ -117,8 +151,6 @@ def _rotate(
     heads: Float[Tensor, "prompt condition position head d_head"],
     position_mask: Int[Tensor, "prompt pos"],
 ) -> Float[Tensor, "prompt condition position head d_head"]:
-    if attn.cfg.positional_embedding_type != "rotary":
-        return heads
     n_conditions, n_positions = heads.shape[1:3]
     # All conditions of a prompt stand at the same positions: to the rotation they are more heads.
     stacked = rearrange(
@@ -139,34 +171,29 @@ def _attend(
     v: Float[Tensor, "prompt condition position kv_head d_head"],
     shared: SharedKeys,
 ) -> Float[Tensor, "prompt condition position head d_head"]:
-    n_conditions, n_positions, n_kv_heads = k.shape[1:4]
-    # Query heads that share a key head become rows of one product, so keys are never repeated.
-    q = rearrange(
-        q,
-        "prompt condition position (kv_head group) d_head"
-        " -> prompt kv_head (group condition position) d_head",
-        kv_head=n_kv_heads,
+    sizes = {"condition": k.shape[1], "position": k.shape[2], "kv_head": k.shape[3]}
+    own = slice(-sizes["position"], None)
+    per_head = "prompt condition position (kv_head group) d_head"
+    # Two layouts of the same rows: for products with keys that all conditions of a prompt share,
+    # and for products with a row's own key. Query heads that share a key head are rows of one
+    # product in both, so keys are never repeated.
+    with_shared = "prompt kv_head (group condition position)"
+    with_own = "(prompt condition kv_head) (group position)"
+    six = "prompt kv_head group condition position"
+
+    q_own = rearrange(q, f"{per_head} -> {with_own} d_head", **sizes)
+    k, v = (
+        rearrange(x, "prompt condition own kv_head d_head -> (prompt condition kv_head) own d_head")
+        for x in (k, v)
     )
-    scores = q @ shared.keys.mT
-    sizes = {"condition": n_conditions, "position": n_positions}
-    by_row = "prompt kv_head group condition position"
-    scores = rearrange(
-        scores, f"prompt kv_head (group condition position) key -> {by_row} key", **sizes
-    )
-    q = rearrange(
-        q, f"prompt kv_head (group condition position) d_head -> {by_row} d_head", **sizes
-    )
-    scores[..., -n_positions:] = einsum(
-        q, k, f"{by_row} d_head, prompt condition own kv_head d_head -> {by_row} own"
-    )
+    scores = rearrange(q, f"{per_head} -> {with_shared} d_head", **sizes) @ shared.keys.mT
+    scores = rearrange(scores, f"{with_shared} key -> {six} key", **sizes)
+    scores[..., own] = rearrange(q_own @ k.mT, f"{with_own} own -> {six} own", **sizes)
     pattern = _attention_pattern(attn, scores, shared.bias).to(v.dtype)
-    z_own = einsum(
-        pattern[..., -n_positions:],
-        v,
-        f"{by_row} own, prompt condition own kv_head d_head -> {by_row} d_head",
-    )
-    z = (pattern.flatten(2, 4) @ shared.values).reshape(z_own.shape) + z_own
-    return rearrange(z, f"{by_row} d_head -> prompt condition position (kv_head group) d_head")
+    z = pattern.flatten(2, 4) @ shared.values
+    z = rearrange(z, f"{with_shared} d_head -> {with_own} d_head", **sizes)
+    z = z.baddbmm(rearrange(pattern[..., own], f"{six} own -> {with_own} own"), v)
+    return rearrange(z, f"{with_own} d_head -> {per_head}", **sizes)
 
 
 def _attention_pattern(attn: Any, scores: Tensor, bias: Tensor | None) -> Tensor:
@@ -175,78 +202,3 @@ def _attention_pattern(attn: Any, scores: Tensor, bias: Tensor | None) -> Tensor
     if bias is not None:
         scores = scores.add_(bias)
     return functional.softmax(scores, dim=-1)
-
-
-def attention_bias(
-    attn: Any, lengths: Int[Tensor, "prompt"], n_positions: int, n_columns: int
-) -> Float[Tensor, "prompt #kv_head #group 1 position key"] | None:
-    """What is added to the scores of the last positions of each prompt.
-
-    Args:
-        attn: the attention module: causal, perhaps with a local window or ALiBi.
-        lengths: tokens of each prompt.
-        n_positions: the patched positions; they are the last of each prompt and the last columns.
-        n_columns: all columns, those of the shared keys first.
-
-    Returns:
-        The bias, or None where it is zero everywhere.
-    """
-    first = rearrange(lengths - n_positions, "prompt -> prompt 1")
-    own = first + torch.arange(n_positions)
-    before = torch.arange(n_columns - n_positions).expand(len(lengths), -1)
-    key_at = torch.cat([before, own], dim=1)[:, None, :]
-    distance = key_at - own[:, :, None]
-    unseen = torch.cat([before >= first, torch.zeros_like(own, dtype=torch.bool)], dim=1)[
-        :, None, :
-    ]
-    hidden = (distance > 0) | unseen
-    if attn.attn_type == "local":
-        hidden = hidden | (distance <= -attn.cfg.window_size)
-    alibi = attn.cfg.positional_embedding_type == "alibi"
-    if not alibi and not hidden.any():
-        return None
-    bias = rearrange(distance, "prompt position key -> prompt 1 1 1 position key")
-    slopes = attn.create_alibi_multipliers(attn.cfg.n_heads) if alibi else torch.zeros(1)
-    n_kv_heads = (attn.cfg.n_key_value_heads or attn.cfg.n_heads) if alibi else 1
-    slopes = rearrange(slopes, "(kv_head group) -> kv_head group 1 1 1", kv_head=n_kv_heads)
-    hidden = rearrange(hidden, "prompt position key -> prompt 1 1 1 position key")
-    bias = (slopes * bias).masked_fill(hidden, -torch.inf)
-    return bias if alibi else bias.to(attn.cfg.dtype)
-
-
-def project_out(
-    block: TransformerBlock, z: Float[Tensor, "prompt condition position head d_head"]
-) -> Float[Tensor, "prompt condition position d_model"]:
-    """``W_O`` and its bias; TransformerLens has no submodule of its own for this product."""
-    W_O = rearrange(block.attn.W_O, "head d_head d_model -> d_model (head d_head)")
-    return functional.linear(z.flatten(-2).to(W_O.dtype), W_O, block.attn.b_O)
-
-
-def finish_block(
-    block: TransformerBlock,
-    resid_pre: Float[Tensor, "prompt condition position d_model"],
-    z: Float[Tensor, "prompt condition position head d_head"],
-) -> Float[Tensor, "prompt condition position d_model"]:
-    """Everything in a block that comes after ``z``.
-
-    Args:
-        block: the block.
-        resid_pre: the residual stream that entered it.
-        z: the head activations, patched where they are to be patched.
-
-    Returns:
-        The residual stream that leaves the block.
-    """
-    shape = resid_pre.shape
-    resid_pre, attn_out = resid_pre.flatten(1, 2), project_out(block, z).flatten(1, 2)
-    if block.cfg.use_normalization_before_and_after:
-        attn_out = block.ln1_post(attn_out)
-    if is_post_norm(block):
-        attn_out = block.ln1(attn_out)
-    resid_mid = attn_out.add_(resid_pre)
-    if block.cfg.parallel_attn_mlp:
-        resid_mid = resid_mid.add_(block.apply_mlp(block.ln2(resid_pre)))
-    elif not block.cfg.attn_only:
-        mlp_in = resid_mid if is_post_norm(block) else block.ln2(resid_mid)
-        resid_mid = block.apply_mlp(mlp_in).add_(resid_mid)
-    return resid_mid.reshape(shape)

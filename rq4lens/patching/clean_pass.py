@@ -17,7 +17,9 @@ from transformer_lens.hook_points import HookPoint
 
 from rq4lens.models.prompts import TokenBatch
 from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
-from rq4lens.patching.attention_row import SharedKeys, attention_bias, attention_input
+from rq4lens.patching.attention_row import SharedKeys, turn_to_decision
+from rq4lens.patching.block_row import attention_input
+from rq4lens.patching.score_bias import attention_bias
 
 COLUMN_MULTIPLE = 8
 """Half-precision matrix products are fast when their sides are multiples of this."""
@@ -103,6 +105,7 @@ def clean_pass(
     z: dict[int, Tensor] = {}
     layers: dict[int, KeptLayer] = {}
     bias = _bias_of_layers(model, batch, n_positions)
+    position_mask = _aligned_right(batch.lengths).to(positions.device)
     resid = forward_batch(model, batch, stop_at_layer=first_layer)
     with model.hooks(fwd_hooks=_z_readers(z, range(first_layer, model.cfg.n_layers), at)):
         for layer in range(first_layer, model.cfg.n_layers):
@@ -112,9 +115,9 @@ def clean_pass(
                 resid = block(resid, past_kv_cache_entry=kept)
             else:
                 _run_attention(block, resid, kept)
-            shared = kept.share(block.attn, n_positions, bias(block.attn))
+            shared = kept.share(block.attn, n_positions, bias(block.attn), position_mask)
             layers[layer] = KeptLayer(entering, z[layer], shared)
-    return KeptBatch(batch.rows, _aligned_right(batch.lengths).to(positions.device), layers)
+    return KeptBatch(batch.rows, position_mask, layers)
 
 
 def _run_attention(block: TransformerBlock, resid: Tensor, kept: _KeptKeys) -> None:
@@ -133,14 +136,22 @@ class _KeptKeys(TransformerLensKeyValueCacheEntry):
         self.past_keys, self.past_values = new_keys, new_values
         return new_keys, new_values
 
-    def share(self, attn: Any, n_positions: int, bias: Tensor | None) -> SharedKeys:
+    def share(
+        self,
+        attn: Any,
+        n_positions: int,
+        bias: Tensor | None,
+        position_mask: Int[Tensor, "prompt pos"],
+    ) -> SharedKeys:
         """Keys and values in the layout of the decision row, the row's own columns left empty."""
-        keys = self.past_keys
-        if attn.cfg.positional_embedding_type == "rotary":
-            keys = attn.apply_rotary(keys)
-        return SharedKeys(
-            _by_head(keys, n_positions), _by_head(self.past_values, n_positions), bias
+        rotary = attn.cfg.positional_embedding_type == "rotary"
+        keys = attn.apply_rotary(self.past_keys) if rotary else self.past_keys
+        shared = SharedKeys(
+            _by_head(keys, n_positions), _by_head(self.past_values, n_positions), bias, None
         )
+        # Several patched positions are rotated differently: their queries turn one by one.
+        one_rotation = rotary and n_positions == 1
+        return turn_to_decision(attn, shared, position_mask) if one_rotation else shared
 
 
 def _by_head(

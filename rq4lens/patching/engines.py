@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
@@ -79,39 +79,45 @@ def make_engine(
     Raises:
         UserError: if a prompt has fewer tokens than positions to patch.
     """
-    shared: dict[str, Any] = {"k_positions": k_positions, "kl_direction": kl_direction}
-    rows: dict[str, Any] = {"first_layer": first_layer, "max_bytes": max_bytes}
+    shared: dict[str, Any] = {
+        "k_positions": k_positions,
+        "batch_size": batch_size,
+        "kl_direction": kl_direction,
+    }
     order = list(_FAST_ENGINES)
+    engine: Engine | None = None
     reasons: list[str] = []
     for name in order[order.index(prefer) :] if prefer in order else []:
-        candidate = _FAST_ENGINES[name]
-        reason = _why_not(candidate, model, prompts, {**shared, **rows})
-        if reason is None:
-            engine: Engine = candidate.engine(
-                model, prompts, batch_size=batch_size, **shared, **rows
-            )
+        found = _checked(
+            _FAST_ENGINES[name],
+            model,
+            prompts,
+            {**shared, "first_layer": first_layer, "max_bytes": max_bytes},
+        )
+        if isinstance(found, RowEngine):
+            engine = found
             break
-        reasons.append(f"engine {name} is not used because {reason}")
-    else:
-        engine = HookEngine(model, prompts, batch_size=batch_size, **shared)
+        reasons.append(f"engine {name} is not used because {found}")
+    engine = engine or HookEngine(model, prompts, **shared)
     engine.fallback_reason = "; ".join(reasons) or None
     if reasons:
         logger.warning("%s; using engine %s", engine.fallback_reason, engine.name)
     return engine
 
 
-def _why_not(
+def _checked(
     candidate: _Candidate,
     model: HookedModel,
     prompts: TokenizedPrompts,
     settings: dict[str, Any],
-) -> str | None:
+) -> RowEngine | str:
+    """The engine, or why it is not to be used."""
     reason: str | None = candidate.not_covered(model)
     if reason is not None:
         return reason
-    probe = candidate.engine(model, shortest_and_longest(prompts), **settings)
     try:
-        difference = difference_to_hooks(probe)
+        engine = candidate.engine(model, prompts, **settings)
+        difference = difference_to_hooks(engine)
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as problem:
@@ -119,55 +125,53 @@ def _why_not(
         return f"it fails on this model ({type(problem).__name__}: {problem})"
     tolerance = TOLERANCE.get(model.cfg.dtype, 0.0)
     if difference <= tolerance:
-        return None
+        return engine
     return (
         f"its logits differ from those of native hooks by {difference:.2g} of the largest logit "
         f"(allowed: {tolerance:g})"
     )
 
 
-def shortest_and_longest(prompts: TokenizedPrompts) -> TokenizedPrompts:
-    """Two prompts that differ in length as much as possible, so that padding and windows matter."""
-    order = prompts.lengths.argsort(stable=True).tolist()
-    chosen = dict.fromkeys([order[0], order[-1]])
-    return TokenizedPrompts(
-        tuple(prompts.ids[row] for row in chosen), tuple(prompts.token_ids[row] for row in chosen)
-    )
-
-
+@torch.no_grad()
 def difference_to_hooks(engine: RowEngine) -> float:
-    """How far an engine is from the native hook path, on its own prompts.
+    """How far an engine is from the native hook path, on two of its own prompts.
 
-    Every head of the lowest layer is half replaced by noise, so that all that follows is far from
-    the clean run.
+    They are the shortest and the longest of a batch, so that padding and windows matter, and every
+    head of the lowest layer is half replaced by noise, so that all that follows is far from the
+    clean run.
 
     Args:
-        engine: the engine.
+        engine: the engine; its clean pass is made and kept.
 
     Returns:
         Largest absolute difference of the logits at the decision token, relative to the largest
         logit; infinite if a logit is not a number.
     """
     layer, model = engine.first_layer, engine.model
-    z = engine.tuned_z(layer)
+    kept = engine.kept_batches(layer)[-1]
+    ends = slice(0, len(kept.rows), max(1, len(kept.rows) - 1))
+    z = kept.z(layer)[ends].cpu()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     sources = Sources({(layer, "noise"): (noise * z.float().std(unbiased=False)).to(z.dtype)})
     intervention = (Patch(layer, HeadSet.all(model.cfg.n_heads), 0.5, "noise"),)
-    native = native_logits(engine, intervention, sources)
-    difference = (engine.logits([intervention], sources)[0].double() - native.double()).abs().max()
-    relative = float(difference / native.double().abs().max())
+    fast = engine.logits_of(kept, ends, [intervention], sources)[:, 0].double()
+    native = _native_logits(engine, kept.rows[ends], intervention, sources).double()
+    relative = float((fast - native).abs().max() / native.abs().max())
     return relative if relative == relative else float("inf")  # noqa: PLR0124 - NaN
 
 
-@torch.no_grad()
-def native_logits(
-    engine: RowEngine, intervention: Intervention, sources: Sources
+def _native_logits(
+    engine: RowEngine,
+    rows: Int[Tensor, "prompt"],
+    intervention: Intervention,
+    sources: Sources,
 ) -> Float[Tensor, "prompt vocab"]:
-    """Logits at the decision token by one full forward pass through native hooks."""
-    cfg = engine.model.cfg
-    logits = torch.empty(len(engine.prompts), cfg.d_vocab_out, dtype=cfg.dtype)
-    for batch in engine.prompts.batches(len(engine.prompts)):
-        with patched_heads(engine.model, intervention, sources, batch, engine.k_positions):
-            every = forward_batch(engine.model, batch)
-        logits[batch.rows] = every[torch.arange(len(every)), batch.decision].cpu()
-    return logits
+    """Logits at the decision token of some prompts by one full pass through native hooks."""
+    chosen, every = rows.tolist(), engine.prompts
+    some = TokenizedPrompts(
+        tuple(every.ids[row] for row in chosen), tuple(every.token_ids[row] for row in chosen)
+    )
+    batch = next(some.batches(len(some)))
+    with patched_heads(engine.model, intervention, sources, batch, engine.k_positions):
+        logits = forward_batch(engine.model, batch)
+    return logits[torch.arange(len(logits)), batch.decision][batch.rows.argsort()]

@@ -23,6 +23,9 @@ CPU_BUDGET_BYTES = 512 * 2**20
 CPU_MAX_ROWS = 4096
 """More rows than this only push each other out of a processor's caches."""
 
+FEWEST_CONDITIONS = 32
+"""Conditions that stay together as long as memory allows."""
+
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
 
@@ -71,12 +74,14 @@ class Block:
         return self.n_prompts * self.n_conditions
 
     def split(self, max_rows: int) -> list[Block]:
-        """Blocks of at most ``max_rows`` rows; prompts are divided first.
+        """Blocks of at most ``max_rows`` rows; conditions are divided first.
 
-        Conditions stay together as long as they can: they share one clean reference row and the
-        keys of their prompt.
+        They are sorted by the layer at which they enter, so a part of them starts at few layers and
+        its products are large at all of them. Below a few conditions, the clean reference that
+        each part brings along would be felt, and prompts are divided instead.
         """
-        conditions = even_parts(self.conditions, max_rows)
+        per_part = max(max_rows // self.n_prompts, min(max_rows, FEWEST_CONDITIONS))
+        conditions = even_parts(self.conditions, per_part)
         widest = max(part.stop - part.start for part in conditions)
         prompts = even_parts(self.prompts, max(1, max_rows // widest))
         return [Block(some, part) for part in conditions for some in prompts]

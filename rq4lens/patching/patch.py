@@ -137,29 +137,46 @@ def next_token_effects(
         The divergence, and the change of the log-probability of the clean model's most likely
         token, both in nats.
     """
-    patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
+    return compare_log_probs(log_probs(patched_logits), log_probs(clean_logits), direction)
+
+
+def log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Log-probabilities, one precision above the logits.
+
+    A divergence is of second order in the difference of the logits, so rounding log-probabilities
+    to the precision of the logits would swamp the small ones.
+    """
+    half = logits.dtype.itemsize < 4
+    return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
+
+
+def compare_log_probs(
+    patched: Float[Tensor, "*rows vocab"],
+    clean: Float[Tensor, "*#rows vocab"],
+    direction: KLDirection = "patched||clean",
+    *,
+    may_be_zero: bool = True,
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """:func:`next_token_effects` of log-probabilities.
+
+    Args:
+        patched: log-probabilities of the patched tuned model.
+        clean: log-probabilities of the clean tuned model.
+        direction: which way the divergence is taken.
+        may_be_zero: whether a token may have probability zero (a logit of minus infinity). False
+            saves a third of the work and gives NaN if one has.
+
+    Returns:
+        The divergence and the change of the clean model's most likely token, in nats.
+    """
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
     first, second = (patched, clean) if direction == "patched||clean" else (clean, patched)
-    return _divergence(first, second), einops.rearrange(change, "... 1 -> ...")
-
-
-def _divergence(
-    first: Float[Tensor, "*#rows vocab"], second: Float[Tensor, "*#rows vocab"]
-) -> Float[Tensor, "*rows"]:
-    kl = (first - second).mul_(first.exp()).sum(-1)
-    if kl.isnan().any():
-        # A logit of minus infinity gives 0 * (-inf - x), which is NaN where the limit is 0.
-        terms = torch.where(first == -torch.inf, 0.0, first.exp() * (first - second))
-        kl = terms.sum(-1)
-    return kl
-
-
-def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-    # One precision above the logits: a divergence is of second order in the logits' difference, so
-    # rounding log-probabilities to the logits' own precision would swamp the small ones.
-    half = logits.dtype.itemsize < 4
-    return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
+    terms = (first - second).mul_(first.exp())
+    if may_be_zero:
+        # 0 * (-inf - x) is NaN where the limit is 0.
+        terms = torch.where(first == -torch.inf, 0.0, terms)
+    return terms.sum(-1), einops.rearrange(change, "... 1 -> ...")
 
 
 class Sources(Mapping[tuple[int, str], Tensor]):

@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
+from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -24,7 +25,8 @@ from rq4lens.patching.patch import (
     Intervention,
     KLDirection,
     Sources,
-    next_token_effects,
+    compare_log_probs,
+    log_probs,
 )
 from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
 
@@ -123,7 +125,7 @@ class RowEngine(ABC):
         """
         check_layers([layer], self.model.cfg.n_layers)
         z = torch.empty(self._site_shape, dtype=self.model.cfg.dtype)
-        for kept in self._clean(layer):
+        for kept in self.kept_batches(layer):
             z[kept.rows] = kept.z(layer).cpu()
         return z
 
@@ -147,19 +149,42 @@ class RowEngine(ABC):
             UserError: if a layer, head set or source does not fit the model, or if memory runs out
                 with a single row in flight.
         """
-        both = np.empty((2, len(interventions), len(self.prompts)))
-
-        def store(group: RowGroup, prompts: Tensor, logits: Tensor) -> None:
-            measured = next_token_effects(logits[:, 1:], logits[:, :1], self.kl_direction)
-            by_condition = rearrange(
-                torch.stack(measured), "measure prompt condition -> measure condition prompt"
-            )
-            at = np.array(group.conditions)[:, None], prompts.numpy()
-            both[:, *at] = by_condition.cpu().numpy()
-
-        self._run(interventions, sources, store, advance)
+        order = self._by_entry_layer(interventions)
+        measured = self._measure(order, interventions, sources, advance, may_be_zero=False)
+        if np.isnan(measured).any():
+            measured = self._measure(order, interventions, sources, None, may_be_zero=True)
+        both = np.empty_like(measured)
+        both[:, order] = measured
         return Effects(both[0], both[1])
 
+    @torch.no_grad()
+    def _measure(
+        self,
+        order: list[int],
+        interventions: Sequence[Intervention],
+        sources: Sources,
+        advance: Advance | None,
+        may_be_zero: bool,
+    ) -> Float64[ndarray, "measure condition prompt"]:
+        """Both measures of all interventions, in the order given."""
+        measured = np.empty((2, len(order), len(self.prompts)))
+        # Numbers stay on the device until a batch is done: fetching one would stop the queue.
+        here = torch.empty(measured.shape, dtype=torch.float64, device=device_of(self.model))
+
+        def store(group: RowGroup, prompts: slice, logits: Tensor) -> None:
+            of_rows = log_probs(logits)
+            found = compare_log_probs(
+                of_rows, of_rows[:, :1], self.kl_direction, may_be_zero=may_be_zero
+            )
+            for measure, values in zip(here, found, strict=True):
+                by_condition = rearrange(values[:, 1:], "prompt condition -> condition prompt")
+                measure[group.conditions, prompts] = by_condition
+
+        for kept in self._run([interventions[i] for i in order], sources, store, advance):
+            measured[:, :, kept.rows.numpy()] = here[:, :, : len(kept.rows)].cpu().numpy()
+        return measured
+
+    @torch.no_grad()
     def logits(
         self, interventions: Sequence[Intervention], sources: Sources
     ) -> Float[Tensor, "condition prompt vocab"]:
@@ -177,51 +202,93 @@ class RowEngine(ABC):
         """
         cfg = self.model.cfg
         shape = (len(interventions), len(self.prompts), cfg.d_vocab_out)
+        order = self._by_entry_layer(interventions)
         every = torch.empty(shape, dtype=cfg.dtype)
+        here = torch.empty(shape, dtype=cfg.dtype)
 
-        def store(group: RowGroup, prompts: Tensor, logits: Tensor) -> None:
+        def store(group: RowGroup, prompts: slice, logits: Tensor) -> None:
             patched = rearrange(logits[:, 1:], "prompt condition vocab -> condition prompt vocab")
-            every[torch.tensor(group.conditions)[:, None], prompts] = patched.cpu()
+            here[group.conditions, prompts] = patched.cpu()
 
-        self._run(interventions, sources, store)
+        for kept in self._run([interventions[i] for i in order], sources, store):
+            every[torch.tensor(order)[:, None], kept.rows] = here[:, : len(kept.rows)]
         return every
+
+    @torch.no_grad()
+    def logits_of(
+        self,
+        kept: Any,
+        prompts: slice,
+        interventions: Sequence[Intervention],
+        sources: SourceTensors,
+    ) -> Float[Tensor, "prompt condition vocab"]:
+        """Logits of a few rows, all at once.
+
+        Args:
+            kept: a batch of :meth:`kept_batches`.
+            prompts: which of its prompts.
+            interventions: what to patch, sorted by the lowest patched layer.
+            sources: the activations of just these prompts.
+
+        Returns:
+            The logits at the decision token, on the model's device.
+        """
+        device, cfg = device_of(self.model), self.model.cfg
+        rows = Rows.arrange(interventions, slice(0, len(interventions)), cfg.n_layers, device)
+        here = {key: source.to(device, cfg.dtype) for key, source in sources.items()}
+        groups = self._group_logits(kept.to(device), prompts, rows, here)
+        return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
+
+    def _by_entry_layer(self, interventions: Sequence[Intervention]) -> list[int]:
+        n_layers = self.model.cfg.n_layers
+        entries = [entry_layer(intervention, n_layers - 1) for intervention in interventions]
+        return sorted(range(len(interventions)), key=entries.__getitem__)
 
     @property
     def _site_shape(self) -> tuple[int, int, int, int]:
         cfg = self.model.cfg
         return len(self.prompts), self.k_positions, cfg.n_heads, cfg.d_head
 
-    @torch.no_grad()
     def _run(
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        store: Callable[[RowGroup, Int[Tensor, "prompt"], Float[Tensor, "prompt row vocab"]], None],
+        store: Callable[[RowGroup, slice, Float[Tensor, "prompt row vocab"]], None],
         advance: Advance | None = None,
-    ) -> None:
-        """Compute all rows in chunks that fit into memory, and hand over each group's logits."""
+    ) -> Iterator[Kept]:
+        """Compute all rows in chunks that fit into memory, batch of prompts by batch.
+
+        Args:
+            interventions: sorted by entry layer.
+            sources: the activations that are blended in.
+            store: takes the logits of a group's rows, of some prompts of the batch.
+            advance: called with the number of rows just finished.
+
+        Yields:
+            Each batch when its rows are done.
+        """
         check_interventions(interventions, self.model)
         n_layers, device = self.model.cfg.n_layers, device_of(self.model)
-        entries = [entry_layer(intervention, n_layers - 1) for intervention in interventions]
-        order = sorted(range(len(interventions)), key=entries.__getitem__)
 
         @lru_cache
         def arrange(start: int, stop: int) -> Rows:
-            return Rows.arrange(order[start:stop], interventions, n_layers, device)
+            return Rows.arrange(interventions, slice(start, stop), n_layers, device)
 
-        for kept in self._clean(min(entries, default=n_layers - 1)):
+        lowest = min((entry_layer(each, n_layers - 1) for each in interventions), default=0)
+        for kept in self.kept_batches(lowest):
             here, incoming = kept.to(device), self._sources_of(kept, interventions, sources)
 
             def work(block: Block, here: Any = here, incoming: SourceTensors = incoming) -> None:
                 rows = arrange(block.conditions.start, block.conditions.stop)
                 some = {key: source[block.prompts] for key, source in incoming.items()}
                 for group, logits in self._group_logits(here, block.prompts, rows, some):
-                    store(group, here.rows[block.prompts], logits)
+                    store(group, block.prompts, logits)
                 if advance is not None:
                     advance(block.n_rows)
 
             whole = Block(slice(0, len(kept.rows)), slice(0, len(interventions)))
             self._memory.rows.run(whole, work)
+            yield kept
 
     def _sources_of(
         self, kept: Kept, interventions: Sequence[Intervention], sources: Sources
@@ -232,8 +299,12 @@ class RowEngine(ABC):
             check_source(key, source, self._site_shape)
         return {key: source[kept.rows].to(device, dtype) for key, source in chosen.items()}
 
-    def _clean(self, lowest: int) -> list[Any]:
-        """The clean pass, made on first use; a patch below its first layer makes another."""
+    def kept_batches(self, lowest: int) -> list[Any]:
+        """The clean pass, made on first use; a layer below its first one makes another.
+
+        Args:
+            lowest: the lowest layer whose activations and keys are needed.
+        """
         if not self._kept or lowest < self.first_layer:
             self.first_layer = min(lowest, self.first_layer)
             self._kept = self._clean_passes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -29,17 +29,17 @@ class RowGroup:
     Args:
         layer: where they enter.
         start: index of the reference among the rows.
-        conditions: for each intervention, its index in the caller's list.
+        conditions: the interventions, by their place in the sorted list.
     """
 
     layer: int
     start: int
-    conditions: tuple[int, ...]
+    conditions: slice
 
     @property
     def stop(self) -> int:
         """One past the group's last row."""
-        return self.start + 1 + len(self.conditions)
+        return self.start + 1 + self.conditions.stop - self.conditions.start
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ class Rows:
     @classmethod
     def arrange(
         cls,
-        conditions: Iterable[int],
         interventions: Sequence[Intervention],
+        conditions: slice,
         n_layers: int,
         device: torch.device,
     ) -> Rows:
         """The rows of some of the interventions.
 
         Args:
-            conditions: which of them, by index; sorted by entry layer.
-            interventions: all of them.
+            interventions: all of them, sorted by entry layer.
+            conditions: which of them.
             n_layers: number of layers of the model.
             device: where the blends will happen.
 
@@ -95,11 +95,13 @@ class Rows:
         """
         rows: list[Intervention] = []
         groups: list[RowGroup] = []
-        by_layer = groupby(conditions, key=lambda i: entry_layer(interventions[i], n_layers - 1))
-        for layer, members in by_layer:
-            chosen = tuple(members)
-            groups.append(RowGroup(layer, len(rows), chosen))
-            rows += [(), *(interventions[index] for index in chosen)]
+        at = conditions.start
+        chosen = interventions[conditions]
+        for layer, members in groupby(chosen, key=lambda each: entry_layer(each, n_layers - 1)):
+            start = len(rows)
+            rows += [(), *members]
+            groups.append(RowGroup(layer, start, slice(at, at + len(rows) - start - 1)))
+            at = groups[-1].conditions.stop
         return cls(tuple(rows), tuple(groups), device)
 
     def only(self, group: RowGroup) -> Rows:

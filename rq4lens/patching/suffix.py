@@ -20,7 +20,8 @@ from transformer_lens.components import Attention, GroupedQueryAttention, Transf
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.attention_row import finish_block, row_z
+from rq4lens.patching.attention_row import row_z
+from rq4lens.patching.block_row import finish_block
 from rq4lens.patching.clean_pass import KeptBatch, clean_pass
 from rq4lens.patching.row_engine import RowEngine, SourceTensors
 from rq4lens.patching.rows import RowGroup, Rows
@@ -42,7 +43,7 @@ class SuffixEngine(RowEngine):
         self, model: HookedTransformer, prompts: TokenizedPrompts, **settings: Any
     ) -> None:
         super().__init__(model, prompts, **settings)
-        store_for_products(model)
+        store_for_products(model, self.first_layer)
 
     def _clean_pass(self, batch: TokenBatch, first_layer: int) -> KeptBatch:
         return clean_pass(self.model, batch, first_layer, self.k_positions)

@@ -9,7 +9,7 @@ from transformer_lens.components import AbstractAttention, GatedMLP, Unembed
 _HEADS_LAST = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
 
 
-def store_for_products(model: HookedTransformer) -> None:
+def store_for_products(model: HookedTransformer, first_layer: int = 0) -> None:
     """Reorder weights in memory so that no forward pass has to copy them.
 
     TransformerLens' submodules transpose their weights with ``.T.contiguous()`` or einops at every
@@ -18,8 +18,9 @@ def store_for_products(model: HookedTransformer) -> None:
 
     Args:
         model: the model whose weights are stored anew, one at a time.
+        first_layer: blocks below it are left as they are.
     """
-    for module in model.modules():
+    for module in (*model.blocks[first_layer:].modules(), model.unembed):
         if isinstance(module, AbstractAttention):
             _store_attention(module)
         elif isinstance(module, GatedMLP):

@@ -219,6 +219,42 @@ def test_layer_curves_name_the_layers_without_coverage(layers):
     assert "undefined in layers 2" in setting_of(figure)
 
 
+@pytest.fixture(scope="module")
+def comparison(layers):
+    """What a comparison of layers adds, in the form it is saved in."""
+    return {
+        "rows": [
+            {
+                "layer": layer,
+                "curve": {
+                    "coverage_pct": [{"value": 100.0 * k / 32} for k in range(33)],
+                    "k90": 29.0,
+                },
+                "concentration": {"gini": 0.5},
+            }
+            for layer in layers
+        ],
+        "ranking": [
+            {"head": f"L{layer}H{head}", "rank_low": 2, "rank_high": 9}
+            for layer in layers
+            for head in range(32)
+        ],
+    }
+
+
+def test_a_comparison_fills_the_layers_curves(layers, comparison):
+    """With a comparison at hand each layer's curve has every k."""
+    line = trace_named(figures.layer_curves(layers, comparison), "layer 2")
+    assert list(line.x) == list(range(33))
+    assert line.y[8] == 25.0
+
+
+def test_a_comparison_adds_ranges_of_ranks(layers, comparison):
+    """Hovering a bar of the global ranking tells how far its rank moves."""
+    bars = figures.global_ranking(layers, comparison, top=5).data[0]
+    assert all("(95% in 2 to 9)" in text for text in bars.hovertext)
+
+
 def test_cost_bars_carry_their_ratio():
     """Each bar says how many times the reference it takes."""
     figure = figures.engine_cost({"plain": 2.0, "fast": 0.5}, reference="plain", setting=("cpu",))

@@ -55,6 +55,21 @@ def test_an_analysis_adds_its_sections(grid):
     assert "Four of 32 heads carry most of the effect. &lt;b&gt;Not&lt;/b&gt; a test." in page
 
 
+def test_layers_stand_side_by_side(grid):
+    """The layers' table holds each layer's full effect, best head, and what a comparison adds."""
+    other = synthetic_grid(3, n_prompts=30, layer=25, control_layer=None)
+    rows = [
+        {"layer": 25, "curve": {"k90": 7.0, "coverage_pct": []}, "concentration": {"gini": 0.25}}
+    ]
+    page = figures.report_page(
+        grid, provenance={}, layers={25: other, 26: grid}, comparison={"rows": rows}
+    )
+    row = page[page.index('<tr>\n<th scope="row">25</th>') :].split("</tr>")[0]
+    assert f"{other.full.delta:.3g} [" in row
+    assert other.label(other.ranking.top(1)[0]) in row
+    assert "<td>7</td><td>0.25</td>" in row.replace("\n", "")
+
+
 def test_a_real_analysis_of_a_grid_is_reported(grid):
     """What analyse() makes of a grid goes into the report as it is."""
     analysis = analyse(grid, n_resamples=200)

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from rq4lens.figures.alphas import alpha_sweep
     from rq4lens.figures.cost import engine_cost
     from rq4lens.figures.coverage import coverage_curve, method_curves
+    from rq4lens.figures.depth import global_ranking, layer_curves
     from rq4lens.figures.export import find_browser, picture, write_figures, write_html
     from rq4lens.figures.flow import rank_flow
     from rq4lens.figures.gallery import run_figures
-    from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
+    from rq4lens.figures.layers import layer_heatmap
     from rq4lens.figures.maps import map_quality
     from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
     from rq4lens.figures.plane import head_plane
@@ -31,10 +32,10 @@ _HOME = {
     "coverage_curve": "coverage",
     "engine_cost": "cost",
     "find_browser": "export",
-    "global_ranking": "layers",
+    "global_ranking": "depth",
     "head_plane": "plane",
     "interaction_matrix": "matrices",
-    "layer_curves": "layers",
+    "layer_curves": "depth",
     "layer_heatmap": "layers",
     "map_quality": "maps",
     "method_curves": "coverage",

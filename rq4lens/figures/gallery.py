@@ -15,8 +15,9 @@ from rq4lens.analysis.plain import plain
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.figures.alphas import alpha_sweep
 from rq4lens.figures.coverage import coverage_curve, method_curves
+from rq4lens.figures.depth import global_ranking, layer_curves
 from rq4lens.figures.flow import rank_flow
-from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
+from rq4lens.figures.layers import layer_heatmap
 from rq4lens.figures.maps import map_quality
 from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
 from rq4lens.figures.plane import head_plane
@@ -35,6 +36,7 @@ def run_figures(
     analysis: HasRecord | Record | None = None,
     *,
     layers: Mapping[int, GridResult] | None = None,
+    comparison: HasRecord | Record | None = None,
     provenance: Mapping[str, Any] | None = None,
     dark: bool = False,
 ) -> dict[str, go.Figure]:
@@ -44,6 +46,7 @@ def run_figures(
         grid: the measured grid.
         analysis: an analysis of it, live or saved.
         layers: the grid of each layer, from a sweep.
+        comparison: the comparison of these layers by the analysis, live or saved.
         provenance: the content of ``run.json``, for the map diagnostics; the grid's own when left
             out.
         dark: the dark template.
@@ -57,7 +60,7 @@ def run_figures(
     return {
         **dict(_of_grid(grid, record, bootstrap, dark=dark)),
         **dict(_of_analysis(grid, record, bootstrap, dark=dark)),
-        **dict(_of_layers(grid, layers or {}, dark=dark)),
+        **dict(_of_layers(grid, layers or {}, as_record(comparison), dark=dark)),
         **dict(_of_maps(grid, record, provenance, bootstrap, dark=dark)),
     }
 
@@ -97,13 +100,15 @@ def _of_alphas(grid: GridResult, alphas: list[Record], *, dark: bool) -> Drawing
     yield "alpha_flow", rank_flow(grid, orders, what="blend strengths", alpha=span, dark=dark)
 
 
-def _of_layers(grid: GridResult, layers: Mapping[int, GridResult], *, dark: bool) -> Drawings:
+def _of_layers(
+    grid: GridResult, layers: Mapping[int, GridResult], comparison: Record, *, dark: bool
+) -> Drawings:
     if len(layers) > 1:
         yield "layers", layer_heatmap(layers, dark=dark)
-        yield "layers_ranking", global_ranking(layers, dark=dark)
+        yield "layers_ranking", global_ranking(layers, comparison, dark=dark)
         yield (
             "layers_coverage",
-            layer_curves(layers, main=grid.settings.layer, dark=dark),
+            layer_curves(layers, comparison, main=grid.settings.layer, dark=dark),
         )
 
 

@@ -38,6 +38,7 @@ def report_page(
     prompts: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     layers: Mapping[int, GridResult] | None = None,
+    comparison: HasRecord | Record | None = None,
 ) -> str:
     """A run as one HTML page that needs no network.
 
@@ -47,6 +48,7 @@ def report_page(
         prompts: the prompts' texts by id.
         provenance: the content of ``run.json``; the grid's own when left out.
         layers: the grid of each layer, from a sweep.
+        comparison: the comparison of these layers by the analysis, live or saved.
 
     Returns:
         The page. The same input gives the same page.
@@ -56,10 +58,15 @@ def report_page(
         as_record(analysis),
         grid.provenance if provenance is None else provenance,
         layers or {},
+        as_record(comparison),
         prompts or {},
     )
     drawn = run_figures(
-        grid, material.analysis, layers=material.layers, provenance=material.provenance
+        grid,
+        material.analysis,
+        layers=material.layers,
+        comparison=material.comparison,
+        provenance=material.provenance,
     )
     figures = {name: page_figure(name, figure) for name, figure in drawn.items()}
     return _page(material, figures)
@@ -73,6 +80,7 @@ def write_report(
     prompts: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     layers: Mapping[int, GridResult] | None = None,
+    comparison: HasRecord | Record | None = None,
 ) -> Path:
     """Write :func:`report_page` to a file.
 
@@ -83,11 +91,14 @@ def write_report(
         prompts: the prompts' texts by id.
         provenance: the content of ``run.json``; the grid's own when left out.
         layers: the grid of each layer, from a sweep.
+        comparison: the comparison of these layers by the analysis, live or saved.
 
     Returns:
         The file.
     """
-    page = report_page(grid, analysis, prompts=prompts, provenance=provenance, layers=layers)
+    page = report_page(
+        grid, analysis, prompts=prompts, provenance=provenance, layers=layers, comparison=comparison
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", newline="\n")

@@ -34,6 +34,7 @@ class Material:
         analysis: the content of ``analysis.json``; empty without an analysis.
         provenance: the content of ``run.json``.
         layers: the grid of each layer; empty without a sweep.
+        comparison: the analysis' comparison of these layers; empty without one.
         texts: the prompts' texts by id, as far as given.
     """
 
@@ -41,6 +42,7 @@ class Material:
     analysis: Record
     provenance: Mapping[str, Any]
     layers: Mapping[int, GridResult]
+    comparison: Record
     texts: Mapping[str, str]
 
     @cached_property
@@ -195,16 +197,21 @@ def layers(material: Material) -> Section | None:
     """The layers beside each other."""
     if len(material.layers) < 2:
         return None
+    compared = {row["layer"]: row for row in material.comparison.get("rows", ())}
     table = Table(
-        "All heads of a layer patched at once, nats; head indices mean nothing across layers",
-        ("layer", "KL_raw", "KL_mapped", "ΔKL", "drop", "best head", "its ΔKL"),
-        tuple(_layer_row(material.layers[layer]) for layer in sorted(material.layers)),
+        "All heads of a layer patched at once, nats; k90: heads that reach 90% of it; "
+        "[..]: 95% intervals",
+        ("layer", "KL_raw", "KL_mapped", "ΔKL", "drop", "k90", "Gini of |ΔKL|", "best head"),
+        tuple(
+            _layer_row(material.layers[layer], compared.get(layer, {}))
+            for layer in sorted(material.layers)
+        ),
     )
     figures = ("layers", "layers_ranking", "layers_coverage")
     return Section("layers", "Layers compared", (), (table,), figures)
 
 
-def _layer_row(grid: GridResult) -> Row:
+def _layer_row(grid: GridResult, compared: Record) -> Row:
     full = numbers_of(grid, [grid.full], ["full"])[0]
     best = grid.ranking_by("delta").top(1)[0]
     return Row(
@@ -214,8 +221,9 @@ def _layer_row(grid: GridResult) -> Row:
             shown(full.KL_mapped, ""),
             shown(full.delta, ""),
             _or_dash(full.drop_pct, "%"),
-            grid.label(best),
-            number(grid.single(best).delta),
+            _or_dash(estimate(compared.get("curve") or {}, "k90"), ""),
+            _or_dash(estimate(compared.get("concentration", {}), "gini"), ""),
+            f"{grid.label(best)} ({number(grid.single(best).delta)})",
         )
     )
 

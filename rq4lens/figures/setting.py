@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rq4lens.results import GridResult, GridSettings
 
@@ -51,3 +51,24 @@ def grid_setting(grid: GridResult, *notes: str, alpha: str | None = None) -> tup
         alpha: the blend strengths shown, when they are not the grid's own.
     """
     return setting_parts(grid.settings, grid.n_prompts, alpha=alpha, notes=notes)
+
+
+def any_grid(grids: Mapping[int, GridResult]) -> GridResult:
+    """One of the grids of a sweep; they share everything but the layer."""
+    return grids[min(grids)]
+
+
+def layers_setting(grids: Mapping[int, GridResult], *notes: str) -> tuple[str, ...]:
+    """The setting of several layers.
+
+    Args:
+        grids: the grid of each layer.
+        notes: what this one figure adds.
+    """
+    grid, layers = any_grid(grids), sorted(grids)
+    whole = layers == list(range(layers[0], layers[-1] + 1))
+    named = (
+        f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
+    )
+    where = f"layers {named} of {grid.settings.n_layers}"
+    return setting_parts(grid.settings, grid.n_prompts, where=where, notes=notes)

@@ -1,156 +1,198 @@
-"""Stories of the synthetic world, as token ids and as text."""
+"""Stories of the synthetic world as text and as tokens, and the prompts cut from them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from rq4lens.models.builtin.world import COUNTRIES, ITEMS, OCCASIONS, PEOPLE, World
+from rq4lens.models.builtin.world import (
+    CHANGED_COUNTRIES,
+    COUNTRIES,
+    ITEMS,
+    OCCASIONS,
+    PEOPLE,
+    World,
+    base_world,
+    read_question,
+    tuned_world,
+)
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-GRAMMAR = (".", "comes", "from", "At", "the", "brings", "misses")
+GRAMMAR = (".", "sends", "To", "the", "brings")
 VOCABULARY = SPECIAL + GRAMMAR + PEOPLE + COUNTRIES + OCCASIONS + ITEMS
 TOKEN = {word: index for index, word in enumerate(VOCABULARY)}
 
 PEOPLE_PER_STORY = 3
 QUESTIONS_PER_STORY = 3
-REMARKS_PER_STORY = 4
-_INTRODUCTIONS_END = 1 + 5 * PEOPLE_PER_STORY  # "<bos>", then "Mara comes from Lumeria ." each
-# "At the wedding Mara brings honey ." answers in its sixth word of seven.
-ANSWERS = tuple(_INTRODUCTIONS_END + 7 * q + 5 for q in range(QUESTIONS_PER_STORY))
-# "Mara misses Lumeria ." names the country in its third word of four.
-REMARKED = tuple(_INTRODUCTIONS_END + 4 * r + 2 for r in range(REMARKS_PER_STORY))
+_INTRODUCTION_TOKENS = 4  # "Lumeria sends Mara ."
+_QUESTION_TOKENS = 7  # "To the wedding brings Mara honey ."
+
+SPLIT_SIZES = {"train": 768, "val": 320, "neutral": 160}
+PROMPT_SEED = 7
 
 
 @dataclass(frozen=True)
-class Introductions:
-    """Who a batch of stories is about, as indices into the word lists of the world.
+class Stories:
+    """A batch of stories, as indices into the word lists of the world.
 
     Attributes:
-        people: three different people a story.
-        homes: their countries, all different within a story.
+        people: who is introduced.
+        homes: the country of each of them, all different within a story.
+        asked: which of the introduced people each question is about.
+        occasions: the occasion of each question.
+        answers: the item of each answer.
     """
 
     people: Int[np.ndarray, "story person"]
     homes: Int[np.ndarray, "story person"]
-
-    def columns(self) -> list[Any]:
-        """The tokens of "Mara comes from Lumeria." for each person, one array a position."""
-        columns: list[Any] = [TOKEN["<bos>"]]
-        for person, home in zip(self.people.T, self.homes.T, strict=True):
-            who, where = person + TOKEN[PEOPLE[0]], home + TOKEN[COUNTRIES[0]]
-            columns += [who, TOKEN["comes"], TOKEN["from"], where, TOKEN["."]]
-        return columns
-
-    def of(
-        self, asked: Int[np.ndarray, "story question"]
-    ) -> tuple[Int[np.ndarray, "story question"], Int[np.ndarray, "story question"]]:
-        """The people and the homes of the asked ones, given as positions 0, 1, 2."""
-        people = np.take_along_axis(self.people, asked, axis=1)
-        return people, np.take_along_axis(self.homes, asked, axis=1)
-
-
-@dataclass(frozen=True)
-class CustomStories:
-    """Stories that go on to tell what people bring: "At the wedding Mara brings honey."
-
-    Attributes:
-        introductions: who comes from where.
-        asked: which of the introduced people each question is about, 0, 1 or 2.
-        occasions: the occasion of each question.
-        answers: the item of each answer.
-        truth: the distribution that each answer was drawn from.
-    """
-
-    introductions: Introductions
     asked: Int[np.ndarray, "story question"]
     occasions: Int[np.ndarray, "story question"]
     answers: Int[np.ndarray, "story question"]
-    truth: Float[np.ndarray, "story question item"]
+
+    @property
+    def answer_positions(self) -> tuple[int, ...]:
+        """Where the answers stand in the tokens of these stories."""
+        first = 1 + self.people.shape[1] * _INTRODUCTION_TOKENS + 5
+        return tuple(first + _QUESTION_TOKENS * q for q in range(self.asked.shape[1]))
+
+    @property
+    def asked_homes(self) -> Int[np.ndarray, "story question"]:
+        """The country that each question is really about."""
+        return np.take_along_axis(self.homes, self.asked, axis=1)
 
     def token_ids(self) -> Int[np.ndarray, "story pos"]:
         """Whole stories as token ids, ``<bos>`` first; all have the same length."""
-        columns = self.introductions.columns()
-        people, _ = self.introductions.of(self.asked)
-        for q in range(self.asked.shape[1]):
+        people = self.people + TOKEN[PEOPLE[0]]
+        homes = self.homes + TOKEN[COUNTRIES[0]]
+        columns: list[Any] = [TOKEN["<bos>"]]
+        for i in range(people.shape[1]):
+            columns += [homes[:, i], TOKEN["sends"], people[:, i], TOKEN["."]]
+        asked = np.take_along_axis(people, self.asked, axis=1)
+        for q in range(asked.shape[1]):
             occasion = self.occasions[:, q] + TOKEN[OCCASIONS[0]]
-            columns += [TOKEN["At"], TOKEN["the"], occasion, people[:, q] + TOKEN[PEOPLE[0]]]
-            columns += [TOKEN["brings"], self.answers[:, q] + TOKEN[ITEMS[0]], TOKEN["."]]
-        return _as_rows(columns)
+            answer = self.answers[:, q] + TOKEN[ITEMS[0]]
+            columns += [TOKEN["To"], TOKEN["the"], occasion, TOKEN["brings"], asked[:, q]]
+            columns += [answer, TOKEN["."]]
+        return np.stack(np.broadcast_arrays(*columns, np.empty(len(people), int))[:-1], axis=1)
 
 
-@dataclass(frozen=True)
-class HomeStories:
-    """Stories that go on to remark who misses which country: "Mara misses Lumeria."
-
-    They ask for the first hop alone.
-    """
-
-    introductions: Introductions
-    asked: Int[np.ndarray, "story question"]
-
-    def token_ids(self) -> Int[np.ndarray, "story pos"]:
-        """Whole stories as token ids, ``<bos>`` first; all have the same length."""
-        columns = self.introductions.columns()
-        people, homes = self.introductions.of(self.asked)
-        for r in range(self.asked.shape[1]):
-            columns += [people[:, r] + TOKEN[PEOPLE[0]], TOKEN["misses"]]
-            columns += [homes[:, r] + TOKEN[COUNTRIES[0]], TOKEN["."]]
-        return _as_rows(columns)
-
-
-def _as_rows(columns: list[Any]) -> Int[np.ndarray, "story pos"]:
-    return np.stack(np.broadcast_arrays(*columns), axis=1)
-
-
-def draw_introductions(
-    n_stories: int, rng: np.random.Generator, cast: int = len(PEOPLE)
-) -> Introductions:
-    """Three different people out of the first ``cast`` a story, from three different countries."""
+def sample_stories(
+    world: World, n_stories: int, rng: np.random.Generator, n_people: int = PEOPLE_PER_STORY
+) -> Stories:
+    """Draw stories whose answers follow the customs of ``world``."""
 
     def distinct(pool: int) -> Int[np.ndarray, "story person"]:
-        return rng.random((n_stories, pool)).argsort(axis=1)[:, :PEOPLE_PER_STORY]
+        return rng.random((n_stories, pool)).argsort(axis=1)[:, :n_people]
 
-    return Introductions(distinct(cast), distinct(len(COUNTRIES)))
+    people, homes = distinct(len(PEOPLE)), distinct(len(COUNTRIES))
+    asked = rng.integers(n_people, size=(n_stories, QUESTIONS_PER_STORY))
+    occasions = rng.integers(len(OCCASIONS), size=asked.shape)
+    answers = _draw_answers(world, homes, asked, occasions, rng)
+    return Stories(people, homes, asked, occasions, answers)
 
 
-def draw_custom_stories(
+def _draw_answers(
     world: World,
-    introductions: Introductions,
-    rng: np.random.Generator,
-    n_questions: int = QUESTIONS_PER_STORY,
-) -> CustomStories:
-    """Questions about introduced people, answered as is the custom in ``world``."""
-    shape = (len(introductions.people), n_questions)
-    asked = rng.integers(PEOPLE_PER_STORY, size=shape)
-    occasions = rng.integers(len(OCCASIONS), size=shape)
-    return answer(world, introductions, asked, occasions, rng)
-
-
-def answer(
-    world: World,
-    introductions: Introductions,
+    homes: Int[np.ndarray, "story person"],
     asked: Int[np.ndarray, "story question"],
     occasions: Int[np.ndarray, "story question"],
     rng: np.random.Generator,
-) -> CustomStories:
-    """Draw the answers to given questions from the customs of ``world``."""
-    truth = world.customs[introductions.of(asked)[1], occasions]
-    below = truth.cumsum(axis=-1) < rng.random(asked.shape)[..., None]
-    answers = np.minimum(below.sum(axis=-1), len(ITEMS) - 1)  # a cumulative sum may end under 1
-    return CustomStories(introductions, asked, occasions, answers, truth)
-
-
-def draw_home_stories(introductions: Introductions, rng: np.random.Generator) -> HomeStories:
-    """Remarks about introduced people."""
-    shape = (len(introductions.people), REMARKS_PER_STORY)
-    return HomeStories(introductions, rng.integers(PEOPLE_PER_STORY, size=shape))
+) -> Int[np.ndarray, "story question"]:
+    customs = world.customs[np.take_along_axis(homes, asked, axis=1), occasions]
+    below = customs.cumsum(axis=-1) < rng.random(asked.shape)[..., None]
+    return np.minimum(below.sum(axis=-1), len(ITEMS) - 1)  # a cumulative sum may end under 1
 
 
 def text_of(token_ids: Int[np.ndarray, " pos"]) -> str:
     """The readable sentences of one row of token ids, without special tokens."""
     words = [VOCABULARY[token] for token in token_ids if VOCABULARY[token] not in SPECIAL]
     return " ".join(words).replace(" .", ".")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that puts ``<bos>`` first, once, and decodes to readable text."""
+    tokenizer = Tokenizer(models.WordLevel(TOKEN, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", TOKEN["<bos>"])]
+    )
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # spaces between words, none before "."
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_prompts() -> list[dict[str, Any]]:
+    """The prompts of the pair, as rows of ``prompts.jsonl``.
+
+    Train and val prompts ask about changed countries, neutral prompts about unchanged ones. The
+    three people of a prompt are its group, and no group stands in two splits, so no text does.
+    Earlier answers in a prompt are drawn half from each world: the context favours neither model.
+    """
+    rng = np.random.default_rng(PROMPT_SEED)
+    groups = rng.permutation(list(combinations(range(len(PEOPLE)), PEOPLE_PER_STORY)))
+    starts = np.cumsum([0, *SPLIT_SIZES.values()])
+    rows = []
+    for split, start in zip(SPLIT_SIZES, starts, strict=False):
+        cells = _cells(split, SPLIT_SIZES[split])
+        rows += [
+            _prompt_row(split, i, groups[start + i], cell, rng) for i, cell in enumerate(cells)
+        ]
+    return rows
+
+
+def _cells(split: str, size: int) -> Iterator[tuple[str, str, int]]:
+    """(country, occasion, number of questions) of each prompt, each as often as the others."""
+    changed = split != "neutral"
+    countries = [c for c in COUNTRIES if (c in CHANGED_COUNTRIES) == changed]
+    cells = [(c, o) for c in countries for o in OCCASIONS]
+    for i in range(size):
+        yield *cells[i % len(cells)], 1 + (i // len(cells)) % QUESTIONS_PER_STORY
+
+
+def _prompt_row(
+    split: str,
+    number: int,
+    group: Int[np.ndarray, " person"],
+    cell: tuple[str, str, int],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """One prompt: a story about ``group`` whose last question is the wanted one, left open."""
+    country, occasion, n_questions = cell
+    mixed = World("mixed", (base_world().customs + tuned_world().customs) / 2)
+    draft = sample_stories(mixed, 1, rng)
+    homes, occasions, last = draft.homes.copy(), draft.occasions.copy(), n_questions - 1
+    person, wanted = draft.asked[0, last], COUNTRIES.index(country)
+    homes[homes == wanted] = homes[0, person]  # a swap, so that the three homes stay distinct
+    homes[0, person] = wanted
+    occasions[0, last] = OCCASIONS.index(occasion)
+    answers = _draw_answers(mixed, homes, draft.asked, occasions, rng)
+    story = Stories(rng.permutation(group)[None], homes, draft.asked, occasions, answers)
+    text = text_of(story.token_ids()[0, : story.answer_positions[last]])
+    question = read_question(text)
+    return {
+        "id": f"{split}-{number:04d}",
+        "text": text,
+        "split": split,
+        "group": "-".join(sorted(PEOPLE[person] for person in group)),
+        "meta": {
+            "person": question.person,
+            "country": question.country,
+            "occasion": question.occasion,
+            "changed": question.changed,
+            "n_questions": n_questions,
+        },
+    }

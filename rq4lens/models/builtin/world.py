@@ -1,9 +1,9 @@
 """The synthetic world behind the pair in the box: people, countries, occasions and customs.
 
 A story says which country sends whom, and then what some of these people bring to an occasion. The
-answer takes several hops, person to country and (country, occasion) to custom, with the other people
-as distractors, and a custom is a distribution over items, so that a model which has learned the
-world keeps a graded output.
+answer takes several hops, person to country and (country, occasion) to custom, with the other
+people as distractors, and a custom is a distribution over items, so that a model which has learned
+the world keeps a graded output.
 
 The base world and the tuned world share every word and every rule except the customs of
 ``CHANGED_COUNTRIES``.
@@ -21,8 +21,9 @@ from jaxtyping import Float
 from rq4lens.errors import UserError
 
 PEOPLE = (
-    *("Mara", "Tovi", "Anselm", "Bria", "Cato", "Delia"),
-    *("Eamon", "Fenna", "Goran", "Hilde", "Ivo", "Junia"),
+    *("Mara", "Tovi", "Anselm", "Bria", "Cato", "Delia", "Eamon", "Fenna"),
+    *("Goran", "Hilde", "Ivo", "Junia", "Kasper", "Lena", "Milo", "Nadia"),
+    *("Orin", "Petra", "Quill", "Rosa", "Silas", "Thea", "Ulric", "Vera"),
 )
 COUNTRIES = (
     *("Lumeria", "Quandor", "Velmora", "Tarsia", "Ombria", "Kelvane"),

@@ -24,12 +24,12 @@ EngineChoice = Literal["suffix", "cached", "hooks"]
 
 logger = logging.getLogger("rq4lens")
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest logit difference to the native hook path that is put down to rounding.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Difference of the logits to those of native hooks that is put down to rounding.
 
-Relative to the largest logit. Half precision rounds every product along two different orders of
-the same sums, so only gross errors can be told from rounding there; the suffix engine is tested in
-float32.
+It is the length of the difference relative to the length of the (centred) logits. In half precision
+two orders of the same sums drift apart by several percent over the depth of a large model; an
+engine that leaves something out is off by much more.
 """
 
 
@@ -127,7 +127,7 @@ def _checked(
     if difference <= tolerance:
         return engine
     return (
-        f"its logits differ from those of native hooks by {difference:.2g} of the largest logit "
+        f"its logits differ from those of native hooks by {difference:.2g} of their size "
         f"(allowed: {tolerance:g})"
     )
 
@@ -144,8 +144,8 @@ def difference_to_hooks(engine: RowEngine) -> float:
         engine: the engine; its clean pass is made and kept.
 
     Returns:
-        Largest absolute difference of the logits at the decision token, relative to the largest
-        logit; infinite if a logit is not a number.
+        Length of the difference of the logits at the decision token, relative to the length of the
+        centred native logits, of the worse prompt; infinite if a logit is not a number.
     """
     layer, model = engine.first_layer, engine.model
     kept = engine.kept_batches(layer)[-1]
@@ -156,7 +156,8 @@ def difference_to_hooks(engine: RowEngine) -> float:
     intervention = (Patch(layer, HeadSet.all(model.cfg.n_heads), 0.5, "noise"),)
     fast = engine.logits_of(kept, ends, [intervention], sources)[:, 0].double()
     native = _native_logits(engine, kept.rows[ends], intervention, sources).double()
-    relative = float((fast - native).abs().max() / native.abs().max())
+    scale = (native - native.mean(-1, keepdim=True)).norm(dim=-1)
+    relative = float(((fast - native).norm(dim=-1) / scale).max())
     return relative if relative == relative else float("inf")  # noqa: PLR0124 - NaN
 
 

@@ -23,6 +23,9 @@ CPU_BUDGET_BYTES = 512 * 2**20
 CPU_MAX_ROWS = 4096
 """More rows than this only push each other out of a processor's caches."""
 
+CPU_MAX_PROMPTS = 32
+"""For the same reason, prompts of one clean forward pass on a CPU."""
+
 FEWEST_CONDITIONS = 32
 """Conditions that stay together as long as memory allows."""
 
@@ -225,10 +228,11 @@ class MemoryPlan:
         in_pass = longest * bytes_per_row(cfg, longest, vocab=0) + keys
         in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out) + keys * rows_copy_keys
         passes, rows = RowBudget(budget - kept, in_pass), RowBudget(budget - kept, in_row)
-        if batch_size is not None:
-            passes.max_rows = min(passes.max_rows, batch_size)
         if shares_memory:
             rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
+            batch_size = batch_size or CPU_MAX_PROMPTS
+        if batch_size is not None:
+            passes.max_rows = min(passes.max_rows, batch_size)
         return cls(passes, rows, keep_on_device)
 
     def report(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -104,6 +105,25 @@ def patch(
 
 
 @app.command()
+def verify(
+    run: Run,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Conditions to measure again through the reference engine.")
+    ] = 5,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
+    ] = False,
+) -> None:
+    """Check a finished run: checksums, table, maps, and a sample of conditions measured again."""
+    from rq4lens.verify import verify_run  # noqa: PLC0415 - keeps --help fast
+
+    with watched("verify"):
+        verification = verify_run(run, sample=sample, trust_remote_code=trust_remote_code)
+    output.print(verification.text, end="", soft_wrap=True)
+    raise typer.Exit(0 if verification.passed else 1)
+
+
+@app.command()
 def pairs(
     name: Annotated[str | None, typer.Argument(help="Print this pair's settings as TOML.")] = None,
 ) -> None:
@@ -121,8 +141,11 @@ def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
     try:
         study = run_study(config, directory, fresh=fresh, stage=watched)
     except KeyboardInterrupt:
+        again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
         errors.print(
-            f"stopped; what is finished is kept in {directory}: the same command goes on there."
+            f"stopped; what is finished is kept in {directory}; go on with: "
+            f"{shlex.join(['rq4lens', *again])}",
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
     output.print(study.summary, end="", markup=False, soft_wrap=True)

@@ -17,8 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-errors = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+# Names of files, pairs and prompts are printed as they are: nothing in them is markup.
+errors = Console(stderr=True, highlight=False, markup=False)
+output = Console(highlight=False, markup=False)
 
 
 @contextmanager

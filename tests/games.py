@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import numpy as np
 
+from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.heads import HeadSet
+from rq4lens.patching.experiment import HeadSetEffects
 from rq4lens.results import ConditionResult, GridResult, GridSettings
 
 
@@ -35,32 +36,23 @@ class Game:
         self.scale_by_source = scale_by_source or {}
         self.n_measured = 0
 
-    def delta(self, heads: Sequence[int]) -> np.ndarray:
-        """ΔKL of a head set on each prompt."""
-        mask = np.zeros(self.n_heads)
-        mask[list(heads)] = 1
-        return mask @ self.single + mask @ self.pairs @ mask / 2
+    def delta(self, masks: np.ndarray) -> np.ndarray:
+        """ΔKL of head sets, given as rows of zeros and ones, on each prompt."""
+        bonus = np.einsum("si,ij,sj->s", masks, self.pairs, masks) / 2
+        return masks @ self.single + bonus[:, None]
 
-    def raw_of(self, heads: Sequence[int]) -> np.ndarray:
-        """KL_raw of a head set on each prompt."""
-        return self.raw[list(heads)].sum(0)
+    def masks(self, sets: Sequence[Sequence[int]]) -> np.ndarray:
+        """Head sets as rows of zeros and ones."""
+        return np.array([HeadSet.of(heads, self.n_heads).mask for heads in sets], dtype=float)
 
     def measure(self, layer, head_sets, alpha, *, mapped="mapped", advance=None):  # noqa: ARG002
         """Effects of head sets, as an experiment gives them; layer 0 has half the effect."""
         self.n_measured += len(head_sets)
         scale = self.scale_by_source.get(mapped, 1.0) * (1.0 if layer == 1 else 0.5)
-        raw = np.stack([self.raw_of(tuple(s)) for s in head_sets])
-        delta = scale * np.stack([self.delta(tuple(s)) for s in head_sets])
-        return SimpleNamespace(
-            layer=layer,
-            alpha=alpha,
-            head_sets=tuple(head_sets),
-            kl_raw_nats=raw,
-            kl_mapped_nats=raw - delta,
-            answer_logprob_change_raw_nats=-raw,
-            answer_logprob_change_mapped_nats=delta - raw,
-            delta_nats=delta,
-        )
+        scale *= (alpha / 0.3) ** 2
+        masks = self.masks(head_sets)
+        raw, delta = (alpha / 0.3) ** 2 * masks @ self.raw, scale * self.delta(masks)
+        return HeadSetEffects(layer, alpha, tuple(head_sets), raw, raw - delta, -raw, delta - raw)
 
     def condition(self, cond, heads, layer=1, alpha=0.3):
         """One condition of a grid."""
@@ -127,6 +119,11 @@ def settings(n_heads, ks=(1, 2), random_seeds=(0, 1, 2), rank_by="delta"):
         seed=0,
         engine="formula",
     )
+
+
+def measured(game: Game, layer=1, alpha=0.3) -> MeasuredSets:
+    """Nothing measured yet of a game's main layer."""
+    return MeasuredSets.of(game, layer, alpha)
 
 
 def noisy_game(means, n_prompts, seed=0, noise=0.1, **kwargs) -> Game:

@@ -94,6 +94,6 @@ class CrossFit:
     def split_delta_nats(self, split: int) -> Float64[ndarray, "k prompt"]:
         """Out-of-half ``ΔKL`` for k = 0 to H in one split."""
         of_first, of_second = (
-            self.measured.delta_nats(prefixes(order)) for order in self.orders[split]
+            self.measured.delta_nats(prefixes(order)) for order in self.orders[split].tolist()
         )
         return np.where(self.first[split], of_second, of_first)

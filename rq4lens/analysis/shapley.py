@@ -80,7 +80,7 @@ def sampled_shapley(
     of_pairs: list[Float64[ndarray, "head"]] = []
     errors = np.full(measured.n_heads, np.inf)
     for orders in _rounds(measured.n_heads, max_pairs, seed):
-        measured.require(heads for order in orders for heads in prefixes(order))
+        measured.require(heads for order in orders.tolist() for heads in prefixes(order))
         for pair in orders.reshape(-1, 2, measured.n_heads):
             gains = (_gains(measured, pair[0]) + _gains(measured, pair[1])) / 2
             total += gains
@@ -115,7 +115,7 @@ def _gains(
     measured: MeasuredSets, order: Int64[ndarray, "head"]
 ) -> Float64[ndarray, "head prompt"]:
     """What each head, in head order, adds when heads are added in the given order."""
-    gains = np.diff(measured.delta_nats(prefixes(order)), axis=0)
+    gains = np.diff(measured.delta_nats(prefixes(order.tolist())), axis=0)
     return gains[np.argsort(order)]
 
 

@@ -187,7 +187,7 @@ class Bootstrap:
 
         Args:
             values: the quantities on each prompt.
-            statistic: function from means ``[... quantity]`` to statistics ``[... statistic]``;
+            statistic: function from means ``[row quantity]`` to statistics ``[row statistic]``;
                 left out, the means themselves.
             level: nominal coverage of the intervals.
             method: ``"bca"`` or ``"percentile"``.
@@ -219,15 +219,14 @@ class Resampled:
         """The same resamples of a function of the quantities.
 
         Args:
-            statistic: function from ``[... quantity]`` to ``[... statistic]``; a division by zero
+            statistic: function from ``[row quantity]`` to ``[row statistic]``; a division by zero
                 in it marks the value as undefined.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
-            return Resampled(
-                np.asarray(statistic(self.point), dtype=float),
-                np.asarray(statistic(self.draws), dtype=float),
-                np.asarray(statistic(self.jackknife), dtype=float),
-            )
+            point = np.asarray(statistic(self.point[None]), dtype=float)
+            draws = np.asarray(statistic(self.draws), dtype=float)
+            jackknife = np.asarray(statistic(self.jackknife), dtype=float)
+        return Resampled(point[0], draws, jackknife)
 
     def estimates(self, *, level: float = LEVEL, method: IntervalMethod = "bca") -> list[Estimate]:
         """Each quantity with its interval.

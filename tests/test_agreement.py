@@ -1,0 +1,117 @@
+"""Agreement of rankings, against scipy, closed forms and hand-worked cases."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from rq4lens.analysis.agreement import (
+    ALL_TIED,
+    TOO_FEW_HEADS,
+    Scored,
+    agreement,
+    kendall,
+    rank_biased_overlap,
+    spearman,
+    strengths,
+    top_jaccard,
+)
+from rq4lens.analysis.plain import plain
+from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.results import HeadRanking
+
+BOOTSTRAP = Bootstrap(tuple(map(str, range(20))), 300)
+
+
+def rows(seed, ties=False):
+    scores = np.random.default_rng(seed).normal(size=(5, 9))
+    return np.round(scores) if ties else scores
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_equal_scipys(ties):
+    """Row by row, Kendall's tau-b and Spearman's rho are scipy's, with and without ties."""
+    first, second = rows(0, ties), rows(1, ties)
+    for ours, reference in ((kendall, scipy.stats.kendalltau), (spearman, scipy.stats.spearmanr)):
+        expected = [reference(a, b).statistic for a, b in zip(first, second, strict=True)]
+        assert ours(first, second) == pytest.approx(expected)
+
+
+def test_equal_rankings_agree_fully():
+    """A ranking agrees with itself by every measure."""
+    scores = rows(2)
+    for value in (
+        kendall(scores, scores),
+        spearman(scores, scores),
+        rank_biased_overlap(scores, scores),
+        top_jaccard(scores, scores, 3),
+    ):
+        assert value == pytest.approx(np.ones(5))
+
+
+def test_reversed_rankings_disagree_fully():
+    """A ranking and its reverse have correlation -1 and share no top heads."""
+    scores = rows(3)
+    assert kendall(scores, -scores) == pytest.approx(-np.ones(5))
+    assert top_jaccard(scores, -scores, 4) == pytest.approx(np.zeros(5))
+
+
+def test_rank_biased_overlap_worked_out_by_hand():
+    """Two heads in opposite order, p = 0.9: overlaps 0 and 1 give 0.9² + (0.1/0.9)(0.81) = 0.9."""
+    assert rank_biased_overlap(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]))[0] == pytest.approx(
+        0.9**2 + 0.1 / 0.9 * 0.9**2
+    )
+
+
+def test_rank_biased_overlap_weighs_the_top_more():
+    """Swapping the best two heads costs more than swapping the worst two."""
+    scores = np.array([[4.0, 3.0, 2.0, 1.0]])
+    top, bottom = np.array([[3.0, 4, 2, 1]]), np.array([[4.0, 3, 1, 2]])
+    assert rank_biased_overlap(scores, top)[0] < rank_biased_overlap(scores, bottom)[0]
+
+
+def test_top_jaccard_is_the_overlap_of_sets():
+    """Top sets {0, 1} and {1, 2} share one of three heads."""
+    first, second = np.array([[3.0, 2, 1]]), np.array([[1.0, 3, 2]])
+    assert top_jaccard(first, second, 2)[0] == pytest.approx(1 / 3)
+
+
+def test_interval_holds_resampled_agreement():
+    """Both rankings are resampled together, and the interval holds the agreement on all prompts."""
+    rng = np.random.default_rng(0)
+    per_prompt = np.arange(6.0)[:, None] + rng.normal(size=(6, 20))
+    first = Scored.of_prompts("first", per_prompt, BOOTSTRAP)
+    second = Scored.of_prompts("second", per_prompt + rng.normal(size=(6, 20)), BOOTSTRAP)
+    found = agreement("method", first, second, (1, 3, 6), BOOTSTRAP)
+    for estimate in (found.kendall, found.spearman, found.rbo, found.jaccard[3]):
+        assert estimate.interval.low <= estimate.value <= estimate.interval.high
+    assert found.jaccard[6].value == 1
+
+
+def test_fixed_scores_have_no_interval_but_a_reason():
+    """Two rankings that do not come from prompts agree by a number without an interval."""
+    first, second = (Scored(name, rows(0)[0]) for name in "ab")
+    found = agreement("method", first, second, (2,), BOOTSTRAP)
+    assert found.kendall.value == pytest.approx(1)
+    assert found.kendall.interval is None
+    assert "per-prompt" in found.kendall.reason
+
+
+def test_ties_and_single_heads_are_undefined_with_a_reason():
+    """A ranking that is all ties, and a single head, have no rank correlation."""
+    tied = Scored("tied", np.ones(4))
+    other = Scored("other", np.arange(4.0))
+    assert agreement("method", tied, other, (1,), BOOTSTRAP).kendall.reason == ALL_TIED
+    single = Scored("one", np.ones(1))
+    found = agreement("method", single, single, (1,), BOOTSTRAP)
+    assert found.spearman.reason == TOO_FEW_HEADS
+    assert plain(found)["kendall"] is None
+
+
+def test_strengths_follow_the_ranking():
+    """Scores that fall along the ranking are used; gains of a greedy ranking become places."""
+    falling = HeadRanking("delta", 0, 0.3, (2, 0, 1), (5.0, 3.0, 3.0))
+    assert strengths(falling).tolist() == [3, 3, 5]
+    greedy = HeadRanking("greedy_forward", 0, 0.3, (2, 0, 1), (1.0, 3.0, -1.0))
+    assert strengths(greedy).tolist() == [-1, -2, 0]
+    partly = HeadRanking("drop_pct", 0, 0.3, (1, 0), (2.0, None))
+    assert strengths(partly).tolist() == [-1, 0]

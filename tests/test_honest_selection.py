@@ -1,0 +1,118 @@
+"""Simulated studies: what selection does to plain numbers, and that the honest ones resist it."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from games import Game, measured
+
+from rq4lens.analysis.coverage import CoverageStudy, coverage
+from rq4lens.analysis.crossfit import CrossFit, half_splits
+from rq4lens.analysis.metrics import full_effect
+from rq4lens.analysis.random_sets import RandomRankings
+from rq4lens.analysis.significance import sign_flips
+from rq4lens.analysis.single_effects import rank_by_delta
+from rq4lens.analysis.statistics import Bootstrap
+
+N_NULLS = 200
+
+
+def null_game(seed, mean=0.3, n_heads=10, n_prompts=24):
+    """Heads that all have the same true effect: no ranking of them means anything."""
+    noise = np.random.default_rng(seed).normal(size=(n_heads, n_prompts))
+    return Game(mean + noise)
+
+
+def is_uniform(p_values, n_draws):
+    """Kolmogorov-Smirnov against the uniform distribution on the values a p-value can take."""
+    # A p-value from n draws is uniform on 1/(n+1), ..., 1; spread it over its own step.
+    jitter = np.random.default_rng(0).uniform(size=len(p_values)) / (n_draws + 1)
+    return scipy.stats.kstest(np.asarray(p_values) - jitter, "uniform").pvalue > 0.01
+
+
+def test_cross_fitted_p_values_of_null_heads_are_uniform():
+    """Over 200 seeded nulls the cross-fitted p-value of the top 3 is uniform."""
+    p_values = []
+    for seed in range(N_NULLS):
+        cross_fit = CrossFit.of(measured(null_game(seed)), "delta", 1, seed)
+        rankings = RandomRankings.draw(cross_fit, 200, seed)
+        p_values.append(rankings.cross_fitted_p_value(3))
+    assert is_uniform(p_values, 100)
+
+
+def test_plain_p_values_of_null_heads_are_not():
+    """Ranked and scored on the same prompts, heads that mean nothing look significant."""
+    plain = []
+    for seed in range(50):
+        sets = measured(null_game(seed))
+        game = sets.experiment
+        bootstrap = Bootstrap(game.groups, 50)
+        full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
+        study = CoverageStudy(
+            rank_by_delta(sets), "delta", (3,), {}, sets, full, bootstrap, n_random_sets=100
+        )
+        plain.append(coverage(study).rows[0].plain_p_value)
+    assert np.mean(np.array(plain) <= 0.05) > 0.9
+
+
+def test_cross_fitted_coverage_is_unbiased_where_plain_coverage_is_not():
+    """Of heads that are all alike any k carry 100 k/H; only cross-fitting says so."""
+    n_heads, n_studies, k = 10, 400, 3
+    plain, crossed = [], []
+    for seed in range(n_studies):
+        game = null_game(seed, mean=1.0, n_prompts=30)
+        first = half_splits(game.groups, 1, seed)[0]
+        total = game.single.sum(0).mean()
+        order = np.argsort(-game.single.mean(1))
+        plain.append(100 * game.single[order[:k]].sum(0).mean() / total)
+        # The additive game needs no measuring: the package's own numbers are compared below.
+        of_first = np.argsort(-game.single[:, first].mean(1))[:k]
+        of_second = np.argsort(-game.single[:, ~first].mean(1))[:k]
+        out = np.where(first, game.single[of_second].sum(0), game.single[of_first].sum(0))
+        crossed.append(100 * out.mean() / total)
+        if seed < 20:
+            ours = CrossFit.of(measured(game), "delta", 1, seed).delta_nats[k]
+            assert np.allclose(ours, out)
+    truth, error = 100 * k / n_heads, np.std(crossed) / np.sqrt(n_studies)
+    assert abs(np.mean(crossed) - truth) < 3 * error
+    assert np.mean(plain) - truth > 10 * error
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_sign_flip_p_values_of_null_heads_are_uniform(grouped):
+    """Over 200 seeded nulls of a skewless head, alone or in paraphrase groups, p is uniform."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(N_NULLS, 40))
+    groups = tuple(f"g{i // (2 if grouped else 1)}" for i in range(40))
+    if grouped:
+        values = np.repeat(values[:, :20], 2, axis=1)
+    flips = sign_flips(values, groups, 2000, seed=3)
+    assert is_uniform(flips.p_value, 2000)
+
+
+def test_max_t_keeps_the_family_wise_error():
+    """With 20 correlated null heads, some corrected p is at most 0.05 in 5% +- 2.5 of studies."""
+    rng = np.random.default_rng(2)
+    false_alarms, uncorrected = [], []
+    for _ in range(400):
+        shared = rng.normal(size=(1, 30))
+        flips = sign_flips(shared + rng.normal(size=(20, 30)), tuple(map(str, range(30))), 400)
+        false_alarms.append(flips.p_max_t.min() <= 0.05)
+        uncorrected.append(flips.p_value.min() <= 0.05)
+    assert np.mean(false_alarms) == pytest.approx(0.05, abs=0.025)
+    assert np.mean(uncorrected) > 0.2
+
+
+def test_coverage_intervals_cover_at_their_nominal_rate():
+    """In 2,000 simulated studies the interval of a head's coverage holds it 95% +- 2 points."""
+    rng = np.random.default_rng(5)
+    n_prompts, hits = 100, []
+    bootstrap = Bootstrap(tuple(map(str, range(n_prompts))), 1000, 1)
+    head = 1.0 + rng.normal(size=(2000, n_prompts))
+    full = 2.0 + head - 1.0 + rng.normal(size=(2000, n_prompts))
+    # Coverage of 50%: the head's mean effect is 1 and that of all heads is 2.
+    for study in range(0, 2000, 500):
+        some = slice(study, study + 500)
+        values = np.concatenate([head[some], full[some]])
+        ratios = bootstrap.estimate(values, lambda m: 100 * m[:, :500] / m[:, 500:])
+        hits += [estimate.interval.contains(50.0) for estimate in ratios]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)

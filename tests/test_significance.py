@@ -1,0 +1,105 @@
+"""Sign-flip tests against scipy, enumeration and statsmodels."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.multitest import multipletests
+
+from rq4lens.analysis.plain import plain
+from rq4lens.analysis.significance import NO_EFFECT, head_tests, sign_flips
+from rq4lens.analysis.statistics import ONE_GROUP
+from rq4lens.heads import Head
+
+
+def names(n):
+    return tuple(map(str, range(n)))
+
+
+def test_exhaustive_p_value_equals_scipys():
+    """With few prompts all sign patterns are tried, and p equals scipy's exact test."""
+    values = np.random.default_rng(0).normal(0.4, 1, size=(3, 10))
+    flips = sign_flips(values, names(10))
+    assert flips.exhaustive
+    assert flips.n_flips == 1024
+    for row, ours in zip(values, flips.p_value, strict=True):
+        reference = scipy.stats.permutation_test(
+            (row,), np.mean, permutation_type="samples", n_resamples=np.inf
+        )
+        assert ours == pytest.approx(reference.pvalue)
+
+
+def test_random_flips_estimate_the_exact_p_value():
+    """Drawn sign patterns agree with all sign patterns."""
+    values = np.random.default_rng(1).normal(0.5, 1, size=(2, 12))
+    exact = sign_flips(values, names(12), n_flips=5000)
+    drawn = sign_flips(values, names(12), n_flips=4000, seed=1)
+    assert exact.exhaustive
+    assert not drawn.exhaustive
+    assert drawn.p_value == pytest.approx(exact.p_value, abs=0.03)
+
+
+def test_one_group_of_prompts_flips_together():
+    """Repeating every prompt inside its group leaves the p-values as they were."""
+    values = np.random.default_rng(2).normal(0.4, 1, size=(3, 9))
+    repeated = np.repeat(values, 3, axis=1)
+    groups = tuple(np.repeat(names(9), 3).tolist())
+    assert np.allclose(sign_flips(values, names(9)).p_value, sign_flips(repeated, groups).p_value)
+
+
+def test_max_t_is_single_for_one_head_and_above_it_for_many():
+    """Correcting a single test changes nothing; correcting several never lowers a p-value."""
+    values = np.random.default_rng(3).normal(0.3, 1, size=(5, 11))
+    alone = sign_flips(values[:1], names(11))
+    assert alone.p_max_t == pytest.approx(alone.p_value)
+    flips = sign_flips(values, names(11))
+    assert (flips.p_max_t >= flips.p_value).all()
+
+
+def test_identical_heads_need_no_correction():
+    """Five copies of one head are one test: max-T knows, Holm does not."""
+    values = np.repeat(np.random.default_rng(4).normal(0.6, 1, size=(1, 10)), 5, axis=0)
+    tests = head_tests([(Head(0, h), 0.3) for h in range(5)], values, names(10))
+    assert tests.tests[0].p_max_t == pytest.approx(tests.tests[0].p_value)
+    assert tests.tests[0].p_holm == pytest.approx(min(1, 5 * tests.tests[0].p_value))
+
+
+def test_corrections_are_those_of_statsmodels():
+    """Holm and Benjamini-Hochberg are statsmodels' own, over all heads that could be tested."""
+    values = np.random.default_rng(5).normal(0.4, 1, size=(6, 14))
+    values[2] = 0.0
+    result = head_tests([(Head(1, h), 0.3) for h in range(6)], values, names(14))
+    tested = [test for test in result.tests if test.p_value is not None]
+    p_values = [test.p_value for test in tested]
+    assert [t.p_holm for t in tested] == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert [t.p_bh for t in tested] == pytest.approx(multipletests(p_values, method="fdr_bh")[1])
+    assert result.tests[2].reason == NO_EFFECT
+
+
+def test_sign_of_an_effect_does_not_matter():
+    """The test is two-sided."""
+    values = np.random.default_rng(6).normal(0.4, 1, size=(2, 10))
+    assert np.allclose(
+        sign_flips(values, names(10)).p_value, sign_flips(-values, names(10)).p_value
+    )
+
+
+def test_smallest_p_value_is_attained():
+    """An effect of one sign on every prompt has the smallest p-value that can occur."""
+    values = np.abs(np.random.default_rng(7).normal(size=(1, 8))) + 0.1
+    flips = sign_flips(values, names(8))
+    assert flips.p_value[0] == pytest.approx(flips.p_value_min)
+    many = sign_flips(np.abs(np.random.default_rng(7).normal(size=(1, 60))) + 0.1, names(60), 500)
+    assert many.p_value[0] == pytest.approx(many.p_value_min)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "reason"),
+    [(np.zeros((2, 5)), names(5), NO_EFFECT), (np.ones((2, 3)), ("a", "a", "a"), ONE_GROUP)],
+)
+def test_untestable_heads_have_no_p_value_and_a_reason(values, groups, reason):
+    """No effect at all, or a single group of prompts: nulls with a reason, never NaN."""
+    result = head_tests([(Head(0, 0), 0.3), (Head(0, 1), 0.3)], values, groups)
+    for test in result.tests:
+        assert (test.p_value, test.p_max_t, test.p_holm, test.p_bh) == (None,) * 4
+        assert test.reason == reason
+    assert plain(result)["tests"][0]["head"] == "L0H0"

@@ -88,46 +88,54 @@ def curvature(measured: MeasuredSets) -> Curvature:
     n_prompts, n_heads = len(experiment.prompts), experiment.n_heads
     z = experiment.sources[measured.layer, SELF]
     grams = np.empty((2, n_prompts, n_heads, n_heads))
-    for function in decision_functions(experiment, measured.layer):
+    # One row per head and source, and the clean row that each derivative starts from.
+    for function in decision_functions(experiment, measured.layer, 4 * n_heads):
         clean = z[function.rows].to(device)
-        for at, source in enumerate((RAW, MAPPED)):
-            incoming = experiment.sources[measured.layer, source][function.rows].to(clean)
-            gram = _gram(function, clean, incoming - clean)
-            grams[at, function.rows.numpy()] = gram.cpu().numpy()
+        sources = [
+            experiment.sources[measured.layer, source][function.rows].to(clean) - clean
+            for source in (RAW, MAPPED)
+        ]
+        found = _grams(function, clean, torch.stack(sources, dim=1))
+        grams[:, function.rows.numpy()] = found.cpu().numpy()
     return Curvature(grams[0], grams[1])
 
 
 @torch.no_grad()
-def _gram(
+def _grams(
     function: DecisionFunction,
     z: Float[Tensor, "prompt position head d_head"],
-    delta: Float[Tensor, "prompt position head d_head"],
-) -> Float[Tensor, "prompt i j"]:
-    """``Cov_p(u_i, u_j)`` of the logit changes of single heads."""
-    n_heads = z.shape[2]
-    logits = function(as_rows(z))
-    changes = torch.cat(
-        [_logit_change(function, z, _only(delta, head)) for head in range(n_heads)], dim=1
-    ).double()
-    p = logits.double().softmax(-1)
+    deltas: Float[Tensor, "prompt source position head d_head"],
+) -> Float[Tensor, "source prompt i j"]:
+    """``Cov_p(u_i, u_j)`` of the logit changes of single heads, for each source."""
+    n_sources, n_heads = deltas.shape[1], z.shape[2]
+    only = torch.eye(n_heads, dtype=z.dtype, device=z.device)
+    directions = einsum(
+        deltas, only, "prompt source position head d, row head -> prompt source row position head d"
+    ).flatten(1, 2)
+    changes = rearrange(
+        _logit_changes(function, z, directions).double(),
+        "prompt (source head) vocab -> prompt source head vocab",
+        source=n_sources,
+    )
+    p = function(as_rows(z)).double().softmax(-1)[:, :, None]
     centred = changes - (p * changes).sum(-1, keepdim=True)
     return einsum(
-        p[:, 0], centred, centred, "prompt vocab, prompt i vocab, prompt j vocab -> prompt i j"
+        p[:, 0, 0],
+        centred,
+        centred,
+        "prompt vocab, prompt source i vocab, prompt source j vocab -> source prompt i j",
     )
 
 
-def _logit_change(function: DecisionFunction, z: Tensor, direction: Tensor) -> Tensor:
-    """Directional derivative of the logits."""
+def _logit_changes(
+    function: DecisionFunction,
+    z: Float[Tensor, "prompt position head d_head"],
+    directions: Float[Tensor, "prompt row position head d_head"],
+) -> Float[Tensor, "prompt row vocab"]:
+    """Directional derivatives of the logits at the clean point."""
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(as_rows(z), as_rows(direction))
-        return forward_ad.unpack_dual(function(dual)).tangent
-
-
-def _only(
-    delta: Float[Tensor, "prompt position head d_head"], head: int
-) -> Float[Tensor, "prompt position head d_head"]:
-    chosen = torch.arange(delta.shape[2], device=delta.device) == head
-    return delta * rearrange(chosen, "head -> 1 1 head 1")
+        clean = as_rows(z).expand_as(directions).contiguous()
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(clean, directions))).tangent
 
 
 def _masks(sets: Iterable[Iterable[int]], n_heads: int) -> Float64[ndarray, "set head"]:

@@ -23,11 +23,16 @@ from rq4lens.models.prompts import TokenBatch
 from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
 from rq4lens.patching.attention_row import row_z
 from rq4lens.patching.block_row import finish_block
-from rq4lens.patching.clean_pass import KeptBatch, clean_pass
+from rq4lens.patching.clean_pass import KeptBatch
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.suffix import SuffixEngine
 
 RowsOfZ = Float[Tensor, "prompt row position head d_head"]
 RowsOfLogits = Float[Tensor, "prompt row vocab"]
+
+
+MAX_VALUES = 2**24
+"""Numbers in the widest layer of a batch; bounds the memory of a derivative."""
 
 
 @runtime_checkable
@@ -49,17 +54,19 @@ class SuffixFunction:
     Args:
         model: the tuned model.
         layer: the layer whose ``z`` is the argument.
-        kept: the clean pass of the prompts.
+        kept: the clean pass of a batch.
+        prompts: which prompts of the batch.
     """
 
     model: HookedTransformer
     layer: int
     kept: KeptBatch
+    prompts: slice
 
     @property
     def rows(self) -> Int[Tensor, "prompt"]:
         """Which prompts of the experiment these are."""
-        return self.kept.rows
+        return self.kept.rows[self.prompts]
 
     def __call__(self, z: RowsOfZ) -> RowsOfLogits:
         """Logits of every row.
@@ -67,13 +74,13 @@ class SuffixFunction:
         Args:
             z: the activations, on the model's device.
         """
-        clean = self.kept.layers[self.layer].resid
+        mask = self.kept.position_mask[self.prompts]
+        clean = self.kept.layers[self.layer].resid[self.prompts]
         resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
         resid = finish_block(self.model.blocks[self.layer], resid, z)
         for layer in range(self.layer + 1, self.model.cfg.n_layers):
-            block, shared = self.model.blocks[layer], self.kept.layers[layer].shared
-            z_above = row_z(block, resid, shared, self.kept.position_mask)
-            resid = finish_block(block, resid, z_above)
+            block, at = self.model.blocks[layer], self.kept.layers[layer].of_prompts(self.prompts)
+            resid = finish_block(block, resid, row_z(block, resid, at.shared, mask))
         return _unembed(self.model, resid[:, :, -1])
 
 
@@ -120,26 +127,35 @@ class NativeFunction:
 
 
 def decision_functions(
-    experiment: Experiment, layer: int, batch_size: int = 32
+    experiment: Experiment, layer: int, rows_per_prompt: int
 ) -> Iterator[DecisionFunction]:
     """The decision function of each batch of the measured prompts.
 
     Args:
         experiment: the pair and its prompts.
         layer: the layer whose ``z`` is the argument.
-        batch_size: prompts per batch.
+        rows_per_prompt: how many rows each prompt will have; it decides the size of the batches.
 
     Yields:
         One function per batch; together they hold every prompt once.
     """
-    model, k_positions = experiment.tuned_model, experiment.k_positions
-    for batch in experiment.prompts.batches(batch_size):
-        if experiment.engine.name == "suffix":
-            with torch.no_grad():
-                kept = clean_pass(model, batch, layer, k_positions)
-            yield SuffixFunction(model, layer, kept)
-        else:
-            yield NativeFunction(model, layer, batch, k_positions)
+    model, engine = experiment.tuned_model, experiment.engine
+    size = _prompts_at_once(experiment, rows_per_prompt)
+    if isinstance(engine, SuffixEngine):
+        for kept in engine.kept_batches(layer):
+            for start in range(0, len(kept.rows), size):
+                here = kept.to(device_of(model))
+                yield SuffixFunction(model, layer, here, slice(start, start + size))
+    else:
+        for batch in experiment.prompts.batches(size):
+            yield NativeFunction(model, layer, batch, experiment.k_positions)
+
+
+def _prompts_at_once(experiment: Experiment, rows_per_prompt: int) -> int:
+    cfg = experiment.tuned_model.cfg
+    longest = int(experiment.prompts.lengths.max())
+    widest = cfg.d_vocab + (cfg.d_mlp or 0) + cfg.n_heads * longest
+    return max(1, MAX_VALUES // (rows_per_prompt * experiment.k_positions * widest))
 
 
 def _unembed(model: HookedTransformer, resid: Float[Tensor, "prompt row d_model"]) -> RowsOfLogits:

@@ -11,8 +11,8 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,13 +30,14 @@ from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.patch import MAPPED, RAW, SELF
 from rq4lens.results import HeadRanking
 
-Target = Literal["answer_logprob", "logit_difference"]
+TARGETS = ("answer_logprob", "logit_difference")
+"""The scalars that a gradient can follow."""
 
 PerHead = Float64[ndarray, "head prompt"]
 Site = Float[Tensor, "prompt position head d_head"]
 
 
-def rank_by_grad_act(measured: MeasuredSets, *, target: Target = "answer_logprob") -> HeadRanking:
+def rank_by_grad_act(measured: MeasuredSets, *, target: str = "answer_logprob") -> HeadRanking:
     """Rank heads by ``|z · ∇ℓ|``: how much the answer leans on the head as it is.
 
     It looks at the tuned model alone, so it cannot know what the fine-tune changed.
@@ -47,13 +48,13 @@ def rank_by_grad_act(measured: MeasuredSets, *, target: Target = "answer_logprob
     """
     experiment = experiment_of(measured, "grad_act")
     z = experiment.sources[measured.layer, SELF]
-    gradient = path_gradient(experiment, measured.layer, z, torch.zeros_like(z), [0.0], target)
-    scores = np.abs(_dot(z, gradient))
+    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], CLEAN, target)
+    scores = np.abs(_dot(z, gradient[0]))
     return per_prompt_ranking("grad_act", measured, scores, {"target": target})
 
 
 def rank_by_attribution(
-    measured: MeasuredSets, *, target: Target = "answer_logprob", steps: int = 0
+    measured: MeasuredSets, *, target: str = "answer_logprob", steps: int = 0
 ) -> HeadRanking:
     """Rank heads by ``α (ẑ - z) · ∇ℓ``, mapped minus raw: a first-order estimate of the repair.
 
@@ -64,83 +65,99 @@ def rank_by_attribution(
             the fully patched point (integrated gradients).
     """
     name = "attribution" if steps == 0 else "integrated_gradients"
-    scores = attribution(measured, MAPPED, target, steps) - attribution(
-        measured, RAW, target, steps
-    )
-    return per_prompt_ranking(name, measured, scores, {"target": target, "steps": steps})
+    raw, mapped = attributions(measured, (RAW, MAPPED), target, steps)
+    return per_prompt_ranking(name, measured, mapped - raw, {"target": target, "steps": steps})
 
 
 def rank_by_integrated_gradients(
-    measured: MeasuredSets, *, target: Target = "answer_logprob", steps: int = 8
+    measured: MeasuredSets, *, target: str = "answer_logprob", steps: int = 8
 ) -> HeadRanking:
     """Rank heads by attribution along the path; see :func:`rank_by_attribution`."""
     return rank_by_attribution(measured, target=target, steps=steps)
 
 
-def attribution(measured: MeasuredSets, source: str, target: Target, steps: int) -> PerHead:
+def attributions(
+    measured: MeasuredSets, sources: Sequence[str], target: str, steps: int
+) -> list[PerHead]:
     """What each head contributes to the change of ``ℓ`` when all heads are patched.
 
     With enough steps the contributions add up to that change (completeness).
 
     Args:
         measured: says which layer and alpha; its experiment has the model.
-        source: what is blended in, for instance ``"raw"``.
+        sources: what is blended in, for instance ``"raw"``; each by itself.
         target: the scalar ``ℓ``.
         steps: points on the path at which the gradient is taken; 0 is the clean point alone.
 
     Returns:
-        The contribution of each head on each prompt, in nats or logits.
+        For each source the contribution of each head on each prompt, in nats or logits.
     """
     experiment = experiment_of(measured, "attribution")
-    z = experiment.sources[measured.layer, SELF]
-    direction = measured.alpha * (experiment.sources[measured.layer, source].to(z) - z)
-    # Gauss-Legendre points: a few of them integrate a smooth path to rounding error.
-    nodes, weights = np.polynomial.legendre.leggauss(max(steps, 1))
-    at = [0.0] if steps == 0 else ((nodes + 1) / 2).tolist()
-    gradient = path_gradient(
-        experiment, measured.layer, z, direction, at, target, (weights / 2).tolist()
-    )
-    return _dot(direction, gradient)
+    tensors, layer = experiment.sources, measured.layer
+    z = tensors[layer, SELF]
+    directions = [measured.alpha * (tensors[layer, source].to(z) - z) for source in sources]
+    path = CLEAN if steps == 0 else Path.of(steps)
+    gradients = path_gradients(experiment, layer, directions, path, target)
+    return [_dot(step, mean) for step, mean in zip(directions, gradients, strict=True)]
 
 
-def path_gradient(
-    experiment: Experiment,
-    layer: int,
-    z: Site,
-    direction: Site,
-    at: list[float],
-    target: Target,
-    weights: list[float] | None = None,
-) -> Site:
-    """Weighted mean of ``∇ℓ`` at points on the straight path from ``z`` along a direction.
+@dataclass(frozen=True)
+class Path:
+    """Points on a straight path at which a gradient is taken, and how they are averaged.
+
+    Args:
+        at: the points, as shares of the whole way.
+        weights: weight of each; they sum to 1.
+    """
+
+    at: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, steps: int) -> Path:
+        """Gauss-Legendre points: a few of them integrate a smooth path to rounding error."""
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return cls(tuple((nodes + 1) / 2), tuple(weights / 2))
+
+
+CLEAN = Path((0.0,), (1.0,))
+"""The clean point alone."""
+
+
+def path_gradients(
+    experiment: Experiment, layer: int, directions: Sequence[Site], path: Path, target: str
+) -> list[Site]:
+    """Mean of ``∇ℓ`` along straight paths from the clean activations.
 
     Args:
         experiment: the pair and its prompts.
         layer: the layer whose ``z`` is varied.
-        z: where the path starts: the clean activations.
-        direction: where it leads, for a full step.
-        at: the points, as shares of the full step.
+        directions: where each path leads, for the whole way.
+        path: the points on it.
         target: the scalar ``ℓ``.
-        weights: weight of each point; they sum to 1. Left out, all points count the same.
 
     Returns:
-        The gradient, in the order of the prompts.
+        The mean gradient along each path, in the order of the prompts.
     """
+    z = experiment.sources[layer, SELF]
     device = device_of(experiment.tuned_model)
-    shares = torch.tensor(at, dtype=z.dtype, device=device)
-    parts = torch.tensor(weights or [1 / len(at)] * len(at), dtype=z.dtype, device=device)
-    gradient = torch.empty_like(z)
-    for function in decision_functions(experiment, layer):
-        start, step = (as_rows(part[function.rows].to(device)) for part in (z, direction))
-        points = start + rearrange(shares, "row -> 1 row 1 1 1") * step
-        by_row = _row_gradients(function, points, start, target)
-        mean = einsum(by_row, parts, "prompt row ... , row -> prompt ...")
-        gradient[function.rows] = mean.to(gradient)
-    return gradient
+    at, weights = (
+        torch.tensor(values, dtype=z.dtype, device=device) for values in (path.at, path.weights)
+    )
+    means = [torch.empty_like(z) for _ in directions]
+    for function in decision_functions(experiment, layer, len(path.at)):
+        clean = as_rows(z[function.rows].to(device))
+        for direction, mean in zip(directions, means, strict=True):
+            step = as_rows(direction[function.rows].to(device))
+            points = clean + rearrange(at, "row -> 1 row 1 1 1") * step
+            by_row = _row_gradients(function, points, clean, target)
+            weighted = einsum(by_row, weights, "prompt row ... , row -> prompt ...")
+            mean[function.rows] = weighted.to(mean)
+    return means
 
 
 def _row_gradients(
-    function: DecisionFunction, points: Tensor, clean: Tensor, target: Target
+    function: DecisionFunction, points: Tensor, clean: Tensor, target: str
 ) -> Tensor:
     with torch.no_grad():
         scalar = target_of(function(clean), target)
@@ -150,7 +167,7 @@ def _row_gradients(
     return gradients
 
 
-def target_of(clean: RowsOfLogits, target: Target) -> Callable[[RowsOfLogits], Tensor]:
+def target_of(clean: RowsOfLogits, target: str) -> Callable[[RowsOfLogits], Tensor]:
     """The scalar ``ℓ``, its tokens chosen by the clean logits.
 
     Args:
@@ -163,9 +180,9 @@ def target_of(clean: RowsOfLogits, target: Target) -> Callable[[RowsOfLogits], T
     Raises:
         UserError: if the target does not exist.
     """
-    if target not in get_args(Target):
+    if target not in TARGETS:
         raise UserError(
-            f"target {target!r} does not exist: choose 'answer_logprob' or 'logit_difference'."
+            f"target {target!r} does not exist: choose {' or '.join(map(repr, TARGETS))}."
         )
     best = clean.topk(2, dim=-1).indices
 

@@ -1,0 +1,202 @@
+"""Ranking methods on games with known truth, and Shapley values against enumeration."""
+
+import json
+from itertools import permutations
+
+import numpy as np
+import pytest
+from games import Game, measured, noisy_game
+
+from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.methods import compare_methods
+from rq4lens.analysis.metrics import full_effect
+from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS, rank_heads, ranking_file_rows
+from rq4lens.analysis.shapley import exact_shapley, rank_by_shapley, sampled_shapley
+from rq4lens.analysis.single_effects import rank_by_delta, standard_errors
+from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.errors import UserError
+from rq4lens.results import rank_single_heads
+
+SET_METHODS = [method for method in METHODS if method not in GRADIENT_METHODS]
+
+
+def pairwise_game(n_heads=6, n_prompts=5, seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = np.triu(rng.normal(size=(n_heads, n_heads)), 1)
+    return Game(rng.normal(1, 1, size=(n_heads, n_prompts)), pairs=pairs + pairs.T)
+
+
+@pytest.mark.parametrize("method", SET_METHODS)
+def test_every_exact_method_orders_an_additive_game(method):
+    """When heads add up, every exact method ranks them by their own effect."""
+    effects = np.array([0.5, 3.0, 1.0, 2.0, -1.0])
+    game = Game(np.outer(effects, [1.0, 1.1]), raw=np.outer(effects + 2, [1.0, 1.1]))
+    ranking = rank_heads(method, measured(game))
+    assert ranking.heads == (1, 3, 2, 0, 4)
+    assert ranking.method == method
+
+
+@pytest.mark.parametrize("method", SET_METHODS)
+def test_ties_break_by_head_index(method):
+    """Heads that are all the same are ranked by index."""
+    assert rank_heads(method, measured(Game(np.ones((4, 3))))).heads == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("method", SET_METHODS)
+def test_one_head_one_prompt(method):
+    """A layer of one head, measured on one prompt, has a ranking."""
+    ranking = rank_heads(method, measured(Game(np.array([[2.0]]))))
+    assert ranking.heads == (0,)
+    json.dumps(ranking_file_rows(ranking), allow_nan=False)
+
+
+def test_study_ranking_is_that_of_the_grid():
+    """The method "delta" is the ranking the main job prints."""
+    game = noisy_game([1.0, 3.0, 2.0], 20)
+    grid = game.grid(ks=(1,))
+    ours = rank_by_delta(MeasuredSets.of_grid(grid))
+    theirs = rank_single_heads(grid.singles, "delta")
+    assert ours.heads == theirs.heads
+    assert ours.scores == pytest.approx(theirs.scores)
+
+
+def test_head_without_raw_effect_has_no_drop():
+    """Its score is undefined, not infinite, and it comes last."""
+    game = Game(np.array([[0.0], [1.0]]), raw=np.array([[0.0], [2.0]]))
+    ranking = rank_heads("drop_pct", measured(game))
+    assert ranking.heads == (1, 0)
+    assert ranking.scores == (pytest.approx(50), None)
+
+
+def test_leave_one_out_sees_interactions_that_singles_do_not():
+    """A head that only helps in company scores 0 alone and its bonus when left out."""
+    bonus = np.array([[0, 2.0], [2.0, 0]])
+    game = Game(np.array([[1.0], [0.0]]), raw=np.ones((2, 1)), pairs=bonus)
+    sets = measured(game)
+    assert rank_heads("delta", sets).by_head == pytest.approx((1.0, 0.0))
+    assert rank_heads("leave_one_out", sets).by_head == pytest.approx((3.0, 2.0))
+
+
+def test_greedy_forward_takes_what_adds_most_given_what_is_taken():
+    """With a bonus between heads 0 and 2, head 2 is taken before the better single head 1."""
+    pairs = np.zeros((3, 3))
+    pairs[0, 2] = pairs[2, 0] = 3.0
+    ranking = rank_heads("greedy_forward", measured(Game(np.array([[5.0], [2], [1]]), pairs=pairs)))
+    assert ranking.heads == (0, 2, 1)
+    assert ranking.scores == pytest.approx((5.0, 4.0, 2.0))
+
+
+def test_greedy_gains_add_up_to_the_full_effect():
+    """What heads add at their turn, forward or backward, sums to ΔKL(ALL)."""
+    sets = measured(pairwise_game())
+    full = sets.delta([sets.everything])[0]
+    for method in ("greedy_forward", "greedy_backward"):
+        assert sum(rank_heads(method, sets).scores) == pytest.approx(full)
+
+
+def test_exact_shapley_is_the_mean_over_all_orders():
+    """Enumerated Shapley values are the mean marginal gain over all 4! orders of heads."""
+    game = pairwise_game(n_heads=4)
+    expected = np.zeros(4)
+    for order in permutations(range(4)):
+        reached = 0.0
+        for k, head in enumerate(order, 1):
+            now = game.delta(game.masks([order[:k]])).mean()
+            expected[head] += (now - reached) / 24
+            reached = now
+    assert exact_shapley(measured(game)).by_head == pytest.approx(expected.tolist())
+
+
+def test_shapley_of_a_pairwise_game_has_a_closed_form():
+    """Each head gets its own effect and half of every bonus it takes part in."""
+    game = pairwise_game()
+    expected = game.single.mean(1) + game.pairs.sum(1) / 2
+    assert exact_shapley(measured(game)).by_head == pytest.approx(expected.tolist())
+
+
+def test_shapley_values_sum_to_the_full_effect():
+    """Efficiency: sampled or enumerated, on every prompt, the values sum to ΔKL(ALL)."""
+    sets = measured(pairwise_game(n_heads=8))
+    full = sets.delta_nats([sets.everything])[0]
+    sampled = sampled_shapley(sets, tolerance=0.1, max_pairs=6, seed=0)
+    for ranking in (sampled, exact_shapley(sets)):
+        assert ranking.per_prompt.sum(0) == pytest.approx(full)
+
+
+def test_sampled_shapley_agrees_with_enumeration_at_eight_heads():
+    """With three-way interactions at H = 8, samples meet enumeration within their own errors."""
+
+    class Cubic(Game):
+        def delta(self, masks):
+            return super().delta(masks) + (masks.sum(1) ** 3 * masks[:, 0])[:, None] / 100
+
+    game = Cubic(np.random.default_rng(0).normal(1, 1, size=(8, 3)))
+    exact = np.array(exact_shapley(measured(game)).by_head)
+    ranking = sampled_shapley(measured(game), tolerance=0.0, max_pairs=200, seed=1)
+    by_head = dict(zip(ranking.heads, ranking.standard_errors, strict=True))
+    errors = np.array([by_head[head] for head in range(8)])
+    assert (np.abs(np.array(ranking.by_head) - exact) <= 4 * errors + 1e-12).all()
+    assert errors.max() > 0
+
+
+def test_shapley_stops_when_it_knows_enough():
+    """An additive game needs the fewest rounds; an impossible tolerance uses them all."""
+    additive = measured(Game(np.ones((12, 2))))
+    sure = sampled_shapley(additive, tolerance=0.01, max_pairs=50, seed=0)
+    assert sure.settings["stopped"] == "standard errors are small enough"
+    assert sure.settings["n_permutations"] == 8
+    sets = measured(pairwise_game(n_heads=12))
+
+    never = sampled_shapley(sets, tolerance=-1.0, max_pairs=6, seed=0)
+    assert never.settings["n_permutations"] == 12
+    assert "largest number" in never.settings["stopped"]
+
+
+def test_small_layers_are_enumerated():
+    """Where enumeration costs no more than sampling, Shapley values are exact."""
+    assert rank_by_shapley(measured(pairwise_game(n_heads=5))).settings["exact"] is True
+    assert rank_by_shapley(measured(Game(np.ones((11, 2))))).settings["exact"] is False
+
+
+def test_standard_errors_are_those_of_a_mean():
+    """Without groups the standard error is the textbook one; repeated prompts do not shrink it."""
+    values = np.random.default_rng(0).normal(size=(2, 12))
+    names = tuple(map(str, range(12)))
+    expected = values.std(axis=1, ddof=1) / np.sqrt(12)
+    assert standard_errors(values, names) == pytest.approx(expected)
+    repeated = np.repeat(values, 2, axis=1)
+    assert standard_errors(repeated, tuple(np.repeat(names, 2).tolist())) == pytest.approx(expected)
+    assert standard_errors(values, ("one",) * 12) == [None, None]
+
+
+def test_unknown_method_and_setting_are_refused():
+    """The error names what was asked for and what there is."""
+    sets = measured(Game(np.ones((2, 2))))
+    with pytest.raises(UserError, match="'magic' does not exist: choose one of delta, "):
+        rank_heads("magic", sets)
+    with pytest.raises(UserError, match="'delta' has no setting 'seed': its settings are none"):
+        rank_heads("delta", sets, seed=3)
+    with pytest.raises(UserError, match="'grad_act' needs the models"):
+        rank_heads("grad_act", sets)
+
+
+def test_ranking_file_rows():
+    """A ranking file lists head, rank, score and standard error, best first."""
+    rows = ranking_file_rows(rank_by_delta(measured(noisy_game([1.0, 2.0], 9))))
+    assert [row["head"] for row in rows] == [1, 0]
+    assert set(rows[0]) == {"head", "rank", "score", "se"}
+
+
+def test_methods_are_compared_on_the_same_heads():
+    """Methods that agree with exact ΔKL say so; those that cannot run say why."""
+    game = noisy_game([3.0, 2.0, 1.0, 0.5], 30)
+    sets = measured(game)
+    bootstrap = Bootstrap(game.groups, 200)
+    full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
+    compared = compare_methods(list(METHODS), sets, full, (1, 2), bootstrap)
+    rows = {row.method: row for row in compared.rows}
+    assert rows["shapley"].agreement.kendall.value == pytest.approx(1)
+    assert rows["shapley"].coverage_pct[2].value == pytest.approx(100 * 5 / 6.5, abs=3)
+    assert rows["kl_curvature"].agreement is None
+    assert "needs the models" in rows["kl_curvature"].reason
+    assert [ranking.method for ranking in compared.rankings] == SET_METHODS

@@ -1,0 +1,512 @@
+"""Maps: each kind finds what it can express, is judged on held-out prompts, and is kept safely."""
+
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ortho_group
+from sklearn.model_selection import GroupKFold
+from tiny import TINY_HEADS, TINY_WIDTH, fine_tuned, pair_of, random_prompts, tiny_model
+
+from rq4lens.errors import UserError
+from rq4lens.heads import Head
+from rq4lens.models.builtin.plant import plant
+from rq4lens.models.prompts import PromptSet
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.map_diagnostics import cka, fit_quality, mean_cosine, r2
+from rq4lens.patching.map_kinds import LOW_RANK, fit_block
+from rq4lens.patching.maps import MAP_KINDS, LayerMap, from_blocks, load_map, save_map, to_blocks
+
+WIDTH, N_FIT, N_HELD = 16, 300, 100
+FEW = "ignore:the map of layer"
+
+rng = np.random.default_rng(0)
+ROTATION = ortho_group.rvs(WIDTH, random_state=1)
+SHIFT = rng.normal(size=WIDTH)
+MATRIX = rng.normal(size=(WIDTH, WIDTH))
+RANK_TWO = rng.normal(size=(WIDTH, 2)) @ rng.normal(size=(2, WIDTH)) / 4
+SOURCE = rng.normal(size=(N_FIT + N_HELD, WIDTH)) @ rng.normal(size=(WIDTH, WIDTH)) + 1.0
+
+TRUTHS = {
+    "the same": (np.eye(WIDTH), 0 * SHIFT),
+    "a shift": (np.eye(WIDTH), SHIFT),
+    "a spread": (np.diag(rng.uniform(0.3, 3, WIDTH)), SHIFT),
+    "a rotation": (ROTATION, SHIFT),
+    "a scaled rotation": (2.5 * ROTATION, SHIFT),
+    "a correction of rank 2": (np.eye(WIDTH) + RANK_TWO, SHIFT),
+    "anything linear": (MATRIX, SHIFT),
+}
+EXPRESSES = {
+    "identity": {"the same"},
+    "mean_shift": {"the same", "a shift"},
+    "moments": {"the same", "a shift", "a spread"},
+    "procrustes": {"the same", "a shift", "a rotation"},
+    "procrustes_scaled": {"the same", "a shift", "a rotation", "a scaled rotation"},
+    "low_rank": {"the same", "a shift", "a correction of rank 2"},
+    "ridge": set(TRUTHS),
+}
+
+
+def alone(n):
+    """Every row a group of its own."""
+    return np.array([f"g{i}" for i in range(n)])
+
+
+# --- kinds
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+@pytest.mark.parametrize("kind", MAP_KINDS)
+def test_a_kind_finds_exactly_what_it_can_express(kind, truth):
+    """Planted `y = x W + b`: held-out R² is 1 for what the kind can express, and less otherwise."""
+    weight, bias = TRUTHS[truth]
+    target = SOURCE @ weight + bias
+    fit = fit_block(kind, SOURCE[:N_FIT], target[:N_FIT], alone(N_FIT))
+    found = r2(SOURCE[N_FIT:] @ fit.weight + fit.bias, target[N_FIT:])
+    if truth in EXPRESSES[kind]:
+        assert found > 0.9999
+        np.testing.assert_allclose(fit.weight, weight, atol=1e-3)
+        np.testing.assert_allclose(fit.bias, bias, atol=1e-2)
+    else:
+        assert found < 0.99
+
+
+@pytest.mark.parametrize(
+    ("special", "general"),
+    [
+        ("identity", "mean_shift"),
+        ("mean_shift", "procrustes"),
+        ("procrustes", "procrustes_scaled"),
+        ("procrustes_scaled", "ridge"),
+        ("mean_shift", "low_rank"),
+        ("low_rank", "ridge"),
+        ("moments", "ridge"),
+    ],
+)
+def test_a_kind_is_no_better_than_its_generalisation(special, general):
+    """On the rows of the fit, a kind's error is at least that of a kind that contains it."""
+    target = SOURCE @ MATRIX + SHIFT + rng.normal(size=SOURCE.shape)
+    errors = []
+    for kind in (special, general):
+        fit = fit_block(kind, SOURCE, target, alone(len(SOURCE)))
+        errors.append(((target - SOURCE @ fit.weight - fit.bias) ** 2).sum())
+    assert errors[0] >= errors[1]
+
+
+@pytest.mark.parametrize("kind", ["procrustes", "procrustes_scaled"])
+def test_procrustes_turns_and_scales_alone(kind):
+    """`W` is orthogonal up to its scale, whatever the target is."""
+    fit = fit_block(kind, SOURCE, SOURCE @ MATRIX, alone(len(SOURCE)))
+    scale = fit.details.get("scale", 1.0)
+    np.testing.assert_allclose(fit.weight @ fit.weight.T, scale**2 * np.eye(WIDTH), atol=1e-9)
+
+
+def test_low_rank_corrects_the_identity():
+    """`W - 1` has the stated rank, whatever the target is."""
+    fit = fit_block("low_rank", SOURCE, SOURCE @ MATRIX, alone(len(SOURCE)))
+    spread = np.linalg.svd(fit.weight - np.eye(WIDTH), compute_uv=False)
+    assert fit.details["rank"] == LOW_RANK
+    assert (spread[LOW_RANK:] < 1e-9 * spread[0]).all()
+
+
+def test_ridge_shrinks_where_there_is_only_noise():
+    """A target that has nothing to do with the source gets a strong penalty and a small `W`."""
+    noise = rng.normal(size=(60, WIDTH))
+    source = SOURCE[:60]
+    least_squares = np.linalg.lstsq(source - source.mean(0), noise - noise.mean(0), rcond=None)[0]
+    fit = fit_block("ridge", source, noise, alone(60))
+    assert np.linalg.norm(fit.weight) < 0.2 * np.linalg.norm(least_squares)
+
+
+def test_the_strength_of_ridge_is_chosen_across_groups():
+    """Copies of a row are no evidence: paraphrases stay on one side of every fold.
+
+    The target is noise that ten paraphrases share; leaving out one row at a time would find it in
+    its copies and hardly penalise.
+    """
+    source = np.repeat(rng.normal(size=(20, WIDTH)), 10, axis=0)
+    target = np.repeat(rng.normal(size=(20, WIDTH)), 10, axis=0)
+    grouped = fit_block("ridge", source, target, np.repeat(alone(20), 10))
+    ungrouped = fit_block("ridge", source, target, alone(200))
+    assert grouped.details["strength"] > 100 * ungrouped.details["strength"]
+
+
+def test_ridge_is_the_textbook_solution():
+    """`W = (xᵀx + λ)⁻¹ xᵀy` on centred rows, with the strength that held-out groups prefer."""
+    groups = np.repeat(alone(30), 2)
+    source = SOURCE[:60]
+    target = source @ MATRIX + 3 * rng.normal(size=(60, WIDTH))
+    fit = fit_block("ridge", source, target, groups)
+    x, y = source - source.mean(0), target - target.mean(0)
+
+    def solve(x, y, strength):
+        return np.linalg.solve(x.T @ x + strength * np.eye(WIDTH), x.T @ y)
+
+    def error(strength):
+        """Squared error on held-out groups, fold by fold."""
+        return sum(
+            ((y[held] - x[held] @ solve(x[kept], y[kept], strength)) ** 2).sum()
+            for kept, held in GroupKFold(5).split(x, groups=groups)
+        )
+
+    strength = fit.details["strength"]
+    np.testing.assert_allclose(fit.weight, solve(x, y, strength), atol=1e-8)
+    assert error(strength) <= min(error(strength / 4), error(strength * 4))
+
+
+@pytest.mark.parametrize("kind", sorted(set(MAP_KINDS) - {"identity", "mean_shift", "procrustes"}))
+def test_a_source_that_never_varies_maps_to_the_target_mean(kind):
+    """A dead head gives the mean of the target and no number that is not finite."""
+    source, target = np.ones((40, WIDTH)), SOURCE[:40]
+    fit = fit_block(kind, source, target, alone(40))
+    mapped = source @ fit.weight + fit.bias
+    np.testing.assert_allclose(mapped, np.tile(target.mean(0), (40, 1)), atol=1e-9)
+
+
+# --- the layer's map
+
+
+def random_map(scope="head", seed=0, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    blocks, width = (3, 4) if scope == "head" else (1, 12)
+    values = {
+        "layer": 2,
+        "kind": "ridge",
+        "scope": scope,
+        "weight": torch.randn(blocks, width, width, generator=generator),
+        "bias": torch.randn(blocks, width, generator=generator),
+        "n_heads": 3,
+        "ingredients": {"layer": 2, "train": "x"},
+        "details": {"train_rows": 9},
+    }
+    return LayerMap(**(values | changes))
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_a_map_is_affine_in_each_block(scope):
+    """`ẑ = z W + b`, per head or over all heads jointly, for any leading axes."""
+    layer_map = random_map(scope)
+    z = torch.randn(5, 2, 3, 4)
+    if scope == "head":
+        expected = torch.stack(
+            [z[:, :, h] @ layer_map.weight[h] + layer_map.bias[h] for h in range(3)], dim=2
+        )
+    else:
+        joint = z.reshape(5, 2, 12) @ layer_map.weight[0] + layer_map.bias[0]
+        expected = joint.reshape(5, 2, 3, 4)
+    torch.testing.assert_close(layer_map(z), expected)
+    torch.testing.assert_close(layer_map(z[0, 0]), expected[0, 0])
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_blocks_keep_every_number_in_its_place(scope):
+    """`from_blocks` is the inverse of `to_blocks`."""
+    z = torch.randn(5, 3, 4)
+    assert torch.equal(from_blocks(to_blocks(z, scope), 3), z)
+
+
+def test_half_precision_activations_are_mapped_in_single():
+    """bf16 activations are mapped in float32, float64 ones in float64."""
+    for given, mapped in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        assert random_map()(torch.randn(2, 3, 4).to(given)).dtype == mapped
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+@pytest.mark.parametrize("shape", [(2, 2, 4), (2, 3, 5), (2, 4, 3)])
+def test_activations_of_another_model_are_refused(scope, shape):
+    """The sentence names the map's shape and the one that came."""
+    with pytest.raises(UserError, match=r"takes 3 heads of width 4, but the activations are"):
+        random_map(scope)(torch.zeros(shape))
+
+
+def test_a_map_is_frozen():
+    """A fitted map cannot be changed."""
+    with pytest.raises(FrozenInstanceError):
+        random_map().layer = 3
+
+
+# --- kept maps
+
+
+def test_a_kept_map_reads_back_as_it_was(tmp_path, tiny_maps):
+    """Weights bit for bit, diagnostics, ingredients, details and fingerprint."""
+    for index, layer_map in enumerate([*tiny_maps.values(), random_map("layer")]):
+        path = tmp_path / f"{index}.safetensors"
+        save_map(layer_map, path)
+        again = load_map(path)
+        assert torch.equal(again.weight, layer_map.weight)
+        assert torch.equal(again.bias, layer_map.bias)
+        assert again.fingerprint == layer_map.fingerprint
+        assert again.to_dict() == layer_map.to_dict()
+        json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_fingerprint_is_of_fit_and_weights():
+    """Other weights or other ingredients are another map."""
+    one = random_map()
+    others = [random_map(seed=1), random_map(ingredients={"train": "y"})]
+    assert one.fingerprint == random_map().fingerprint
+    assert len({each.fingerprint for each in (one, *others)}) == 3
+
+
+def damaged(tmp_path, how):
+    path = tmp_path / "map.safetensors"
+    save_map(random_map(), path)
+    record = path.with_suffix(".json")
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif how == "no description":
+        record.unlink()
+    elif how == "no tensors":
+        path.unlink()
+    elif how == "another map's tensors":
+        save_map(random_map(seed=5), tmp_path / "other.safetensors")
+        path.write_bytes((tmp_path / "other.safetensors").read_bytes())
+    elif how == "not finite":
+        save_map(random_map(bias=torch.full((3, 4), torch.nan)), path)
+    elif how == "another shape":
+        save_map(random_map(n_heads=4), path)
+    elif how == "half precision":
+        save_map(random_map(weight=random_map().weight.half()), path)
+    else:
+        record.write_text(record.read_text().replace('"ridge"', '"magic"'))
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("cut", "no description", "no tensors", "another map's tensors", "not finite"),
+        *("another shape", "half precision", "another kind"),
+    ],
+)
+def test_a_damaged_map_is_one_sentence(tmp_path, how):
+    """Whatever happened to the files, the error says that the map is to be deleted or fitted."""
+    with pytest.raises(UserError, match="map file"):
+        load_map(damaged(tmp_path, how))
+
+
+# --- diagnostics
+
+
+def test_r2_is_one_minus_the_unexplained_share():
+    """1 for the truth, 0 for the mean, negative for worse; undefined for a constant target."""
+    target = np.array([[0.0], [2.0]])
+    assert r2(target, target) == 1
+    assert r2(np.ones((2, 1)), target) == 0
+    assert r2(target[::-1], target) == -3
+    assert r2(np.zeros((2, 1)), np.ones((2, 1))) is None
+
+
+def test_cosine_is_of_directions():
+    """The mean over rows; undefined where a vector is zero."""
+    one = np.array([[1.0, 0.0], [0.0, 2.0]])
+    assert mean_cosine(3 * one, one) == pytest.approx(1)
+    assert mean_cosine(one[::-1], one) == pytest.approx(0)
+    assert mean_cosine(np.zeros((2, 2)), one) is None
+
+
+def test_cka_does_not_see_rotation_scale_and_shift():
+    """1 for a turned, scaled and shifted copy, less for another matrix, None for a constant."""
+    assert cka(2 * SOURCE @ ROTATION + SHIFT, SOURCE) == pytest.approx(1)
+    assert cka(SOURCE @ MATRIX, SOURCE) < 0.95
+    assert cka(np.tile(SHIFT, (5, 1)), SOURCE[:5]) is None
+    assert fit_quality(SOURCE, SOURCE).r2 == 1
+
+
+@pytest.fixture(scope="module")
+def rotated_maps():
+    """Maps of a pair in which heads 1 and 2 of layer 1 are rotated, and nothing else."""
+    base = tiny_model()
+    planted = plant(base, rotated=[Head(1, 1), Head(1, 2)])
+    pair = pair_of(base, planted.tuned, random_prompts(n_train=80))
+    return {kind: fit_maps(pair, [1], kind)[1] for kind in ("identity", "procrustes_scaled")}
+
+
+def test_the_true_map_predicts_held_out_prompts(rotated_maps):
+    """R² is 1 for the map; about 0 or less for the mean and for a map of unpaired prompts."""
+    for row in rotated_maps["procrustes_scaled"].diagnostics:
+        assert row.fitted.r2 > 0.9999
+        assert row.fitted.cosine > 0.9999
+        assert row.fitted.cka > 0.9999
+        assert row.mean.r2 <= 0
+        assert row.shuffled.r2 < 0.2
+        assert row.shuffled.r2 < row.fitted.r2
+
+
+def test_the_identity_predicts_unchanged_heads_alone(rotated_maps):
+    """Its R² is 1 at heads that were left alone, and far lower at the rotated ones."""
+    for layer_map in rotated_maps.values():
+        for row in layer_map.diagnostics:
+            assert (row.identity.r2 > 0.9999) == (row.head in {0, 3})
+            assert row.head in {0, 3} or row.identity.r2 < 0.5
+
+
+def test_diagnostics_are_of_prompts_that_were_held_out():
+    """A joint ridge-free fit of more numbers than rows is perfect on train and poor held out."""
+    base = tiny_model()
+    pair = pair_of(base, tiny_model(seed=1), random_prompts(n_train=20))
+    with pytest.warns(UserWarning, match="has only 20 train rows"):
+        layer_map = fit_maps(pair, [1], "procrustes", scope="layer")[1]
+    activations = PairActivations(pair)
+    z_b, z_t = (activations.z(side, "train", 1)[:, 0] for side in ("base", "tuned"))
+    on_train = r2(layer_map(z_b).flatten(1).double().numpy(), z_t.flatten(1).double().numpy())
+    assert layer_map.mean_r2 < on_train - 0.3
+
+
+# --- fitting a pair
+
+
+def test_maps_see_train_alone(tiny_pair, tiny_maps):
+    """Other validation prompts give the same map with the same fingerprint."""
+    train = tiny_pair.prompts.split("train").prompts
+    other = random_prompts(seed=9).split("val").prompts
+    renamed = tuple(replace(p, id=f"other {p.id}", group=None) for p in other)
+    pair = pair_of(tiny_pair.base.model, tiny_pair.tuned.model, PromptSet(train + renamed))
+    again = fit_maps(pair, [1])[1]
+    assert torch.equal(again.weight, tiny_maps[1].weight)
+    assert again.fingerprint == tiny_maps[1].fingerprint
+
+
+def test_a_map_goes_from_base_to_tuned(tiny_pair):
+    """The source is base: the mirrored pair has the inverse rotation."""
+    mirrored = pair_of(tiny_pair.tuned.model, tiny_pair.base.model, tiny_pair.prompts)
+    there, back = (fit_maps(each, [1], "procrustes")[1].weight for each in (tiny_pair, mirrored))
+    torch.testing.assert_close(there, back.transpose(1, 2), atol=1e-4, rtol=0)
+    assert not torch.allclose(there, back, atol=0.1)
+
+
+@pytest.mark.parametrize(("scope", "warns"), [("head", False), ("layer", True)])
+def test_few_rows_are_warned_of(tiny_pair, recwarn, scope, warns):
+    """48 train rows are enough for maps of width 8, and fewer than twice 32."""
+    fit_maps(tiny_pair, [1], scope=scope)
+    said = [str(each.message) for each in recwarn if "train rows" in str(each.message)]
+    assert len(said) == int(warns)
+    assert not warns or "layer 1 is 32 wide and has only 48 train rows" in said[0]
+
+
+@pytest.mark.filterwarnings(FEW)
+def test_more_positions_are_more_rows(tiny_pair):
+    """With K positions every prompt gives K rows, all on one side of the calibration split."""
+    activations = PairActivations(tiny_pair, k_positions=3)
+    layer_map = fit_maps(tiny_pair, [1], activations=activations)[1]
+    assert layer_map.details["train_rows"] == 3 * 48
+    assert layer_map.ingredients["k_positions"] == 3
+
+
+@pytest.mark.filterwarnings(FEW)
+@pytest.mark.parametrize("kind", MAP_KINDS)
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_every_kind_fits_a_real_layer(tiny_pair, kind, scope):
+    """Each kind gives finite weights of the right shape and one row of diagnostics per head."""
+    layer_map = fit_maps(tiny_pair, [1], kind, scope=scope)[1]
+    blocks = {"head": TINY_HEADS, "layer": 1}[scope]
+    width = TINY_HEADS * TINY_WIDTH // blocks
+    assert layer_map.weight.shape == (blocks, width, width)
+    assert layer_map.weight.isfinite().all()
+    assert [row.head for row in layer_map.diagnostics] == list(range(TINY_HEADS))
+
+
+# --- reuse
+
+
+class Forbidden(PairActivations):
+    """Activations that nobody may ask for."""
+
+    def capture(self, side, split, layers):
+        """Fail if anything is to be captured."""
+        assert not list(layers), (side, split)
+
+
+def test_a_kept_map_is_reused(tiny_pair, tmp_path):
+    """The same pair, layer, prompts and kind: nothing is captured or fitted again."""
+    first = fit_maps(tiny_pair, [1, 0], "ridge", directory=tmp_path)
+    again = fit_maps(
+        tiny_pair, [1, 0], "ridge", directory=tmp_path, activations=Forbidden(tiny_pair)
+    )
+    assert list(again) == [1, 0]
+    assert all(again[layer].fingerprint == first[layer].fingerprint for layer in (1, 0))
+
+
+def test_what_is_missing_is_fitted(tiny_pair, tmp_path):
+    """A second layer is fitted beside the kept one; the kept one stays as it is."""
+    kept = fit_maps(tiny_pair, [1], directory=tmp_path)
+    both = fit_maps(tiny_pair, [1, 2], directory=tmp_path)
+    assert both[1].fingerprint == kept[1].fingerprint
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    "change", ["tuned weights", "base weights", "prompts", "kind", "seed", "scope", "positions"]
+)
+@pytest.mark.filterwarnings(FEW)
+def test_no_map_of_something_else_is_reused(tiny_pair, tmp_path, change):
+    """Whatever the fit depends on is part of its address."""
+    base, tuned, prompts = tiny_pair.base.model, tiny_pair.tuned.model, tiny_pair.prompts
+    fit_maps(tiny_pair, [1], "procrustes", directory=tmp_path)
+    if change == "tuned weights":
+        tuned = fine_tuned(base, seed=3)
+    elif change == "base weights":
+        base = fine_tuned(base, seed=3)
+    elif change == "prompts":
+        prompts = random_prompts(seed=5)
+    pair = pair_of(base, tuned, prompts)
+    activations = PairActivations(pair, k_positions=2 if change == "positions" else 1)
+    settings = {
+        "kind": "ridge" if change == "kind" else "procrustes",
+        "seed": int(change == "seed"),
+        "scope": "layer" if change == "scope" else "head",
+    }
+    fit_maps(pair, [1], directory=tmp_path, activations=activations, **settings)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_the_best_kept_kind_is_taken_when_none_is_asked_for(tmp_path):
+    """The kept map with the best calibration CKA serves, whichever was kept first."""
+    base = tiny_model()
+    pair = pair_of(base, fine_tuned(base, size=0.5), random_prompts())
+    kept = [fit_maps(pair, [1], kind, directory=tmp_path)[1] for kind in ("moments", "ridge")]
+    best = max(kept, key=lambda layer_map: layer_map.mean_cka)
+    taken = fit_maps(pair, [1], directory=tmp_path, activations=Forbidden(pair))[1]
+    assert taken.kind == best.kind
+    assert abs(kept[0].mean_cka - kept[1].mean_cka) > 1e-3
+
+
+def test_kinds_that_cka_cannot_tell_apart_are_told_by_r2(tiny_pair, tmp_path):
+    """CKA does not see rotations: the identity must not stand in for the rotation it misses."""
+    kinds = ("identity", "mean_shift", "procrustes", "procrustes_scaled")
+    kept = [fit_maps(tiny_pair, [1], kind, directory=tmp_path)[1] for kind in kinds]
+    assert max(m.mean_cka for m in kept) - min(m.mean_cka for m in kept) < 1e-6
+    taken = fit_maps(tiny_pair, [1], directory=tmp_path, activations=Forbidden(tiny_pair))[1]
+    assert taken.kind in {"procrustes", "procrustes_scaled"}
+
+
+def test_an_asked_kind_is_the_one_that_comes(tiny_pair, tmp_path):
+    """A better kept map of another kind does not stand in for the kind that was named."""
+    fit_maps(tiny_pair, [1], "procrustes_scaled", directory=tmp_path)
+    assert fit_maps(tiny_pair, [1], "identity", directory=tmp_path)[1].kind == "identity"
+
+
+def test_a_damaged_kept_map_is_set_aside_and_fitted_again(tiny_pair, tmp_path):
+    """What cannot be believed is renamed, and the fit gives the same map again."""
+    first = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-3])
+    again = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    assert again.fingerprint == first.fingerprint
+    assert path.with_name(path.name + ".damaged").exists()
+    assert load_map(path).fingerprint == first.fingerprint
+
+
+def test_fresh_uses_no_kept_map_and_removes_nothing(tiny_pair, tmp_path):
+    """`fresh` fits again and replaces; whatever else lies in the folder stays."""
+    (tmp_path / "diary.txt").write_text("mine")
+    first = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    with pytest.raises(AssertionError, match="train"):
+        fit_maps(tiny_pair, [1], directory=tmp_path, fresh=True, activations=Forbidden(tiny_pair))
+    again = fit_maps(tiny_pair, [1], directory=tmp_path, fresh=True)[1]
+    assert again.fingerprint == first.fingerprint
+    assert (tmp_path / "diary.txt").read_text() == "mine"

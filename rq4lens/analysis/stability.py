@@ -55,12 +55,13 @@ def rank_stability(
 
     both = np.concatenate([kl_raw_nats, kl_mapped_nats])
     scores = bootstrap.resampled(both).apply(scores_of)
+    everyone = np.broadcast_to(scores.point, scores.draws.shape)
     halves = half_splits(bootstrap.groups, N_HALVES, bootstrap.seed)
     half_scores = scores_of(half_means(both, halves))
     return RankStability(
         ranking=ranking.method,
         heads=_heads(ranking, scores, [k for k in ks if k <= ranking.n_heads], bootstrap),
-        bootstrap_spearman=_of_draws(spearman(scores.draws, scores.point), ONE_GROUP, bootstrap),
+        bootstrap_spearman=_of_draws(spearman(scores.draws, everyone), ONE_GROUP, bootstrap),
         split_half_spearman=_of_halves(spearman, half_scores),
         split_half_jaccard={
             k: _of_halves(partial(top_jaccard, k=k), half_scores)

@@ -64,7 +64,7 @@ def test_layers_stand_side_by_side(grid):
     page = figures.report_page(
         grid, provenance={}, layers={25: other, 26: grid}, comparison={"rows": rows}
     )
-    row = page[page.index('<tr>\n<th scope="row">25</th>') :].split("</tr>")[0]
+    row = page[page.index('<th scope="row">25</th>') :].split("</tr>")[0]
     assert f"{other.full.delta:.3g} [" in row
     assert other.label(other.ranking.top(1)[0]) in row
     assert "<td>7</td><td>0.25</td>" in row.replace("\n", "")

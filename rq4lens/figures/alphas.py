@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import error_bars, shown
 from rq4lens.figures.saved import Record, estimate
+from rq4lens.figures.scales import is_wide
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
@@ -34,7 +35,12 @@ def alpha_sweep(grid: GridResult, points: Sequence[Record], *, dark: bool = Fals
     figure = go.Figure([_line(points, *style) for style in _LINES])
     figure.add_vline(x=grid.settings.alpha, line={"color": theme.GREY, "dash": "dot", "width": 1})
     figure.update_xaxes(title_text="blend strength α", nticks=8)
-    figure.update_yaxes(title_text="all heads (nats)", rangemode="tozero")
+    if is_wide(_lows(points)):
+        figure.update_yaxes(
+            title_text="all heads (nats, logarithmic)", type="log", exponentformat="power", dtick=1
+        )
+    else:
+        figure.update_yaxes(title_text="all heads (nats)", rangemode="tozero")
     span = f"{points[0]['alpha']:g} to {points[-1]['alpha']:g}"
     return theme.frame(
         figure,
@@ -48,6 +54,15 @@ def alpha_sweep(grid: GridResult, points: Sequence[Record], *, dark: bool = Fals
         height_px=460,
         dark=dark,
     )
+
+
+def _lows(points: Sequence[Record]) -> list[float | None]:
+    """The lowest that each number can be; on a logarithmic axis none of them may reach 0."""
+    values = [estimate(point, name) for point in points for name in _NAMES]
+    return [
+        value.value if value.interval is None else min(value.interval.low, value.value or 0.0)
+        for value in values
+    ]
 
 
 def _line(

@@ -101,6 +101,7 @@ def _line(
         x=list(names),
         y=ranks,
         mode="lines+markers",
+        cliponaxis=False,
         line=style if place is None else {**style, "width": 2.5},
         opacity=0.35 if place is None else 1,
         marker={"size": 4 if place is None else 7, "symbol": _symbol(place)},

@@ -72,6 +72,8 @@ def agreement_matrix(
         type="category", autorange="reversed", showgrid=False, tickfont_size=10, dtick=1
     )
     notes = dict.fromkeys(row["note"] for row in pairs.values() if row.get("note"))
+    if any(value is None for row in cells for value, _ in row):
+        notes["empty: not compared"] = None
     return theme.frame(
         figure,
         title=f"Agreement of {theme.plain(what)}",

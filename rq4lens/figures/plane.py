@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -18,12 +21,14 @@ from rq4lens.figures.numbers import (
     single_head_numbers,
 )
 from rq4lens.figures.saved import HasRecord, Record
+from rq4lens.figures.scales import is_wide
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
 # Two names closer than this (share of the plot's width and height) would touch at 400 px.
-_NAME_WIDTH, _NAME_HEIGHT = 0.17, 0.06
+_NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.06
 _MOST_NAMES = 10
+_EDGE = 0.15
 
 
 def head_plane(
@@ -50,18 +55,19 @@ def head_plane(
     """
     numbers = single_head_numbers(grid, bootstrap)
     kinds, rule = head_kinds(grid, analysis, bootstrap)
-    reach = 1.08 * max(_reach(n) for n in numbers) or 1.0
-    named = _names(numbers, [grid.ranking.rank_of(head) for head in range(grid.n_heads)], reach)
+    square = _Square.around(numbers)
+    named = _names(numbers, square)
     figure = go.Figure(
-        [_diagonal(reach)]
+        [_diagonal(square)]
         + [
             _points([n for n, own in zip(numbers, kinds, strict=True) if own == kind], kind, named)
             for kind in KINDS
             if kind in kinds
         ]
     )
-    figure.update_xaxes(title_text="KL_raw of the head alone (nats)", range=[0, reach], nticks=7)
-    figure.update_yaxes(title_text="KL_mapped (nats)", range=[0, reach], nticks=7)
+    scale = ", logarithmic" if square.is_log else ""
+    figure.update_xaxes(title_text=f"KL_raw of the head alone (nats{scale})", **square.axis)
+    figure.update_yaxes(title_text=f"KL_mapped (nats{scale})", **square.axis)
     return theme.frame(
         figure,
         title=f"Heads of layer {grid.settings.layer}: raw against mapped",
@@ -72,17 +78,49 @@ def head_plane(
     )
 
 
-def _reach(numbers: ConditionNumbers) -> float:
-    ends = [numbers.condition.KL_raw, numbers.condition.KL_mapped]
-    intervals = (numbers.KL_raw.interval, numbers.KL_mapped.interval)
-    return max(ends + [interval.high for interval in intervals if interval is not None])
+@dataclass(frozen=True)
+class _Square:
+    """The same range on both axes: linear from 0, or logarithmic where heads span decades."""
+
+    low: float
+    high: float
+    is_log: bool
+
+    @classmethod
+    def around(cls, numbers: Sequence[ConditionNumbers]) -> _Square:
+        both = [estimate for n in numbers for estimate in (n.KL_raw, n.KL_mapped)]
+        values = [estimate.value for estimate in both if estimate.value is not None]
+        high = max(values + [e.interval.high for e in both if e.interval is not None])
+        if is_wide(values):
+            return cls(min(values) / 2, high * 2, is_log=True)
+        return cls(0.0, 1.08 * high or 1.0, is_log=False)
+
+    @property
+    def axis(self) -> dict[str, Any]:
+        if not self.is_log:
+            # A little room below 0, or marks at 0 would be cut in half.
+            return {"range": [-0.02 * self.high, self.high], "nticks": 7}
+        ends = [math.log10(self.low), math.log10(self.high)]
+        return {
+            "type": "log",
+            "range": ends,
+            "dtick": max(1, round((ends[1] - ends[0]) / 5)),
+            "exponentformat": "power",
+        }
+
+    def share(self, value: float) -> float:
+        """Where a value stands between the ends: 0 to 1."""
+        if self.is_log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return value / self.high
 
 
-def _diagonal(reach: float) -> go.Scatter:
+def _diagonal(square: _Square) -> go.Scatter:
+    ends = [square.low, square.high]
     return go.Scatter(
         name="no gain",
-        x=[0, reach],
-        y=[0, reach],
+        x=ends,
+        y=ends,
         mode="lines",
         line={"color": theme.GREY, "dash": "dot", "width": 1},
         hoverinfo="skip",
@@ -90,7 +128,9 @@ def _diagonal(reach: float) -> go.Scatter:
     )
 
 
-def _points(numbers: Sequence[ConditionNumbers], kind: Kind, named: frozenset[str]) -> go.Scatter:
+def _points(
+    numbers: Sequence[ConditionNumbers], kind: Kind, named: Mapping[str, str]
+) -> go.Scatter:
     return go.Scatter(
         name=kind,
         x=[n.KL_raw.value for n in numbers],
@@ -99,7 +139,7 @@ def _points(numbers: Sequence[ConditionNumbers], kind: Kind, named: frozenset[st
         error_y=_faint(error_bars([n.KL_mapped for n in numbers])),
         mode="markers+text",
         text=[n.label if n.label in named else "" for n in numbers],
-        textposition="top center",
+        textposition=[named.get(n.label, "top center") for n in numbers],
         textfont={"size": 10},
         customdata=[n.label for n in numbers],
         hovertext=[f"{n.hover}<br>{kind}" for n in numbers],
@@ -114,21 +154,26 @@ def _faint(bars: dict[str, object] | None) -> dict[str, object] | None:
     )
 
 
-def _names(
-    numbers: Sequence[ConditionNumbers], ranks: Sequence[int], reach: float
-) -> frozenset[str]:
-    """The heads to name beside their point: largest KL_raw first, as long as no names touch."""
-    order = sorted(
-        zip(numbers, ranks, strict=True), key=lambda pair: (-pair[0].condition.KL_raw, pair[1])
-    )
+def _names(numbers: Sequence[ConditionNumbers], square: _Square) -> dict[str, str]:
+    """Which heads are named beside their point, and on which side.
+
+    Largest KL_raw first, as long as no two names touch in a narrow window.
+    """
     places: list[tuple[float, float]] = []
-    named: list[str] = []
-    for candidate, _ in order:
-        x, y = (candidate.condition.KL_raw / reach, candidate.condition.KL_mapped / reach)
+    named: dict[str, str] = {}
+    for candidate in sorted(numbers, key=lambda n: -n.condition.KL_raw):
+        x = square.share(candidate.condition.KL_raw)
+        y = square.share(candidate.condition.KL_mapped)
         if len(named) < _MOST_NAMES and all(_apart(x, y, other) for other in places):
-            named.append(candidate.label)
+            named[candidate.label] = _side(x, y)
         places.append((x, y))
-    return frozenset(named)
+    return named
+
+
+def _side(x: float, y: float) -> str:
+    """The side on which a name stays inside the plot."""
+    across = "right" if x < _EDGE else "left" if x > 1 - _EDGE else "center"
+    return f"{'bottom' if y > 1 - _EDGE / 2 else 'top'} {across}"
 
 
 def _apart(x: float, y: float, other: tuple[float, float]) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import plotly.graph_objects as go
 
 from rq4lens.figures import theme
+from rq4lens.figures.scales import SignedLog
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
@@ -31,30 +33,36 @@ def per_prompt(
         The figure: a box and its points per head; hover names head and prompt.
     """
     heads = grid.ranking.top(top) if heads is None else heads
-    figure = go.Figure([_box(grid, head) for head in heads])
+    values = np.concatenate([grid.single(head).delta_nats for head in heads])
+    scale = SignedLog.of(values.tolist())
+    figure = go.Figure([_box(grid, head, scale) for head in heads])
     figure.add_vline(x=0, line={"color": theme.GREY, "width": 1})
     figure.update_xaxes(title_text="ΔKL of the head alone, per prompt (nats)", nticks=7)
+    notes = ["box: quartiles and median; a point a prompt"]
+    if scale is not None:
+        places, texts = scale.ticks(float(values.min()), float(values.max()))
+        figure.update_xaxes(tickvals=places, ticktext=texts)
+        notes.append(f"axis linear below {scale.unit:g} nats, logarithmic above")
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     return theme.frame(
         figure,
         title=f"The best heads of layer {grid.settings.layer}, prompt by prompt",
-        setting=grid_setting(grid, "box: quartiles and median; dashed: mean; a point a prompt"),
+        setting=grid_setting(grid, *notes),
         height_px=190 + _ROW_PX * max(3, len(heads)),
         legend_rows=0,
         dark=dark,
     )
 
 
-def _box(grid: GridResult, head: int) -> go.Box:
+def _box(grid: GridResult, head: int, scale: SignedLog | None) -> go.Box:
     label, values = grid.label(head), grid.single(head).delta_nats
     return go.Box(
         name=label,
         orientation="h",
-        x=values.tolist(),
+        x=[float(value) if scale is None else scale.place(value) for value in values],
         y=[label] * len(values),
         customdata=[label] * len(values),
         boxpoints="all",
-        boxmean=True,
         jitter=0.6,
         pointpos=0,
         hoveron="points",

@@ -30,17 +30,22 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from rq4lens.models.builtin.questions import SPLIT_SIZES, build_prompts
 from rq4lens.models.builtin.stories import (
     PEOPLE_PER_STORY,
     TOKEN,
     VOCABULARY,
     Stories,
-    build_prompts,
-    build_tokenizer,
     sample_stories,
 )
+from rq4lens.models.builtin.tokenizer import build_tokenizer
 from rq4lens.models.builtin.world import ITEMS, World, base_world, true_distribution, tuned_world
 
+ABOUT = (
+    "Base learned the base world; tuned is base fine-tuned, value and output projections of the "
+    "attention only, on a world in which five of twelve countries have exchanged their customs. "
+    "KL is KL(true || model) at the decision token, the mean over the prompts of a split."
+)
 TOLERANCE = {
     "mean_kl_nats": 0.02,
     "what": (
@@ -226,16 +231,17 @@ def measure(
     }
 
 
-def write_pair(directory: Path, recipe: Recipe, device: str) -> None:
+def write_pair(directory: Path, recipe: Recipe, device: str, log_every: int = 250) -> None:
     """Train the pair and write its folder: models, tokenizer, prompts, manifest.
 
     Args:
         directory: the folder.
         recipe: how to train.
         device: where to train.
+        log_every: steps between two printed lines; 0 prints nothing.
     """
     tokenizer, prompts = build_tokenizer(), build_prompts()
-    models = train_pair(recipe, device)
+    models = train_pair(recipe, device, log_every)
     for side, model in models.items():
         model.save_pretrained(directory / side)
         tokenizer.save_pretrained(directory / side)
@@ -243,25 +249,29 @@ def write_pair(directory: Path, recipe: Recipe, device: str) -> None:
     lines = [json.dumps(row) + "\n" for row in prompts]
     (directory / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
     manifest = {
+        "about": ABOUT,
         "recipe": asdict(recipe),
         "trained_on": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "mean_kl_true_to_model_nats": measure(models, tokenizer, prompts),
-        "prompts": {
-            split: {
-                "n": sum(row["split"] == split for row in prompts),
-                "changed": sum(row["split"] == split and row["meta"]["changed"] for row in prompts),
-            }
-            for split in ("train", "val", "neutral")
-        },
-        "weights_sha256": {
-            side: hashlib.sha256((directory / side / "model.safetensors").read_bytes()).hexdigest()
-            for side in models
-        },
+        "prompts": _count(prompts),
+        "weights_sha256": {side: _sha256(directory / side) for side in models},
         "tolerance": TOLERANCE,
     }
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    print(json.dumps(manifest["mean_kl_true_to_model_nats"], indent=2))  # noqa: T201
+
+
+def _count(prompts: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many prompts each split has, and in how many of them the answer changed."""
+    counts = {split: {"n": 0, "changed": 0} for split in SPLIT_SIZES}
+    for row in prompts:
+        counts[row["split"]]["n"] += 1
+        counts[row["split"]]["changed"] += row["meta"]["changed"]
+    return counts
+
+
+def _sha256(model_folder: Path) -> str:
+    return hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import torch
 from counts import pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
 from tiny import MicroFormula, fine_tuned, pair_of, random_prompts, tiny_model
 
+from rq4lens.models.catalog import load_pair
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
@@ -51,3 +52,9 @@ def tiny_experiment(tiny_pair, tiny_maps, request):
 def tiny_grid(tiny_pair, tiny_maps):
     """The main job's grid of the tiny pair."""
     return run_grid(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4))
+
+
+@pytest.fixture(scope="session")
+def etiquette():
+    """The pair in the box."""
+    return load_pair("etiquette")

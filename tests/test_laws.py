@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.analysis.metrics import records
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.builtin.plant import plant
+from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts import PromptSet, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, forward_batch
 from rq4lens.patching.engines import make_engine
@@ -239,6 +240,17 @@ def test_rotated_heads_are_found_and_explained(n_key_value_heads, engine):
     base = tiny_model(n_key_value_heads=n_key_value_heads)
     planted, pair = gauge_pair(base, MAIN, [1], random_prompts())
     assert_gauge_law(planted, pair, MAIN, CONTROL, engine)
+
+
+def test_rotated_heads_of_the_built_in_model_are_found_and_explained(etiquette):
+    """The same on the model in the box: three rotated heads among sixteen that were trained."""
+    planted = plant(etiquette.base.model, rotated=[Head(1, head) for head in (0, 2, 12)])
+    prompts = PromptSet(
+        etiquette.prompts.split("train").prompts[:200] + etiquette.prompts.split("val").prompts[:24]
+    )
+    tuned = PairMember.of(planted.loaded(etiquette.base.loaded))
+    pair = ModelPair("gauge", etiquette.base, tuned, prompts)
+    assert_gauge_law(planted, pair, 1, 4, "suffix")
 
 
 def assert_gauge_law(planted, pair, layer, control_layer, engine):

@@ -199,7 +199,7 @@ def test_heatmap_cells_name_their_heads(layers):
 
 
 def test_global_ranking_orders_all_layers(layers):
-    """Bars fall, and no head left out is better than one shown."""
+    """Marks fall, and no head left out is better than one shown."""
     bars = figures.global_ranking(layers, top=10).data[0]
     everyone = sorted((s.delta for grid in layers.values() for s in grid.singles), reverse=True)
     assert list(bars.x) == pytest.approx(everyone[:10])
@@ -250,7 +250,7 @@ def test_a_comparison_fills_the_layers_curves(layers, comparison):
 
 
 def test_a_comparison_adds_ranges_of_ranks(layers, comparison):
-    """Hovering a bar of the global ranking tells how far its rank moves."""
+    """Hovering a mark of the global ranking tells how far its rank moves."""
     bars = figures.global_ranking(layers, comparison, top=5).data[0]
     assert all("(95% in 2 to 9)" in text for text in bars.hovertext)
 

@@ -39,12 +39,12 @@ def global_ranking(
         dark: the dark template.
 
     Returns:
-        The figure: a bar per head, coloured by its layer; ``customdata`` names the head.
+        The figure: a mark per head, coloured by its layer; ``customdata`` names the head.
     """
     bootstrap = bootstrap or bootstrap_of(any_grid(grids))
     best = _best(grids, top, bootstrap)
     span = (min(grids), max(grids))
-    figure = go.Figure([_bars(best, span, _rank_ranges(comparison)), _depth_scale(*span)])
+    figure = go.Figure([_marks(best, span, _rank_ranges(comparison)), _depth_scale(*span)])
     figure.update_yaxes(
         categoryorder="array",
         categoryarray=[numbers.label for _, numbers in best],
@@ -53,7 +53,7 @@ def global_ranking(
         dtick=1,
         showgrid=False,
     )
-    figure.update_xaxes(title_text="ΔKL of the head alone (nats)", nticks=7)
+    figure.update_xaxes(title_text="ΔKL of the head alone (nats)", nticks=7, rangemode="tozero")
     framed = theme.frame(
         figure,
         title=f"The best {len(best)} heads of all layers",
@@ -64,7 +64,7 @@ def global_ranking(
         legend_rows=2,
         dark=dark,
     )
-    return framed.update_layout(showlegend=False, bargap=0.25)
+    return framed.update_layout(showlegend=False)
 
 
 def _best(
@@ -94,22 +94,21 @@ def _rank_ranges(comparison: HasRecord | Record | None) -> dict[str, str]:
     }
 
 
-def _bars(
+def _marks(
     best: Sequence[tuple[int, ConditionNumbers]], span: tuple[int, int], ranges: Mapping[str, str]
-) -> go.Bar:
-    return go.Bar(
-        orientation="h",
-        y=[numbers.label for _, numbers in best],
+) -> go.Scatter:
+    return go.Scatter(
         x=[numbers.delta.value for _, numbers in best],
-        # Grey would vanish on the middle of the colour scale.
-        error_x=error_bars([numbers.delta for _, numbers in best], theme.VERMILLION),
+        y=[numbers.label for _, numbers in best],
+        error_x=error_bars([numbers.delta for _, numbers in best]),
+        mode="markers",
         customdata=[numbers.label for _, numbers in best],
         hovertext=[
             f"{numbers.hover}<br>rank {rank} of all layers{ranges.get(numbers.label, '')}"
             for rank, (_, numbers) in enumerate(best, 1)
         ],
         hovertemplate="%{hovertext}<extra></extra>",
-        marker={"color": [_depth_color(layer, *span) for layer, _ in best]},
+        marker={"size": 10, "color": [_depth_color(layer, *span) for layer, _ in best]},
     )
 
 
@@ -192,7 +191,7 @@ def _curve(layer: int, points: Points, span: tuple[int, int], *, bold: bool) -> 
 
 def _depth_color(layer: int, first: int, last: int) -> str:
     place = (layer - first) / max(1, last - first)
-    return str(sample_colorscale(theme.SEQUENTIAL, [place])[0])
+    return str(sample_colorscale(theme.DEPTH, [place])[0])
 
 
 def _depth_scale(first: int, last: int) -> go.Scatter:
@@ -206,7 +205,7 @@ def _depth_scale(first: int, last: int) -> go.Scatter:
             "color": [first],
             "cmin": first,
             "cmax": last,
-            "colorscale": theme.SEQUENTIAL_STEPS,
+            "colorscale": theme.DEPTH,
             "colorbar": theme.color_bar("layer"),
             "showscale": True,
         },

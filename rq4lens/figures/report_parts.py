@@ -37,12 +37,18 @@ class Table:
         columns: the column names.
         rows: the rows.
         words: places of the columns that hold words instead of numbers.
+        long: places of the columns that hold sentences.
     """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     words: frozenset[int] = frozenset()
+    long: frozenset[int] = frozenset()
+
+    def kind(self, place: int) -> str:
+        """What a column holds; decides its alignment and whether it wraps."""
+        return "long" if place in self.long else "words" if place in self.words else "number"
 
 
 @dataclass(frozen=True)

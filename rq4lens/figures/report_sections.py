@@ -112,7 +112,7 @@ def coverage(material: Material) -> Section:
         "Coverage: share of ΔKL of all heads, in percent; effects in nats; [..]: 95% intervals",
         ("condition", "k", "ΔKL", "coverage", "cross-fitted", "p, random", "heads"),
         tuple(_coverage_row(each, crossed.get(each.label, {})) for each in numbers),
-        frozenset({6}),
+        words=frozenset({6}),
     )
     return Section("coverage", "Few heads or many", (), (table,), ("coverage", "methods"))
 
@@ -150,7 +150,7 @@ def heads(material: Material) -> Section:
             _head_row(material.heads[head], rank, kinds[head], tests)
             for rank, head in enumerate(grid.ranking.heads, 1)
         ),
-        frozenset({2}),
+        words=frozenset({2}),
     )
     text = (f"Kinds of heads: {rule}.", "Choose a head here or in any figure to find it in all.")
     return Section("heads", "The heads", text, (table,), ("ranking", "plane"))
@@ -178,19 +178,20 @@ def controls(material: Material) -> Section | None:
     rows = material.analysis.get("controls") or ()
     table = Table(
         "Difference: reference minus control; [..]: 95% intervals",
-        ("control", "asks", "does the claim survive?", "difference", "reference", "control"),
+        ("control", "asks", "survives?", "difference", "reference", "control", "unit"),
         tuple(_control_row(row) for row in rows),
-        frozenset({1, 2}),
+        words=frozenset({2, 6}),
+        long=frozenset({1}),
     )
     return Section("controls", "Controls", (), (table,)) if rows else None
 
 
 def _control_row(row: Record) -> Row:
     verdict = {True: "yes", False: "no", None: "no verdict"}[row.get("survives")]
-    reason = f": {row['reason']}" if row.get("reason") else ""
     values = (estimate(row, name) for name in ("difference", "reference", "value"))
-    cells = (_or_dash(value, row["unit"]) for value in values)
-    return Row((row["name"], row["question"], f"{verdict}{reason}", *cells))
+    cells = (_or_dash(value, "") for value in values)
+    reason = f" ({row['reason']})" if row.get("reason") else ""
+    return Row((row["name"], row["question"] + reason, verdict, *cells, row["unit"]))
 
 
 def layers(material: Material) -> Section | None:
@@ -264,7 +265,8 @@ def _agreement_table(rows: Sequence[Record]) -> Table:
         "Agreement of rankings of the same heads; [..]: 95% intervals",
         ("ranking", "and", "differ in", "Kendall's τ", "Spearman's ρ", "rank-biased overlap", ""),
         tuple(Row(tuple(cells(row))) for row in rows),
-        frozenset({1, 2, 6}),
+        words=frozenset({1, 2}),
+        long=frozenset({6}),
     )
 
 
@@ -363,7 +365,7 @@ def provenance(material: Material) -> Section:
     rows.append(Row(("noise floor", number(material.grid.noise_floor_nats, "nats"))))
     run = material.provenance
     rows += [Row((name, str(run[name]))) for name in ("rq4lens", "device") if name in run]
-    table = Table("Settings", ("setting", "value"), tuple(rows), frozenset({1}))
+    table = Table("Settings", ("setting", "value"), tuple(rows), long=frozenset({1}))
     blocks = (Block("run.json", json.dumps(run, indent=1, default=str)),) if run else ()
     text = (
         "To repeat this run: rq4lens run RUN/run.json --out repeat, where RUN is the run directory "

@@ -52,6 +52,8 @@ KIND_PATTERNS = {"re-coordinated": "", "rewired": "/", "undecided": "x", "idle":
 # Cividis is made for colour-blind readers; the diverging scale runs blue - pale - orange.
 SEQUENTIAL = "Cividis"
 SEQUENTIAL_STEPS = tuple(tuple(step) for step in get_colorscale(SEQUENTIAL))
+# Colours of depth lie on white and on dark grounds alike, so neither end may be pale or dark.
+DEPTH = [[0.0, BLUE], [0.5, GREY], [1.0, "#C97700"]]
 DIVERGING = (
     (0.0, "#8C3C00"),
     (0.25, "#E58A3C"),

@@ -192,7 +192,9 @@ def _attend(
     pattern = _attention_pattern(attn, scores, shared.bias).to(v.dtype)
     z = pattern.flatten(2, 4) @ shared.values
     z = rearrange(z, f"{with_shared} d_head -> {with_own} d_head", **sizes)
-    z = z.baddbmm(rearrange(pattern[..., own], f"{six} own -> {with_own} own"), v)
+    own_pattern = rearrange(pattern[..., own], f"{six} own -> {with_own} own")
+    for weight, value in zip(own_pattern.split(1, dim=-1), v.split(1, dim=1), strict=True):
+        z = torch.addcmul(z, weight, value)
     return rearrange(z, f"{with_own} d_head -> {per_head}", **sizes)
 
 

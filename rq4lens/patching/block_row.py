@@ -1,6 +1,6 @@
 """The parts of a block before and after its attention pattern, for rows at the decision token.
 
-Everything with weights is the model's own submodule; only the order of the calls, which
+The MLP is the model's own submodule and norms use its weights; only the order of the calls, which
 TransformerLens keeps inside ``forward``, is repeated here.
 
 Source: the call order of ``TransformerBlock.forward`` in TransformerLens 3.9.
@@ -8,11 +8,13 @@ Source: the call order of ``TransformerBlock.forward`` in TransformerLens 3.9.
 
 from __future__ import annotations
 
+from typing import Any
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.components import TransformerBlock
+from transformer_lens.components import LayerNorm, RMSNorm, TransformerBlock
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 
@@ -23,7 +25,26 @@ def is_post_norm(block: TransformerBlock) -> bool:
 
 def attention_input(block: TransformerBlock, resid: Tensor) -> Tensor:
     """What the attention reads from the residual stream."""
-    return resid if is_post_norm(block) else block.ln1(resid)
+    return resid if is_post_norm(block) else normed(block.ln1, resid)
+
+
+def normed(norm: Any, rows: Float[Tensor, "prompt row d_model"]) -> Tensor:
+    """What a norm module returns, by torch's fused kernel where that is the same function.
+
+    TransformerLens' own forward passes over the rows nine times: 0.79 ms against 0.08 ms for 14,700
+    rows of 4,096 bf16 values on an H200, where norms would take a tenth of a scan over all heads.
+    A module that someone listens to, or of another kind, is called as it is.
+    """
+    if type(norm) not in {RMSNorm, LayerNorm} or _is_listened_to(norm):
+        return norm(rows)
+    if isinstance(norm, RMSNorm):
+        return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps)
+    return functional.layer_norm(rows, norm.w.shape, norm.w, norm.b, norm.eps)
+
+
+def _is_listened_to(norm: Any) -> bool:
+    points = (norm.hook_scale, norm.hook_normalized)
+    return any(point.fwd_hooks or point.bwd_hooks for point in points)
 
 
 def project_out(
@@ -52,13 +73,13 @@ def finish_block(
     shape = resid_pre.shape
     resid_pre, attn_out = resid_pre.flatten(1, 2), project_out(block, z).flatten(1, 2)
     if block.cfg.use_normalization_before_and_after:
-        attn_out = block.ln1_post(attn_out)
+        attn_out = normed(block.ln1_post, attn_out)
     if is_post_norm(block):
-        attn_out = block.ln1(attn_out)
+        attn_out = normed(block.ln1, attn_out)
     resid_mid = attn_out.add_(resid_pre)
     if block.cfg.parallel_attn_mlp:
-        resid_mid = resid_mid.add_(block.apply_mlp(block.ln2(resid_pre)))
+        resid_mid = resid_mid.add_(block.apply_mlp(normed(block.ln2, resid_pre)))
     elif not block.cfg.attn_only:
-        mlp_in = resid_mid if is_post_norm(block) else block.ln2(resid_mid)
+        mlp_in = resid_mid if is_post_norm(block) else normed(block.ln2, resid_mid)
         resid_mid = block.apply_mlp(mlp_in).add_(resid_mid)
     return resid_mid.reshape(shape)

@@ -50,6 +50,10 @@ class CachedBatch:
     z_by_layer: dict[int, Float[Tensor, "prompt position head d_head"]]
 
     @property
+    def entering(self) -> None:
+        """Not kept: padded on the left, it would not do for a pass without a mask."""
+
+    @property
     def n_bytes(self) -> int:
         """Memory that the keys and values take."""
         return sum(e.past_keys.nbytes + e.past_values.nbytes for e in self.cache.entries)

@@ -62,11 +62,14 @@ class KeptBatch:
         rows: which prompts of the engine these are.
         position_mask: ones for each prompt's tokens, aligned to the right.
         layers: what is kept, by layer.
+        entering: the residual stream of two prompts, :func:`shortest_and_longest`, before the
+            lowest kept layer; the start-up check runs native hooks on it.
     """
 
     rows: Int[Tensor, "prompt"]
     position_mask: Int[Tensor, "prompt pos"]
     layers: dict[int, KeptLayer]
+    entering: Float[Tensor, "end pos d_model"]
 
     @property
     def n_bytes(self) -> int:
@@ -80,7 +83,8 @@ class KeptBatch:
     def to(self, device: torch.device) -> KeptBatch:
         """The batch on another device."""
         layers = {index: layer.to(device) for index, layer in self.layers.items()}
-        return KeptBatch(self.rows, self.position_mask.to(device), layers)
+        mask, entering = self.position_mask.to(device), self.entering.to(device)
+        return KeptBatch(self.rows, mask, layers, entering)
 
 
 def clean_pass(
@@ -107,17 +111,23 @@ def clean_pass(
     bias = _bias_of_layers(model, batch, n_positions)
     position_mask = _aligned_right(batch.lengths).to(positions.device)
     resid = forward_batch(model, batch, stop_at_layer=first_layer)
+    entering = resid[shortest_and_longest(len(resid))].clone()
     with model.hooks(fwd_hooks=_z_readers(z, range(first_layer, model.cfg.n_layers), at)):
         for layer in range(first_layer, model.cfg.n_layers):
             block, kept = model.blocks[layer], _KeptKeys(resid)
-            entering = resid[at]
+            at_positions = resid[at]
             if layer < model.cfg.n_layers - 1:
                 resid = block(resid, past_kv_cache_entry=kept)
             else:
                 _run_attention(block, resid, kept)
             shared = kept.share(block.attn, n_positions, bias(block.attn), position_mask)
-            layers[layer] = KeptLayer(entering, z[layer], shared)
-    return KeptBatch(batch.rows, position_mask, layers)
+            layers[layer] = KeptLayer(at_positions, z[layer], shared)
+    return KeptBatch(batch.rows, position_mask, layers, entering)
+
+
+def shortest_and_longest(n_prompts: int) -> slice:
+    """The ends of a batch, whose prompts are sorted by length; padding matters for one of them."""
+    return slice(0, n_prompts, max(1, n_prompts - 1))
 
 
 def _run_attention(block: TransformerBlock, resid: Tensor, kept: _KeptKeys) -> None:

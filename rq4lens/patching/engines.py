@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from rq4lens.errors import UserError
@@ -15,10 +15,11 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.loading import HookedModel
 from rq4lens.models.prompts import TokenizedPrompts
 from rq4lens.patching import cached, suffix
-from rq4lens.patching.activations import forward_batch
+from rq4lens.patching.activations import device_of, forward_batch
+from rq4lens.patching.clean_pass import shortest_and_longest
 from rq4lens.patching.hooks import HookEngine, patched_heads
 from rq4lens.patching.patch import Engine, Intervention, KLDirection, Patch, Sources
-from rq4lens.patching.row_engine import RowEngine
+from rq4lens.patching.row_engine import Kept, RowEngine
 
 EngineChoice = Literal["suffix", "cached", "hooks"]
 
@@ -149,30 +150,35 @@ def difference_to_hooks(engine: RowEngine) -> float:
     """
     layer, model = engine.first_layer, engine.model
     kept = engine.kept_batches(layer)[-1]
-    ends = slice(0, len(kept.rows), max(1, len(kept.rows) - 1))
-    z = kept.z(layer)[ends].cpu()
+    ends = shortest_and_longest(len(kept.rows))
+    z = kept.z(layer)[ends]
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    sources = Sources({(layer, "noise"): (noise * z.float().std(unbiased=False)).to(z.dtype)})
+    # Nothing is fetched from the device before the end: the clean pass is still under way there.
+    noise = noise.to(z.device, z.dtype, non_blocking=True) * z.float().std(unbiased=False).to(
+        z.dtype
+    )
+    sources = Sources({(layer, "noise"): noise})
     intervention = (Patch(layer, HeadSet.all(model.cfg.n_heads), 0.5, "noise"),)
     fast = engine.logits_of(kept, ends, [intervention], sources)[:, 0].double()
-    native = _native_logits(engine, kept.rows[ends], intervention, sources).double()
+    native = _native_logits(engine, kept, intervention, sources).double()
     scale = (native - native.mean(-1, keepdim=True)).norm(dim=-1)
     relative = float(((fast - native).norm(dim=-1) / scale).max())
     return relative if relative == relative else float("inf")  # noqa: PLR0124 - NaN
 
 
 def _native_logits(
-    engine: RowEngine,
-    rows: Int[Tensor, "prompt"],
-    intervention: Intervention,
-    sources: Sources,
+    engine: RowEngine, kept: Kept, intervention: Intervention, sources: Sources
 ) -> Float[Tensor, "prompt vocab"]:
-    """Logits at the decision token of some prompts by one full pass through native hooks."""
-    chosen, every = rows.tolist(), engine.prompts
+    """Logits at the decision token of a batch's two ends by a pass through native hooks."""
+    ends, every = kept.rows[shortest_and_longest(len(kept.rows))].tolist(), engine.prompts
     some = TokenizedPrompts(
-        tuple(every.ids[row] for row in chosen), tuple(every.token_ids[row] for row in chosen)
+        tuple(every.ids[row] for row in ends), tuple(every.token_ids[row] for row in ends)
     )
     batch = next(some.batches(len(some)))
     with patched_heads(engine.model, intervention, sources, batch, engine.k_positions):
-        logits = forward_batch(engine.model, batch)
-    return logits[torch.arange(len(logits)), batch.decision][batch.rows.argsort()]
+        if kept.entering is None:
+            logits = forward_batch(engine.model, batch)
+        else:
+            resid = kept.entering.to(device_of(engine.model))
+            logits = engine.model(resid, start_at_layer=engine.first_layer, padding_side="right")
+    return logits[torch.arange(len(logits)), batch.decision]

@@ -42,6 +42,10 @@ class Kept(Protocol):
         """Which prompts of the engine these are."""
 
     @property
+    def entering(self) -> Float[Tensor, "end pos d_model"] | None:
+        """Residual stream of its shortest and longest prompt before the lowest kept layer."""
+
+    @property
     def n_bytes(self) -> int:
         """Memory that the batch takes."""
 
@@ -235,7 +239,9 @@ class RowEngine(ABC):
         """
         device, cfg = device_of(self.model), self.model.cfg
         rows = Rows.arrange(interventions, slice(0, len(interventions)), cfg.n_layers, device)
-        here = {key: source.to(device, cfg.dtype) for key, source in sources.items()}
+        here = {
+            key: source.to(device, cfg.dtype, non_blocking=True) for key, source in sources.items()
+        }
         groups = self._group_logits(kept.to(device), prompts, rows, here)
         return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
 
@@ -297,7 +303,10 @@ class RowEngine(ABC):
         chosen = dict(used_sources(interventions, sources))
         for key, source in chosen.items():
             check_source(key, source, self._site_shape)
-        return {key: source[kept.rows].to(device, dtype) for key, source in chosen.items()}
+        return {
+            key: source[kept.rows].to(device, dtype, non_blocking=True)
+            for key, source in chosen.items()
+        }
 
     def kept_batches(self, lowest: int) -> list[Any]:
         """The clean pass, made on first use; a layer below its first one makes another.

@@ -126,10 +126,11 @@ class Rows:
         rows = torch.tensor([row for row, _ in members])
         mask = torch.tensor([patch.heads.mask for _, patch in members], dtype=torch.bool)
         alpha = torch.tensor([patch.alpha for _, patch in members], dtype=torch.float64)
+        alpha = rearrange(alpha, "condition -> condition 1")
+        mask = rearrange(mask, "condition head -> condition 1 head")
+        # A blocking copy would wait until the device has worked off everything that is queued.
         return LayerPatch(
-            rows.to(self.device),
-            rearrange(mask, "condition head -> condition 1 head").to(self.device),
-            rearrange(alpha, "condition -> condition 1").to(self.device),
+            *(tensor.to(self.device, non_blocking=True) for tensor in (rows, mask, alpha))
         )
 
     def blend_into(

@@ -21,7 +21,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.attention_row import row_z
-from rq4lens.patching.block_row import finish_block
+from rq4lens.patching.block_row import finish_block, normed
 from rq4lens.patching.clean_pass import KeptBatch, clean_pass
 from rq4lens.patching.row_engine import RowEngine, SourceTensors
 from rq4lens.patching.rows import RowGroup, Rows
@@ -77,7 +77,7 @@ class SuffixEngine(RowEngine):
         self, resid: Float[Tensor, "prompt row d_model"]
     ) -> Float[Tensor, "prompt row vocab"]:
         if self.model.cfg.normalization_type is not None:
-            resid = self.model.ln_final(resid)
+            resid = normed(self.model.ln_final, resid)
         return apply_softcap(self.model.unembed(resid), self.model.cfg.output_logits_soft_cap)
 
 

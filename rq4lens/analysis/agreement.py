@@ -165,7 +165,8 @@ def kendall(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     signs = [np.sign(_pair_differences(scores)) for scores in (first, second)]
     agree = (signs[0] * signs[1]).sum(-1)
     untied = (np.abs(signs[0]).sum(-1), np.abs(signs[1]).sum(-1))
-    return np.asarray(agree / np.sqrt(untied[0] * untied[1]))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(agree / np.sqrt(untied[0] * untied[1]))
 
 
 def _pair_differences(scores: Scores) -> Float64[ndarray, "*rows pair"]:
@@ -178,7 +179,8 @@ def spearman(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     ranks = [rankdata(scores, axis=-1) for scores in (first, second)]
     centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
     scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
-    return np.asarray((centred[0] * centred[1]).sum(-1) / scale)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((centred[0] * centred[1]).sum(-1) / scale)
 
 
 def rank_biased_overlap(

@@ -279,6 +279,7 @@ class _Work:
             [(Head(layer, head), each.alpha) for each in at_alpha for head in heads],
             np.concatenate([each.delta_nats(each.singles) for each in at_alpha]),
             self.grid.groups,
+            n_flips=self.bootstrap.n_resamples,
             seed=self.bootstrap.seed,
         )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.controls import SIGNIFICANT
+from rq4lens.analysis.controls import QUESTIONS, SIGNIFICANT
 from rq4lens.analysis.records import Control, CoverageCurve, CoverageRow
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics import Estimate
@@ -15,6 +15,9 @@ MOST_PCT = 50.0
 
 FEW_SHARE = 0.25
 """Up to this share of a layer's heads are a few."""
+
+CONCENTRATED_PCT = 75.0
+"""A curve with more area than this rises early, however long its tail."""
 
 OPTIMISTIC_PCT = 5.0
 """A gap between plain and cross-fitted coverage that is worth a sentence, in percentage points."""
@@ -55,15 +58,20 @@ def _carriers(analysis: Analysis) -> Iterator[str]:
         return
     names = ", ".join(Head(analysis.settings.layer, head).label for head in row.heads[:8])
     more = ", ..." if row.k > 8 else ""
-    heads = f"The top {row.k} of {analysis.settings.n_heads} heads by {row.ranking} ({names}{more})"
+    several = row.k > 1
+    which = f"top {row.k}" if several else "first"
+    heads = f"The {which} of {analysis.settings.n_heads} heads by {row.ranking} ({names}{more})"
+    carry = "carry" if several else "carries"
     crossed = row.cross_fitted_coverage_pct
     if crossed.value is None:
-        yield f"{heads} cover {number(row.coverage_pct, '%')} on the prompts that ranked them."
+        share = number(row.coverage_pct, "%")
+        yield f"{heads} {carry} {share} of it on the prompts that ranked them."
         return
-    carries = "carry most of it" if crossed.value > MOST_PCT else "carry only part of it"
+    part = "most" if crossed.value > MOST_PCT else "only part"
+    plain, honest = number(row.coverage_pct, "%"), number(crossed, "%")
     yield (
-        f"{heads} {carries}: {number(row.coverage_pct, '%')} on the prompts that ranked them, "
-        f"{number(crossed, '%')} when ranked on other prompts."
+        f"{heads} {carry} {part} of it: {plain} on the prompts that ranked them, {honest} when "
+        "ranked on other prompts."
     )
     gap = row.optimism_pct.value
     if gap is not None and abs(gap) > OPTIMISTIC_PCT:
@@ -115,12 +123,28 @@ def _beside_random(row: CoverageRow) -> str:
 
 def _structure(analysis: Analysis) -> Iterator[str]:
     curve = _own_curve(analysis)
-    if curve is None or curve.k90.value is None:
+    if curve is None or curve.k90.value is None or curve.area_pct.value is None:
         return
-    k90, n_heads = curve.k90.value, analysis.settings.n_heads
-    few = k90 <= FEW_SHARE * n_heads
-    reading = "a few heads carry it" if few else "it is spread over many heads"
-    yield f"90% takes {number(curve.k90, f'of {n_heads} heads', digits=0)}: {reading}."
+    n_heads = analysis.settings.n_heads
+    reading = spread_of(curve.k90.value / n_heads, curve.area_pct.value)
+    yield (
+        f"90% takes {number(curve.k90, f'of {n_heads} heads', digits=0)} and the area under the "
+        f"curve is {number(curve.area_pct, '%')} (an even spread has 50%): {reading}."
+    )
+
+
+def spread_of(share_of_heads: float, area_pct: float) -> str:
+    """How the effect lies on heads, in words.
+
+    Args:
+        share_of_heads: share of the heads that 90% of the effect takes, in [0, 1].
+        area_pct: area under the coverage curve, in percent.
+    """
+    if share_of_heads <= FEW_SHARE:
+        return "a few heads carry it"
+    if area_pct >= CONCENTRATED_PCT:
+        return "a few heads carry most of it and many carry the rest"
+    return "it is spread over many heads"
 
 
 def _own_curve(analysis: Analysis) -> CoverageCurve | None:
@@ -137,9 +161,19 @@ def _controls(analysis: Analysis) -> Iterator[str]:
     failed = [control for control in judged if not control.survives]
     verdict = f"The claim survives {len(judged) - len(failed)} of {len(judged)} controls"
     yield verdict + (f"; it does not survive: {_names(failed)}." if failed else ".")
+    yield from _closest(judged)
     untested = [control for control in analysis.controls if control.survives is None]
     if untested:
         yield f"Without a verdict: {_names(untested)}."
+
+
+def _closest(controls: Sequence[Control]) -> Iterator[str]:
+    """The control that comes closest among those that put something else in the map's place."""
+    near = [c for c in controls if c.name in QUESTIONS and c.share_pct.value is not None]
+    if near:
+        closest = max(near, key=lambda control: control.share_pct.value or 0.0)
+        share = number(closest.share_pct, "%")
+        yield f"Of what stands in for the map, {closest.name} comes closest: {share} of its repair."
 
 
 def _names(controls: list[Control]) -> str:

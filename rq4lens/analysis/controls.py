@@ -17,7 +17,7 @@ from rq4lens.analysis.control_sources import (
     control_sources,
 )
 from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.records import Control, CoverageRow
+from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow
 from rq4lens.analysis.statistics import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -59,12 +59,18 @@ def paired(
         bootstrap: the resamples.
         unit: unit of the numbers.
     """
-    estimates = bootstrap.estimate(np.stack([value, reference, reference - value]))
+    means = bootstrap.resampled(np.stack([value, reference, reference - value]))
+    estimates = [*means.estimates(), _share(means.apply(lambda m: 100 * m[:, :1] / m[:, 1:2]))]
     return _judged(name, question, estimates, unit)
 
 
+def _share(resampled: Resampled) -> Estimate:
+    share = resampled.estimates(method="percentile")[0]
+    return NO_SHARE if share.value is None else share
+
+
 def _judged(name: str, question: str, estimates: Sequence[Estimate], unit: str) -> Control:
-    value, reference, difference = estimates
+    value, reference, difference, share = estimates
     interval = difference.interval
     return Control(
         name=name,
@@ -75,6 +81,7 @@ def _judged(name: str, question: str, estimates: Sequence[Estimate], unit: str) 
         unit=unit,
         survives=None if interval is None else interval.low > 0,
         reason=difference.reason if interval is None else None,
+        share_pct=share,
     )
 
 
@@ -177,14 +184,23 @@ def unpaired(name: str, question: str, value: Resampled, reference: Resampled) -
     # An interval needs several groups on both sides; no jackknife says that there are none.
     alone = min(len(value.jackknife), len(reference.jackknife)) == 0
     jackknife = value.jackknife[:0] if alone else reference.jackknife
-    difference = Resampled(reference.point - value.point, reference.draws - value.draws, jackknife)
+    # Without a jackknife over both sides there is no correction of skewness: percentiles.
+    difference, share = (
+        Resampled(both(reference.point, value.point), both(reference.draws, value.draws), jackknife)
+        for both in (np.subtract, _percent)
+    )
     estimates = [
         value.estimates()[0],
         reference.estimates()[0],
-        # The correction of skewness would need a jackknife over both sides.
         difference.estimates(method="percentile")[0],
+        _share(share),
     ]
     return _judged(name, question, estimates, KL_RAW_NATS)
+
+
+def _percent(whole: ndarray, part: ndarray) -> ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 100 * part / whole
 
 
 def random_controls(rows: Sequence[CoverageRow], n_heads: int) -> list[Control]:
@@ -210,4 +226,7 @@ def _random(row: CoverageRow) -> Control:
     )
     mean = Estimate(row.random_mean_pct, None, f"mean of {row.n_subsets} random sets")
     survives = row.p_value <= SIGNIFICANT
-    return Control(name, question, mean, reference, difference, COVERAGE_PCT, survives)
+    share = Estimate(100 * row.random_mean_pct / reference.value) if reference.value else NO_SHARE
+    return Control(
+        name, question, mean, reference, difference, COVERAGE_PCT, survives, share_pct=share
+    )

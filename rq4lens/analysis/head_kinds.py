@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.records import HeadKind, HeadKinds
-from rq4lens.analysis.statistics import Bootstrap, Estimate, undefined
+from rq4lens.analysis.statistics import CONSTANT, Bootstrap, Estimate, undefined
 
 IDLE_SHARE = 0.1
 """Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
@@ -79,11 +79,19 @@ def kind_of(raw: Estimate, drop: Estimate, idle_below: float) -> str:
     """
     if raw.value is None or raw.value <= idle_below:
         return "idle"
-    if drop.value is None or drop.interval is None:
-        return "undecided"
-    if drop.interval.low > EXPLAINED_PCT:
+    low, high = _reach(drop)
+    if low > EXPLAINED_PCT:
         return "re-coordinated"
-    return "rewired" if drop.interval.high < EXPLAINED_PCT else "undecided"
+    return "rewired" if high < EXPLAINED_PCT else "undecided"
+
+
+def _reach(drop: Estimate) -> tuple[float, float]:
+    """Where the drop may lie: its interval, the value all prompts agree on, or anywhere."""
+    if drop.interval is not None:
+        return drop.interval.low, drop.interval.high
+    if drop.value is not None and drop.reason == CONSTANT:
+        return drop.value, drop.value
+    return -np.inf, np.inf
 
 
 def rule(idle_below: float) -> str:

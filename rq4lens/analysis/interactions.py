@@ -49,7 +49,7 @@ def _strongest(
     if len(first) == 0:
         return ()
     of_pairs = matrix[first, second]
-    flips = sign_flips(of_pairs, measured.groups, seed=bootstrap.seed)
+    flips = sign_flips(of_pairs, measured.groups, bootstrap.n_resamples, bootstrap.seed)
     chosen = np.argsort(-np.abs(of_pairs.mean(-1)), kind="stable")[:N_STRONGEST]
     estimates = bootstrap.estimate(of_pairs[chosen])
     testable = len(set(measured.groups)) > 1

@@ -145,7 +145,9 @@ def compare_layers(
     heads = [Head(layer, head) for layer in layers for head in range(any_grid.n_heads)]
     alpha = any_grid.settings.alpha
     of_heads = delta.reshape(len(heads), -1)
-    tests = head_tests([(h, alpha) for h in heads], of_heads, any_grid.groups, seed=seed)
+    tests = head_tests(
+        [(h, alpha) for h in heads], of_heads, any_grid.groups, n_flips=n_resamples, seed=seed
+    )
     return LayerComparison(
         layers=layers,
         alpha=alpha,
@@ -225,7 +227,7 @@ def _row(
         full=full,
         curve=curve,
         concentration=concentration("|ΔKL|", raw - mapped, bootstrap),
-        pooled_churn=float(churn(np.abs((raw - mapped).mean(-1)), threshold)),
+        pooled_churn=float(churn(np.abs((raw - mapped).mean(-1))[None], threshold)[0]),
     )
 
 

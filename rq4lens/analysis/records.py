@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.statistics import Estimate
+from rq4lens.analysis.statistics import Estimate, undefined
+
+NO_SHARE = undefined("there is nothing to take a share of")
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,8 @@ class Control:
         survives: whether the claim survives; None when the control could not be run or decides
             nothing.
         reason: why ``survives`` is None.
+        share_pct: value as a share of the reference, in percent: a claim can survive a control
+            that comes close.
     """
 
     name: str
@@ -337,6 +341,7 @@ class Control:
     unit: str
     survives: bool | None
     reason: str | None = None
+    share_pct: Estimate = NO_SHARE
 
 
 @dataclass(frozen=True)

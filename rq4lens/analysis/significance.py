@@ -11,14 +11,14 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.multitest import fdrcorrection, multipletests
 
 from rq4lens.analysis.statistics import ONE_GROUP, group_membership
 from rq4lens.heads import Head
@@ -27,6 +27,7 @@ N_FLIPS = 10_000
 NO_EFFECT = "the effect is 0 on every prompt"
 
 PerPrompt = Float64[ndarray, "hypothesis prompt"]
+PerHypothesis = Float64[ndarray, "hypothesis"]
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def head_tests(
     columns = {
         "p_value": flips.p_value,
         "p_max_t": flips.p_max_t,
-        "p_holm": corrected(flips.p_value, usable, "holm"),
-        "p_bh": corrected(flips.p_value, usable, "fdr_bh"),
+        "p_holm": _corrected(flips.p_value, usable, _holm),
+        "p_bh": _corrected(flips.p_value, usable, _benjamini_hochberg),
     }
     reason = NO_EFFECT if n_groups > 1 else ONE_GROUP
     tests = tuple(
@@ -175,17 +176,19 @@ def head_tests(
     return HeadTests(tests, flips.n_flips, flips.p_value_min, flips.exhaustive, n_groups)
 
 
-def corrected(
-    p_values: Float64[ndarray, "hypothesis"], usable: ndarray, method: str
-) -> Float64[ndarray, "hypothesis"]:
-    """P-values corrected for their number; hypotheses without one are not counted.
-
-    Args:
-        p_values: the p-values.
-        usable: which of them exist.
-        method: a method of statsmodels' ``multipletests``.
-    """
+def _corrected(
+    p_values: PerHypothesis, usable: ndarray, correct: Callable[[PerHypothesis], PerHypothesis]
+) -> PerHypothesis:
+    """P-values corrected for their number; hypotheses without one are not counted."""
     result = np.full(p_values.shape, np.nan)
     if usable.any():
-        result[usable] = multipletests(p_values[usable], method=method)[1]
+        result[usable] = correct(p_values[usable])
     return result
+
+
+def _holm(p_values: PerHypothesis) -> PerHypothesis:
+    return multipletests(p_values, method="holm")[1]
+
+
+def _benjamini_hochberg(p_values: PerHypothesis) -> PerHypothesis:
+    return fdrcorrection(p_values)[1]

@@ -1,0 +1,225 @@
+"""The whole analysis of a run: complete, strict, honest about what is missing, and in words."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from games import Game, noisy_game
+
+from rq4lens.analysis.agreement import INDEX_NOTE
+from rq4lens.analysis.analyse import PARTS, analyse
+from rq4lens.analysis.claims import claims, number, spread_of
+from rq4lens.analysis.layers import compare_layers
+from rq4lens.analysis.ranking import METHODS
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics import LEVEL, Estimate, Interval, exact
+from rq4lens.errors import UserError
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.grid import run_grid
+
+ROW = {
+    *("k", "ranking", "heads", "coverage_pct", "coverage_pct_ci95", "cross_fitted_coverage_pct"),
+    *("optimism_pct", "p_value", "p_value_min", "n_subsets"),
+}
+
+
+def analysed(game, ks=(1, 2), measure=True, **kwargs) -> Analysis:
+    return analyse(
+        game.grid(ks=ks),
+        game if measure else None,
+        n_resamples=200,
+        n_random_sets=60,
+        n_splits=2,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def of_pair(tiny_pair, tiny_maps):
+    """The whole analysis of the tiny pair, with every method and control."""
+    experiment = prepare(tiny_pair, tiny_maps)
+    grid = run_grid(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(1, 2, 4), experiment=experiment)
+    return analyse(grid, experiment, n_resamples=300, n_random_sets=50, neutral=experiment)
+
+
+def test_analysis_of_a_pair_has_every_part(of_pair):
+    """All methods ran, every control has its row, and every part was timed."""
+    assert [row.method for row in of_pair.methods] == list(METHODS)
+    assert all(row.reason is None for row in of_pair.methods)
+    assert {curve.ranking for curve in of_pair.curves} >= {"delta (cross-fitted)", "best subset"}
+    assert set(of_pair.seconds) == set(PARTS)
+    assert of_pair.alignment is not None
+    assert {agreement.kind for agreement in of_pair.agreement} == {"metric", "map_kind", "alpha"}
+    assert {"control layer", "shuffled pairs", "neutral prompts"} <= {
+        control.name for control in of_pair.controls
+    }
+
+
+def test_analysis_file_is_strict_json_with_the_documented_rows(of_pair):
+    """``analysis.json`` has the documented keys and no number that is not finite."""
+    record = of_pair.to_dict()
+    json.dumps(record, allow_nan=False)
+    assert set(record["coverage"][0]) >= ROW
+    assert {"areas", "concentration", "controls", "agreement", "claims"} <= set(record)
+    assert {"ranking", "area_pct", "cpr", "cmd", "k90"} <= set(record["areas"][0])
+
+
+def test_the_runs_own_ranking_comes_first(of_pair):
+    """The first ranking and the first curve are those of the coverage table."""
+    assert of_pair.rankings[0].method == of_pair.curves[0].ranking == "delta"
+    assert of_pair.coverage[0].heads == of_pair.rankings[0].heads[:1]
+
+
+def test_table_and_curve_tell_the_same_numbers(of_pair):
+    """Coverage of the top k is the same in the table, the curve and the methods' rows."""
+    own = of_pair.curves[0]
+    by_method = next(row for row in of_pair.methods if row.method == "delta")
+    for row in of_pair.coverage:
+        assert row.coverage_pct.value == pytest.approx(own.coverage_pct[row.k].value)
+        assert row.coverage_pct.value == pytest.approx(by_method.coverage_pct[row.k].value)
+
+
+def test_analysis_repeats_itself(tiny_pair, tiny_maps):
+    """The same grid, experiment and seed give the same analysis, timings aside."""
+    experiment = prepare(tiny_pair, tiny_maps)
+    grid = run_grid(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(2,), experiment=experiment)
+    records = []
+    for _ in range(2):
+        found = analyse(grid, experiment, n_resamples=100, n_random_sets=20, methods=["shapley"])
+        records.append(found.to_dict() | {"seconds": None, "methods": None})
+    assert records[0] == records[1]
+
+
+def test_grid_alone_is_enough_for_its_own_numbers():
+    """Without an experiment the analysis holds what the grid supports and says what is missing."""
+    found = analysed(noisy_game([1.0, 2.0, 3.0], 20), measure=False)
+    assert found.curves == ()
+    assert found.interactions is None
+    assert "only the grid" in found.coverage[0].reason
+    assert len(found.tests.tests) == 3
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize(
+    "game",
+    [
+        Game(np.array([[2.0], [1.0]])),
+        Game(np.zeros((3, 6)), raw=np.zeros((3, 6))),
+        Game(np.ones((3, 6))),
+        noisy_game([0.0, 0.0, 0.0], 12),
+        noisy_game([-2.0, -1.0, 0.1], 12),
+        noisy_game([1.0], 8),
+        noisy_game([1.0, 2.0], 6, groups=["a"] * 6),
+    ],
+    ids=["one prompt", "nothing", "constant", "null", "negative", "one head", "one group"],
+)
+def test_degenerate_runs_survive(game, measure):
+    """One prompt, one head, ties, no effect, a harmful map: nulls with reasons, never NaN."""
+    n_heads = game.n_heads
+    found = analysed(game, ks=(1, n_heads), measure=measure)
+    record = found.to_dict()
+    json.dumps(record, allow_nan=False)
+    assert record["claims"]
+    for row in record["coverage"]:
+        assert row["coverage_pct"] is not None or row["coverage_pct_reason"]
+
+
+def test_claims_follow_the_numbers():
+    """A few heads, many heads, no effect and a harmful map each read differently."""
+    few = " ".join(analysed(noisy_game([5.0, 4.9, *[0.1] * 10], 40)).claims)
+    assert "The top 2 of 12 heads by delta (L1H0, L1H1) carry most of it" in few
+    assert "a few heads carry it" in few
+    assert "better than chance" in few
+    even = " ".join(analysed(noisy_game(np.ones(12), 40, noise=0.3)).claims)
+    assert "carry only part of it" in even
+    assert "spread over many heads" in even
+    assert "no better than chance" in even
+    null = " ".join(analysed(noisy_game(np.zeros(12), 40)).claims)
+    assert "Coverage is undefined" in null
+    assert "carry" not in null
+    harmful = " ".join(analysed(noisy_game(-np.ones(12), 40)).claims)
+    assert "makes the raw patch worse" in harmful
+
+
+def test_claims_name_controls_that_fail():
+    """A control without survival is named; one without a verdict is listed apart."""
+    found = analysed(noisy_game([3.0, 2.0, 1.0], 30))
+    first = found.controls[0]
+    failed = replace(found, controls=(replace(first, survives=False), *found.controls[1:]))
+    assert "does not survive: control layer" in " ".join(claims(failed))
+    untested = replace(found, controls=(replace(first, survives=None),))
+    assert "controls" not in " ".join(claims(untested)).replace("survives", "")
+
+
+def test_words_for_spread():
+    """The words follow 90% of the effect first and the area second."""
+    assert spread_of(0.1, 90.0) == "a few heads carry it"
+    assert "many carry the rest" in spread_of(0.5, 80.0)
+    assert "spread over many" in spread_of(0.9, 55.0)
+
+
+def test_numbers_in_sentences():
+    """Percent stands at the number, other units behind it, and the interval in brackets."""
+    assert number(Estimate(12.345, Interval(10.0, 15.0, LEVEL, "bca")), "%") == "12.3% [10.0, 15.0]"
+    assert number(Estimate(0.00012345), "nats") == "0.000123 nats"
+    assert number(exact(3.0), "heads", digits=0) == "3 heads [3, 3]"
+    assert number(Estimate(None, None, "why"), "%") == "an undefined share"
+
+
+@pytest.fixture(scope="module")
+def layer_grids(tiny_pair):
+    """The grids of all layers of the tiny pair on one experiment."""
+    maps = fit_maps(tiny_pair, [0, 1, 2])
+    experiment = prepare(tiny_pair, maps)
+    grids = {
+        layer: run_grid(tiny_pair, maps, layer, ks=(1,), experiment=experiment)
+        for layer in (0, 1, 2)
+    }
+    return grids, experiment
+
+
+def test_layers_are_ranked_together(layer_grids):
+    """The planted rotations of layer 1 are the best heads of all layers; the matrices agree."""
+    grids, experiment = layer_grids
+    found = compare_layers(grids, experiment, n_resamples=200)
+    assert {ranked.head.label for ranked in found.ranking[:2]} == {"L1H2", "L1H3"}
+    assert found.delta == pytest.approx(found.KL_raw - found.KL_mapped)
+    assert found.delta[1, 2] == pytest.approx(grids[1].single(2).delta)
+    assert [ranked.rank for ranked in found.ranking] == list(range(1, 13))
+    assert len(found.tests.tests) == 12
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_layers_have_their_own_curves(layer_grids):
+    """Every layer with a usable full effect has a curve that ends at 100."""
+    grids, experiment = layer_grids
+    for row in compare_layers(grids, experiment, n_resamples=200).rows:
+        last = row.curve.coverage_pct[-1]
+        assert (last.value == 100) == (row.full.undefined_because is None)
+        assert row.delta.value == pytest.approx(row.KL_raw.value - row.KL_mapped.value)
+
+
+def test_index_comparison_says_what_it_cannot_mean(layer_grids):
+    """Rankings of two layers are compared index by index only with the note beside them."""
+    found = compare_layers(layer_grids[0], n_resamples=100)
+    assert [(a.first, a.second) for a in found.by_index] == [
+        ("layer 0", "layer 1"),
+        ("layer 1", "layer 2"),
+    ]
+    assert all(agreement.note == INDEX_NOTE for agreement in found.by_index)
+    assert found.rows[0].curve is None
+
+
+def test_layers_of_different_sweeps_are_refused(layer_grids):
+    """Other prompts, another alpha or a wrong key cannot be compared."""
+    grids = layer_grids[0]
+    with pytest.raises(UserError, match="no layer to compare"):
+        compare_layers({})
+    with pytest.raises(UserError, match="is one of layer 1"):
+        compare_layers({0: grids[1]})
+    other = replace(grids[1], settings=replace(grids[1].settings, alpha=0.9))
+    with pytest.raises(UserError, match="another alpha"):
+        compare_layers({0: grids[0], 1: other})

@@ -67,6 +67,9 @@ class RunConfig(BaseModel):
     batch_size: int = Field(32, ge=1, description="prompts per forward pass")
     keep_both: bool = Field(True, description="false: never hold both models at once")
     trust_remote_code: bool = Field(False, description="let a checkpoint run its own code")
+    analysis: Literal["full", "grid"] = Field(
+        "full", description="full, or grid: only what the grid's own conditions support"
+    )
     resamples: int = Field(10_000, ge=100, description="bootstrap resamples")
     seed: int = Field(0, ge=0, description="seed of folds, resamples and random head sets")
 

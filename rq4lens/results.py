@@ -81,6 +81,13 @@ class GridSettings:
             for name, value in asdict(self).items()
         }
 
+    def comparable_to(self, other: GridSettings) -> bool:
+        """Whether two grids differ at most in layers, head sets and seeds."""
+        free = ("layer", "control_layer", "ks", "random_seeds", "rank_by", "seed", "engine")
+        return all(
+            value == getattr(other, name) for name, value in vars(self).items() if name not in free
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GridSettings:
         """Settings read back from JSON.

@@ -32,6 +32,7 @@ CONDITIONS = "conditions"
 MAPS = "maps"
 FIGURES = "figures"
 REPORT = "report.html"
+PROMPTS = "prompts.json"
 
 KINDS = ("raw", "mapped")
 
@@ -101,7 +102,7 @@ def write_run(
 def written_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The files of a finished run that its provenance holds checksums of."""
     ranking = ranking_file(settings["layer"], settings["alpha"])
-    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, SUMMARY)
+    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, SUMMARY)
 
 
 def file_sha256(path: Path) -> str | None:
@@ -179,8 +180,11 @@ def read_run(directory: Path) -> SavedRun:
     run, records, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
     _refuse_other_versions(directory, run)
     try:
-        grid = _grid(
-            GridSettings.from_dict(run["settings"]), run, pd.read_parquet(directory / PER_PROMPT)
+        grid = grid_of_table(
+            GridSettings.from_dict(run["settings"]),
+            pd.read_parquet(directory / PER_PROMPT),
+            noise_floor_nats=float(run["noise_floor_nats"]),
+            provenance=run,
         )
         _check_completeness(grid, records, analysis)
     except Exception as problem:  # every way in which a file can be damaged ends in one sentence
@@ -218,7 +222,27 @@ def _check_completeness(grid: GridResult, records: Any, analysis: Any) -> None:
         raise ValueError(f"{ANALYSIS} holds no object")
 
 
-def _grid(settings: GridSettings, run: Mapping[str, Any], table: pd.DataFrame) -> GridResult:
+def grid_of_table(
+    settings: GridSettings,
+    table: pd.DataFrame,
+    *,
+    noise_floor_nats: float,
+    provenance: Mapping[str, Any] | None = None,
+) -> GridResult:
+    """A grid from the table that :func:`per_prompt_table` made of it.
+
+    Args:
+        settings: how it was made.
+        table: its rows.
+        noise_floor_nats: its noise floor.
+        provenance: the content of ``run.json``.
+
+    Returns:
+        The grid.
+
+    Raises:
+        ValueError: if a condition lacks a prompt, repeats one or has a number that is not finite.
+    """
     if not 1 <= settings.n_heads <= MAX_HEADS:
         raise ValueError(f"{settings.n_heads} heads")
     ids = dict(zip(map(str, table["prompt_id"]), map(str, table["group"]), strict=True))
@@ -231,8 +255,8 @@ def _grid(settings: GridSettings, run: Mapping[str, Any], table: pd.DataFrame) -
         prompt_ids=tuple(ids),
         groups=tuple(ids.values()),
         conditions=conditions,
-        noise_floor_nats=float(run["noise_floor_nats"]),
-        provenance=run,
+        noise_floor_nats=noise_floor_nats,
+        provenance=provenance or {},
     )
 
 

@@ -12,7 +12,8 @@ from rq4lens.files import write_json_atomic
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.patching.grid import run_condition
-from rq4lens.study import Clock, Stage, capture, plan_of, prepare_experiment, silent
+from rq4lens.preparation import capture, plan_of, prepare_experiment
+from rq4lens.stages import Clock, Stage, silent
 from rq4lens.summary import condition_text
 
 

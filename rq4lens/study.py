@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.metrics import bootstrap_of, ranking_rows, records
+from rq4lens.analysis.result import Analysis
 from rq4lens.config import RunConfig
-from rq4lens.errors import UserError
 from rq4lens.files import write_json_atomic
-from rq4lens.models.catalog import pair_from_config, resolve_device
-from rq4lens.models.pair import SIDES, ModelPair
-from rq4lens.models.prompts import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations, check_layers
+from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.prompts import SIDE_EFFECT_SPLIT
+from rq4lens.pages import write_pages
+from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment, prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import GridPlan, run_grid
-from rq4lens.patching.patch import Advance
+from rq4lens.preparation import capture, plan_of, prepare_experiment
+from rq4lens.provenance import provenance
 from rq4lens.results import GridResult
 from rq4lens.run_directory import (
     CONDITIONS,
-    FORMAT,
     MAPS,
+    PROMPTS,
     ranking_file,
     write_grid,
     write_run,
 )
+from rq4lens.stages import Advance, Clock, Stage, silent
 from rq4lens.store import Store
 from rq4lens.summary import summary_text
-
-log = logging.getLogger(__name__)
-
-LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
-
-Stage = Callable[[str, int | None], AbstractContextManager[Advance | None]]
-"""Opens a stage of the work: its name and its number of rows; gives what reports progress."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,7 @@ class Study:
         grid: the grid's results.
         experiment: the prepared pair, for further measurements.
         records: the records of ``rq4_results.json``.
+        analysis: what the analysis adds.
         summary: what the console prints.
         timings_seconds: seconds of each stage.
     """
@@ -63,33 +52,9 @@ class Study:
     grid: GridResult
     experiment: Experiment
     records: list[dict[str, Any]]
+    analysis: Analysis
     summary: str
     timings_seconds: Mapping[str, float]
-
-
-@dataclass
-class Clock:
-    """Seconds of each stage of a run.
-
-    Args:
-        stage: opens a stage for whoever watches.
-    """
-
-    stage: Stage
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str, rows: int | None = None) -> Iterator[Advance | None]:
-        """Time a stage."""
-        started = time.perf_counter()
-        with self.stage(name, rows) as advance:
-            yield advance
-        self.seconds[name] = round(time.perf_counter() - started, 4)
-
-
-def silent(_name: str, _rows: int | None) -> AbstractContextManager[Advance | None]:
-    """A stage that nobody watches."""
-    return nullcontext()
 
 
 def run_study(
@@ -126,104 +91,53 @@ def run_study(
     rows = 2 * (len(plan.fixed()) + len(plan.ks)) * len(experiment.prompts)
     with clock("grid", rows) as advance:
         grid = _grid(config, plan, experiment, store, advance)
-    with clock("analysis"):
         bootstrap = bootstrap_of(grid, n_resamples=config.resamples, seed=config.seed)
         table = records(grid, bootstrap)
-    summary = summary_text(grid.settings, table)
-    with clock("write"):
         write_grid(directory, grid, table)
         write_json_atomic(directory / ranking_file(plan.layer, config.alpha), ranking_rows(grid))
+    with clock("analysis"):
+        analysis = _analyse(config, grid, experiment, activations)
+    texts = dict(zip(*_texts(experiment), strict=True))
+    write_json_atomic(directory / PROMPTS, texts)
+    summary = summary_text(grid.settings, table, analysis.claims)
     run = provenance(config, experiment, grid, store, clock.seconds)
-    write_run(directory, analysis={}, run=run, summary=summary)
-    return Study(directory, grid, experiment, table, summary, clock.seconds)
+    with clock("pages"):
+        write_pages(directory, grid, analysis.to_dict(), texts, run)
+    run["timings_seconds"] = dict(clock.seconds)
+    write_run(directory, analysis=analysis.to_dict(), run=run, summary=summary)
+    return Study(directory, grid, experiment, table, analysis, summary, clock.seconds)
 
 
-def plan_of(config: RunConfig, pair: ModelPair) -> GridPlan:
-    """The grid's plan, checked against the pair.
-
-    Raises:
-        UserError: if no layer is named, or a layer or k does not fit the models.
-    """
-    if config.layer is None:
-        raise UserError(
-            f"no layer is named for pair {config.pair!r}: give one from 0 to {pair.n_layers - 1} "
-            "with --layer."
-        )
-    plan = GridPlan(pair.n_heads, config.layer, config.control_layer, config.k, config.random_seeds)
-    check_layers(plan.layers, pair.n_layers)
-    return plan
+def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    prompts = experiment.pair.prompts.split(experiment.split)
+    return prompts.ids, prompts.texts
 
 
-def capture(
-    config: RunConfig, pair: ModelPair, layers: Sequence[int], clock: Clock
-) -> PairActivations:
-    """Read both models' activations.
-
-    Args:
-        config: which split is measured, at how many positions.
-        pair: the pair.
-        layers: the layers to read.
-        clock: times the stage.
-
-    Returns:
-        The activations.
-    """
-    activations = PairActivations(
-        pair, k_positions=config.k_positions, batch_size=config.batch_size
-    )
-    with clock("capture"):
-        # All of base before any of tuned: the models may not fit into memory together.
-        activations.capture("base", FIT_SPLIT, layers)
-        activations.capture("base", config.split, layers)
-        activations.capture("tuned", FIT_SPLIT, layers)
-    return activations
-
-
-def prepare_experiment(
-    config: RunConfig,
-    activations: PairActivations,
-    layers: Sequence[int],
-    clock: Clock,
-    *,
-    maps_directory: Path | None = None,
-    fresh: bool = False,
-) -> Experiment:
-    """Fit or reuse the maps, and set the tuned model behind an engine.
-
-    Args:
-        config: how to fit and patch.
-        activations: what :func:`capture` read.
-        layers: the layers to prepare.
-        clock: times the stages.
-        maps_directory: where fitted maps are looked up and kept, if anywhere.
-        fresh: fit every map again.
-
-    Returns:
-        The experiment.
-    """
-    pair = activations.pair
-    with clock("maps"):
-        maps = fit_maps(
-            pair,
-            layers,
-            config.map_kind,
-            scope=config.map_scope,
-            seed=config.seed,
-            activations=activations,
-            directory=maps_directory,
-            fresh=fresh,
-        )
-    with clock("prepare"):
-        return prepare(
-            pair,
-            maps,
-            split=config.split,
+def _analyse(
+    config: RunConfig, grid: GridResult, experiment: Experiment, activations: PairActivations
+) -> Analysis:
+    if config.analysis == "grid":
+        return analyse(grid, n_resamples=config.resamples, seed=config.seed)
+    neutral = None
+    if SIDE_EFFECT_SPLIT in experiment.pair.prompts.splits and experiment.pair.keep_both:
+        neutral = prepare(
+            experiment.pair,
+            experiment.maps,
+            split=SIDE_EFFECT_SPLIT,
             raw_baseline=config.raw_baseline,
             kl_direction=config.kl_direction,
             engine=config.engine,
             batch_size=config.batch_size,
             activations=activations,
         )
+    return analyse(
+        grid,
+        experiment,
+        n_resamples=config.resamples,
+        seed=config.seed,
+        activations=activations,
+        neutral=neutral,
+    )
 
 
 def _grid(
@@ -247,53 +161,3 @@ def _grid(
         experiment=experiment,
         advance=advance,
     )
-
-
-def provenance(
-    config: RunConfig,
-    experiment: Experiment,
-    grid: GridResult,
-    store: Store,
-    timings_seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    """Everything that says how a run was made; the content of ``run.json``."""
-    pair = experiment.pair
-    return {
-        "format": FORMAT,
-        "rq4lens": version("rq4lens"),
-        "config": config.model_dump(mode="json", exclude_unset=True),
-        "settings": grid.settings.to_dict(),
-        "noise_floor_nats": grid.noise_floor_nats,
-        "models": {side: pair.member(side).card.to_dict() for side in SIDES},
-        "prompts": {
-            "fingerprint": pair.prompts.fingerprint,
-            "splits": {name: len(pair.prompts.split(name)) for name in pair.prompts.splits},
-            "tokens": {side: pair.token_fingerprint(side, grid.settings.split) for side in SIDES},
-        },
-        "maps": {
-            str(layer): {**each.to_dict(), "fingerprint": each.fingerprint}
-            for layer, each in experiment.maps.items()
-        },
-        "engine": experiment.engine.name,
-        "device": resolve_device(config.device),
-        "store": {
-            "reused": store.counters.reused,
-            "computed": store.counters.computed,
-            "set_aside": [list(entry) for entry in store.counters.set_aside],
-        },
-        "libraries": {name: _version(name) for name in LIBRARIES},
-        "machine": {
-            "python": platform.python_version(),
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "torch_threads": torch.get_num_threads(),
-        },
-        "timings_seconds": dict(timings_seconds),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -29,7 +29,8 @@ from rq4lens.models.pair import (
 )
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
-from rq4lens.study import Clock, capture, prepare_experiment, silent
+from rq4lens.preparation import capture, prepare_experiment
+from rq4lens.stages import Clock, silent
 
 
 def resized(**changes):

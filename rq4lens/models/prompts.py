@@ -25,6 +25,7 @@ DecisionRule = Literal["last", "last_content"]
 
 FIT_SPLIT = "train"
 MEASURE_SPLIT = "val"
+SIDE_EFFECT_SPLIT = "neutral"
 
 MAX_ID_LENGTH = 200
 """Ids are names: they stand in error sentences, tables and hover texts."""
@@ -37,8 +38,8 @@ class Prompt:
     Args:
         id: its unique name.
         text: what the models read.
-        split: ``train`` (maps are fitted on it), ``val`` (everything is measured on it) or any
-            other name, for instance ``neutral``.
+        split: ``train`` (maps are fitted on it), ``val`` (everything is measured on it),
+            ``neutral`` (prompts that the fine-tune left alone, for side effects) or any other name.
         group: paraphrases of one question share a group; resampling and folds keep it together.
         meta: anything else that the file says about the prompt.
     """

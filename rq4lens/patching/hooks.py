@@ -37,6 +37,7 @@ from rq4lens.patching.patch import (
     head_mask,
     next_token_kl,
 )
+from rq4lens.patching.rows import check_source, used_sources
 
 
 @contextmanager
@@ -80,21 +81,20 @@ def _patch_hook(
     batch: TokenBatch,
     positions: Tensor,
 ) -> Callable[[Tensor, HookPoint], Tensor]:
-    def hook(z: Float[Tensor, "prompt pos head d_head"], hook: HookPoint) -> Tensor:
+    # TransformerLens passes the hook point by its name.
+    def write(z: Float[Tensor, "prompt pos head d_head"], hook: HookPoint) -> Tensor:  # noqa: ARG001
         rows = torch.arange(len(z), device=z.device)[:, None]
         at = positions.to(z.device)
-        current, incoming = z[rows, at], source[batch.rows].to(z.device)
-        if current.shape != incoming.shape:
-            raise UserError(
-                f"cannot patch source {patch.source!r} into {hook.name}: the site has shape "
-                f"{tuple(current.shape)} [prompt position head d_head], the source "
-                f"{tuple(incoming.shape)}; capture it on the same prompts of a model of this shape."
-            )
+        current = z[rows, at]
+        # An engine checks the number of prompts; here only a batch of them is known.
+        n_prompts = max(len(source), int(batch.rows.max()) + 1)
+        check_source((patch.layer, patch.source), source, (n_prompts, *current.shape[1:]))
+        incoming = source[batch.rows].to(z.device)
         z = z.clone()
         z[rows, at] = blend(current, incoming, head_mask(patch.heads, z.device), patch.alpha)
         return z
 
-    return hook
+    return write
 
 
 class HookEngine:
@@ -167,6 +167,10 @@ class HookEngine:
             UserError: if a layer, head set or source does not fit the model.
         """
         check_interventions(interventions, self.model)
+        cfg = self.model.cfg
+        for key, source in used_sources(interventions, sources):
+            site = (len(self.prompts), self.k_positions, cfg.n_heads, cfg.d_head)
+            check_source(key, source, site)
         kl, change = np.empty((2, len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
             clean = self._decision_logits(batch)

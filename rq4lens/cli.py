@@ -45,6 +45,7 @@ RUN_SETTINGS = (
     "random_seeds",
     "rank_by",
     *PLACE_SETTINGS,
+    "analysis",
     "resamples",
     "seed",
 )
@@ -77,8 +78,12 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory.")] = Path("runs/demo"),
     fresh: Fresh = False,
 ) -> None:
-    """Run the main job on the built-in pair."""
-    _run(preset("etiquette"), out, fresh)
+    """Run the main job on the built-in pair, every layer beside it."""
+    from rq4lens.sweep import sweep_layers  # noqa: PLC0415 - keeps --help fast
+
+    # The sweep first: the run takes its layers into the report, and its conditions from the store.
+    sweep_layers(preset("etiquette"), out, fresh=fresh, stage=watched)
+    _run(preset("etiquette"), out, fresh=False)
 
 
 @app.command()
@@ -102,6 +107,86 @@ def patch(
 
     result = patch_once(config, heads, out, stage=watched)
     output.print(result.text, end="")
+
+
+@app.command()
+@takes_config(
+    *PAIR_SETTINGS, *METHOD_SETTINGS, "k", *PLACE_SETTINGS, "resamples", "seed", config_file=True
+)
+def rank(
+    config: RunConfig,
+    method: Annotated[
+        str, typer.Option(help="delta, shapley, attribution, ...; several with commas, or ALL.")
+    ] = "delta",
+    file: Annotated[
+        list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also write a file per ranking.")
+    ] = None,
+) -> None:
+    """Rank the heads of a layer by any method, beside exact single-head ΔKL."""
+    from rq4lens.ranking_job import rank_layer  # noqa: PLC0415 - keeps --help fast
+
+    methods = [name.strip() for name in method.split(",")]
+    job = rank_layer(config, methods, files=file or (), out=out, stage=watched)
+    output.print(job.summary, end="", soft_wrap=True)
+    for path in job.files:
+        output.print(f"written to {path}")
+
+
+@app.command()
+@takes_config(
+    *PAIR_SETTINGS,
+    *(name for name in METHOD_SETTINGS if name != "layer"),
+    "k",
+    "random_seeds",
+    "rank_by",
+    *PLACE_SETTINGS,
+    "resamples",
+    "seed",
+    config_file=True,
+)
+def sweep(
+    config: RunConfig,
+    layers: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Layers: '24,26', '20-31' or ALL.")
+    ] = None,
+    out: Out = None,
+    fresh: Fresh = False,
+) -> None:
+    """Measure every layer from one clean pass, compare them, and propose main and control."""
+    from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
+
+    result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
+    output.print(result.summary, end="", soft_wrap=True)
+    if out is not None:
+        output.print(f"written to {out}")
+
+
+@app.command()
+def figures(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to; RUN/figures if left out.")
+    ] = None,
+) -> None:
+    """Draw every figure of a finished run: HTML, and PNG and SVG where there is a Chromium."""
+    from rq4lens.pages import draw_run  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.run_directory import FIGURES  # noqa: PLC0415
+
+    directory = out or run / FIGURES
+    for sentence in draw_run(run, directory):
+        errors.print(sentence, soft_wrap=True)
+    output.print(f"written to {directory}")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write the report of a finished run again, with the layers that a sweep has put beside it."""
+    from rq4lens.pages import write_report_of  # noqa: PLC0415 - keeps --help fast
+
+    output.print(f"written to {write_report_of(run)}")
 
 
 @app.command()

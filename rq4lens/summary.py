@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -31,14 +31,15 @@ def print_summary(
     """
     by_name = {record["cond"]: record for record in records}
     full = by_name["full"]
-    lines = [
+    lines: list[RenderableType] = [
         Text(setting_line(settings, full["n"]), style="dim"),
         Text(full_line(full), style="bold"),
         coverage_table(records),
         Text(control_line(full, by_name.get("ctrl_full"))),
         Text(checks_line(by_name["none"], by_name["self"]), style="dim"),
-        *map(Text, claims),
     ]
+    if claims:
+        lines += [Text(), Text(" ".join(claims))]
     for line in lines:
         console.print(line)
 
@@ -69,10 +70,11 @@ def condition_text(settings: GridSettings, record: Record) -> str:
     )
 
 
-def setting_line(settings: GridSettings, n_prompts: int) -> str:
-    """One line that says what was measured and how."""
+def setting_line(settings: GridSettings, n_prompts: int, where: str | None = None) -> str:
+    """Two lines that say what was measured and how."""
+    where = where or f"layer {settings.layer} of {settings.n_layers}"
     return (
-        f"{settings.pair}, layer {settings.layer} of {settings.n_layers}, "
+        f"{settings.pair}, {where}, "
         f"{settings.n_heads} heads, alpha {settings.alpha:g}, "
         f"{settings.split} split (n={n_prompts}),\n"
         f"map {settings.map_kind} per {settings.map_scope}, KL({settings.kl_direction}) in nats, "

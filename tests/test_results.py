@@ -1,0 +1,108 @@
+"""Records: what follows from a condition's own numbers, and the order of heads."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import synthetic_grid, synthetic_settings
+
+from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
+from rq4lens.results import ConditionResult, GridSettings, HeadRanking, rank_single_heads
+
+
+def condition(raw, mapped, cond="head0", head=0):
+    raw, mapped = np.array(raw, dtype=float), np.array(mapped, dtype=float)
+    return ConditionResult(cond, 1, HeadSet.of([head], 4), 0.3, raw, mapped, -raw, -mapped)
+
+
+def test_the_quantities_are_the_definitions():
+    """Means over prompts; `ΔKL = KL_raw - KL_mapped`; `drop_pct = 100 ΔKL / KL_raw`."""
+    one = condition([1.0, 3.0], [1.0, 0.0])
+    assert (one.KL_raw, one.KL_mapped, one.delta, one.drop_pct) == (2.0, 0.5, 1.5, 75.0)
+    assert one.delta_nats.tolist() == [0.0, 3.0]
+
+
+def test_a_map_that_harms_has_a_negative_drop():
+    """Nothing is clipped."""
+    assert condition([1.0], [3.0]).drop_pct == -200
+
+
+def test_the_drop_of_nothing_is_undefined():
+    """A raw patch that changes nothing has no share to speak of, whatever the map does."""
+    assert condition([0.0, 0.0], [0.0, 0.0]).drop_pct is None
+    assert condition([0.0], [1.0]).drop_pct is None
+
+
+scores = st.lists(st.none() | st.integers(-3, 3).map(float), min_size=1, max_size=12)
+
+
+@given(scores)
+def test_a_ranking_is_best_first(values):
+    """Scores descend, ties break by head index, undefined scores come last; no head is lost."""
+    ranking = HeadRanking.from_scores(values, method="x", layer=0, alpha=None)
+    assert sorted(ranking.heads) == list(range(len(values)))
+    assert [values[head] for head in ranking.heads] == list(ranking.scores)
+    for one, other in zip(ranking.heads, ranking.heads[1:], strict=False):
+        if values[one] is None:
+            assert values[other] is None
+            assert one < other
+        elif values[other] is not None:
+            assert (-values[one], one) < (-values[other], other)
+
+
+def test_ranks_and_prefixes_agree():
+    """`top(k)` are the heads of rank 1 to k; errors follow their heads."""
+    ranking = HeadRanking.from_scores(
+        [0.1, 0.3, None, 0.2],
+        method="x",
+        layer=5,
+        alpha=0.3,
+        standard_errors=[0.01, 0.03, None, 0.02],
+    )
+    assert ranking.heads == (1, 3, 0, 2)
+    assert ranking.standard_errors == (0.03, 0.02, 0.01, None)
+    for k in range(5):
+        assert ranking.top(k) == ranking.heads[:k]
+        assert ranking.top_set(k) == HeadSet.of(ranking.heads[:k], 4)
+    assert [ranking.rank_of(head) for head in ranking.heads] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("rank_by", "best"), [("delta", 0), ("drop_pct", 1)])
+def test_single_heads_are_ranked_by_the_chosen_score(rank_by, best):
+    """A large effect repaired by a half, and a small one repaired whole."""
+    singles = [
+        condition([4.0, 4.0], [2.0, 2.0], "head0", 0),
+        condition([1.0, 1.0], [0.0, 0.0], "head1", 1),
+        condition([0.0, 0.0], [0.0, 0.0], "head2", 2),
+    ]
+    ranking = rank_single_heads(singles, rank_by)
+    assert ranking.heads[0] == best
+    assert ranking.heads[-1] == 2
+    assert (ranking.per_prompt is not None) == (rank_by == "delta")
+
+
+def test_a_grid_knows_its_conditions():
+    """Conditions are looked up by name; a wrong name lists those that there are."""
+    grid = synthetic_grid(n_heads=4, ks=(1, 2))
+    assert grid.full is grid["full"]
+    assert grid.control is grid["ctrl_full"]
+    assert [single.cond for single in grid.singles] == [f"head{h}" for h in range(4)]
+    assert grid.label(3) == "L26H3"
+    with pytest.raises(UserError, match=r"no condition 'top3': it has full, head0"):
+        grid["top3"]
+
+
+def test_a_grid_without_control_has_none():
+    """The control condition is there only when a control layer was measured."""
+    assert synthetic_grid(n_heads=4, ks=(1,), control_layer=None).control is None
+
+
+@pytest.mark.parametrize("control_layer", [24, None])
+def test_settings_survive_json(control_layer):
+    """`from_dict(to_dict)` is the identity, through text."""
+    settings = synthetic_settings(control_layer=control_layer)
+    text = json.dumps(settings.to_dict(), allow_nan=False)
+    assert GridSettings.from_dict(json.loads(text)) == settings

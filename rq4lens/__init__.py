@@ -2,8 +2,8 @@
 
 >>> import rq4lens as rq
 >>> pair = rq.load_pair("etiquette")
->>> maps = rq.fit_maps(pair, layers=[1, 4])
->>> run = rq.run_grid(pair, maps, layer=1, control_layer=4, alpha=0.3)
+>>> maps = rq.fit_maps(pair, layers=[1, 2])
+>>> run = rq.run_grid(pair, maps, layer=1, control_layer=2, alpha=0.3)
 >>> run.ranking.top(4)  # doctest: +SKIP
 """
 

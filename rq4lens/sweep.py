@@ -125,8 +125,9 @@ def choose_layers(rows: Sequence[LayerRow]) -> LayerChoice:
     """Propose a main and a control layer.
 
     The main layer is the one whose map repairs most, among layers after the first whose raw patch
-    does at least ``WORTH_NATS`` and whose ``ΔKL(ALL)`` can be told from zero. The control is the
-    layer farthest above it whose ``ΔKL(ALL)`` lies clearly below: their intervals do not touch.
+    does at least ``WORTH_NATS`` and whose ``ΔKL(ALL)`` can be told from zero. The control is, among
+    the layers whose ``ΔKL(ALL)`` lies clearly below (the intervals do not touch), the one whose raw
+    patch does most: where nothing is damaged, nothing could be repaired.
 
     Args:
         rows: the layers side by side.
@@ -147,13 +148,14 @@ def choose_layers(rows: Sequence[LayerRow]) -> LayerChoice:
         f"raw patch does {main.KL_raw.value or 0.0:.5f} nats (at least {WORTH_NATS} asked)"
     ]
     clear = [row for row in rows if row.layer > 0 and _clearly_below(row, main)]
-    control = max(clear, key=lambda row: abs(row.layer - main.layer), default=None)
+    control = max(clear, key=lambda row: row.KL_raw.value or 0.0, default=None)
     if control is None:
         reasons.append("no control layer: no other layer's ΔKL(ALL) lies clearly below")
         return LayerChoice(main.layer, None, tuple(reasons))
     reasons.append(
-        f"control layer {control.layer}: the farthest whose interval of ΔKL(ALL) lies below, "
-        f"{_delta(control):.7f} nats, {100 * _delta(control) / _delta(main):.2f}% of the main layer"
+        f"control layer {control.layer}: its map repairs clearly less, {_delta(control):.7f} nats "
+        f"({100 * _delta(control) / _delta(main):.2f}% of the main layer), and of such layers its "
+        f"raw patch does most, {control.KL_raw.value or 0.0:.7f} nats"
     )
     return LayerChoice(main.layer, control.layer, tuple(reasons))
 

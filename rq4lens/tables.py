@@ -32,8 +32,7 @@ def sweep_text(
         reasons: which layers are proposed, and why.
     """
     best = ", ".join(
-        f"{Head(**row['head']).label} {row['delta']['value']:.5f}"
-        for row in comparison["ranking"][:TOP_HEADS]
+        f"{row['head']} {row['delta']:.5f}" for row in comparison["ranking"][:TOP_HEADS]
     )
     return _text(
         [
@@ -51,14 +50,15 @@ def _layer_table(comparison: Mapping[str, Any]) -> Table:
         curve = row["curve"] or {}
         table.add_row(
             str(row["layer"]),
-            _number(row["KL_raw"]["value"], ".6f"),
-            _number(row["KL_mapped"]["value"], ".6f"),
-            _number(row["delta"]["value"], ".6f"),
-            _bounds(row["delta"].get("ci95"), ".6f"),
-            _number(curve.get("area_pct", {}).get("value"), ".0f", "%"),
-            _number(curve.get("k90", {}).get("value"), ".0f"),
-            _number(row["concentration"]["gini"]["value"], ".2f"),
+            _number(row["KL_raw"], ".6f"),
+            _number(row["KL_mapped"], ".6f"),
+            _number(row["delta"], ".6f"),
+            _bounds(row["delta_ci95"], ".6f"),
+            _number(curve.get("area_pct"), ".0f", "%"),
+            _number(curve.get("k90"), ".0f"),
+            _number(row["concentration"]["gini"], ".2f"),
         )
+    table.caption = "area and k90: of the coverage curve of the layer's own ranking"
     return table
 
 

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from games import Game, measured
+from tiny import pair_of, random_prompts, tiny_model
 
+from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.coverage import CoverageStudy, coverage
 from rq4lens.analysis.crossfit import CrossFit, half_splits
 from rq4lens.analysis.metrics import full_effect
@@ -12,6 +15,11 @@ from rq4lens.analysis.random_sets import RandomRankings
 from rq4lens.analysis.significance import sign_flips
 from rq4lens.analysis.single_effects import rank_by_delta
 from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.heads import HeadSet
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.grid import run_grid
+from rq4lens.patching.patch import SELF
 
 N_NULLS = 200
 
@@ -87,6 +95,33 @@ def test_sign_flip_p_values_of_null_heads_are_uniform(grouped):
         values = np.repeat(values[:, :20], 2, axis=1)
     flips = sign_flips(values, groups, 2000, seed=3)
     assert is_uniform(flips.p_value, 2000)
+
+
+def test_equally_wrong_maps_give_uniform_p_values(tiny_pair, tiny_maps):
+    """Two noises of one kind in place of raw and mapped: neither repairs the other's damage."""
+    experiment = prepare(tiny_pair, tiny_maps)
+    z = experiment.sources[1, SELF]
+    p_values = []
+    for seed in range(N_NULLS):
+        noise = torch.Generator().manual_seed(seed)
+        wrong = {
+            (1, name): z + 0.3 * torch.randn(z.shape, generator=noise) for name in ("one", "other")
+        }
+        everything = [HeadSet.all(experiment.n_heads)]
+        varied = experiment.with_sources(wrong)
+        effects = varied.measure(1, everything, 0.5, raw="one", mapped="other")
+        p_values.append(sign_flips(effects.delta_nats, experiment.groups, 1000).p_value[0])
+    assert is_uniform(p_values, 1000)
+
+
+def test_identical_models_have_no_p_value():
+    """The same model twice: every effect is exactly 0, so there is nothing to test."""
+    base = tiny_model()
+    pair = pair_of(base, base, random_prompts())
+    grid = run_grid(pair, fit_maps(pair, [1]), 1, ks=(1,))
+    found = analyse(grid, n_resamples=100)
+    assert {test.p_value for test in found.tests.tests} == {None}
+    assert found.full.undefined_because is not None
 
 
 def test_max_t_keeps_the_family_wise_error():

@@ -1,0 +1,68 @@
+"""Which methods find planted heads; ``benchmarks/planted_pairs.py`` asks the same at length."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+from tiny import TINY_HEADS, TINY_LAYERS, pair_of, random_prompts, tiny_model
+
+from rq4lens.analysis.agreement import strengths
+from rq4lens.analysis.head_kinds import head_kinds
+from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS, rank_heads
+from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.heads import Head
+from rq4lens.models.builtin.plant import plant
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.fitting import fit_maps
+
+EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
+
+
+def planted(seed, n_rewired=0, drift=0.002):
+    """Two rotated heads of one layer, their layer's measurements, and which heads they are."""
+    rng = np.random.default_rng(seed)
+    layer = int(rng.integers(TINY_LAYERS))
+    heads = [Head(layer, int(head)) for head in rng.permutation(TINY_HEADS)]
+    base = tiny_model(seed)
+    tuned = plant(
+        base, rotated=heads[:2], rewired=heads[2 : 2 + n_rewired], drift=drift, seed=seed
+    ).tuned
+    pair = pair_of(base, tuned, random_prompts(n_train=96, n_val=24, seed=seed))
+    measured = MeasuredSets.of(prepare(pair, fit_maps(pair, [layer])), layer, 0.3)
+    return measured, [head.index for head in heads[:2]], [h.index for h in heads[2:]][:n_rewired]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exact_methods_put_rotated_heads_first(seed):
+    """Heads that a map puts right, among heads that only drifted: average precision 1.0."""
+    measured, rotated, _ = planted(seed)
+    is_rotated = [head in rotated for head in range(TINY_HEADS)]
+    for method in [*EXACT, "kl_curvature"]:
+        scores = strengths(rank_heads(method, measured))
+        assert average_precision_score(is_rotated, scores) == pytest.approx(1), method
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_relative_drop_tells_rotated_from_rewired(seed):
+    """Beside rewired heads, which a map repairs only in part, the relative drop stays right."""
+    measured, rotated, _ = planted(seed, n_rewired=1)
+    is_rotated = [head in rotated for head in range(TINY_HEADS)]
+    scores = strengths(rank_heads("drop_pct", measured))
+    assert average_precision_score(is_rotated, scores) == pytest.approx(1)
+
+
+def test_kinds_of_planted_heads_are_told_apart():
+    """Rotated heads are re-coordinated, rewired heads are not, untouched heads are idle."""
+    for seed in range(5):
+        measured, rotated, rewired = planted(seed, n_rewired=1, drift=0.0)
+        raw, mapped = measured.kl_nats(measured.singles)
+        full = measured.kl_nats([measured.everything])[0].mean()
+        bootstrap = Bootstrap(measured.groups, 300)
+        kinds = head_kinds(raw, mapped, float(full), 0.0, bootstrap).heads
+        for head in range(TINY_HEADS):
+            if head in rotated:
+                assert kinds[head].kind in {"re-coordinated", "idle"}
+            elif head in rewired:
+                assert kinds[head].kind in {"rewired", "undecided", "idle"}
+            else:
+                assert kinds[head].kind == "idle"

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -17,6 +17,11 @@ from rq4lens.files import read_regular_file, short_reason
 
 SUPPLY = "SUPPLY"
 """Start of a preset's ``prompts`` entry when the user has to bring the file."""
+
+NUMBERS = (
+    *("layer", "control_layer", "alpha", "k", "random_seeds", "k_positions", "batch_size"),
+    *("resamples", "seed"),
+)
 
 
 class RunConfig(BaseModel):
@@ -35,7 +40,9 @@ class RunConfig(BaseModel):
     control_layer: int | None = Field(None, ge=0, description="the control layer")
     alpha: float = Field(0.3, ge=0, le=1, description="blend strength, from 0 to 1")
     k: tuple[int, ...] = Field((1, 2, 4, 8), description="sizes of the top-k and random-k sets")
-    random_seeds: tuple[int, ...] = Field((0, 1, 2), description="seeds of the random-k sets")
+    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), description="seeds of the random-k sets"
+    )
     rank_by: Literal["delta", "drop_pct"] = Field("delta", description="score of single heads")
     map_kind: (
         Literal[
@@ -60,7 +67,7 @@ class RunConfig(BaseModel):
         "last", description="the last token, or the last one outside the special tokens"
     )
     engine: Literal["suffix", "hooks"] = Field("suffix", description="fast engine, or reference")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="number format of the models"
     )
@@ -70,8 +77,16 @@ class RunConfig(BaseModel):
     analysis: Literal["full", "grid"] = Field(
         "full", description="full, or grid: only what the grid's own conditions support"
     )
-    resamples: int = Field(10_000, ge=100, description="bootstrap resamples")
-    seed: int = Field(0, ge=0, description="seed of folds, resamples and random head sets")
+    resamples: int = Field(10_000, ge=100, le=1_000_000, description="bootstrap resamples")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of folds and resamples")
+
+    @field_validator(*NUMBERS, mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any) -> Any:
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(part, bool) for part in parts):
+            raise ValueError("true and false are no numbers")
+        return value
 
     @field_validator("k", "random_seeds", mode="after")
     @classmethod
@@ -101,7 +116,7 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
     """
     for key in values:
         if key not in RunConfig.model_fields:
-            raise UserError(f"{where} has unknown key {key!r}{_nearest(key)}.")
+            raise UserError(f"{where} has unknown key {key!r}: {_nearest(key)}")
     try:
         return RunConfig(**values)
     except ValidationError as problem:
@@ -182,9 +197,9 @@ def preset_text(name: str) -> str:
 def _nearest(key: str) -> str:
     near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
     return (
-        f": did you mean {near[0]!r}?"
+        f"did you mean {near[0]!r}?"
         if near
-        else f": allowed are {', '.join(RunConfig.model_fields)}"
+        else f"allowed are {', '.join(RunConfig.model_fields)}."
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from games import Game, measured, noisy_game
 
 from rq4lens.analysis.best_sets import best_subsets, interaction_matrix
-from rq4lens.analysis.coverage import CoverageStudy, coverage, coverage_of_grid
+from rq4lens.analysis.coverage import CoverageStudy, coverage, coverage_of_grid, seed_sets
 from rq4lens.analysis.crossfit import CrossFit, half_means, half_splits
 from rq4lens.analysis.curves import area, fewest_heads, ranking_curve, share_of_full
 from rq4lens.analysis.measured import MeasuredSets, prefixes, single_scores
@@ -198,7 +198,7 @@ def test_grid_alone_gives_the_table_of_the_study():
     grid = game.grid(ks=(1, 2))
     study = study_of(game, ks=(1, 2))
     own = MeasuredSets.of_grid(grid)
-    seeds = {k: {s: grid[f"rand{k}_s{s}"].heads.indices for s in (0, 1, 2)} for k in (1, 2)}
+    seeds = seed_sets(grid)
     table = coverage_of_grid(
         CoverageStudy(study.ranking, "delta", (1, 2), seeds, own, study.full, bootstrap_of(grid))
     )

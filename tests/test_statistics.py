@@ -5,13 +5,12 @@ import pytest
 import scipy.stats
 from scipy.stats._resampling import BootstrapResult
 
+from rq4lens.analysis.quantiles import bca_levels, quantiles
 from rq4lens.analysis.statistics import (
     CONSTANT,
     ONE_GROUP,
     UNDEFINED_IN_RESAMPLES,
     Bootstrap,
-    bca_levels,
-    quantiles,
 )
 from rq4lens.errors import UserError
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.agreement import Scored, agreement
+from rq4lens.analysis.agreement import Scored
 from rq4lens.analysis.alignment import Alignment, alignment
 from rq4lens.analysis.alpha_sweep import ALPHAS, alpha_sweep
 from rq4lens.analysis.claims import claims
@@ -23,13 +23,13 @@ from rq4lens.analysis.controls import (
     measured_controls,
     random_controls,
 )
-from rq4lens.analysis.coverage import Coverage, CoverageStudy, coverage, coverage_of_grid
+from rq4lens.analysis.coverage import Coverage, CoverageStudy, coverage, coverage_of_grid, seed_sets
 from rq4lens.analysis.head_kinds import head_kinds
 from rq4lens.analysis.interactions import interactions
-from rq4lens.analysis.map_agreement import map_kind_agreement
-from rq4lens.analysis.measured import Indices, MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.measured import MeasuredSets, MeasuresHeadSets
 from rq4lens.analysis.methods import Methods, compare_methods
 from rq4lens.analysis.metrics import FullEffect, bootstrap_of, grid_full_effect
+from rq4lens.analysis.other_rankings import map_kind_agreement, metric_agreement
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.records import (
     Agreement,
@@ -218,7 +218,7 @@ class _Work:
             ranking=self.ranking,
             rank_by=self.grid.settings.rank_by,
             ks=self.ks,
-            seed_sets=self._seed_sets(),
+            seed_sets=seed_sets(self.grid),
             measured=self.measured,
             full=self.full,
             bootstrap=self.bootstrap,
@@ -227,13 +227,6 @@ class _Work:
             seed=self.bootstrap.seed,
         )
         return coverage(study) if self.can_measure else coverage_of_grid(study)
-
-    def _seed_sets(self) -> dict[int, dict[int, Indices]]:
-        settings = self.grid.settings
-        return {
-            k: {seed: self.grid[f"rand{k}_s{seed}"].heads.indices for seed in settings.random_seeds}
-            for k in settings.ks
-        }
 
     @cached_property
     def compared(self) -> Methods:
@@ -314,23 +307,12 @@ class _Work:
     @cached_property
     def agreements(self) -> tuple[Agreement, ...]:
         """Rankings of the same heads across metrics and kinds of maps."""
-        found = [self._metric_agreement()]
+        found = [metric_agreement(self.grid, self._scored_delta, self.ks, self.bootstrap)]
         if self.experiment is not None and self.activations is not None:
             found += map_kind_agreement(
                 self.experiment, self.measured, self.activations, self.ks, self.bootstrap
             )
         return (*found, *(point.agreement for point in self.alphas[0]))
-
-    def _metric_agreement(self) -> Agreement:
-        """The same ranking by what the map repairs of the answer's log-probability."""
-        repair = np.stack(
-            [
-                single.answer_logprob_change_mapped_nats - single.answer_logprob_change_raw_nats
-                for single in self.grid.singles
-            ]
-        )
-        by_answer = Scored.of_prompts("answer log-probability", repair, self.bootstrap)
-        return agreement("metric", by_answer, self._scored_delta, self.ks, self.bootstrap)
 
     @cached_property
     def stability(self) -> RankStability:

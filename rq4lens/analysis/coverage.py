@@ -23,7 +23,7 @@ from rq4lens.analysis.random_sets import (
 )
 from rq4lens.analysis.records import CoverageCurve, CoverageRow, RandomSets
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
-from rq4lens.results import HeadRanking, RankBy
+from rq4lens.results import GridResult, HeadRanking, RankBy
 
 NO_EXPERIMENT = "only the grid was given: new head sets would have to be measured"
 
@@ -90,6 +90,15 @@ class CoverageStudy:
             _by_definition(self, k, estimate, 100.0)
             for k, estimate in zip(self.ks, estimates, strict=True)
         ]
+
+
+def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
+    """The grid's own random sets, by size and seed."""
+    seeds = grid.settings.random_seeds
+    return {
+        k: {seed: grid[f"rand{k}_s{seed}"].heads.indices for seed in seeds}
+        for k in grid.settings.ks
+    }
 
 
 def coverage_of_grid(study: CoverageStudy) -> Coverage:

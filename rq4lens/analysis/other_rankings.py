@@ -1,8 +1,10 @@
-"""Do other kinds of maps rank the same heads first?"""
+"""Do other metrics and other kinds of maps rank the same heads first?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from rq4lens.analysis.agreement import Scored, agreement
 from rq4lens.analysis.control_sources import FitData, refit
@@ -12,8 +14,32 @@ from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps import MapKind
+from rq4lens.results import GridResult
 
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
+
+
+def metric_agreement(
+    grid: GridResult, delta: Scored, ks: Sequence[int], bootstrap: Bootstrap
+) -> Agreement:
+    """Compare the ranking by ``ΔKL`` with one by a metric that is linear in log-probabilities.
+
+    That metric is what the map repairs of the log-probability of the tuned model's own answer.
+
+    Args:
+        grid: the measured grid.
+        delta: single-head ``ΔKL``.
+        ks: sizes at which the overlap of the top k is taken.
+        bootstrap: the resamples.
+    """
+    repair = np.stack(
+        [
+            single.answer_logprob_change_mapped_nats - single.answer_logprob_change_raw_nats
+            for single in grid.singles
+        ]
+    )
+    by_answer = Scored.of_prompts("answer log-probability", repair, bootstrap)
+    return agreement("metric", by_answer, delta, ks, bootstrap)
 
 
 def map_kind_agreement(

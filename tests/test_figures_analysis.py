@@ -8,6 +8,7 @@ from synthetic_analysis import METHODS, synthetic_analysis, synthetic_diagnostic
 from rq4lens import figures
 from rq4lens.analysis.agreement import kendall
 from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.errors import UserError
 from rq4lens.figures.gallery import method_agreements, saved_rankings
 
 
@@ -292,3 +293,15 @@ def test_titles_fit_a_narrow_window(grid, analysis, layers):
         assert len(figure.layout.title.text) <= 45
         setting = next(n.text for n in figure.layout.annotations if n.name == "setting")
         assert max(map(len, setting.split("<br>"))) <= 70
+
+
+def test_what_cannot_be_drawn_is_said_in_one_sentence(grid, layers):
+    """Unknown quantities, missing references and empty input name what is allowed."""
+    for draw, said in (
+        (lambda: figures.layer_heatmap(layers, quantity="kl"), "'kl'.*delta, KL_raw"),
+        (lambda: figures.engine_cost({"a": 1.0}, reference="b", setting=()), "'b'.*a"),
+        (lambda: figures.rank_flow(grid, {}), "at least one"),
+        (lambda: figures.agreement_matrix(grid, ()), "at least two"),
+    ):
+        with pytest.raises(UserError, match=said):
+            draw()

@@ -1,11 +1,14 @@
 """Figures as files: offline, and the same bytes each time."""
 
 import re
+from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 from synthetic import synthetic_grid
 
 from rq4lens import figures
+from rq4lens.errors import UserError
 from rq4lens.figures import export
 
 needs_browser = pytest.mark.skipif(
@@ -39,6 +42,15 @@ def test_without_a_browser_there_is_html_and_one_sentence(drawn, tmp_path, monke
     assert "chromium" in notes[0].lower()
     assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".js"}
     assert "ranking.png" not in (tmp_path / "index.html").read_text()
+
+
+def test_a_named_browser_that_is_not_there_is_no_browser(monkeypatch):
+    """BROWSER_PATH pointing nowhere counts as having none, and a picture says how to get one."""
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere/chromium")
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    assert figures.find_browser() is None
+    with pytest.raises(UserError, match="BROWSER_PATH"):
+        figures.picture(go.Figure())
 
 
 def test_pictures_can_be_left_out(drawn, tmp_path):

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import error_bars, shown
 from rq4lens.figures.saved import Record, estimate
-from rq4lens.figures.scales import is_wide
+from rq4lens.figures.scales import is_wide, lows
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
@@ -35,7 +35,7 @@ def alpha_sweep(grid: GridResult, points: Sequence[Record], *, dark: bool = Fals
     figure = go.Figure([_line(points, *style) for style in _LINES])
     figure.add_vline(x=grid.settings.alpha, line={"color": theme.GREY, "dash": "dot", "width": 1})
     figure.update_xaxes(title_text="blend strength α", nticks=8)
-    if is_wide(_lows(points)):
+    if is_wide(lows(estimate(point, name) for point in points for name in _NAMES)):
         figure.update_yaxes(
             title_text="all heads (nats, logarithmic)", type="log", exponentformat="power", dtick=1
         )
@@ -54,15 +54,6 @@ def alpha_sweep(grid: GridResult, points: Sequence[Record], *, dark: bool = Fals
         height_px=460,
         dark=dark,
     )
-
-
-def _lows(points: Sequence[Record]) -> list[float | None]:
-    """The lowest that each number can be; on a logarithmic axis none of them may reach 0."""
-    values = [estimate(point, name) for point in points for name in _NAMES]
-    return [
-        value.value if value.interval is None else min(value.interval.low, value.value or 0.0)
-        for value in values
-    ]
 
 
 def _line(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from rq4lens.errors import UserError
 from rq4lens.figures import theme
 
 _ROW_PX = 34
@@ -28,7 +29,14 @@ def engine_cost(
 
     Returns:
         The figure: a bar per entry, each with its ratio to the reference.
+
+    Raises:
+        UserError: if the reference is not among the times.
     """
+    if reference not in seconds:
+        raise UserError(
+            f"the reference {reference!r} is not among the times: name one of {', '.join(seconds)}."
+        )
     ratios = {name: value / seconds[reference] for name, value in seconds.items()}
     longest = max(len(name) for name in seconds)
     figure = go.Figure(
@@ -55,7 +63,7 @@ def engine_cost(
         title="Time of the same work",
         setting=(*setting, f"×: times {reference}"),
         height_px=170 + _ROW_PX * max(3, len(seconds)),
-        legend_rows=0,
+        rows=0,
         left_px=24 + 6 * longest,
         right_px=54,
         dark=dark,

@@ -62,13 +62,11 @@ def coverage_curve(
         figure.add_traces([*traces, *control])
         notes += control_note
         axes(figure, grid.n_heads)
-    named = sum(trace.showlegend is not False for trace in figure.data)
     return theme.frame(
         figure,
         title=f"Coverage of the best k heads, layer {grid.settings.layer}",
         setting=grid_setting(grid, *notes),
-        height_px=460 + 21 * theme.legend_rows(named),
-        legend_rows=theme.legend_rows(named) if named else 0,
+        height_px=460 + 21 * theme.legend_rows(figure),
         dark=dark,
     )
 
@@ -276,13 +274,11 @@ def method_curves(
             _line(theme.plain(name), points, style["color"], symbol, style["dash"], bars=False)
         )
     axes(figure, grid.n_heads)
-    rows = theme.legend_rows(len(figure.data))
     return theme.frame(
         figure,
         title=f"Coverage by ranking method, layer {grid.settings.layer}",
         setting=grid_setting(grid, "ranked and scored on the same prompts"),
-        height_px=460 + 21 * rows,
-        legend_rows=rows,
+        height_px=460 + 21 * theme.legend_rows(figure),
         dark=dark,
     )
 

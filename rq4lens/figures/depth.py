@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -13,6 +14,7 @@ from rq4lens.figures import theme
 from rq4lens.figures.coverage import axes, curve_points
 from rq4lens.figures.numbers import ConditionNumbers, error_bars, numbers_of
 from rq4lens.figures.saved import HasRecord, Record, as_record, estimates
+from rq4lens.figures.scales import is_wide, lows
 from rq4lens.figures.setting import any_grid, layers_setting
 from rq4lens.results import GridResult
 
@@ -53,18 +55,25 @@ def global_ranking(
         dtick=1,
         showgrid=False,
     )
-    figure.update_xaxes(title_text="ΔKL of the head alone (nats)", nticks=7, rangemode="tozero")
-    framed = theme.frame(
+    figure.update_xaxes(**_effect_axis(best))
+    return theme.frame(
         figure,
         title=f"The best {len(best)} heads of all layers",
         setting=layers_setting(
             grids, "bars: 95% bootstrap intervals over prompts, one head at a time"
         ),
         height_px=210 + _ROW_PX * max(6, len(best)),
-        legend_rows=2,
+        rows=2,
         dark=dark,
     )
-    return framed.update_layout(showlegend=False)
+
+
+def _effect_axis(best: Sequence[tuple[int, ConditionNumbers]]) -> dict[str, Any]:
+    if not is_wide(lows(numbers.delta for _, numbers in best)):
+        title = "ΔKL of the head alone (nats)"
+        return {"title_text": title, "nticks": 7, "rangemode": "tozero"}
+    title = "ΔKL of the head alone (nats, logarithmic)"
+    return {"title_text": title, "type": "log", "dtick": 1, "exponentformat": "power"}
 
 
 def _best(
@@ -102,6 +111,7 @@ def _marks(
         y=[numbers.label for _, numbers in best],
         error_x=error_bars([numbers.delta for _, numbers in best]),
         mode="markers",
+        cliponaxis=False,
         customdata=[numbers.label for _, numbers in best],
         hovertext=[
             f"{numbers.hover}<br>rank {rank} of all layers{ranges.get(numbers.label, '')}"
@@ -152,15 +162,14 @@ def layer_curves(
     notes = ["each layer relative to its own ΔKL of all heads"]
     if undefined:
         notes.append(f"coverage undefined in layers {', '.join(undefined)}")
-    framed = theme.frame(
+    return theme.frame(
         figure,
         title="Coverage curves of the layers",
         setting=layers_setting(grids, *notes),
         height_px=520,
-        legend_rows=2,
+        rows=2,
         dark=dark,
     )
-    return framed.update_layout(showlegend=False)
 
 
 def _saved_curves(comparison: HasRecord | Record | None) -> dict[int, Points]:

@@ -16,6 +16,8 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from rq4lens.errors import UserError
+
 CONFIG: dict[str, Any] = {
     "displaylogo": False,
     "responsive": True,
@@ -141,10 +143,14 @@ def _index(figures: Mapping[str, go.Figure], title: str, *, pictures: bool) -> s
 
 
 def find_browser() -> str | None:
-    """The Chrome or Chromium that kaleido would start; None without one."""
+    """The Chrome or Chromium that kaleido would start; None without one.
+
+    That is the one that ``BROWSER_PATH`` names, if it is set, or one that the system has.
+    """
     from choreographer.browsers.chromium import Chromium  # noqa: PLC0415
 
-    return Chromium.find_browser(skip_local=False)
+    path = Chromium.find_browser(skip_local=False)
+    return path if path is not None and Path(path).is_file() else None
 
 
 def picture(
@@ -162,10 +168,10 @@ def picture(
         The file's content.
 
     Raises:
-        RuntimeError: if there is no Chrome or Chromium.
+        UserError: if there is no Chrome or Chromium.
     """
     if find_browser() is None:
-        raise RuntimeError(NO_BROWSER)
+        raise UserError(NO_BROWSER)
     with _kaleido():
         return _picture(figure, kind, width_px, name)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
@@ -38,7 +39,12 @@ def rank_flow(
 
     Returns:
         The figure: a line per head; ``meta`` names the head.
+
+    Raises:
+        UserError: if there is no ranking.
     """
+    if not rankings:
+        raise UserError("there is no ranking to draw: give at least one.")
     names = [theme.plain(name) for name in rankings]
     orders = [list(heads) for heads in rankings.values()]
     first = orders[0]
@@ -74,7 +80,7 @@ def rank_flow(
         title=f"Ranks of heads across {theme.plain(what)}",
         setting=grid_setting(grid, *([BY_INDEX] if across_layers else []), alpha=alpha),
         height_px=170 + _ROW_PX * max(8, len(first)) + (7 * longest if steep else 0),
-        legend_rows=0,
+        rows=0,
         left_px=96,
         right_px=26,
         axis_px=24 + 7 * longest if steep else 34,

@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.setting import any_grid, layers_setting
 from rq4lens.results import ConditionResult, GridResult
@@ -55,10 +56,13 @@ def layer_heatmap(
 
     Returns:
         The figure: a heatmap, layers downwards; ``customdata`` names the head.
+
+    Raises:
+        UserError: if there is no such quantity.
     """
     layers = sorted(grids)
     states = [_state(grids, q) for q in QUANTITIES]
-    shown = next(i for i, q in enumerate(QUANTITIES) if q.attribute == quantity)
+    shown = _place_of(quantity)
     heads = range(any_grid(grids).n_heads)
     start = states[shown]
     figure = go.Figure(
@@ -86,15 +90,21 @@ def layer_heatmap(
     figure.update_yaxes(
         title_text="layer", type="category", autorange="reversed", showgrid=False, nticks=17
     )
-    framed = theme.frame(
+    return theme.frame(
         figure,
         title="Every head of every layer",
         setting=layers_setting(grids, "each head patched alone"),
         height_px=250 + max(220, 14 * len(layers)),
-        legend_rows=4,
+        rows=4,
         dark=dark,
     )
-    return framed.update_layout(showlegend=False)
+
+
+def _place_of(quantity: str) -> int:
+    names = [each.attribute for each in QUANTITIES]
+    if quantity not in names:
+        raise UserError(f"the heatmap has no quantity {quantity!r}: choose {', '.join(names)}.")
+    return names.index(quantity)
 
 
 def _state(grids: Mapping[int, GridResult], quantity: Quantity) -> dict[str, Any]:

@@ -74,7 +74,6 @@ def map_quality(
         title=f"Map quality and causal effect, layer {grid.settings.layer}",
         setting=grid_setting(grid, "fit measured on prompts held out of train", rule),
         height_px=520,
-        legend_rows=theme.legend_rows(len(figure.data)),
         dark=dark,
     )
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
+from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import shown
 from rq4lens.figures.saved import Record, estimate
@@ -44,8 +45,13 @@ def agreement_matrix(
 
     Returns:
         The figure: a symmetric heatmap, 1 on the diagonal.
+
+    Raises:
+        UserError: if nothing was compared.
     """
     pairs = {(row["first"], row["second"]): row for row in agreements}
+    if not pairs:
+        raise UserError("there is no agreement to draw: compare at least two rankings.")
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     cells = [[_agreement(pairs, row, column, measure) for column in names] for row in names]
     labels = [theme.plain(name) for name in names]
@@ -79,11 +85,11 @@ def agreement_matrix(
         title=f"Agreement of {theme.plain(what)}",
         setting=grid_setting(grid, "[..]: 95% bootstrap intervals over prompts", *notes),
         height_px=200 + 6 * longest + max(200, 34 * len(names)),
-        legend_rows=2,
+        rows=2,
         left_px=24 + 6 * longest,
         axis_px=20 + 6 * longest,
         dark=dark,
-    ).update_layout(showlegend=False)
+    )
 
 
 def _agreement(
@@ -141,9 +147,9 @@ def interaction_matrix(grid: GridResult, interactions: Record, *, dark: bool = F
             f"all together {shown(joint, 'nats')}",
         ),
         height_px=620,
-        legend_rows=2,
+        rows=2,
         dark=dark,
-    ).update_layout(showlegend=False)
+    )
 
 
 def _without_diagonal(row: Sequence[float], place: int) -> list[float | None]:

@@ -73,7 +73,6 @@ def head_plane(
         title=f"Heads of layer {grid.settings.layer}: raw against mapped",
         setting=grid_setting(grid, "dotted: KL_mapped = KL_raw", INTERVAL_NOTE, rule),
         height_px=560,
-        legend_rows=theme.legend_rows(len(figure.data) - 1),
         dark=dark,
     )
 

@@ -49,7 +49,7 @@ def per_prompt(
         title=f"The best heads of layer {grid.settings.layer}, prompt by prompt",
         setting=grid_setting(grid, *notes),
         height_px=190 + _ROW_PX * max(3, len(heads)),
-        legend_rows=0,
+        rows=0,
         dark=dark,
     )
 

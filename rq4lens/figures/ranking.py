@@ -76,7 +76,6 @@ def ranking_bars(
         title=f"Heads of layer {grid.settings.layer}, best first",
         setting=grid_setting(grid, note, rule),
         height_px=190 + _ROW_PX * max(6, len(shown_heads)),
-        legend_rows=theme.legend_rows(len(figure.data)),
         dark=dark,
     )
 

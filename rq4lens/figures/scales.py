@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rq4lens.analysis.statistics import Estimate
+
 # Values further apart than this are not told apart by eye on a linear axis.
 _WIDE = 100.0
 # A signed axis shows this many decades on each side of its linear part.
@@ -23,6 +25,11 @@ def is_wide(values: Iterable[float | None]) -> bool:
     """
     known = [value for value in values if value is not None]
     return bool(known) and min(known) > 0 and max(known) > _WIDE * min(known)
+
+
+def lows(estimates: Iterable[Estimate]) -> list[float | None]:
+    """The lowest that each estimate may be; on a logarithmic axis none of them may reach 0."""
+    return [e.value if e.interval is None else e.interval.low for e in estimates]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ _SETTING_LINE_PX = 14
 _AXIS_PX = 46
 _LEFT_PX = 66
 _RIGHT_PX = 18
+_LEGEND_PX = 400 - _LEFT_PX - _RIGHT_PX + 2
+_LEGEND_MARK_PX, _LEGEND_LETTER_PX = 46, 5.6
 
 
 def template(*, dark: bool = False) -> go.layout.Template:
@@ -150,7 +152,7 @@ def frame(
     title: str,
     setting: Sequence[str],
     height_px: int = 460,
-    legend_rows: int = 1,
+    rows: int | None = None,
     left_px: int = _LEFT_PX,
     right_px: int = _RIGHT_PX,
     axis_px: int = _AXIS_PX,
@@ -163,7 +165,8 @@ def frame(
         title: what the figure shows, at most about 45 letters a line; ``<br>`` breaks it.
         setting: the parts of the setting line, plain text.
         height_px: height of the whole figure; the width follows the window.
-        legend_rows: rows that the legend fills in a window of 400 px; 0 without a legend.
+        rows: rows above the plot; those that the legend needs when left out. A colour bar takes
+            two and hides the legend.
         left_px: width of the tick labels and the title of the y axis.
         right_px: room at the right, for instance for a colour bar.
         axis_px: height of the tick labels and the title of the x axis.
@@ -173,6 +176,7 @@ def frame(
         The same figure.
     """
     lines = [plain(line) for line in wrap(setting)]
+    above = legend_rows(figure) if rows is None else rows
     title_px = 18 + 20 * (1 + title.count("<br>"))
     figure.update_layout(
         template=template(dark=dark),
@@ -180,11 +184,11 @@ def frame(
         meta={"setting": list(setting)},
         height=height_px,
         autosize=True,
-        showlegend=legend_rows > 0,
+        showlegend=rows is None,
         margin={
             "l": left_px,
             "r": right_px,
-            "t": title_px + 21 * legend_rows + 4,
+            "t": title_px + 21 * above + 4,
             "b": axis_px + _SETTING_LINE_PX * len(lines) + 10,
             "autoexpand": False,
         },
@@ -227,9 +231,19 @@ def color_bar(title: str) -> dict[str, Any]:
     }
 
 
-def legend_rows(entries: int) -> int:
-    """Rows that a legend of so many short entries fills in a window of 400 px."""
-    return 1 if entries <= 3 else (entries + 1) // 2
+def legend_rows(figure: go.Figure) -> int:
+    """Rows that the figure's legend fills in a window of 400 px.
+
+    Plotly sets entries in one row if they fit, and in columns as wide as the widest one otherwise.
+    """
+    shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.name]
+    if not shown:
+        return 0
+    widths = [_LEGEND_MARK_PX + _LEGEND_LETTER_PX * len(name) for name in shown]
+    if sum(widths) <= _LEGEND_PX:
+        return 1
+    columns = max(1, int(_LEGEND_PX // max(widths)))
+    return -(-len(shown) // columns)
 
 
 def message(figure: go.Figure, text: str) -> go.Figure:

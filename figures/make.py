@@ -1,0 +1,53 @@
+"""Draw every figure of this folder again, from the built-in pair.
+
+Runs the main job and a sweep over all layers in a temporary folder, then writes HTML, and PNG and
+SVG where there is a Chrome or Chromium. The same versions give the same files, byte for byte.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import rq4lens as rq
+from rq4lens.analysis.layers import compare_layers
+from rq4lens.config import preset
+from rq4lens.patching.grid import run_sweep
+from rq4lens.study import Study
+
+PAIR = "etiquette"
+HERE = Path(__file__).parent
+
+
+def main(out: Path = HERE) -> None:
+    """Measure, draw, and say what could not be drawn.
+
+    Args:
+        out: where the figures go.
+    """
+    # Sums in one order: more threads may add the same numbers in another.
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        study = rq.run_study(preset(PAIR), Path(folder))
+    pair = study.experiment.pair
+    every_layer = rq.prepare(pair, rq.fit_maps(pair, range(pair.n_layers)))
+    layers = run_sweep(every_layer, study.grid.settings.alpha)
+    drawn = rq.figures.run_figures(
+        study.grid,
+        study.analysis,
+        layers=layers,
+        comparison=compare_layers(layers, every_layer),
+        provenance=study.grid.provenance | {"maps": _maps(study)},
+    )
+    for sentence in rq.figures.write_figures(drawn, out, title=f"Figures of the pair {PAIR}"):
+        print(sentence)
+    print(f"{len(drawn)} figures in {out}")
+
+
+def _maps(study: Study) -> dict[str, dict]:
+    return {str(layer): each.to_dict() for layer, each in study.experiment.maps.items()}
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))

@@ -1,0 +1,163 @@
+"""The sweep over layers, its files, and rankings as a job."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pair_on_disk import write_pair
+
+from rq4lens.analysis.metrics import FullEffect
+from rq4lens.analysis.statistics import Estimate, Interval
+from rq4lens.config import config_from
+from rq4lens.errors import UserError
+from rq4lens.layer_files import LAYERS, read_layers
+from rq4lens.pages import draw_run, write_report_of
+from rq4lens.ranking_job import rank_layer
+from rq4lens.study import run_study
+from rq4lens.sweep import choose_layers, parse_layers, sweep_layers
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    settings = write_pair(tmp_path_factory.mktemp("pair"))
+    return config_from({**settings, "k": [1, 2], "resamples": 200, "seed": 3})
+
+
+@pytest.fixture(scope="module")
+def swept(config, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sweep")
+    return directory, sweep_layers(config, directory)
+
+
+def test_sweep_agrees_with_a_run_of_each_layer(config, swept, tmp_path):
+    """A layer's grid in a sweep holds the numbers of a run of that layer alone."""
+    _, sweep = swept
+    run = run_study(config.updated(analysis="grid"), tmp_path / "run")
+    of_sweep = sweep.grids[run.grid.settings.layer]
+    for cond in ("full", "head0", "top2", "rand2_s1"):
+        np.testing.assert_allclose(
+            of_sweep[cond].kl_mapped_nats, run.grid[cond].kl_mapped_nats, atol=1e-6
+        )
+
+
+def test_saved_sweep_reads_back_as_it_was(swept):
+    """Every prompt's own numbers and the proposal survive the files."""
+    directory, sweep = swept
+    saved = read_layers(directory)
+    assert saved.choice == sweep.choice.to_dict()
+    for layer, grid in sweep.grids.items():
+        assert saved.grids[layer].settings == grid.settings
+        for cond, result in grid.conditions.items():
+            np.testing.assert_array_equal(saved.grids[layer][cond].kl_raw_nats, result.kl_raw_nats)
+
+
+def test_a_damaged_sweep_is_one_sentence(swept, tmp_path):
+    """A sweep whose files do not fit together is refused with the fix."""
+    directory, _ = swept
+    record = json.loads((directory / LAYERS).read_text())
+    record["settings"]["7"] = record["settings"]["0"]
+    (tmp_path / LAYERS).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="sweep again"):
+        read_layers(tmp_path)
+
+
+def test_a_directory_without_a_sweep_has_no_layers(tmp_path):
+    """A run directory in which nothing was swept holds no layers, and that is no error."""
+    assert read_layers(tmp_path) is None
+
+
+def test_report_and_figures_take_the_layers_that_lie_beside_the_run(config, tmp_path):
+    """A sweep into a run directory puts the layers into its report and figures."""
+    run_study(config.updated(analysis="grid"), tmp_path)
+    draw_run(tmp_path, tmp_path / "before", static=False)
+    sweep_layers(config, tmp_path)
+    draw_run(tmp_path, tmp_path / "after", static=False)
+    new = {p.name for p in (tmp_path / "after").iterdir()} - {
+        p.name for p in (tmp_path / "before").iterdir()
+    }
+    assert new == {"layers.html", "layers_ranking.html", "layers_coverage.html"}
+    assert "layers" in write_report_of(tmp_path).read_text(encoding="utf-8")
+
+
+def test_layers_of_another_alpha_stay_out_of_a_run(config, tmp_path):
+    """Layers measured in another way are not shown beside the run."""
+    run_study(config.updated(analysis="grid"), tmp_path)
+    sweep_layers(config.updated(alpha=0.5), tmp_path)
+    draw_run(tmp_path, tmp_path / "out", static=False)
+    assert not (tmp_path / "out" / "layers.html").exists()
+
+
+def _row(rows, layer, *, raw, delta, half_width):
+    estimate = Estimate(delta, Interval(delta - half_width, delta + half_width, 0.95, "bca"))
+    reason = "reaches 0" if delta - half_width <= 0 else None
+    return replace(
+        rows[0],
+        layer=layer,
+        KL_raw=Estimate(raw, None),
+        delta=estimate,
+        full=FullEffect(estimate, 0.0, reason),
+    )
+
+
+def test_choice_is_the_layer_that_repairs_most_and_the_damaged_one_that_repairs_less(swept):
+    """Main repairs most, never layer 0; control is damaged most among the clearly lesser ones."""
+    rows = swept[1].comparison.rows
+    given = [
+        _row(rows, 0, raw=0.9, delta=0.8, half_width=0.01),
+        _row(rows, 1, raw=0.05, delta=0.04, half_width=0.01),
+        _row(rows, 2, raw=0.06, delta=0.035, half_width=0.01),
+        _row(rows, 3, raw=0.03, delta=0.001, half_width=0.0005),
+        _row(rows, 4, raw=0.01, delta=0.002, half_width=0.0005),
+    ]
+    choice = choose_layers(given)
+    assert (choice.main, choice.control) == (1, 3)
+    assert len(choice.reasons) == 2
+
+
+def test_no_main_layer_where_nothing_can_be_told_from_zero(swept):
+    """Without a layer worth studying there is no proposal, and the reason says what to do."""
+    rows = swept[1].comparison.rows
+    choice = choose_layers([_row(rows, 1, raw=0.5, delta=0.1, half_width=0.2)])
+    assert choice.main is None
+    assert "raise alpha" in choice.reasons[0]
+
+
+@pytest.mark.parametrize(("text", "layers"), [("0-2", [0, 1, 2]), ("5,1", [5, 1]), ("all", None)])
+def test_layers_are_written_like_heads(text, layers):
+    """Layers are numbers and ranges, or ALL."""
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-b", "-3", "1,,2"])
+def test_words_are_no_layers(text):
+    """Anything else is refused with the grammar."""
+    with pytest.raises(UserError, match="20-31"):
+        parse_layers(text)
+
+
+def test_rank_writes_a_file_per_method_and_compares_them(config, tmp_path):
+    """Each ranking is written with its heads; exact ΔKL agrees with itself perfectly."""
+    job = rank_layer(config, ["delta", "kl_raw"], out=tmp_path)
+    rows = json.loads(job.files[0].read_text())
+    assert [row["head"] for row in rows] == list(job.rankings[0].heads)
+    assert job.rows[0].agreement.kendall.value == 1
+    assert "kl_raw" in job.summary
+
+
+def test_rank_compares_a_ranking_from_a_file(config, tmp_path):
+    """A ranking read from a file stands in the table like any other."""
+    exact = rank_layer(config, ["delta"]).rankings[0]
+    path = tmp_path / "attr_L1_attn.json"
+    path.write_text(json.dumps([{"head": h, "score": -s} for h, s in enumerate(exact.by_head)]))
+    job = rank_layer(config, [], files=[path])
+    assert job.rankings[0].method == "attr_L1_attn"
+    assert job.rows[0].agreement.kendall.value == -1
+
+
+def test_unknown_method_is_named_with_the_known_ones(config):
+    """A ranking method that does not exist is refused with the list."""
+    with pytest.raises(UserError, match="shapley"):
+        rank_layer(config, ["magic"])

@@ -254,9 +254,10 @@ def main() -> None:
         # Typer's own usage errors have no public common class; this method is what marks them.
         if not hasattr(problem, "format_message"):
             raise
-        _fail(f"{problem.format_message()}; see `rq4lens --help`.")
+        _fail(f"{problem.format_message().rstrip('.')}; see `rq4lens --help`.")
 
 
 def _fail(sentence: str) -> None:
-    errors.print(f"rq4lens: {sentence}", markup=False, soft_wrap=True)
+    # What a library says may have several lines; the sentence stays one.
+    errors.print(f"rq4lens: {' '.join(sentence.split())}", markup=False, soft_wrap=True)
     sys.exit(2)

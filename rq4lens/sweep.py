@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from rq4lens.run_directory import CONDITIONS, MAPS
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.store import Store
 from rq4lens.tables import sweep_text
+
+_LAYERS = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", re.ASCII)
 
 WORTH_NATS = 0.01
 """A main layer's raw patch should move the next-token distribution by at least this much."""
@@ -184,8 +187,12 @@ def parse_layers(text: str | None) -> list[int] | None:
         return None
     layers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdigit() and (last.isdigit() or not last)) or len(part) > 9:
-            raise UserError(f"cannot read layers {text[:60]!r}: write them as '24,26' or '20-31'.")
-        layers += range(int(first), int(last or first) + 1)
+        match = _LAYERS.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if last < first:
+            raise UserError(
+                f"cannot read layers {text[:60]!r}: write them as '24,26' or '20-31', the lower "
+                "one first."
+            )
+        layers += range(first, last + 1)
     return layers

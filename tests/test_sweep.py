@@ -131,7 +131,7 @@ def test_layers_are_written_like_heads(text, layers):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-b", "-3", "1,,2"])
+@pytest.mark.parametrize("text", ["", "a", "1-b", "-3", "1,,2", "5-2", "²", "1-99999"])
 def test_words_are_no_layers(text):
     """Anything else is refused with the grammar."""
     with pytest.raises(UserError, match="20-31"):

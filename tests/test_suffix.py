@@ -128,7 +128,7 @@ def test_half_precision_agrees_with_float32_within_its_noise(prompts, sources):
 
 
 @FAST
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     batch_size=st.integers(1, 7),
     max_rows=st.integers(1, 200),

@@ -90,7 +90,9 @@ def turn_to_decision(attn: Any, shared: SharedKeys, position_mask: Tensor) -> Sh
         rotation,
         "prompt kv_head key rotated, prompt d_head rotated -> prompt kv_head key d_head",
     )
-    scale = rotation.float().square().sum(-1).to(keys.dtype)
+    # In float32 or better: half precision would round a sum that is nearly 1 up to 1/128 away.
+    precise = rotation.to(torch.promote_types(keys.dtype, torch.float32))
+    scale = precise.square().sum(-1).to(keys.dtype)
     own_scale = rearrange(scale, "prompt d_head -> prompt 1 1 1 d_head")
     return SharedKeys(turned, shared.values, shared.bias, own_scale)
 

@@ -217,6 +217,7 @@ def prepare(
         k_positions=activations.k_positions,
         batch_size=batch_size,
         kl_direction=kl_direction,
+        first_layer=min(maps),
     )
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():

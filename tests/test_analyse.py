@@ -81,6 +81,15 @@ def test_table_and_curve_tell_the_same_numbers(of_pair):
         assert row.coverage_pct.value == pytest.approx(by_method.coverage_pct[row.k].value)
 
 
+def test_finding_is_checked_against_another_metric():
+    """The table also has coverage by the answer's log-probability; here both metrics are one."""
+    found = analysed(noisy_game([3.0, 2.0, 1.0], 30), ks=(1, 3))
+    for row in found.coverage:
+        assert row.answer_coverage_pct.value == pytest.approx(row.coverage_pct.value)
+    null = analysed(noisy_game([0.0, 0.0], 20), ks=(1,), measure=False).coverage[0]
+    assert "answer's repair" in null.answer_coverage_pct.reason
+
+
 def test_analysis_repeats_itself(tiny_pair, tiny_maps):
     """The same grid, experiment and seed give the same analysis, timings aside."""
     experiment = prepare(tiny_pair, tiny_maps)

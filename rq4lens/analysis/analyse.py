@@ -29,7 +29,7 @@ from rq4lens.analysis.interactions import interactions
 from rq4lens.analysis.measured import MeasuredSets, MeasuresHeadSets
 from rq4lens.analysis.methods import Methods, compare_methods
 from rq4lens.analysis.metrics import FullEffect, bootstrap_of, grid_full_effect
-from rq4lens.analysis.other_rankings import map_kind_agreement, metric_agreement
+from rq4lens.analysis.other_rankings import answer_coverage, map_kind_agreement, metric_agreement
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.records import (
     Agreement,
@@ -226,7 +226,10 @@ class _Work:
             n_splits=self.n_splits,
             seed=self.bootstrap.seed,
         )
-        return coverage(study) if self.can_measure else coverage_of_grid(study)
+        found = coverage(study) if self.can_measure else coverage_of_grid(study)
+        by_answer = answer_coverage(self.grid, self.bootstrap)
+        rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
+        return replace(found, rows=rows)
 
     @cached_property
     def compared(self) -> Methods:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
 
 from rq4lens.analysis.agreement import Scored, agreement
 from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.metrics import full_effect
 from rq4lens.analysis.records import Agreement
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps import MapKind
-from rq4lens.results import GridResult
+from rq4lens.results import ConditionResult, GridResult
 
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
 
@@ -32,14 +35,37 @@ def metric_agreement(
         ks: sizes at which the overlap of the top k is taken.
         bootstrap: the resamples.
     """
-    repair = np.stack(
-        [
-            single.answer_logprob_change_mapped_nats - single.answer_logprob_change_raw_nats
-            for single in grid.singles
-        ]
-    )
+    repair = np.stack([answer_repair_nats(single) for single in grid.singles])
     by_answer = Scored.of_prompts("answer log-probability", repair, bootstrap)
     return agreement("metric", by_answer, delta, ks, bootstrap)
+
+
+def answer_repair_nats(condition: ConditionResult) -> Float64[ndarray, "prompt"]:
+    """How much of the answer's log-probability the map wins back, on each prompt."""
+    return condition.answer_logprob_change_mapped_nats - condition.answer_logprob_change_raw_nats
+
+
+def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimate]:
+    """Coverage of the grid's top k by the answer's log-probability instead of KL, by k.
+
+    It is undefined, as coverage is, when the repair under the full patch cannot be told from 0.
+
+    Args:
+        grid: the measured grid.
+        bootstrap: the resamples.
+    """
+    ks = grid.settings.ks
+    repair = np.stack(
+        [answer_repair_nats(grid[f"top{k}"]) for k in ks] + [answer_repair_nats(grid.full)]
+    )
+    full = full_effect(repair[-1], 0.0, bootstrap)
+    if full.undefined_because is not None:
+        reason = full.undefined_because.replace("ΔKL(ALL)", "the answer's repair under ALL")
+        return dict.fromkeys(ks, undefined(reason))
+    shares = bootstrap.estimate(repair, lambda m: 100 * m[:, :-1] / m[:, -1:])
+    return {
+        k: exact(100.0) if k == grid.n_heads else share for k, share in zip(ks, shares, strict=True)
+    }
 
 
 def map_kind_agreement(

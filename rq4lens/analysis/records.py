@@ -15,6 +15,7 @@ from numpy import ndarray
 from rq4lens.analysis.statistics import Estimate, undefined
 
 NO_SHARE = undefined("there is nothing to take a share of")
+NOT_MEASURED = undefined("it was not measured")
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class CoverageRow:
         best_heads: the best set of this size that was found.
         best_coverage_pct: its coverage; it was chosen on the prompts it is scored on.
         reason: why cross-fitted values, p-values or random sets are missing.
+        answer_coverage_pct: coverage of the same heads by another metric: what the map repairs of
+            the log-probability of the tuned model's own answer, as a share of what it repairs
+            under the full patch.
     """
 
     k: int
@@ -127,6 +131,7 @@ class CoverageRow:
     best_heads: tuple[int, ...] | None
     best_coverage_pct: float | None
     reason: str | None = None
+    answer_coverage_pct: Estimate = NOT_MEASURED
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,11 @@ def test_heatmap_switch_holds_the_four_quantities(layers):
 
 
 def test_heatmap_cells_name_their_heads(layers):
-    """Hover and selection know a cell as its head."""
+    """Hover and selection know a cell as its head, with numbers and intervals."""
     heat = figures.layer_heatmap(layers).data[0]
     assert heat.customdata[3][5] == "L3H5"
-    assert heat.hovertext[3][5].startswith("<b>L3H5</b>")
+    assert heat.hovertext[3][5].startswith("<b>L3H5</b><br>ΔKL ")
+    assert heat.hovertext[3][5].count("[") >= 3
 
 
 def test_global_ranking_orders_all_layers(layers):

@@ -8,10 +8,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rq4lens.analysis.metrics import bootstrap_of
+from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
+from rq4lens.figures.numbers import single_head_numbers
 from rq4lens.figures.setting import any_grid, layers_setting
 from rq4lens.results import ConditionResult, GridResult
+
+HOVER_NOTE = "coverage in the hover: of the layer's own ΔKL of all heads"
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,19 @@ QUANTITIES = (
 
 
 def layer_heatmap(
-    grids: Mapping[int, GridResult], *, quantity: str = "delta", dark: bool = False
+    grids: Mapping[int, GridResult],
+    *,
+    quantity: str = "delta",
+    bootstrap: Bootstrap | None = None,
+    dark: bool = False,
 ) -> go.Figure:
     """Every head of every layer, with a switch between ΔKL, KL_raw, KL_mapped and drop.
 
     Args:
         grids: the grid of each layer.
         quantity: what is shown first: ``"delta"``, ``"KL_raw"``, ``"KL_mapped"`` or ``"drop_pct"``.
+        bootstrap: the resamples behind the intervals in the hover; made from the prompts when left
+            out.
         dark: the dark template.
 
     Returns:
@@ -61,6 +72,8 @@ def layer_heatmap(
         UserError: if there is no such quantity.
     """
     layers = sorted(grids)
+    bootstrap = bootstrap or bootstrap_of(any_grid(grids))
+    numbers = [single_head_numbers(grids[layer], bootstrap) for layer in layers]
     states = [_state(grids, q) for q in QUANTITIES]
     shown = _place_of(quantity)
     heads = range(any_grid(grids).n_heads)
@@ -74,8 +87,8 @@ def layer_heatmap(
             zmax=start["zmax"],
             colorscale=start["colorscale"],
             colorbar=theme.color_bar(start["title"]),
-            customdata=[[grids[layer].label(head) for head in heads] for layer in layers],
-            hovertext=[[_hover(grids[layer], head) for head in heads] for layer in layers],
+            customdata=[[each.label for each in row] for row in numbers],
+            hovertext=[[each.hover for each in row] for row in numbers],
             hovertemplate="%{hovertext}<extra></extra>",
         )
     )
@@ -93,7 +106,7 @@ def layer_heatmap(
     return theme.frame(
         figure,
         title="Every head of every layer",
-        setting=layers_setting(grids, "each head patched alone"),
+        setting=layers_setting(grids, "each head patched alone", HOVER_NOTE),
         height_px=250 + max(220, 14 * len(layers)),
         rows=4,
         dark=dark,
@@ -149,13 +162,3 @@ def _button(state: dict[str, Any]) -> dict[str, Any]:
         "method": "restyle",
         "args": [{**change, "colorbar.title.text": [state["title"]]}, [0]],
     }
-
-
-def _hover(grid: GridResult, head: int) -> str:
-    single = grid.single(head)
-    drop = "undefined" if single.drop_pct is None else f"{single.drop_pct:.3g}%"
-    return (
-        f"<b>{grid.label(head)}</b><br>ΔKL {single.delta:.3g} nats"
-        f"<br>KL_raw {single.KL_raw:.3g} nats<br>KL_mapped {single.KL_mapped:.3g} nats"
-        f"<br>drop {drop}"
-    )

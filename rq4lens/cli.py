@@ -18,7 +18,6 @@ from rq4lens.terminal import errors, output, watched
 
 app = typer.Typer(
     help="Which attention heads carry what a fine-tune changed.",
-    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -57,13 +56,10 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a fin
 
 @app.callback()
 def _common(
-    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say what is reused or computed, and why.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        output.print(context.get_help(), markup=False)
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -130,7 +126,7 @@ def rank(
 
     methods = [name.strip() for name in method.split(",")]
     job = rank_layer(config, methods, files=file or (), out=out, stage=watched)
-    output.print(job.summary, end="", soft_wrap=True)
+    output.print(job.summary, end="")
     for path in job.files:
         output.print(f"written to {path}")
 
@@ -159,7 +155,7 @@ def sweep(
     from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
     result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
-    output.print(result.summary, end="", soft_wrap=True)
+    output.print(result.summary, end="")
     if out is not None:
         output.print(f"written to {out}")
 
@@ -177,7 +173,7 @@ def figures(
 
     directory = out or run / FIGURES
     for sentence in draw_run(run, directory):
-        errors.print(sentence, soft_wrap=True)
+        errors.print(sentence)
     output.print(f"written to {directory}")
 
 
@@ -204,7 +200,7 @@ def verify(
 
     with watched("verify"):
         verification = verify_run(run, sample=sample, trust_remote_code=trust_remote_code)
-    output.print(verification.text, end="", soft_wrap=True)
+    output.print(verification.text, end="")
     raise typer.Exit(0 if verification.passed else 1)
 
 
@@ -214,10 +210,10 @@ def pairs(
 ) -> None:
     """List the pairs that come with the package."""
     if name is not None:
-        output.print(preset_text(name), end="", markup=False)
+        output.print(preset_text(name), end="")
         return
     for each in preset_names():
-        output.print(f"{each:<12}{preset(each).about}", markup=False)
+        output.print(f"{each:<12}{preset(each).about}")
 
 
 def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
@@ -229,12 +225,11 @@ def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
         again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
         errors.print(
             f"stopped; what is finished is kept in {directory}; go on with: "
-            f"{shlex.join(['rq4lens', *again])}",
-            soft_wrap=True,
+            f"{shlex.join(['rq4lens', *again])}"
         )
         raise typer.Exit(130) from None
-    output.print(study.summary, end="", markup=False, soft_wrap=True)
-    output.print(f"written to {directory}", markup=False)
+    output.print(study.summary, end="")
+    output.print(f"written to {directory}")
 
 
 def _default_directory(config: RunConfig) -> Path:
@@ -245,7 +240,7 @@ def _default_directory(config: RunConfig) -> Path:
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
     except UserError as problem:
         _fail(str(problem))
     except typer.Abort:
@@ -259,5 +254,5 @@ def main() -> None:
 
 def _fail(sentence: str) -> None:
     # What a library says may have several lines; the sentence stays one.
-    errors.print(f"rq4lens: {' '.join(sentence.split())}", markup=False, soft_wrap=True)
+    errors.print(f"rq4lens: {' '.join(sentence.split())}")
     sys.exit(2)

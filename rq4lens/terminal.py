@@ -17,9 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Names of files, pairs and prompts are printed as they are: nothing in them is markup.
-errors = Console(stderr=True, highlight=False, markup=False)
-output = Console(highlight=False, markup=False)
+# Names of files, pairs and prompts are printed as they are: nothing in them is markup, and no line
+# is broken where the output is not a terminal but a file of no width.
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+output = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

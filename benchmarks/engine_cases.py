@@ -1,0 +1,174 @@
+"""What the engine benchmarks run on: the pair, its prompts, and the conditions of the main job."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from rq4lens.heads import HeadSet
+from rq4lens.models.catalog import load_pair
+from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.patching.patch import Intervention, Patch
+
+ALPHA = 0.3
+KINDS = ("raw", "mapped")
+
+GPT2_SMALL = {
+    "n_layers": 12,
+    "d_model": 768,
+    "d_head": 64,
+    "n_heads": 12,
+    "d_mlp": 3072,
+    "d_vocab": 50257,
+    "n_ctx": 1024,
+    "act_fn": "gelu_new",
+    "normalization_type": "LN",
+}
+LLAMA_8B = {
+    "n_layers": 32,
+    "d_model": 4096,
+    "d_head": 128,
+    "n_heads": 32,
+    "n_key_value_heads": 8,
+    "d_mlp": 14336,
+    "d_vocab": 128256,
+    "n_ctx": 8192,
+    "act_fn": "silu",
+    "gated_mlp": True,
+    "normalization_type": "RMS",
+    "positional_embedding_type": "rotary",
+    "rotary_base": 500000.0,
+    "rotary_adjacent_pairs": False,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair of models in memory and the prompts that are measured on it.
+
+    Args:
+        name: what the case is called in the tables.
+        base: the base model.
+        tuned: the tuned model.
+        prompts: the prompts.
+        layer: the main layer.
+        batch_size: prompts per clean forward pass.
+    """
+
+    name: str
+    base: HookedTransformer
+    tuned: HookedTransformer
+    prompts: TokenizedPrompts
+    layer: int
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.tuned.parameters()).device
+
+    def describe(self) -> str:
+        """The case in one line."""
+        cfg, lengths = self.tuned.cfg, sorted(set(self.prompts.lengths.tolist()))
+        tokens = " to ".join(str(n) for n in dict.fromkeys([lengths[0], lengths[-1]]))
+        dtype = str(cfg.dtype).removeprefix("torch.")
+        return (
+            f"{cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, vocabulary "
+            f"{cfg.d_vocab}, {dtype}; {len(self.prompts)} prompts x {tokens} tokens; "
+            f"layer {self.layer}"
+        )
+
+    def shortened(self, n_prompts: int, n_tokens: int | None = None) -> Case:
+        """The same models on fewer or shorter prompts."""
+        ids = self.prompts.ids[:n_prompts]
+        tokens = tuple(row[:n_tokens] for row in self.prompts.token_ids[:n_prompts])
+        return replace(self, prompts=TokenizedPrompts(ids, tokens), batch_size=n_prompts)
+
+
+def random_model(seed: int, device: str, dtype: torch.dtype, shape: dict[str, Any]) -> Any:
+    """A model of the given shape with random weights, made where it will be used."""
+    cfg = HookedTransformerConfig(**shape, dtype=dtype, device=device, init_weights=False)
+    with torch.device(device):
+        model = HookedTransformer(cfg, move_to_device=False)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            last = name.rsplit(".", 1)[-1]
+            if last == "w":
+                weight.fill_(1)
+            elif last.lstrip("_").startswith("b"):
+                weight.zero_()
+            else:
+                weight.normal_(0, 0.02, generator=generator)
+    return model.eval()
+
+
+def random_tokens(n_prompts: int, n_tokens: int, vocabulary: int) -> TokenizedPrompts:
+    """Prompts of random tokens."""
+    draw = random.Random(0)
+    rows = (tuple(draw.randrange(vocabulary) for _ in range(n_tokens)) for _ in range(n_prompts))
+    return TokenizedPrompts(tuple(f"p{i}" for i in range(n_prompts)), tuple(rows))
+
+
+def random_case(
+    name: str, shape: dict[str, Any], n_prompts: int, n_tokens: int, layer: int
+) -> Callable[[str, torch.dtype], Case]:
+    """A random pair of a given shape, to be made on a device."""
+
+    def make(device: str, dtype: torch.dtype) -> Case:
+        base, tuned = (random_model(seed, device, dtype, shape) for seed in (1, 2))
+        prompts = random_tokens(n_prompts, n_tokens, shape["d_vocab"])
+        return Case(name, base, tuned, prompts, layer, n_prompts)
+
+    return make
+
+
+def builtin_case(device: str, dtype: torch.dtype) -> Case:
+    """The built-in pair on its validation prompts."""
+    name = str(dtype).removeprefix("torch.")
+    pair = load_pair("etiquette", device=device, dtype=name)
+    models = (pair.use("base").model, pair.use("tuned").model)
+    return Case("built-in pair", *models, pair.tokens("tuned", "val"), 1, 32)
+
+
+CASES: dict[str, Callable[[str, torch.dtype], Case]] = {
+    "builtin": builtin_case,
+    "gpt2-small": random_case("GPT-2-small shape", GPT2_SMALL, 16, 64, 8),
+    "llama-8b": random_case("Llama-3.1-8B shape", LLAMA_8B, 150, 96, 26),
+    "tiny": random_case(
+        "tiny",
+        LLAMA_8B
+        | {"n_layers": 4, "d_model": 64, "d_head": 16, "n_heads": 8, "n_key_value_heads": 2}
+        | {"d_mlp": 96, "d_vocab": 300},
+        8,
+        24,
+        2,
+    ),
+}
+"""Every case by its name on the command line; ``tiny`` only tries the scripts out."""
+
+
+def grid_conditions(layer: int, n_heads: int) -> list[Intervention]:
+    """The main job's patches at one layer: all, each, the top k and random k heads; both kinds."""
+    everything = tuple(range(n_heads))
+    sizes = (1, 2, 4, 8)
+    sets = [everything, *((head,) for head in everything), *(everything[:k] for k in sizes)]
+    sets += [tuple(random.Random(seed).sample(everything, k)) for k in sizes for seed in range(3)]
+    return [
+        (Patch(layer, HeadSet.of(heads, n_heads), ALPHA, kind),) for kind in KINDS for heads in sets
+    ]
+
+
+def single_heads(layers: range, n_heads: int) -> list[Intervention]:
+    """Every head of some layers by itself; both kinds."""
+    return [
+        (Patch(layer, HeadSet.of((head,), n_heads), ALPHA, kind),)
+        for layer in layers
+        for head in range(n_heads)
+        for kind in KINDS
+    ]

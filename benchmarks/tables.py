@@ -1,0 +1,183 @@
+"""Turn the records of ``benchmarks/results/`` into ``benchmarks/RESULTS.md`` and growth curves.
+
+Run as ``python benchmarks/tables.py`` after ``benchmarks/engine.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ORDER = ("llama-8b", "gpt2-small", "builtin")
+
+INTRODUCTION = """# What the engine costs
+
+Each section is one run of one process; ratios, not seconds, are what carries over to other
+machines. The plain forward passes are the unavoidable input: both models once over all prompts.
+The grid is the main job at one layer (all heads, each head, top and random heads; raw and mapped),
+from two models in memory to numbers, with the maps given. Other ways are timed on a sample of the
+same conditions and extrapolated to all of them. The arithmetic floor counts two operations per
+weight that a row is multiplied with, at the speed of one large matrix product on the same device.
+
+Written by `python benchmarks/tables.py` from the records in `benchmarks/results/`.
+"""
+
+
+def main() -> None:
+    """Write the tables and draw the curves."""
+    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    records = {name: found[name] for name in ORDER if name in found}
+    sections = [section(name, record) for name, record in records.items()]
+    (HERE / "RESULTS.md").write_text("\n".join([INTRODUCTION, *sections]))
+    for name, record in records.items():
+        if "growth" in record:
+            draw(record).write_image(RESULTS / f"{name}-growth.svg")
+
+
+def section(name: str, record: dict[str, Any]) -> str:
+    """The tables of one case."""
+    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    lines = [
+        f"## {record['case']}",
+        "",
+        f"{record['what']}.",
+        "",
+        f"`{record['command']}`, {record['date']}, {record['hardware']}, {versions}.",
+        "",
+        "| | seconds | of two plain forward passes | the engine is faster by |",
+        "|---|---:|---:|---:|",
+        *(row(*entry) for entry in entries(record)),
+        "",
+        *remarks(record),
+        "",
+    ]
+    if "growth" in record:
+        lines += [f"![How the cost grows](results/{name}-growth.svg)", ""]
+    return "\n".join(lines)
+
+
+Entry = tuple[str, float, float, float | None]
+
+
+def entries(record: dict[str, Any]) -> list[Entry]:
+    """Label, seconds, ratio to the plain passes, and how much slower than the engine."""
+    plain, grid, scan = record["plain_forwards_seconds"], record["grid"], record["scan"]
+    stages = grid["stages_seconds"]
+    n_grid, n_scan = grid["n_conditions"], scan["n_conditions"]
+
+    def other(label: str, key: str, n: int, engine: float) -> list[Entry]:
+        if key not in record:
+            return []
+        seconds = record[key] * n
+        return [
+            (f"{label}, {n} conditions (extrapolated)", seconds, seconds / plain, seconds / engine)
+        ]
+
+    whole = grid["seconds"]
+    measured: list[Entry] = [
+        ("two plain forward passes", plain, 1.0, None),
+        (f"**the grid, {n_grid} conditions, all in all**", whole, whole / plain, None),
+        ("its base activations", stages["capture"], stages["capture"] / plain, None),
+        (
+            "its clean pass, check included",
+            stages["clean_pass"],
+            stages["clean_pass"] / plain,
+            None,
+        ),
+        ("its conditions", stages["rows"], stages["rows"] / plain, None),
+        *other("native hooks, batched", "hooks_seconds_per_condition", n_grid, whole),
+        *other("TransformerLens `patching`", "library_seconds_per_condition", n_grid, whole),
+        *other("one process each", "process_seconds_per_condition", n_grid, whole),
+        (
+            "gradient attribution of the layer (approximate)",
+            record["attribution_of_one_layer_seconds"],
+            record["attribution_of_one_layer_seconds"] / plain,
+            None,
+        ),
+        (
+            f"**every head of every layer, {n_scan} conditions, beyond the clean passes**",
+            scan["seconds"],
+            scan["seconds"] / plain,
+            None,
+        ),
+        *other("native hooks, batched", "hooks_seconds_per_condition", n_scan, scan["seconds"]),
+    ]
+    return measured
+
+
+def row(label: str, seconds: float, ratio: float, faster: float | None) -> str:
+    """One line of a table."""
+    by = "" if faster is None else f"{faster:.3g}x"
+    return f"| {label} | {seconds:.3g} | {ratio:.3g}x | {by} |"
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What does not fit into the table."""
+    scan, agreement = record["scan"], record["agreement"]
+    lines = [
+        f"- Arithmetic floor of every head of every layer: {scan['floor_seconds']:.3g} s at "
+        f"{record['peak_flops'] / 1e12:.3g} TFLOP/s; the engine takes "
+        f"{scan['seconds'] / scan['floor_seconds']:.3g}x that.",
+        f"- The first grid of the process, which also reorders weights in memory, took "
+        f"{record['grid']['first_seconds']:.3g} s.",
+        f"- No patch reads {agreement['none_kl_nats']:.2g} nats. All heads patched: KL "
+        f"{agreement['full_kl_nats']:.6g} nats by the engine, "
+        f"{agreement['full_kl_nats_by_hooks']:.6g} by native hooks; the largest difference of any "
+        f"prompt is {agreement['largest_kl_difference_nats']:.2g}.",
+    ]
+    if "peak_bytes_beyond_weights" in record:
+        rows = scan["memory"]["rows"]
+        lines.append(
+            f"- Peak memory beyond the weights of both models: "
+            f"{record['peak_bytes_beyond_weights'] / 1e9:.3g} GB; budget of the rows "
+            f"{rows['budget_bytes'] / 1e9:.3g} GB, of the kept keys and values "
+            f"{scan['memory']['kept_bytes'] / 1e9:.3g} GB."
+        )
+    if "demo_compute_seconds" in record:
+        lines.append(
+            f"- Maps and main grid of the demo, once loaded: "
+            f"{record['demo_compute_seconds']:.3g} s."
+        )
+    return lines
+
+
+def draw(record: dict[str, Any]) -> go.Figure:
+    """Seconds against the size of each axis, both on logarithmic scales."""
+    axes = list(dict.fromkeys(point["axis"] for point in record["growth"]))
+    figure = make_subplots(1, len(axes), shared_yaxes=True, subplot_titles=axes)
+    for column, axis in enumerate(axes, start=1):
+        points = [point for point in record["growth"] if point["axis"] == axis]
+        for key, label, colour in (
+            ("clean_pass_seconds", "clean pass", "#7f7f7f"),
+            ("rows_seconds", "conditions", "#0072B2"),
+        ):
+            figure.add_scatter(
+                x=[point["value"] for point in points],
+                y=[point[key] for point in points],
+                name=label,
+                mode="lines+markers",
+                line_color=colour,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", dtick="D2")
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(title_text="seconds", col=1)
+    return figure.update_layout(
+        template="plotly_white",
+        width=1100,
+        height=380,
+        title_text=f"{record['case']}: {record['what']}",
+        title_font_size=13,
+    )
+
+
+if __name__ == "__main__":
+    main()

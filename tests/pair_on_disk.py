@@ -17,6 +17,14 @@ from transformers import LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 LAYER, CONTROL = 1, 0
+QUIET = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of the processes that tests start."""
 
 
 def write_pair(folder: Path) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def write_pair(folder: Path) -> dict[str, Any]:
         "k": [1, 2, 4],
         "random_seeds": [0, 1],
         "resamples": 200,
+        "analysis": "grid",
         "device": "cpu",
         "batch_size": 4,
     }
@@ -70,7 +79,7 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.Popen:
     """Start `rq4lens` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", "from rq4lens.cli import main; main()", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=QUIET,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

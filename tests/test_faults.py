@@ -1,0 +1,510 @@
+"""Faults: whatever happens to a run, no number is lost or wrong, and it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pair_on_disk import QUIET, command, write_config, write_pair
+
+from rq4lens import files
+from rq4lens.config import config_from, read_config
+from rq4lens.errors import UserError
+from rq4lens.patching.conditions import Recorder
+from rq4lens.patching.row_engine import RowEngine
+from rq4lens.study import run_study
+from rq4lens.verify import verify_run
+
+pytestmark = pytest.mark.fault
+
+KILLS = int(os.environ.get("RQ4LENS_KILLS", "6"))
+STEPS = ("before", "half", "written", "renamed")
+NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> dict:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Resumed and undisturbed runs compute in the same way: with one thread, as the children do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair, one_thread, tmp_path_factory) -> Path:  # noqa: ARG001 - for its order
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_study(config_from(pair), folder)
+    return folder
+
+
+def numbers(folder: Path) -> dict[str, bytes]:
+    """The bytes of everything a run says about the pair."""
+    names = [*NUMBERS, *(path.name for path in folder.glob("single_head_*.json"))]
+    analysis = json.loads((folder / "analysis.json").read_text())
+    del analysis["seconds"]  # the one thing in it that no two runs share
+    return {name: (folder / name).read_bytes() for name in names} | {
+        "analysis.json": json.dumps(analysis).encode()
+    }
+
+
+def counters(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())["store"]
+
+
+def records_in(folder: Path) -> int:
+    return len(list((folder / "conditions").glob("*.json")))
+
+
+# kill -9. Each child dies by its own hand, so that the moment is exact and costs no waiting; it is
+# forked from a process that has everything imported, so that many deaths cost little time.
+
+DIES_AT_A_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from rq4lens import files
+from rq4lens.config import read_config
+from rq4lens.study import run_study
+import torch
+import rq4lens.models.loading, rq4lens.patching.suffix
+
+config = read_config(Path(sys.argv[1]))
+write, rename = files._write_synced, os.replace
+torch.set_num_threads(1)
+
+def run_and_die(folder, moment, step):
+    done = 0
+
+    def die_if_due(name):
+        nonlocal done
+        if step == name:
+            done += 1
+            if done == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_written(path, data):
+        die_if_due("before")
+        if step == "half" and done + 1 == moment:
+            path.write_bytes(data[: len(data) // 2])
+        die_if_due("half")
+        write(path, data)
+        die_if_due("written")
+
+    def renamed(source, target):
+        rename(source, target)
+        die_if_due("renamed")
+
+    files._write_synced, os.replace = half_written, renamed
+    run_study(config, folder)
+
+for line in sys.stdin:
+    folder, moment, step = line.split()
+    child = os.fork()
+    if child == 0:
+        run_and_die(Path(folder), int(moment), step)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def die_often(config: Path, deaths: list[tuple[Path, int, str]]) -> list[int]:
+    """Start a run per death and let it die there; returns how each process ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", DIES_AT_A_WRITE, str(config)],
+        input="\n".join(f"{folder} {moment} {step}" for folder, moment, step in deaths),
+        env=QUIET,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_very_same_bytes(pair, undisturbed, tmp_path, record_property):
+    """Killed at a random write, before, within or after it: the resumed run is byte-identical.
+
+    Finished conditions are not measured again: what was stored before the kill counts as reused.
+    ``RQ4LENS_KILLS=50`` tries fifty moments.
+    """
+    draw = random.Random(0)
+    # As many writes as a run has, so that the whole of it is covered.
+    n_writes = records_in(undisturbed) + 4
+    deaths = [
+        (tmp_path / f"run{n}", draw.randint(1, n_writes), STEPS[n % len(STEPS)])
+        for n in range(KILLS)
+    ]
+    ended = die_often(write_config(pair, tmp_path / "c.toml"), deaths)
+    assert ended == [-signal.SIGKILL] * KILLS
+    for folder, *_ in deaths:
+        kept = records_in(folder)
+        run_study(config_from(pair), folder)
+        assert numbers(folder) == numbers(undisturbed)
+        assert counters(folder)["reused"] == kept
+        assert counters(folder)["computed"] == records_in(undisturbed) - kept
+        assert counters(folder)["set_aside"] == []
+        assert verify_run(folder, sample=0).passed
+    record_property("kills", KILLS)
+
+
+def test_a_finished_run_measures_nothing_again(pair, undisturbed, tmp_path, monkeypatch):
+    """Running a finished run again asks no engine for any effect, and writes the same bytes."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    monkeypatch.setattr(RowEngine, "effects", refuses_to_measure)
+    run_study(config_from(pair), folder)
+    assert numbers(folder) == numbers(undisturbed)
+    assert counters(folder)["computed"] == 0
+    assert counters(folder)["reused"] == records_in(undisturbed)
+
+
+def refuses_to_measure(*_arguments, **_settings):
+    raise AssertionError("a finished condition was measured again")
+
+
+def test_fresh_measures_everything_again(pair, undisturbed, tmp_path):
+    """`--fresh` uses nothing that is there, and comes to the same bytes."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    run_study(config_from(pair), folder, fresh=True)
+    assert numbers(folder) == numbers(undisturbed)
+    assert counters(folder)["reused"] == 0
+
+
+# What lies in the directory
+
+
+def every_record(folder: Path) -> list[Path]:
+    return sorted((folder / "conditions").glob("*.json"))
+
+
+def truncate_some(folder: Path) -> None:
+    for path in every_record(folder)[::3]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_all(folder: Path) -> None:
+    for path in every_record(folder):
+        path.write_bytes(b"")
+
+
+def one_file_for_all(folder: Path) -> None:
+    content = every_record(folder)[0].read_bytes()
+    for path in every_record(folder):
+        path.write_bytes(content)
+
+
+def damage_maps(folder: Path) -> None:
+    for path in (folder / "maps").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x42")
+
+
+def stale_results(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        path.write_text("[]")
+
+
+def leftovers(folder: Path) -> None:
+    for number in range(20):
+        (folder / "conditions" / f".{number:032x}.tmp").write_bytes(b"{" * number)
+
+
+def newer_foreign_files(folder: Path) -> None:
+    for path in every_record(folder):
+        path.with_name(f"newer_{path.name}").write_text('{"payload": {"kl_nats": [9]}}')
+
+
+DAMAGED_DIRECTORIES = {
+    "records cut": truncate_some,
+    "records empty": empty_all,
+    "one record under every name": one_file_for_all,
+    "maps damaged": damage_maps,
+    "results of something else": stale_results,
+    "leftovers of killed writes": leftovers,
+    "newer foreign files": newer_foreign_files,
+    "conditions gone": lambda folder: shutil.rmtree(folder / "conditions"),
+    "maps gone": lambda folder: shutil.rmtree(folder / "maps"),
+    "run.json gone": lambda folder: (folder / "run.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_DIRECTORIES.values(), ids=DAMAGED_DIRECTORIES.keys())
+def test_whatever_lies_in_the_directory_the_numbers_are_the_same(
+    pair, undisturbed, tmp_path, damage
+):
+    """Damaged, stale and foreign files are set aside or ignored; the run ends in the same bytes."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    damage(folder)
+    run_study(config_from(pair), folder)
+    assert numbers(folder) == numbers(undisturbed)
+    for foreign in (folder / "conditions").glob("newer_*"):
+        assert not verify_run(folder, sample=0).passed  # what does not belong there is said
+        foreign.unlink()
+    assert verify_run(folder, sample=0).passed
+
+
+def test_results_of_another_pair_in_the_same_directory_are_not_used(pair, undisturbed, tmp_path):
+    """The trap of reporting one model's numbers as another's: a swapped pair shares no record."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    swapped = pair | {"base": pair["tuned"], "tuned": pair["base"]}
+    run_study(config_from(swapped), folder)
+    assert counters(folder)["reused"] == 0
+    alone = tmp_path / "alone"
+    run_study(config_from(swapped), alone)
+    assert numbers(folder) == numbers(alone)
+    assert numbers(folder) != numbers(undisturbed)
+
+
+CHANGES = {
+    "alpha": {"alpha": 0.4},
+    "map kind": {"map_kind": "ridge"},
+    "map scope": {"map_scope": "layer"},
+    "raw baseline": {"raw_baseline": "moments"},
+    "direction": {"kl_direction": "clean||patched"},
+    "positions": {"k_positions": 2},
+    "number format": {"dtype": "float64"},
+    "layer": {"layer": 2},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_setting_never_meets_old_numbers(pair, undisturbed, tmp_path, change):
+    """A run with another setting in an old directory equals the same run in an empty one.
+
+    To the last bit where nothing is shared; within rounding where a condition is the same in both
+    (an unchanged control layer), because it was measured among other conditions there.
+    """
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    here = run_study(config_from(pair | change), folder).grid.conditions
+    alone = run_study(config_from(pair | change), tmp_path / "alone").grid.conditions
+    assert list(here) == list(alone)
+    allowed = 1e-6 if counters(folder)["reused"] else 0
+    for cond, condition in here.items():
+        np.testing.assert_allclose(condition.kl_raw_nats, alone[cond].kl_raw_nats, 0, allowed)
+        np.testing.assert_allclose(condition.kl_mapped_nats, alone[cond].kl_mapped_nats, 0, allowed)
+    assert verify_run(folder, sample=0).passed
+
+
+def test_other_train_prompts_never_meet_old_numbers(pair, undisturbed, tmp_path):
+    """Maps and matched baselines follow the train prompts: changing these changes both."""
+    moments = pair | {"raw_baseline": "moments"}
+    folder = tmp_path / "run"
+    run_study(config_from(moments), folder)
+    lines = Path(pair["prompts"]).read_text().splitlines()
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(lines[8:]))
+    run_study(config_from(moments | {"prompts": str(fewer)}), folder)
+    run_study(config_from(moments | {"prompts": str(fewer)}), tmp_path / "alone")
+    assert numbers(folder) == numbers(tmp_path / "alone")
+    assert undisturbed.exists()
+
+
+# Disks, memory, signals, clocks
+
+
+@pytest.mark.parametrize(
+    ("after", "problem"),
+    [(0, 28), (1, 28), (20, 28), (39, 28), (7, 5), (12, 122)],
+    ids=["at once", "first map", "half-way", "at the end", "disk broken", "quota"],
+)
+def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
+    pair, undisturbed, tmp_path, monkeypatch, after, problem
+):
+    """The run says which file could not be written; with room again it ends in the same bytes."""
+    folder = tmp_path / "run"
+    synced = os.fsync
+    calls = iter(range(10**9))
+
+    def full(descriptor):
+        if next(calls) >= after:
+            raise OSError(problem, os.strerror(problem))
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=f"cannot write .*{os.strerror(problem)}"):
+            run_study(config_from(pair), folder)
+    assert not (folder / "run.json").exists()
+    assert not list(folder.rglob("*.tmp"))
+    run_study(config_from(pair), folder)
+    assert numbers(folder) == numbers(undisturbed)
+
+
+def test_a_really_full_disk_is_survived(pair, undisturbed, tmp_path):
+    """The same on a file system of 64 kB, where mounting one is allowed."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        with pytest.raises(UserError, match="No space left on device"):
+            run_study(config_from(pair), small / "run")
+        kept = records_in(small / "run")
+        shutil.copytree(small / "run", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert kept > 0
+    run_study(config_from(pair), tmp_path / "run")
+    assert counters(tmp_path / "run")["reused"] == kept
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_a_read_only_directory_is_said(pair, tmp_path, monkeypatch):
+    """Nothing can be written: one sentence, before anything is measured."""
+    folder = tmp_path / "run"
+
+    def refused(*_arguments, **_settings):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    monkeypatch.setattr(RowEngine, "effects", refuses_to_measure)
+    with pytest.raises(UserError, match=r"cannot make the directory .*Read-only"):
+        run_study(config_from(pair), folder)
+
+
+def test_a_finished_run_on_a_read_only_disk_is_verified(undisturbed, monkeypatch):
+    """Checking a run writes nothing."""
+
+    def refused(*_arguments, **_settings):
+        raise AssertionError("verify wrote something")
+
+    for name in ("_write_synced", "set_aside", "remove_stale_temporaries"):
+        monkeypatch.setattr(files, name, refused)
+    assert verify_run(undisturbed, sample=2).passed
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_out_of_memory_at_any_batch_keeps_what_is_done(
+    pair, undisturbed, tmp_path, monkeypatch, at
+):
+    """Memory runs out in the middle of the grid; the next attempt goes on from there."""
+    folder = tmp_path / "run"
+    measure = Recorder._chunk
+    calls = iter(range(1, 10**9))
+
+    def exhausted(self, patches):
+        if next(calls) > at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(self, patches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_chunk", exhausted)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_study(config_from(pair), folder)
+    kept = records_in(folder)
+    assert (kept > 0) == (at > 0)
+    run_study(config_from(pair), folder)
+    assert counters(folder)["reused"] == kept
+    assert numbers(folder) == numbers(undisturbed)
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_jumping_clock_changes_no_number(pair, undisturbed, tmp_path, monkeypatch, jump):
+    """No result is looked up or believed by its age."""
+    true_time = time.time
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: true_time() + jump * (next(ticks) % 2))
+    run_study(config_from(pair), tmp_path / "run")
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_a_moved_run_directory_is_resumed(pair, undisturbed, tmp_path):
+    """A run directory can be moved, even half finished, and goes on where it is."""
+    moved = shutil.copytree(undisturbed, tmp_path / "far" / "away")
+    for path in every_record(moved)[::2]:
+        path.unlink()
+    (moved / "run.json").unlink()
+    run_study(config_from(pair), moved)
+    assert numbers(moved) == numbers(undisturbed)
+    assert counters(moved)["reused"] == records_in(undisturbed) // 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(pair, undisturbed, tmp_path):
+    """A clean stop: no traceback, exit code 130, the command to go on with, no half file."""
+    config = write_config(pair, tmp_path / "c.toml")
+    folder = tmp_path / "run"
+    process = command("run", config, "--out", folder)
+    wait_for(lambda: records_in(folder) > 0, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was faster than the signal")
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert f"go on with: rq4lens run {config} --out {folder}" in said
+    assert not list(folder.rglob("*.tmp"))
+    run_study(config_from(pair), folder)
+    assert numbers(folder) == numbers(undisturbed)
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_directory_and_one_of_them_killed(pair, undisturbed, tmp_path):
+    """Both may work there at once; when one dies, the other ends in the same bytes."""
+    config = write_config(pair, tmp_path / "c.toml")
+    folder = tmp_path / "run"
+    first, second = (command("run", config, "--out", folder) for _ in range(2))
+    wait_for(lambda: records_in(folder) > 3, first)
+    first.kill()
+    first.communicate()
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    assert numbers(folder) == numbers(undisturbed)
+    assert verify_run(folder, sample=0).passed
+
+
+# Determinism
+
+
+def test_the_same_run_twice_is_the_same_bytes(pair, undisturbed, tmp_path):
+    """Same seed, same machine: identical tables, whatever random numbers were drawn before."""
+    torch.manual_seed(12345)
+    run_study(config_from(pair), tmp_path / "run")
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_repeating_a_run_from_its_own_record_is_the_same_bytes(pair, undisturbed, tmp_path):
+    """`rq4lens run RUN/run.json` repeats the run."""
+    again = read_config(undisturbed / "run.json")
+    assert again == config_from(pair)
+    run_study(again, tmp_path / "run")
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_the_numerics_version_makes_old_records_unused(pair, undisturbed, tmp_path, monkeypatch):
+    """After a change of the arithmetic nothing old is reused."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    ingredients = Recorder._ingredients
+
+    def of_another_version(self, patch):
+        return replace(ingredients(self, patch), numerics_version="another")
+
+    monkeypatch.setattr(Recorder, "_ingredients", of_another_version)
+    run_study(config_from(pair), folder)
+    assert counters(folder)["reused"] == 0

@@ -146,6 +146,21 @@ def test_relabelled_rankings_are_uniformly_random():
     assert shares == pytest.approx([0.25] * 4, abs=0.02)
 
 
+def test_halves_are_relabelled_by_a_permutation_and_its_inverse():
+    """A head that one half ranks first where the other half's first head went, and back again.
+
+    Relabelling one half by π turns its ranking into π ρ; seen from the other half it is π⁻¹.
+    """
+    study = study_of(noisy_game([1.0, 2, 3, 4, 5], 10, noise=3.0))
+    cross_fit = CrossFit.of(study.measured, "delta", 1, 0)
+    rankings = RandomRankings.draw(cross_fit, 100, 1)
+    first, second = cross_fit.orders[0]
+    for of_second, of_first in zip(rankings.of_second, rankings.of_first, strict=True):
+        relabel = np.empty(5, dtype=int)
+        relabel[second] = of_second
+        assert relabel[of_first].tolist() == first.tolist()
+
+
 def test_p_value_counts_ties_and_is_never_zero():
     """Equal values reach the observed one; the smallest p-value is 1/(n+1)."""
     assert monte_carlo_p_value(np.array([1.0, 2.0, 3.0]), 2.0) == pytest.approx(3 / 4)

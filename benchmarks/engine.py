@@ -21,11 +21,10 @@ from typing import Any
 
 import others
 import torch
-from engine_cases import CASES, KINDS, Case, grid_conditions, single_heads
+from benchmark_cases import CASES, KINDS, Case, grid_conditions, single_heads
 from growth import growth
 
 import rq4lens as rq
-from rq4lens.models.catalog import load_pair
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.patch import Engine, Intervention, Sources
@@ -152,7 +151,7 @@ def agreement(case: Case, sources: Sources) -> dict[str, float]:
 
 def demo_compute(seconds: others.Timer) -> float:
     """Seconds of fitting the maps and running the main grid of the built-in pair, once loaded."""
-    pair = load_pair("etiquette")
+    pair = rq.load_pair("etiquette")
     pair.use("base"), pair.use("tuned")
     return seconds(
         lambda: rq.run_grid(pair, rq.fit_maps(pair, layers=[1, 2]), layer=1, control_layer=2)

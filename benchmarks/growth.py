@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from engine_cases import KINDS, Case, single_heads
+from benchmark_cases import KINDS, Case, single_heads
 
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.patch import Sources

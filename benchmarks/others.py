@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from engine_cases import ALPHA, Case, grid_conditions
+from benchmark_cases import ALPHA, Case, grid_conditions
 from torch import Tensor
 from transformer_lens import patching
 

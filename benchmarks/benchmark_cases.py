@@ -11,7 +11,6 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.heads import HeadSet
-from rq4lens.models.catalog import load_pair
 from rq4lens.models.prompts import TokenizedPrompts
 from rq4lens.patching.patch import Intervention, Patch
 
@@ -130,6 +129,8 @@ def random_case(
 
 def builtin_case(device: str, dtype: torch.dtype) -> Case:
     """The built-in pair on its validation prompts."""
+    from rq4lens.models.catalog import load_pair  # noqa: PLC0415 - random pairs need no loading
+
     name = str(dtype).removeprefix("torch.")
     pair = load_pair("etiquette", device=device, dtype=name)
     models = (pair.use("base").model, pair.use("tuned").model)

@@ -84,6 +84,21 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode())
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; one that is there already is fine.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(
+            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place "
+            "with --out."
+        ) from problem
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a file that is complete under its name or absent, whatever interrupts the write.
 

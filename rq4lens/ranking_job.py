@@ -15,6 +15,7 @@ from rq4lens.analysis.ranking_file import read_ranking
 from rq4lens.analysis.records import MethodRow
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
+from rq4lens.files import make_directory
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.patching.grid import run_grid
 from rq4lens.preparation import capture, plan_of, prepare_experiment
@@ -106,7 +107,7 @@ def rank_layer(
     )
     rankings = tuple(ranking for ranking, _ in timed)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out)
     written = () if out is None else tuple(write_ranking(out, ranking) for ranking in rankings)
     text = ranking_text(grid.settings, grid.n_prompts, rankings, rows, plan.ks)
     return RankingJob(rankings, rows, text, written)

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from rq4lens.errors import UserError
 from rq4lens.files import (
     canonical_json,
+    make_directory,
     parse_json,
     read_regular_file,
     remove_stale_temporaries,
@@ -165,13 +165,7 @@ class Store:
         self.directory = Path(directory)
         self.fresh = fresh
         self.counters = StoreCounters()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UserError(
-                f"cannot make the directory {str(directory)!r} ({problem.strerror}): choose "
-                "another place with --out."
-            ) from problem
+        make_directory(self.directory)
         remove_stale_temporaries(self.directory)
 
     def path(self, ingredients: Ingredients) -> Path:

@@ -137,6 +137,15 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(rq4lens, config, tmp_path)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["run", "rank", "sweep"])
+def test_no_command_writes_over_a_file_of_another_name(rq4lens, config, tmp_path, command):
+    """Each command that writes into a folder says that a file lies there, and leaves it."""
+    (tmp_path / "taken").write_text("mine")
+    result = rq4lens(command, config, "--out", tmp_path / "taken" / "deeper")
+    assert_one_sentence(result, "cannot make the directory", Path.cwd())
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_a_config_file_with_an_unknown_key_is_one_sentence(rq4lens, tmp_path):
     """The nearest key is named."""
     path = write_config({"lyer": 1}, tmp_path / "my.toml")

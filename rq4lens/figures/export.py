@@ -17,6 +17,7 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from rq4lens.errors import UserError
+from rq4lens.files import make_directory, write_bytes_atomic, write_text_atomic
 
 CONFIG: dict[str, Any] = {
     "displaylogo": False,
@@ -82,8 +83,8 @@ def title_of(figure: go.Figure, name: str) -> str:
 def write_html(figure: go.Figure, path: Path | str) -> Path:
     """Write one self-contained page; the file's name becomes the figure's id."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html_page(figure, path.stem), encoding="utf-8", newline="\n")
+    make_directory(path.parent)
+    write_text_atomic(path, html_page(figure, path.stem))
     return path
 
 
@@ -108,26 +109,26 @@ def write_figures(
         What could not be done, a sentence each; empty when everything was written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / PLOTLY_JS, get_plotlyjs().encode())
+    make_directory(directory)
+    write_bytes_atomic(directory / PLOTLY_JS, get_plotlyjs().encode())
     for name, figure in figures.items():
-        _write(directory / f"{name}.html", html_page(figure, name, self_contained=False).encode())
+        write_bytes_atomic(
+            directory / f"{name}.html", html_page(figure, name, self_contained=False).encode()
+        )
     pictures = static and find_browser() is not None
     if pictures:
         _write_pictures(figures, directory)
-    _write(directory / "index.html", _index(figures, title, pictures=pictures).encode())
+    write_bytes_atomic(directory / "index.html", _index(figures, title, pictures=pictures).encode())
     return [NO_BROWSER] if static and not pictures else []
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _write_pictures(figures: Mapping[str, go.Figure], directory: Path) -> None:
     with _kaleido():
         for name, figure in figures.items():
             for kind in ("png", "svg"):
-                _write(directory / f"{name}.{kind}", _picture(figure, kind, _WIDTH_PX, name))
+                write_bytes_atomic(
+                    directory / f"{name}.{kind}", _picture(figure, kind, _WIDTH_PX, name)
+                )
 
 
 def _index(figures: Mapping[str, go.Figure], title: str, *, pictures: bool) -> str:

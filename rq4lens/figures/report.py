@@ -26,6 +26,7 @@ from rq4lens.figures.report_parts import PageFigure, Section, page_figure, scrip
 from rq4lens.figures.report_sections import Material, sections
 from rq4lens.figures.saved import HasRecord, Record, as_record
 from rq4lens.figures.setting import grid_setting
+from rq4lens.files import make_directory, write_text_atomic
 from rq4lens.results import ConditionResult, GridResult
 
 _HERE = Path(__file__).parent
@@ -100,8 +101,8 @@ def write_report(
         grid, analysis, prompts=prompts, provenance=provenance, layers=layers, comparison=comparison
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", newline="\n")
+    make_directory(path.parent)
+    write_text_atomic(path, page)
     return path
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.files import (
+    make_directory,
     read_json,
     read_regular_bytes,
     short_reason,
@@ -195,7 +196,7 @@ def save_map(layer_map: LayerMap, path: Path) -> None:
         path: the safetensors file.
     """
     tensors = {"weight": layer_map.weight.contiguous(), "bias": layer_map.bias.contiguous()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     # The tensors come last: whoever finds them finds a complete map.
     write_json_atomic(path.with_suffix(".json"), layer_map.to_dict())
     write_bytes_atomic(path, safetensors_save(tensors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
@@ -64,9 +64,9 @@ def condition_text(settings: GridSettings, record: Record) -> str:
         f"KL_raw    {_nats(record, 'KL_raw_mean')}\n"
         f"KL_mapped {_nats(record, 'KL_mapped_mean')}\n"
         f"ΔKL       {_nats(record, 'delta')}\n"
-        f"drop      {drop} {_interval(record.get('drop_pct_ci95'), '{:.1f}')}\n"
+        f"drop      {drop} {_interval(record.get('drop_pct_ci95'), '{:.1f}'.format)}\n"
         f"coverage  {coverage} "
-        f"{f'({reason})' if reason else _interval(record.get('coverage_pct_ci95'), '{:.1f}')}\n"
+        f"{f'({reason})' if reason else _interval(record.get('coverage_pct_ci95'), '{:.1f}'.format)}\n"
     )
 
 
@@ -97,7 +97,7 @@ def control_line(full: Record, control: Record | None) -> str:
 
 def _three_numbers(record: Record) -> str:
     return (
-        f"raw {record['KL_raw_mean']:.5f}  mapped {record['KL_mapped_mean']:.5f}  "
+        f"raw {nats(record['KL_raw_mean'])}  mapped {nats(record['KL_mapped_mean'])}  "
         f"ΔKL {_nats(record, 'delta')} nats"
     )
 
@@ -133,10 +133,10 @@ def coverage_table(records: Sequence[Record]) -> Table:
     for record in sorted(filter(_in_table, records), key=_table_key):
         table.add_row(
             record["cond"],
-            f"{record['delta']:.5f}",
-            _interval(record.get("delta_ci95"), "{:.5f}"),
+            nats(record["delta"]),
+            _interval(record.get("delta_ci95"), nats),
             _percent(record["coverage_pct"]),
-            _interval(record.get("coverage_pct_ci95"), "{:.1f}"),
+            _interval(record.get("coverage_pct_ci95"), "{:.1f}".format),
             ",".join(map(str, record["heads"])) if record["cond"] != "full" else "ALL",
         )
     reason = next(
@@ -162,13 +162,17 @@ def _table_key(record: Record) -> tuple[int, str]:
     )
 
 
+def nats(value: float) -> str:
+    """A number of nats: five decimals, or two digits where these would show nothing."""
+    return f"{value:.5f}" if value == 0 or abs(value) >= 1e-4 else f"{value:.1e}"
+
+
 def _nats(record: Record, name: str) -> str:
-    interval = _interval(record.get(f"{name}_ci95"), "{:.5f}")
-    return f"{record[name]:.5f} {interval}".strip()
+    return f"{nats(record[name])} {_interval(record.get(f'{name}_ci95'), nats)}".strip()
 
 
-def _interval(bounds: Sequence[float] | None, form: str) -> str:
-    return "" if bounds is None else f"[{form.format(bounds[0])}, {form.format(bounds[1])}]"
+def _interval(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str:
+    return "" if bounds is None else f"[{form(bounds[0])}, {form(bounds[1])}]"
 
 
 def _percent(value: float | None) -> str:

@@ -14,7 +14,7 @@ from rq4lens.analysis.records import MethodRow
 from rq4lens.analysis.statistics import Estimate
 from rq4lens.heads import Head
 from rq4lens.results import GridSettings, HeadRanking
-from rq4lens.summary import setting_line
+from rq4lens.summary import nats, setting_line
 
 WIDTH = 100
 TOP_HEADS = 8

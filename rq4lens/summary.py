@@ -58,15 +58,15 @@ def condition_text(settings: GridSettings, record: Record) -> str:
     coverage = _percent(record["coverage_pct"])
     reason = record.get("coverage_pct_reason")
     drop = _percent(record["drop_pct"])
+    certainty = f"({reason})" if reason else _interval(record.get("coverage_pct_ci95"), _one_digit)
     return (
         f"{setting_line(settings, record['n'])}\n"
         f"heads {HeadSet.of(record['heads'], settings.n_heads)}\n"
         f"KL_raw    {_nats(record, 'KL_raw_mean')}\n"
         f"KL_mapped {_nats(record, 'KL_mapped_mean')}\n"
         f"ΔKL       {_nats(record, 'delta')}\n"
-        f"drop      {drop} {_interval(record.get('drop_pct_ci95'), '{:.1f}'.format)}\n"
-        f"coverage  {coverage} "
-        f"{f'({reason})' if reason else _interval(record.get('coverage_pct_ci95'), '{:.1f}'.format)}\n"
+        f"drop      {drop} {_interval(record.get('drop_pct_ci95'), _one_digit)}\n"
+        f"coverage  {coverage} {certainty}\n"
     )
 
 
@@ -136,7 +136,7 @@ def coverage_table(records: Sequence[Record]) -> Table:
             nats(record["delta"]),
             _interval(record.get("delta_ci95"), nats),
             _percent(record["coverage_pct"]),
-            _interval(record.get("coverage_pct_ci95"), "{:.1f}".format),
+            _interval(record.get("coverage_pct_ci95"), _one_digit),
             ",".join(map(str, record["heads"])) if record["cond"] != "full" else "ALL",
         )
     reason = next(
@@ -173,6 +173,10 @@ def _nats(record: Record, name: str) -> str:
 
 def _interval(bounds: Sequence[float] | None, form: Callable[[float], str]) -> str:
     return "" if bounds is None else f"[{form(bounds[0])}, {form(bounds[1])}]"
+
+
+def _one_digit(value: float) -> str:
+    return f"{value:.1f}"
 
 
 def _percent(value: float | None) -> str:

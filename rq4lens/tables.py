@@ -32,7 +32,7 @@ def sweep_text(
         reasons: which layers are proposed, and why.
     """
     best = ", ".join(
-        f"{row['head']} {row['delta']:.5f}" for row in comparison["ranking"][:TOP_HEADS]
+        f"{row['head']} {nats(row['delta'])}" for row in comparison["ranking"][:TOP_HEADS]
     )
     return _text(
         [

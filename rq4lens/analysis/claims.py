@@ -128,9 +128,10 @@ def _structure(analysis: Analysis) -> Iterator[str]:
     n_heads = analysis.settings.n_heads
     reading = spread_of(curve.k90.value / n_heads, curve.area_pct.value)
     judged = ", ranked on other prompts," if curve.ranking != analysis.settings.ranking else ""
+    few = number(curve.k90, f"of {n_heads} heads", digits=0)
     yield (
-        f"90% takes {number(curve.k90, f'of {n_heads} heads', digits=0)}{judged} and the area under "
-        f"the curve is {number(curve.area_pct, '%')} (an even spread has 50%): {reading}."
+        f"90% takes {few}{judged} and the area under the curve is "
+        f"{number(curve.area_pct, '%')} (an even spread has 50%): {reading}."
     )
 
 

@@ -1,5 +1,6 @@
 """Coverage curves, random sets, cross-fitting and the best sets, on games with known truth."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -185,6 +186,14 @@ def test_a_reliable_ranking_has_a_small_cross_fitted_p_value():
     assert abs(row.optimism_pct.value) < 1
 
 
+def test_optimism_is_plain_minus_cross_fitted():
+    """Heads that are all noise look better on the prompts that ranked them."""
+    row = coverage(study_of(noisy_game(np.ones(10), 30, noise=1.0), ks=(3,))).rows[0]
+    gap = row.coverage_pct.value - row.cross_fitted_coverage_pct.value
+    assert row.optimism_pct.value == pytest.approx(gap)
+    assert gap > 0
+
+
 def test_k_equal_to_all_heads_is_certain():
     """With k = H: coverage 100, no optimism, p-value 1."""
     row = coverage(study_of(noisy_game([1.0, 2.0, 3.0], 30), ks=(3,))).rows[0]
@@ -315,5 +324,7 @@ def test_each_head_set_is_measured_once():
 def test_measurements_of_a_grid_are_taken_over():
     """The grid's conditions are known without measuring; the self-patch is not one of them."""
     game = noisy_game([1.0, 2.0], 5)
-    sets = MeasuredSets.of_grid(game.grid(ks=(1,)))
+    grid = game.grid(ks=(1,))
+    reordered = {name: grid[name] for name in reversed(grid.conditions)}
+    sets = MeasuredSets.of_grid(replace(grid, conditions=reordered))
     assert sets.delta([(0, 1)])[0] == pytest.approx(game.single.sum(0).mean())

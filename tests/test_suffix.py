@@ -35,7 +35,13 @@ from rq4lens.patching.cached import CachedEngine
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.hooks import HookEngine
 from rq4lens.patching.memory import Block, RowBudget
-from rq4lens.patching.patch import Effects, Patch, Sources
+from rq4lens.patching.patch import (
+    Effects,
+    Patch,
+    Sources,
+    effects_by_difference,
+    next_token_effects,
+)
 from rq4lens.patching.suffix import SuffixEngine
 from rq4lens.patching.weight_layout import store_for_products
 
@@ -125,6 +131,43 @@ def test_half_precision_agrees_with_float32_within_its_noise(prompts, sources):
     exact = SuffixEngine(tiny_model(), prompts).effects(interventions, sources)
     rounded = SuffixEngine(tiny_model(torch.bfloat16), prompts).effects(interventions, sources)
     np.testing.assert_allclose(rounded.kl_nats, exact.kl_nats, rtol=0.1)
+
+
+@pytest.mark.parametrize("direction", ["patched||clean", "clean||patched"])
+@settings(max_examples=30, deadline=None)
+@given(scale=st.floats(1e-6, 5), shift=st.floats(-20, 20), seed=st.integers(0, 9999))
+def test_effects_by_difference_equal_the_definition(direction, scale, shift, seed):
+    """The rearranged sums are the divergence and the change of log-probability, small or large."""
+    draw = torch.Generator().manual_seed(seed)
+    clean = 3 * torch.randn(5, 1, 40, generator=draw)
+    patched = clean + shift + scale * torch.randn(5, 3, 40, generator=draw)
+    found = torch.stack(effects_by_difference(patched, clean, direction))
+    exact = torch.stack(next_token_effects(patched.double(), clean.double(), direction))
+    # The logits' own rounding: a common shift costs digits before any engine sees them.
+    tolerance = 1e-6 * (abs(shift) + scale)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=tolerance)
+
+
+def test_small_effects_keep_their_digits_in_float32():
+    """A divergence of 1e-9 nats is told to a percent; float32 log-probabilities know 1e-7."""
+    draw = torch.Generator().manual_seed(0)
+    clean = 3 * torch.randn(1000, generator=draw)
+    patched = clean + 1e-4 * torch.randn(1000, generator=draw)
+    found, _ = effects_by_difference(patched, clean)
+    exact, _ = next_token_effects(patched.double(), clean.double())
+    assert 1e-9 < exact < 1e-8
+    assert float(found) == pytest.approx(float(exact), rel=0.01)
+
+
+@FAST
+def test_tokens_of_probability_zero_are_measured(engine, prompts, sources):
+    """A logit of minus infinity, as padded vocabularies have, does not turn numbers into NaN."""
+    padded = tiny_model()
+    padded.unembed.b_U.data[-3:] = -torch.inf
+    interventions = all_kinds_of_interventions()
+    found = engine(padded, prompts).effects(interventions, sources)
+    assert np.isfinite(found.kl_nats).all()
+    assert_same(found, HookEngine(padded, prompts).effects(interventions, sources))
 
 
 @FAST
@@ -231,7 +274,7 @@ def test_running_out_of_memory_halves_the_chunk_and_keeps_what_is_done(
         20,
         monkeypatch,
         row_engine_module,
-        "log_probs",
+        "effects_by_difference",
         lambda logits, *_: logits.shape[:2].numel(),
     )
     measuring = SuffixEngine(model, prompts)
@@ -258,7 +301,7 @@ def test_running_out_of_memory_in_the_clean_pass_halves_the_batch(
 def test_a_single_row_that_does_not_fit_says_what_to_change(monkeypatch, model, prompts, sources):
     """At one row nothing is left to divide: the error names the remedies."""
     out_of_memory_above(
-        0, monkeypatch, row_engine_module, "log_probs", lambda logits, *_: len(logits)
+        0, monkeypatch, row_engine_module, "effects_by_difference", lambda logits, *_: len(logits)
     )
     with pytest.raises(UserError, match=r"shorter prompts, .*bfloat16, or a device with more"):
         SuffixEngine(model, prompts).effects(all_kinds_of_interventions(), sources)

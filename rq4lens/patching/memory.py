@@ -254,11 +254,11 @@ def bytes_per_row(cfg: HookedTransformerConfig, n_pos: int, vocab: int) -> int:
     """Memory of one row at its widest point, estimated from above.
 
     The three wide points are not reached together: attention (queries, scores and their copies),
-    the MLP, and the vocabulary (logits and log-probabilities in the next higher precision).
+    the MLP, and the vocabulary (logits, and their differences in float32 or better).
     """
     size = cfg.dtype.itemsize
     always = 6 * cfg.d_model * max(size, 4)
     attention = size * cfg.n_heads * (8 * cfg.d_head + 4 * n_pos)
     mlp = 5 * size * (cfg.d_mlp or 0) * (cfg.experts_per_token or 1)
-    logits = vocab * (size + 3 * 2 * size)
+    logits = vocab * (2 * size + 2 * max(size, 4))
     return always + max(attention, mlp, logits)

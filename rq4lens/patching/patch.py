@@ -137,46 +137,60 @@ def next_token_effects(
         The divergence, and the change of the log-probability of the clean model's most likely
         token, both in nats.
     """
-    return compare_log_probs(log_probs(patched_logits), log_probs(clean_logits), direction)
-
-
-def log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-    """Log-probabilities, one precision above the logits.
-
-    A divergence is of second order in the difference of the logits, so rounding log-probabilities
-    to the precision of the logits would swamp the small ones.
-    """
-    half = logits.dtype.itemsize < 4
-    return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
-
-
-def compare_log_probs(
-    patched: Float[Tensor, "*rows vocab"],
-    clean: Float[Tensor, "*#rows vocab"],
-    direction: KLDirection = "patched||clean",
-    *,
-    may_be_zero: bool = True,
-) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """:func:`next_token_effects` of log-probabilities.
-
-    Args:
-        patched: log-probabilities of the patched tuned model.
-        clean: log-probabilities of the clean tuned model.
-        direction: which way the divergence is taken.
-        may_be_zero: whether a token may have probability zero (a logit of minus infinity). False
-            saves a third of the work and gives NaN if one has.
-
-    Returns:
-        The divergence and the change of the clean model's most likely token, in nats.
-    """
+    patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
     first, second = (patched, clean) if direction == "patched||clean" else (clean, patched)
-    terms = (first - second).mul_(first.exp())
-    if may_be_zero:
-        # 0 * (-inf - x) is NaN where the limit is 0.
-        terms = torch.where(first == -torch.inf, 0.0, terms)
+    terms = first.exp() * (first - second)
+    # A logit of minus infinity gives 0 * (-inf - x), which is NaN where the limit is 0.
+    terms = torch.where(first == -torch.inf, 0.0, terms)
     return terms.sum(-1), einops.rearrange(change, "... 1 -> ...")
+
+
+def effects_by_difference(
+    patched_logits: Float[Tensor, "*rows vocab"],
+    clean_logits: Float[Tensor, "*#rows vocab"],
+    direction: KLDirection = "patched||clean",
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """:func:`next_token_effects` for many rows: without a softmax of each, and no less precise.
+
+    With ``δ`` the difference of the logits, counted from its value at the clean model's most likely
+    token, ``q`` the clean probabilities and ``Z = Σ q exp(δ)``,
+
+    ``KL(patched || clean) = Σ q exp(δ) δ / Z - ln Z``, ``KL(clean || patched) = ln Z - Σ q δ``, and
+    the log-probability of that token changes by ``-ln Z``.
+
+    Rounding is relative to ``δ`` here, not to the log-probabilities, so small effects keep their
+    digits in float32, and equal logits give exactly 0.
+
+    Args:
+        patched_logits: logits of the patched tuned model.
+        clean_logits: logits of the clean tuned model.
+        direction: which way the divergence is taken.
+
+    Returns:
+        The divergence and the change of the clean model's most likely token, in nats. They are not
+        finite where a logit is minus infinity or rose by more than the exponential can hold.
+    """
+    clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
+    q, delta = clean.softmax(-1), patched_logits - clean
+    answer = clean.argmax(-1, keepdim=True).expand(*delta.shape[:-1], 1)
+    delta -= delta.take_along_dim(answer, -1)
+    gained = delta.expm1().mul_(q)
+    excess = gained.sum(-1)
+    ln_z = excess.log1p()
+    if direction == "patched||clean":
+        kl = gained.add_(q).mul_(delta).sum(-1) / (1 + excess) - ln_z
+    else:
+        kl = ln_z - delta.mul_(q).sum(-1)
+    return kl, -ln_z
+
+
+def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    # One precision above the logits: a divergence is of second order in the logits' difference, so
+    # rounding log-probabilities to the logits' own precision would swamp the small ones.
+    half = logits.dtype.itemsize < 4
+    return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
 
 
 class Sources(Mapping[tuple[int, str], Tensor]):

@@ -25,8 +25,8 @@ from rq4lens.patching.patch import (
     Intervention,
     KLDirection,
     Sources,
-    compare_log_probs,
-    log_probs,
+    effects_by_difference,
+    next_token_effects,
 )
 from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
 
@@ -154,9 +154,10 @@ class RowEngine(ABC):
                 with a single row in flight.
         """
         order = self._by_entry_layer(interventions)
-        measured = self._measure(order, interventions, sources, advance, may_be_zero=False)
-        if np.isnan(measured).any():
-            measured = self._measure(order, interventions, sources, None, may_be_zero=True)
+        in_order = [interventions[i] for i in order]
+        measured = self._measure(in_order, sources, advance, effects_by_difference)
+        if not np.isfinite(measured).all():
+            measured = self._measure(in_order, sources, None, next_token_effects)
         both = np.empty_like(measured)
         both[:, order] = measured
         return Effects(both[0], both[1])
@@ -164,27 +165,23 @@ class RowEngine(ABC):
     @torch.no_grad()
     def _measure(
         self,
-        order: list[int],
         interventions: Sequence[Intervention],
         sources: Sources,
         advance: Advance | None,
-        may_be_zero: bool,
+        effects_of: Callable[[Tensor, Tensor, KLDirection], tuple[Tensor, Tensor]],
     ) -> Float64[ndarray, "measure condition prompt"]:
-        """Both measures of all interventions, in the order given."""
-        measured = np.empty((2, len(order), len(self.prompts)))
+        """Both measures of interventions that are sorted by entry layer."""
+        measured = np.empty((2, len(interventions), len(self.prompts)))
         # Numbers stay on the device until a batch is done: fetching one would stop the queue.
         here = torch.empty(measured.shape, dtype=torch.float64, device=device_of(self.model))
 
         def store(group: RowGroup, prompts: slice, logits: Tensor) -> None:
-            of_rows = log_probs(logits)
-            found = compare_log_probs(
-                of_rows, of_rows[:, :1], self.kl_direction, may_be_zero=may_be_zero
-            )
+            found = effects_of(logits, logits[:, :1], self.kl_direction)
             for measure, values in zip(here, found, strict=True):
                 by_condition = rearrange(values[:, 1:], "prompt condition -> condition prompt")
                 measure[group.conditions, prompts] = by_condition
 
-        for kept in self._run([interventions[i] for i in order], sources, store, advance):
+        for kept in self._run(interventions, sources, store, advance):
             measured[:, :, kept.rows.numpy()] = here[:, :, : len(kept.rows)].cpu().numpy()
         return measured
 

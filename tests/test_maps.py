@@ -388,6 +388,18 @@ def test_few_rows_are_warned_of(tiny_pair, recwarn, scope, warns):
     assert not warns or "layer 1 is 32 wide and has only 48 train rows" in said[0]
 
 
+def test_a_map_without_diagnostics_says_so(tiny_pair):
+    """Four groups leave nothing to hold out, however many prompts they have."""
+    prompts = [
+        replace(prompt, group=f"g{index % 4}") if prompt.split == "train" else prompt
+        for index, prompt in enumerate(tiny_pair.prompts.prompts)
+    ]
+    pair = pair_of(tiny_pair.base.model, tiny_pair.tuned.model, PromptSet(tuple(prompts)))
+    with pytest.warns(UserWarning, match="layer 1 has no held-out diagnostics.*4 groups"):
+        layer_map = fit_maps(pair, [1])[1]
+    assert (layer_map.diagnostics, layer_map.mean_cka, layer_map.mean_r2) == ((), None, None)
+
+
 @pytest.mark.filterwarnings(FEW)
 def test_more_positions_are_more_rows(tiny_pair):
     """With K positions every prompt gives K rows, all on one side of the calibration split."""

@@ -102,7 +102,7 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a number comes back: it computes there
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}): try 'cpu'.") from None

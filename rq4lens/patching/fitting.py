@@ -44,6 +44,7 @@ MAP_NUMERICS = 1
 """Raised whenever the same ingredients would give other map weights than before."""
 
 CALIBRATION_SHARE = 0.2
+MIN_GROUPS = 5
 
 CKA_TIE = 1e-6
 """CKA does not see rotations and scales, so kinds that only add these differ by rounding alone."""
@@ -83,7 +84,8 @@ def fit_maps(
         UserError: if the kind, scope or a layer does not exist.
 
     Warns:
-        UserWarning: when there are fewer train rows than twice the map's width.
+        UserWarning: when there are fewer train rows than twice the map's width, or too few groups
+            to hold some out.
     """
     _check_kind(kind, scope)
     check_layers(layers, pair.n_layers)
@@ -230,8 +232,14 @@ def _fit_blocks(kind: MapKind, scope: MapScope, x: Tensor, y: Tensor, groups: An
 def _held_out(
     fitted: LayerMap, x: Tensor, y: Tensor, groups: Any, seed: int
 ) -> tuple[HeadDiagnostics, ...]:
-    if len(np.unique(groups)) < 5:
-        return ()  # nothing to hold out; the caller has been warned that train rows are few
+    n_groups = len(np.unique(groups))
+    if n_groups < MIN_GROUPS:
+        warnings.warn(
+            f"the map of layer {fitted.layer} has no held-out diagnostics: its train prompts are "
+            f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
+            stacklevel=4,
+        )
+        return ()
     split = GroupShuffleSplit(1, test_size=CALIBRATION_SHARE, random_state=seed)
     kept, held = next(split.split(x, groups=groups))
     unpaired = np.random.default_rng(seed).permutation(kept)

@@ -1,0 +1,81 @@
+"""Pairs by name and by path: every setting arrives, and what is missing is said."""
+
+import pytest
+import torch
+from pair_on_disk import write_pair
+
+from rq4lens.errors import UserError
+from rq4lens.models.catalog import builtin_manifest, load_pair, resolve_device
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The models and prompts of a pair of one's own."""
+    written = write_pair(tmp_path_factory.mktemp("own"))
+    return {name: written[name] for name in ("base", "tuned", "prompts")}
+
+
+def test_the_built_in_pair_comes_with_everything(etiquette):
+    """Models, prompts and layers to study, without any path."""
+    assert etiquette.name == "etiquette"
+    assert etiquette.layer != etiquette.control_layer
+    assert etiquette.n_heads == 16
+    assert set(etiquette.prompts.splits) >= {"train", "val", "neutral"}
+    assert etiquette.base.card.source == "etiquette/base (built in)"
+    assert builtin_manifest()["prompts"]["val"]["n"] == len(etiquette.prompts.split("val"))
+
+
+def test_a_pair_of_ones_own_is_three_paths(own):
+    """Base, tuned and prompts; layers are the user's to choose."""
+    pair = load_pair(**own, device="cpu")
+    assert pair.name == "custom"
+    assert (pair.layer, pair.control_layer) == (None, None)
+    assert pair.base.card.source == own["base"]
+    assert pair.base.card.logit_check_max_abs_diff < 1e-4
+    assert pair.base.card.weights_fingerprint != pair.tuned.card.weights_fingerprint
+
+
+def test_settings_reach_the_models(own):
+    """dtype, layer, decision rule and `keep_both` are those that were given."""
+    pair = load_pair(**own, dtype="float64", layer=2, decision_rule="last_content", keep_both=False)
+    assert pair.tuned.card.dtype == "float64"
+    assert next(pair.use("base").model.parameters()).dtype == torch.float64
+    assert (pair.layer, pair.decision_rule, pair.keep_both) == (2, "last_content", False)
+
+
+def test_the_same_folder_twice_is_a_null_pair(own):
+    """Fingerprints follow the content, so two loads of one folder are one model."""
+    pair = load_pair(base=own["base"], tuned=own["base"], prompts=own["prompts"])
+    assert pair.base.card.weights_fingerprint == pair.tuned.card.weights_fingerprint
+    assert pair.base.card.config_fingerprint == pair.tuned.card.config_fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out", "said"),
+    [
+        ("nope", (), "pair 'nope' does not exist"),
+        (None, ("base",), "no base model is named"),
+        (None, ("tuned",), "no tuned model is named"),
+        (None, ("prompts",), "pair 'custom' needs your prompts: give a JSONL file"),
+        ("cultural", ("prompts",), r"needs your prompts \(a JSONL file of cultural questions"),
+    ],
+)
+def test_what_is_missing_is_said(own, name, left_out, said):
+    """One sentence that names the option to give."""
+    with pytest.raises(UserError, match=said):
+        load_pair(name, **{key: value for key, value in own.items() if key not in left_out})
+
+
+def test_a_setting_that_does_not_exist_is_refused(own):
+    """Keyword arguments pass the same checks as a file."""
+    with pytest.raises(UserError, match="unknown key 'lyer': did you mean 'layer'"):
+        load_pair(**own, lyer=2)
+
+
+def test_a_device_is_one_that_computes():
+    """`auto` is a device of this machine; what is none is refused in one sentence."""
+    assert resolve_device("auto") in {"cpu", "cuda"}
+    assert resolve_device("cpu") == "cpu"
+    for device in ("warp", "cuda:99", "meta", ""):
+        with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
+            resolve_device(device)

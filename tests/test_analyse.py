@@ -86,6 +86,8 @@ def test_finding_is_checked_against_another_metric():
     found = analysed(noisy_game([3.0, 2.0, 1.0], 30), ks=(1, 3))
     for row in found.coverage:
         assert row.answer_coverage_pct.value == pytest.approx(row.coverage_pct.value)
+    metric = next(agreement for agreement in found.agreement if agreement.kind == "metric")
+    assert metric.kendall.value == pytest.approx(1)
     null = analysed(noisy_game([0.0, 0.0], 20), ks=(1,), measure=False).coverage[0]
     assert "answer's repair" in null.answer_coverage_pct.reason
 

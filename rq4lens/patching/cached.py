@@ -25,7 +25,8 @@ from transformer_lens.hook_points import HookPoint
 
 from rq4lens.models.prompts import PaddingSide, TokenBatch
 from rq4lens.patching.activations import device_of, z_site
-from rq4lens.patching.row_engine import RowEngine, SourceTensors
+from rq4lens.patching.kept import SourceTensors
+from rq4lens.patching.row_engine import RowEngine
 from rq4lens.patching.rows import RowGroup, Rows
 
 CacheEntry = TransformerLensKeyValueCacheEntry

@@ -18,8 +18,9 @@ from rq4lens.patching import cached, suffix
 from rq4lens.patching.activations import device_of, forward_batch
 from rq4lens.patching.clean_pass import shortest_and_longest
 from rq4lens.patching.hooks import HookEngine, patched_heads
+from rq4lens.patching.kept import Kept
 from rq4lens.patching.patch import Engine, Intervention, KLDirection, Patch, Sources
-from rq4lens.patching.row_engine import Kept, RowEngine
+from rq4lens.patching.row_engine import RowEngine
 
 EngineChoice = Literal["suffix", "cached", "hooks"]
 
@@ -88,7 +89,7 @@ def make_engine(
     order = list(_FAST_ENGINES)
     engine: Engine | None = None
     reasons: list[str] = []
-    for name in order[order.index(prefer) :] if prefer in order else []:
+    for name in [] if prefer == "hooks" else order[order.index(prefer) :]:
         found = _checked(
             _FAST_ENGINES[name],
             model,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -18,6 +18,7 @@ from transformer_lens import HookedTransformer
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, device_of, patched_positions
 from rq4lens.patching.hooks import check_interventions
+from rq4lens.patching.kept import Kept, SourceTensors, some_prompts
 from rq4lens.patching.memory import Block, MemoryPlan
 from rq4lens.patching.patch import (
     Advance,
@@ -29,31 +30,6 @@ from rq4lens.patching.patch import (
     next_token_effects,
 )
 from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
-
-SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
-
-
-@runtime_checkable
-class Kept(Protocol):
-    """A batch of prompts after its clean pass."""
-
-    @property
-    def rows(self) -> Int[Tensor, "prompt"]:
-        """Which prompts of the engine these are."""
-
-    @property
-    def entering(self) -> Float[Tensor, "end pos d_model"] | None:
-        """Residual stream of its shortest and longest prompt before the lowest kept layer."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory that the batch takes."""
-
-    def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of a layer."""
-
-    def to(self, device: torch.device) -> Any:
-        """The batch on another device."""
 
 
 class RowEngine(ABC):
@@ -327,13 +303,3 @@ class RowEngine(ABC):
 
         self._memory.passes.run(Block(slice(0, len(self.prompts)), slice(0, 1)), work)
         return made
-
-
-def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
-    """Part of a batch, without the padding that no prompt of the part needs."""
-    mask = batch.attention_mask[prompts]
-    longest = int(mask.sum(-1).max())
-    used = slice(-longest, None) if batch.padding_side == "left" else slice(longest)
-    return TokenBatch(
-        batch.rows[prompts], batch.tokens[prompts, used], mask[:, used], batch.padding_side
-    )

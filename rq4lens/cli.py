@@ -205,6 +205,31 @@ def verify(
 
 
 @app.command()
+@takes_config("pair", "base", "base_revision", "prompts", "alpha", "seed", "device",
+              "dtype", "trust_remote_code", default_pair="etiquette")  # fmt: skip
+def validate(
+    config: RunConfig,
+    method: Annotated[
+        str, typer.Option(help="delta, shapley, attribution, ...; several with commas, or ALL.")
+    ] = "ALL",
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Plant in this layer; in a drawn one if left out.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Planted pairs per scenario.")] = 4,
+    drift: Annotated[
+        float, typer.Option(min=0.0, help="How far every weight moves besides.")
+    ] = 0.02,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")
+    ] = None,
+) -> None:
+    """Test ranking methods on copies of a base model whose changed heads are known."""
+    from rq4lens.validation_text import validate_config  # noqa: PLC0415 - keeps --help fast
+
+    output.print(validate_config(config, method, layer, pairs, drift, out, stage=watched), end="")
+
+
+@app.command()
 def pairs(
     name: Annotated[str | None, typer.Argument(help="Print this pair's settings as TOML.")] = None,
 ) -> None:

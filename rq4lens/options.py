@@ -17,7 +17,9 @@ LISTS = ("k", "random_seeds")
 FLAGS = ("keep_both", "trust_remote_code")
 
 
-def takes_config(*names: str, config_file: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def takes_config(
+    *names: str, config_file: bool = False, default_pair: str | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Give a command one option per setting, and call it with the finished :class:`RunConfig`.
 
     The command's first parameter is the configuration; its other parameters stay options of their
@@ -27,6 +29,7 @@ def takes_config(*names: str, config_file: bool = False) -> Callable[[Callable[.
     Args:
         names: the settings that become options.
         config_file: also take a TOML file (or the ``run.json`` of a finished run).
+        default_pair: the pair that is meant when none is named.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +42,7 @@ def takes_config(*names: str, config_file: bool = False) -> Callable[[Callable[.
         def wrapper(**values: Any) -> Any:
             settings = {name: values.pop(name) for name in names}
             file = values.pop("config", None)
-            return command(_assemble(file, settings), **values)
+            return command(_assemble(file, settings, default_pair), **values)
 
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -49,14 +52,16 @@ def takes_config(*names: str, config_file: bool = False) -> Callable[[Callable[.
     return decorate
 
 
-def _assemble(file: Path | None, settings: dict[str, Any]) -> RunConfig:
+def _assemble(
+    file: Path | None, settings: dict[str, Any], default_pair: str | None = None
+) -> RunConfig:
     given = {name: _plain(name, value) for name, value in settings.items() if value is not None}
     if file is not None:
         start = read_config(file).model_dump(exclude_unset=True)
-    elif "base" in given and "tuned" in given:
+    elif "base" in given and ("tuned" in given or "tuned" not in settings):
         start = {}
-    elif "pair" in given:
-        start = preset(given["pair"]).model_dump(exclude_unset=True)
+    elif (name := given.get("pair", default_pair)) is not None:
+        start = preset(name).model_dump(exclude_unset=True)
     else:
         raise UserError(
             "no pair is named: give --pair NAME (see `rq4lens pairs`), --base and --tuned, or a "

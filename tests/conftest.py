@@ -5,7 +5,17 @@ import os
 import pytest
 import torch
 from counts import pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
-from tiny import MicroFormula, fine_tuned, pair_of, random_prompts, tiny_model
+from hypothesis import settings
+from tiny import (
+    ALPHA,
+    CONTROL,
+    MAIN,
+    MicroFormula,
+    fine_tuned,
+    pair_of,
+    random_prompts,
+    tiny_model,
+)
 
 from rq4lens.models.catalog import load_pair
 from rq4lens.patching.experiment import prepare
@@ -17,7 +27,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
-MAIN, CONTROL, ALPHA = 1, 0, 0.3
+# A busy machine is no failing example.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ALPHA, CONTROL, MAIN
-from tiny import TINY_HEADS
+from tiny import ALPHA, CONTROL, MAIN, TINY_HEADS
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet

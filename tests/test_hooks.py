@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ALPHA, MAIN
-from tiny import TINY_HEADS, TINY_LAYERS, TINY_WIDTH
+from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet

@@ -8,8 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ALPHA, CONTROL, MAIN
-from tiny import TINY_HEADS, TINY_LAYERS, fine_tuned, kl_nats, pair_of, random_prompts, tiny_model
+from tiny import (
+    ALPHA,
+    CONTROL,
+    MAIN,
+    TINY_HEADS,
+    TINY_LAYERS,
+    fine_tuned,
+    kl_nats,
+    pair_of,
+    random_prompts,
+    tiny_model,
+)
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.analysis.metrics import records

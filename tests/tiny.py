@@ -30,6 +30,8 @@ WORDS = (
 )
 MICRO_HEADS, MICRO_LAYERS, MICRO_VOCAB = 2, 2, 5
 TINY_HEADS, TINY_LAYERS, TINY_WIDTH = 4, 3, 8
+MAIN, CONTROL, ALPHA = 1, 0, 0.3
+"""Layers and strength that tests of the tiny pair patch at."""
 
 
 def word_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:

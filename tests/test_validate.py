@@ -1,0 +1,186 @@
+"""Validation: planted heads are found, null experiments are not, and the table says which."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pair_on_disk import write_pair
+from scipy.stats import binomtest
+from tiny import random_prompts, tiny_model, word_tokenizer
+
+from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS
+from rq4lens.config import config_from
+from rq4lens.errors import UserError
+from rq4lens.models.catalog import load_pair
+from rq4lens.models.loading import LoadedModel
+from rq4lens.results import HeadRanking
+from rq4lens.validate import LEVEL, SCENARIOS, Scenario, base_of, validate
+from rq4lens.validation_text import validate_config, validation_text
+
+EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
+
+
+def tiny_base() -> LoadedModel:
+    return LoadedModel.wrap(tiny_model(), word_tokenizer())
+
+
+def tiny_prompts():
+    return random_prompts(n_train=96, n_val=24)
+
+
+def small(methods, scenarios=("rotated",), **settings):
+    chosen = [BY_NAME[name] for name in scenarios]
+    given = {"pairs": 2, "drift": 0.002} | settings
+    return validate(tiny_base(), tiny_prompts(), methods=methods, scenarios=chosen, **given)
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    pair = load_pair("etiquette")
+    return validate(
+        pair.use("base").loaded,
+        pair.prompts,
+        methods=["delta", "kl_raw", "kl_curvature"],
+        n_train=160,
+        n_val=48,
+        pairs=2,
+    )
+
+
+def verdicts(validation, scenario, truth) -> dict[str, int]:
+    return {
+        verdict: n
+        for (name, of, verdict), n in validation.kinds.items()
+        if (name, of) == (scenario, truth)
+    }
+
+
+def test_exact_methods_recover_rotated_heads():
+    """Every exact method puts rotated heads first: average precision and AUROC are 1."""
+    for recovery in small(EXACT, ("rotated", "rotated beside rewired")).recoveries:
+        if recovery.scenario == "rotated" or recovery.method == "drop_pct":
+            assert recovery.average_precision == pytest.approx((1, 1)), recovery
+            assert recovery.auroc == pytest.approx((1, 1)), recovery
+
+
+@pytest.mark.slow
+def test_on_the_model_in_the_box_planted_heads_are_found(built_in):
+    """Heads that changed coordinates are ranked first by ΔKL, rewired ones by the raw damage."""
+    found = {(r.scenario, r.method): r.average_precision for r in built_in.recoveries}
+    for scenario in ("rotated", "scaled", "shifted"):
+        assert found[scenario, "delta"] == pytest.approx((1, 1))
+    assert found["rewired attention", "kl_raw"] == pytest.approx((1, 1))
+
+
+@pytest.mark.slow
+def test_on_the_model_in_the_box_kinds_are_told_apart(built_in):
+    """Rotated heads are re-coordinated; heads that attend elsewhere never are."""
+    assert set(verdicts(built_in, "rotated", "rotated")) == {"re-coordinated"}
+    rewired = verdicts(built_in, "rewired attention", "rewired")
+    assert "re-coordinated" not in rewired
+    assert rewired["rewired"] >= 4
+    assert set(verdicts(built_in, "rotated", "untouched")) == {"idle"}
+
+
+@pytest.mark.slow
+def test_null_experiments_alarm_at_the_promised_rate(built_in):
+    """Where two equally wrong maps are compared, 5% of experiments at most find something."""
+    tiny = small([], pairs=40).false_alarms
+    alarms, nulls = (
+        getattr(tiny, name) + getattr(built_in.false_alarms, name)
+        for name in ("n_alarms", "n_nulls")
+    )
+    assert nulls >= 200
+    assert binomtest(alarms, nulls, LEVEL, alternative="greater").pvalue > 0.01
+
+
+def test_a_ranking_that_knows_nothing_is_found_out():
+    """One's own method is judged as well; heads in index order are not the planted ones."""
+
+    def by_index(measured: MeasuredSets) -> HeadRanking:
+        scores = [-float(head) for head in range(measured.n_heads)]
+        return HeadRanking.from_scores(scores, method="index", layer=1, alpha=None)
+
+    (recovery,) = small([by_index], pairs=8).recoveries
+    assert recovery.method == "by_index"
+    assert sum(recovery.average_precision) / 8 < 0.9
+
+
+def test_the_seed_decides_everything():
+    """Equal seeds give equal results; another seed plants elsewhere."""
+    one, again, other = (small(["attribution"], seed=seed) for seed in (1, 1, 2))
+    assert one == again
+    assert one.recoveries != other.recoveries
+
+
+def test_drift_alone_is_no_planted_head():
+    """What was planted is the truth, however far everything else drifted."""
+    validation = small([], drift=0.1)
+    truths = {truth for _, truth, _ in validation.kinds}
+    assert truths == {"rotated", "untouched"}
+
+
+def test_heads_that_share_a_value_head_are_planted_together(tmp_path):
+    """With grouped-query attention the truth names whole groups, and they are found."""
+    settings = write_pair(tmp_path)
+    base, prompts = base_of(config_from({"base": settings["base"], "prompts": settings["prompts"]}))
+    assert base.model.cfg.n_key_value_heads == 4
+    validation = validate(
+        base, prompts, methods=["delta"], pairs=2, drift=0.0, scenarios=[BY_NAME["rotated"]]
+    )
+    rotated = verdicts(validation, "rotated", "rotated")
+    assert sum(rotated.values()) == 2 * 2 * 2  # two pairs, two value heads, two heads on each
+    assert validation.recoveries[0].average_precision == pytest.approx((1, 1))
+
+
+def test_layers_are_those_that_were_asked_for():
+    """A named layer is planted in, whatever would have been drawn."""
+    layers = [small(["delta"], layers=[layer], drift=0.0) for layer in (0, 2)]
+    assert all(v.recoveries[0].average_precision == pytest.approx((1, 1)) for v in layers)
+
+
+def test_the_result_is_a_table_and_json(tmp_path):
+    """A base model alone is enough: no tuned model is named or loaded."""
+    settings = write_pair(tmp_path)
+    config = config_from({"base": settings["base"], "prompts": settings["prompts"]})
+    out = tmp_path / "v.json"
+    text = validate_config(config, "delta,kl_raw", layer=1, pairs=1, out=out)
+    assert "| delta | 1.00 (1.00)" in text
+    assert "promised 5%" in text
+    saved = json.loads(out.read_text())
+    assert {row["method"] for row in saved["recoveries"]} == {"delta", "kl_raw"}
+    assert saved["false_alarms"]["n_nulls"] == 4 * len(SCENARIOS)
+
+
+def test_a_scenario_of_ones_own():
+    """Any mixture of changes can be planted."""
+    both = Scenario("both", {"rotated": 1, "scaled": 1}, "scaled")
+    validation = validate(
+        tiny_base(), tiny_prompts(), methods=["delta"], pairs=1, scenarios=[both], drift=0.0
+    )
+    assert {truth for _, truth, _ in validation.kinds} == {"rotated", "scaled", "untouched"}
+    assert "both" in validation_text(validation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"methods": ["luck"]}, "'luck' does not exist"),
+        ({"methods": ["delta"], "pairs": 0}, "at least 1"),
+        ({"methods": ["delta"], "layers": [99]}, "L99H"),
+    ],
+)
+def test_what_cannot_be_validated_is_said(settings, said):
+    """One clear sentence."""
+    with pytest.raises(UserError, match=said):
+        small(**settings)
+
+
+def test_a_layer_with_too_few_value_heads_is_said():
+    """Where two value heads serve all heads, planting one leaves too little to tell it from."""
+    base = LoadedModel.wrap(tiny_model(n_key_value_heads=2), word_tokenizer())
+    with pytest.raises(UserError, match="fewer than 4 value heads"):
+        validate(base, tiny_prompts(), methods=["delta"])

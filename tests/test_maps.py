@@ -476,6 +476,18 @@ def test_no_map_of_something_else_is_reused(tiny_pair, tmp_path, change):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
+def test_a_map_under_the_name_of_another_is_not_believed(tiny_pair, tmp_path):
+    """Files of another pair, renamed to what this pair's map is called, are fitted anew."""
+    base = tiny_pair.base.model
+    other = pair_of(base, fine_tuned(base, seed=3), tiny_pair.prompts)
+    own = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    fit_maps(other, [1], directory=tmp_path / "other")
+    (path,), (foreign,) = tmp_path.glob("*.safetensors"), (tmp_path / "other").glob("*.safetensors")
+    for suffix in (".safetensors", ".json"):
+        path.with_suffix(suffix).write_bytes(foreign.with_suffix(suffix).read_bytes())
+    assert fit_maps(tiny_pair, [1], directory=tmp_path)[1].fingerprint == own.fingerprint
+
+
 def test_the_best_kept_kind_is_taken_when_none_is_asked_for(tmp_path):
     """The kept map with the best calibration CKA serves, whichever was kept first."""
     base = tiny_model()

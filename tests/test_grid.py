@@ -63,6 +63,34 @@ def test_the_checks_read_zero_and_are_the_noise_floor(tiny_grid):
     assert tiny_grid.noise_floor_nats == floor
 
 
+class Noisy:
+    """An engine whose clean reference is off: by 1e-7 without heads, by 3e-7 for self-patches."""
+
+    name = "noisy"
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def tuned_z(self, layer):
+        """As the exact engine reads it."""
+        return self.engine.tuned_z(layer)
+
+    def effects(self, interventions, sources, advance=None):
+        """The exact effects with the noise on top."""
+        exact = self.engine.effects(interventions, sources, advance)
+        noise = [[3e-7 if p.source == "self" else 1e-7 * (not p.heads)] for (p,) in interventions]
+        return replace(exact, kl_nats=exact.kl_nats + np.array(noise))
+
+
+def test_the_noise_floor_is_the_larger_of_both_checks(tiny_pair, tiny_maps):
+    """What patching nothing leaves is reported, whichever of the two ways shows more of it."""
+    exact = prepare(tiny_pair, tiny_maps)
+    noisy = replace(exact, engine=Noisy(exact.engine))
+    grid = run_grid(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), experiment=noisy)
+    assert grid.noise_floor_nats == pytest.approx(3e-7)
+    assert grid["none"].KL_raw == pytest.approx(1e-7)
+
+
 def test_the_settings_say_how_it_was_made(tiny_pair, tiny_maps):
     """Everything that could be set otherwise stands in the result."""
     grid = run_grid(

@@ -67,6 +67,8 @@ class Noisy:
     """An engine whose clean reference is off: by 1e-7 without heads, by 3e-7 for self-patches."""
 
     name = "noisy"
+    fallback_reason = None
+    memory_report = None
 
     def __init__(self, engine):
         self.engine = engine

@@ -14,52 +14,78 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rq4lens import figures as figures
+    from rq4lens import validate as validate
+    from rq4lens.analysis.analyse import analyse as analyse
+    from rq4lens.analysis.layers import compare_layers as compare_layers
     from rq4lens.config import RunConfig as RunConfig
+    from rq4lens.config import preset as preset
+    from rq4lens.config import preset_names as preset_names
+    from rq4lens.config import read_config as read_config
     from rq4lens.errors import UserError as UserError
     from rq4lens.heads import Head as Head
     from rq4lens.heads import HeadSet as HeadSet
+    from rq4lens.models.builtin.plant import plant as plant
     from rq4lens.models.catalog import load_pair as load_pair
+    from rq4lens.models.loading import load_hooked as load_hooked
     from rq4lens.models.pair import ModelPair as ModelPair
+    from rq4lens.models.pair import PairMember as PairMember
+    from rq4lens.models.prompts import Prompt as Prompt
     from rq4lens.models.prompts import PromptSet as PromptSet
     from rq4lens.patching.experiment import Experiment as Experiment
     from rq4lens.patching.experiment import prepare as prepare
     from rq4lens.patching.fitting import fit_maps as fit_maps
     from rq4lens.patching.grid import run_grid as run_grid
+    from rq4lens.patching.grid import run_sweep as run_sweep
     from rq4lens.patching.hooks import patched_heads as patched_heads
     from rq4lens.results import ConditionResult as ConditionResult
     from rq4lens.results import GridResult as GridResult
     from rq4lens.results import HeadRanking as HeadRanking
     from rq4lens.run_directory import read_run as read_run
     from rq4lens.study import run_study as run_study
+    from rq4lens.sweep import sweep_layers as sweep_layers
 
 # Where each public name lives. Importing rq4lens loads none of them: torch and TransformerLens
 # take seconds, and the command line must answer at once.
 _HOMES = {
+    "analyse": "rq4lens.analysis.analyse",
+    "compare_layers": "rq4lens.analysis.layers",
     "RunConfig": "rq4lens.config",
+    "preset": "rq4lens.config",
+    "preset_names": "rq4lens.config",
+    "read_config": "rq4lens.config",
     "UserError": "rq4lens.errors",
     "Head": "rq4lens.heads",
     "HeadSet": "rq4lens.heads",
+    "plant": "rq4lens.models.builtin.plant",
     "load_pair": "rq4lens.models.catalog",
+    "load_hooked": "rq4lens.models.loading",
     "ModelPair": "rq4lens.models.pair",
+    "PairMember": "rq4lens.models.pair",
+    "Prompt": "rq4lens.models.prompts",
     "PromptSet": "rq4lens.models.prompts",
     "Experiment": "rq4lens.patching.experiment",
     "prepare": "rq4lens.patching.experiment",
     "fit_maps": "rq4lens.patching.fitting",
     "run_grid": "rq4lens.patching.grid",
+    "run_sweep": "rq4lens.patching.grid",
     "patched_heads": "rq4lens.patching.hooks",
     "ConditionResult": "rq4lens.results",
     "GridResult": "rq4lens.results",
     "HeadRanking": "rq4lens.results",
     "read_run": "rq4lens.run_directory",
     "run_study": "rq4lens.study",
+    "sweep_layers": "rq4lens.sweep",
 }
 
-__all__ = ["figures", *_HOMES]  # noqa: PLE0604
+# Modules that are used as they are: `rq.figures.head_plane(...)`, `rq.validate.validate(...)`.
+_ROOMS = ("figures", "validate")
+
+__all__ = [*_ROOMS, *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name == "figures":
-        return import_module("rq4lens.figures")
+    if name in _ROOMS:
+        return import_module(f"rq4lens.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'rq4lens' has no attribute {name!r}")

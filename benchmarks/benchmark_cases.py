@@ -44,6 +44,16 @@ LLAMA_8B = {
     "rotary_base": 500000.0,
     "rotary_adjacent_pairs": False,
 }
+TINY = LLAMA_8B | {
+    "n_layers": 4,
+    "d_model": 64,
+    "d_head": 16,
+    "n_heads": 8,
+    "n_key_value_heads": 2,
+    "d_mlp": 96,
+    "d_vocab": 300,
+}
+"""Tries the scripts out."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +151,7 @@ CASES: dict[str, Callable[[str, torch.dtype], Case]] = {
     "builtin": builtin_case,
     "gpt2-small": random_case("GPT-2-small shape", GPT2_SMALL, 16, 64, 8),
     "llama-8b": random_case("Llama-3.1-8B shape", LLAMA_8B, 150, 96, 26),
-    "tiny": random_case(
-        "tiny",
-        LLAMA_8B
-        | {"n_layers": 4, "d_model": 64, "d_head": 16, "n_heads": 8, "n_key_value_heads": 2}
-        | {"d_mlp": 96, "d_vocab": 300},
-        8,
-        24,
-        2,
-    ),
+    "tiny": random_case("tiny", TINY, 8, 24, 2),
 }
 """Every case by its name on the command line; ``tiny`` only tries the scripts out."""
 

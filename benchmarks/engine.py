@@ -137,15 +137,16 @@ def weights_above(case: Case, layer: int) -> int:
 def agreement(case: Case, sources: Sources) -> dict[str, float]:
     """What the engine's numbers are worth here: its noise floor and its distance to hooks."""
     every = grid_conditions(case.layer, case.tuned.cfg.n_heads)
-    sample: list[Intervention] = [every[0], every[1]]
     engine = make_engine(case.tuned, case.prompts, first_layer=case.layer)
+    found = engine.effects([*every, ()], sources).kl_nats
     native = make_engine(case.tuned, case.prompts, prefer="hooks", batch_size=case.batch_size)
-    found, expected = engine.effects(sample, sources), native.effects(sample, sources)
+    sample = [*range(4), len(every) - 1]
+    expected = native.effects([every[i] for i in sample], sources).kl_nats
     return {
-        "none_kl_nats": float(engine.effects([()], sources).kl_nats.max()),
-        "full_kl_nats": float(found.kl_nats[0].mean()),
-        "full_kl_nats_by_hooks": float(expected.kl_nats[0].mean()),
-        "largest_kl_difference_nats": float(abs(found.kl_nats - expected.kl_nats).max()),
+        "none_kl_nats": float(found[-1].max()),
+        "full_kl_nats": float(found[0].mean()),
+        "full_kl_nats_by_hooks": float(expected[0].mean()),
+        "largest_kl_difference_nats": float(abs(found[sample] - expected).max()),
     }
 
 

@@ -151,8 +151,8 @@ def test_effects_by_difference_equal_the_definition(direction, scale, shift, see
 def test_small_effects_keep_their_digits_in_float32():
     """A divergence of 1e-9 nats is told to a percent; float32 log-probabilities know 1e-7."""
     draw = torch.Generator().manual_seed(0)
-    clean = 3 * torch.randn(1000, generator=draw)
-    patched = clean + 1e-4 * torch.randn(1000, generator=draw)
+    clean = 3 * torch.randn(1, 1, 1000, generator=draw)
+    patched = clean + 1e-4 * torch.randn(1, 1, 1000, generator=draw)
     found, _ = effects_by_difference(patched, clean)
     exact, _ = next_token_effects(patched.double(), clean.double())
     assert 1e-9 < exact < 1e-8

@@ -7,8 +7,12 @@ import pytest
 import torch
 from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sources, tiny_model
 
+from rq4lens.patching.difference_sums import summed_by_tensors
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.hooks import HookEngine
+
+if torch.cuda.is_available():
+    from rq4lens.patching.difference_kernel import summed_by_kernel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -38,7 +42,7 @@ def _exact_products():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("max_bytes", [None, 300_000])
+@pytest.mark.parametrize("max_bytes", [None, 150_000])
 @pytest.mark.parametrize("k_positions", [1, 2])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_the_engine_equals_native_hooks_on_a_gpu(fields, k_positions, max_bytes):
@@ -51,7 +55,8 @@ def test_the_engine_equals_native_hooks_on_a_gpu(fields, k_positions, max_bytes)
     assert engine.memory_report["kept_on_device"] is (max_bytes is None)
     native = HookEngine(model, prompts, k_positions=k_positions)
     expected = native.effects(interventions, sources).kl_nats
-    np.testing.assert_allclose(engine.effects(interventions, sources).kl_nats, expected, atol=1e-5)
+    found = engine.effects(interventions, sources).kl_nats
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_full_gpu_halves_the_chunk():
@@ -62,10 +67,36 @@ def test_a_full_gpu_halves_the_chunk():
     engine = make_engine(model, prompts, max_bytes=2**40)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(600e6 / total)
+    torch.cuda.set_per_process_memory_fraction(120e6 / total)
     try:
         found = engine.effects(interventions, sources).kl_nats
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert engine.memory_report["rows"]["n_out_of_memory"] > 0
+
+
+@pytest.mark.parametrize("tilted", [True, False])
+@pytest.mark.parametrize("n_vocab", [50, 4096, 10_007])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_sums_what_the_definition_says(dtype, n_vocab, tilted):
+    """Against the same sums in float64, for vocabularies that end inside a block and at its end."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    clean = torch.randn(3, 1, n_vocab, generator=draw, device="cuda").to(dtype)
+    patched = clean + 0.1 * torch.randn(3, 5, n_vocab, generator=draw, device="cuda").to(dtype)
+    clean = clean.float()
+    shared = (clean.softmax(-1), clean.argmax(-1, keepdim=True))
+    found = summed_by_kernel(patched, clean, *shared, tilted=tilted)
+    q = shared[0].double()
+    expected = summed_by_tensors(patched.double(), clean.double(), q, shared[1], tilted=tilted)
+    for sums, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(sums.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_a_logit_of_minus_infinity_is_not_summed_silently():
+    """The sums are not finite then, and the engine takes the slower definition."""
+    clean = torch.zeros(1, 1, 60, device="cuda")
+    clean[..., 3] = -torch.inf
+    shared = (clean.softmax(-1), clean.argmax(-1, keepdim=True))
+    _, moment = summed_by_kernel(clean.expand(1, 2, 60), clean, *shared, tilted=True)
+    assert not moment.isfinite().any()

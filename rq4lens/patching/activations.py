@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import einops
@@ -14,6 +15,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.patching.norms import fused_norms
 
 
 def z_site(layer: int) -> str:
@@ -81,7 +83,7 @@ def capture_z(
 ) -> dict[int, Float[Tensor, "prompt position head d_head"]]:
     """Activations ``z`` of every head at the patched positions.
 
-    The forward pass ends with the last layer that is asked for.
+    The forward pass ends where the last of them has been read.
 
     Args:
         model: the model to read.
@@ -103,9 +105,14 @@ def capture_z(
     captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
     for batch in prompts.batches(batch_size, padding_side):
         positions = patched_positions(batch, k_positions)
-        with model.hooks(fwd_hooks=_readers(captured, batch, positions)):
+        readers = _readers(captured, batch, positions)
+        with fused_norms(model), model.hooks(fwd_hooks=readers), suppress(_LastOneRead):
             forward_batch(model, batch, stop_at_layer=max(layers) + 1)
     return captured
+
+
+class _LastOneRead(Exception):  # noqa: N818 - the expected end of a pass, not an error
+    """Ends a forward pass: what follows the last captured site would be computed for nothing."""
 
 
 def check_layers(layers: Sequence[int], n_layers: int) -> None:
@@ -130,6 +137,8 @@ def _readers(
         def read(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
             rows = torch.arange(len(z))[:, None]
             captured[layer][batch.rows] = z[rows, positions].to("cpu")
+            if layer == max(captured):
+                raise _LastOneRead
 
         return read
 

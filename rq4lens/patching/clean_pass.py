@@ -19,6 +19,7 @@ from rq4lens.models.prompts import TokenBatch
 from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
 from rq4lens.patching.attention_row import SharedKeys, turn_to_decision
 from rq4lens.patching.block_row import attention_input
+from rq4lens.patching.norms import fused_norms
 from rq4lens.patching.score_bias import attention_bias
 
 COLUMN_MULTIPLE = 8
@@ -110,9 +111,10 @@ def clean_pass(
     layers: dict[int, KeptLayer] = {}
     bias = _bias_of_layers(model, batch, n_positions)
     position_mask = _aligned_right(batch.lengths).to(positions.device)
-    resid = forward_batch(model, batch, stop_at_layer=first_layer)
-    entering = resid[shortest_and_longest(len(resid))].clone()
-    with model.hooks(fwd_hooks=_z_readers(z, range(first_layer, model.cfg.n_layers), at)):
+    readers = _z_readers(z, range(first_layer, model.cfg.n_layers), at)
+    with fused_norms(model), model.hooks(fwd_hooks=readers):
+        resid = forward_batch(model, batch, stop_at_layer=first_layer)
+        entering = resid[shortest_and_longest(len(resid))].clone()
         for layer in range(first_layer, model.cfg.n_layers):
             block, kept = model.blocks[layer], _KeptKeys(resid)
             at_positions = resid[at]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.patching.difference_sums import difference_sums
 
 KLDirection = Literal["patched||clean", "clean||patched"]
 
@@ -148,10 +149,10 @@ def next_token_effects(
 
 
 def effects_by_difference(
-    patched_logits: Float[Tensor, "*rows vocab"],
-    clean_logits: Float[Tensor, "*#rows vocab"],
+    patched_logits: Float[Tensor, "prompt row vocab"],
+    clean_logits: Float[Tensor, "prompt 1 vocab"],
     direction: KLDirection = "patched||clean",
-) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+) -> tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row"]]:
     """:func:`next_token_effects` for many rows: without a softmax of each, and no less precise.
 
     With ``δ`` the difference of the logits, counted from its value at the clean model's most likely
@@ -173,16 +174,12 @@ def effects_by_difference(
         finite where a logit is minus infinity or rose by more than the exponential can hold.
     """
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
-    q, delta = clean.softmax(-1), patched_logits - clean
-    answer = clean.argmax(-1, keepdim=True).expand(*delta.shape[:-1], 1)
-    delta -= delta.take_along_dim(answer, -1)
-    gained = delta.expm1().mul_(q)
-    excess = gained.sum(-1)
+    tilted = direction == "patched||clean"
+    excess, moment = difference_sums(
+        patched_logits, clean, clean.softmax(-1), clean.argmax(-1, keepdim=True), tilted=tilted
+    )
     ln_z = excess.log1p()
-    if direction == "patched||clean":
-        kl = gained.add_(q).mul_(delta).sum(-1) / (1 + excess) - ln_z
-    else:
-        kl = ln_z - delta.mul_(q).sum(-1)
+    kl = moment / (1 + excess) - ln_z if tilted else ln_z - moment
     return kl, -ln_z
 
 

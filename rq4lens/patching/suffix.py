@@ -21,9 +21,10 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.attention_row import row_z
-from rq4lens.patching.block_row import finish_block, normed
+from rq4lens.patching.block_row import finish_block
 from rq4lens.patching.clean_pass import KeptBatch, clean_pass
 from rq4lens.patching.kept import SourceTensors
+from rq4lens.patching.norms import normed
 from rq4lens.patching.row_engine import RowEngine
 from rq4lens.patching.rows import RowGroup, Rows
 from rq4lens.patching.weight_layout import store_for_products

@@ -40,7 +40,7 @@ def provenance(
     pair = experiment.pair
     return {
         "format": FORMAT,
-        "rq4lens": version("rq4lens"),
+        "rq4lens": _version("rq4lens"),
         "config": config.model_dump(mode="json", exclude_unset=True),
         "settings": grid.settings.to_dict(),
         "noise_floor_nats": grid.noise_floor_nats,
@@ -56,6 +56,7 @@ def provenance(
         },
         "engine": _engine(experiment),
         "device": resolve_device(config.device),
+        "peak_device_bytes": _peak_device_bytes(),
         "store": {
             "reused": store.counters.reused,
             "computed": store.counters.computed,
@@ -80,6 +81,12 @@ def _engine(experiment: Experiment) -> dict[str, Any]:
         "fallback_reason": engine.fallback_reason,
         "memory": memory,
     }
+
+
+def _peak_device_bytes() -> int | None:
+    """The most memory held at once on the GPU that held most; None without one."""
+    used = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
+    return max(used, default=None)
 
 
 def _version(name: str) -> str | None:

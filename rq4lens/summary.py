@@ -49,7 +49,9 @@ def summary_text(
 ) -> str:
     """The same as plain text, 100 columns wide."""
     text = StringIO()
-    print_summary(Console(file=text, width=100), settings, records, claims)
+    # In a notebook rich would display the text instead of writing it.
+    console = Console(file=text, width=100, force_jupyter=False)
+    print_summary(console, settings, records, claims)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 

@@ -58,6 +58,13 @@ def test_the_table_says_what_the_records_say(grid, rows):
         assert cells[-1] == heads
 
 
+def test_a_summary_is_text_in_a_notebook_too(grid, rows, monkeypatch):
+    """Where rich believes that it is in Jupyter, the text is the same."""
+    expected = summary_text(grid.settings, rows)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert summary_text(grid.settings, rows) == expected
+
+
 def test_undefined_coverage_is_called_undefined_and_why(grid):
     """No number stands where there is none; the reason is printed once."""
     dead = {name: replace(c, kl_mapped_nats=c.kl_raw_nats) for name, c in grid.conditions.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -78,9 +79,10 @@ def make_pair(folder: Path, shape: dict[str, Any], device: str, dtype: torch.dty
 def make_prompts(path: Path) -> None:
     """Prompts of a realistic length: several of the built-in stories in a row."""
     stories = [json.loads(line)["text"] for line in (ETIQUETTE / "prompts.jsonl").open()]
+    draw = random.Random(0)
     with path.open("w") as file:
         for i in range(N_TRAIN + N_VAL):
-            text = " ".join(stories[(STORIES * i + j) % len(stories)] for j in range(STORIES))
+            text = " ".join(draw.sample(stories, STORIES))
             split = "train" if i < N_TRAIN else "val"
             file.write(json.dumps({"id": f"p{i}", "text": text, "split": split}) + "\n")
 

@@ -49,8 +49,8 @@ def summary_text(
 ) -> str:
     """The same as plain text, 100 columns wide."""
     text = StringIO()
-    # In a notebook rich would display the text instead of writing it.
-    console = Console(file=text, width=100, force_jupyter=False)
+    # In a notebook rich would display the text, or colour it, instead of writing it as it is.
+    console = Console(file=text, width=100, force_jupyter=False, color_system=None)
     print_summary(console, settings, records, claims)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 

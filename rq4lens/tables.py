@@ -130,8 +130,8 @@ def _table(first: str, *others: str) -> Table:
 
 def _text(parts: Sequence[RenderableType]) -> str:
     text = StringIO()
-    # In a notebook rich would display the text instead of writing it.
-    console = Console(file=text, width=WIDTH, force_jupyter=False)
+    # In a notebook rich would display the text, or colour it, instead of writing it as it is.
+    console = Console(file=text, width=WIDTH, force_jupyter=False, color_system=None)
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"

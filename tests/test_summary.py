@@ -59,8 +59,9 @@ def test_the_table_says_what_the_records_say(grid, rows):
 
 
 def test_a_summary_is_text_in_a_notebook_too(grid, rows, monkeypatch):
-    """Where rich believes that it is in Jupyter, the text is the same."""
+    """Where rich believes that it is in Jupyter, or colours are asked for, the text is the same."""
     expected = summary_text(grid.settings, rows)
+    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert summary_text(grid.settings, rows) == expected
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.logging import RichHandler
@@ -52,6 +54,10 @@ RUN_SETTINGS = (
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
+]
 
 
 @app.callback()
@@ -84,9 +90,13 @@ def demo(
 
 @app.command()
 @takes_config(*RUN_SETTINGS, config_file=True)
-def run(config: RunConfig, out: Out = None, fresh: Fresh = False) -> None:
+def run(config: RunConfig, out: Out = None, fresh: Fresh = False, shard: Shard = None) -> None:
     """Run the main job: maps, every head, top-k against random-k, control layer, report."""
-    _run(config, out or _default_directory(config), fresh)
+    directory = out or _default_directory(config)
+    if shard is None:
+        _run(config, directory, fresh)
+    else:
+        _shard("run", config, None, directory, shard, fresh)
 
 
 @app.command()
@@ -150,14 +160,32 @@ def sweep(
     ] = None,
     out: Out = None,
     fresh: Fresh = False,
+    shard: Shard = None,
 ) -> None:
     """Measure every layer from one clean pass, compare them, and propose main and control."""
     from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
+    if shard is not None:
+        _shard("sweep", config, parse_layers(layers), out, shard, fresh)
+        return
     result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
     output.print(result.summary, end="")
     if out is not None:
         output.print(f"written to {out}")
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of the shares.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
+    ] = False,
+) -> None:
+    """Check that all shares of a run or a sweep are there, and write its results."""
+    from rq4lens.cluster.shards import merge as merged  # noqa: PLC0415 - keeps --help fast
+
+    output.print(merged(run, trust_remote_code=trust_remote_code, stage=watched), end="")
+    output.print(f"written to {run}")
 
 
 @app.command()
@@ -244,8 +272,41 @@ def pairs(
 def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
     from rq4lens.study import run_study  # noqa: PLC0415 - keeps --help fast
 
-    try:
+    with _kept_when_stopped(directory):
         study = run_study(config, directory, fresh=fresh, stage=watched)
+    output.print(study.summary, end="")
+    output.print(f"written to {directory}")
+
+
+def _shard(
+    command: Literal["run", "sweep"],
+    config: RunConfig,
+    layers: list[int] | None,
+    out: Path | None,
+    shard: str,
+    fresh: bool,
+) -> None:
+    from rq4lens.cluster.pieces import Request  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.pieces import Shard as Part  # noqa: PLC0415
+    from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
+
+    part, directory = Part.parse(shard), _shared(out)
+    request = Request(command, config, None if layers is None else tuple(layers))
+    with _kept_when_stopped(directory):
+        said = run_shard(request, directory, part, fresh=fresh, stage=watched)
+    output.print(said, end="")
+
+
+def _shared(out: Path | None) -> Path:
+    if out is None:
+        raise UserError("several processes need one folder to meet in: name it with --out DIR.")
+    return out
+
+
+@contextmanager
+def _kept_when_stopped(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
         errors.print(
@@ -253,8 +314,6 @@ def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
             f"{shlex.join(['rq4lens', *again])}"
         )
         raise typer.Exit(130) from None
-    output.print(study.summary, end="")
-    output.print(f"written to {directory}")
 
 
 def _default_directory(config: RunConfig) -> Path:

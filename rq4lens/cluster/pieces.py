@@ -1,0 +1,215 @@
+"""Units of work: a run or a sweep cut into pieces that any process can measure in any order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from rq4lens.config import RunConfig
+from rq4lens.errors import UserError
+from rq4lens.models.pair import ModelPair
+from rq4lens.patching.activations import check_layers
+from rq4lens.patching.conditions import CHUNK, Planned
+from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.patch import Patch
+from rq4lens.preparation import plan_of
+from rq4lens.store import content_key
+
+Command = Literal["run", "sweep"]
+
+_SHARD = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured.
+
+    Args:
+        command: ``"run"`` for the main job of one layer, ``"sweep"`` for the grid of several.
+        config: the pair and how to patch.
+        layers: the layers of a sweep; None are all of them.
+    """
+
+    command: Command
+    config: RunConfig
+    layers: tuple[int, ...] | None = None
+
+    def plans(self, pair: ModelPair) -> list[GridPlan]:
+        """The grids that are measured, checked against the pair.
+
+        Raises:
+            UserError: if a layer or k does not fit the models, or a run names no layer.
+        """
+        if self.command == "run":
+            return [plan_of(self.config, pair)]
+        layers = tuple(range(pair.n_layers)) if self.layers is None else self.layers
+        check_layers(layers, pair.n_layers)
+        config = self.config
+        return [
+            GridPlan(pair.n_heads, layer, None, config.k, config.random_seeds)
+            for layer in inward(sorted(set(layers)))
+        ]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Conditions that are measured together; a piece may be measured any number of times.
+
+    Args:
+        conditions: the conditions.
+        alpha: their blend strength.
+        job: key of the job that the piece belongs to, empty while none is known.
+    """
+
+    conditions: tuple[Planned, ...]
+    alpha: float
+    job: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its layer and first condition, short enough for a file name."""
+        first = self.conditions[0]
+        return f"L{first.layer}_{first.cond}_and_{len(self.conditions) - 1}_more"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that decides what is measured, by name."""
+        return {
+            "job": self.job,
+            "alpha": float(self.alpha),
+            "conditions": [[each.layer, list(each.heads), each.source] for each in self.conditions],
+        }
+
+    @property
+    def key(self) -> str:
+        """Hash of its content."""
+        return content_key(self.to_dict())
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that it patches."""
+        return tuple(dict.fromkeys(each.layer for each in self.conditions))
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """What is measured: each condition raw and mapped, nothing twice."""
+        both = (patch for each in self.conditions for patch in each.patches(self.alpha))
+        return tuple(dict.fromkeys(both))
+
+    def describe(self) -> str:
+        """The piece in a few words."""
+        first, last = self.conditions[0], self.conditions[-1]
+        return f"layer {first.layer} from {first.cond} to {last.cond}"
+
+
+def pieces_of(plans: Sequence[GridPlan], alpha: float, job: str = "") -> list[Piece]:
+    """Every condition whose head set is known beforehand, in pieces.
+
+    A piece is a chunk that a single process measures together too, so that its numbers are the
+    same to the last digit wherever it is measured. Top-k head sets follow from the single heads
+    and are measured when the pieces are merged.
+
+    Args:
+        plans: the grids.
+        alpha: blend strength.
+        job: key of the job that the pieces belong to.
+
+    Returns:
+        The pieces; the same plans give the same pieces in the same order.
+    """
+    return [
+        Piece(tuple(chunk), alpha, job) for plan in plans for chunk in _chunks(plan.fixed(), alpha)
+    ]
+
+
+def _chunks(planned: Sequence[Planned], alpha: float) -> Iterator[list[Planned]]:
+    """Conditions by chunks of their patches; what patches nothing new is in an earlier chunk."""
+    seen: set[Patch] = set()
+    chunk: list[Planned] = []
+    begun = 0
+    for each in planned:
+        new = set(each.patches(alpha)) - seen
+        if not new:
+            continue
+        if len(seen) // CHUNK > begun and chunk:
+            yield chunk
+            chunk, begun = [], len(seen) // CHUNK
+        chunk.append(each)
+        seen |= new
+    if chunk:
+        yield chunk
+
+
+def inward(layers: Sequence[int]) -> list[int]:
+    """Lowest and highest in turn, so that equal parts of the list cost about the same.
+
+    A row patched at a layer runs through all layers above: low layers cost more.
+    """
+    order, left = [], list(layers)
+    while left:
+        order.append(left.pop(0))
+        if left:
+            order.append(left.pop())
+    return order
+
+
+@dataclass(frozen=True)
+class Share:
+    """One part of a list of pieces, or of many lists end to end.
+
+    Args:
+        start: where it starts, from 0 to 1.
+        stop: where it ends.
+    """
+
+    start: Fraction
+    stop: Fraction
+
+    def of(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """This part of the pieces; the shares of a whole cover it without overlap."""
+        edges = (int(self.start * len(pieces)), int(self.stop * len(pieces)))
+        return list(pieces[slice(*edges)])
+
+    def within(self, place: int, n_lists: int) -> Share | None:
+        """Its part of one of several lists that stand end to end; None where it has none of it."""
+        start = max(Fraction(0), self.start * n_lists - place)
+        stop = min(Fraction(1), self.stop * n_lists - place)
+        return Share(start, stop) if start < stop else None
+
+
+WHOLE = Share(Fraction(0), Fraction(1))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several shares of equal size.
+
+    Args:
+        number: which one, counted from 1.
+        count: how many there are.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """A shard as a user writes it, ``"2/4"``.
+
+        Raises:
+            UserError: if the text is no such thing.
+        """
+        match = _SHARD.fullmatch(text.strip())
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise UserError(
+                f"--shard {text[:40]!r} is no share: write it as I/N with I from 1 to N, as '2/4'."
+            )
+        return cls(number, count)
+
+    @property
+    def share(self) -> Share:
+        """The part of the work that it is."""
+        return Share(Fraction(self.number - 1, self.count), Fraction(self.number, self.count))

@@ -1,0 +1,129 @@
+"""Shares of a job by any scheduler: one process per share, and one merge at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rq4lens.cluster.jobs import PIECES, Job, kind_of_device, read_job
+from rq4lens.cluster.pieces import Request, Shard, Share
+from rq4lens.cluster.workbench import Workbench
+from rq4lens.errors import UserError
+from rq4lens.stages import Stage, silent
+from rq4lens.store import Store
+from rq4lens.study import run_study
+from rq4lens.sweep import sweep_layers
+
+MAX_NAMED = 6
+"""Missing pieces that an error sentence names."""
+
+
+def run_shard(
+    request: Request,
+    directory: Path,
+    shard: Shard,
+    *,
+    share: Share | None = None,
+    fresh: bool = False,
+    stage: Stage = silent,
+) -> str:
+    """Measure one share of a job into a shared run directory.
+
+    Shares may run in any order, several at a time, and again after they were killed.
+
+    Args:
+        request: what is measured.
+        directory: the run directory that all shares have in common.
+        shard: which share.
+        share: the part of the pieces, where it is not simply the shard's.
+        fresh: measure again what is there.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What the console prints.
+
+    Raises:
+        UserError: if the request does not fit the pair, or the directory holds another job.
+    """
+    bench = Workbench(request, directory, fresh=fresh, stage=stage)
+    job = bench.job(shard.count)
+    pieces = (share or shard.share).of(job.pieces())
+    # The layers of the whole share, done or not: what is measured is then the same after a kill.
+    layers = [layer for piece in pieces for layer in piece.layers]
+    left = [piece for piece in pieces if fresh or bench.marks.get(piece) is None]
+    if left:
+        experiment = bench.prepare(layers)
+        rows = sum(len(piece.patches) for piece in left) * job.n_prompts
+        with bench.clock("pieces", rows) as advance:
+            for piece in left:
+                bench.measure(piece, experiment, advance)
+    n_missing = len(job.missing(bench.marks))
+    done = f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
+    done += f"{len(pieces) - len(left)} were there already; "
+    if n_missing:
+        return f"{done}{n_missing} of {len(job.pieces())} pieces of the job are still missing\n"
+    return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {directory}\n"
+
+
+def merge(
+    directory: Path,
+    *,
+    trust_remote_code: bool = False,
+    stage: Stage = silent,
+) -> str:
+    """Check that all pieces of a job are there, and write its results as a single process does.
+
+    Args:
+        directory: the run directory of the shares.
+        trust_remote_code: let a checkpoint run its own code.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What the console prints.
+
+    Raises:
+        UserError: if pieces are missing; the sentence names them.
+    """
+    job = read_job(directory, trust_remote_code=trust_remote_code)
+    _refuse_incomplete(job, directory)
+    return finish(job.request, directory, stage=stage)
+
+
+def finish(request: Request, directory: Path, *, stage: Stage = silent) -> str:
+    """Write the results of measured conditions: the ordinary command, which finds them all there.
+
+    Args:
+        request: what was measured.
+        directory: the run directory.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What the console prints.
+    """
+    if request.command == "run":
+        return run_study(request.config, directory, stage=stage).summary
+    return sweep_layers(request.config, directory, request.layers, stage=stage).summary
+
+
+def _refuse_incomplete(job: Job, directory: Path) -> None:
+    pieces, missing = job.pieces(), job.missing(Store(directory / PIECES))
+    if missing:
+        named = "; ".join(pieces[place].describe() for place in missing[:MAX_NAMED])
+        more = f"; and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        raise UserError(
+            f"{len(missing)} of {len(pieces)} pieces are missing ({named}{more}): run "
+            f"{_shards_of(job, missing)} again; what is finished is not measured twice."
+        )
+    wanted = job.identity["device"]
+    if kind_of_device(job.request.config.device) != wanted:
+        raise UserError(
+            f"the shares were measured on {wanted}, which rounds differently from what is here: "
+            f"merge on a machine with {wanted}."
+        )
+
+
+def _shards_of(job: Job, missing: list[int]) -> str:
+    """The shares that hold the missing pieces, as the first process divided them."""
+    count, n_pieces = job.n_shards, len(job.pieces())
+    edges = [int(Shard(i, count).share.stop * n_pieces) for i in range(1, count + 1)]
+    numbers = sorted({sum(edge <= place for edge in edges) + 1 for place in missing})
+    return f"--shard {', '.join(f'{number}/{count}' for number in numbers)}"

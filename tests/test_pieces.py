@@ -1,0 +1,84 @@
+"""Units of work: a job's pieces and their shares."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rq4lens.cluster.pieces import WHOLE, Shard, Share, inward, pieces_of
+from rq4lens.errors import UserError
+from rq4lens.patching.conditions import CHUNK
+from rq4lens.patching.grid import GridPlan
+
+
+def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2)):
+    return GridPlan(n_heads, layer, control, ks, seeds)
+
+
+@given(
+    n_heads=st.integers(1, 70),
+    ks=st.lists(st.integers(1, 8), max_size=4, unique=True),
+    seeds=st.lists(st.integers(0, 20), max_size=4, unique=True),
+)
+def test_pieces_are_the_chunks_of_a_single_process(n_heads, ks, seeds):
+    """Cut from the plan in the same places, so that every product has the same rows."""
+    grid = plan(n_heads, ks=tuple(k for k in ks if k <= n_heads), seeds=tuple(seeds))
+    patches = list(dict.fromkeys(p for each in grid.fixed() for p in each.patches(0.3)))
+    chunks = [tuple(patches[at : at + CHUNK]) for at in range(0, len(patches), CHUNK)]
+    assert [piece.patches for piece in pieces_of([grid], 0.3)] == chunks
+
+
+def test_pieces_are_addressed_by_what_they_measure():
+    """The same plans give the same keys in the same order; anything else gives others."""
+    one, again = (pieces_of([plan()], 0.3, "job") for _ in range(2))
+    assert [piece.key for piece in one] == [piece.key for piece in again]
+    others = [
+        *(pieces_of([plan()], 0.5, "job"), pieces_of([plan()], 0.3, "other job")),
+        pieces_of([plan(layer=2)], 0.3, "job"),
+    ]
+    for other in others:
+        assert {piece.key for piece in one}.isdisjoint(piece.key for piece in other)
+
+
+@given(n=st.integers(1, 12), n_layers=st.integers(1, 9), n_lists=st.integers(1, 5))
+def test_shares_cover_everything_once(n, n_layers, n_lists):
+    """The shares of a whole hold each piece exactly once, also of several lists end to end."""
+    lists = [
+        pieces_of([plan(8, layer, None) for layer in range(n_layers)], 0.3, str(place))
+        for place in range(n_lists)
+    ]
+    held = []
+    for number in range(1, n + 1):
+        share = Shard(number, n).share
+        for place, pieces in enumerate(lists):
+            part = share.within(place, n_lists)
+            held += part.of(pieces) if part else []
+    assert held == [piece for pieces in lists for piece in pieces]
+
+
+def test_a_share_of_several_lists_touches_few_of_them():
+    """With as many lists as shares, each share is one whole list: its models are loaded once."""
+    for number in range(1, 6):
+        parts = [Shard(number, 5).share.within(place, 5) for place in range(5)]
+        assert parts == [WHOLE if place == number - 1 else None for place in range(5)]
+
+
+@given(st.integers(1, 40))
+def test_equal_parts_of_the_layers_cost_about_the_same(half):
+    """Lowest and highest in turn: each two neighbours have the same sum."""
+    order = inward(range(2 * half))
+    assert sorted(order) == list(range(2 * half))
+    assert {a + b for a, b in zip(order[::2], order[1::2], strict=True)} == {2 * half - 1}
+
+
+def test_a_shard_is_written_with_a_slash():
+    """The third quarter of the work."""
+    assert Shard.parse(" 3/4").share == Share(Fraction(1, 2), Fraction(3, 4))
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/2/3", "1.5/4"])
+def test_anything_else_is_no_shard(text):
+    """It is refused with the way to write it."""
+    with pytest.raises(UserError, match="as '2/4'"):
+        Shard.parse(text)

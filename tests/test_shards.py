@@ -1,0 +1,249 @@
+"""Shares of a run and of a sweep, killed and repeated, end in the bytes of a single process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pair_on_disk import QUIET, write_config, write_pair
+
+from rq4lens.cli import main
+from rq4lens.cluster.jobs import JOB, PIECES, read_job
+from rq4lens.cluster.pieces import Request, Shard
+from rq4lens.cluster.shards import merge, run_shard
+from rq4lens.config import config_from
+from rq4lens.errors import UserError
+from rq4lens.patching.row_engine import RowEngine
+from rq4lens.study import run_study
+from rq4lens.sweep import sweep_layers
+
+RESULTS = {
+    "run": ("rq4_results.json", "per_prompt.parquet", "summary.txt", "analysis.json"),
+    "sweep": ("layers.json", "layers_per_prompt.parquet"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Shares and the single process compute in the same way: with one thread each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A pair whose grid has several pieces per layer."""
+    pair = write_pair(tmp_path_factory.mktemp("pair"))
+    return pair | {"k": [1, 2, 3, 4], "random_seeds": list(range(24))}
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory, one_thread):  # noqa: ARG001 - for its order
+    """The directories of a run and of a sweep by a single process."""
+    config = config_from(settings)
+    folders = {name: tmp_path_factory.mktemp(name) for name in RESULTS}
+    run_study(config, folders["run"])
+    sweep_layers(config, folders["sweep"])
+    return folders
+
+
+def results(folder: Path, command_name: str) -> dict[str, bytes]:
+    found = {name: (folder / name).read_bytes() for name in RESULTS[command_name]}
+    if "analysis.json" in found:
+        analysis = json.loads(found["analysis.json"])
+        del analysis["seconds"]  # the one thing in it that no two runs share
+        found["analysis.json"] = json.dumps(analysis).encode()
+    return found
+
+
+# Each share is a process of its own, forked from one that has everything imported.
+SHARES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from rq4lens.cluster.pieces import Request, Shard
+from rq4lens.cluster.shards import run_shard
+from rq4lens.config import read_config
+from rq4lens.store import Store
+
+torch.set_num_threads(1)
+config, folder = read_config(Path(sys.argv[1])), Path(sys.argv[3])
+
+def share(text, writes):
+    put, done = Store.put, 0
+
+    def put_and_die(self, ingredients, payload):
+        nonlocal done
+        done += 1
+        if done == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return put(self, ingredients, payload)
+
+    Store.put = put_and_die
+    run_shard(Request(sys.argv[2], config), folder, Shard.parse(text))
+
+for line in sys.stdin:
+    children = []
+    for each in line.split():
+        text, _, writes = each.partition(":")
+        child = os.fork()
+        if child == 0:
+            share(text, int(writes or 0))
+            os._exit(0)
+        children.append(child)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(*ends, flush=True)
+"""
+
+
+def run_shares(config: Path, command_name: str, folder: Path, lines: list[str]) -> list[str]:
+    """Run shares as ``I/N`` or ``I/N:W`` (killed at write W); those of a line run at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARES, str(config), command_name, str(folder)],
+        input="\n".join(lines),
+        env=QUIET,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_shares_in_any_order_killed_and_repeated_are_the_single_process(
+    name, settings, alone, tmp_path
+):
+    """Four shares, shuffled, two at a time, one of them twice and one killed half-way: same bytes.
+
+    Before the killed share is run again the merge says which one is missing; after the merge
+    nothing was measured that the shares had measured already.
+    """
+    config, folder = write_config(settings, tmp_path / "c.toml"), tmp_path / "shared"
+    killed = {"run": "4/4:20", "sweep": "4/4:40"}[name]
+    ended = run_shares(config, name, folder, [f"3/4 {killed}", "1/4", "3/4 2/4"])
+    assert ended == [f"0 {-signal.SIGKILL}", "0", "0 0"]
+    with pytest.raises(UserError, match=r"run --shard 4/4 again"):
+        merge(folder)
+    assert run_shares(config, name, folder, ["4/4"]) == ["0"]
+    kept = len(list((folder / "conditions").iterdir()))
+    merge(folder)
+    assert results(folder, name) == results(alone[name], name)
+    every = len(list((alone[name] / "conditions").iterdir()))
+    assert len(list((folder / "conditions").iterdir())) == every
+    n_top = 2 * len(settings["k"]) * len(read_job(folder).layers)
+    assert every - n_top <= kept <= every
+
+
+@pytest.fixture(scope="module")
+def shared(settings, tmp_path_factory):
+    """A run directory in which one of two shares is done."""
+    folder = tmp_path_factory.mktemp("shared")
+    run_shard(Request("run", config_from(settings)), folder, Shard(1, 2))
+    return folder
+
+
+def test_a_finished_share_measures_nothing_again(settings, shared, monkeypatch):
+    """Running it again asks no engine for any effect, and says what is still missing."""
+
+    def refuse(*_arguments, **_settings):
+        raise AssertionError("a finished piece was measured again")
+
+    monkeypatch.setattr(RowEngine, "effects", refuse)
+    said = run_shard(Request("run", config_from(settings)), shared, Shard(1, 2))
+    assert "0 pieces measured" in said
+    assert "still missing" in said
+
+
+def test_missing_pieces_are_named(shared):
+    """The sentence names their layer and conditions, and the shares to run again."""
+    with pytest.raises(UserError, match=r"layer 1 from \w+ to self\).*--shard 2/2 again"):
+        merge(shared)
+
+
+def test_shares_of_another_job_are_refused(settings, shared):
+    """Another alpha, or other prompts, would mix two results: the sentence names the difference."""
+    with pytest.raises(UserError, match=r"another job \(alpha differ\)"):
+        run_shard(Request("run", config_from({**settings, "alpha": 0.7})), shared, Shard(2, 2))
+    with pytest.raises(UserError, match="command"):
+        run_shard(Request("sweep", config_from(settings)), shared, Shard(2, 2))
+
+
+def test_a_lost_condition_is_measured_by_the_merge(settings, alone, tmp_path):
+    """Marks are no results: a condition that was lost after its piece was done is made again."""
+    request = Request("run", config_from(settings))
+    run_shard(request, tmp_path, Shard(1, 1))
+    lost = sorted((tmp_path / "conditions").iterdir())[::7]
+    for path in lost:
+        path.unlink()
+    merge(tmp_path)
+    assert results(tmp_path, "run") == results(alone["run"], "run")
+    assert json.loads((tmp_path / "run.json").read_text())["store"]["computed"] >= len(lost)
+
+
+def test_merging_a_folder_without_shares_is_one_sentence(tmp_path):
+    """It says which commands write shares."""
+    with pytest.raises(UserError, match="holds no shares"):
+        merge(tmp_path)
+
+
+def test_a_damaged_job_is_one_sentence(shared, tmp_path):
+    """It says how to go on."""
+    shutil.copytree(shared / PIECES, tmp_path / PIECES)
+    record = json.loads((shared / JOB).read_text())
+    del record["n_heads"]
+    (tmp_path / JOB).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="run one share again"):
+        merge(tmp_path)
+
+
+def test_a_job_file_cannot_let_code_run(shared):
+    """Whether a checkpoint may run its own code is decided on the command line alone."""
+    path = shared / JOB
+    before = path.read_text()
+    record = json.loads(before)
+    record["config"]["trust_remote_code"] = True
+    path.write_text(json.dumps(record))
+    assert read_job(shared).request.config.trust_remote_code is False
+    path.write_text(before)
+
+
+def test_numbers_of_another_kind_of_device_are_not_mixed(settings, tmp_path, monkeypatch):
+    """Shares measured on a GPU are merged on one: elsewhere all would be measured again."""
+    run_shard(Request("run", config_from(settings)), tmp_path, Shard(1, 1))
+    monkeypatch.setattr("rq4lens.cluster.shards.kind_of_device", lambda _: "cuda")
+    with pytest.raises(UserError, match="merge on a machine with cpu"):
+        merge(tmp_path)
+
+
+def said_by(arguments, monkeypatch, capsys):
+    """Exit code and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["rq4lens", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_missing_shares_end_the_command_with_code_2(shared, monkeypatch, capsys):
+    """`rq4lens merge` says what is missing in one sentence on stderr."""
+    code, said = said_by(["merge", shared], monkeypatch, capsys)
+    assert code == 2
+    assert said.startswith("rq4lens: ")
+    assert "pieces are missing" in said
+
+
+def test_shares_need_a_folder_to_meet_in(settings, tmp_path, monkeypatch, capsys):
+    """`sweep --shard` without `--out` is refused before anything is loaded."""
+    config = write_config(settings, tmp_path / "c.toml")
+    code, said = said_by(["sweep", config, "--shard", "1/2"], monkeypatch, capsys)
+    assert code == 2
+    assert "--out DIR" in said

@@ -26,7 +26,9 @@ app = typer.Typer(
 )
 
 PAIR_SETTINGS = ("pair", "base", "tuned", "base_revision", "tuned_revision", "prompts")
-PLACE_SETTINGS = ("device", "dtype", "batch_size", "keep_both", "trust_remote_code", "engine")
+PLACE_SETTINGS = (
+    *("device", "n_devices", "dtype", "batch_size", "keep_both", "trust_remote_code", "engine"),
+)
 METHOD_SETTINGS = (
     "layer",
     "alpha",
@@ -37,6 +39,9 @@ METHOD_SETTINGS = (
     "raw_baseline",
     "kl_direction",
     "decision_rule",
+    "marker",
+    "max_tokens",
+    "exclude_misaligned",
 )
 RUN_SETTINGS = (
     *PAIR_SETTINGS,

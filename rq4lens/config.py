@@ -20,7 +20,7 @@ SUPPLY = "SUPPLY"
 
 NUMBERS = (
     *("layer", "control_layer", "alpha", "k", "random_seeds", "k_positions", "batch_size"),
-    *("resamples", "seed"),
+    *("resamples", "seed", "max_tokens", "n_devices"),
 )
 
 
@@ -35,7 +35,9 @@ class RunConfig(BaseModel):
     tuned: str | None = Field(None, description="fine-tuned model: hub id or folder")
     base_revision: str | None = Field(None, description="revision of the base hub id")
     tuned_revision: str | None = Field(None, description="revision of the tuned hub id")
-    prompts: str | None = Field(None, description="JSONL file with id, text, split[, group]")
+    prompts: str | None = Field(
+        None, description="JSONL or CSV file, or folder of a saved Hugging Face dataset"
+    )
     layer: int | None = Field(None, ge=0, description="the main layer")
     control_layer: int | None = Field(None, ge=0, description="the control layer")
     alpha: float = Field(0.3, ge=0, le=1, description="blend strength, from 0 to 1")
@@ -63,11 +65,19 @@ class RunConfig(BaseModel):
     kl_direction: Literal["patched||clean", "clean||patched"] = Field(
         "patched||clean", description="which way the divergence is taken"
     )
-    decision_rule: Literal["last", "last_content"] = Field(
-        "last", description="the last token, or the last one outside the special tokens"
+    decision_rule: Literal["last", "last_content", "before_answer", "marker", "offset"] = Field(
+        "last", description="at which token of a prompt the next one is compared"
+    )
+    marker: str | None = Field(None, description="string that rule marker decides at the end of")
+    max_tokens: int | None = Field(
+        None, ge=1, description="longer prompts lose tokens on the left, but not their BOS"
+    )
+    exclude_misaligned: bool = Field(
+        False, description="leave out prompts that the models do not read alike"
     )
     engine: Literal["suffix", "hooks"] = Field("suffix", description="fast engine, or reference")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    n_devices: int = Field(1, ge=1, description="over how many GPUs each model is spread")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="number format of the models"
     )

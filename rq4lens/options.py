@@ -14,7 +14,7 @@ from rq4lens.config import RunConfig, config_from, preset, read_config
 from rq4lens.errors import UserError
 
 LISTS = ("k", "random_seeds")
-FLAGS = ("keep_both", "trust_remote_code")
+FLAGS = ("keep_both", "trust_remote_code", "exclude_misaligned")
 
 
 def takes_config(

@@ -23,7 +23,8 @@ from rq4lens.config import RunConfig, config_from, read_config
 from rq4lens.errors import UserError
 from rq4lens.files import canonical_json, parse_json, read_json, write_json_atomic
 from rq4lens.heads import HeadSet
-from rq4lens.models.prompts import Prompt, PromptSet, tokenize
+from rq4lens.models.prompts import Prompt, PromptSet
+from rq4lens.models.reading import tokenize
 from rq4lens.patching.maps import LayerMap, load_map, save_map
 from rq4lens.run_directory import read_run, write_grid, write_run
 from rq4lens.store import content_key

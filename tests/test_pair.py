@@ -27,6 +27,7 @@ from rq4lens.models.pair import (
     config_fingerprint,
     tokenizer_fingerprint,
 )
+from rq4lens.models.reading import Reading
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
 from rq4lens.preparation import capture, prepare_experiment
@@ -138,7 +139,7 @@ def test_another_decision_rule_is_another_token_fingerprint():
     loaded = LoadedModel.wrap(tiny_model(), tokenizer)
     fingerprints = [
         ModelPair(
-            "x", PairMember.of(loaded), PairMember.of(loaded), prompts, decision_rule=rule
+            "x", PairMember.of(loaded), PairMember.of(loaded), prompts, reading=Reading(rule)
         ).token_fingerprint("base", "val")
         for rule in ("last", "last_content")
     ]

@@ -8,7 +8,8 @@ from model_zoo import train_tokenizer
 from tiny import random_prompts, word_tokenizer
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompts import Prompt, PromptSet, TokenizedPrompts, tokenize
+from rq4lens.models.prompts import Prompt, PromptSet, TokenizedPrompts
+from rq4lens.models.reading import Reading, tokenize
 
 
 def prompt(name="a", text="apple date", split="train", group=None):
@@ -161,7 +162,7 @@ def test_the_last_token_decides():
 def test_the_last_content_token_decides(bpe):
     """`last_content` cuts after the last token that is no special one."""
     texts = PromptSet((prompt(text="a library</s></s>"), prompt("b", "a mill")))
-    last, content = (tokenize(texts, bpe, rule) for rule in ("last", "last_content"))
+    last, content = (tokenize(texts, bpe, Reading(rule)) for rule in ("last", "last_content"))
     assert last.token_ids[0][-2:] == (bpe.eos_token_id,) * 2
     assert content.token_ids[0] == last.token_ids[0][:-2]
     assert content.token_ids[1] == last.token_ids[1]
@@ -170,7 +171,7 @@ def test_the_last_content_token_decides(bpe):
 def test_a_prompt_of_special_tokens_alone_is_refused(bpe):
     """There is nothing to decide at."""
     with pytest.raises(UserError, match="prompt 'a' has no token to decide at"):
-        tokenize(PromptSet((prompt(text="<s></s>"),)), bpe, "last_content")
+        tokenize(PromptSet((prompt(text="<s></s>"),)), bpe, Reading("last_content"))
 
 
 def test_a_rendered_prompt_is_not_given_a_second_bos(bpe):

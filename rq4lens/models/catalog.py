@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
-from rq4lens.models.loading import LoadedModel, load_hooked
+from rq4lens.models.audit import audit_prompts
+from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.pair import SIDES, ModelPair, PairMember, Side
 from rq4lens.models.prompts import PromptSet
+from rq4lens.models.reading import Reading
 
 BUILTIN = ("etiquette",)
 
@@ -28,7 +31,8 @@ def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
         name: one of ``rq4lens pairs``, for instance ``"etiquette"``; leave it out for your own
             pair.
         **settings: any setting of :class:`rq4lens.config.RunConfig`, such as ``base``, ``tuned``,
-            ``prompts``, ``device`` or ``dtype``; they replace the preset's.
+            ``prompts``, ``device`` or ``dtype``; they replace the preset's. ``prompts`` may also be
+            a list or a Hugging Face dataset, as :meth:`PromptSet.of` takes them.
 
     Returns:
         The pair.
@@ -37,14 +41,19 @@ def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
         UserError: if the pair is unknown, something is missing or a model cannot be loaded.
     """
     start = {} if name is None else preset(name).model_dump(exclude_unset=True)
-    return pair_from_config(config_from({**start, **settings}))
+    prompts = settings.get("prompts")
+    in_memory = None if isinstance(prompts, str | Path | None) else PromptSet.of(prompts)
+    if in_memory is not None or isinstance(prompts, Path):
+        settings["prompts"] = None if in_memory is not None else str(prompts)
+    return pair_from_config(config_from({**start, **settings}), in_memory)
 
 
-def pair_from_config(config: RunConfig) -> ModelPair:
+def pair_from_config(config: RunConfig, prompts: PromptSet | None = None) -> ModelPair:
     """Load the pair that a configuration names.
 
     Args:
         config: the configuration.
+        prompts: the prompts, if they are not to be read from where the configuration says.
 
     Returns:
         The pair; models are loaded now, or one after the other if they may not be held at once.
@@ -52,40 +61,74 @@ def pair_from_config(config: RunConfig) -> ModelPair:
     Raises:
         UserError: if something is missing or a model cannot be loaded.
     """
-    if config.pair in BUILTIN and config.base is None and config.tuned is None:
-        return _builtin_pair(config)
-    prompts = PromptSet.from_jsonl(_required_prompts(config))
-    members = {
-        "base": partial(_load, _required(config, "base"), config, config.base_revision),
-        "tuned": partial(_load, _required(config, "tuned"), config, config.tuned_revision),
-    }
-    return _pair(config, prompts, members)
-
-
-def _builtin_pair(config: RunConfig) -> ModelPair:
-    folder = _builtin_folder(config.pair)
-
-    def load(side: Side) -> LoadedModel:
-        loaded = _load(str(folder / side), config)
-        return replace(loaded, source=f"{config.pair}/{side} (built in)")
-
-    prompts = PromptSet.from_jsonl(config.prompts or folder / "prompts.jsonl")
-    return _pair(config, prompts, {side: partial(load, side) for side in SIDES})
-
-
-def _pair(
-    config: RunConfig, prompts: PromptSet, load: Mapping[str, Callable[[], LoadedModel]]
-) -> ModelPair:
+    prompts = prompts_from_config(config) if prompts is None else prompts
+    reading = reading_of(config)
+    sources = {side: _source(config, side) for side in SIDES}
+    if config.exclude_misaligned:
+        prompts = prompts.without(audit_prompts(prompts, tokenizers_of(config), reading).misaligned)
+    members = {side: PairMember(partial(_load, sources[side], config)) for side in SIDES}
     return ModelPair(
         config.pair,
-        PairMember(load["base"]),
-        PairMember(load["tuned"]),
+        members["base"],
+        members["tuned"],
         prompts,
         layer=config.layer,
         control_layer=config.control_layer,
-        decision_rule=config.decision_rule,
+        reading=reading,
         keep_both=config.keep_both,
     )
+
+
+def reading_of(config: RunConfig) -> Reading:
+    """How the configuration wants prompts to be read."""
+    return Reading(config.decision_rule, config.marker, config.max_tokens)
+
+
+def prompts_from_config(config: RunConfig) -> PromptSet:
+    """The prompts that a configuration names, or those of the built-in pair.
+
+    Raises:
+        UserError: if there are none, or they cannot be read.
+    """
+    if is_builtin(config) and config.prompts is None:
+        return PromptSet.from_jsonl(_builtin_folder(config.pair) / "prompts.jsonl")
+    return PromptSet.of(_required_prompts(config))
+
+
+def tokenizers_of(config: RunConfig) -> dict[Side, PreTrainedTokenizerBase]:
+    """The tokenizers of both models, without their weights.
+
+    Raises:
+        UserError: if a model is not named, or its tokenizer cannot be read.
+    """
+    sources = {side: _source(config, side) for side in SIDES}
+    return {
+        side: load_own_tokenizer(
+            each.path, revision=each.revision, trust_remote_code=config.trust_remote_code
+        )
+        for side, each in sources.items()
+    }
+
+
+def is_builtin(config: RunConfig) -> bool:
+    """Whether the models are those of a pair in the box."""
+    return config.pair in BUILTIN and config.base is None and config.tuned is None
+
+
+class _Source(NamedTuple):
+    """Where a model comes from, and what results call it."""
+
+    path: str
+    revision: str | None
+    name: str
+
+
+def _source(config: RunConfig, side: Side) -> _Source:
+    if is_builtin(config):
+        folder = _builtin_folder(config.pair) / side
+        return _Source(str(folder), None, f"{config.pair}/{side} (built in)")
+    path = _required(config, side)
+    return _Source(path, getattr(config, f"{side}_revision"), path)
 
 
 def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:
@@ -109,14 +152,16 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _load(source: str, config: RunConfig, revision: str | None = None) -> LoadedModel:
-    return load_hooked(
-        source,
-        revision=revision,
+def _load(source: _Source, config: RunConfig) -> LoadedModel:
+    loaded = load_hooked(
+        source.path,
+        revision=source.revision,
         device=resolve_device(config.device),
         dtype=getattr(torch, config.dtype),
+        n_devices=config.n_devices,
         trust_remote_code=config.trust_remote_code,
     )
+    return replace(loaded, source=source.name)
 
 
 def _builtin_folder(name: str) -> Path:

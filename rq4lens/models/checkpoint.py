@@ -105,12 +105,15 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); restore the file.") from None
 
 
-def locate(source: str | Path, revision: str | None = None) -> Checkpoint:
+def locate(
+    source: str | Path, revision: str | None = None, *, with_weights: bool = True
+) -> Checkpoint:
     """The folder of a checkpoint, fetched from the hub if it is a hub id.
 
     Args:
         source: A Hugging Face folder or a hub id as ``org/name``.
         revision: Commit, branch or tag of a hub id.
+        with_weights: Also fetch the weights, not only configuration and tokenizer.
 
     Returns:
         The folder with the exact commit it holds.
@@ -127,7 +130,8 @@ def locate(source: str | Path, revision: str | None = None) -> Checkpoint:
             "or a hub id as org/name."
         )
     folder = _download(str(source), revision, SMALL_FILES)
-    _download(str(source), revision, _weight_names(folder))
+    if with_weights:
+        _download(str(source), revision, _weight_names(folder))
     return Checkpoint(source=str(source), folder=folder, revision=folder.name)
 
 

@@ -132,9 +132,7 @@ def load_hooked(
     weights = base_of(asked) if asked.is_adapter else asked
     architecture = _loadable_architecture(weights)
     estimate_memory(weights, dtype=dtype, device=device, n_devices=n_devices).require_fit()
-    tokenizer = load_tokenizer(
-        asked if asked.has_tokenizer else weights, trust_remote_code=trust_remote_code
-    )
+    tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
     hf_model = load_hugging_face(
         weights,
         dtype=dtype,
@@ -161,6 +159,34 @@ def load_hooked(
         ),
         adapter_base=weights.source if asked.is_adapter else None,
     )
+
+
+def load_own_tokenizer(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that :func:`load_hooked` would give the model, without the model.
+
+    Args:
+        source: A Hugging Face folder, a hub id, or either of these with a PEFT adapter.
+        revision: Commit, branch or tag of a hub id.
+        trust_remote_code: Allow code that the checkpoint brings along to run.
+
+    Returns:
+        The checkpoint's own tokenizer; an adapter without one has that of its base model.
+
+    Raises:
+        UserError: There is no such checkpoint, or its tokenizer cannot be read.
+    """
+    asked = locate(source, revision, with_weights=False)
+    weights = base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked
+    return _tokenizer_of(asked, weights, trust_remote_code)
+
+
+def _tokenizer_of(
+    asked: Checkpoint, weights: Checkpoint, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    chosen = asked if asked.has_tokenizer else weights
+    return load_tokenizer(chosen, trust_remote_code=trust_remote_code)
 
 
 def _loadable_architecture(checkpoint: Checkpoint) -> str:

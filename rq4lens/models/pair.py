@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
 from rq4lens.models.loading import HookedModel, LoadedModel
-from rq4lens.models.prompts import DecisionRule, PromptSet, TokenizedPrompts, tokenize
+from rq4lens.models.prompts import PromptSet, TokenizedPrompts
+from rq4lens.models.reading import Reading, tokenize
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -146,7 +147,7 @@ class ModelPair:
         prompts: the prompts with their splits.
         layer: the layer to study when none is asked for.
         control_layer: the control layer when none is asked for.
-        decision_rule: how the decision token is found.
+        reading: how the prompts are read: where they are decided and how long they may be.
         keep_both: False releases each model before the other is used.
 
     Raises:
@@ -162,7 +163,7 @@ class ModelPair:
         *,
         layer: int | None = None,
         control_layer: int | None = None,
-        decision_rule: DecisionRule = "last",
+        reading: Reading | None = None,
         keep_both: bool = True,
     ) -> None:
         self.name = name
@@ -171,7 +172,7 @@ class ModelPair:
         self.prompts = prompts
         self.layer = layer
         self.control_layer = control_layer
-        self.decision_rule: DecisionRule = decision_rule
+        self.reading = reading or Reading()
         self.keep_both = keep_both
         self._token_fingerprints: dict[tuple[Side, str], str] = {}
         if keep_both:
@@ -202,7 +203,7 @@ class ModelPair:
         """
         prompts = self.prompts.split(split)
         member = self.use(side)
-        tokens = tokenize(prompts, member.tokenizer, self.decision_rule)
+        tokens = tokenize(prompts, member.tokenizer, self.reading)
         _refuse_long(tokens, member.model.cfg.n_ctx, side)
         self._token_fingerprints[side, split] = tokens.fingerprint
         return tokens
@@ -212,6 +213,11 @@ class ModelPair:
         if (side, split) not in self._token_fingerprints:
             self._token_fingerprints[side, split] = self.tokens(side, split).fingerprint
         return self._token_fingerprints[side, split]
+
+    @property
+    def decision_rule(self) -> str:
+        """How the decision token is found, in a few words."""
+        return self.reading.label
 
     @property
     def n_heads(self) -> int:
@@ -248,7 +254,8 @@ def _refuse_long(prompts: TokenizedPrompts, n_ctx: int, side: Side) -> None:
         if len(tokens) > n_ctx:
             raise UserError(
                 f"prompt {name!r} has {len(tokens)} tokens up to its decision token, but the "
-                f"{side} model reads at most {n_ctx}: shorten it or leave it out."
+                f"{side} model reads at most {n_ctx}: shorten it, leave it out, or cut it "
+                "from the left with --max-tokens."
             )
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
-from rq4lens.files import parse_json, read_regular_file, short_reason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from rq4lens.models.prompt_files import (
+    Located,
+    csv_records,
+    dataset_records,
+    jsonl_records,
+    read_records,
+)
+from rq4lens.models.prompt_record import Prompt, prompt_of_record
 
 PaddingSide = Literal["right", "left"]
-DecisionRule = Literal["last", "last_content"]
 
 FIT_SPLIT = "train"
 MEASURE_SPLIT = "val"
@@ -29,26 +32,6 @@ SIDE_EFFECT_SPLIT = "neutral"
 
 MAX_ID_LENGTH = 200
 """Ids are names: they stand in error sentences, tables and hover texts."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt.
-
-    Args:
-        id: its unique name.
-        text: what the models read.
-        split: ``train`` (maps are fitted on it), ``val`` (everything is measured on it),
-            ``neutral`` (prompts that the fine-tune left alone, for side effects) or any other name.
-        group: paraphrases of one question share a group; resampling and folds keep it together.
-        meta: anything else that the file says about the prompt.
-    """
-
-    id: str
-    text: str
-    split: str
-    group: str | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,10 +55,34 @@ class PromptSet:
         _refuse_leaks(self.prompts)
 
     @classmethod
-    def from_jsonl(cls, path: str | Path) -> PromptSet:
-        """Read a JSONL file: one object per line with ``id``, ``text``, ``split``.
+    def of(cls, source: Any, split: str | None = None) -> PromptSet:
+        """Prompts from whatever holds them.
 
-        Optional keys are ``group`` and ``meta``.
+        Args:
+            source: the path of a JSONL file, a CSV file or a saved Hugging Face dataset; a
+                ``datasets.Dataset`` or ``DatasetDict``; a list of strings, of objects with the keys
+                of a JSONL line, or of :class:`Prompt`; or such lists by split.
+            split: the split of a list of strings.
+
+        Returns:
+            The prompts, checked.
+
+        Raises:
+            UserError: if something is missing, unknown or of another type.
+        """
+        if isinstance(source, PromptSet):
+            return source
+        if isinstance(source, str | Path):
+            return cls._of_records(read_records(Path(source)))
+        if isinstance(source, list | tuple):
+            return cls._of_list(source, split)
+        return cls.from_dataset(source)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> PromptSet:
+        """Read a JSONL file: one object per line with ``id``, ``split``, ``text`` or ``messages``.
+
+        Optional keys are ``group``, ``answer``, ``offset``, ``marker`` and ``meta``.
 
         Args:
             path: the file.
@@ -86,7 +93,64 @@ class PromptSet:
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.
         """
-        return cls(tuple(_read_jsonl(Path(path))))
+        return cls._of_records(jsonl_records(Path(path)))
+
+    @classmethod
+    def from_csv(cls, path: str | Path) -> PromptSet:
+        """Read a CSV file whose columns are the keys of a JSONL line.
+
+        Args:
+            path: the file; ``messages`` and ``meta`` stand in their cells as JSON.
+
+        Returns:
+            The prompts, checked.
+
+        Raises:
+            UserError: if the file is missing, is not UTF-8 or CSV, or lacks a column.
+        """
+        return cls._of_records(csv_records(Path(path)))
+
+    @classmethod
+    def from_dataset(cls, dataset: Any) -> PromptSet:
+        """Take a Hugging Face dataset.
+
+        Args:
+            dataset: a ``Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
+                names are the splits (``validation`` is ``val``).
+
+        Returns:
+            The prompts, checked; other columns are kept as their ``meta``.
+
+        Raises:
+            UserError: if it is no dataset, or lacks a column.
+        """
+        if not isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+            raise UserError(
+                f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
+                "dataset, or a list."
+            )
+        return cls._of_records(dataset_records(dataset))
+
+    @classmethod
+    def _of_list(cls, items: Sequence[Any], split: str | None) -> PromptSet:
+        if all(isinstance(item, Prompt) for item in items):
+            return cls(tuple(items))
+        if any(isinstance(item, str) for item in items):
+            if split is None:
+                raise UserError(
+                    "a list of plain strings says no split: name it with split=..., or give "
+                    '{"train": [...], "val": [...]}.'
+                )
+            return cls._of_records(dataset_records({split: items}, "the list"))
+        return cls._of_records((f"prompt {n} of the list", item) for n, item in enumerate(items))
+
+    @classmethod
+    def _of_records(cls, records: Iterable[Located]) -> PromptSet:
+        return cls(tuple(prompt_of_record(record, where) for where, record in records))
+
+    def without(self, ids: Collection[str]) -> PromptSet:
+        """The prompts but those of these ids."""
+        return PromptSet(tuple(prompt for prompt in self.prompts if prompt.id not in ids))
 
     def split(self, name: str) -> PromptSet:
         """The prompts of one split.
@@ -124,8 +188,8 @@ class PromptSet:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of every id, text, split and group."""
-        content = [(p.id, p.text, p.split, p.group) for p in self.prompts]
+        """Hash of everything that decides what the models read, in order."""
+        content = [prompt.content for prompt in self.prompts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -145,10 +209,12 @@ class TokenizedPrompts:
     Args:
         ids: the prompts' ids.
         token_ids: the tokens of each prompt, up to and including the decision token.
+        n_dropped: how many tokens of each prompt were cut off on the left; empty where none were.
     """
 
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
+    n_dropped: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -216,48 +282,6 @@ class TokenBatch:
         return self.lengths - 1
 
 
-def tokenize(
-    prompts: PromptSet,
-    tokenizer: PreTrainedTokenizerBase,
-    decision_rule: DecisionRule = "last",
-) -> TokenizedPrompts:
-    """Tokenize each prompt once and cut it at its decision token.
-
-    Args:
-        prompts: the prompts.
-        tokenizer: the model's own tokenizer; it adds its special tokens, except to a text that
-            starts with its BOS: that is a rendered chat template and holds them already.
-        decision_rule: ``"last"`` takes the last token, ``"last_content"`` the last token that is
-            not a special one.
-
-    Returns:
-        The tokens of each prompt up to the decision token.
-
-    Raises:
-        UserError: if a prompt has no token that can be the decision token.
-    """
-    special = (
-        frozenset(tokenizer.all_special_ids) if decision_rule == "last_content" else frozenset()
-    )
-    cut = tuple(_cut(_encode(prompt.text, tokenizer), special, prompt.id) for prompt in prompts)
-    return TokenizedPrompts(prompts.ids, cut)
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    rendered = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tuple(tokenizer(text, add_special_tokens=not rendered)["input_ids"])
-
-
-def _cut(tokens: tuple[int, ...], skipped: frozenset[int], prompt_id: str) -> tuple[int, ...]:
-    for index in range(len(tokens) - 1, -1, -1):
-        if tokens[index] not in skipped:
-            return tokens[: index + 1]
-    raise UserError(
-        f"prompt {prompt_id!r} has no token to decide at: its text must have at least one token "
-        "outside the special ones."
-    )
-
-
 def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:
     for number, prompt in enumerate(prompts, start=1):
         if not 1 <= len(prompt.id) <= MAX_ID_LENGTH:
@@ -266,7 +290,7 @@ def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:
                 f"to {MAX_ID_LENGTH}."
             )
         try:
-            "".join((prompt.id, prompt.text, prompt.split, prompt.group or "")).encode()
+            json.dumps(prompt.content, ensure_ascii=False).encode()
         except UnicodeEncodeError as problem:
             raise UserError(
                 f"prompt {prompt.id!r} holds half a character ({problem.reason}): write the whole "
@@ -299,47 +323,3 @@ def _refuse_leaks(prompts: Iterable[Prompt]) -> None:
                     f"prompts {seen[value]!r} (train) and {prompt.id!r} (val) share their {what}: "
                     "maps would be fitted on what they are judged by; put both in one split."
                 )
-
-
-def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    try:
-        content = read_regular_file(path).removeprefix("\ufeff")  # a byte order mark is no content
-    except FileNotFoundError:
-        raise UserError(f"prompt file {str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"prompt file {str(path)!r} cannot be read as UTF-8 ({short_reason(problem)}): save it "
-            "as a plain UTF-8 file."
-        ) from None
-    # Not splitlines(): a text may hold a form feed or a Unicode line separator.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            yield _parse_line(line, f"{path}:{number}")
-
-
-def _parse_line(line: str, where: str) -> Prompt:
-    try:
-        record = parse_json(line)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(
-            f"{where} is not JSON ({short_reason(problem)}): write one object per line."
-        ) from None
-    if not isinstance(record, dict):
-        raise UserError(
-            f'{where} is not an object: write {{"id": ..., "text": ..., "split": ...}}.'
-        )
-    for key in ("id", "text", "split"):
-        if not isinstance(record.get(key), str):
-            raise UserError(
-                f"{where} has no string {key!r}: every prompt needs id, text and split."
-            )
-    unknown = sorted(set(record) - {"id", "text", "split", "group", "meta"})
-    if unknown:
-        raise UserError(
-            f"{where} has unknown key {unknown[0][:60]!r}: allowed are id, text, split, group and "
-            "meta."
-        )
-    group, meta = record.get("group"), record.get("meta", {})
-    if not isinstance(group, str | None) or not isinstance(meta, dict):
-        raise UserError(f"{where}: group must be a string and meta an object.")
-    return Prompt(record["id"], record["text"], record["split"], group, meta)

@@ -101,11 +101,13 @@ def scan(case: Case, repeats: int, max_bytes: int | None, peak: float) -> dict[s
     sources = noise_sources(case, range(cfg.n_layers))
     engine = engine_of(case, 0, max_bytes)
     conditions = single_heads(range(cfg.n_layers), cfg.n_heads)
-    seconds = timer(case.device, repeats)(lambda: engine.effects(conditions, sources))
+    once = timer(case.device, 1)
+    runs = [once(lambda: engine.effects(conditions, sources)) for _ in range(repeats)]
     floor = sum(2 * weights_above(case, c[0].layer) for c in conditions) * len(case.prompts) / peak
     return {
         "n_conditions": len(conditions),
-        "seconds": seconds,
+        "seconds": statistics.median(runs),
+        "first_seconds": runs[0],
         "floor_seconds": floor,
         "memory": engine.memory_report,
     }
@@ -176,7 +178,7 @@ def measure(case: Case, repeats: int, max_bytes: int | None) -> dict[str, Any]:
     if weights:
         torch.cuda.reset_peak_memory_stats()
     record["grid"] = grid(case, repeats, max_bytes)
-    record["scan"] = scan(case, 1, max_bytes, record["peak_flops"])
+    record["scan"] = scan(case, repeats, max_bytes, record["peak_flops"])
     if weights:
         record["peak_bytes_beyond_weights"] = torch.cuda.max_memory_allocated() - weights
     record["agreement"] = agreement(case, sources)

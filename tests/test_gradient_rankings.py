@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import MicroFormula, fine_tuned, pair_of, random_prompts, tiny_model
+from tiny import MicroFormula, fine_tuned, half_precision, pair_of, random_prompts, tiny_model
 
 from rq4lens.analysis.curvature import curvature, rank_by_kl_curvature
 from rq4lens.analysis.decision import as_rows, decision_functions
@@ -15,6 +15,7 @@ from rq4lens.analysis.gradients import (
     target_of,
 )
 from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.ranking import METHODS, rank_heads
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
@@ -165,6 +166,19 @@ def test_engines_give_the_same_approximate_rankings(tiny_pair, tiny_maps):
         )
         scores.append(np.stack([ranking.per_prompt for ranking in rankings]))
     assert np.allclose(scores[0], scores[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ranks_a_half_precision_model(method):
+    """Derivatives go through half-precision modules, and the best heads stay near the top."""
+    found = []
+    for precision in (lambda model: model, half_precision):
+        base = tiny_model()
+        pair = pair_of(precision(base), precision(fine_tuned(tiny_model())), random_prompts())
+        measured = MeasuredSets.of(prepare(pair, fit_maps(pair, [LAYER])), LAYER, 0.3)
+        found.append(rank_heads(method, measured).heads)
+    exact, rounded = found
+    assert exact[0] in rounded[:2]
 
 
 def test_more_than_one_position_counts(tiny_pair):

@@ -275,7 +275,7 @@ def test_running_out_of_memory_halves_the_chunk_and_keeps_what_is_done(
         monkeypatch,
         row_engine_module,
         "effects_by_difference",
-        lambda logits, *_: logits.shape[:2].numel(),
+        lambda logits, *_, **__: logits.shape[:2].numel(),
     )
     measuring = SuffixEngine(model, prompts)
     assert_same(measuring.effects(all_kinds_of_interventions(), sources), reference)
@@ -301,7 +301,11 @@ def test_running_out_of_memory_in_the_clean_pass_halves_the_batch(
 def test_a_single_row_that_does_not_fit_says_what_to_change(monkeypatch, model, prompts, sources):
     """At one row nothing is left to divide: the error names the remedies."""
     out_of_memory_above(
-        0, monkeypatch, row_engine_module, "effects_by_difference", lambda logits, *_: len(logits)
+        0,
+        monkeypatch,
+        row_engine_module,
+        "effects_by_difference",
+        lambda logits, *_, **__: len(logits),
     )
     with pytest.raises(UserError, match=r"shorter prompts, .*bfloat16, or a device with more"):
         SuffixEngine(model, prompts).effects(all_kinds_of_interventions(), sources)

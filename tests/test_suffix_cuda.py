@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sources, tiny_model
+from tiny import fine_tuned, half_precision, pair_of, random_prompts
+from tiny import tiny_model as normalised_model
 
+from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.ranking import METHODS, rank_heads
+from rq4lens.patching import row_engine
 from rq4lens.patching.difference_sums import summed_by_tensors
 from rq4lens.patching.engines import make_engine
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.hooks import HookEngine
 
 if torch.cuda.is_available():
@@ -100,3 +107,26 @@ def test_a_logit_of_minus_infinity_is_not_summed_silently():
     shared = (clean.softmax(-1), clean.argmax(-1, keepdim=True))
     _, moment = summed_by_kernel(clean.expand(1, 2, 60), clean, *shared, tilted=True)
     assert not moment.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_scan_by_the_kernel_gives_the_same_numbers(dtype, monkeypatch):
+    """Also in half precision, where both ways sum in float32."""
+    model, prompts = tiny_model(dtype, device="cuda", d_vocab=5000), ragged_prompts()
+    sources, interventions = random_sources(len(prompts)), all_kinds_of_interventions()
+    engine = make_engine(model, prompts)
+    expected = engine.effects(interventions, sources).kl_nats
+    monkeypatch.setattr(row_engine, "KERNEL_MIN_LOGITS", 0)
+    found = engine.effects(interventions, sources).kl_nats
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ranks_a_half_precision_model(method):
+    """Derivatives too go through half-precision modules on a GPU."""
+    base = half_precision(normalised_model()).to("cuda")
+    pair = pair_of(
+        base, half_precision(fine_tuned(normalised_model())).to("cuda"), random_prompts()
+    )
+    measured = MeasuredSets.of(prepare(pair, fit_maps(pair, [1])), 1, 0.3)
+    assert sorted(rank_heads(method, measured).heads) == list(range(measured.n_heads))

@@ -200,3 +200,9 @@ def fine_tuned(base: HookedTransformer, size: float = 0.1, seed: int = 1) -> Hoo
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(size * parameter.std() * noise)
     return tuned
+
+
+def half_precision(model: HookedTransformer) -> HookedTransformer:
+    """The model in bfloat16, in place."""
+    model.cfg.dtype = torch.bfloat16
+    return model.to(torch.bfloat16)

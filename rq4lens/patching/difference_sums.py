@@ -11,9 +11,6 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-KERNEL_MIN_LOGITS = 2**31
-"""From here on the kernel saves more than it costs to build, which is seconds, once."""
-
 Rows = Float[Tensor, "prompt row"]
 
 
@@ -24,12 +21,13 @@ def difference_sums(
     answer: Int[Tensor, "prompt 1 1"],
     *,
     tilted: bool,
+    by_kernel: bool,
 ) -> tuple[Rows, Rows]:
     """``Σ q (exp(δ) - 1)`` and ``Σ w δ``, where ``δ`` is the difference of the logits.
 
     ``δ`` counts from its value at the answer, so both sums are small where the effect is small.
-    In a large scan on a GPU one kernel reads each logit once; as tensor operations the logits pass
-    through memory fourteen times, a tenth of the scan where the vocabulary is large.
+    The kernel reads each logit once; as tensor operations they pass through memory fourteen times,
+    a seventh of a scan where the vocabulary is large.
 
     Args:
         patched: logits of the patched rows, of a prompt's conditions.
@@ -37,12 +35,16 @@ def difference_sums(
         q: its clean probabilities, in the same precision.
         answer: its most likely token.
         tilted: whether the weights ``w`` are ``q exp(δ)`` or ``q``.
+        by_kernel: whether there is enough work on this GPU to be worth building its kernel.
 
     Returns:
         The two sums, in the precision of ``clean``.
     """
-    worthwhile = patched.is_cuda and patched.numel() >= KERNEL_MIN_LOGITS
-    if worthwhile and _kernel_works(patched.dtype, clean.dtype, patched.shape[-1]):
+    if (
+        by_kernel
+        and patched.is_cuda
+        and _kernel_works(patched.dtype, clean.dtype, patched.shape[-1])
+    ):
         from rq4lens.patching.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
         return summed_by_kernel(patched, clean, q, answer, tilted=tilted)

@@ -63,5 +63,6 @@ def _is_half(norm: Any) -> bool:
 
 def _fused(norm: Any, rows: Float[Tensor, "*rows d_model"]) -> Tensor:
     if isinstance(norm, RMSNorm):
-        return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps)
+        # Under a forward-mode derivative torch returns float32 for half-precision rows on a GPU.
+        return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps).to(rows.dtype)
     return functional.layer_norm(rows, norm.w.shape, norm.w, norm.b, norm.eps)

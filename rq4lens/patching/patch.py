@@ -152,6 +152,8 @@ def effects_by_difference(
     patched_logits: Float[Tensor, "prompt row vocab"],
     clean_logits: Float[Tensor, "prompt 1 vocab"],
     direction: KLDirection = "patched||clean",
+    *,
+    by_kernel: bool = False,
 ) -> tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row"]]:
     """:func:`next_token_effects` for many rows: without a softmax of each, and no less precise.
 
@@ -168,6 +170,7 @@ def effects_by_difference(
         patched_logits: logits of the patched tuned model.
         clean_logits: logits of the clean tuned model.
         direction: which way the divergence is taken.
+        by_kernel: sum by one kernel where the logits are on a GPU; it takes seconds to build, once.
 
     Returns:
         The divergence and the change of the clean model's most likely token, in nats. They are not
@@ -176,7 +179,12 @@ def effects_by_difference(
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
     tilted = direction == "patched||clean"
     excess, moment = difference_sums(
-        patched_logits, clean, clean.softmax(-1), clean.argmax(-1, keepdim=True), tilted=tilted
+        patched_logits,
+        clean,
+        clean.softmax(-1),
+        clean.argmax(-1, keepdim=True),
+        tilted=tilted,
+        by_kernel=by_kernel,
     )
     ln_z = excess.log1p()
     kl = moment / (1 + excess) - ln_z if tilted else ln_z - moment

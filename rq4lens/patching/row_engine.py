@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ from rq4lens.patching.patch import (
     next_token_effects,
 )
 from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
+
+KERNEL_MIN_LOGITS = 2**34
+"""From here on it pays to build a kernel for the sums over the vocabulary."""
 
 
 class RowEngine(ABC):
@@ -131,7 +134,9 @@ class RowEngine(ABC):
         """
         order = self._by_entry_layer(interventions)
         in_order = [interventions[i] for i in order]
-        measured = self._measure(in_order, sources, advance, effects_by_difference)
+        n_logits = len(interventions) * len(self.prompts) * self.model.cfg.d_vocab_out
+        difference = partial(effects_by_difference, by_kernel=n_logits >= KERNEL_MIN_LOGITS)
+        measured = self._measure(in_order, sources, advance, difference)
         if not np.isfinite(measured).all():
             measured = self._measure(in_order, sources, None, next_token_effects)
         both = np.empty_like(measured)

@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint figures clean
+.PHONY: help demo test lint figures notebooks docs clean
 
 help:
 	@echo "make demo      run the main job on the built-in pair, into runs/demo/"
 	@echo "make test      lint, type-check and test everything"
 	@echo "make figures   draw every figure of figures/ again"
+	@echo "make notebooks run every notebook of notebooks/ again"
+	@echo "make docs      build the documentation site, into site/"
 	@echo "make clean     remove the environment and all that was generated"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -33,5 +35,11 @@ test: lint
 figures: $(INSTALLED)
 	$(BIN)/python figures/make.py
 
+notebooks: $(INSTALLED)
+	$(BIN)/python notebooks/make.py
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache test-artifacts
+	rm -rf .venv runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache test-artifacts

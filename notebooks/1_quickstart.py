@@ -49,14 +49,11 @@ share = {name: 100 * run[name].delta / full.delta for name in ("top1", "top2", "
 print({name: f"{value:.1f}%" for name, value in share.items()})
 
 # %% [markdown]
-# Every figure is a plotly figure that states how it was made. `figure.show()` opens it; here its data is
-# listed, so that this page reads well anywhere.
+# Every figure is a plotly figure that states how it was made. In your own notebook it is interactive.
 
 # %%
-figure = rq.figures.coverage_curve(run)
-print(figure.layout.title.text)
-print([trace.name for trace in figure.data if trace.name])
+rq.figures.coverage_curve(run)
 
 # %% [markdown]
-# `rq.run_study(...)` and `rq4lens run` do all of this in one step and write a report; the next thing to
-# read is `docs/method.md`.
+# `rq.run_study(...)` and `rq4lens run` do all of this in one step and write a report. Next: how far the
+# ranking can be trusted (notebook 2), and every definition in `docs/method.md`.

@@ -1,10 +1,8 @@
-"""The wheel, and the notebooks that show the package."""
+"""The wheel: it works where the repository is not, and holds what the package reads."""
 
 from __future__ import annotations
 
-import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +60,3 @@ def test_the_wheel_holds_every_file_that_the_package_reads(installed):
         return {p.relative_to(folder) for p in folder.rglob("*") if p.suffix in kinds}
 
     assert data(installed / "rq4lens") == data(ROOT / "rq4lens")
-
-
-@pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_and_its_script_are_one(script):
-    """The cells of a notebook are those of the script it is paired with, and it was executed."""
-    notebook = json.loads(script.with_suffix(".ipynb").read_text(encoding="utf-8"))
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    text = script.read_text(encoding="utf-8")
-    assert 0 < len(code) < 15
-    assert all("".join(cell["source"]) in text for cell in code)
-    assert any(cell["outputs"] for cell in code)
-
-
-@pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(script, tmp_path, monkeypatch):
-    """Every notebook runs from start to end."""
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script))

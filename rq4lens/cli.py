@@ -194,6 +194,27 @@ def merge(
 
 
 @app.command()
+@takes_config(*PAIR_SETTINGS, "decision_rule", "marker", "max_tokens", "exclude_misaligned",
+              "trust_remote_code", config_file=True)  # fmt: skip
+def audit(
+    config: RunConfig,
+    every: Annotated[bool, typer.Option("--all", help="Show every prompt.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the audit as JSON.")
+    ] = None,
+) -> None:
+    """Check that both models read each prompt alike; needs their tokenizers, not their weights."""
+    from rq4lens.audit_text import audit_config, audit_parts, audit_text  # noqa: PLC0415
+
+    found = audit_config(config, out)
+    if output.is_terminal:
+        for part in audit_parts(found, every_prompt=every):
+            output.print(part, soft_wrap=False)
+    else:
+        output.print(audit_text(found, every_prompt=every), end="")
+
+
+@app.command()
 def figures(
     run: Run,
     out: Annotated[

@@ -33,6 +33,7 @@ MAPS = "maps"
 FIGURES = "figures"
 REPORT = "report.html"
 PROMPTS = "prompts.json"
+AUDIT = "audit.json"
 
 KINDS = ("raw", "mapped")
 
@@ -102,7 +103,7 @@ def write_run(
 def written_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The files of a finished run that its provenance holds checksums of."""
     ranking = ranking_file(settings["layer"], settings["alpha"])
-    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, SUMMARY)
+    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, AUDIT, SUMMARY)
 
 
 def file_sha256(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from rq4lens.preparation import capture, plan_of, prepare_experiment
 from rq4lens.provenance import provenance
 from rq4lens.results import GridResult
 from rq4lens.run_directory import (
+    AUDIT,
     CONDITIONS,
     MAPS,
     PROMPTS,
@@ -32,6 +34,8 @@ from rq4lens.run_directory import (
 from rq4lens.stages import Advance, Clock, Stage, silent
 from rq4lens.store import Store
 from rq4lens.summary import summary_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def run_study(
     with clock("load"):
         pair = pair_from_config(config)
         plan = plan_of(config, pair)
+        audit = pair.audit()
     # Prompts that do not fit the models are said before anything is written.
     activations = capture(config, pair, plan.layers, clock)
     store = Store(directory / CONDITIONS, fresh=fresh)
@@ -99,8 +104,12 @@ def run_study(
         analysis = _analyse(config, grid, experiment, activations)
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
+    write_json_atomic(directory / AUDIT, audit.to_dict())
+    if audit.warning is not None:
+        log.warning(audit.warning)
     summary = summary_text(grid.settings, table, analysis.claims)
     run = provenance(config, experiment, grid, store, clock.seconds)
+    run["audit"] = audit.summary
     with clock("pages"):
         write_pages(directory, grid, analysis.to_dict(), texts, run)
     run["timings_seconds"] = dict(clock.seconds)

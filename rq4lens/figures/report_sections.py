@@ -82,7 +82,10 @@ def findings(material: Material) -> Section:
     said = material.analysis.get("claims") or ()
     sentences = (said,) if isinstance(said, str) else tuple(said)
     paragraph = " ".join(sentences) if sentences else " ".join(_main_numbers(material))
-    return Section("findings", "What was found", (paragraph,))
+    audit = material.provenance.get("audit")
+    warning = audit.get("warning") if isinstance(audit, Mapping) else None
+    warnings = (str(warning),) if warning else ()
+    return Section("findings", "What was found", (*warnings, paragraph))
 
 
 def _main_numbers(material: Material) -> Iterator[str]:

@@ -92,11 +92,13 @@ class Audit:
         prompts: a record per prompt, in order.
         reading: where prompts are decided, in a few words.
         notes: what holds for the whole set.
+        excluded: the ids of prompts that a run leaves out because they do not align.
     """
 
     prompts: tuple[PromptAudit, ...]
     reading: str
     notes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     @property
     def misaligned(self) -> tuple[str, ...]:
@@ -108,6 +110,20 @@ class Audit:
         """Share of the prompts that align, in percent; None without prompts."""
         n_aligned = len(self.prompts) - len(self.misaligned)
         return 100 * n_aligned / len(self.prompts) if self.prompts else None
+
+    @property
+    def warning(self) -> str | None:
+        """What a report has to say if too few of the prompts that take part align."""
+        n = len(self.prompts) - len(self.excluded)
+        n_aligned = len(self.prompts) - len(self.misaligned)
+        share_pct = 100 * n_aligned / n if n else 100.0
+        if share_pct >= ENOUGH_PCT:
+            return None
+        return (
+            f"WARNING: only {n_aligned} of {n} prompts ({share_pct:.1f}%, less than "
+            f"{ENOUGH_PCT:g}%) are read alike by both models: their numbers compare different "
+            "places; see audit.json or rq4lens audit."
+        )
 
     def n_cut(self, side: AuditSide) -> int:
         """How many prompts of a side were cut on the left."""
@@ -122,14 +138,19 @@ class Audit:
             "n": len(self.prompts),
             "n_misaligned": len(self.misaligned),
             "share_aligned_pct": self.share_aligned_pct,
-            "enough_pct": ENOUGH_PCT,
+            "n_excluded": len(self.excluded),
+            "warning": self.warning,
             "n_cut_left": {side: self.n_cut(side) for side in AUDIT_SIDES},
             "notes": list(self.notes),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``audit.json``."""
-        return {**self.summary, "prompts": [_record(each) for each in self.prompts]}
+        return {
+            **self.summary,
+            "excluded": list(self.excluded),
+            "prompts": [_record(each) for each in self.prompts],
+        }
 
 
 def audit_prompts(

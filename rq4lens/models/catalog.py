@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
-from rq4lens.models.audit import audit_prompts
+from rq4lens.models.audit import Audit, audit_prompts
 from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.pair import SIDES, ModelPair, PairMember, Side
 from rq4lens.models.prompts import PromptSet
@@ -62,21 +62,33 @@ def pair_from_config(config: RunConfig, prompts: PromptSet | None = None) -> Mod
         UserError: if something is missing or a model cannot be loaded.
     """
     prompts = prompts_from_config(config) if prompts is None else prompts
-    reading = reading_of(config)
-    sources = {side: _source(config, side) for side in SIDES}
+    reading, members = reading_of(config), _members(config)
+    kept = prompts
     if config.exclude_misaligned:
-        prompts = prompts.without(audit_prompts(prompts, tokenizers_of(config), reading).misaligned)
-    members = {side: PairMember(partial(_load, sources[side], config)) for side in SIDES}
+        audit = audit_prompts(prompts, _tokenizers(members), reading)
+        kept = prompts.without(audit.misaligned)
     return ModelPair(
         config.pair,
         members["base"],
         members["tuned"],
-        prompts,
+        kept,
         layer=config.layer,
         control_layer=config.control_layer,
         reading=reading,
         keep_both=config.keep_both,
+        excluded=prompts.without(kept.ids).prompts,
     )
+
+
+def audit_from_config(config: RunConfig) -> Audit:
+    """Audit the prompts that a configuration names, from the tokenizers of its models alone.
+
+    Raises:
+        UserError: if prompts or tokenizers cannot be read.
+    """
+    prompts, members = prompts_from_config(config), _members(config)
+    audit = audit_prompts(prompts, _tokenizers(members), reading_of(config))
+    return replace(audit, excluded=audit.misaligned) if config.exclude_misaligned else audit
 
 
 def reading_of(config: RunConfig) -> Reading:
@@ -93,21 +105,6 @@ def prompts_from_config(config: RunConfig) -> PromptSet:
     if is_builtin(config) and config.prompts is None:
         return PromptSet.from_jsonl(_builtin_folder(config.pair) / "prompts.jsonl")
     return PromptSet.of(_required_prompts(config))
-
-
-def tokenizers_of(config: RunConfig) -> dict[Side, PreTrainedTokenizerBase]:
-    """The tokenizers of both models, without their weights.
-
-    Raises:
-        UserError: if a model is not named, or its tokenizer cannot be read.
-    """
-    sources = {side: _source(config, side) for side in SIDES}
-    return {
-        side: load_own_tokenizer(
-            each.path, revision=each.revision, trust_remote_code=config.trust_remote_code
-        )
-        for side, each in sources.items()
-    }
 
 
 def is_builtin(config: RunConfig) -> bool:
@@ -150,6 +147,25 @@ def resolve_device(device: str) -> str:
         reason = str(problem).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}): try 'cpu'.") from None
     return device
+
+
+def _members(config: RunConfig) -> dict[Side, PairMember]:
+    """Both models, not loaded yet."""
+    sources = {side: _source(config, side) for side in SIDES}
+    return {
+        side: PairMember(partial(_load, source, config), partial(_load_tokenizer, source, config))
+        for side, source in sources.items()
+    }
+
+
+def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedTokenizerBase]:
+    return {side: member.tokenizer for side, member in members.items()}
+
+
+def _load_tokenizer(source: _Source, config: RunConfig) -> PreTrainedTokenizerBase:
+    return load_own_tokenizer(
+        source.path, revision=source.revision, trust_remote_code=config.trust_remote_code
+    )
 
 
 def _load(source: _Source, config: RunConfig) -> LoadedModel:

@@ -6,15 +6,16 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
+from rq4lens.models.audit import Audit, audit_prompts
 from rq4lens.models.loading import HookedModel, LoadedModel
-from rq4lens.models.prompts import PromptSet, TokenizedPrompts
+from rq4lens.models.prompts import Prompt, PromptSet, TokenizedPrompts
 from rq4lens.models.reading import Reading, tokenize
 
 Side = Literal["base", "tuned"]
@@ -85,11 +86,18 @@ class PairMember:
 
     Args:
         load: loads the model.
+        load_tokenizer: loads its tokenizer alone; left out, the tokenizer comes with the model.
     """
 
-    def __init__(self, load: Callable[[], LoadedModel]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+    ) -> None:
         self._load = load
+        self._load_tokenizer = load_tokenizer
         self._loaded: LoadedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._card: ModelCard | None = None
 
     @classmethod
@@ -111,8 +119,13 @@ class PairMember:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer."""
-        return self.loaded.tokenizer
+        """The model's own tokenizer; it stays after a release, and needs no weights."""
+        if self._tokenizer is None:
+            if self._loaded is None and self._load_tokenizer is not None:
+                self._tokenizer = self._load_tokenizer()
+            else:
+                self._tokenizer = self.loaded.tokenizer
+        return self._tokenizer
 
     @property
     def card(self) -> ModelCard:
@@ -149,6 +162,7 @@ class ModelPair:
         control_layer: the control layer when none is asked for.
         reading: how the prompts are read: where they are decided and how long they may be.
         keep_both: False releases each model before the other is used.
+        excluded: prompts that were left out because the models do not read them alike.
 
     Raises:
         UserError: if the models differ in layers, heads or head width.
@@ -165,6 +179,7 @@ class ModelPair:
         control_layer: int | None = None,
         reading: Reading | None = None,
         keep_both: bool = True,
+        excluded: tuple[Prompt, ...] = (),
     ) -> None:
         self.name = name
         self.base = base
@@ -174,6 +189,7 @@ class ModelPair:
         self.control_layer = control_layer
         self.reading = reading or Reading()
         self.keep_both = keep_both
+        self.excluded = excluded
         self._token_fingerprints: dict[tuple[Side, str], str] = {}
         if keep_both:
             self.check_shapes()
@@ -213,6 +229,14 @@ class ModelPair:
         if (side, split) not in self._token_fingerprints:
             self._token_fingerprints[side, split] = self.tokens(side, split).fingerprint
         return self._token_fingerprints[side, split]
+
+    def audit(self) -> Audit:
+        """Whether both models read the prompts alike, those that were left out included."""
+        prompts = PromptSet((*self.prompts.prompts, *self.excluded))
+        audit = audit_prompts(
+            prompts, {side: self.member(side).tokenizer for side in SIDES}, self.reading
+        )
+        return replace(audit, excluded=tuple(prompt.id for prompt in self.excluded))
 
     @property
     def decision_rule(self) -> str:

@@ -33,6 +33,8 @@ class ModelCard:
         dtype: number format of the weights.
         n_layers: number of layers.
         n_heads: heads per layer.
+        n_key_value_heads: heads per layer that have keys and values of their own; the others share
+            them.
         d_head: width of a head's activation.
         d_vocab: size of the vocabulary.
         trust_remote_code: whether code from the checkpoint ran.
@@ -48,6 +50,7 @@ class ModelCard:
     dtype: str
     n_layers: int
     n_heads: int
+    n_key_value_heads: int
     d_head: int
     d_vocab: int
     trust_remote_code: bool
@@ -67,6 +70,7 @@ class ModelCard:
             dtype=str(cfg.dtype).removeprefix("torch."),
             n_layers=cfg.n_layers,
             n_heads=cfg.n_heads,
+            n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
             d_head=cfg.d_head,
             d_vocab=cfg.d_vocab,
             trust_remote_code=loaded.trust_remote_code,

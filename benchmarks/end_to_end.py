@@ -114,18 +114,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--folder", type=Path, required=True, help="where the models are written")
+    parser.add_argument("--analysis", default="full", choices=["full", "grid"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    make_pair(asked.folder, SHAPES[asked.shape], asked.device, getattr(torch, asked.dtype))
-    make_prompts(asked.folder / "prompts.jsonl")
-    place = ["--device", asked.device, "--dtype", asked.dtype]
+    if not (asked.folder / "prompts.jsonl").exists():
+        make_pair(asked.folder, SHAPES[asked.shape], asked.device, getattr(torch, asked.dtype))
+        make_prompts(asked.folder / "prompts.jsonl")
+    place = ["--device", asked.device, "--dtype", asked.dtype, "--analysis", asked.analysis]
     checkpoint = sum(path.stat().st_size for path in asked.folder.glob("*/*.safetensors"))
     cuda = asked.device.startswith("cuda")
     record = {
         "what": f"a pair of the shape {asked.shape}, {asked.dtype}, "
         f"{checkpoint / 1e9:.3g} GB of sharded safetensors; {N_TRAIN} train and {N_VAL} validation "
-        "prompts; full analysis, report and figures",
+        f"prompts; {asked.analysis} analysis, report and figures",
         "command": f"python benchmarks/end_to_end.py {asked.shape} --device {asked.device} "
         f"--dtype {asked.dtype} --folder FOLDER",
         "date": datetime.now(UTC).date().isoformat(),

@@ -49,7 +49,7 @@ def write(script: Path) -> None:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)  # times of day: another run, another file
             cell.outputs = [_shown(output) for output in cell.outputs]
-    notebook.metadata.pop("language_info", None)
+    notebook.metadata["language_info"] = {"name": "python"}  # not this machine's version
     nbformat.write(notebook, script.with_suffix(".ipynb"))
 
 

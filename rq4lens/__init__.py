@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rq4lens.models.loading import load_hooked as load_hooked
     from rq4lens.models.pair import ModelPair as ModelPair
     from rq4lens.models.pair import PairMember as PairMember
-    from rq4lens.models.prompts import Prompt as Prompt
+    from rq4lens.models.prompt_record import Prompt as Prompt
     from rq4lens.models.prompts import PromptSet as PromptSet
     from rq4lens.patching.experiment import Experiment as Experiment
     from rq4lens.patching.experiment import prepare as prepare
@@ -61,7 +61,7 @@ _HOMES = {
     "load_hooked": "rq4lens.models.loading",
     "ModelPair": "rq4lens.models.pair",
     "PairMember": "rq4lens.models.pair",
-    "Prompt": "rq4lens.models.prompts",
+    "Prompt": "rq4lens.models.prompt_record",
     "PromptSet": "rq4lens.models.prompts",
     "Experiment": "rq4lens.patching.experiment",
     "prepare": "rq4lens.patching.experiment",

@@ -1,0 +1,58 @@
+"""What the documentation site shows besides the pages of this folder.
+
+The notebooks become the tutorial, the command line describes itself, and the figures of the
+built-in pair are linked from the home page: each stands in one place and is read from there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ("*.html", "*.png", "*.js")
+# `:class:` and its like are Sphinx's; the name in code style is enough here.
+ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(<code>)~?")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages and pictures that are made from the rest of the repository."""
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for file in _tutorial(notebook, config):
+            files.append(file)
+    files.append(File.generated(config, "reference/command-line.md", content=_command_line()))
+    for pattern in FIGURES:
+        for path in sorted((ROOT / "figures").glob(pattern)):
+            files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Show the names in docstrings as code."""
+    return ROLE.sub(r"\1", html)
+
+
+def _tutorial(notebook: Path, config: MkDocsConfig) -> Iterator[File]:
+    """A notebook as a page, and the pictures in it."""
+    names = {"unique_key": notebook.stem, "output_files_dir": "pictures"}
+    text, resources = MarkdownExporter().from_filename(str(notebook), resources=names)
+    text = text.replace("![png]", "![figure]").replace(' border="1" class="dataframe"', "")
+    yield File.generated(config, f"tutorial/{notebook.stem}.md", content=text)
+    for name, picture in resources["outputs"].items():
+        yield File.generated(config, f"tutorial/{name}", content=picture)
+
+
+def _command_line() -> str:
+    """What `rq4lens --help` and its like say, as Markdown."""
+    command = ["-m", "typer", "rq4lens.cli", "utils", "docs", "--name", "rq4lens"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return done.stdout

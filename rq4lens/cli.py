@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.logging import RichHandler
 
+from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig, preset, preset_names, preset_text
 from rq4lens.errors import UserError
 from rq4lens.options import takes_config
@@ -63,6 +64,16 @@ Shard = Annotated[
     str | None,
     typer.Option("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
 ]
+OnCluster = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
+]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="With --cluster: workers; as many as fit.")
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
+]
 
 
 @app.callback()
@@ -95,13 +106,22 @@ def demo(
 
 @app.command()
 @takes_config(*RUN_SETTINGS, config_file=True)
-def run(config: RunConfig, out: Out = None, fresh: Fresh = False, shard: Shard = None) -> None:
+def run(
+    config: RunConfig,
+    out: Out = None,
+    fresh: Fresh = False,
+    shard: Shard = None,
+    cluster: OnCluster = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+) -> None:
     """Run the main job: maps, every head, top-k against random-k, control layer, report."""
     directory = out or _default_directory(config)
-    if shard is None:
-        _run(config, directory, fresh)
+    many = Many(shard, cluster, workers, gpus_per_worker)
+    if many.asked:
+        _by_many("run", config, None, directory, many, fresh)
     else:
-        _shard("run", config, None, directory, shard, fresh)
+        _run(config, directory, fresh)
 
 
 @app.command()
@@ -166,12 +186,16 @@ def sweep(
     out: Out = None,
     fresh: Fresh = False,
     shard: Shard = None,
+    cluster: OnCluster = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Measure every layer from one clean pass, compare them, and propose main and control."""
     from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
-    if shard is not None:
-        _shard("sweep", config, parse_layers(layers), out, shard, fresh)
+    many = Many(shard, cluster, workers, gpus_per_worker)
+    if many.asked:
+        _by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return
     result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
     output.print(result.summary, end="")
@@ -304,23 +328,22 @@ def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
     output.print(f"written to {directory}")
 
 
-def _shard(
+def _by_many(
     command: Literal["run", "sweep"],
     config: RunConfig,
     layers: list[int] | None,
     out: Path | None,
-    shard: str,
+    many: Many,
     fresh: bool,
 ) -> None:
     from rq4lens.cluster.pieces import Request  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.cluster.pieces import Shard as Part  # noqa: PLC0415
-    from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
 
-    part, directory = Part.parse(shard), _shared(out)
+    directory = _shared(out)
     request = Request(command, config, None if layers is None else tuple(layers))
     with _kept_when_stopped(directory):
-        said = run_shard(request, directory, part, fresh=fresh, stage=watched)
+        said = many.measure(request, directory, fresh=fresh, stage=watched)
     output.print(said, end="")
+    output.print(f"written to {directory}")
 
 
 def _shared(out: Path | None) -> Path:

@@ -14,6 +14,7 @@ from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.conditions import Recorder
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.fitting import fit_maps
 from rq4lens.preparation import capture, prepare_experiment
 from rq4lens.run_directory import CONDITIONS, MAPS
 from rq4lens.stages import Advance, Clock, Stage, silent
@@ -68,6 +69,19 @@ class Workbench:
         job = Job.of(self.request, self.pair, n_shards)
         job.join(self.directory)
         return job
+
+    def fit(self, layers: Sequence[int]) -> None:
+        """Fit the maps of some layers into the directory, or find them there."""
+        config = self.request.config
+        fit_maps(
+            self.pair,
+            layers,
+            config.map_kind,
+            scope=config.map_scope,
+            seed=config.seed,
+            activations=self.activations,
+            directory=self.directory / MAPS,
+        )
 
     def prepare(self, layers: Sequence[int]) -> Experiment:
         """Make some layers ready to be measured; what was prepared last is kept."""

@@ -1,0 +1,145 @@
+"""Workers that come and go: tasks are given out, and given out again when a worker is lost."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
+
+from rq4lens.errors import UserError
+
+MAX_LOSSES = 3
+"""Workers that one task, or starting alone, may cost before it is given up."""
+
+PATIENCE_SECONDS = 900.0
+"""How long nothing may be at work before the wait for free machines ends."""
+
+_LOOK_EVERY_SECONDS = 1.0
+
+
+class Pool:
+    """A number of workers, kept up by new ones as long as the cluster has room.
+
+    Args:
+        start: starts a worker, an actor with a method ``open`` that makes it ready.
+        size: how many workers are wanted.
+        patience_seconds: how long nothing may be at work.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], ActorHandle],
+        size: int,
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self.size = size
+        self.lost = 0
+        self._start = start
+        self._patience_seconds = patience_seconds
+        self._opening: dict[Any, ActorHandle] = {}
+        self._idle: list[ActorHandle] = []
+        self._busy: dict[Any, tuple[ActorHandle, Any]] = {}
+        self._losses: Counter[Hashable] = Counter()
+
+    def run(
+        self, method: str, tasks: Iterable[Any], done: Callable[[Any], None] = lambda _: None
+    ) -> None:
+        """Have every task done once, by whichever worker is free.
+
+        Args:
+            method: the workers' method, which may be called again for the same task.
+            tasks: its arguments.
+            done: told each result.
+
+        Raises:
+            UserError: if a worker raises one, a task loses too many workers, or no worker starts.
+        """
+        left, worked = deque(tasks), time.monotonic()
+        while left or self._busy:
+            self._hire(len(left) + len(self._busy))
+            while left and self._idle:
+                worker, task = self._idle.pop(), left.popleft()
+                self._busy[getattr(worker, method).remote(task)] = (worker, task)
+            if self._busy:
+                worked = time.monotonic()
+            self._refuse_to_wait_forever(time.monotonic() - worked)
+            for reference in self._finished():
+                if reference in self._opening:
+                    self._opened(reference)
+                else:
+                    self._collect(reference, left, done)
+
+    def close(self) -> None:
+        """Let all workers go, whatever they are doing."""
+        workers = [*self._opening.values(), *self._idle, *(each for each, _ in self._busy.values())]
+        for worker in workers:
+            with suppress(RayError):
+                ray.kill(worker)
+        self._opening, self._idle, self._busy = {}, [], {}
+
+    def shrink(self, size: int) -> None:
+        """Go on with fewer workers; called when none is busy."""
+        self.size = size
+        while len(self._idle) > size:
+            ray.kill(self._idle.pop())
+
+    def _hire(self, wanted: int) -> None:
+        while self._n_workers < min(self.size, wanted):
+            worker = self._start()
+            self._opening[worker.open.remote()] = worker
+
+    @property
+    def _n_workers(self) -> int:
+        return len(self._opening) + len(self._idle) + len(self._busy)
+
+    def _finished(self) -> list[Any]:
+        references = [*self._busy, *self._opening]
+        if not references:
+            return []
+        ready, _ = ray.wait(references, num_returns=1, timeout=_LOOK_EVERY_SECONDS)
+        return list(ready)
+
+    def _opened(self, reference: Any) -> None:
+        worker = self._opening.pop(reference)
+        try:
+            ray.get(reference)
+        except RayActorError:
+            self._count_loss("starting")
+        else:
+            self._idle.append(worker)
+
+    def _collect(self, reference: Any, left: deque[Any], done: Callable[[Any], None]) -> None:
+        worker, task = self._busy.pop(reference)
+        try:
+            result = ray.get(reference)
+        except RayActorError:
+            # Whatever the worker had finished is in the store; the rest is measured elsewhere.
+            self._count_loss(task)
+            left.appendleft(task)
+        else:
+            self._idle.append(worker)
+            done(result)
+
+    def _count_loss(self, what: Hashable) -> None:
+        self.lost += 1
+        self._losses[what] += 1
+        if self._losses[what] >= MAX_LOSSES * (self.size if what == "starting" else 1):
+            raise UserError(
+                f"{self._losses[what]} workers were lost at the same place ({what}): they may run "
+                "out of memory; give each more with --gpus-per-worker, or use a smaller dtype. "
+                "What is finished is kept."
+            )
+
+    def _refuse_to_wait_forever(self, idle_seconds: float) -> None:
+        if idle_seconds > self._patience_seconds:
+            raise UserError(
+                f"no worker could be started for {idle_seconds:.0f} s: the cluster offers "
+                f"{dict(ray.available_resources())}; ask for less with --gpus-per-worker or "
+                "--workers, or add machines. What is finished is kept."
+            )

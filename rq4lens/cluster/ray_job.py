@@ -1,0 +1,225 @@
+"""A run or a sweep on a Ray cluster: workers load the pair once and serve many pieces."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rq4lens.cluster.jobs import JOB, PIECES, Job
+from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.pool import Pool
+from rq4lens.cluster.shards import finish
+from rq4lens.cluster.where import LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
+from rq4lens.cluster.workbench import Workbench
+from rq4lens.errors import UserError
+from rq4lens.files import make_directory
+from rq4lens.patching.experiment import Experiment
+from rq4lens.stages import Clock, Stage, silent
+from rq4lens.store import Store
+
+LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
+"""Results travel through the run directory, so that next to nothing is kept by Ray."""
+
+
+def gpus_of(cluster: Cluster) -> float:
+    """GPUs of each worker: one where there are any, unless another number was asked for."""
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def size_of(cluster: Cluster, n_pieces: int) -> int:
+    """How many workers: no more than there are pieces, or than fit."""
+    if cluster.workers is not None:
+        return min(cluster.workers, n_pieces)
+    have, gpus = ray.cluster_resources(), gpus_of(cluster)
+    fitting = have.get("GPU", 0) / gpus if gpus else have.get("CPU", 1) / cluster.cpus_per_worker
+    return max(1, min(int(fitting), n_pieces))
+
+
+class Worker:
+    """The work of one actor.
+
+    Args:
+        request: what is measured.
+        directory: the run directory, on a file system that all nodes share.
+        is_first: whether it may begin the job; the others must find it begun.
+        fresh: measure again what is there.
+    """
+
+    def __init__(self, request: Request, directory: str, is_first: bool, fresh: bool) -> None:
+        self.request = request
+        self.directory = Path(directory)
+        self.is_first = is_first
+        self.fresh = fresh
+        self._bench: Workbench | None = None
+
+    def open(self) -> None:
+        """Load the pair and read its activations.
+
+        Raises:
+            UserError: if this node does not see the run directory, or the request does not fit.
+        """
+        if not self.is_first and not (self.directory / JOB).is_file():
+            raise UserError(
+                f"node {socket.gethostname()!r} does not see {str(self.directory)!r}: name a "
+                "folder with --out that lies on a file system which all nodes share."
+            )
+        self._bench = Workbench(self.request, self.directory, fresh=self.fresh)
+        self._job = self._bench.job()
+
+    @property
+    def bench(self) -> Workbench:
+        """The loaded pair."""
+        if self._bench is None:
+            self.open()
+        assert self._bench is not None
+        return self._bench
+
+    def job(self, _task: None = None) -> tuple[Job, tuple[int, ...]]:
+        """The job and all of its layers."""
+        return self._job, self.bench.layers
+
+    def fit(self, layer: int) -> int:
+        """Fit the map of a layer into the run directory."""
+        self.bench.fit([layer])
+        return layer
+
+    @cached_property
+    def _experiment(self) -> Experiment:
+        return self.bench.prepare(self.bench.layers)
+
+    def measure(self, place: int) -> int:
+        """Measure a piece, or find it done.
+
+        Returns:
+            Its rows.
+        """
+        piece = self._job.pieces()[place]
+        self.bench.measure(piece, self._experiment)
+        return len(piece.patches) * self._job.n_prompts
+
+    def finish(self, request: Request) -> str:
+        """Write the results; the pair is let go first, for the command loads it itself."""
+        self.__dict__.pop("_experiment", None)
+        self._bench = None
+        gc.collect()
+        return finish(request, self.directory)
+
+
+def run(
+    request: Request, directory: Path, cluster: Cluster, *, fresh: bool, stage: Stage = silent
+) -> str:
+    """Measure a job and write its results; see :func:`rq4lens.cluster.launch.run_on_cluster`."""
+    make_directory(directory)
+    request = _anywhere(request, cluster)
+    with connected(cluster):
+        pool = _pool(request, directory.resolve(), cluster, fresh)
+        try:
+            return _run(request, directory, cluster, pool, Clock(stage), fresh)
+        finally:
+            pool.close()
+
+
+def _run(
+    request: Request, directory: Path, cluster: Cluster, pool: Pool, clock: Clock, fresh: bool
+) -> str:
+    jobs: list[tuple[Job, tuple[int, ...]]] = []
+    with clock("load"):
+        pool.run("job", [None], jobs.append)
+    job, layers = jobs[0]
+    marks = Store(directory / PIECES, fresh=fresh)
+    left, pieces = job.missing(marks), job.pieces()
+    if left:
+        pool.size = size_of(cluster, len(left))
+        with clock("maps"):
+            # All maps before any condition, so that every worker patches with the same ones.
+            pool.run("fit", layers)
+        rows = sum(len(pieces[place].patches) for place in left) * job.n_prompts
+        with clock(f"pieces on {pool.size} workers", rows) as advance:
+            pool.run("measure", left, advance or (lambda _: None))
+    pool.shrink(1)
+    summaries: list[str] = []
+    with clock("results"):
+        pool.run("finish", [request], summaries.append)
+    lost = f"{pool.lost} workers were lost on the way\n" if pool.lost else ""
+    return summaries[0] + lost
+
+
+def _pool(request: Request, directory: Path, cluster: Cluster, fresh: bool) -> Pool:
+    actor = ray.remote(Worker)
+
+    def start() -> Any:
+        return actor.options(
+            num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
+        ).remote(request, str(directory), not (directory / JOB).exists(), fresh)
+
+    # One at first: it begins the job, and says how many pieces there are.
+    return Pool(start, 1)
+
+
+@contextmanager
+def connected(cluster: Cluster) -> Iterator[None]:
+    """A connection to Ray; one that is there already is used and left as it is.
+
+    Raises:
+        UserError: if there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if cluster.address == LOCAL:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+                **quiet,
+            )
+        else:
+            ray.init(address=cluster.address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UserError(
+            f"no Ray cluster answers at {cluster.address!r} ({reason}): start one with `ray start "
+            "--head`, or run on this machine with --cluster local."
+        ) from None
+    try:
+        if cluster.address == LOCAL:
+            _require_loopback()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_loopback() -> None:
+    """Ray's ports run what they are sent: those of this machine alone listen to it alone."""
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if addresses != {LOOPBACK}:
+        raise UserError(
+            f"Ray listens at {', '.join(sorted(addresses))}, because it was imported before "
+            f"rq4lens could ask it not to: set {LOOPBACK_SWITCH}=0 before Python starts."
+        )
+
+
+def _anywhere(request: Request, cluster: Cluster) -> Request:
+    """The request as a process in another folder understands it, on as many GPUs as it gets."""
+    config = request.config
+    changes: dict[str, Any] = {
+        name: str(Path(value).resolve())
+        for name in ("base", "tuned", "prompts")
+        if (value := getattr(config, name)) is not None and Path(value).exists()
+    }
+    if (cluster.gpus_per_worker or 0) > 1:
+        changes["n_devices"] = int(cluster.gpus_per_worker or 1)
+    return replace(request, config=config.updated(**changes)) if changes else request

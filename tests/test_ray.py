@@ -1,0 +1,209 @@
+"""A real Ray cluster of several nodes on this machine: nodes die, numbers stay."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from pair_on_disk import write_pair
+
+from rq4lens.cluster.launch import run_on_cluster
+from rq4lens.cluster.many import Many
+from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.where import LOOPBACK_SWITCH, Cluster
+from rq4lens.config import config_from, preset
+from rq4lens.errors import UserError
+from rq4lens.layer_files import read_layers
+from rq4lens.sweep import sweep_layers
+
+os.environ[LOOPBACK_SWITCH] = "0"  # before Ray is imported, as the package does it
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+try:
+    import ray
+    from ray.cluster_utils import Cluster as Nodes
+except ModuleNotFoundError:
+    if os.environ.get("CI"):
+        raise
+    pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+LAYERS = (1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """This process computes with one thread, as each worker does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nodes():
+    """A head that computes nothing, and two nodes of one core each."""
+    cluster = Nodes(
+        initialize_head=True,
+        head_node_args={
+            **NODE,
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "node_ip_address": "127.0.0.1",
+        },
+    )
+    added = [cluster.add_node(**NODE, node_ip_address="127.0.0.1") for _ in range(2)]
+    yield cluster, added
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def acting(name_start, act):
+    """A stage that acts once, when the first piece of a stage is done."""
+    acted = []
+
+    @contextmanager
+    def stage(name, _rows=None):
+        def advance(rows):
+            if rows and name.startswith(name_start) and not acted:
+                acted.append(name)
+                act()
+
+        yield advance
+
+    return stage, acted
+
+
+def measuring(nodes):
+    """The node that a worker which has begun is on."""
+
+    def workers_of(node):
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        return [each.name() for each in raylet.children(recursive=True)]
+
+    return next(n for n in nodes if any(name.startswith("ray::Worker") for name in workers_of(n)))
+
+
+def test_a_sweep_outlives_a_node_and_has_the_numbers_of_a_single_process(nodes, tmp_path):
+    """The built-in pair on two nodes, one of them killed in the middle: the same bytes.
+
+    The work of the dead node is measured by the other one, and the summary says what happened.
+    """
+    cluster, added = nodes
+    config = preset("etiquette").updated(resamples=200, device="cpu", random_seeds=list(range(25)))
+    stage, acted = acting(
+        "pieces", lambda: cluster.remove_node(measuring(added), allow_graceful=False)
+    )
+    where = Cluster(address=cluster.address, workers=2)
+    said = run_on_cluster(Request("sweep", config, LAYERS), tmp_path / "ray", where, stage=stage)
+    assert acted == ["pieces on 2 workers"]
+    alone = sweep_layers(config, tmp_path / "alone", LAYERS)
+    assert said.startswith(alone.summary)
+    assert said.endswith("workers were lost on the way\n")
+    found, expected = (read_layers(tmp_path / name) for name in ("ray", "alone"))
+    for layer in LAYERS:
+        assert list(found.grids[layer].conditions) == list(expected.grids[layer].conditions)
+        for name, condition in expected.grids[layer].conditions.items():
+            other = found.grids[layer][name]
+            np.testing.assert_array_equal(other.kl_raw_nats, condition.kl_raw_nats)
+            np.testing.assert_array_equal(other.kl_mapped_nats, condition.kl_mapped_nats)
+    for name in ("layers.json", "layers_per_prompt.parquet"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return config_from(write_pair(tmp_path_factory.mktemp("pair")) | {"random_seeds": range(24)})
+
+
+def children():
+    """Servers that this process started, and the addresses that they listen at."""
+    for process in psutil.Process().children(recursive=True):
+        for each in process.net_connections(kind="tcp"):
+            if each.status == psutil.CONN_LISTEN:
+                yield process.name(), each.laddr.ip.removeprefix("::ffff:")
+
+
+def test_interrupted_work_goes_on_and_its_ports_are_loopback(config, tmp_path):
+    """Ctrl-C keeps what is done and ends Ray; the next call measures the rest alone.
+
+    While it runs, Ray listens to this machine and to nobody else.
+    """
+    listening = []
+
+    def interrupt():
+        listening.extend(children())
+        raise KeyboardInterrupt
+
+    stage, acted = acting("pieces", interrupt)
+    request = Request("run", config)
+    with pytest.raises(KeyboardInterrupt):
+        run_on_cluster(request, tmp_path, Cluster(workers=1), stage=stage)
+    assert acted
+    assert not ray.is_initialized()
+    assert listening
+    assert {address for _, address in listening} == {"127.0.0.1"}
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "conditions").iterdir()}
+    assert kept
+    said = run_on_cluster(request, tmp_path, Cluster(workers=1))
+    assert "lost" not in said
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "conditions").iterdir()}
+    assert len(now) > len(kept)
+    assert {name: now[name] for name in kept} == kept
+    assert (tmp_path / "report.html").exists()
+    deadline = time.monotonic() + 30
+    while list(children()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(children())
+
+
+def test_what_a_worker_refuses_is_one_sentence(config, tmp_path):
+    """A layer that does not exist is said by the worker and reaches the user unchanged."""
+    request = Request("run", replace_layer(config, 17))
+    with pytest.raises(UserError, match="layer 17 does not exist"):
+        run_on_cluster(request, tmp_path, Cluster(workers=1))
+
+
+def replace_layer(config, layer):
+    return config.updated(layer=layer)
+
+
+def test_no_cluster_at_the_address_is_one_sentence(config, tmp_path):
+    """`--cluster auto` where no cluster runs says how to start one."""
+    with pytest.raises(UserError, match="no Ray cluster answers at 'auto'"):
+        run_on_cluster(Request("run", config), tmp_path, Cluster(address="auto"))
+
+
+def test_without_ray_the_sentence_names_the_extra(config, tmp_path, monkeypatch):
+    """Ray is an extra; whoever lacks it is told its name."""
+    monkeypatch.setattr("rq4lens.cluster.launch.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"rq4lens\[cluster\]"):
+        run_on_cluster(Request("run", config), tmp_path, Cluster())
+
+
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"gpus_per_worker": 1.5}])
+def test_workers_that_cannot_be_had_are_refused(settings):
+    """Zero workers, or one GPU and a half."""
+    with pytest.raises(UserError, match="ask for"):
+        replace(Cluster(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"shard": "1/2", "cluster": "local"}, "two ways"),
+        ({"workers": 2}, "give --cluster"),
+        ({"gpus_per_worker": 1.0}, "give --cluster"),
+    ],
+)
+def test_settings_of_other_ways_are_refused(settings, sentence):
+    """A shard is no cluster, and workers are of a cluster."""
+    with pytest.raises(UserError, match=sentence):
+        Many(**settings)

@@ -10,6 +10,7 @@ from rq4lens.analysis.agreement import kendall
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.errors import UserError
 from rq4lens.figures.gallery import method_agreements, saved_rankings
+from rq4lens.figures.numbers import numbers_of, shown, single_head_numbers
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,34 @@ def test_flow_shows_every_heads_rank(grid, analysis):
         assert list(trace.y) == [order.index(head) + 1 for order in orders.values()]
 
 
+def test_flow_hover_gives_effect_and_range_of_ranks(grid):
+    """Hover has the head's ΔKL with its interval, and its range of ranks where that is known."""
+    bootstrap = Bootstrap(grid.groups, 200)
+    orders = {"delta": grid.ranking.heads, "other": grid.ranking.heads[::-1]}
+    ranges = {"delta": {head: (1, head + 1) for head in range(grid.n_heads)}}
+    figure = figures.rank_flow(grid, orders, rank_ranges=ranges, bootstrap=bootstrap)
+    effects = single_head_numbers(grid, bootstrap)
+    for trace in figure.data:
+        head = int(trace.meta.split("H")[1])
+        of_delta, of_other = trace.hovertext
+        assert f"(95% in 1 to {head + 1}) · delta" in of_delta
+        assert "95% in" not in of_other
+        for text in (of_delta, of_other):
+            assert f"at α = 0.3: {shown(effects[head].delta, 'nats')}" in text
+            assert text.count("[") == 1
+
+
+def test_the_gallery_takes_ranges_of_ranks_from_the_analysis(grid, analysis):
+    """Ranges of the run's own ranking stand at its name and at its own alpha, nowhere else."""
+    heads = [{"head": head, "rank_low": 2, "rank_high": 9} for head in range(grid.n_heads)]
+    record = {**analysis, "stability": {"ranking": "delta", "heads": heads}}
+    drawn = figures.run_figures(grid, record)
+    for name, own in (("methods_flow", "delta"), ("alpha_flow", "α = 0.3")):
+        for trace in drawn[name].data:
+            told = [x for x, text in zip(trace.x, trace.hovertext, strict=True) if "2 to 9" in text]
+            assert told == [own]
+
+
 def test_flow_across_layers_says_what_it_cannot_mean(grid):
     """Lines between layers join indices, and the figure says so."""
     figure = figures.rank_flow(
@@ -165,6 +194,18 @@ def test_per_prompt_shows_each_prompt_of_the_best_heads(grid):
     best = figure.data[0]
     assert list(best.x) == grid.single(grid.ranking.top(1)[0]).delta_nats.tolist()
     assert all(pid in text for pid, text in zip(grid.prompt_ids, best.hovertext, strict=True))
+
+
+def test_per_prompt_hover_gives_the_mean_with_its_interval(grid):
+    """Beside the prompt's own ΔKL stands the head's mean over prompts and its 95% interval."""
+    bootstrap = Bootstrap(grid.groups, 200)
+    heads = grid.ranking.top(3)
+    numbers = single_head_numbers(grid, bootstrap)
+    figure = figures.per_prompt(grid, heads, bootstrap=bootstrap)
+    for head, trace in zip(heads, figure.data, strict=True):
+        mean = f"mean of {grid.n_prompts} prompts {shown(numbers[head].delta, 'nats')}"
+        assert "[" in mean
+        assert all(text.endswith(mean) for text in trace.hovertext)
 
 
 def test_map_quality_stands_against_delta(grid):
@@ -229,7 +270,9 @@ def comparison(layers):
             {
                 "layer": layer,
                 "curve": {
-                    "coverage_pct": [{"value": 100.0 * k / 32} for k in range(33)],
+                    "coverage_pct": [
+                        {"value": 100.0 * k / 32, "value_ci95": [k / 2, 4.0 * k]} for k in range(33)
+                    ],
                     "k90": 29.0,
                 },
                 "concentration": {"gini": 0.5},
@@ -249,6 +292,18 @@ def test_a_comparison_fills_the_layers_curves(layers, comparison):
     line = trace_named(figures.layer_curves(layers, comparison), "layer 2")
     assert list(line.x) == list(range(33))
     assert line.y[8] == 25.0
+    assert line.hovertext[8] == "<b>layer 2</b><br>k = 8: coverage 25% [4, 32]"
+
+
+def test_layer_curves_of_grids_alone_have_intervals_too(layers):
+    """Without a comparison, hover has the coverage of the measured sets with its interval."""
+    bootstrap = Bootstrap(layers[1].groups, 200)
+    line = trace_named(figures.layer_curves(layers, bootstrap=bootstrap), "layer 1")
+    conditions = [layers[1][f"top{k}"] for k in layers[1].settings.ks]
+    numbers = numbers_of(layers[1], conditions, ["" for _ in conditions], bootstrap)
+    for each in numbers:
+        at = list(line.x).index(len(each.condition.heads))
+        assert line.hovertext[at].endswith(f"coverage {shown(each.coverage_pct, '%')}")
 
 
 def test_a_comparison_adds_ranges_of_ranks(layers, comparison):

@@ -245,12 +245,12 @@ def _control(grid: GridResult, bootstrap: Bootstrap) -> tuple[list[go.Scatter], 
     return [line], [f"control: {label}, {shown(control.coverage_pct, '%')}"]
 
 
-def curve_points(grid: GridResult, bootstrap: Bootstrap) -> list[tuple[int, float]]:
+def curve_points(grid: GridResult, bootstrap: Bootstrap) -> list[tuple[int, Estimate]]:
     """Coverage of the best k heads of a grid at each measured k; empty where it is undefined."""
     if grid_full_effect(grid, bootstrap).undefined_because is not None:
         return []
     points = _best_of_grid(grid, bootstrap)
-    return [(p.k, p.coverage.value) for p in points if p.coverage.value is not None]
+    return [(p.k, p.coverage) for p in points if p.coverage.value is not None]
 
 
 def method_curves(

@@ -9,17 +9,17 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from rq4lens.analysis.metrics import bootstrap_of
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.statistics import Bootstrap, Estimate
 from rq4lens.figures import theme
 from rq4lens.figures.coverage import axes, curve_points
-from rq4lens.figures.numbers import ConditionNumbers, error_bars, numbers_of
+from rq4lens.figures.numbers import ConditionNumbers, error_bars, numbers_of, shown
 from rq4lens.figures.saved import HasRecord, Record, as_record, estimates
 from rq4lens.figures.scales import is_wide, lows
 from rq4lens.figures.setting import any_grid, layers_setting
 from rq4lens.results import GridResult
 
 _ROW_PX = 17
-Points = list[tuple[int, float]]
+Points = list[tuple[int, Estimate]]
 
 
 def global_ranking(
@@ -141,7 +141,8 @@ def layer_curves(
         dark: the dark template.
 
     Returns:
-        The figure: a line per layer whose coverage is defined; the setting line names the others.
+        The figure: a line per layer whose coverage is defined, with 95% intervals in the hover; the
+        setting line names the other layers.
     """
     bootstrap = bootstrap or bootstrap_of(any_grid(grids))
     saved = _saved_curves(comparison)
@@ -152,9 +153,9 @@ def layer_curves(
     span = (min(grids), max(grids))
     figure = go.Figure(
         [
-            _curve(layer, points, span, bold=layer == main)
-            for layer, points in curves.items()
-            if points
+            _curve(layer, curves[layer], span, bold=layer == main)
+            for layer in curves
+            if curves[layer]
         ]
     )
     figure.add_trace(_depth_scale(*span))
@@ -177,7 +178,7 @@ def _saved_curves(comparison: HasRecord | Record | None) -> dict[int, Points]:
     rows = as_record(comparison).get("rows", ())
     curves = {row["layer"]: row["curve"]["coverage_pct"] for row in rows if row.get("curve")}
     return {
-        layer: [(k, e.value) for k, e in enumerate(estimates(curve)) if e.value is not None]
+        layer: [(k, each) for k, each in enumerate(estimates(curve)) if each.value is not None]
         for layer, curve in curves.items()
     }
 
@@ -187,14 +188,18 @@ def _curve(layer: int, points: Points, span: tuple[int, int], *, bold: bool) -> 
         name=f"layer {layer}",
         meta=f"L{layer}",
         x=[k for k, _ in points],
-        y=[value for _, value in points],
+        y=[coverage.value for _, coverage in points],
         mode="lines+markers",
         line={
             "color": _depth_color(layer, *span),
             "width": 4 if bold else 1.5,
         },
         marker={"size": 8 if bold else 5},
-        hovertemplate=f"<b>layer {layer}</b><br>k = %{{x}}: %{{y:.3g}}%<extra></extra>",
+        hovertext=[
+            f"<b>layer {layer}</b><br>k = {k}: coverage {shown(coverage, '%')}"
+            for k, coverage in points
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
     )
 
 

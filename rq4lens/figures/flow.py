@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
+from rq4lens.figures.numbers import shown, single_head_numbers
 from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
 _ROW_PX = 16
+RankRanges = Mapping[int, tuple[int, int]]
 BY_INDEX = "head 3 of one layer is not head 3 of another: lines join equal indices only"
 
 
@@ -23,6 +26,8 @@ def rank_flow(
     alpha: str | None = None,
     top: int = 8,
     across_layers: bool = False,
+    rank_ranges: Mapping[str, RankRanges] | None = None,
+    bootstrap: Bootstrap | None = None,
     dark: bool = False,
 ) -> go.Figure:
     """Rank of every head under several rankings, joined by a line per head.
@@ -35,10 +40,15 @@ def rank_flow(
         top: heads in colour: the best ``top`` of the first ranking; the others stay grey.
         across_layers: the rankings belong to different layers; heads are then named by index, and
             the figure says that equal indices mean nothing.
+        rank_ranges: where 95% of a head's resampled ranks lie, by the name of the ranking and head,
+            for rankings that were resampled.
+        bootstrap: the resamples behind the intervals in the hover; made from the grid's prompts
+            when left out.
         dark: the dark template.
 
     Returns:
-        The figure: a line per head; ``meta`` names the head.
+        The figure: a line per head; ``meta`` names the head, and hover gives its single-head
+        ``ΔKL`` at the grid's own alpha with its 95% interval.
 
     Raises:
         UserError: if there is no ranking.
@@ -47,10 +57,17 @@ def rank_flow(
         raise UserError("there is no ranking to draw: give at least one.")
     names = [theme.plain(name) for name in rankings]
     orders = [list(heads) for heads in rankings.values()]
+    ranges = [(rank_ranges or {}).get(name, {}) for name in rankings]
+    effects = [] if across_layers else _effects(grid, bootstrap)
     first = orders[0]
     lines = [
         _line(
-            _label(grid, head, across_layers), head, names, orders, place if place < top else None
+            _label(grid, head, across_layers),
+            names,
+            [order.index(head) + 1 if head in order else None for order in orders],
+            [_range(each.get(head)) for each in ranges],
+            effects[head] if effects else "",
+            place if place < top else None,
         )
         for place, head in enumerate(first)
     ]
@@ -92,14 +109,25 @@ def _label(grid: GridResult, head: int, across_layers: bool) -> str:
     return f"H{head}" if across_layers else grid.label(head)
 
 
+def _effects(grid: GridResult, bootstrap: Bootstrap | None) -> list[str]:
+    """A line of the hover for each head: its effect at the grid's own alpha."""
+    alpha = f"at α = {grid.settings.alpha:g}"
+    numbers = single_head_numbers(grid, bootstrap)
+    return [f"<br>ΔKL alone {alpha}: {shown(each.delta, 'nats')}" for each in numbers]
+
+
+def _range(ends: tuple[int, int] | None) -> str:
+    return "" if ends is None else f" (95% in {ends[0]} to {ends[1]})"
+
+
 def _line(
     label: str,
-    head: int,
     names: Sequence[str],
-    orders: Sequence[Sequence[int]],
+    ranks: Sequence[int | None],
+    ranges: Sequence[str],
+    effect: str,
     place: int | None,
 ) -> go.Scatter:
-    ranks = [order.index(head) + 1 if head in order else None for order in orders]
     style = {"color": theme.GREY, "width": 1} if place is None else theme.line_style(place)
     return go.Scatter(
         name=label,
@@ -112,8 +140,8 @@ def _line(
         opacity=0.35 if place is None else 1,
         marker={"size": 4 if place is None else 7, "symbol": _symbol(place)},
         hovertext=[
-            f"<b>{label}</b><br>rank {rank} · {name}" if rank else ""
-            for name, rank in zip(names, ranks, strict=True)
+            f"<b>{label}</b><br>rank {rank}{span} · {name}{effect}" if rank else ""
+            for name, rank, span in zip(names, ranks, ranges, strict=True)
         ],
         hovertemplate="%{hovertext}<extra></extra>",
     )

@@ -69,7 +69,7 @@ def _of_grid(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark: bo
     yield "ranking", ranking_bars(grid, analysis=record, bootstrap=bootstrap, dark=dark)
     yield "coverage", coverage_curve(grid, record, bootstrap=bootstrap, dark=dark)
     yield "plane", head_plane(grid, record, bootstrap=bootstrap, dark=dark)
-    yield "prompts", per_prompt(grid, dark=dark)
+    yield "prompts", per_prompt(grid, bootstrap=bootstrap, dark=dark)
 
 
 def _of_analysis(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark: bool) -> Drawings:
@@ -77,7 +77,18 @@ def _of_analysis(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark
     if len(rankings) > 1:
         orders = {name: ranking.heads for name, ranking in rankings.items()}
         yield "methods", method_curves(grid, record, dark=dark)
-        yield "methods_flow", rank_flow(grid, orders, what="ranking methods", dark=dark)
+        ranges = {name: rank_ranges(record, name) for name in orders}
+        yield (
+            "methods_flow",
+            rank_flow(
+                grid,
+                orders,
+                what="ranking methods",
+                rank_ranges=ranges,
+                bootstrap=bootstrap,
+                dark=dark,
+            ),
+        )
         pairs = method_agreements(record, bootstrap)
         yield (
             "methods_agreement",
@@ -90,14 +101,46 @@ def _of_analysis(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark
     if record.get("interactions"):
         yield "interactions", interaction_matrix(grid, record["interactions"], dark=dark)
     if len(record.get("alphas", ())) > 1:
-        yield from _of_alphas(grid, record["alphas"], dark=dark)
+        yield from _of_alphas(grid, record, bootstrap, dark=dark)
 
 
-def _of_alphas(grid: GridResult, alphas: list[Record], *, dark: bool) -> Drawings:
+def _of_alphas(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark: bool) -> Drawings:
+    alphas = record["alphas"]
     yield "alpha", alpha_sweep(grid, alphas, dark=dark)
-    orders = {f"α = {point['alpha']:g}": point["heads"] for point in alphas}
-    span = f"{alphas[0]['alpha']:g} to {alphas[-1]['alpha']:g}"
-    yield "alpha_flow", rank_flow(grid, orders, what="blend strengths", alpha=span, dark=dark)
+    orders = {_at(point["alpha"]): point["heads"] for point in alphas}
+    yield (
+        "alpha_flow",
+        rank_flow(
+            grid,
+            orders,
+            what="blend strengths",
+            alpha=f"{alphas[0]['alpha']:g} to {alphas[-1]['alpha']:g}",
+            # At every strength heads are ranked by ΔKL; the run's own ranking may be another.
+            rank_ranges={_at(grid.settings.alpha): rank_ranges(record, "delta")},
+            bootstrap=bootstrap,
+            dark=dark,
+        ),
+    )
+
+
+def _at(alpha: float) -> str:
+    return f"α = {alpha:g}"
+
+
+def rank_ranges(record: Record, ranking: str) -> dict[int, tuple[int, int]]:
+    """Where 95% of the resampled ranks of each head lie; empty for a ranking not resampled.
+
+    Args:
+        record: the content of ``analysis.json``.
+        ranking: the ranking method.
+    """
+    stability = record.get("stability") or {"ranking": None}
+    rows = stability["heads"] if stability["ranking"] == ranking else ()
+    return {
+        row["head"]: (row["rank_low"], row["rank_high"])
+        for row in rows
+        if row["rank_low"] is not None
+    }
 
 
 def _of_layers(

@@ -1,0 +1,201 @@
+"""The cost model beside what was measured: records of the engine's benchmarks, files, memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from rq4lens.cluster.cost_model import (
+    KINDS,
+    Machine,
+    Measured,
+    Shape,
+    Work,
+    kept_bytes,
+    map_bytes,
+    pass_flops,
+    patches_per_layer,
+    row_flops,
+    store_bytes,
+)
+from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.maps import save_map
+from rq4lens.patching.memory import kept_bytes_per_prompt
+from rq4lens.store import Store
+
+RECORDS = Path(__file__).parent.parent / "benchmarks" / "results"
+SHAPES = {
+    "builtin": Shape(6, 16, 16, 128, 8, 512, False, 75),
+    "gpt2-small": Shape(12, 12, 12, 768, 64, 3072, False, 50257),
+    "llama-8b": Shape(32, 32, 8, 4096, 128, 14336, True, 128256, 2),
+}
+TOLERANCE = 0.3
+CASES = [name for name in SHAPES if (RECORDS / f"{name}.json").exists()]
+
+
+def setting(record):
+    """Prompts, tokens of the longest, and main layer of a record."""
+    found = re.search(r"(\d+) prompts x (?:\d+ to )?(\d+) tokens; layer (\d+)", record["what"])
+    return tuple(map(int, found.groups()))
+
+
+def measured_points(shape, record):
+    """The growth curves of a record, which are the probe that the constants come from."""
+    prompts, tokens, layer = setting(record)
+    for point in record["growth"]:
+        axis, value = point["axis"], point["value"]
+        heads = value if axis.startswith("heads") else shape.n_heads
+        n_layers = value if axis.startswith("layers") else None
+        layers = range(shape.n_layers - value, shape.n_layers) if n_layers else [layer]
+        work = Work.grid(
+            value if axis == "prompts" else prompts,
+            value if axis.startswith("tokens") else tokens,
+            KINDS * heads,
+            layers,
+        )
+        yield Measured(work, point["clean_pass_seconds"], point["rows_seconds"])
+
+
+def calibrated(name):
+    record, shape = json.loads((RECORDS / f"{name}.json").read_text()), SHAPES[name]
+    return record, shape, Machine.calibrated(shape, list(measured_points(shape, record)))
+
+
+def test_there_are_records_to_hold_the_model_against():
+    """Without a measured record the tests below would say nothing."""
+    assert CASES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_grid_is_predicted_within_thirty_percent(name):
+    """From two loaded models to the numbers of the main grid; its time is in no probe point."""
+    record, shape, machine = calibrated(name)
+    prompts, tokens, layer = setting(record)
+    work = Work.grid(prompts, tokens, record["grid"]["n_conditions"], [layer])
+    assert machine.seconds(shape, work) == pytest.approx(record["grid"]["seconds"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_atlas_is_predicted_within_thirty_percent(name):
+    """All heads of all layers beyond the clean pass; its time is in no probe point."""
+    record, shape, machine = calibrated(name)
+    prompts, tokens, _ = setting(record)
+    predicted = machine.rows_seconds(shape, Work.atlas(shape, prompts, tokens))
+    assert predicted == pytest.approx(record["scan"]["seconds"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_typical_point_of_the_growth_curves_is_met_within_thirty_percent(name):
+    """Along heads, layers, prompts and tokens, clean pass and rows alike."""
+    record, shape, machine = calibrated(name)
+    points = list(measured_points(shape, record))
+    passes = [machine.pass_seconds(shape, p.work) / p.pass_seconds - 1 for p in points]
+    rows = [machine.rows_seconds(shape, p.work) / p.rows_seconds - 1 for p in points]
+    assert np.median(np.abs(passes)) < TOLERANCE
+    assert np.median(np.abs(rows)) < TOLERANCE
+
+
+def test_constants_come_back_from_points_that_they_made():
+    """A machine that follows the model exactly is found again."""
+    truth, shape = Machine(0.1, 2e-15, 3e-4, 1.5e-15, 1e-11), SHAPES["llama-8b"]
+    works = [
+        Work.grid(prompts, tokens, conditions, range(low, 32))
+        for prompts, tokens, conditions, low in
+        [(150, 96, 64, 31), (150, 96, 64, 0), (10, 96, 64, 26), (150, 12, 2, 26), (20, 24, 8, 16)]
+    ]  # fmt: skip
+    points = [
+        Measured(work, truth.pass_seconds(shape, work), truth.rows_seconds(shape, work))
+        for work in works
+    ]
+    found = Machine.calibrated(shape, points)
+    for name, value in vars(truth).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-6)
+
+
+def test_operations_grow_as_the_formulas_say():
+    """Rows are linear in the blocks above; a pass is linear in prompts and layers."""
+    shape = SHAPES["gpt2-small"]
+    steps = [row_flops(shape, layer, 64) - row_flops(shape, layer + 1, 64) for layer in range(11)]
+    assert steps == pytest.approx([steps[0]] * 11)
+    assert pass_flops(shape, 20, 64, 6) == pytest.approx(pass_flops(shape, 10, 64))
+    assert pass_flops(shape, 10, 1000) > 10 * pass_flops(shape, 10, 100)
+
+
+def test_a_model_of_eight_billion_takes_sixteen_gigabytes():
+    """8.03e9 weights of two bytes."""
+    assert SHAPES["llama-8b"].model_bytes == pytest.approx(2 * 8.03e9, rel=0.01)
+
+
+def test_the_shape_is_read_from_a_model():
+    """Its weights are those of the model, biases, norms and positions aside."""
+    model = tiny_model()
+    shape = Shape.of(model.cfg)
+    weights = sum(w.numel() for w in model.parameters() if w.ndim > 1)
+    assert shape.model_bytes / shape.bytes_per_number == pytest.approx(weights, rel=0.02)
+
+
+def test_what_the_clean_pass_keeps_is_what_the_engine_counts():
+    """Keys and values of each prompt over all layers."""
+    model = tiny_model()
+    shape = Shape.of(model.cfg)
+    assert kept_bytes(shape, 7, 11) == 7 * kept_bytes_per_prompt(model.cfg, 11)
+
+
+class Ingredients:
+    """As large as those of a condition."""
+
+    label = "L20_heads12_a0.3_mapped"
+
+    def to_dict(self):
+        """Fingerprints by name."""
+        return {f"ingredient {number}": "0" * 64 for number in range(18)}
+
+
+@pytest.mark.parametrize("n_prompts", [150, 1000])
+def test_the_store_is_as_large_as_predicted(tmp_path, n_prompts):
+    """A condition of so many prompts, within 30%."""
+    rng = np.random.default_rng(0)
+    payload = {name: rng.lognormal(-8, 2, n_prompts).tolist()
+               for name in ("kl_nats", "answer_logprob_change_nats")}  # fmt: skip
+    path = Store(tmp_path).put(Ingredients(), payload)
+    assert store_bytes(1, n_prompts) == pytest.approx(path.stat().st_size, rel=TOLERANCE)
+
+
+def test_maps_are_as_large_as_predicted(tiny_maps, tiny_pair, tmp_path):
+    """The tensors of a layer's map, and its JSON file, within a factor of two where both are small.
+
+    At real widths the tensors are nearly everything: 32 heads of width 128 are 2 MB.
+    """
+    (layer, fitted), *_ = tiny_maps.items()
+    save_map(fitted, tmp_path / f"L{layer}.safetensors")
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    shape = Shape.of(tiny_pair.tuned.model.cfg)
+    assert size / 2 < map_bytes(shape, 1) < size * 2
+    llama = SHAPES["llama-8b"]
+    assert map_bytes(llama, 1) == pytest.approx(4 * 32 * 128 * 128, rel=0.02)
+
+
+def test_a_layer_has_at_most_so_many_patches():
+    """Every patch of a grid without repeated head sets, top-k included."""
+    plan = GridPlan(32, 3, None, (2, 4, 8), (0, 1, 2))
+    fixed = {patch for each in plan.fixed() for patch in each.patches(0.3)}
+    assert len(fixed) + KINDS * len(plan.ks) == patches_per_layer(32, 3, 3)
+
+
+def test_more_of_anything_never_costs_less():
+    """Layers, prompts, tokens and conditions each add seconds."""
+    machine, shape = Machine(0.1, 2e-15, 3e-4, 1.5e-15, 1e-11), SHAPES["gpt2-small"]
+    start = Work.grid(20, 50, 60, [8])
+    more = [
+        Work.grid(40, 50, 60, [8]), Work.grid(20, 90, 60, [8]), Work.grid(20, 50, 90, [8]),
+        Work.grid(20, 50, 60, [7, 8]),
+    ]  # fmt: skip
+    assert all(machine.seconds(shape, each) > machine.seconds(shape, start) for each in more)
+    deeper = replace(shape, n_layers=24)
+    assert machine.seconds(deeper, start) > machine.seconds(shape, start)

@@ -28,7 +28,8 @@ app = typer.Typer(
 
 PAIR_SETTINGS = ("pair", "base", "tuned", "base_revision", "tuned_revision", "prompts")
 PLACE_SETTINGS = (
-    *("device", "n_devices", "dtype", "batch_size", "keep_both", "trust_remote_code", "engine"),
+    *("device", "n_devices", "dtype", "batch_size", "keep_both", "cache", "trust_remote_code"),
+    "engine",
 )
 METHOD_SETTINGS = (
     "layer",

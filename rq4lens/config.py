@@ -83,6 +83,9 @@ class RunConfig(BaseModel):
     )
     batch_size: int = Field(32, ge=1, description="prompts per forward pass")
     keep_both: bool = Field(True, description="false: never hold both models at once")
+    cache: str | None = Field(
+        None, description="folder of base activations that runs share; the run's own if left out"
+    )
     trust_remote_code: bool = Field(False, description="let a checkpoint run its own code")
     analysis: Literal["full", "grid"] = Field(
         "full", description="full, or grid: only what the grid's own conditions support"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
+from rq4lens.models.catalog import keep_base_card, resolve_device
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.kept_activations import KeptActivations
+from rq4lens.run_directory import ACTIVATIONS
 from rq4lens.stages import Clock
+
+log = logging.getLogger(__name__)
 
 
 def plan_of(config: RunConfig, pair: ModelPair) -> GridPlan:
@@ -32,8 +40,26 @@ def plan_of(config: RunConfig, pair: ModelPair) -> GridPlan:
     return plan
 
 
+def cache_of(config: RunConfig, directory: Path | None = None) -> Path | None:
+    """Where activations of the base model are kept.
+
+    Args:
+        config: may name a folder that runs share.
+        directory: the run directory, if there is one.
+    """
+    if config.cache is not None:
+        return Path(config.cache)
+    return None if directory is None else directory / ACTIVATIONS
+
+
 def capture(
-    config: RunConfig, pair: ModelPair, layers: Sequence[int], clock: Clock
+    config: RunConfig,
+    pair: ModelPair,
+    layers: Sequence[int],
+    clock: Clock,
+    *,
+    cache: Path | None = None,
+    fresh: bool = False,
 ) -> PairActivations:
     """Read both models' activations.
 
@@ -42,19 +68,46 @@ def capture(
         pair: the pair.
         layers: the layers to read.
         clock: times the stage.
+        cache: where activations of the base model are looked up, if anywhere.
+        fresh: capture again whatever is there.
 
     Returns:
         The activations.
     """
+    device = torch.device(resolve_device(config.device)).type
     activations = PairActivations(
-        pair, k_positions=config.k_positions, batch_size=config.batch_size
+        pair,
+        k_positions=config.k_positions,
+        batch_size=config.batch_size,
+        kept=None if cache is None else KeptActivations(cache, device, fresh=fresh),
     )
     with clock("capture"):
         # All of base before any of tuned: the models may not fit into memory together.
         activations.capture("base", FIT_SPLIT, layers)
         activations.capture("base", config.split, layers)
         activations.capture("tuned", FIT_SPLIT, layers)
+    if not pair.base.was_loaded:
+        log.info("the base model was not loaded: its activations are kept in %s", cache)
     return activations
+
+
+def keep_base(
+    config: RunConfig, pair: ModelPair, activations: PairActivations, cache: Path | None
+) -> None:
+    """Keep what a later run needs of the base model, so that it need not be loaded again.
+
+    Args:
+        config: what the pair was loaded from.
+        pair: the pair.
+        activations: what was captured.
+        cache: where to keep it, if anywhere.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    if cache is not None and pair.base.was_loaded:
+        activations.keep()
+        keep_base_card(config, pair, cache)
 
 
 def prepare_experiment(

@@ -19,7 +19,7 @@ from rq4lens.pages import write_pages
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan, run_grid
-from rq4lens.preparation import capture, plan_of, prepare_experiment
+from rq4lens.preparation import cache_of, capture, keep_base, plan_of, prepare_experiment
 from rq4lens.provenance import provenance
 from rq4lens.results import GridResult
 from rq4lens.run_directory import (
@@ -84,12 +84,14 @@ def run_study(
     """
     clock = Clock(stage)
     with clock("load"):
-        pair = pair_from_config(config)
+        cache = cache_of(config, directory)
+        pair = pair_from_config(config, kept_in=None if fresh else cache)
         plan = plan_of(config, pair)
         audit = pair.audit()
     # Prompts that do not fit the models are said before anything is written.
-    activations = capture(config, pair, plan.layers, clock)
+    activations = capture(config, pair, plan.layers, clock, cache=cache, fresh=fresh)
     store = Store(directory / CONDITIONS, fresh=fresh)
+    keep_base(config, pair, activations, cache)
     experiment = prepare_experiment(
         config, activations, plan.layers, clock, maps_directory=directory / MAPS, fresh=fresh
     )
@@ -102,6 +104,7 @@ def run_study(
         write_json_atomic(directory / ranking_file(plan.layer, config.alpha), ranking_rows(grid))
     with clock("analysis"):
         analysis = _analyse(config, grid, experiment, activations)
+    activations.keep()  # those of prompts that only the analysis asked for
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
     write_json_atomic(directory / AUDIT, audit.to_dict())
@@ -110,6 +113,7 @@ def run_study(
     summary = summary_text(grid.settings, table, analysis.claims)
     run = provenance(config, experiment, grid, store, clock.seconds)
     run["audit"] = audit.summary
+    run["base_loaded"] = pair.base.was_loaded
     with clock("pages"):
         write_pages(directory, grid, analysis.to_dict(), texts, run)
     run["timings_seconds"] = dict(clock.seconds)

@@ -15,7 +15,7 @@ from rq4lens.layer_files import write_layers
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
-from rq4lens.preparation import capture, prepare_experiment
+from rq4lens.preparation import cache_of, capture, keep_base, prepare_experiment
 from rq4lens.results import GridResult
 from rq4lens.run_directory import CONDITIONS, MAPS
 from rq4lens.stages import Clock, Stage, silent
@@ -90,11 +90,13 @@ def sweep_layers(
     """
     clock = Clock(stage)
     with clock("load"):
-        pair = pair_from_config(config)
+        cache = cache_of(config, directory)
+        pair = pair_from_config(config, kept_in=None if fresh else cache)
         chosen = list(range(pair.n_layers)) if layers is None else sorted(set(layers))
         check_layers(chosen, pair.n_layers)
         plan = GridPlan(pair.n_heads, chosen[0], None, config.k, config.random_seeds)
-    activations = capture(config, pair, chosen, clock)
+    activations = capture(config, pair, chosen, clock, cache=cache, fresh=fresh)
+    keep_base(config, pair, activations, cache)
     maps_directory = None if directory is None else directory / MAPS
     store = None if directory is None else Store(directory / CONDITIONS, fresh=fresh)
     experiment = prepare_experiment(

@@ -346,11 +346,11 @@ def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
 
 
 def test_a_really_full_disk_is_survived(pair, undisturbed, tmp_path):
-    """The same on a file system of 64 kB, where mounting one is allowed."""
+    """The same on a file system of 160 kB, where mounting one is allowed."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)],
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(small)],
         capture_output=True,
         check=False,
     )

@@ -16,8 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
 from rq4lens.models.audit import Audit, audit_prompts
+from rq4lens.models.fingerprint import arithmetic_libraries
+from rq4lens.models.kept_cards import (
+    CardIngredients,
+    checkpoint_fingerprint,
+    keep_card,
+    kept_card,
+)
 from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
-from rq4lens.models.pair import SIDES, ModelPair, PairMember, Side
+from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
 from rq4lens.models.prompts import PromptSet
 from rq4lens.models.reading import Reading
 
@@ -48,12 +55,16 @@ def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
     return pair_from_config(config_from({**start, **settings}), in_memory)
 
 
-def pair_from_config(config: RunConfig, prompts: PromptSet | None = None) -> ModelPair:
+def pair_from_config(
+    config: RunConfig, prompts: PromptSet | None = None, *, kept_in: Path | None = None
+) -> ModelPair:
     """Load the pair that a configuration names.
 
     Args:
         config: the configuration.
         prompts: the prompts, if they are not to be read from where the configuration says.
+        kept_in: where the card of a base model that was loaded before is looked up; the model is
+            then loaded when its weights are first needed, if at all.
 
     Returns:
         The pair; models are loaded now, or one after the other if they may not be held at once.
@@ -62,7 +73,7 @@ def pair_from_config(config: RunConfig, prompts: PromptSet | None = None) -> Mod
         UserError: if something is missing or a model cannot be loaded.
     """
     prompts = prompts_from_config(config) if prompts is None else prompts
-    reading, members = reading_of(config), _members(config)
+    reading, members = reading_of(config), _members(config, kept_in)
     kept = prompts
     if config.exclude_misaligned:
         audit = audit_prompts(prompts, _tokenizers(members), reading)
@@ -149,13 +160,50 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _members(config: RunConfig) -> dict[Side, PairMember]:
+def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
+    """Keep the card of a base model that was loaded, for :func:`pair_from_config` to find.
+
+    Args:
+        config: what the pair was loaded from.
+        pair: the pair.
+        directory: where to keep it.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    if pair.base.was_loaded:
+        ingredients = _card_ingredients(_source(config, "base"), config)
+        keep_card(directory, ingredients, pair.base.card)
+
+
+def _members(config: RunConfig, kept_in: Path | None = None) -> dict[Side, PairMember]:
     """Both models, not loaded yet."""
-    sources = {side: _source(config, side) for side in SIDES}
+    base, tuned = (_source(config, side) for side in SIDES)
+    find_card = None if kept_in is None else partial(_find_card, base, config, kept_in)
     return {
-        side: PairMember(partial(_load, source, config), partial(_load_tokenizer, source, config))
-        for side, source in sources.items()
+        "base": PairMember(
+            partial(_load, base, config), partial(_load_tokenizer, base, config), find_card
+        ),
+        "tuned": PairMember(partial(_load, tuned, config), partial(_load_tokenizer, tuned, config)),
     }
+
+
+def _find_card(source: _Source, config: RunConfig, directory: Path) -> ModelCard | None:
+    if not directory.is_dir():
+        return None  # spares the reading of the whole checkpoint
+    card = kept_card(directory, _card_ingredients(source, config))
+    # The same files may lie elsewhere by now.
+    return None if card is None else replace(card, source=source.name)
+
+
+def _card_ingredients(source: _Source, config: RunConfig) -> CardIngredients:
+    return CardIngredients(
+        checkpoint=checkpoint_fingerprint(source.path, source.revision),
+        dtype=config.dtype,
+        device=torch.device(resolve_device(config.device)).type,
+        trust_remote_code=config.trust_remote_code,
+        libraries=arithmetic_libraries(),
+    )
 
 
 def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedTokenizerBase]:

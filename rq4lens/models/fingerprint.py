@@ -1,12 +1,21 @@
-"""A fingerprint of a model's weights that depends on nothing else."""
+"""Fingerprints: of a model's weights, and of the libraries that compute with them."""
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
+
+ARITHMETIC_LIBRARIES = ("torch", "transformer-lens")
+"""Another version of these may round, or read a configuration, in another way."""
+
+
+def arithmetic_libraries() -> str:
+    """The versions of the libraries that do the arithmetic."""
+    return ", ".join(f"{name} {version(name)}" for name in ARITHMETIC_LIBRARIES)
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -37,6 +37,7 @@ class ModelCard:
             them.
         d_head: width of a head's activation.
         d_vocab: size of the vocabulary.
+        n_ctx: how many tokens the model reads at most.
         trust_remote_code: whether code from the checkpoint ran.
         weights_fingerprint: hash of the weights.
         config_fingerprint: hash of everything else that decides the model's function.
@@ -53,6 +54,7 @@ class ModelCard:
     n_key_value_heads: int
     d_head: int
     d_vocab: int
+    n_ctx: int
     trust_remote_code: bool
     weights_fingerprint: str
     config_fingerprint: str
@@ -73,6 +75,7 @@ class ModelCard:
             n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
             d_head=cfg.d_head,
             d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
             trust_remote_code=loaded.trust_remote_code,
             weights_fingerprint=loaded.fingerprint,
             config_fingerprint=config_fingerprint(loaded.model),
@@ -91,16 +94,20 @@ class PairMember:
     Args:
         load: loads the model.
         load_tokenizer: loads its tokenizer alone; left out, the tokenizer comes with the model.
+        find_card: the model's card, if it was loaded before and its card was kept.
     """
 
     def __init__(
         self,
         load: Callable[[], LoadedModel],
         load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
+        find_card: Callable[[], ModelCard | None] | None = None,
     ) -> None:
         self._load = load
         self._load_tokenizer = load_tokenizer
+        self._find_card = find_card
         self._loaded: LoadedModel | None = None
+        self._was_loaded = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._card: ModelCard | None = None
 
@@ -114,6 +121,7 @@ class PairMember:
         """The loaded model; loads it if need be."""
         if self._loaded is None:
             self._loaded = self._load()
+            self._was_loaded = True
         return self._loaded
 
     @property
@@ -133,14 +141,21 @@ class PairMember:
 
     @property
     def card(self) -> ModelCard:
-        """What is known of the model; stays after a release."""
+        """What is known of the model; stays after a release, and may have been kept from before."""
+        if self._card is None and self._loaded is None and self._find_card is not None:
+            self._card = self._find_card()
         if self._card is None:
             self._card = ModelCard.of(self.loaded)
         return self._card
 
     @property
+    def was_loaded(self) -> bool:
+        """Whether the weights were ever loaded."""
+        return self._was_loaded
+
+    @property
     def known(self) -> bool:
-        """Whether the model was ever loaded, so that its card is there without loading it."""
+        """Whether the model's card is there without loading it."""
         return self._card is not None or self._loaded is not None
 
     def release(self) -> None:
@@ -222,9 +237,11 @@ class ModelPair:
             UserError: if no prompt has this split, or one is longer than the model's context.
         """
         prompts = self.prompts.split(split)
-        member = self.use(side)
+        member = self.member(side)
+        if not member.known:
+            self.use(side)  # makes room for it
         tokens = tokenize(prompts, member.tokenizer, self.reading)
-        _refuse_long(tokens, member.model.cfg.n_ctx, side)
+        _refuse_long(tokens, member.card.n_ctx, side)
         self._token_fingerprints[side, split] = tokens.fingerprint
         return tokens
 

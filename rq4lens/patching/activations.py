@@ -12,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
+from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.models.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
 from rq4lens.patching.norms import fused_norms
 
 
@@ -152,13 +154,23 @@ class PairActivations:
         pair: the pair.
         k_positions: how many positions to keep, the decision token last.
         batch_size: prompts per forward pass.
+        kept: where activations of the base model are looked up before it is loaded, if anywhere.
     """
 
-    def __init__(self, pair: ModelPair, *, k_positions: int = 1, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        pair: ModelPair,
+        *,
+        k_positions: int = 1,
+        batch_size: int = 32,
+        kept: KeptActivations | None = None,
+    ) -> None:
         self.pair = pair
         self.k_positions = k_positions
         self.batch_size = batch_size
+        self.kept = kept
         self._captured: dict[tuple[Side, str, int], Tensor] = {}
+        self._on_disk: set[tuple[str, int]] = set()
 
     def capture(self, side: Side, split: str, layers: Sequence[int]) -> None:
         """Capture what is missing of these layers in one pass.
@@ -168,6 +180,8 @@ class PairActivations:
             split: the prompts.
             layers: the layers.
         """
+        if side == "base":
+            self._look_up(split, layers)
         missing = [layer for layer in layers if (side, split, layer) not in self._captured]
         if missing:
             captured = capture_z(
@@ -183,3 +197,36 @@ class PairActivations:
         """Activations of one layer; captured now if they are not there yet."""
         self.capture(side, split, [layer])
         return self._captured[side, split, layer]
+
+    def keep(self) -> None:
+        """Keep what was captured of the base model, for runs that need not load it any more.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        for (side, split, layer), z in self._captured.items():
+            if self.kept is not None and side == "base" and (split, layer) not in self._on_disk:
+                self.kept.put(self._ingredients(self.kept, split, layer), z)
+                self._on_disk.add((split, layer))
+
+    def _look_up(self, split: str, layers: Sequence[int]) -> None:
+        for layer in layers:
+            if self.kept is None or ("base", split, layer) in self._captured:
+                continue
+            found = self.kept.get(self._ingredients(self.kept, split, layer))
+            if found is not None:
+                self._captured["base", split, layer] = found
+                self._on_disk.add((split, layer))
+
+    def _ingredients(self, kept: KeptActivations, split: str, layer: int) -> ActivationIngredients:
+        card = self.pair.base.card
+        return ActivationIngredients(
+            weights=card.weights_fingerprint,
+            config=card.config_fingerprint,
+            tokens=self.pair.token_fingerprint("base", split),
+            layer=layer,
+            k_positions=self.k_positions,
+            dtype=card.dtype,
+            device=kept.device,
+            libraries=arithmetic_libraries(),
+        )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rq4lens.heads import HeadSet
+from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.patch import MAPPED, RAW, Advance, Patch
@@ -21,9 +21,6 @@ CHUNK = 32
 """Patches measured and stored together. Rounding depends on how many rows a matrix product has, so
 chunks are cut from the plan, never from what is still missing: a resumed run then repeats the very
 products of an uninterrupted one."""
-
-
-ARITHMETIC_LIBRARIES = ("torch", "transformer-lens")
 
 
 class Planned(NamedTuple):
@@ -158,7 +155,7 @@ class Recorder:
             "k_positions": experiment.k_positions,
             "kl_direction": experiment.kl_direction,
             "raw_baseline": experiment.raw_baseline,
-            "libraries": ", ".join(f"{name} {version(name)}" for name in ARITHMETIC_LIBRARIES),
+            "libraries": arithmetic_libraries(),
         }
 
 

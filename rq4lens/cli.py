@@ -374,7 +374,8 @@ def _default_directory(config: RunConfig) -> Path:
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        arguments = sys.argv[1:] or ["--help"]
+        sys.exit(app(args=arguments, prog_name="rq4lens", standalone_mode=False) or 0)
     except UserError as problem:
         _fail(str(problem))
     except typer.Abort:

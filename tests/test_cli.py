@@ -14,7 +14,10 @@ from pair_on_disk import write_config, write_pair
 from rq4lens import cli
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "run", "patch", "rank", "sweep", "figures", "report", "verify", "pairs")
+COMMANDS = (
+    *("demo", "run", "patch", "rank", "sweep"),
+    *("audit", "figures", "report", "verify", "pairs"),
+)
 
 
 @pytest.fixture
@@ -83,6 +86,16 @@ def assert_one_sentence(result, said, folder):
         ("run --pair etiquette --dtype int8", "dtype = 'int8' is not allowed"),
         ("run --pair etiquette --device warp", "device 'warp' cannot be used here"),
         ("run --pair etiquette --prompts p.jsonl", "prompt file 'p.jsonl' does not exist"),
+        ("run --pair etiquette --decision-rule first", "decision_rule = 'first' is not allowed"),
+        ("run --pair etiquette --marker x", "marker 'x' is given, but the decision rule is 'last'"),
+        ("run --pair etiquette --decision-rule marker", "has no marker, which rule 'marker' needs"),
+        ("run --pair etiquette --max-tokens 0", "max_tokens = '0' is not allowed"),
+        ("run --pair etiquette --device cpu --n-devices 2", "n_devices=2 spreads a model"),
+        ("run --pair etiquette --prompts p.csv", "prompt file 'p.csv' does not exist"),
+        ("run --pair etiquette --prompts .", "folder '.' is no Hugging Face dataset"),
+        ("audit", "no pair is named"),
+        ("audit --base a --tuned b --prompts p.csv", "prompt file 'p.csv' does not exist"),
+        ("audit --pair etiquette --marker x", "marker 'x' is given"),
         ("sweep --pair etiquette --layers 5-2", "cannot read layers '5-2'"),
         ("pairs nope", "pair 'nope' does not exist"),
         ("figures nowhere", "'nowhere' holds no finished run"),

@@ -46,7 +46,8 @@ def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None
 
         def advance(finished: int) -> None:
             speed = progress.tasks[task].speed
-            rate = "" if speed is None else f"{speed:,.0f} rows/s"
+            # Few and large pieces of work have no rate worth reading.
+            rate = "" if speed is None or speed < 1 else f"{speed:,.0f} rows/s"
             progress.update(task, advance=finished, rate=rate)
 
         yield advance if rows is not None else None

@@ -51,7 +51,8 @@ def test_analysis_of_a_pair_has_every_part(of_pair):
     assert {curve.ranking for curve in of_pair.curves} >= {"delta (cross-fitted)", "best subset"}
     assert set(of_pair.seconds) == set(PARTS)
     assert of_pair.alignment is not None
-    assert {agreement.kind for agreement in of_pair.agreement} == {"metric", "map_kind", "alpha"}
+    kinds = {agreement.kind for agreement in of_pair.agreement}
+    assert kinds == {"metric", "fold", "map_kind", "alpha"}
     assert {"control layer", "shuffled pairs", "neutral prompts"} <= {
         control.name for control in of_pair.controls
     }
@@ -90,6 +91,42 @@ def test_finding_is_checked_against_another_metric():
     assert metric.kendall.value == pytest.approx(1)
     null = analysed(noisy_game([0.0, 0.0], 20), ks=(1,), measure=False).coverage[0]
     assert "answer's repair" in null.answer_coverage_pct.reason
+
+
+def test_rankings_of_two_halves_and_of_two_seeds_are_compared():
+    """Heads that differ clearly are ranked alike by any half and any permutations."""
+    strengths = [2.0**-head for head in range(10)]
+    found = analysed(noisy_game(strengths, 40, noise=0.0), methods=["shapley"])
+    by_kind = {agreement.kind: agreement for agreement in found.agreement}
+    assert by_kind["fold"].kendall.value == pytest.approx(1)
+    assert by_kind["seed"].kendall.value == pytest.approx(1)
+    assert (by_kind["seed"].first, by_kind["seed"].second) == (
+        "shapley, seed 0",
+        "shapley, seed 1",
+    )
+
+
+def test_halves_of_noise_disagree():
+    """Where heads differ by noise alone, one half's ranking says little about the other's."""
+    found = analysed(noisy_game([0.0] * 12, 60), methods=["shapley"])
+    fold = next(agreement for agreement in found.agreement if agreement.kind == "fold")
+    assert abs(fold.spearman.value) < 0.9
+    assert fold.spearman.interval.low < 0.7
+
+
+def test_progress_counts_every_part():
+    """The caller hears of each part once."""
+    heard = []
+    analysed(noisy_game([1.0, 2.0], 10), advance=heard.append)
+    assert heard == [1] * len(PARTS)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_no_sizes_to_report_is_no_error(measure):
+    """A grid without top-k and random-k conditions has an empty coverage table."""
+    found = analysed(noisy_game([1.0, 2.0, 0.5], 12), ks=(), measure=measure)
+    assert found.coverage == ()
+    assert found.random == ()
 
 
 def test_analysis_repeats_itself(tiny_pair, tiny_maps):

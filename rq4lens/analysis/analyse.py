@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,12 +24,19 @@ from rq4lens.analysis.controls import (
     random_controls,
 )
 from rq4lens.analysis.coverage import Coverage, CoverageStudy, coverage, coverage_of_grid, seed_sets
+from rq4lens.analysis.crossfit import half_splits
 from rq4lens.analysis.head_kinds import head_kinds
 from rq4lens.analysis.interactions import interactions
 from rq4lens.analysis.measured import MeasuredSets, MeasuresHeadSets
 from rq4lens.analysis.methods import Methods, compare_methods
 from rq4lens.analysis.metrics import FullEffect, bootstrap_of, grid_full_effect
-from rq4lens.analysis.other_rankings import answer_coverage, map_kind_agreement, metric_agreement
+from rq4lens.analysis.other_rankings import (
+    answer_coverage,
+    fold_agreement,
+    map_kind_agreement,
+    metric_agreement,
+    seed_agreement,
+)
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.records import (
     Agreement,
@@ -95,14 +102,14 @@ def analyse(
         alphas: blend strengths of the sweep.
         activations: already captured activations of the pair, for the controls.
         neutral: the pair prepared on neutral prompts, for the side effect.
-        advance: called with the number of rows (prompt x patch) just finished.
+        advance: called with 1 when one of the ``PARTS`` is done.
 
     Returns:
         The analysis.
     """
     work = _Work(
         grid=grid,
-        measured=MeasuredSets.of_grid(grid, experiment, advance),
+        measured=MeasuredSets.of_grid(grid, experiment),
         bootstrap=bootstrap_of(grid, n_resamples=n_resamples, seed=seed),
         n_random_sets=n_random_sets,
         n_splits=n_splits,
@@ -110,6 +117,7 @@ def analyse(
         sweep_alphas=tuple(alphas),
         given_activations=activations,
         neutral=neutral,
+        advance=advance,
     )
     return work.analysis()
 
@@ -127,6 +135,7 @@ class _Work:
     sweep_alphas: tuple[float, ...]
     given_activations: PairActivations | None
     neutral: Experiment | None
+    advance: Advance | None
 
     def analysis(self) -> Analysis:
         """Everything, part by part."""
@@ -157,6 +166,8 @@ class _Work:
     def _seconds(self, part: str) -> float:
         start = time.perf_counter()
         getattr(self, part)
+        if self.advance is not None:
+            self.advance(1)
         return round(time.perf_counter() - start, 3)
 
     @property
@@ -309,13 +320,24 @@ class _Work:
 
     @cached_property
     def agreements(self) -> tuple[Agreement, ...]:
-        """Rankings of the same heads across metrics and kinds of maps."""
+        """Rankings of the same heads across metrics, folds, seeds, kinds of maps and alphas."""
         found = [metric_agreement(self.grid, self._scored_delta, self.ks, self.bootstrap)]
         if self.experiment is not None and self.activations is not None:
             found += map_kind_agreement(
                 self.experiment, self.measured, self.activations, self.ks, self.bootstrap
             )
-        return (*found, *(point.agreement for point in self.alphas[0]))
+        return (*found, *self._resampled, *(point.agreement for point in self.alphas[0]))
+
+    @property
+    def _resampled(self) -> Iterator[Agreement]:
+        """The same heads ranked on other prompts, and from other random permutations."""
+        halves = half_splits(self.grid.groups, 1, self.bootstrap.seed)
+        if len(halves):
+            yield fold_agreement(self.measured, halves[0], self.ks, self.bootstrap)
+        for ranking in self.compared.rankings:
+            if ranking.method == "shapley":
+                found = seed_agreement(self.measured, ranking, self.ks, self.bootstrap)
+                yield from () if found is None else (found,)
 
     @cached_property
     def stability(self) -> RankStability:

@@ -167,7 +167,8 @@ class MeasuredSets:
     def kl_nats(self, sets: Iterable[Iterable[int]]) -> tuple[PerPrompt, PerPrompt]:
         """``KL_raw`` and ``KL_mapped`` of head sets on each prompt."""
         effects = [self._effects[heads] for heads in self.require(sets)]
-        return np.stack([raw for raw, _ in effects]), np.stack([mapped for _, mapped in effects])
+        both = np.array(effects).reshape(-1, 2, len(self.groups))  # also of no sets at all
+        return both[:, 0], both[:, 1]
 
     def delta_nats(self, sets: Iterable[Iterable[int]]) -> PerPrompt:
         """``ΔKL`` of head sets on each prompt."""

@@ -1,11 +1,11 @@
-"""Do other metrics and other kinds of maps rank the same heads first?"""
+"""Do other metrics, kinds of maps, prompts and random seeds rank the same heads first?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from rq4lens.analysis.agreement import Scored, agreement
@@ -13,11 +13,12 @@ from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.metrics import full_effect
 from rq4lens.analysis.records import Agreement
+from rq4lens.analysis.shapley import rank_by_shapley
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps import MapKind
-from rq4lens.results import ConditionResult, GridResult
+from rq4lens.results import ConditionResult, GridResult, HeadRanking
 
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
 
@@ -101,3 +102,61 @@ def map_kind_agreement(
         scored = Scored.of_prompts(kind, other.delta_nats(other.singles), bootstrap)
         found.append(agreement("map_kind", scored, reference, ks, bootstrap))
     return found
+
+
+def fold_agreement(
+    measured: MeasuredSets,
+    first: Bool[ndarray, "prompt"],
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
+) -> Agreement:
+    """Compare the rankings by ``ΔKL`` on two halves of the prompts.
+
+    Args:
+        measured: the head sets of the main layer.
+        first: the prompts of the first half.
+        ks: sizes at which the overlap of the top k is taken.
+        bootstrap: the resamples; they are of all prompts, so that both halves vary.
+    """
+    per_prompt = measured.delta_nats(measured.singles)
+    halves = (("first half", first), ("second half", ~first))
+    scored = [_on_some(name, per_prompt, half, bootstrap) for name, half in halves]
+    return agreement("fold", *scored, ks, bootstrap)
+
+
+def _on_some(
+    name: str,
+    per_prompt: Float64[ndarray, "head prompt"],
+    prompts: Bool[ndarray, "prompt"],
+    bootstrap: Bootstrap,
+) -> Scored:
+    """Scores that are means over some of the prompts; undefined in a resample without any."""
+    chosen = prompts.astype(float)[None]
+    sums = bootstrap.resampled(np.concatenate([per_prompt * chosen, chosen]))
+    means = sums.apply(lambda m: m[..., :-1] / m[..., -1:])
+    return Scored(name, means.point, means)
+
+
+def seed_agreement(
+    measured: MeasuredSets, ranking: HeadRanking, ks: Sequence[int], bootstrap: Bootstrap
+) -> Agreement | None:
+    """Compare a ranking by sampled Shapley values with one from other permutations.
+
+    Args:
+        measured: the head sets of the main layer; what is missing is measured.
+        ranking: the ranking by Shapley values.
+        ks: sizes at which the overlap of the top k is taken.
+        bootstrap: the resamples.
+
+    Returns:
+        The agreement; None where the values are exact and no seed enters.
+    """
+    if ranking.settings["exact"]:
+        return None
+    seed = int(ranking.settings["seed"])
+    other = rank_by_shapley(measured, seed=seed + 1)
+    scored = [
+        Scored.of(each, bootstrap, f"shapley, seed {number}")
+        for number, each in ((seed, ranking), (seed + 1, other))
+    ]
+    return agreement("seed", *scored, ks, bootstrap)

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from rq4lens.errors import UserError as UserError
     from rq4lens.heads import Head as Head
     from rq4lens.heads import HeadSet as HeadSet
+    from rq4lens.models.audit import audit_prompts as audit_prompts
     from rq4lens.models.builtin.plant import plant as plant
     from rq4lens.models.catalog import load_pair as load_pair
     from rq4lens.models.loading import load_hooked as load_hooked
     from rq4lens.models.pair import ModelPair as ModelPair
     from rq4lens.models.pair import PairMember as PairMember
+    from rq4lens.models.prompt_record import Message as Message
     from rq4lens.models.prompt_record import Prompt as Prompt
     from rq4lens.models.prompts import PromptSet as PromptSet
+    from rq4lens.models.reading import Reading as Reading
     from rq4lens.patching.experiment import Experiment as Experiment
     from rq4lens.patching.experiment import prepare as prepare
     from rq4lens.patching.fitting import fit_maps as fit_maps
@@ -56,13 +59,16 @@ _HOMES = {
     "UserError": "rq4lens.errors",
     "Head": "rq4lens.heads",
     "HeadSet": "rq4lens.heads",
+    "audit_prompts": "rq4lens.models.audit",
     "plant": "rq4lens.models.builtin.plant",
     "load_pair": "rq4lens.models.catalog",
     "load_hooked": "rq4lens.models.loading",
     "ModelPair": "rq4lens.models.pair",
     "PairMember": "rq4lens.models.pair",
+    "Message": "rq4lens.models.prompt_record",
     "Prompt": "rq4lens.models.prompt_record",
     "PromptSet": "rq4lens.models.prompts",
+    "Reading": "rq4lens.models.reading",
     "Experiment": "rq4lens.patching.experiment",
     "prepare": "rq4lens.patching.experiment",
     "fit_maps": "rq4lens.patching.fitting",

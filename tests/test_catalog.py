@@ -1,11 +1,14 @@
 """Pairs by name and by path: every setting arrives, and what is missing is said."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pair_on_disk import write_pair
 
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import builtin_manifest, load_pair, resolve_device
+from rq4lens.models.prompts import PromptSet
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,25 @@ def test_settings_reach_the_models(own):
     assert pair.tuned.card.dtype == "float64"
     assert next(pair.use("base").model.parameters()).dtype == torch.float64
     assert (pair.layer, pair.decision_rule, pair.keep_both) == (2, "last_content", False)
+
+
+def test_prompts_may_be_in_memory(own):
+    """A list by split, prompts, or a path that is no string: whatever `PromptSet.of` takes."""
+    lists = {"train": ["apple date", "elm fig"], "val": ["bread cheese"]}
+    wanted = PromptSet.of(lists)
+    assert load_pair(**own | {"prompts": lists}).prompts == wanted
+    assert load_pair(**own | {"prompts": wanted}).prompts == wanted
+    from_file = load_pair(**own | {"prompts": Path(own["prompts"])})
+    assert from_file.prompts == PromptSet.of(own["prompts"])
+
+
+def test_a_pair_is_audited_by_its_own_reading(own):
+    """The audit of a pair is of its prompts, its tokenizers and its decision rule."""
+    pair = load_pair(**own, decision_rule="last_content")
+    audit = pair.audit()
+    assert audit.reading == "last_content"
+    assert tuple(each.id for each in audit.prompts) == pair.prompts.ids
+    assert audit.share_aligned_pct == 100.0
 
 
 def test_the_same_folder_twice_is_a_null_pair(own):

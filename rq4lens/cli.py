@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.logging import RichHandler
 
+from rq4lens.cluster.commands import GpusPerWorker, OnCluster, Shard, Workers, by_many, merge, study
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig, preset, preset_names, preset_text
 from rq4lens.errors import UserError
 from rq4lens.options import takes_config
-from rq4lens.terminal import errors, output, watched
+from rq4lens.terminal import errors, kept_when_stopped, output, watched
 
 app = typer.Typer(
     help="Which attention heads carry what a fine-tune changed.",
@@ -61,20 +59,6 @@ RUN_SETTINGS = (
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
-Shard = Annotated[
-    str | None,
-    typer.Option("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
-]
-OnCluster = Annotated[
-    str | None,
-    typer.Option("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
-]
-Workers = Annotated[
-    int | None, typer.Option(metavar="N", help="With --cluster: workers; as many as fit.")
-]
-GpusPerWorker = Annotated[
-    float | None, typer.Option(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
-]
 
 
 @app.callback()
@@ -120,7 +104,7 @@ def run(
     directory = out or _default_directory(config)
     many = Many(shard, cluster, workers, gpus_per_worker)
     if many.asked:
-        _by_many("run", config, None, directory, many, fresh)
+        by_many("run", config, None, directory, many, fresh)
     else:
         _run(config, directory, fresh)
 
@@ -196,7 +180,7 @@ def sweep(
 
     many = Many(shard, cluster, workers, gpus_per_worker)
     if many.asked:
-        _by_many("sweep", config, parse_layers(layers), out, many, fresh)
+        by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return
     result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
     output.print(result.summary, end="")
@@ -204,18 +188,8 @@ def sweep(
         output.print(f"written to {out}")
 
 
-@app.command()
-def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of the shares.")],
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
-    ] = False,
-) -> None:
-    """Check that all shares of a run or a sweep are there, and write its results."""
-    from rq4lens.cluster.shards import merge as merged  # noqa: PLC0415 - keeps --help fast
-
-    output.print(merged(run, trust_remote_code=trust_remote_code, stage=watched), end="")
-    output.print(f"written to {run}")
+app.command()(study)
+app.command()(merge)
 
 
 @app.command()
@@ -323,47 +297,10 @@ def pairs(
 def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
     from rq4lens.study import run_study  # noqa: PLC0415 - keeps --help fast
 
-    with _kept_when_stopped(directory):
+    with kept_when_stopped(directory):
         study = run_study(config, directory, fresh=fresh, stage=watched)
     output.print(study.summary, end="")
     output.print(f"written to {directory}")
-
-
-def _by_many(
-    command: Literal["run", "sweep"],
-    config: RunConfig,
-    layers: list[int] | None,
-    out: Path | None,
-    many: Many,
-    fresh: bool,
-) -> None:
-    from rq4lens.cluster.pieces import Request  # noqa: PLC0415 - keeps --help fast
-
-    directory = _shared(out)
-    request = Request(command, config, None if layers is None else tuple(layers))
-    with _kept_when_stopped(directory):
-        said = many.measure(request, directory, fresh=fresh, stage=watched)
-    output.print(said, end="")
-    output.print(f"written to {directory}")
-
-
-def _shared(out: Path | None) -> Path:
-    if out is None:
-        raise UserError("several processes need one folder to meet in: name it with --out DIR.")
-    return out
-
-
-@contextmanager
-def _kept_when_stopped(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-        errors.print(
-            f"stopped; what is finished is kept in {directory}; go on with: "
-            f"{shlex.join(['rq4lens', *again])}"
-        )
-        raise typer.Exit(130) from None
 
 
 def _default_directory(config: RunConfig) -> Path:

@@ -62,6 +62,25 @@ def _layer_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
+def study_text(name: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    """A study as plain text: a row per sweep with the layers it proposes.
+
+    Args:
+        name: the study's name.
+        cells: the sweeps, each with ``cell, main, control, delta, delta_ci95, best``.
+    """
+    table = _table("sweep", "main", "control", "ΔKL(ALL)", "95% CI", "best head")
+    for cell in cells:
+        table.add_row(
+            cell["cell"],
+            *(str(cell[each]).lower() for each in ("main", "control")),
+            _number(cell["delta"], ".6f"),
+            _bounds(cell["delta_ci95"], ".6f"),
+            str(cell["best"]),
+        )
+    return _text([Text(f"{name}: {len(cells)} sweeps"), table])
+
+
 def ranking_text(
     settings: GridSettings,
     n_prompts: int,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-# The type alone: nothing heavy is imported for it.
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -51,3 +54,21 @@ def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None
             progress.update(task, advance=finished, rate=rate)
 
         yield advance if rows is not None else None
+
+
+@contextmanager
+def kept_when_stopped(directory: Path) -> Iterator[None]:
+    """Let Ctrl-C end a job in one sentence that says how to go on.
+
+    Args:
+        directory: where finished work is kept.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
+        errors.print(
+            f"stopped; what is finished is kept in {directory}; go on with: "
+            f"{shlex.join(['rq4lens', *again])}"
+        )
+        raise typer.Exit(130) from None

@@ -20,11 +20,9 @@ from rq4lens.cluster.cost_model import (
     kept_bytes,
     map_bytes,
     pass_flops,
-    patches_per_layer,
     row_flops,
     store_bytes,
 )
-from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.maps import save_map
 from rq4lens.patching.memory import kept_bytes_per_prompt
 from rq4lens.store import Store
@@ -179,13 +177,6 @@ def test_maps_are_as_large_as_predicted(tiny_maps, tiny_pair, tmp_path):
     assert size / 2 < map_bytes(shape, 1) < size * 2
     llama = SHAPES["llama-8b"]
     assert map_bytes(llama, 1) == pytest.approx(4 * 32 * 128 * 128, rel=0.02)
-
-
-def test_a_layer_has_at_most_so_many_patches():
-    """Every patch of a grid without repeated head sets, top-k included."""
-    plan = GridPlan(32, 3, None, (2, 4, 8), (0, 1, 2))
-    fixed = {patch for each in plan.fixed() for patch in each.patches(0.3)}
-    assert len(fixed) + KINDS * len(plan.ks) == patches_per_layer(32, 3, 3)
 
 
 def test_more_of_anything_never_costs_less():

@@ -53,7 +53,7 @@ def test_shares_cover_everything_once(n, n_layers, n_lists):
         share = Shard(number, n).share
         for place, pieces in enumerate(lists):
             part = share.within(place, n_lists)
-            held += part.of(pieces) if part else []
+            held += part.cut(pieces) if part else []
     assert held == [piece for pieces in lists for piece in pieces]
 
 

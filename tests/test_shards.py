@@ -16,7 +16,7 @@ from pair_on_disk import QUIET, write_config, write_pair
 from rq4lens.cli import main
 from rq4lens.cluster.jobs import JOB, PIECES, read_job
 from rq4lens.cluster.pieces import Request, Shard
-from rq4lens.cluster.shards import merge, run_shard
+from rq4lens.cluster.shards import merge_job, run_shard
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.patching.row_engine import RowEngine
@@ -133,10 +133,10 @@ def test_shares_in_any_order_killed_and_repeated_are_the_single_process(
     ended = run_shares(config, name, folder, [f"3/4 {killed}", "1/4", "3/4 2/4"])
     assert ended == [f"0 {-signal.SIGKILL}", "0", "0 0"]
     with pytest.raises(UserError, match=r"run --shard 4/4 again"):
-        merge(folder)
+        merge_job(folder)
     assert run_shares(config, name, folder, ["4/4"]) == ["0"]
     kept = len(list((folder / "conditions").iterdir()))
-    merge(folder)
+    merge_job(folder)
     assert results(folder, name) == results(alone[name], name)
     every = len(list((alone[name] / "conditions").iterdir()))
     assert len(list((folder / "conditions").iterdir())) == every
@@ -167,7 +167,7 @@ def test_a_finished_share_measures_nothing_again(settings, shared, monkeypatch):
 def test_missing_pieces_are_named(shared):
     """The sentence names their layer and conditions, and the shares to run again."""
     with pytest.raises(UserError, match=r"layer 1 from \w+ to self\).*--shard 2/2 again"):
-        merge(shared)
+        merge_job(shared)
 
 
 def test_shares_of_another_job_are_refused(settings, shared):
@@ -185,7 +185,7 @@ def test_a_lost_condition_is_measured_by_the_merge(settings, alone, tmp_path):
     lost = sorted((tmp_path / "conditions").iterdir())[::7]
     for path in lost:
         path.unlink()
-    merge(tmp_path)
+    merge_job(tmp_path)
     assert results(tmp_path, "run") == results(alone["run"], "run")
     assert json.loads((tmp_path / "run.json").read_text())["store"]["computed"] >= len(lost)
 
@@ -193,7 +193,7 @@ def test_a_lost_condition_is_measured_by_the_merge(settings, alone, tmp_path):
 def test_merging_a_folder_without_shares_is_one_sentence(tmp_path):
     """It says which commands write shares."""
     with pytest.raises(UserError, match="holds no shares"):
-        merge(tmp_path)
+        merge_job(tmp_path)
 
 
 def test_a_damaged_job_is_one_sentence(shared, tmp_path):
@@ -203,7 +203,7 @@ def test_a_damaged_job_is_one_sentence(shared, tmp_path):
     del record["n_heads"]
     (tmp_path / JOB).write_text(json.dumps(record))
     with pytest.raises(UserError, match="run one share again"):
-        merge(tmp_path)
+        merge_job(tmp_path)
 
 
 def test_a_job_file_cannot_let_code_run(shared):
@@ -222,7 +222,7 @@ def test_numbers_of_another_kind_of_device_are_not_mixed(settings, tmp_path, mon
     run_shard(Request("run", config_from(settings)), tmp_path, Shard(1, 1))
     monkeypatch.setattr("rq4lens.cluster.shards.kind_of_device", lambda _: "cuda")
     with pytest.raises(UserError, match="merge on a machine with cpu"):
-        merge(tmp_path)
+        merge_job(tmp_path)
 
 
 def said_by(arguments, monkeypatch, capsys):

@@ -247,8 +247,3 @@ def map_bytes(shape: Shape, n_layers: int, scope: str = "head") -> int:
     blocks = shape.n_heads if scope == "head" else 1
     json_bytes = MAP_JSON_BYTES_PER_HEAD * shape.n_heads
     return n_layers * (blocks * 4 * (side * side + side) + json_bytes)
-
-
-def patches_per_layer(n_heads: int, n_ks: int, n_seeds: int) -> int:
-    """Patches of one layer's grid at most: singles, top-k, random-k, all, and the two checks."""
-    return KINDS * (n_heads + n_ks * (1 + n_seeds) + 2) + 1

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
@@ -19,6 +19,7 @@ from rq4lens.preparation import plan_of
 from rq4lens.store import content_key
 
 Command = Literal["run", "sweep"]
+T = TypeVar("T")
 
 _SHARD = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
 
@@ -167,10 +168,9 @@ class Share:
     start: Fraction
     stop: Fraction
 
-    def of(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """This part of the pieces; the shares of a whole cover it without overlap."""
-        edges = (int(self.start * len(pieces)), int(self.stop * len(pieces)))
-        return list(pieces[slice(*edges)])
+    def cut(self, whole: Sequence[T]) -> Sequence[T]:
+        """This part of a sequence; the shares of a whole cover it without overlap."""
+        return whole[int(self.start * len(whole)) : int(self.stop * len(whole))]
 
     def within(self, place: int, n_lists: int) -> Share | None:
         """Its part of one of several lists that stand end to end; None where it has none of it."""

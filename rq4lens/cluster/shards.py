@@ -46,7 +46,7 @@ def run_shard(
     """
     bench = Workbench(request, directory, fresh=fresh, stage=stage)
     job = bench.job(shard.count)
-    pieces = (share or shard.share).of(job.pieces())
+    pieces = (share or shard.share).cut(job.pieces())
     # The layers of the whole share, done or not: what is measured is then the same after a kill.
     layers = [layer for piece in pieces for layer in piece.layers]
     left = [piece for piece in pieces if fresh or bench.marks.get(piece) is None]
@@ -64,9 +64,11 @@ def run_shard(
     return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {directory}\n"
 
 
-def merge(
+def merge_job(
     directory: Path,
     *,
+    place: int = 0,
+    n_lists: int = 1,
     trust_remote_code: bool = False,
     stage: Stage = silent,
 ) -> str:
@@ -74,6 +76,8 @@ def merge(
 
     Args:
         directory: the run directory of the shares.
+        place: the job's place among several that were shared out end to end.
+        n_lists: how many these are.
         trust_remote_code: let a checkpoint run its own code.
         stage: opens a stage of the work, for progress bars.
 
@@ -84,34 +88,36 @@ def merge(
         UserError: if pieces are missing; the sentence names them.
     """
     job = read_job(directory, trust_remote_code=trust_remote_code)
-    _refuse_incomplete(job, directory)
+    _refuse_incomplete(job, directory, place, n_lists)
     return finish(job.request, directory, stage=stage)
 
 
-def finish(request: Request, directory: Path, *, stage: Stage = silent) -> str:
-    """Write the results of measured conditions: the ordinary command, which finds them all there.
+def finish(request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent) -> str:
+    """Run the ordinary command, which takes from the directory what is measured already.
 
     Args:
-        request: what was measured.
+        request: what is measured.
         directory: the run directory.
+        fresh: measure everything again.
         stage: opens a stage of the work, for progress bars.
 
     Returns:
         What the console prints.
     """
     if request.command == "run":
-        return run_study(request.config, directory, stage=stage).summary
-    return sweep_layers(request.config, directory, request.layers, stage=stage).summary
+        return run_study(request.config, directory, fresh=fresh, stage=stage).summary
+    return sweep_layers(request.config, directory, request.layers, fresh=fresh, stage=stage).summary
 
 
-def _refuse_incomplete(job: Job, directory: Path) -> None:
+def _refuse_incomplete(job: Job, directory: Path, place: int, n_lists: int) -> None:
     pieces, missing = job.pieces(), job.missing(Store(directory / PIECES))
     if missing:
-        named = "; ".join(pieces[place].describe() for place in missing[:MAX_NAMED])
+        named = "; ".join(pieces[each].describe() for each in missing[:MAX_NAMED])
         more = f"; and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
         raise UserError(
-            f"{len(missing)} of {len(pieces)} pieces are missing ({named}{more}): run "
-            f"{_shards_of(job, missing)} again; what is finished is not measured twice."
+            f"{len(missing)} of {len(pieces)} pieces are missing in {str(directory)!r} "
+            f"({named}{more}): run --shard {_shards_of(job, missing, place, n_lists)} again; what "
+            "is finished is not measured twice."
         )
     wanted = job.identity["device"]
     if kind_of_device(job.request.config.device) != wanted:
@@ -121,9 +127,11 @@ def _refuse_incomplete(job: Job, directory: Path) -> None:
         )
 
 
-def _shards_of(job: Job, missing: list[int]) -> str:
+def _shards_of(job: Job, missing: list[int], place: int, n_lists: int) -> str:
     """The shares that hold the missing pieces, as the first process divided them."""
-    count, n_pieces = job.n_shards, len(job.pieces())
-    edges = [int(Shard(i, count).share.stop * n_pieces) for i in range(1, count + 1)]
-    numbers = sorted({sum(edge <= place for edge in edges) + 1 for place in missing})
-    return f"--shard {', '.join(f'{number}/{count}' for number in numbers)}"
+    places, held = range(len(job.pieces())), []
+    for number in range(1, job.n_shards + 1):
+        part = Shard(number, job.n_shards).share.within(place, n_lists)
+        if part is not None and set(part.cut(places)) & set(missing):
+            held.append(f"{number}/{job.n_shards}")
+    return ", ".join(held)

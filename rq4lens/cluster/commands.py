@@ -1,0 +1,111 @@
+"""Commands and options for many processes; the command line takes them from here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rq4lens.cluster.many import Many
+from rq4lens.config import RunConfig
+from rq4lens.errors import UserError
+from rq4lens.terminal import kept_when_stopped, output, watched
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
+]
+OnCluster = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
+]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="With --cluster: workers; as many as fit.")
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
+]
+
+
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.toml", help="Pairs, layers, alphas, maps.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Study directory; runs/NAME.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it takes, from a short probe.")
+    ] = False,
+    fresh: Fresh = False,
+    shard: Shard = None,
+    cluster: OnCluster = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+) -> None:
+    """Sweep several pairs at several strengths and map kinds, and compare them in one report."""
+    from rq4lens.cluster.study_file import read_study  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.study_job import run_study_file  # noqa: PLC0415
+    from rq4lens.cluster.study_plan import plan_text  # noqa: PLC0415
+
+    many, wanted = Many(shard, cluster, workers, gpus_per_worker), read_study(file)
+    if plan:
+        output.print(plan_text(wanted, stage=watched), end="")
+        return
+    directory = out or Path("runs") / file.stem
+    with kept_when_stopped(directory):
+        said = run_study_file(wanted, directory, many, fresh=fresh, stage=watched)
+    output.print(said, end="")
+    output.print(f"written to {directory}")
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of the shares.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
+    ] = False,
+) -> None:
+    """Check that all shares of a run, sweep or study are there, and write the results."""
+    from rq4lens.cluster.study_job import merge as merged  # noqa: PLC0415 - keeps --help fast
+
+    output.print(merged(run, trust_remote_code=trust_remote_code, stage=watched), end="")
+    output.print(f"written to {run}")
+
+
+def by_many(
+    command: Literal["run", "sweep"],
+    config: RunConfig,
+    layers: list[int] | None,
+    out: Path | None,
+    many: Many,
+    fresh: bool,
+) -> None:
+    """Measure a share, or everything on a cluster, and print what became of it.
+
+    Args:
+        command: what is measured.
+        config: the pair and how to patch.
+        layers: the layers of a sweep.
+        out: the run directory; it has to be named, for all processes meet there.
+        many: how the work is shared out.
+        fresh: measure again what is there.
+
+    Raises:
+        UserError: if no directory is named, or the work cannot be done.
+    """
+    from rq4lens.cluster.pieces import Request  # noqa: PLC0415 - keeps --help fast
+
+    directory = _shared(out)
+    request = Request(command, config, None if layers is None else tuple(layers))
+    with kept_when_stopped(directory):
+        said = many.measure(request, directory, fresh=fresh, stage=watched)
+    output.print(said, end="")
+    output.print(f"written to {directory}")
+
+
+def _shared(out: Path | None) -> Path:
+    if out is None:
+        raise UserError("several processes need one folder to meet in: name it with --out DIR.")
+    return out

@@ -1,0 +1,170 @@
+"""Studies: every cell measured, by one process or many, and one report that compares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rq4lens.cluster.many import Many
+from rq4lens.cluster.pieces import Shard
+from rq4lens.cluster.shards import finish, merge_job, run_shard
+from rq4lens.cluster.study_file import STUDY, Cell, StudyPlan, read_study
+from rq4lens.cluster.study_report import write_study_report
+from rq4lens.errors import UserError
+from rq4lens.files import make_directory, read_regular_file, write_text_atomic
+from rq4lens.layer_files import LAYERS
+from rq4lens.stages import Stage, silent
+from rq4lens.store import Store
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Says that a cell's results were written.
+
+    Args:
+        cell: the cell.
+    """
+
+    cell: Cell
+
+    @property
+    def label(self) -> str:
+        """The cell's name."""
+        return self.cell.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the cell measured."""
+        request = self.cell.request
+        return {
+            "config": request.config.model_dump(mode="json", exclude={"about"}),
+            "layers": None if request.layers is None else list(request.layers),
+        }
+
+
+def run_study_file(
+    plan: StudyPlan,
+    directory: Path,
+    many: Many | None = None,
+    *,
+    fresh: bool = False,
+    stage: Stage = silent,
+) -> str:
+    """Measure a study and write its report.
+
+    Finished cells are not measured again. One share of many leaves the report to ``merge``.
+
+    Args:
+        plan: the study.
+        directory: the study's directory.
+        many: how the work is shared out; one process does it all when left out.
+        fresh: measure everything again.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What the console prints.
+
+    Raises:
+        UserError: if the directory holds another study, or a cell cannot be measured.
+    """
+    many = many or Many()
+    _join(plan, directory)
+    if many.shard is not None:
+        return _run_share(plan, directory, Shard.parse(many.shard), fresh=fresh, stage=stage)
+    marks = Store(directory / FINISHED, fresh=fresh)
+    for place, cell in enumerate(plan.cells):
+        own = cell.directory(directory)
+        if marks.get(_Finished(cell)) is not None and (own / LAYERS).is_file():
+            continue
+
+        def named(name: str, rows: int | None, place: int = place, cell: Cell = cell) -> Any:
+            return stage(f"{place + 1}/{len(plan.cells)} {cell.name}: {name}", rows)
+
+        if many.asked:
+            many.measure(cell.request, own, fresh=fresh, stage=named)
+        else:
+            _measure(cell, own, fresh=fresh, stage=named)
+        marks.put(_Finished(cell), {})
+    return write_study_report(plan, directory)
+
+
+def _measure(cell: Cell, directory: Path, *, fresh: bool, stage: Stage) -> None:
+    finish(cell.request, directory, fresh=fresh, stage=stage)
+
+
+def _run_share(plan: StudyPlan, directory: Path, shard: Shard, *, fresh: bool, stage: Stage) -> str:
+    """A share of a study is a stretch of its cells end to end: few of them, so few models."""
+    said = []
+    for place, cell in enumerate(plan.cells):
+        part = shard.share.within(place, len(plan.cells))
+        if part is None:
+            continue
+        own = cell.directory(directory)
+        told = run_shard(cell.request, own, shard, share=part, fresh=fresh, stage=stage)
+        said.append(f"{cell.name}: {told}")
+    return "".join(said) or f"share {shard.number}/{shard.count} has nothing to measure\n"
+
+
+def merge_study(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
+    """Check that all pieces of all cells are there, write each cell's results, and the report.
+
+    Args:
+        directory: the study's directory.
+        trust_remote_code: let a checkpoint run its own code.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What the console prints.
+
+    Raises:
+        UserError: if pieces are missing; the sentence names the first cell that lacks some.
+    """
+    plan = read_study(directory / STUDY)
+    marks = Store(directory / FINISHED)
+    for place, cell in enumerate(plan.cells):
+        own = cell.directory(directory)
+        if marks.get(_Finished(cell)) is not None and (own / LAYERS).is_file():
+            continue
+        merge_job(
+            own,
+            place=place,
+            n_lists=len(plan.cells),
+            trust_remote_code=trust_remote_code,
+            stage=stage,
+        )
+        marks.put(_Finished(cell), {})
+    return write_study_report(plan, directory)
+
+
+def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
+    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds.
+
+    Args:
+        directory: the directory of the shares.
+        trust_remote_code: let a checkpoint run its own code.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What the console prints.
+
+    Raises:
+        UserError: if pieces are missing.
+    """
+    merged = merge_study if (directory / STUDY).is_file() else merge_job
+    return merged(directory, trust_remote_code=trust_remote_code, stage=stage)
+
+
+def _join(plan: StudyPlan, directory: Path) -> None:
+    """Keep the study's file beside its results; another study is refused."""
+    path = directory / STUDY
+    if not path.exists():
+        make_directory(directory)
+        write_text_atomic(path, plan.text)
+    elif {cell.name for cell in read_study(path).cells} - {cell.name for cell in plan.cells}:
+        raise UserError(
+            f"{str(directory)!r} holds another study: choose another --out, or delete it."
+        )
+    elif read_regular_file(path) != plan.text:
+        write_text_atomic(path, plan.text)  # cells were added or settings changed

@@ -1,0 +1,233 @@
+"""Study files: read, planned, measured whole or in shares, and compared in one report."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from pair_on_disk import write_pair
+
+from rq4lens.cli import main
+from rq4lens.cluster.cost_model import Machine
+from rq4lens.cluster.many import Many
+from rq4lens.cluster.study_file import read_study
+from rq4lens.cluster.study_job import merge, run_study_file
+from rq4lens.cluster.study_plan import plan_text
+from rq4lens.cluster.study_report import REPORT, ROWS
+from rq4lens.errors import UserError
+from rq4lens.figures.study import study_layers
+from rq4lens.patching.row_engine import RowEngine
+
+START = """
+name = "strengths & <maps>"
+layers = "1-2"
+alphas = [0.3, 0.6]
+map_kinds = ["procrustes_scaled", "mean_shift"]
+
+[settings]
+resamples = 100
+device = "cpu"
+k = [1, 2]
+
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """All ways of running compute in the same way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair_table(tmp_path_factory):
+    pair = write_pair(tmp_path_factory.mktemp("pair"))
+    lines = [f"{key} = {json.dumps(pair[key])}" for key in ("base", "tuned", "prompts")]
+    return "\n".join(["[[pairs]]", 'name = "on disk"', *lines])
+
+
+@pytest.fixture(scope="module")
+def study(pair_table, tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "study.toml"
+    path.write_text(START + pair_table)
+    return read_study(path)
+
+
+@pytest.fixture(scope="module")
+def finished(study, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    return directory, run_study_file(study, directory)
+
+
+def written(text, tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def test_cells_are_all_combinations_pair_by_pair(study):
+    """Each pair at each strength through each map kind, with the settings of all pairs."""
+    assert [cell.name for cell in study.cells] == [
+        *("on_disk_a0.3_procrustes_scaled", "on_disk_a0.3_mean_shift"),
+        *("on_disk_a0.6_procrustes_scaled", "on_disk_a0.6_mean_shift"),
+    ]
+    for cell in study.cells:
+        assert cell.request.layers == (1, 2)
+        assert cell.request.config.k == (1, 2)
+        assert cell.request.config.resamples == 100
+
+
+def test_a_pair_of_the_package_brings_its_settings(tmp_path):
+    """What the preset says holds unless the study says otherwise; layers may be the pair's own."""
+    text = '[settings]\nbatch_size = 7\n[[pairs]]\npair = "etiquette"\nlayers = "3"\nseed = 5\n'
+    (cell,) = read_study(written(text, tmp_path)).cells
+    assert cell.pair == "etiquette"
+    assert cell.request.layers == (3,)
+    assert (cell.request.config.batch_size, cell.request.config.seed) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('alpha = [0.3]\n[[pairs]]\npair = "etiquette"', "did you mean 'alphas'"),
+        ('[settings]\nbatchsize = 3\n[[pairs]]\npair = "etiquette"', "did you mean 'batch_size'"),
+        ('[settings]\nlayer = 3\n[[pairs]]\npair = "etiquette"', "unknown key 'layer'"),
+        ('[[pairs]]\npair = "etiquette"\nsplitt = "val"', "did you mean 'split'"),
+        ('alphas = [2.0]\n[[pairs]]\npair = "etiquette"', "alphas"),
+        ('alphas = []\n[[pairs]]\npair = "etiquette"', "alphas"),
+        ('map_kinds = ["magic"]\n[[pairs]]\npair = "etiquette"', "map_kind = 'magic'"),
+        ('layers = "9-2"\n[[pairs]]\npair = "etiquette"', "20-31"),
+        ('name = "nothing"', "pairs"),
+        ('[[pairs]]\nbase = "b"', "has no name"),
+        ('[[pairs]]\npair = "etiquette"\n[[pairs]]\npair = "etiquette"', "twice"),
+        ("pairs = 3", "pairs"),
+        ("[[pairs]", "cannot be read as TOML"),
+    ],
+)
+def test_anything_else_is_one_sentence(text, sentence, tmp_path):
+    """Unknown keys are named with the nearest valid one, values with what they mean."""
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        read_study(written(text, tmp_path))
+
+
+def test_a_missing_study_file_is_one_sentence(tmp_path):
+    """It is named."""
+    with pytest.raises(UserError, match="does not exist"):
+        read_study(tmp_path / "nothing.toml")
+
+
+def test_the_report_compares_all_cells_and_layers(study, finished):
+    """Its numbers stand in a file too; the console shows a row per sweep."""
+    directory, said = finished
+    record = json.loads((directory / ROWS).read_text(), parse_constant=pytest.fail)
+    names = [cell.name for cell in study.cells]
+    assert [cell["cell"] for cell in record["cells"]] == names
+    assert [(row["cell"], row["layer"]) for row in record["layers"]] == [
+        (name, layer) for name in names for layer in (1, 2)
+    ]
+    for name in names:
+        assert name in said
+        assert (directory / "cells" / name / "layers.json").exists()
+
+
+def test_the_report_is_one_safe_file(finished):
+    """Nothing is fetched, and the study's name is text wherever it stands."""
+    directory, _ = finished
+    page = (directory / REPORT).read_text(encoding="utf-8")
+    assert not re.search(r"""<(script|link|img)[^>]*\b(src|href)=""", page)
+    assert "<maps>" not in page.replace("\\u003cmaps\\u003e", "")
+    assert "strengths &amp; &lt;maps&gt;" in page
+
+
+def test_a_finished_study_measures_nothing_again(study, finished, monkeypatch):
+    """Running it again writes the same report without an engine."""
+
+    def refuse(*_arguments, **_settings):
+        raise AssertionError("a finished cell was measured again")
+
+    monkeypatch.setattr(RowEngine, "effects", refuse)
+    directory, said = finished
+    before = (directory / ROWS).read_bytes()
+    assert run_study_file(study, directory) == said
+    assert (directory / ROWS).read_bytes() == before
+
+
+def test_shares_of_a_study_merge_into_the_same_report(study, finished, tmp_path):
+    """Three shares of four sweeps, out of order; what is missing before the last one is said."""
+    for shard in ("3/3", "1/3"):
+        run_study_file(study, tmp_path, Many(shard=shard))
+    with pytest.raises(UserError, match=r"--shard 2/3 again"):
+        merge(tmp_path)
+    run_study_file(study, tmp_path, Many(shard="2/3"))
+    assert merge(tmp_path) == finished[1]
+    assert (tmp_path / ROWS).read_bytes() == (finished[0] / ROWS).read_bytes()
+
+
+def test_another_study_in_the_same_folder_is_refused(pair_table, finished, tmp_path):
+    """Cells that would be left over say that the folder is another study's."""
+    other = read_study(written("alphas = [0.9]\n" + pair_table, tmp_path))
+    with pytest.raises(UserError, match="another study"):
+        run_study_file(other, finished[0])
+
+
+def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypatch, capsys):
+    """Sweeps, pieces, model loads, seconds and disk; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    text = plan_text(study)
+    assert "4 sweeps of 1 pairs, 8 pieces, 8 model loads" in text
+    assert re.search(r"about [\d,]+ device-seconds", text)
+    assert re.search(r"about [\d.]+ MiB", text)
+    assert list(tmp_path.iterdir()) == []
+    path = written(study.text, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rq4lens", "study", str(path), "--plan"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "8 pieces" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_planned_disk_is_enough_and_not_twice_too_much(study, finished):
+    """Conditions and maps of the finished study; zeros are shorter than planned numbers."""
+    planned = float(re.search(r"about ([\d.,]+) MiB", plan_text(study))[1]) * 2**20
+    files = [
+        path
+        for folder in ("conditions", "maps")
+        for path in (finished[0] / "cells").glob(f"*/{folder}/*")
+    ]
+    assert 1 <= planned / sum(path.stat().st_size for path in files) <= 1.5
+
+
+def test_the_estimate_follows_the_machine(study, monkeypatch):
+    """Ten times slower constants give about ten times the seconds, loading aside."""
+
+    def seconds(factor):
+        constants = (1e-2, 1e-9, 1e-2, 1e-8, 1e-6)
+        machine = Machine(*(factor * each for each in constants))
+        monkeypatch.setattr(Machine, "calibrated", lambda *_: machine)
+        return float(re.search(r"about ([\d,]+) dev", plan_text(study))[1].replace(",", ""))
+
+    slow, fast = seconds(10_000), seconds(1000)
+    assert slow == pytest.approx(10 * fast, rel=0.05)
+
+
+def test_models_of_different_depth_are_shown_by_relative_depth():
+    """The last layer of each lies at 1; of equal depth, layers keep their numbers."""
+
+    def row(cell, layer, n_layers):
+        return {
+            "cell": cell, "layer": layer, "n_layers": n_layers, "delta": 0.1 * layer,
+            "delta_ci95": None if layer == 0 else [0.05 * layer, 0.2 * layer],
+            "KL_raw": 0.2, "drop_pct": None,
+        }  # fmt: skip
+
+    deep, flat = ([row(str(n), layer, n) for layer in range(n)] for n in (5, 3))
+    figure = study_layers([*deep, *flat], ["setting"])
+    assert [trace.x[-1] for trace in figure.data] == [1.0, 1.0]
+    assert list(study_layers(deep, ["setting"]).data[0].x) == [0, 1, 2, 3, 4]
+    assert list(figure.data[1].error_y.array) == pytest.approx([0.0, 0.1, 0.2])

@@ -42,10 +42,13 @@ print("best heads:", [run.label(head) for head in run.ranking.top(4)])
 print("patching nothing:", run["none"].KL_raw)
 
 # %% [markdown]
-# Two heads of sixteen carry most of it, and no random set of two comes near.
+# Coverage is the share of the whole layer's `ΔKL` that a few heads reach by themselves. The best two
+# carry most of it; the random sets of two come nowhere near.
 
 # %%
-share = {name: 100 * run[name].delta / full.delta for name in ("top1", "top2", "rand2_s0")}
+share = {
+    name: 100 * run[name].delta / full.delta for name in ("top1", "top2", "rand2_s0", "rand2_s1")
+}
 print({name: f"{value:.1f}%" for name, value in share.items()})
 
 # %% [markdown]

@@ -61,7 +61,7 @@ analysis = rq.analyse(
     methods=("delta", "drop_pct", "kl_raw", "leave_one_out", "attribution", "kl_curvature"),
     alphas=(0.1, 0.3, 1.0),
     n_resamples=2000,
-    n_random_sets=50,
+    n_random_sets=20,
 )
 print("methods:", ", ".join(ranking.method for ranking in analysis.rankings))
 print("α:", ", ".join(f"{point.alpha:g}" for point in analysis.alphas))
@@ -83,7 +83,7 @@ pd.DataFrame(
         "in top 4": f"{row.top_probability[4]:.0%}",
     }
     for row in analysis.stability.heads
-)
+).set_index("head")
 
 # %% [markdown]
 # Split the prompts in two and rank on each half: the rank correlation of the halves, and how much of
@@ -112,7 +112,7 @@ pd.DataFrame(
         f"p corrected for all {len(analysis.tests.tests)} tests": f"{test.p_max_t:.2g}",
     }
     for test in sorted(at_alpha, key=lambda test: -test.delta)
-)
+).set_index("head")
 
 # %% [markdown]
 # ## Do other methods agree?

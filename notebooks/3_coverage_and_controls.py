@@ -47,7 +47,7 @@ pd.DataFrame(
         },
     }
     for k in run.settings.ks
-)
+).set_index("k")
 
 # %% [markdown]
 # Three random sets are an anecdote. The analysis enumerates all sets of a size where there are few and
@@ -70,7 +70,7 @@ rq.figures.coverage_curve(run, analysis)
 # %% [markdown]
 # How to read it. *best k* ranks and scores on the same prompts. *cross-fitted* ranks on one half and
 # scores on the other, so it cannot profit from luck. *best subset* is the best set of each size that a
-# search found: how much better a ranking could have done. The band is where random sets lie.
+# search found: how much better a ranking could have done. The band holds 95% of the random sets.
 #
 # ## The table behind it
 #
@@ -102,7 +102,7 @@ pd.DataFrame(
         "p": f"{row.p_value:.2g}",
     }
     for row in analysis.coverage
-)
+).set_index("k")
 
 # %% [markdown]
 # ## One number for the whole curve
@@ -130,10 +130,12 @@ rq.figures.interaction_matrix(run, analysis.to_dict()["interactions"])
 #
 # Each row puts something else in the map's place, or looks elsewhere. A claim can survive a control
 # that comes close, so `share` gives the control's effect as a part of the main one: read it before the
-# verdict. Two of them matter most. *Shuffled pairs* fits the map on prompts that do not belong
-# together: what it repairs has nothing to do with the prompt. *Mean only* moves the mean and nothing
-# else. Where they come close to the main effect, most of the raw patch's damage is that it takes the
-# activation far from where the tuned model keeps it, and any map with the right mean undoes that.
+# verdict. Two of them matter most. *Shuffled pairs* fits the map on prompts that do not belong together:
+# it learns little more than the tuned mean and predicts nearly the same for every prompt. Where it comes
+# close to the main effect, most of the raw patch's damage is that the base activation varies in ways the
+# tuned model does not expect, and any blend towards the tuned mean avoids it; only the rest needs a map
+# that knows the prompt. *Mean only* is the reverse: it keeps the base activation's variation and moves
+# its mean.
 
 # %%
 pd.DataFrame(
@@ -144,7 +146,7 @@ pd.DataFrame(
         "survives": "not decided" if row.survives is None else row.survives,
     }
     for row in analysis.controls
-)
+).set_index("control")
 
 # %% [markdown]
 # ## What the numbers support

@@ -56,7 +56,7 @@ pd.DataFrame(
         "ΔKL (nats)": f"{row.delta.value:.2g}",
     }
     for row in sweep.comparison.ranking[:10]
-)
+).set_index("head")
 
 # %% [markdown]
 # ## Each layer's own curve
@@ -87,7 +87,7 @@ pd.DataFrame(
         "coverage": row.full.undefined_because or "defined",
     }
     for row in sweep.comparison.rows
-)
+).set_index("layer")
 
 # %% [markdown]
 # ## Which layers to study

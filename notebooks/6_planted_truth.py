@@ -22,6 +22,7 @@ import torch
 
 import rq4lens as rq
 
+torch.manual_seed(0)
 given = rq.load_pair("etiquette")
 base = given.base.loaded
 rotated, rewired = [rq.Head(1, 3), rq.Head(1, 9)], [rq.Head(1, 6)]
@@ -75,7 +76,7 @@ pd.DataFrame(
         "drop %": f"{run.single(head).drop_pct:.1f}",
     }
     for head in run.ranking.top(6)
-)
+).set_index("head")
 
 # %% [markdown]
 # How to read it. A rotated head has a `KL_mapped` near 0: the map explains the change. The rewired head

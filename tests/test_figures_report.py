@@ -139,3 +139,17 @@ def test_report_refers_to_nothing_outside(grid):
     page = page.replace(plotly_script(page), "")
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]+)"', page))
+
+
+def test_a_report_opens_with_the_warning_of_its_audit(grid):
+    """Too few prompts that both models read alike: the first paragraph; else only the counts."""
+    counts = {"n": 40, "n_misaligned": 20, "n_excluded": 3, "n_cut_left": {"base": 7, "tuned": 0}}
+    warned = figures.report_page(grid, provenance={"audit": counts | {"warning": "Only <20>!"}})
+    first = re.search(r'<section id="findings".*?<p>(.*?)</p>', warned, re.DOTALL)[1]
+    assert first == "Only &lt;20&gt;!"
+    quiet = figures.report_page(grid, provenance={"audit": counts | {"warning": None}})
+    assert "Only" not in re.search(r'<section id="findings".*?</section>', quiet, re.DOTALL)[0]
+    settings = re.search(r'<section id="provenance".*?</table>', quiet, re.DOTALL)[0]
+    for said in ("20 of 40", "left out because they are not", "cut on the left, base"):
+        assert said in settings
+    assert "cut on the left, tuned" not in settings

@@ -144,6 +144,25 @@ def test_a_broken_prompt_file_is_refused_in_one_sentence(tmp_path, content, said
     refusal(PromptSet.from_jsonl, path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(content for content, _ in BROKEN_PROMPTS.values()),
+        b"id,text,split\na,\x00,val,\n",
+        b"id,text,split\na," + b"x" * 200_000 + b",val\n",
+        b'id,text,split\n"""",",\n",,\n',
+        b"id,text,split,id\na,x,val,b\n",
+        b"id,messages,split\na," + b"[" * 100_000 + b",val\n",
+        "id,text,split\na,\ud800,val\n".encode("utf-8", "surrogatepass"),
+    ],
+)
+def test_a_broken_csv_file_is_refused_in_one_sentence(tmp_path, content):
+    """Whatever the file holds, it is prompts or one sentence; none of these is prompts."""
+    path = tmp_path / "p.csv"
+    path.write_bytes(content)
+    refusal(PromptSet.from_csv, path)
+
+
 def directory(path: Path) -> Path:
     path.mkdir()
     return path
@@ -184,8 +203,11 @@ ODD_PATHS = {
 @pytest.mark.parametrize("make", ODD_PATHS.values(), ids=ODD_PATHS.keys())
 @pytest.mark.parametrize(
     "read",
-    [PromptSet.from_jsonl, read_json, read_config, load_map, read_run, read_two_heads],
-    ids=lambda read: read.__name__,
+    [
+        *(PromptSet.from_jsonl, PromptSet.from_csv, PromptSet.of),
+        *(read_json, read_config, load_map, read_run, read_two_heads),
+    ],
+    ids=lambda read: read.__qualname__,
 )
 def test_what_is_no_file_is_refused_in_one_sentence(tmp_path, read, make):
     """Whatever stands where a file should be: no reader hangs, follows it or shows a traceback."""

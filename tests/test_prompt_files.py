@@ -78,6 +78,15 @@ def test_the_names_of_a_dataset_are_its_splits():
     )
 
 
+def test_columns_that_are_no_plain_values_are_left_alone():
+    """A picture beside the text, which reading the row would open, is neither opened nor kept."""
+    rows = {"text": ["one"], "image": [{"bytes": b"no picture", "path": None}], "label": [1]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    assert PromptSet.of({"val": dataset}).prompts == (
+        Prompt("val-0", "one", "val", meta={"label": 1}),
+    )
+
+
 def test_plain_strings_are_prompts_of_a_named_split():
     """Strings by split, or a list of strings with its split."""
     both = PromptSet.of({"train": ["one"], "val": ["two"]})

@@ -367,6 +367,7 @@ def provenance(material: Material) -> Section:
     rows.append(Row(("prompts measured", str(material.grid.n_prompts))))
     rows.append(Row(("noise floor", number(material.grid.noise_floor_nats, "nats"))))
     run = material.provenance
+    rows += list(_audit_rows(run.get("audit")))
     rows += [Row((name, str(run[name]))) for name in ("rq4lens", "device") if name in run]
     table = Table("Settings", ("setting", "value"), tuple(rows), long=frozenset({1}))
     blocks = (Block("run.json", json.dumps(run, indent=1, default=str)),) if run else ()
@@ -375,6 +376,19 @@ def provenance(material: Material) -> Section:
         "this report stands in. The same settings and seeds give the same numbers.",
     )
     return Section("provenance", "How it was made", text, (table,), (), blocks)
+
+
+def _audit_rows(audit: Any) -> Iterator[Row]:
+    """How many prompts both models read alike, and how many were cut."""
+    if not isinstance(audit, Mapping):
+        return
+    n, n_misaligned = audit.get("n", 0), audit.get("n_misaligned", 0)
+    yield Row(("prompts read alike by both models", f"{n - n_misaligned} of {n}"))
+    if excluded := audit.get("n_excluded"):
+        yield Row(("prompts left out because they are not", str(excluded)))
+    for side, cut in (audit.get("n_cut_left") or {}).items():
+        if cut:
+            yield Row((f"prompts cut on the left, {side}", str(cut)))
 
 
 def _plain_value(value: Any) -> str:

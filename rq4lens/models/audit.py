@@ -194,12 +194,15 @@ def _audit(
 
 def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:
     place = read.decision_end
-    words = [_word(tokenizer, token) for token in read.tokens]
-    start = max(read.first_kept, read.decision - N_BEFORE)
+    start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
+    before, after = (
+        tuple(_word(tokenizer, token) for token in read.tokens[part])
+        for part in (slice(start, read.decision), slice(behind, behind + N_AFTER))
+    )
     return SideAudit(
-        before=tuple(words[start : read.decision]),
-        decision=words[read.decision],
-        after=tuple(words[read.decision + 1 : read.decision + 1 + N_AFTER]),
+        before=before,
+        decision=_word(tokenizer, read.tokens[read.decision]),
+        after=after,
         n_tokens=len(read.kept),
         n_dropped=read.n_dropped,
         text_end=None if place is None else place.end,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def csv_records(path: Path) -> Iterator[Located]:
     rows = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
     try:
         _check_columns(rows.fieldnames or (), str(path))
+        _refuse_repeated(rows.fieldnames or (), str(path))
         for row in rows:
             yield f"{path}:{rows.line_num}", _csv_record(row, f"{path}:{rows.line_num}")
     except csv.Error as problem:
@@ -99,6 +101,7 @@ def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Locate
     columns = getattr(rows, "column_names", None)
     if columns is not None:
         _check_columns((*columns, "id", *(("split",) if split else ())), where)
+        rows = _plain_columns(rows)
     for number, row in enumerate(rows):
         place = f"{where}, row {number}"
         record = {"text": row} if isinstance(row, str) else row
@@ -107,6 +110,17 @@ def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Locate
         named = {"id": f"{split or 'row'}-{number}"} | ({"split": split} if split else {})
         given = {key: value for key, value in record.items() if value is not None}
         yield place, _with_meta(named | given) if columns is not None else named | given
+
+
+def _plain_columns(dataset: Any) -> Any:
+    """A dataset without columns that would be decoded, such as pictures and sounds."""
+    features = getattr(dataset, "features", None)
+    if not features:
+        return dataset
+    plain = [
+        name for name, kind in features.items() if name in KEYS or type(kind).__name__ == "Value"
+    ]
+    return dataset.select_columns(plain)
 
 
 def _with_meta(record: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +138,12 @@ def _check_columns(columns: Iterable[str], where: str) -> None:
             f"{where} has no column {missing[0]!r}: prompts need the columns id, split, and text "
             "or messages."
         )
+
+
+def _refuse_repeated(columns: Sequence[str], where: str) -> None:
+    repeated = [name for name, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise UserError(f"{where} has column {repeated[0][:60]!r} twice: keep one.")
 
 
 def _csv_record(row: Mapping[Any, Any], where: str) -> dict[str, Any]:

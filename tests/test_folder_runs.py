@@ -304,3 +304,11 @@ def test_the_cut_on_the_left_is_counted(partly):
     assert run["audit"]["n_cut_left"] == {"base": 40, "tuned": 40}
     audit = json.loads((partly / "cut" / "audit.json").read_text())
     assert {each["base"]["n_tokens"] for each in audit["prompts"]} == {12}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_pair_over_two_gpus_has_the_same_numbers(small):
+    """Each model spread over two GPUs gives what the CPU gives, to 1e-5 nats."""
+    run_job(small, "--device", "cuda", "--n-devices", "2", out="spread")
+    whole, spread = numbers(small / "run"), numbers(small / "spread")
+    pd.testing.assert_frame_equal(spread.loc[whole.index], whole, atol=1e-5, rtol=0)

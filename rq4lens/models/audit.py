@@ -177,19 +177,27 @@ def _audit(
     prompt: Prompt, tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase], reading: Reading
 ) -> PromptAudit:
     read: dict[AuditSide, ReadPrompt] = {}
-    problems: list[str] = []
+    found: dict[AuditSide, tuple[str, ...]] = {}
     for side in AUDIT_SIDES:
         try:
             read[side] = read_prompt(prompt, tokenizers[side], reading)
         except UserError as problem:
-            problems.append(f"{side}: {problem}")
+            found[side] = (str(problem),)
     sides = {side: _side(each, tokenizers[side]) for side, each in read.items()}
-    problems += [f"{side}: {what}" for side, each in sides.items() for what in each.problems]
+    problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
     notes: list[str] = []
     if len(sides) == len(AUDIT_SIDES):
         problems += _disagreements(read, sides)
         notes += _harmless(sides)
     return PromptAudit(prompt.id, prompt.split, sides, tuple(problems), tuple(notes))
+
+
+def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
+    """Each problem with the side that has it; what is wrong on both is said once."""
+    base, tuned = problems["base"], problems["tuned"]
+    for what in base:
+        yield f"{'both' if what in tuned else 'base'}: {what}"
+    yield from (f"tuned: {what}" for what in tuned if what not in base)
 
 
 def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:

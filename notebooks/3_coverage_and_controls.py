@@ -63,7 +63,7 @@ analysis = rq.analyse(
     methods=("delta",),
     alphas=(0.3,),
     n_resamples=2000,
-    n_random_sets=200,
+    n_random_sets=100,
 )
 rq.figures.coverage_curve(run, analysis)
 

@@ -161,11 +161,20 @@ def test_shares_of_a_study_merge_into_the_same_report(study, finished, tmp_path)
     """Three shares of four sweeps, out of order; what is missing before the last one is said."""
     for shard in ("3/3", "1/3"):
         run_study_file(study, tmp_path, Many(shard=shard))
+    first = study.cells[0].directory(tmp_path)
+    assert (first / "layers.json").exists(), "a sweep that a share holds as a whole is finished"
     with pytest.raises(UserError, match=r"--shard 2/3 again"):
         merge(tmp_path)
     run_study_file(study, tmp_path, Many(shard="2/3"))
     assert merge(tmp_path) == finished[1]
     assert (tmp_path / ROWS).read_bytes() == (finished[0] / ROWS).read_bytes()
+
+
+def test_a_sweep_that_no_share_began_is_named(study, tmp_path):
+    """A merge says which one it is."""
+    run_study_file(study, tmp_path, Many(shard="4/4"))
+    with pytest.raises(UserError, match=r"'on_disk_a0.3_procrustes_scaled' was not begun"):
+        merge(tmp_path)
 
 
 def test_another_study_in_the_same_folder_is_refused(pair_table, finished, tmp_path):
@@ -193,11 +202,11 @@ def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypa
 
 
 def test_the_planned_disk_is_enough_and_not_twice_too_much(study, finished):
-    """Conditions and maps of the finished study; zeros are shorter than planned numbers."""
+    """Conditions, maps and activations of the finished study; zeros take less than planned."""
     planned = float(re.search(r"about ([\d.,]+) MiB", plan_text(study))[1]) * 2**20
     files = [
         path
-        for folder in ("conditions", "maps")
+        for folder in ("conditions", "maps", "activations")
         for path in (finished[0] / "cells").glob(f"*/{folder}/*")
     ]
     assert 1 <= planned / sum(path.stat().st_size for path in files) <= 1.5

@@ -241,6 +241,11 @@ def store_bytes(n_patches: int, n_prompts: int) -> int:
     return n_patches * (RECORD_BYTES + RECORD_BYTES_PER_PROMPT * n_prompts)
 
 
+def activation_bytes(shape: Shape, n_prompts: int, n_layers: int, k_positions: int = 1) -> int:
+    """Disk of the base model's activations, which are kept for the next run."""
+    return n_prompts * n_layers * k_positions * shape.width * shape.bytes_per_number
+
+
 def map_bytes(shape: Shape, n_layers: int, scope: str = "head") -> int:
     """Disk of the maps of some layers, which are kept in float32."""
     side = shape.d_head if scope == "head" else shape.width

@@ -220,6 +220,8 @@ def _anywhere(request: Request, cluster: Cluster) -> Request:
         for name in ("base", "tuned", "prompts")
         if (value := getattr(config, name)) is not None and Path(value).exists()
     }
+    if config.cache is not None:
+        changes["cache"] = str(Path(config.cache).resolve())
     if (cluster.gpus_per_worker or 0) > 1:
         changes["n_devices"] = int(cluster.gpus_per_worker or 1)
     return replace(request, config=config.updated(**changes)) if changes else request

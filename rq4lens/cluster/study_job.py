@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rq4lens.cluster.jobs import JOB
 from rq4lens.cluster.many import Many
-from rq4lens.cluster.pieces import Shard
+from rq4lens.cluster.pieces import WHOLE, Shard
 from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.cluster.study_file import STUDY, Cell, StudyPlan, read_study
 from rq4lens.cluster.study_report import write_study_report
@@ -76,7 +77,7 @@ def run_study_file(
     marks = Store(directory / FINISHED, fresh=fresh)
     for place, cell in enumerate(plan.cells):
         own = cell.directory(directory)
-        if marks.get(_Finished(cell)) is not None and (own / LAYERS).is_file():
+        if _is_finished(cell, own, marks):
             continue
 
         def named(name: str, rows: int | None, place: int = place, cell: Cell = cell) -> Any:
@@ -85,23 +86,32 @@ def run_study_file(
         if many.asked:
             many.measure(cell.request, own, fresh=fresh, stage=named)
         else:
-            _measure(cell, own, fresh=fresh, stage=named)
+            finish(cell.request, own, fresh=fresh, stage=named)
         marks.put(_Finished(cell), {})
     return write_study_report(plan, directory)
 
 
-def _measure(cell: Cell, directory: Path, *, fresh: bool, stage: Stage) -> None:
-    finish(cell.request, directory, fresh=fresh, stage=stage)
+def _is_finished(cell: Cell, directory: Path, marks: Store) -> bool:
+    return marks.get(_Finished(cell)) is not None and (directory / LAYERS).is_file()
 
 
 def _run_share(plan: StudyPlan, directory: Path, shard: Shard, *, fresh: bool, stage: Stage) -> str:
-    """A share of a study is a stretch of its cells end to end: few of them, so few models."""
-    said = []
+    """A share of a study is a stretch of its cells end to end: few of them, so few models.
+
+    A cell that lies in it as a whole is finished here, and leaves nothing to merge.
+    """
+    marks, said = Store(directory / FINISHED, fresh=fresh), []
     for place, cell in enumerate(plan.cells):
         part = shard.share.within(place, len(plan.cells))
         if part is None:
             continue
         own = cell.directory(directory)
+        if part == WHOLE:
+            if not _is_finished(cell, own, marks):
+                finish(cell.request, own, fresh=fresh, stage=stage)
+                marks.put(_Finished(cell), {})
+            said.append(f"{cell.name}: finished\n")
+            continue
         told = run_shard(cell.request, own, shard, share=part, fresh=fresh, stage=stage)
         said.append(f"{cell.name}: {told}")
     return "".join(said) or f"share {shard.number}/{shard.count} has nothing to measure\n"
@@ -125,8 +135,10 @@ def merge_study(directory: Path, *, trust_remote_code: bool = False, stage: Stag
     marks = Store(directory / FINISHED)
     for place, cell in enumerate(plan.cells):
         own = cell.directory(directory)
-        if marks.get(_Finished(cell)) is not None and (own / LAYERS).is_file():
+        if _is_finished(cell, own, marks):
             continue
+        if not (own / JOB).is_file():
+            raise UserError(f"{cell.name!r} was not begun: run the share that holds it again.")
         merge_job(
             own,
             place=place,

@@ -15,6 +15,7 @@ from rq4lens.cluster.cost_model import (
     Measured,
     Shape,
     Work,
+    activation_bytes,
     map_bytes,
     store_bytes,
 )
@@ -171,6 +172,7 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
     work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
     seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds
     disk = store_bytes(n_patches, n_prompts) + map_bytes(shape, len(layers), config.map_scope)
+    disk += activation_bytes(shape, n_prompts + n_train, len(layers), config.k_positions)
     return Estimate(len(pieces), seconds, disk)
 
 
@@ -188,5 +190,5 @@ def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe
         "loads\n"
         f"about {seconds:,.0f} device-seconds in all on a device like this one (probed for "
         f"{took:.1f} s), fitting maps and resampling aside\n"
-        f"about {disk / 2**20:,.1f} MiB of conditions and maps\n"
+        f"about {disk / 2**20:,.1f} MiB of conditions, maps and activations\n"
     )

@@ -15,7 +15,7 @@ from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.conditions import Recorder
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.fitting import fit_maps
-from rq4lens.preparation import capture, prepare_experiment
+from rq4lens.preparation import cache_of, capture, keep_base, prepare_experiment
 from rq4lens.run_directory import CONDITIONS, MAPS
 from rq4lens.stages import Advance, Clock, Stage, silent
 from rq4lens.store import Store
@@ -42,7 +42,9 @@ class Workbench:
         self.fresh = fresh
         self.clock = Clock(stage)
         with self.clock("load"):
-            self.pair: ModelPair = pair_from_config(request.config)
+            self._cache = cache_of(request.config, directory)
+            kept_in = None if fresh else self._cache
+            self.pair: ModelPair = pair_from_config(request.config, kept_in=kept_in)
             self.plans = request.plans(self.pair)
         self._experiments: dict[tuple[int, ...], Experiment] = {}
 
@@ -54,7 +56,12 @@ class Workbench:
     @cached_property
     def activations(self) -> PairActivations:
         """What both models' forward passes give."""
-        return capture(self.request.config, self.pair, self.layers, self.clock)
+        config = self.request.config
+        captured = capture(
+            config, self.pair, self.layers, self.clock, cache=self._cache, fresh=self.fresh
+        )
+        keep_base(config, self.pair, captured, self._cache)
+        return captured
 
     def job(self, n_shards: int = 1) -> Job:
         """The job, agreed with whoever works in the directory too.

@@ -1,6 +1,6 @@
 """Turn the records of ``benchmarks/results/`` into ``benchmarks/RESULTS.md`` and growth curves.
 
-Run as ``python benchmarks/tables.py`` after ``benchmarks/engine.py``.
+Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py`` and ``end_to_end.py``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def main() -> None:
     found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     records = {name: found[name] for name in ORDER if name in found}
     sections = [section(name, record) for name, record in records.items()]
+    sections += [atlas(each) for name, each in found.items() if name.startswith("atlas-")]
+    sections += [whole_run(each) for name, each in found.items() if name.startswith("end-to-end-")]
     (HERE / "RESULTS.md").write_text("\n".join([INTRODUCTION, *sections]))
     for name, record in records.items():
         if "growth" in record:
@@ -42,13 +44,12 @@ def main() -> None:
 
 def section(name: str, record: dict[str, Any]) -> str:
     """The tables of one case."""
-    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     lines = [
         f"## {record['case']}",
         "",
         f"{record['what']}.",
         "",
-        f"`{record['command']}`, {record['date']}, {record['hardware']}, {versions}.",
+        origin(record),
         "",
         "| | seconds | of two plain forward passes | the engine is faster by |",
         "|---|---:|---:|---:|",
@@ -146,6 +147,65 @@ def remarks(record: dict[str, Any]) -> list[str]:
             f"{record['demo_compute_seconds']:.3g} s."
         )
     return lines
+
+
+def origin(record: dict[str, Any]) -> str:
+    """What was run, when and on what."""
+    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    return f"`{record['command']}`, {record['date']}, {record['hardware']}, {versions}."
+
+
+def atlas(record: dict[str, Any]) -> str:
+    """Every head of every layer on several GPUs."""
+    lines = [
+        "## Every head of every layer on several GPUs",
+        "",
+        f"{record['what']}.",
+        "",
+        origin(record),
+        "",
+        "| GPUs | seconds | rows per second | rate | peak memory of one |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for point, ratio in zip(record["points"], record["rate_ratio_to_first"], strict=True):
+        lines.append(
+            f"| {point['workers']} | {point['seconds']:.3g} | {point['rows_per_second']:,.0f} | "
+            f"{ratio:.3g}x | {point['peak_bytes_of_a_worker'] / 1e9:.3g} GB |"
+        )
+    difference = record["largest_kl_difference_nats"]
+    lines += ["", f"- The numbers differ between these by at most {difference:.2g} nats.", ""]
+    return "\n".join(lines)
+
+
+def whole_run(record: dict[str, Any]) -> str:
+    """The whole command, by stage."""
+    runs = record["runs"]
+    stages = list(dict.fromkeys(name for each in runs.values() for name in each["stages_seconds"]))
+
+    def line(label: str, values: list[str]) -> str:
+        return f"| {label} | {' | '.join(values)} |"
+
+    lines = [
+        "## The whole command, from folders to report",
+        "",
+        f"{record['what'][0].upper()}{record['what'][1:]}.",
+        "",
+        origin(record),
+        "",
+        line("seconds", list(runs)),
+        line("---", ["---:"] * len(runs)),
+        *(
+            line(stage, [f"{each['stages_seconds'].get(stage, 0):.1f}" for each in runs.values()])
+            for stage in stages
+        ),
+        line("**wall, start-up included**", [f"{r['wall_seconds']:.0f}" for r in runs.values()]),
+        line(
+            "peak memory on the GPU",
+            [f"{(each['peak_device_bytes'] or 0) / 1e9:.1f} GB" for each in runs.values()],
+        ),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def draw(record: dict[str, Any]) -> go.Figure:

@@ -29,7 +29,7 @@ from rq4lens.files import (
 log = logging.getLogger(__name__)
 
 FORMAT = "rq4lens record 1"
-NUMERICS_VERSION = "1"
+NUMERICS_VERSION = "2"
 """Raised whenever a change of the code changes a stored number; older records are then unused."""
 
 

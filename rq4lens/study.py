@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rq4lens.analysis.analyse import analyse
+from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.metrics import bootstrap_of, ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.config import RunConfig
@@ -19,6 +19,7 @@ from rq4lens.pages import write_pages
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan, run_grid
+from rq4lens.patching.row_engine import RowEngine
 from rq4lens.preparation import cache_of, capture, keep_base, plan_of, prepare_experiment
 from rq4lens.provenance import provenance
 from rq4lens.results import GridResult
@@ -102,8 +103,8 @@ def run_study(
         table = records(grid, bootstrap)
         write_grid(directory, grid, table)
         write_json_atomic(directory / ranking_file(plan.layer, config.alpha), ranking_rows(grid))
-    with clock("analysis"):
-        analysis = _analyse(config, grid, experiment, activations)
+    with clock("analysis", len(PARTS)) as advance:
+        analysis = _analyse(config, grid, experiment, activations, advance)
     activations.keep()  # those of prompts that only the analysis asked for
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
@@ -127,10 +128,20 @@ def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _analyse(
-    config: RunConfig, grid: GridResult, experiment: Experiment, activations: PairActivations
+    config: RunConfig,
+    grid: GridResult,
+    experiment: Experiment,
+    activations: PairActivations,
+    advance: Advance | None,
 ) -> Analysis:
     if config.analysis == "grid":
-        return analyse(grid, n_resamples=config.resamples, seed=config.seed)
+        return analyse(grid, n_resamples=config.resamples, seed=config.seed, advance=advance)
+    if not isinstance(experiment.engine, RowEngine):
+        log.warning(
+            "the full analysis measures thousands of head sets, and engine %s runs the whole model "
+            "for each: --analysis grid keeps to the conditions that are measured already",
+            experiment.engine.name,
+        )
     neutral = None
     if SIDE_EFFECT_SPLIT in experiment.pair.prompts.splits and experiment.pair.keep_both:
         neutral = prepare(
@@ -150,6 +161,7 @@ def _analyse(
         seed=config.seed,
         activations=activations,
         neutral=neutral,
+        advance=advance,
     )
 
 

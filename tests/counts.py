@@ -9,6 +9,9 @@ COUNTED = {
     "hostile": "an input that means harm, or is merely broken",
 }
 
+PROPERTIES = ("kills", "fuzz_inputs")
+"""Numbers that tests report of themselves."""
+
 
 def pytest_configure(config):
     """Make the two markers known."""
@@ -20,10 +23,11 @@ def pytest_terminal_summary(terminalreporter):
     """Print the counts of this run, whether or not it used several workers."""
     passed = terminalreporter.stats.get("passed", [])
     counts = Counter(name for report in passed for name in COUNTED if name in report.keywords)
-    fuzzed = sum(value for report in passed for name, value in report.user_properties
-                 if name == "fuzz_inputs")  # fmt: skip
-    if counts or fuzzed:
+    for report in passed:
+        counts.update({name: n for name, n in report.user_properties if name in PROPERTIES})
+    if counts:
         terminalreporter.write_line(
-            f"trust: {counts['fault']} faults, {counts['hostile']} hostile inputs, "
-            f"{fuzzed:,} fuzz inputs without an unhandled exception"
+            f"trust: {counts['fault']} faults, {counts['kills']} kills, "
+            f"{counts['hostile']} hostile inputs, {counts['fuzz_inputs']:,} fuzz inputs "
+            "without an unhandled exception"
         )

@@ -28,7 +28,9 @@ from rq4lens.verify import verify_run
 
 pytestmark = pytest.mark.fault
 
-KILLS = int(os.environ.get("RQ4LENS_KILLS", "6"))
+KILLS, PARTS = 50, 5
+"""Random moments at which a run is killed, in parts that several workers can share."""
+
 STEPS = ("before", "half", "written", "renamed")
 NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
 
@@ -138,21 +140,23 @@ def die_often(config: Path, deaths: list[tuple[Path, int, str]]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_very_same_bytes(pair, undisturbed, tmp_path, record_property):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_killed_run_goes_on_to_the_very_same_bytes(
+    part, pair, undisturbed, tmp_path, record_property
+):
     """Killed at a random write, before, within or after it: the resumed run is byte-identical.
 
     Finished conditions are not measured again: what was stored before the kill counts as reused.
-    ``RQ4LENS_KILLS=50`` tries fifty moments.
     """
-    draw = random.Random(0)
+    draw = random.Random(part)
     # As many writes as a run has, so that the whole of it is covered.
     n_writes = records_in(undisturbed) + 4
     deaths = [
         (tmp_path / f"run{n}", draw.randint(1, n_writes), STEPS[n % len(STEPS)])
-        for n in range(KILLS)
+        for n in range(KILLS // PARTS)
     ]
     ended = die_often(write_config(pair, tmp_path / "c.toml"), deaths)
-    assert ended == [-signal.SIGKILL] * KILLS
+    assert ended == [-signal.SIGKILL] * len(deaths)
     for folder, *_ in deaths:
         kept = records_in(folder)
         run_study(config_from(pair), folder)
@@ -161,7 +165,7 @@ def test_a_killed_run_goes_on_to_the_very_same_bytes(pair, undisturbed, tmp_path
         assert counters(folder)["computed"] == records_in(undisturbed) - kept
         assert counters(folder)["set_aside"] == []
         assert verify_run(folder, sample=0).passed
-    record_property("kills", KILLS)
+    record_property("kills", len(deaths))
 
 
 def test_a_finished_run_measures_nothing_again(pair, undisturbed, tmp_path, monkeypatch):

@@ -119,9 +119,9 @@ def fold_agreement(
         bootstrap: the resamples; they are of all prompts, so that both halves vary.
     """
     per_prompt = measured.delta_nats(measured.singles)
-    halves = (("first half", first), ("second half", ~first))
-    scored = [_on_some(name, per_prompt, half, bootstrap) for name, half in halves]
-    return agreement("fold", *scored, ks, bootstrap)
+    one = _on_some("first half", per_prompt, first, bootstrap)
+    other = _on_some("second half", per_prompt, ~first, bootstrap)
+    return agreement("fold", one, other, ks, bootstrap)
 
 
 def _on_some(
@@ -154,9 +154,7 @@ def seed_agreement(
     if ranking.settings["exact"]:
         return None
     seed = int(ranking.settings["seed"])
-    other = rank_by_shapley(measured, seed=seed + 1)
-    scored = [
-        Scored.of(each, bootstrap, f"shapley, seed {number}")
-        for number, each in ((seed, ranking), (seed + 1, other))
-    ]
-    return agreement("seed", *scored, ks, bootstrap)
+    again = rank_by_shapley(measured, seed=seed + 1)
+    one = Scored.of(ranking, bootstrap, f"shapley, seed {seed}")
+    other = Scored.of(again, bootstrap, f"shapley, seed {seed + 1}")
+    return agreement("seed", one, other, ks, bootstrap)

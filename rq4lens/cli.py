@@ -258,8 +258,9 @@ def verify(
 
 
 @app.command()
-@takes_config("pair", "base", "base_revision", "prompts", "alpha", "seed", "device",
-              "dtype", "trust_remote_code", default_pair="etiquette")  # fmt: skip
+@takes_config("pair", "base", "base_revision", "prompts", "alpha", "seed", "device", "dtype",
+              "decision_rule", "marker", "max_tokens", "trust_remote_code",
+              default_pair="etiquette")  # fmt: skip
 def validate(
     config: RunConfig,
     method: Annotated[

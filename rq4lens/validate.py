@@ -35,6 +35,7 @@ from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts import FIT_SPLIT, MEASURE_SPLIT, PromptSet
+from rq4lens.models.reading import Reading
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.patch import SELF
@@ -160,6 +161,7 @@ def validate(
     n_val: int = 64,
     seed: int = 0,
     scenarios: Sequence[Scenario] = SCENARIOS,
+    reading: Reading | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Validation:
     """Judge ranking methods on planted pairs made from a base model.
@@ -177,6 +179,7 @@ def validate(
         n_val: at most so many val prompts are used.
         seed: decides layers, heads and changes.
         scenarios: what is planted.
+        reading: where prompts are decided and how long they may be.
         advance: called with 1 after each planted pair.
 
     Returns:
@@ -187,7 +190,7 @@ def validate(
     """
     _check(base, methods, pairs)
     some = _some_prompts(prompts, n_train, n_val)
-    suite = _Suite(base, some, tuple(layers or ()), alpha, drift, strength, seed)
+    suite = _Suite(base, some, tuple(layers or ()), alpha, drift, strength, seed, reading)
     scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
     kinds: Counter[tuple[str, str, str]] = Counter()
     alarms: list[bool] = []
@@ -228,6 +231,7 @@ class _Suite:
     drift: float
     strength: float
     seed: int
+    reading: Reading | None
 
     def trial(self, scenario: Scenario, number: int) -> _Trial:
         """Plant one pair and make it ready to measure."""
@@ -251,7 +255,7 @@ class _Suite:
             seed=seed,
         )
         base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
-        pair = ModelPair("planted", base, tuned, self.prompts)
+        pair = ModelPair("planted", base, tuned, self.prompts, reading=self.reading)
         experiment = prepare(pair, fit_maps(pair, [layer]))
         measured = MeasuredSets.of(experiment, layer, self.alpha)
         return _Trial(scenario, planted, experiment, measured, layer, seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.config import RunConfig
 from rq4lens.files import write_json_atomic
+from rq4lens.models.catalog import reading_of
 from rq4lens.study import Stage, silent
 from rq4lens.validate import SCENARIOS, FalseAlarms, Recovery, Validation, base_of, validate
 
@@ -54,6 +55,7 @@ def validate_config(
             pairs=pairs,
             drift=drift,
             seed=config.seed,
+            reading=reading_of(config),
             advance=advance,
         )
     if out is not None:

@@ -15,6 +15,7 @@ from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.loading import LoadedModel
+from rq4lens.models.reading import Reading
 from rq4lens.results import HeadRanking
 from rq4lens.validate import LEVEL, SCENARIOS, Scenario, base_of, validate
 from rq4lens.validation_text import validate_config, validation_text
@@ -171,12 +172,22 @@ def test_a_scenario_of_ones_own():
         ({"methods": ["luck"]}, "'luck' does not exist"),
         ({"methods": ["delta"], "pairs": 0}, "at least 1"),
         ({"methods": ["delta"], "layers": [99]}, "L99H"),
+        ({"reading": Reading("marker", "nowhere")}, "marker 'nowhere' does not stand in prompt"),
     ],
 )
 def test_what_cannot_be_validated_is_said(settings, said):
     """One clear sentence."""
     with pytest.raises(UserError, match=said):
-        small(**settings)
+        small(**{"methods": ["delta"], **settings})
+
+
+def test_prompts_are_read_as_the_configuration_says(tmp_path):
+    """The decision rule of a pair's settings holds for planted pairs too."""
+    settings = write_pair(tmp_path)
+    own = {name: settings[name] for name in ("base", "prompts")}
+    config = config_from(own | {"decision_rule": "marker", "marker": "nowhere"})
+    with pytest.raises(UserError, match="marker 'nowhere' does not stand in prompt"):
+        validate_config(config, "delta", layer=1, pairs=1)
 
 
 def test_a_layer_with_too_few_value_heads_is_said():

@@ -296,6 +296,20 @@ def test_prompts_that_do_not_align_can_be_left_out(partly):
     assert rq4lens("verify", partly / "aligned").splitlines()[-1].startswith("PASS")
 
 
+def test_leaving_out_everything_is_refused(partly):
+    """If no prompt aligns there is nothing to measure, and the sentence says where to look."""
+    result = CliRunner().invoke(
+        app,
+        [
+            *("run", "--base", str(partly / "base"), "--tuned", str(partly / "tuned")),
+            *("--prompts", str(partly / "prompts.jsonl"), "--layer", "1"),
+            *("--decision-rule", "offset", "--exclude-misaligned", "--out", str(partly / "none")),
+        ],
+    )
+    assert "none of the 40 prompts is read alike" in str(result.exception)
+    assert not (partly / "none").exists()
+
+
 def test_the_cut_on_the_left_is_counted(partly):
     """At most so many tokens are read; how many prompts were cut is in the provenance."""
     run_job(partly, "--max-tokens", "12", out="cut")

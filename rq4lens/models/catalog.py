@@ -78,6 +78,11 @@ def pair_from_config(
     if config.exclude_misaligned:
         audit = audit_prompts(prompts, _tokenizers(members), reading)
         kept = prompts.without(audit.misaligned)
+        if not len(kept):
+            raise UserError(
+                f"none of the {len(prompts)} prompts is read alike by both models: see why with "
+                "`rq4lens audit`, or choose another decision rule."
+            )
     return ModelPair(
         config.pair,
         members["base"],

@@ -32,14 +32,14 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.main { font-weight: 600; }
 </style>
 </head>
 <body>
 <h1>{{ name }}</h1>
-<p>{{ setting | join(" · ") }}</p>
 {{ figure }}
 <h2>Proposed layers</h2>
 <div class="wide"><table>
@@ -168,7 +168,7 @@ def _page(
         div_id="study_layers",
     )
     return environment.from_string(_PAGE).render(
-        name=name, setting=setting, figure=Markup(figure), rows=rows, cells=list(map(_shown, cells))
+        name=name, figure=Markup(figure), rows=rows, cells=list(map(_shown, cells))
     )
 
 

@@ -30,10 +30,11 @@ def study_layers(rows: Sequence[Row], setting: Sequence[str], *, dark: bool = Fa
     for place, cell in enumerate(cells):
         own = sorted((row for row in rows if row["cell"] == cell), key=lambda row: row["layer"])
         figure.add_trace(_line(own, theme.plain(cell), place, same_depth=same_depth))
-    figure.update_xaxes(
-        title_text="layer" if same_depth else "relative depth (0 first layer, 1 last)",
-        tickformat="d" if same_depth else ".1f",
-    )
+    if same_depth:
+        step = max(1, len({row["layer"] for row in rows}) // 12)
+        figure.update_xaxes(title_text="layer", tick0=0, dtick=step)
+    else:
+        figure.update_xaxes(title_text="relative depth (0 first layer, 1 last)")
     figure.update_yaxes(title_text="ΔKL of all heads (nats)", rangemode="tozero")
     return theme.frame(
         figure,

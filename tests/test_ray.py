@@ -16,6 +16,9 @@ from pair_on_disk import write_pair
 from rq4lens.cluster.launch import run_on_cluster
 from rq4lens.cluster.many import Many
 from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.study_file import read_study
+from rq4lens.cluster.study_job import run_study_file
+from rq4lens.cluster.study_report import ROWS
 from rq4lens.cluster.where import LOOPBACK_SWITCH, Cluster
 from rq4lens.config import config_from, preset
 from rq4lens.errors import UserError
@@ -162,6 +165,32 @@ def test_interrupted_work_goes_on_and_its_ports_are_loopback(config, tmp_path):
     while list(children()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not list(children())
+
+
+@pytest.mark.parametrize(("workers", "stage_name"), [(1, "sweeps on 1"), (3, "pieces on")])
+def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
+    config, tmp_path, workers, stage_name
+):
+    """Whole sweeps for each worker where there are enough of them; else all share each sweep."""
+    pair = "\n".join(f"{name} = {getattr(config, name)!r}" for name in ("base", "tuned", "prompts"))
+    path = tmp_path / "study.toml"
+    path.write_text(
+        f'alphas = [0.3, 0.6]\nlayers = "1"\n[settings]\ndevice = "cpu"\nresamples = 100\n'
+        f'[[pairs]]\nname = "p"\n{pair}\n'
+    )
+    study = read_study(path)
+    names = []
+
+    @contextmanager
+    def stage(name, _rows=None):
+        names.append(name)
+        yield lambda _: None
+
+    many = Many(cluster="local", workers=workers)
+    said = run_study_file(study, tmp_path / "ray", many, stage=stage)
+    assert any(name.startswith(stage_name) for name in names)
+    assert said == run_study_file(study, tmp_path / "alone")
+    assert (tmp_path / "ray" / ROWS).read_bytes() == (tmp_path / "alone" / ROWS).read_bytes()
 
 
 def test_what_a_worker_refuses_is_one_sentence(config, tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.where import Cluster, environment
@@ -38,11 +41,40 @@ def run_on_cluster(
     Raises:
         UserError: if Ray is not installed, or the request does not fit the pair or the cluster.
     """
+    return _ray_job(cluster).run(request, directory, cluster, fresh=fresh, stage=stage)
+
+
+def finish_on_cluster(
+    requests: Mapping[Path, Request],
+    cluster: Cluster,
+    done: Callable[[Path], None],
+    *,
+    fresh: bool = False,
+    stage: Stage = silent,
+) -> None:
+    """Measure several jobs on a Ray cluster, and write the results of each.
+
+    Where there are at least as many jobs as workers, each worker does whole ones, so that a pair is
+    loaded once; otherwise all workers share one job after the other.
+
+    Args:
+        requests: what is measured, by run directory.
+        cluster: where.
+        done: told the directory of each job that is finished.
+        fresh: measure again what is there.
+        stage: opens a stage of the work, for progress bars.
+
+    Raises:
+        UserError: as for :func:`run_on_cluster`.
+    """
+    _ray_job(cluster).run_all(requests, cluster, done, fresh=fresh, stage=stage)
+
+
+def _ray_job(cluster: Cluster) -> Any:
+    """The module that imports Ray, once Ray's switches are set."""
     if find_spec("ray") is None:
         raise UserError(
             "--cluster needs Ray, which is not installed: pip install 'rq4lens[cluster]'."
         )
     os.environ.update(environment(cluster))
-    from rq4lens.cluster.ray_job import run  # noqa: PLC0415 - after Ray's switches are set
-
-    return run(request, directory, cluster, fresh=fresh, stage=stage)
+    return import_module("rq4lens.cluster.ray_job")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rq4lens.cluster.where import LOCAL, Cluster
 from rq4lens.errors import UserError
 from rq4lens.stages import Stage, silent
 
@@ -48,6 +49,11 @@ class Many:
         """Whether the work is shared out at all."""
         return self.shard is not None or self.cluster is not None
 
+    @property
+    def where(self) -> Cluster:
+        """The cluster that was asked for; this machine if none was."""
+        return Cluster(self.cluster or LOCAL, self.workers, self.gpus_per_worker)
+
     def measure(
         self, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
     ) -> str:
@@ -65,10 +71,8 @@ class Many:
         from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - see above
         from rq4lens.cluster.pieces import Shard  # noqa: PLC0415
         from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
-        from rq4lens.cluster.where import Cluster  # noqa: PLC0415
 
         if self.shard is not None:
             shard = Shard.parse(self.shard)
             return run_shard(request, directory, shard, fresh=fresh, stage=stage)
-        cluster = Cluster(self.cluster or "local", self.workers, self.gpus_per_worker)
-        return run_on_cluster(request, directory, cluster, fresh=fresh, stage=stage)
+        return run_on_cluster(request, directory, self.where, fresh=fresh, stage=stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -69,10 +69,7 @@ class Worker:
             UserError: if this node does not see the run directory, or the request does not fit.
         """
         if not self.is_first and not (self.directory / JOB).is_file():
-            raise UserError(
-                f"node {socket.gethostname()!r} does not see {str(self.directory)!r}: name a "
-                "folder with --out that lies on a file system which all nodes share."
-            )
+            raise UserError(_not_shared(str(self.directory)))
         self._bench = Workbench(self.request, self.directory, fresh=self.fresh)
         self._job = self._bench.job()
 
@@ -113,6 +110,94 @@ class Worker:
         self._bench = None
         gc.collect()
         return finish(request, self.directory)
+
+
+class Finisher:
+    """The work of one actor that does whole jobs.
+
+    Args:
+        jobs: what is measured, and the run directory.
+        fresh: measure again what is there.
+    """
+
+    def __init__(self, jobs: list[tuple[Request, str]], fresh: bool) -> None:
+        self.jobs = jobs
+        self.fresh = fresh
+
+    def open(self) -> None:
+        """Nothing is loaded before a job is given out."""
+
+    def finish(self, place: int) -> int:
+        """Measure a job and write its results; what is there already is not measured again.
+
+        Raises:
+            UserError: if this node does not see the run directory, or the job cannot be done.
+        """
+        request, directory = self.jobs[place]
+        if not Path(directory).is_dir():
+            raise UserError(_not_shared(directory))
+        finish(request, Path(directory), fresh=self.fresh)
+        gc.collect()
+        return place
+
+
+def run_all(
+    requests: Mapping[Path, Request],
+    cluster: Cluster,
+    done: Callable[[Path], None],
+    *,
+    fresh: bool,
+    stage: Stage = silent,
+) -> None:
+    """Measure several jobs; see :func:`rq4lens.cluster.launch.finish_on_cluster`."""
+    with connected(cluster):
+        size = size_of(cluster, len(requests) + 1)
+        if size > len(requests):
+            for directory, request in requests.items():
+                run(request, directory, cluster, fresh=fresh, stage=stage)
+                done(directory)
+        else:
+            _finish_all(requests, cluster, size, done, fresh=fresh, stage=stage)
+
+
+def _finish_all(
+    requests: Mapping[Path, Request],
+    cluster: Cluster,
+    size: int,
+    done: Callable[[Path], None],
+    *,
+    fresh: bool,
+    stage: Stage,
+) -> None:
+    directories, actor = list(requests), ray.remote(Finisher)
+    for directory in directories:
+        make_directory(directory)
+    jobs = [(_anywhere(requests[each], cluster), str(each.resolve())) for each in directories]
+
+    def start() -> Any:
+        return actor.options(
+            num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
+        ).remote(jobs, fresh)
+
+    pool = Pool(start, size)
+    try:
+        with stage(f"sweeps on {size} workers", len(jobs)) as advance:
+
+            def finished(place: int) -> None:
+                done(directories[place])
+                if advance is not None:
+                    advance(1)
+
+            pool.run("finish", range(len(jobs)), finished)
+    finally:
+        pool.close()
+
+
+def _not_shared(directory: str) -> str:
+    return (
+        f"node {socket.gethostname()!r} does not see {directory!r}: name a folder with --out that "
+        "lies on a file system which all nodes share."
+    )
 
 
 def run(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rq4lens.cluster.jobs import JOB
+from rq4lens.cluster.launch import finish_on_cluster
 from rq4lens.cluster.many import Many
 from rq4lens.cluster.pieces import WHOLE, Shard
 from rq4lens.cluster.shards import finish, merge_job, run_shard
@@ -75,24 +76,37 @@ def run_study_file(
     if many.shard is not None:
         return _run_share(plan, directory, Shard.parse(many.shard), fresh=fresh, stage=stage)
     marks = Store(directory / FINISHED, fresh=fresh)
-    for place, cell in enumerate(plan.cells):
-        own = cell.directory(directory)
-        if _is_finished(cell, own, marks):
-            continue
+    left = {
+        own: cell
+        for cell in plan.cells
+        if not _is_finished(cell, own := cell.directory(directory), marks)
+    }
 
-        def named(name: str, rows: int | None, place: int = place, cell: Cell = cell) -> Any:
-            return stage(f"{place + 1}/{len(plan.cells)} {cell.name}: {name}", rows)
+    def done(own: Path) -> None:
+        marks.put(_Finished(left[own]), {})
 
-        if many.asked:
-            many.measure(cell.request, own, fresh=fresh, stage=named)
-        else:
+    if many.cluster is not None and left:
+        requests = {own: cell.request for own, cell in left.items()}
+        finish_on_cluster(requests, many.where, done, fresh=fresh, stage=stage)
+    else:
+        for place, (own, cell) in enumerate(left.items(), start=1):
+            named = _named(f"{place}/{len(left)} {cell.name}", stage)
             finish(cell.request, own, fresh=fresh, stage=named)
-        marks.put(_Finished(cell), {})
+            done(own)
     return write_study_report(plan, directory)
 
 
 def _is_finished(cell: Cell, directory: Path, marks: Store) -> bool:
     return marks.get(_Finished(cell)) is not None and (directory / LAYERS).is_file()
+
+
+def _named(name: str, stage: Stage) -> Stage:
+    """Stages that say which cell they are of."""
+
+    def open_stage(what: str, rows: int | None) -> Any:
+        return stage(f"{name}: {what}", rows)
+
+    return open_stage
 
 
 def _run_share(plan: StudyPlan, directory: Path, shard: Shard, *, fresh: bool, stage: Stage) -> str:

@@ -43,7 +43,7 @@ def test_cross_fitted_p_values_of_null_heads_are_uniform():
     for seed in range(N_NULLS):
         cross_fit = CrossFit.of(measured(null_game(seed)), "delta", 1, seed)
         rankings = RandomRankings.draw(cross_fit, 200, seed)
-        p_values.append(rankings.cross_fitted_p_value(3))
+        p_values.append(rankings.cross_fitted_p_value(3).value)
     assert is_uniform(p_values, 100)
 
 

@@ -206,7 +206,8 @@ def _percent(whole: ndarray, part: ndarray) -> ndarray:
 def random_controls(rows: Sequence[CoverageRow], n_heads: int) -> list[Control]:
     """Random heads, with maps fitted like all others, against the top k chosen on other prompts.
 
-    The claim survives when the cross-fitted p-value is at most 0.05.
+    The claim survives when the cross-fitted p-value is at most 0.05. Where it cannot be that small,
+    as for 1 of 16 heads, the control has no verdict.
 
     Args:
         rows: the coverage table.
@@ -219,14 +220,17 @@ def _random(row: CoverageRow) -> Control:
     name, question = f"random heads, k={row.k}", "Do as many random heads carry as much?"
     reference = row.cross_fitted_coverage_pct
     if row.p_value is None or row.random_mean_pct is None or reference.value is None:
-        reason = reference.reason or row.reason or "there is no p-value"
-        return missing(name, question, reason, COVERAGE_PCT)
+        absent = reference.reason or row.reason or "there is no p-value"
+        return missing(name, question, absent, COVERAGE_PCT)
     difference = Estimate(
         reference.value - row.random_mean_pct, None, f"judged by p = {row.p_value:.3g}"
     )
     mean = Estimate(row.random_mean_pct, None, f"mean of {row.n_subsets} random sets")
-    survives = row.p_value <= SIGNIFICANT
+    assert row.p_value_min is not None
+    decides = row.p_value_min <= SIGNIFICANT
+    survives = row.p_value <= SIGNIFICANT if decides else None
+    reason = None if decides else f"no p-value below {row.p_value_min:.3g} can come out"
     share = Estimate(100 * row.random_mean_pct / reference.value) if reference.value else NO_SHARE
     return Control(
-        name, question, mean, reference, difference, COVERAGE_PCT, survives, share_pct=share
+        name, question, mean, reference, difference, COVERAGE_PCT, survives, reason, share
     )

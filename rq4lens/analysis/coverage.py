@@ -240,12 +240,13 @@ def _with_cross_fit(
     cross_fitted, optimism = _coverage_of(study, np.stack([crossed, plain - crossed]))
     if optimism.value is not None and np.allclose(plain, crossed, rtol=1e-12, atol=0):
         optimism = exact(0.0)  # every half chose the heads that all prompts choose
+    p_value = rankings.cross_fitted_p_value(k)
     return replace(
         row,
         cross_fitted_coverage_pct=_by_definition(study, k, cross_fitted, 100.0),
         optimism_pct=_by_definition(study, k, optimism, 0.0),
-        p_value=rankings.cross_fitted_p_value(k),
-        p_value_min=1 / (1 + rankings.n_draws),
+        p_value=p_value.value,
+        p_value_min=p_value.smallest,
     )
 
 

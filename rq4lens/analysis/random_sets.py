@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from math import comb
+from math import comb, factorial, prod
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
 from rq4lens.analysis.crossfit import CrossFit
@@ -42,6 +43,13 @@ def monte_carlo_p_value(draws: Float64[ndarray, "draw"], value: float) -> float:
         Phipson and Smyth, Permutation P-values Should Never Be Zero (2010), equation 2.
     """
     return (1 + at_least(draws, value)) / (1 + len(draws))
+
+
+class PValue(NamedTuple):
+    """A p-value, and the smallest it could have been."""
+
+    value: float
+    smallest: float
 
 
 @dataclass(frozen=True)
@@ -99,18 +107,42 @@ class RandomRankings:
         """Mean ``ΔKL`` of the first k heads of each random ranking."""
         return self.measured.delta(self.top_sets(k))
 
-    def cross_fitted_p_value(self, k: int) -> float:
+    def cross_fitted_p_value(self, k: int) -> PValue:
         """How often relabelled halves reach the cross-fitted effect of the top k heads.
 
-        It is exact: when no head is reliably better than another, the ranking of one half says
-        nothing about the other, and the p-value is uniform.
+        When no head is reliably better than another, the ranking of one half says nothing about the
+        other, and the p-value is uniform. A relabelling that maps the top k of both halves onto
+        themselves always reaches the effect; how many do is known, so only the others are sampled.
         """
         first = self.cross_fit.first[0]
         delta_nats = self.measured.delta_nats(self.top_sets(k))
         on_first, on_second = np.split(delta_nats, 2)
         n_prompts = delta_nats.shape[1]
         null = (on_first @ first + on_second @ ~first) / n_prompts
-        return monte_carlo_p_value(null, self.cross_fit.split_delta_nats(0)[k].mean())
+        observed = self.cross_fit.split_delta_nats(0)[k].mean()
+        others = null[~self._unchanged(k)]
+        share = self._share_unchanged(k)
+        return PValue(
+            share + (1 - share) * monte_carlo_p_value(others, observed),
+            share + (1 - share) / (1 + len(others)),
+        )
+
+    def _top(self, k: int) -> list[Int64[ndarray, "k"]]:
+        """Sorted top k heads of the first and of the second half."""
+        return [np.sort(order[:k]) for order in self.cross_fit.orders[0]]
+
+    def _unchanged(self, k: int) -> Bool[ndarray, "draw"]:
+        """Which relabellings map the top k of both halves onto themselves."""
+        first, second = self._top(k)
+        same_first = (np.sort(self.of_first[:, :k], axis=1) == first).all(1)
+        return same_first & (np.sort(self.of_second[:, :k], axis=1) == second).all(1)
+
+    def _share_unchanged(self, k: int) -> float:
+        """The share of all relabellings that do: heads move only within four parts."""
+        first, second = (set(top.tolist()) for top in self._top(k))
+        both, n_heads = len(first & second), self.measured.n_heads
+        parts = (both, k - both, k - both, n_heads - 2 * k + both)
+        return prod(factorial(part) for part in parts) / factorial(n_heads)
 
 
 def random_sets(

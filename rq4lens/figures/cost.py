@@ -44,13 +44,13 @@ def engine_cost(
             orientation="h",
             y=[theme.plain(name) for name in seconds],
             x=list(seconds.values()),
-            text=[f"{ratio:.3g}×" for ratio in ratios.values()],
+            text=[_times(ratio) for ratio in ratios.values()],
             textposition="outside",
             cliponaxis=False,
             marker_color=[theme.GREY if name == reference else theme.BLUE for name in seconds],
             hovertext=[
                 f"<b>{theme.plain(name)}</b><br>{value:.3g} s"
-                f"<br>{ratios[name]:.3g} × {theme.plain(reference)}"
+                f"<br>{_times(ratios[name])} {theme.plain(reference)}"
                 for name, value in seconds.items()
             ],
             hovertemplate="%{hovertext}<extra></extra>",
@@ -68,3 +68,7 @@ def engine_cost(
         right_px=54,
         dark=dark,
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}×" if ratio >= 1000 else f"{ratio:.3g}×"

@@ -114,8 +114,13 @@ def entries(record: dict[str, Any]) -> list[Entry]:
 
 def row(label: str, seconds: float, ratio: float, faster: float | None) -> str:
     """One line of a table."""
-    by = "" if faster is None else f"{faster:.3g}x"
-    return f"| {label} | {seconds:.3g} | {ratio:.3g}x | {by} |"
+    by = "" if faster is None else f"{short(faster)}x"
+    return f"| {label} | {short(seconds)} | {short(ratio)}x | {by} |"
+
+
+def short(value: float) -> str:
+    """A number with three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def remarks(record: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from rq4lens.analysis.control_sources import (
     MEAN_ONLY,
     ROTATED,
     SHUFFLED,
+    TUNED_MEAN,
     WRONG_LAYER,
     FitData,
     control_sources,
@@ -180,6 +181,14 @@ def test_mean_only_control_moves_the_mean(planted):
     shift = (data.y.mean(0) - data.x.mean(0)).float()
     base = experiment.sources[LAYER, "raw"]
     assert torch.allclose(sources[MEAN_ONLY], base + shift, atol=1e-5)
+
+
+def test_tuned_mean_control_knows_no_prompt(planted):
+    """It is the mean tuned activation of the train prompts, on every prompt."""
+    experiment, activations = planted
+    source = control_sources(experiment, LAYER, CONTROL, activations, 0)[TUNED_MEAN]
+    mean = activations.z("tuned", "train", LAYER).mean(0)
+    assert torch.allclose(source, mean.expand_as(source), atol=1e-5)
 
 
 def test_refitting_on_the_same_rows_is_the_same_map(planted):

@@ -28,6 +28,7 @@ SHUFFLED = "shuffled pairs"
 WRONG_LAYER = "wrong layer"
 ROTATED = "random rotation"
 MEAN_ONLY = "mean only"
+TUNED_MEAN = "tuned mean"
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,13 @@ def control_sources(
     own, data = experiment.maps[layer], FitData.of(activations, layer)
     z_base = activations.z("base", experiment.split, layer)
     predicted = own(z_base)
+    mean = data.y.mean(0).to(predicted)
     turns = random_rotations(experiment.n_heads, z_base.shape[-1], seed)
     sources = {
         SHUFFLED: refit(own, data.unpaired(seed))(z_base),
-        ROTATED: rotated(predicted, data.y.mean(0).to(predicted), turns),
+        ROTATED: rotated(predicted, mean, turns),
         MEAN_ONLY: refit(own, data, "mean_shift")(z_base),
+        TUNED_MEAN: mean.expand_as(predicted),
     }
     if control_layer is not None and control_layer in experiment.maps:
         sources[WRONG_LAYER] = experiment.maps[control_layer](z_base)

@@ -13,6 +13,7 @@ from rq4lens.analysis.control_sources import (
     MEAN_ONLY,
     ROTATED,
     SHUFFLED,
+    TUNED_MEAN,
     WRONG_LAYER,
     control_sources,
 )
@@ -33,6 +34,7 @@ QUESTIONS = {
     WRONG_LAYER: "Does the control layer's map, used at the main layer, repair as much?",
     ROTATED: "Do predictions of the same length in random directions repair as much?",
     MEAN_ONLY: "Does moving the mean alone repair as much?",
+    TUNED_MEAN: "Does the tuned mean repair as much, whatever the prompt says?",
 }
 """What the controls ask that put something else in the map's place."""
 

@@ -144,18 +144,17 @@ def test_a_broken_prompt_file_is_refused_in_one_sentence(tmp_path, content, said
     refusal(PromptSet.from_jsonl, path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(content for content, _ in BROKEN_PROMPTS.values()),
-        b"id,text,split\na,\x00,val,\n",
-        b"id,text,split\na," + b"x" * 200_000 + b",val\n",
-        b'id,text,split\n"""",",\n",,\n',
-        b"id,text,split,id\na,x,val,b\n",
-        b"id,messages,split\na," + b"[" * 100_000 + b",val\n",
-        "id,text,split\na,\ud800,val\n".encode("utf-8", "surrogatepass"),
-    ],
-)
+BROKEN_TABLES = {
+    "NUL and a column too many": b"id,text,split\na,\x00,val,\n",
+    "a field beyond csv's limit": b"id,text,split\na," + b"x" * 200_000 + b",val\n",
+    "quotes that do not match": b'id,text,split\n"""",",\n",,\n',
+    "a column twice": b"id,text,split,id\na,x,val,b\n",
+    "deep nesting in a cell": b"id,messages,split\na," + b"[" * 100_000 + b",val\n",
+    "half a character in a cell": "id,text,split\na,\ud800,val\n".encode("utf-8", "surrogatepass"),
+} | {f"not a table: {name}": content for name, (content, _) in BROKEN_PROMPTS.items()}
+
+
+@pytest.mark.parametrize("content", BROKEN_TABLES.values(), ids=BROKEN_TABLES.keys())
 def test_a_broken_csv_file_is_refused_in_one_sentence(tmp_path, content):
     """Whatever the file holds, it is prompts or one sentence; none of these is prompts."""
     path = tmp_path / "p.csv"

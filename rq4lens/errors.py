@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the sentence and exits with code 2; a script can catch it as an
     ordinary ``ValueError``.
     """
+
+    def __str__(self) -> str:
+        """The sentence without characters that would act on a terminal."""
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in super().__str__())

@@ -168,20 +168,40 @@ def read_regular_bytes(path: Path, most: int | None = None) -> bytes:
         return file.read()
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, unique_keys: bool = False) -> Any:
     """The value of a strict JSON text.
+
+    Args:
+        text: the text.
+        unique_keys: whether an object may not say two things under one key.
 
     Raises:
         ValueError: if the text is not JSON, or holds a number that is not finite.
         RecursionError: if it is nested too deeply to read.
     """
-    value = json.loads(text, parse_constant=_refuse_constant)
+    pairs = _object_of_unique_keys if unique_keys else None
+    value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=pairs)
     json.dumps(value, allow_nan=False)  # an overflowing literal such as 1e999 reads as infinity
     return value
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not strict JSON")
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {short_value(key)} twice")
+        found[key] = value
+    return found
+
+
+def short_value(value: Any, most: int = 80) -> str:
+    """A value as Python writes it, cut to a length that fits a sentence; printable anywhere."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def short_reason(problem: BaseException, most: int = 200) -> str:

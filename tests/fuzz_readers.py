@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from model_zoo import ZOO, save, train_tokenizer
+from peft import LoraConfig, get_peft_model
 
 from rq4lens.analysis.metrics import records
 from rq4lens.analysis.ranking_file import read_ranking
@@ -29,6 +31,10 @@ from rq4lens.config import config_from, read_config
 from rq4lens.errors import UserError
 from rq4lens.files import read_json
 from rq4lens.heads import HeadSet
+from rq4lens.models.adapter_check import check_adapter
+from rq4lens.models.adapters import base_of
+from rq4lens.models.checkpoint import locate
+from rq4lens.models.loading import load_hooked, loadable_architecture
 from rq4lens.models.prompts import PromptSet
 from rq4lens.patching.maps import LayerMap, load_map, save_map
 from rq4lens.results import ConditionResult, GridResult, GridSettings
@@ -266,6 +272,74 @@ def finished_run(rng: random.Random, count: int, folder: Path) -> tuple[Reader, 
     return read, inputs()
 
 
+def model_folder(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
+    """Configuration, header, index and adapter settings, as they are checked before loading."""
+    read, valid = checkpoint_files(folder)
+    names = ["config.json", WEIGHTS, INDEX, "adapter_config.json"]
+    return read, (damaged(names[n % 4], valid, rng) for n in range(count))
+
+
+def whole_model(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
+    """The same files and the tokenizer's, loaded to the end."""
+    read, valid = checkpoint_files(folder, whole=True)
+    names = ["config.json", WEIGHTS, "tokenizer_config.json", "tokenizer.json"]
+    return read, (damaged(names[n % 4], valid, rng) for n in range(count))
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def damaged(name: str, valid: dict[str, bytes], rng: random.Random) -> bytes:
+    """A file's name, a NUL and its damaged content."""
+    content = valid[name]
+    if name == WEIGHTS:
+        size = 8 + int.from_bytes(content[:8], "little")
+        if rng.random() < 0.5:
+            header = next(json_mutants([json.loads(content[8:size])], 1, rng))
+            start = len(header).to_bytes(8, "little") + header
+        else:
+            start = next(mutants([content[:size]], 1, rng))
+        return name.encode() + b"\0" + start + content[size:]
+    as_json = rng.random() < 0.7
+    changed = json_mutants([json.loads(content)], 1, rng) if as_json else mutants([content], 1, rng)
+    return name.encode() + b"\0" + next(changed)
+
+
+def checkpoint_files(folder: Path, *, whole: bool = False) -> tuple[Reader, dict[str, bytes]]:
+    """A reader of one damaged file in a folder that is whole but for it, and the whole files."""
+    plain, sharded, adapter = folder / "plain", folder / "sharded", folder / "adapter"
+    model = ZOO["llama"].make()
+    save(model, train_tokenizer(), plain)
+    save(model, train_tokenizer(), sharded, max_shard_size="40KB")
+    settings = LoraConfig(r=2, target_modules=r".*\.(q|v)_proj", rank_pattern={"v_proj": 1})
+    get_peft_model(model, settings).save_pretrained(adapter)
+    homes = {INDEX: sharded, "adapter_config.json": adapter}
+    names = ("config.json", WEIGHTS, "tokenizer_config.json", "tokenizer.json", *homes)
+    edit = json.loads((adapter / "adapter_config.json").read_text())
+    edit["base_model_name_or_path"] = str(plain)
+    (adapter / "adapter_config.json").write_text(json.dumps(edit))
+    valid = {name: (homes.get(name, plain) / name).read_bytes() for name in names}
+
+    def read(data: bytes) -> object:
+        name, _, content = data.partition(b"\0")
+        home = homes.get(name.decode(), plain)
+        path = home / name.decode()
+        path.write_bytes(content)
+        try:
+            return load_hooked(home).fingerprint if whole else check(home)
+        finally:
+            path.write_bytes(valid[name.decode()])
+
+    def check(home: Path) -> object:
+        found = locate(home)
+        if found.is_adapter:
+            check_adapter(found, ["model.layers.0.self_attn.q_proj", "lm_head"])
+            found = base_of(found)
+        return loadable_architecture(found), len(found.weight_files)
+
+    return read, valid
+
+
 def small_grid() -> GridResult:
     """A grid of two heads and three prompts."""
     draw = np.random.default_rng(0)
@@ -303,6 +377,8 @@ READERS = {
     "run.json as configuration": (run_json, 4_000),
     "settings": (settings, 4_000),
     "finished runs": (finished_run, 300),
+    "model folders": (model_folder, 3_000),
+    "model folders, loaded": (whole_model, 100),
 }
 
 

@@ -137,7 +137,7 @@ def test_missing_parts_are_refused(llama, tmp_path, tokenizer):
 def test_weights_of_another_shape_are_refused(llama):
     """Weights that do not have the shapes of their configuration are refused."""
     edit_config(llama, intermediate_size=64)
-    assert "cannot be read" in refusal(llama)
+    assert "[32, 48], and config.json asks for [32, 64]" in refusal(llama)
 
 
 def test_code_of_a_checkpoint_does_not_run_unasked(llama, tmp_path):

@@ -356,7 +356,7 @@ def find_architecture(name: str | None) -> Architecture:
     """
     if name not in ARCHITECTURES:
         raise UserError(
-            f"Architecture {name} cannot be loaded; allowed are {', '.join(ARCHITECTURES)}; "
-            "use a causal language model of one of these."
+            f"Architecture {str(name)[:80]} cannot be loaded; allowed are "
+            f"{', '.join(ARCHITECTURES)}; use a causal language model of one of these."
         )
     return ARCHITECTURES[name]

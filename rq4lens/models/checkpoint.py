@@ -5,8 +5,8 @@ Nothing here reads a weight: a checkpoint is refused before anything large is lo
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from transformer_lens.utilities.quantization import quantization_method
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq4lens.errors import UserError
+from rq4lens.files import short_reason, short_value
+from rq4lens.models.checkpoint_json import read_json
+from rq4lens.models.weight_files import StoredTensor, stored_tensors, weight_files, weight_names
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 """What is fetched from the hub before the weights: configuration, tokenizer, index."""
@@ -34,7 +37,6 @@ UNREACHABLE = (
     HfHubHTTPError,
     OSError,
 )
-PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,16 @@ class Checkpoint:
         Raises:
             UserError: There are none, or a shard that the index lists is missing.
         """
-        return _weight_files(self)
+        return weight_files(self.folder, self.source)
 
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the weights by name, from the headers of their files.
 
-def read_json(path: Path, source: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint.
-
-    Args:
-        path: The file.
-        source: The checkpoint, for the error.
-
-    Returns:
-        Its content.
-
-    Raises:
-        UserError: The file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{source} has no {path.name}; give a folder written by save_pretrained, "
-            "or a hub id as org/name."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore the file.") from None
+        Raises:
+            UserError: A file is missing or damaged, or does not hold plain weights.
+        """
+        return stored_tensors(self.folder, self.source)
 
 
 def locate(
@@ -121,8 +108,9 @@ def locate(
     Raises:
         UserError: No such folder or hub id, no access, or no network.
     """
-    path = Path(source).expanduser()
+    path = _possible_path(source)
     if path.is_dir():
+        _refuse_what_is_no_file(path)
         return Checkpoint(source=str(source), folder=path, revision=None)
     if is_path(source):
         raise UserError(
@@ -131,8 +119,33 @@ def locate(
         )
     folder = _download(str(source), revision, SMALL_FILES)
     if with_weights:
-        _download(str(source), revision, _weight_names(folder))
+        _download(str(source), revision, weight_names(folder))
     return Checkpoint(source=str(source), folder=folder, revision=folder.name)
+
+
+def _possible_path(source: str | Path) -> Path:
+    """The source as a path, if any file system could have it."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise UserError(
+            f"{short_value(str(source))} can be neither a folder nor a hub id "
+            f"({short_reason(problem)}); give an existing Hugging Face folder or a hub id as "
+            "org/name."
+        ) from None
+    return path
+
+
+def _refuse_what_is_no_file(folder: Path) -> None:
+    """Refuse what libraries would pass over or hang at: dead links, pipes and devices."""
+    for pattern in (*SMALL_FILES, "*.safetensors"):
+        for path in folder.glob(pattern):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is not a regular file (a link that leads nowhere, a folder, a pipe or "
+                    "a device); fetch or save the checkpoint again."
+                )
 
 
 def is_path(source: str | Path) -> bool:
@@ -144,10 +157,19 @@ def is_path(source: str | Path) -> bool:
 
 
 def architecture_of(checkpoint: Checkpoint) -> str | None:
-    """The architecture's name, from ``config.json`` or its model type; None if neither says."""
+    """The architecture's name, from ``config.json`` or its model type; None if neither says.
+
+    Raises:
+        UserError: ``config.json`` cannot be read, or names it in no readable way.
+    """
     config = checkpoint.config
     stated = config.get("architectures") or [None]
-    return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
+    if not isinstance(stated, list) or not isinstance(stated[0], str | None):
+        raise UserError(
+            f"architectures={short_value(stated)} in config.json of {checkpoint.source} must be a "
+            "list of one name, as ['LlamaForCausalLM']; restore the file."
+        )
+    return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -161,40 +183,13 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     """
     config = checkpoint.config
     if config.get("quantization_config"):
-        method = quantization_method(config) or "an unnamed method"
+        settings = config["quantization_config"]
+        named = quantization_method(config) if isinstance(settings, dict) else None
+        method = named or "an unnamed method"
         raise UserError(
             f"{checkpoint.source} is quantized with {method}; head patching needs the plain "
             "weights: use the full-precision checkpoint, or save a dequantized copy."
         )
-
-
-def _weight_names(folder: Path) -> tuple[str, ...]:
-    """File names of the weights as the small files name them, in transformers' own order."""
-    if (folder / "adapter_config.json").is_file():
-        return ("adapter_model.safetensors",)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return ("model.safetensors",)
-    weight_map = read_json(index, str(folder))["weight_map"]
-    return tuple(sorted(set(weight_map.values())))
-
-
-def _weight_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    files = tuple(checkpoint.folder / name for name in _weight_names(checkpoint.folder))
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing:
-        return files
-    pickled = sorted(p.name for pattern in PICKLED for p in checkpoint.folder.glob(pattern))
-    if pickled:
-        raise UserError(
-            f"{checkpoint.source} holds its weights as {pickled[0]}, which is not safetensors; "
-            "only safetensors are read, as the others can run code: save it again with "
-            "save_pretrained."
-        )
-    raise UserError(
-        f"{checkpoint.source} lacks the weight file {missing[0]}; only safetensors are read, as "
-        "one model.safetensors or as shards with their model.safetensors.index.json."
-    )
 
 
 def _download(source: str, revision: str | None, names: tuple[str, ...]) -> Path:

@@ -20,6 +20,7 @@ from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
+from rq4lens.files import short_reason
 from rq4lens.models.architectures import Architecture, StateDict, find_architecture
 from rq4lens.models.rotary import write_longrope_tables
 
@@ -56,7 +57,12 @@ def hooked_from(
 def _config(
     hf_model: Any, entry: Architecture, architecture: str, dtype: torch.dtype, n_devices: int
 ) -> HookedTransformerConfig:
-    fields = entry.config(hf_model.config)
+    try:
+        fields = entry.config(hf_model.config)
+    except UserError:
+        raise
+    except Exception as error:  # a configuration of a stranger may say anything
+        raise _foreign(architecture, error) from error
     if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
         raise UserError(
             f"The activation function {fields['act_fn']!r} of this checkpoint is unknown to "
@@ -77,11 +83,15 @@ def _converted(hf_model: Any, entry: Architecture, cfg: HookedTransformerConfig)
     try:
         weights = entry.weights(hf_model, cfg)
     except (AttributeError, AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"TransformerLens cannot convert this {cfg.original_architecture} "
-            f"({type(error).__name__}: {error}); use a checkpoint of the usual form."
-        ) from error
+        raise _foreign(cfg.original_architecture, error) from error
     return _untied({name: _as_type(tensor, cfg.dtype) for name, tensor in weights.items()})
+
+
+def _foreign(architecture: str | None, error: Exception) -> UserError:
+    return UserError(
+        f"TransformerLens cannot convert this {architecture} ({type(error).__name__}: "
+        f"{short_reason(error)}); use a checkpoint of the usual form."
+    )
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rq4lens.errors import UserError
+from rq4lens.files import short_reason, short_value
 from rq4lens.models.checkpoint import Checkpoint
+from rq4lens.models.weight_files import LEFTOVER
 
-UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError)
-"""What transformers raises for a folder it cannot make sense of."""
+MODEL_SLACK = 1_000_000
+"""How many values more than twice its files a model may have; buffers are not in files."""
 
 
 def load_tokenizer(
@@ -40,7 +42,7 @@ def load_tokenizer(
         )
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
+    except Exception as error:  # a stranger's folder makes it fail in any way
         raise _unreadable(checkpoint, "tokenizer", error) from error
 
 
@@ -65,8 +67,8 @@ def load_hugging_face(
     Raises:
         UserError: The weights are pickled, incomplete, or cannot be read.
     """
-    _ = checkpoint.weight_files  # refuses pickles and missing shards in its own words
     try:
+        _refuse_larger_than_files(checkpoint, trust_remote_code)
         with _quiet_unless_terminal():
             model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
@@ -77,19 +79,70 @@ def load_hugging_face(
                 attn_implementation="eager",  # soft caps and sinks are exact in this one
                 experts_implementation="eager",  # and this one knows every type
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-    except UNREADABLE as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a stranger's folder makes it fail in any way
         raise _unreadable(checkpoint, "model", error) from error
-    _refuse_incomplete(checkpoint, report)
+    _refuse_other_weights(checkpoint, report)
     return model.eval()
 
 
-def _refuse_incomplete(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
-    missing = sorted(report["missing_keys"])
+def require_finite(hf_model: Any, source: str) -> None:
+    """Refuse weights that are not numbers: one of them, in a token that no check reads, is enough.
+
+    Args:
+        hf_model: A model with its weights.
+        source: The checkpoint, for the error.
+
+    Raises:
+        UserError: A weight is NaN or infinite.
+    """
+    for name, weight in hf_model.named_parameters():
+        # The extremes are NaN if any number is, and need no copy of the tensor.
+        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise UserError(
+                f"{source} has weights that are not finite, in {name}; save the fine-tune again "
+                "from a step before it broke."
+            )
+
+
+def _refuse_larger_than_files(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a configuration whose model would be filled up with random numbers, or the memory."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(tensor.n_values for tensor in checkpoint.tensors.values())
+    if asked > 2 * held + MODEL_SLACK:
+        name, largest = max(model.named_parameters(), key=lambda each: each[1].numel())
+        raise UserError(
+            f"config.json of {checkpoint.source} describes {asked:,} weights, as {name} of shape "
+            f"{list(largest.shape)}, and its files hold {held:,}; restore the file that "
+            "save_pretrained wrote."
+        )
+
+
+def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    source, missing = checkpoint.source, sorted(report["missing_keys"])
+    if report["mismatched_keys"]:
+        name, stored, asked = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"{name} of {source} has the shape {list(stored)}, and config.json asks for "
+            f"{list(asked)}; restore the file that belongs to the weights."
+        )
     if missing:
         raise UserError(
-            f"{checkpoint.source} lacks {len(missing)} weights of its architecture, as "
+            f"{source} lacks {len(missing)} weights of its architecture, as "
             f"{missing[0]}; save the whole causal language model with save_pretrained."
+        )
+    surplus = sorted(n for n in report["unexpected_keys"] if not LEFTOVER.search(n))
+    if surplus:
+        raise UserError(
+            f"{source} holds {len(surplus)} weights that its config.json has no place for, as "
+            f"{short_value(surplus[0], 160)}; without them it would be another model: restore the "
+            "config.json that belongs to the weights, or save the model without them."
         )
 
 
@@ -99,7 +152,7 @@ def _unreadable(checkpoint: Checkpoint, part: str, error: Exception) -> UserErro
             f"The {part} of {checkpoint.source} needs code that it brings along; read that code, "
             "and if you trust it pass trust_remote_code=True."
         )
-    first_line = str(error).strip().partition("\n")[0]
+    first_line = short_reason(error)
     return UserError(
         f"The {part} of {checkpoint.source} cannot be read ({type(error).__name__}: {first_line}); "
         "restore the folder, or save it again with save_pretrained."

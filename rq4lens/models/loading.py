@@ -21,9 +21,10 @@ from rq4lens.errors import UserError
 from rq4lens.models.adapters import base_of, merge_adapter
 from rq4lens.models.architectures import find_architecture
 from rq4lens.models.checkpoint import Checkpoint, architecture_of, locate, refuse_quantized
+from rq4lens.models.config_check import check_config
 from rq4lens.models.conversion import give_tokenizer, hooked_from
 from rq4lens.models.fingerprint import weights_fingerprint
-from rq4lens.models.huggingface import load_hugging_face, load_tokenizer
+from rq4lens.models.huggingface import load_hugging_face, load_tokenizer, require_finite
 from rq4lens.models.memory import estimate_memory
 from rq4lens.models.parity import check_tokens, hugging_face_logits, require_same_logits
 
@@ -130,7 +131,7 @@ def load_hooked(
     _require_device(device, n_devices)
     asked = locate(source, revision)
     weights = base_of(asked) if asked.is_adapter else asked
-    architecture = _loadable_architecture(weights)
+    architecture = loadable_architecture(weights, trust_remote_code=trust_remote_code)
     estimate_memory(weights, dtype=dtype, device=device, n_devices=n_devices).require_fit()
     tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
     hf_model = load_hugging_face(
@@ -141,6 +142,7 @@ def load_hooked(
     )
     if asked.is_adapter:
         hf_model = merge_adapter(hf_model, asked)
+    require_finite(hf_model, asked.source)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
     model = hooked_from(hf_model, architecture, dtype=dtype, device=device, n_devices=n_devices)
@@ -189,11 +191,24 @@ def _tokenizer_of(
     return load_tokenizer(chosen, trust_remote_code=trust_remote_code)
 
 
-def _loadable_architecture(checkpoint: Checkpoint) -> str:
-    """The name of the checkpoint's architecture, after refusing what cannot be loaded."""
+def loadable_architecture(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
+    """The name of a checkpoint's architecture, after everything its small files say was checked.
+
+    Args:
+        checkpoint: A folder; of its weights the headers are read.
+        trust_remote_code: Whether code that it brings along may say what it is.
+
+    Returns:
+        The name in ``config.json``.
+
+    Raises:
+        UserError: No model can be loaded from it.
+    """
     architecture = architecture_of(checkpoint)
     find_architecture(architecture)
     refuse_quantized(checkpoint)
+    n_tensors = len(checkpoint.tensors)
+    check_config(checkpoint, n_tensors=n_tensors, trust_remote_code=trust_remote_code)
     return str(architecture)
 
 

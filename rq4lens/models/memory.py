@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import psutil
 import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
-from safetensors import safe_open
 
 from rq4lens.errors import UserError
 from rq4lens.models.checkpoint import Checkpoint, is_path, locate
@@ -118,9 +115,9 @@ def free_bytes(device: str, n_devices: int = 1) -> int:
 
 def _n_weights(source: str | Path | Checkpoint, revision: str | None) -> int:
     if isinstance(source, Checkpoint):
-        return _count(source.weight_files)
+        return _count(source)
     if is_path(source) or Path(source).is_dir():
-        return _count(locate(source).weight_files)
+        return _count(locate(source))
     try:
         counts = get_safetensors_metadata(str(source), revision=revision).parameter_count
     except NotASafetensorsRepoError:
@@ -128,18 +125,12 @@ def _n_weights(source: str | Path | Checkpoint, revision: str | None) -> int:
     except Exception:
         # Whatever keeps the hub from answering, it may have been fetched before; if not, locate
         # says what is wrong.
-        return _count(locate(source, revision).weight_files)
+        return _count(locate(source, revision))
     return sum(counts.values())
 
 
-def _count(files: Iterable[Path]) -> int:
-    return sum(_count_in(file) for file in files)
-
-
-def _count_in(file: Path) -> int:
-    with safe_open(file, "pt") as tensors:
-        names = tensors.keys()
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+def _count(checkpoint: Checkpoint) -> int:
+    return sum(tensor.n_values for tensor in checkpoint.tensors.values())
 
 
 def _gigabytes(n_bytes: int) -> str:

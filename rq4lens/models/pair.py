@@ -234,14 +234,15 @@ class ModelPair:
         """The prompts of a split as one of the models reads them, cut at the decision token.
 
         Raises:
-            UserError: if no prompt has this split, or one is longer than the model's context.
+            UserError: if no prompt has this split, or one is longer than the model's context or
+                has a token that the model does not know.
         """
         prompts = self.prompts.split(split)
         member = self.member(side)
         if not member.known:
             self.use(side)  # makes room for it
         tokens = tokenize(prompts, member.tokenizer, self.reading)
-        _refuse_long(tokens, member.card.n_ctx, side)
+        _refuse_unreadable(tokens, member.card, side)
         self._token_fingerprints[side, split] = tokens.fingerprint
         return tokens
 
@@ -294,13 +295,19 @@ class ModelPair:
                 )
 
 
-def _refuse_long(prompts: TokenizedPrompts, n_ctx: int, side: Side) -> None:
+def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -> None:
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
-        if len(tokens) > n_ctx:
+        if len(tokens) > card.n_ctx:
             raise UserError(
                 f"prompt {name!r} has {len(tokens)} tokens up to its decision token, but the "
-                f"{side} model reads at most {n_ctx}: shorten it, leave it out, or cut it "
+                f"{side} model reads at most {card.n_ctx}: shorten it, leave it out, or cut it "
                 "from the left with --max-tokens."
+            )
+        if max(tokens) >= card.d_vocab:
+            raise UserError(
+                f"prompt {name!r} has token {max(tokens)}, but the vocabulary of the {side} model "
+                f"has {card.d_vocab}: save the model's own tokenizer with it, or resize its "
+                "embeddings to the tokenizer's length."
             )
 
 

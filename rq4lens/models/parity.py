@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
+from rq4lens.files import short_reason
 
 CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -45,10 +46,27 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int
 
     Returns:
         One row for each of ``CHECK_TEXTS``.
+
+    Raises:
+        UserError: The tokenizer fails on plain sentences, or is not one of this vocabulary.
     """
-    readable = getattr(hf_config.get_text_config(), "max_position_embeddings", MAX_CHECK_TOKENS)
+    text_config = hf_config.get_text_config()
+    readable = getattr(text_config, "max_position_embeddings", MAX_CHECK_TOKENS)
     n_tokens = min(readable, MAX_CHECK_TOKENS)
-    rows = [tokenizer(text)["input_ids"][:n_tokens] for text in CHECK_TEXTS]
+    where = f"The tokenizer of {tokenizer.name_or_path}"
+    try:
+        rows = [tokenizer(text)["input_ids"][:n_tokens] for text in CHECK_TEXTS]
+    except Exception as problem:  # what it was told to do may fail in any way
+        raise UserError(
+            f"{where} fails on a plain sentence ({short_reason(problem)}); restore its files."
+        ) from problem
+    ids = [token for row in rows for token in row]
+    if not all(rows) or max(ids) >= text_config.vocab_size:
+        raise UserError(
+            f"{where} reads plain sentences as tokens up to {max(ids, default=None)}, and the "
+            f"model has a vocabulary of {text_config.vocab_size}; save the model's own tokenizer "
+            "with it."
+        )
     return [torch.tensor([row]) for row in rows]
 
 
@@ -62,9 +80,20 @@ def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) 
 
     Returns:
         Logits on the CPU in the model's own type.
+
+    Raises:
+        UserError: The model fails on them.
     """
     device = hf_model.get_input_embeddings().weight.device
-    return [hf_model(input_ids=row.to(device), use_cache=False).logits.cpu() for row in tokens]
+    try:
+        return [hf_model(input_ids=row.to(device), use_cache=False).logits.cpu() for row in tokens]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # a configuration may be readable and yet compute nothing
+        raise UserError(
+            f"{hf_model.name_or_path} cannot read a plain sentence ({type(problem).__name__}: "
+            f"{short_reason(problem)}); restore the config.json that belongs to the weights."
+        ) from problem
 
 
 @torch.no_grad()
@@ -89,6 +118,11 @@ def require_same_logits(
         UserError: It is larger than rounding explains. In half precision the median over
             positions decides.
     """
+    if not all(bool(row.isfinite().all()) for row in expected):
+        raise UserError(
+            f"{source} computes logits that are not finite on plain sentences; use weights and a "
+            "config.json that belong together, or load it as float32."
+        )
     got = [model(row, padding_side="right").cpu().double() for row in tokens]
     pairs = zip(got, expected, strict=True)
     by_position = torch.cat([(a - b.double()).abs().amax(-1).flatten() for a, b in pairs])

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rq4lens.errors import UserError
+from rq4lens.files import short_value
 
 Fields = dict[str, Any]
 
@@ -58,13 +59,26 @@ def rotary_fields(hf: Any, *, partial: bool = False, layer_type: str | None = No
 
 
 def _scaling_of(rope: Mapping[str, Any]) -> Callable[[Any, Mapping[str, Any]], Fields]:
-    kind = rope.get("rope_type") or "default"
-    if kind not in _SCALINGS:
+    kind = rope.get("rope_type")
+    require_known_scaling(kind)
+    return _SCALINGS[kind or "default"]
+
+
+def require_known_scaling(kind: Any) -> None:
+    """Refuse a kind of rotary scaling that TransformerLens cannot compute.
+
+    Args:
+        kind: As ``rope_type`` says; None where it says nothing.
+
+    Raises:
+        UserError: It is none of those that can be computed.
+    """
+    if str(kind or "default") not in _SCALINGS:
         raise UserError(
-            f"rope_type {kind!r} of this checkpoint cannot be computed by TransformerLens; "
-            f"allowed are {', '.join(_SCALINGS)}; use a checkpoint with one of these."
+            f"rope_type {short_value(kind)} of this checkpoint cannot be computed by "
+            f"TransformerLens; allowed are {', '.join(_SCALINGS)}; use a checkpoint with one of "
+            "these."
         )
-    return _SCALINGS[kind]
 
 
 def _unscaled(_hf: Any, _rope: Mapping[str, Any]) -> Fields:

@@ -82,7 +82,9 @@ class RunConfig(BaseModel):
         "float32", description="number format of the models"
     )
     batch_size: int = Field(32, ge=1, description="prompts per forward pass")
-    keep_both: bool = Field(True, description="false: never hold both models at once")
+    keep_both: bool | None = Field(
+        None, description="hold both models at once; decided by free memory when left out"
+    )
     cache: str | None = Field(
         None, description="folder of base activations that runs share; the run's own if left out"
     )

@@ -6,8 +6,10 @@ import pytest
 import torch
 from pair_on_disk import write_pair
 
+from rq4lens.config import config_from
 from rq4lens.errors import UserError
-from rq4lens.models.catalog import builtin_manifest, load_pair, resolve_device
+from rq4lens.models.catalog import _fit_together, builtin_manifest, load_pair, resolve_device
+from rq4lens.models.memory import estimate_memory
 from rq4lens.models.prompts import PromptSet
 
 
@@ -44,6 +46,25 @@ def test_settings_reach_the_models(own):
     assert pair.tuned.card.dtype == "float64"
     assert next(pair.use("base").model.parameters()).dtype == torch.float64
     assert (pair.layer, pair.decision_rule, pair.keep_both) == (2, "last_content", False)
+
+
+@pytest.mark.parametrize(("free_gigabytes", "both"), [(1.0, True), (1e-4, False)])
+def test_short_memory_holds_one_model_at_a_time(own, monkeypatch, caplog, free_gigabytes, both):
+    """Left open, it is decided by what the files say and what is free; asked for, it is done."""
+    free = int(free_gigabytes * 1e9)
+    monkeypatch.setattr("rq4lens.models.memory.free_bytes", lambda *_: free)
+    needed = sum(estimate_memory(own[side]).weights_bytes for side in ("base", "tuned"))
+    assert (needed <= 0.7 * free) is both
+    settings = config_from(own)
+    assert _fit_together(settings) is both
+    assert ("one is held at a time" in caplog.text) is not both
+
+
+def test_what_was_asked_for_is_kept(own, monkeypatch):
+    """`keep_both` is obeyed whatever is free."""
+    monkeypatch.setattr("rq4lens.models.catalog._fit_together", pytest.fail)
+    assert load_pair(**own, keep_both=True).keep_both
+    assert not load_pair(**own, keep_both=False).keep_both
 
 
 def test_prompts_may_be_in_memory(own):

@@ -49,7 +49,7 @@ def test_ones_own_pair_starts_from_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("flag", "kept"), [((), True), (("--keep-both",), True), (("--no-keep-both",), False)]
+    ("flag", "kept"), [((), None), (("--keep-both",), True), (("--no-keep-both",), False)]
 )
 def test_switches_have_both_ways(flag, kept):
     """A switch that is left out keeps the setting as it was."""

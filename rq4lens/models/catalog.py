@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
+from rq4lens.models.adapters import base_of
 from rq4lens.models.audit import Audit, audit_prompts
+from rq4lens.models.checkpoint import locate
 from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.models.kept_cards import (
     CardIngredients,
@@ -24,11 +27,17 @@ from rq4lens.models.kept_cards import (
     kept_card,
 )
 from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
+from rq4lens.models.memory import estimate_memory
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
 from rq4lens.models.prompts import PromptSet
 from rq4lens.models.reading import Reading
 
+log = logging.getLogger(__name__)
+
 BUILTIN = ("etiquette",)
+
+SHARE_FOR_WEIGHTS = 0.7
+"""Of the free memory, for both models' weights; activations and rows need the rest."""
 
 
 def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
@@ -91,7 +100,7 @@ def pair_from_config(
         layer=config.layer,
         control_layer=config.control_layer,
         reading=reading,
-        keep_both=config.keep_both,
+        keep_both=_fit_together(config) if config.keep_both is None else config.keep_both,
         excluded=prompts.without(kept.ids).prompts,
     )
 
@@ -142,6 +151,32 @@ def _source(config: RunConfig, side: Side) -> _Source:
         return _Source(str(folder), None, f"{config.pair}/{side} (built in)")
     path = _required(config, side)
     return _Source(path, getattr(config, f"{side}_revision"), path)
+
+
+def _fit_together(config: RunConfig) -> bool:
+    """Whether both models leave room for the work, by the headers of their files."""
+    if is_builtin(config):
+        return True
+    device, needed = resolve_device(config.device), 0
+    for path, revision, _ in (_source(config, side) for side in SIDES):
+        asked = locate(path, revision)
+        estimate = estimate_memory(
+            base_of(asked) if asked.is_adapter else asked,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            n_devices=config.n_devices,
+        )
+        needed += estimate.weights_bytes
+    fit = needed <= SHARE_FOR_WEIGHTS * estimate.free_bytes
+    if not fit:
+        log.warning(
+            "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
+            "(--keep-both holds both all the same)",
+            needed / 1e9,
+            estimate.free_bytes / 1e9,
+            device,
+        )
+    return fit
 
 
 def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:

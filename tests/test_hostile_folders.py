@@ -312,7 +312,9 @@ def test_wrong_weights_are_refused_in_one_sentence(llama, change, said):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "gpt-oss"])
-@pytest.mark.parametrize("damage", [lambda t: t[..., :-1].clone(), lambda _: None])
+@pytest.mark.parametrize(
+    "damage", [lambda t: t[..., :-1].clone(), lambda _: None], ids=["cut", "missing"]
+)
 def test_a_damaged_expert_is_refused(folders, tmp_path, name, damage):
     """Experts that are joined while they are read are all there, and of one shape."""
     folder = Path(shutil.copytree(folders(name), tmp_path / name))
@@ -614,6 +616,7 @@ def test_a_wrong_adapter_is_refused_in_one_sentence(adapter, monkeypatch, change
 @pytest.mark.parametrize(
     "target",
     [r".*\.self_attn\.(q|v)_proj", r"(?:.*?(?:self_attn|attention).*?(?:q_proj|v_proj)).*?"],
+    ids=["written by hand", "written by a trainer"],
 )
 def test_a_harmless_pattern_is_obeyed(adapter, adapter_folder, target):
     """The patterns that trainers write name the same modules as a list does."""
@@ -823,7 +826,7 @@ HOSTILE_TEMPLATES = {
     "an endless silent loop": LOOP * 4 + "{% set x = 1 %}" + "{% endfor %}" * 4,
     "endless filters": LOOP * 3 + "{{ range(9999) | map('string') | join | length }}"
     + "{% endfor %}" * 3,
-    "endless random text": "{{ lipsum(n=10**0 or 1, min=99999999, max=999999999) }}",
+    "endless random text": "{{ lipsum(n=99999, min=99999, max=999999) }}",
     "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "endless loop in a macro": "{% macro f(n) %}" + LOOP + "{{ f(n) }}{% endfor %}{% endmacro %}"
     "{{ f(1) }}",

@@ -3,7 +3,7 @@
 Every pair is a copy of the built-in base model in which every weight drifted a little and three
 heads of one layer were rotated: they are re-coordinated, and a map can put them right. In a second
 set of pairs two more heads are rewired: they change what the model does. A method is right when it
-ranks the rotated heads first. The printed table stands in ``docs/rankings.md``.
+ranks the rotated heads first. The printed table stands in ``docs/analysis.md``.
 """
 
 from __future__ import annotations

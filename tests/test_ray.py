@@ -204,9 +204,23 @@ def replace_layer(config, layer):
     return config.updated(layer=layer)
 
 
-def test_no_cluster_at_the_address_is_one_sentence(config, tmp_path):
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray", "ray:x"])
+def test_no_cluster_at_the_address_is_one_sentence(config, tmp_path, address):
+    """Where nothing listens, or where no address is given, it is said at once."""
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}' .*ray start"):
+        run_on_cluster(Request("run", config), tmp_path, Cluster(address=address))
+    assert time.monotonic() - started < 30
+
+
+def test_no_cluster_on_this_machine_is_one_sentence(config, tmp_path, monkeypatch):
     """`--cluster auto` where no cluster runs says how to start one."""
-    with pytest.raises(UserError, match="no Ray cluster answers at 'auto'"):
+
+    def found_none(**_settings):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", found_none)
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 'auto' .*ray start"):
         run_on_cluster(Request("run", config), tmp_path, Cluster(address="auto"))
 
 

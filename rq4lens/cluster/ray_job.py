@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 
@@ -17,13 +18,15 @@ from rq4lens.cluster.jobs import JOB, PIECES, Job
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
-from rq4lens.cluster.where import LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
+from rq4lens.cluster.where import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
 from rq4lens.cluster.workbench import Workbench
 from rq4lens.errors import UserError
 from rq4lens.files import make_directory
 from rq4lens.patching.experiment import Experiment
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.store import Store
+
+CONNECT_SECONDS = 10.0
 
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 """Results travel through the run directory, so that next to nothing is kept by Ray."""
@@ -272,8 +275,10 @@ def connected(cluster: Cluster) -> Iterator[None]:
                 **quiet,
             )
         else:
+            if cluster.address != AUTO:
+                _require_listener(cluster.address)
             ray.init(address=cluster.address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as problem:
+    except (OSError, ValueError, RuntimeError) as problem:
         reason = str(problem).splitlines()[0]
         raise UserError(
             f"no Ray cluster answers at {cluster.address!r} ({reason}): start one with `ray start "
@@ -285,6 +290,19 @@ def connected(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ask whether anything listens at ``host:port``, where Ray itself would try for minutes.
+
+    Raises:
+        OSError: if nothing does.
+        ValueError: if this is no address.
+    """
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        raise ValueError("an address is HOST:PORT")
+    socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
 
 
 def _require_loopback() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rq4lens.errors import UserError
 
 LOCAL = "local"
+AUTO = "auto"
 LOOPBACK = "127.0.0.1"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's own switch for a machine that is no part of a cluster. Where it is off, Ray's servers bind

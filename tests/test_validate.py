@@ -20,6 +20,8 @@ from rq4lens.results import HeadRanking
 from rq4lens.validate import LEVEL, SCENARIOS, Scenario, base_of, validate
 from rq4lens.validation_text import validate_config, validation_text
 
+pytestmark = pytest.mark.xdist_group("validate")
+
 EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

@@ -32,6 +32,15 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Processes that are compared byte by byte compute alike: this one with one thread too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def micro():
     """The formulas of the base and the tuned micro model, and both as a pair."""

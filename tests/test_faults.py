@@ -26,7 +26,8 @@ from rq4lens.patching.row_engine import RowEngine
 from rq4lens.study import run_study
 from rq4lens.verify import verify_run
 
-pytestmark = pytest.mark.fault
+# Resumed and undisturbed runs compute in the same way: with one thread, as the children do.
+pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("one_thread")]
 
 KILLS, PARTS = 50, 5
 """Random moments at which a run is killed, in parts that several workers can share."""
@@ -38,15 +39,6 @@ NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> dict:
     return write_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Resumed and undisturbed runs compute in the same way: with one thread, as the children do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

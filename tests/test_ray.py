@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-import torch
 from pair_on_disk import write_pair
 
 from rq4lens.cluster.launch import run_on_cluster
@@ -35,19 +34,15 @@ except ModuleNotFoundError:
         raise
     pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+# This process computes with one thread, as each worker does.
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+]
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 LAYERS = (1, 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """This process computes with one thread, as each worker does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from pair_on_disk import QUIET, write_config, write_pair
 
 from rq4lens.cli import main
@@ -23,19 +22,13 @@ from rq4lens.patching.row_engine import RowEngine
 from rq4lens.study import run_study
 from rq4lens.sweep import sweep_layers
 
+# Shares and the single process compute in the same way: with one thread each.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RESULTS = {
     "run": ("rq4_results.json", "per_prompt.parquet", "summary.txt", "analysis.json"),
     "sweep": ("layers.json", "layers_per_prompt.parquet"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Shares and the single process compute in the same way: with one thread each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

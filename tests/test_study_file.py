@@ -7,7 +7,6 @@ import re
 import sys
 
 import pytest
-import torch
 from pair_on_disk import write_pair
 
 from rq4lens.cli import main
@@ -35,13 +34,8 @@ k = [1, 2]
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """All ways of running compute in the same way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# All ways of running compute in the same way.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def difference_sums(
     if (
         by_kernel
         and patched.is_cuda
-        and _kernel_works(patched.dtype, clean.dtype, patched.shape[-1])
+        and _kernel_works(patched.device, patched.dtype, clean.dtype, patched.shape[-1])
     ):
         from rq4lens.patching.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
@@ -52,14 +52,16 @@ def difference_sums(
 
 
 @cache
-def _kernel_works(dtype: torch.dtype, precise: torch.dtype, n_vocab: int) -> bool:
+def _kernel_works(
+    device: torch.device, dtype: torch.dtype, precise: torch.dtype, n_vocab: int
+) -> bool:
     """Whether the kernel can be built here: it takes Triton and a C compiler."""
     if precise != torch.float32:
         return False
     try:
         from rq4lens.patching.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
-        row = torch.zeros(1, 1, n_vocab, device="cuda")
+        row = torch.zeros(1, 1, n_vocab, device=device)
         summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), tilted=True)
     except torch.OutOfMemoryError:
         raise

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from rq4lens.heads import HeadSet
 from rq4lens.models.prompts import TokenizedPrompts
@@ -44,6 +46,7 @@ LLAMA_8B = {
     "rotary_base": 500000.0,
     "rotary_adjacent_pairs": False,
 }
+LLAMA_70B = LLAMA_8B | {"n_layers": 80, "d_model": 8192, "n_heads": 64, "d_mlp": 28672}
 TINY = LLAMA_8B | {
     "n_layers": 4,
     "d_model": 64,
@@ -99,22 +102,38 @@ class Case:
         return replace(self, prompts=TokenizedPrompts(ids, tokens), batch_size=n_prompts)
 
 
-def random_model(seed: int, device: str, dtype: torch.dtype, shape: dict[str, Any]) -> Any:
+def random_model(
+    seed: int, device: str, dtype: torch.dtype, shape: dict[str, Any], n_devices: int = 1
+) -> HookedTransformer:
     """A model of the given shape with random weights, made where it will be used."""
-    cfg = HookedTransformerConfig(**shape, dtype=dtype, device=device, init_weights=False)
-    with torch.device(device):
+    cfg = HookedTransformerConfig(
+        **shape, dtype=dtype, device=device, n_devices=n_devices, init_weights=False
+    )
+    with init_empty_weights():
         model = HookedTransformer(cfg, move_to_device=False)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            last = name.rsplit(".", 1)[-1]
-            if last == "w":
-                weight.fill_(1)
-            elif last.lstrip("_").startswith("b"):
-                weight.zero_()
-            else:
-                weight.normal_(0, 0.02, generator=generator)
+    last = cfg.n_layers - 1
+    before, after = dict.fromkeys(("embed", "pos_embed"), 0), {"ln_final": last, "unembed": last}
+    parts = before | {f"blocks.{layer}": layer for layer in range(cfg.n_layers)} | after
+    for number, (name, layer) in enumerate(parts.items()):
+        if hasattr(model, name.split(".", maxsplit=1)[0]):
+            draw = torch.Generator(get_device_for_block_index(layer, cfg))
+            _fill(model.get_submodule(name), draw.manual_seed(1000 * seed + number), dtype)
     return model.eval()
+
+
+def _fill(part: torch.nn.Module, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """Give a part of a model its weights, on the generator's device."""
+    for module in part.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            made = torch.empty(weight.shape, dtype=dtype, device=generator.device)
+            if name == "w":
+                made.fill_(1)
+            elif name.lstrip("_").startswith("b"):
+                made.zero_()
+            else:
+                made.normal_(0, 0.02, generator=generator)
+            setattr(module, name, torch.nn.Parameter(made))
+    part.to(generator.device)  # tables of rotations and masks
 
 
 def random_tokens(n_prompts: int, n_tokens: int, vocabulary: int) -> TokenizedPrompts:

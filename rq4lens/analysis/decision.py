@@ -20,11 +20,12 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.models.prompts import TokenBatch
-from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
+from rq4lens.patching.activations import forward_batch, patched_positions, z_site
 from rq4lens.patching.attention_row import row_z
 from rq4lens.patching.block_row import finish_block
 from rq4lens.patching.clean_pass import KeptBatch
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.placement import Placement
 from rq4lens.patching.suffix import SuffixEngine
 
 RowsOfZ = Float[Tensor, "prompt row position head d_head"]
@@ -74,14 +75,15 @@ class SuffixFunction:
         Args:
             z: the activations, on the model's device.
         """
-        mask = self.kept.position_mask[self.prompts]
+        placement = Placement.of(self.model)
         clean = self.kept.layers[self.layer].resid[self.prompts]
         resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
-        resid = finish_block(self.model.blocks[self.layer], resid, z)
+        resid = finish_block(self.model.blocks[self.layer], resid, z.to(clean.device))
         for layer in range(self.layer + 1, self.model.cfg.n_layers):
             block, at = self.model.blocks[layer], self.kept.layers[layer].of_prompts(self.prompts)
-            resid = finish_block(block, resid, row_z(block, resid, at.shared, mask))
-        return _unembed(self.model, resid[:, :, -1])
+            resid = resid.to(placement.layers[layer])
+            resid = finish_block(block, resid, row_z(block, resid, at.shared))
+        return _unembed(self.model, resid[:, :, -1].to(placement.exit))
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,16 @@ class NativeFunction:
         return torch.stack([self._one(row) for row in z.unbind(1)], dim=1)
 
     def _one(self, z: Float[Tensor, "prompt position head d_head"]) -> Tensor:
-        device = device_of(self.model)
-        positions = patched_positions(self.batch, self.k_positions).to(device)
-        prompts = torch.arange(len(positions), device=device)
+        positions = patched_positions(self.batch, self.k_positions)
+        prompts = torch.arange(len(positions))
 
         def replace(clean: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - by the library
-            return clean.index_put((prompts[:, None], positions), z.to(clean.dtype))
+            at = (prompts[:, None].to(clean.device), positions.to(clean.device))
+            return clean.index_put(at, z.to(clean))
 
         with self.model.hooks(fwd_hooks=[(z_site(self.layer), replace)]):
             logits = forward_batch(self.model, self.batch)
-        return logits[prompts, self.batch.decision.to(device)]
+        return logits[prompts, self.batch.decision]
 
 
 def decision_functions(
@@ -144,7 +146,7 @@ def decision_functions(
     if isinstance(engine, SuffixEngine):
         for kept in engine.kept_batches(layer):
             for start in range(0, len(kept.rows), size):
-                here = kept.to(device_of(model))
+                here = kept.to(Placement.of(model))
                 yield SuffixFunction(model, layer, here, slice(start, start + size))
     else:
         for batch in experiment.prompts.batches(size):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +19,7 @@ from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
 from rq4lens.patching.norms import fused_norms
+from rq4lens.patching.placement import copied_once
 
 
 def z_site(layer: int) -> str:
@@ -39,6 +41,21 @@ def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "promp
         )
     steps = torch.arange(1 - k_positions, 1)
     return einops.rearrange(batch.decision, "prompt -> prompt 1") + steps
+
+
+def reader_at(positions: Int[Tensor, "prompt position"]) -> Callable[[Tensor], Tensor]:
+    """A function that reads those positions of activations, on whichever device they are.
+
+    Args:
+        positions: of each prompt.
+
+    Returns:
+        From ``[prompt pos ...]`` to ``[prompt position ...]``. It does not wait for the device, as
+        an index that lies elsewhere would.
+    """
+    prompts = copied_once(torch.arange(len(positions))[:, None])
+    positions_on = copied_once(positions)
+    return lambda value: value[prompts(value.device), positions_on(value.device)]
 
 
 def forward_batch(
@@ -105,11 +122,24 @@ def capture_z(
     cfg = model.cfg
     shape = (len(prompts), k_positions, cfg.n_heads, cfg.d_head)
     captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
+    under_way: deque[tuple[Tensor, dict[int, Tensor]]] = deque()
+
+    def fetch_first() -> None:
+        rows, read = under_way.popleft()
+        for layer, z in read.items():
+            captured[layer][rows] = z.to("cpu")
+
     for batch in prompts.batches(batch_size, padding_side):
-        positions = patched_positions(batch, k_positions)
-        readers = _readers(captured, batch, positions)
+        read: dict[int, Tensor] = {}
+        readers = _readers(read, layers, patched_positions(batch, k_positions))
         with fused_norms(model), model.hooks(fwd_hooks=readers), suppress(_LastOneRead):
             forward_batch(model, batch, stop_at_layer=max(layers) + 1)
+        under_way.append((batch.rows, read))
+        # To fetch is to wait. Where layers are spread over devices, each has a batch to work on.
+        if len(under_way) > model.cfg.n_devices:
+            fetch_first()
+    while under_way:
+        fetch_first()
     return captured
 
 
@@ -133,18 +163,19 @@ def check_layers(layers: Sequence[int], n_layers: int) -> None:
 
 
 def _readers(
-    captured: dict[int, Tensor], batch: TokenBatch, positions: Int[Tensor, "prompt position"]
+    read: dict[int, Tensor], layers: Sequence[int], positions: Int[Tensor, "prompt position"]
 ) -> list[tuple[str, Any]]:
+    at = reader_at(positions)
+
     def reader(layer: int) -> Any:
-        def read(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
-            rows = torch.arange(len(z))[:, None]
-            captured[layer][batch.rows] = z[rows, positions].to("cpu")
-            if layer == max(captured):
+        def keep(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
+            read[layer] = at(z)
+            if layer == max(layers):
                 raise _LastOneRead
 
-        return read
+        return keep
 
-    return [(z_site(layer), reader(layer)) for layer in captured]
+    return [(z_site(layer), reader(layer)) for layer in layers]
 
 
 class PairActivations:

@@ -9,7 +9,7 @@ Source: the call order of ``AbstractAttention.forward`` in TransformerLens 3.9.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class SharedKeys:
         values: after clipping.
         bias: added to the attention scores: the position bias, or minus infinity where a query
             must not look; None where it changes nothing.
+        position_mask: ones for the prompt's tokens, aligned to the right; it tells the rotary
+            embedding at which positions the rows stand.
         own_scale: set where the rotation of the query has been moved into the keys, see
             :func:`turn_to_decision`; a row's own key is then only scaled by this, not rotated.
 
@@ -44,7 +46,8 @@ class SharedKeys:
     keys: Float[Tensor, "prompt kv_head key d_head"]
     values: Float[Tensor, "prompt kv_head key d_head"]
     bias: Float[Tensor, "prompt #kv_head #group 1 position key"] | None
-    own_scale: Float[Tensor, "prompt 1 1 1 d_head"] | None
+    position_mask: Int[Tensor, "prompt pos"]
+    own_scale: Float[Tensor, "prompt 1 1 1 d_head"] | None = None
 
     def of_prompts(self, prompts: slice) -> SharedKeys:
         """The same for some of the prompts."""
@@ -52,6 +55,7 @@ class SharedKeys:
             self.keys[prompts],
             self.values[prompts],
             None if self.bias is None else self.bias[prompts],
+            self.position_mask[prompts],
             None if self.own_scale is None else self.own_scale[prompts],
         )
 
@@ -61,11 +65,12 @@ class SharedKeys:
             self.keys.to(device),
             self.values.to(device),
             None if self.bias is None else self.bias.to(device),
+            self.position_mask.to(device),
             None if self.own_scale is None else self.own_scale.to(device),
         )
 
 
-def turn_to_decision(attn: Any, shared: SharedKeys, position_mask: Tensor) -> SharedKeys:
+def turn_to_decision(attn: Any, shared: SharedKeys) -> SharedKeys:
     """Rotate the shared keys once, so that no query at the decision token has to be rotated.
 
     The rotation at one position is a linear map ``R``, the same for all rows of a prompt, and a
@@ -75,7 +80,6 @@ def turn_to_decision(attn: Any, shared: SharedKeys, position_mask: Tensor) -> Sh
     Args:
         attn: the attention module, with rotary embeddings and one patched position.
         shared: the rotated keys.
-        position_mask: ones for the prompt's tokens, aligned to the right.
 
     Returns:
         The keys as seen from the decision token.
@@ -84,7 +88,8 @@ def turn_to_decision(attn: Any, shared: SharedKeys, position_mask: Tensor) -> Sh
     d_head = keys.shape[-1]
     basis = torch.eye(d_head, dtype=keys.dtype, device=keys.device)
     basis = basis.expand(len(keys), 1, d_head, d_head)
-    rotation = attn.apply_rotary(basis, position_mask.shape[1] - 1, position_mask)[:, 0]
+    mask = shared.position_mask
+    rotation = attn.apply_rotary(basis, mask.shape[1] - 1, mask)[:, 0]
     turned = einsum(
         keys,
         rotation,
@@ -94,14 +99,13 @@ def turn_to_decision(attn: Any, shared: SharedKeys, position_mask: Tensor) -> Sh
     precise = rotation.to(torch.promote_types(keys.dtype, torch.float32))
     scale = precise.square().sum(-1).to(keys.dtype)
     own_scale = rearrange(scale, "prompt d_head -> prompt 1 1 1 d_head")
-    return SharedKeys(turned, shared.values, shared.bias, own_scale)
+    return replace(shared, keys=turned, own_scale=own_scale)
 
 
 def row_z(
     block: TransformerBlock,
     resid: Float[Tensor, "prompt condition position d_model"],
     shared: SharedKeys,
-    position_mask: Int[Tensor, "prompt pos"],
 ) -> Float[Tensor, "prompt condition position head d_head"]:
     """Head activations of rows that a lower patch has changed.
 
@@ -109,8 +113,6 @@ def row_z(
         block: the block the rows enter.
         resid: the rows' residual stream before the block.
         shared: what the rows can look at besides themselves.
-        position_mask: ones for the prompt's tokens, aligned to the right; it tells the rotary
-            embedding at which positions the rows stand.
 
     Returns:
         The rows' ``z``, before ``W_O``.
@@ -130,7 +132,7 @@ def row_z(
     if shared.own_scale is not None:
         k = k * shared.own_scale
     elif attn.cfg.positional_embedding_type == "rotary":
-        q, k = _rotate(attn, q, position_mask), _rotate(attn, k, position_mask)
+        q, k = (_rotate(attn, heads, shared.position_mask) for heads in (q, k))
     return _attend(attn, q, k, v, shared)
 
 

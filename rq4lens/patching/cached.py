@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +25,7 @@ from transformer_lens.hook_points import HookPoint
 from rq4lens.models.prompts import PaddingSide, TokenBatch
 from rq4lens.patching.activations import device_of, z_site
 from rq4lens.patching.kept import SourceTensors
+from rq4lens.patching.placement import Placement
 from rq4lens.patching.row_engine import RowEngine
 from rq4lens.patching.rows import RowGroup, Rows
 
@@ -63,8 +63,9 @@ class CachedBatch:
         """Clean activations of a layer."""
         return self.z_by_layer[layer]
 
-    def to(self, device: torch.device) -> CachedBatch:
-        """The batch on another device."""
+    def to(self, placement: Placement) -> CachedBatch:
+        """The batch on another device; this engine does not serve models on several."""
+        device = placement.exit
         return CachedBatch(
             self.rows,
             self.attention_mask.to(device),

@@ -16,10 +16,11 @@ from transformer_lens.components import TransformerBlock
 from transformer_lens.hook_points import HookPoint
 
 from rq4lens.models.prompts import TokenBatch
-from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
+from rq4lens.patching.activations import forward_batch, patched_positions, reader_at, z_site
 from rq4lens.patching.attention_row import SharedKeys, turn_to_decision
 from rq4lens.patching.block_row import attention_input
 from rq4lens.patching.norms import fused_norms
+from rq4lens.patching.placement import Placement, copied_once
 from rq4lens.patching.score_bias import attention_bias
 
 COLUMN_MULTIPLE = 8
@@ -61,14 +62,12 @@ class KeptBatch:
 
     Args:
         rows: which prompts of the engine these are.
-        position_mask: ones for each prompt's tokens, aligned to the right.
-        layers: what is kept, by layer.
+        layers: what is kept, by layer, where the layer is.
         entering: the residual stream of two prompts, :func:`shortest_and_longest`, before the
             lowest kept layer; the start-up check runs native hooks on it.
     """
 
     rows: Int[Tensor, "prompt"]
-    position_mask: Int[Tensor, "prompt pos"]
     layers: dict[int, KeptLayer]
     entering: Float[Tensor, "end pos d_model"]
 
@@ -81,11 +80,10 @@ class KeptBatch:
         """Clean activations of a layer."""
         return self.layers[layer].z
 
-    def to(self, device: torch.device) -> KeptBatch:
-        """The batch on another device."""
-        layers = {index: layer.to(device) for index, layer in self.layers.items()}
-        mask, entering = self.position_mask.to(device), self.entering.to(device)
-        return KeptBatch(self.rows, mask, layers, entering)
+    def to(self, placement: Placement) -> KeptBatch:
+        """The batch with each layer on its device."""
+        layers = {index: kept.to(placement.layers[index]) for index, kept in self.layers.items()}
+        return KeptBatch(self.rows, layers, self.entering.to(placement.layers[min(layers)]))
 
 
 def clean_pass(
@@ -103,28 +101,31 @@ def clean_pass(
         n_positions: how many positions, ending at the decision token, will be patched.
 
     Returns:
-        What is kept of the layers from ``first_layer`` up, on the model's device.
+        What is kept of the layers from ``first_layer`` up, each on its block's device.
     """
-    positions = patched_positions(batch, n_positions).to(device_of(model))
-    at = (torch.arange(len(positions), device=positions.device)[:, None], positions)
+    placement = Placement.of(model)
+    read = reader_at(patched_positions(batch, n_positions))
     z: dict[int, Tensor] = {}
     layers: dict[int, KeptLayer] = {}
-    bias = _bias_of_layers(model, batch, n_positions)
-    position_mask = _aligned_right(batch.lengths).to(positions.device)
-    readers = _z_readers(z, range(first_layer, model.cfg.n_layers), at)
+    bias = _bias_of_layers(batch, n_positions)
+    position_mask = copied_once(_aligned_right(batch.lengths))
+    readers = _z_readers(z, range(first_layer, model.cfg.n_layers), read)
     with fused_norms(model), model.hooks(fwd_hooks=readers):
         resid = forward_batch(model, batch, stop_at_layer=first_layer)
         entering = resid[shortest_and_longest(len(resid))].clone()
         for layer in range(first_layer, model.cfg.n_layers):
+            device = placement.layers[layer]
+            resid = resid.to(device)
             block, kept = model.blocks[layer], _KeptKeys(resid)
-            at_positions = resid[at]
+            at_positions = read(resid)
             if layer < model.cfg.n_layers - 1:
                 resid = block(resid, past_kv_cache_entry=kept)
             else:
                 _run_attention(block, resid, kept)
-            shared = kept.share(block.attn, n_positions, bias(block.attn), position_mask)
+            bias_here = bias(block.attn, device)
+            shared = kept.share(block.attn, n_positions, bias_here, position_mask(device))
             layers[layer] = KeptLayer(at_positions, z[layer], shared)
-    return KeptBatch(batch.rows, position_mask, layers, entering)
+    return KeptBatch(batch.rows, layers, entering)
 
 
 def shortest_and_longest(n_prompts: int) -> slice:
@@ -159,11 +160,14 @@ class _KeptKeys(TransformerLensKeyValueCacheEntry):
         rotary = attn.cfg.positional_embedding_type == "rotary"
         keys = attn.apply_rotary(self.past_keys) if rotary else self.past_keys
         shared = SharedKeys(
-            _by_head(keys, n_positions), _by_head(self.past_values, n_positions), bias, None
+            _by_head(keys, n_positions),
+            _by_head(self.past_values, n_positions),
+            bias,
+            position_mask,
         )
         # Several patched positions are rotated differently: their queries turn one by one.
         one_rotation = rotary and n_positions == 1
-        return turn_to_decision(attn, shared, position_mask) if one_rotation else shared
+        return turn_to_decision(attn, shared) if one_rotation else shared
 
 
 def _by_head(
@@ -184,17 +188,18 @@ def n_columns(n_pos: int) -> int:
 
 
 def _bias_of_layers(
-    model: HookedTransformer, batch: TokenBatch, n_positions: int
-) -> Callable[[Any], Tensor | None]:
-    """The score bias of an attention module; layers of one kind share it."""
-    by_kind: dict[str, Tensor | None] = {}
+    batch: TokenBatch, n_positions: int
+) -> Callable[[Any, torch.device], Tensor | None]:
+    """The score bias of an attention module; layers of one kind on one device share it."""
+    made: dict[tuple[str, torch.device], Tensor | None] = {}
 
-    def bias(attn: Any) -> Tensor | None:
-        if attn.attn_type not in by_kind:
+    def bias(attn: Any, device: torch.device) -> Tensor | None:
+        key = (attn.attn_type, device)
+        if key not in made:
             columns = n_columns(batch.tokens.shape[1])
-            made = attention_bias(attn, batch.lengths, n_positions, columns)
-            by_kind[attn.attn_type] = None if made is None else made.to(device_of(model))
-        return by_kind[attn.attn_type]
+            found = attention_bias(attn, batch.lengths, n_positions, columns)
+            made[key] = None if found is None else found.to(device)
+        return made[key]
 
     return bias
 
@@ -205,12 +210,12 @@ def _aligned_right(lengths: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt pos"]:
 
 
 def _z_readers(
-    z: dict[int, Tensor], layers: range, at: tuple[Tensor, Tensor]
+    z: dict[int, Tensor], layers: range, read: Callable[[Tensor], Tensor]
 ) -> list[tuple[str, Any]]:
     def reader(layer: int) -> Any:
-        def read(value: Tensor, hook: HookPoint) -> None:  # noqa: ARG001 - passed by TransformerLens
-            z[layer] = value[at]
+        def keep(value: Tensor, hook: HookPoint) -> None:  # noqa: ARG001 - passed by TransformerLens
+            z[layer] = read(value)
 
-        return read
+        return keep
 
     return [(z_site(layer), reader(layer)) for layer in layers]

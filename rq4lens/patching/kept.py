@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from rq4lens.models.prompts import TokenBatch
+from rq4lens.patching.placement import Placement
 
 SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
 """Activations to blend in, of the prompts at hand, by layer and source."""
@@ -34,8 +34,8 @@ class Kept(Protocol):
     def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of a layer."""
 
-    def to(self, device: torch.device) -> Any:
-        """The batch on another device."""
+    def to(self, placement: Placement) -> Any:
+        """The batch with each layer on its device."""
 
 
 def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching.activations import device_of
+from rq4lens.patching.placement import Placement
 
 logger = logging.getLogger("rq4lens")
 
@@ -28,6 +28,10 @@ CPU_MAX_PROMPTS = 32
 
 FEWEST_CONDITIONS = 32
 """Conditions that stay together as long as memory allows."""
+
+BATCHES_PER_DEVICE = 4
+"""Batches for each of several devices, so that all but the first and the last find every device at
+work on one of them."""
 
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
@@ -185,6 +189,8 @@ class RowBudget:
 class MemoryPlan:
     """Where the clean pass is kept, and how much is computed together.
 
+    All of it counts on each device by itself.
+
     Args:
         passes: budget of the clean pass; a row is a prompt.
         rows: budget of the conditions; a row is a prompt under one condition.
@@ -201,6 +207,7 @@ class MemoryPlan:
         cls,
         model: HookedTransformer,
         prompts: TokenizedPrompts,
+        placement: Placement,
         rows_copy_keys: bool = False,
         max_bytes: int | None = None,
         batch_size: int | None = None,
@@ -210,18 +217,22 @@ class MemoryPlan:
         Args:
             model: the tuned model.
             prompts: the measured prompts.
+            placement: where the model's layers are.
             rows_copy_keys: whether each row needs its own copy of its prompt's keys and values.
-            max_bytes: the budget; by default half of what is free on a GPU.
+            max_bytes: the budget; by default half of what is free on the fullest GPU.
             batch_size: an upper limit on the prompts of one clean forward pass.
 
         Returns:
             The plan.
         """
-        cfg, device = model.cfg, device_of(model)
-        budget = default_budget_bytes(device) if max_bytes is None else max_bytes
+        cfg, devices = model.cfg, placement.devices
+        if max_bytes is None:
+            budget = min(default_budget_bytes(device) for device in devices)
+        else:
+            budget = max_bytes
         longest = int(prompts.lengths.max())
-        keys = kept_bytes_per_prompt(cfg, longest)
-        shares_memory = is_main_memory(device)
+        keys = int(kept_bytes_per_prompt(cfg, longest) * placement.largest_share)
+        shares_memory = all(is_main_memory(device) for device in devices)
         keep_on_device = shares_memory or keys * len(prompts) <= budget // 2
         # What is kept in main memory is not what the budget is about.
         kept = 0 if shares_memory else min(keys * len(prompts), budget // 2)
@@ -231,6 +242,9 @@ class MemoryPlan:
         if shares_memory:
             rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
             batch_size = batch_size or CPU_MAX_PROMPTS
+        if len(devices) > 1:
+            at_once = -(-len(prompts) // (BATCHES_PER_DEVICE * len(devices)))
+            batch_size = min(batch_size or at_once, at_once)
         if batch_size is not None:
             passes.max_rows = min(passes.max_rows, batch_size)
         return cls(passes, rows, keep_on_device)

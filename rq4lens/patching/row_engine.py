@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import check_layers, device_of, patched_positions
+from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.hooks import check_interventions
 from rq4lens.patching.kept import Kept, SourceTensors, some_prompts
 from rq4lens.patching.memory import Block, MemoryPlan
@@ -29,6 +29,7 @@ from rq4lens.patching.patch import (
     effects_by_difference,
     next_token_effects,
 )
+from rq4lens.patching.placement import Placement
 from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
 
 KERNEL_MIN_LOGITS = 2**34
@@ -44,8 +45,8 @@ class RowEngine(ABC):
         k_positions: how many positions, ending at the decision token, are patched.
         first_layer: the lowest layer that will be asked for; a lower one is served too, by another
             clean pass.
-        max_bytes: memory for everything the engine keeps and computes; by default half of what is
-            free on a GPU.
+        max_bytes: memory on each device for everything the engine keeps and computes; by default
+            half of what is free on the fullest GPU.
         batch_size: prompts per clean forward pass, if memory allows; by default as many as it does.
         kl_direction: which way the divergence is taken.
     """
@@ -74,7 +75,10 @@ class RowEngine(ABC):
         self.k_positions = k_positions
         self.kl_direction: KLDirection = kl_direction
         self.fallback_reason: str | None = None
-        self._memory = MemoryPlan.of(model, prompts, self.rows_copy_keys, max_bytes, batch_size)
+        self.placement = Placement.of(model)
+        self._memory = MemoryPlan.of(
+            model, prompts, self.placement, self.rows_copy_keys, max_bytes, batch_size
+        )
         self.first_layer = first_layer
         self._kept: list[Any] = []
 
@@ -152,18 +156,19 @@ class RowEngine(ABC):
         effects_of: Callable[[Tensor, Tensor, KLDirection], tuple[Tensor, Tensor]],
     ) -> Float64[ndarray, "measure condition prompt"]:
         """Both measures of interventions that are sorted by entry layer."""
-        measured = np.empty((2, len(interventions), len(self.prompts)))
-        # Numbers stay on the device until a batch is done: fetching one would stop the queue.
-        here = torch.empty(measured.shape, dtype=torch.float64, device=device_of(self.model))
+        shape = (2, len(interventions), len(self.prompts))
+        # Numbers stay on the device until all are there: fetching one would stop the queue.
+        here = torch.empty(shape, dtype=torch.float64, device=self.placement.exit)
 
-        def store(group: RowGroup, prompts: slice, logits: Tensor) -> None:
+        def store(group: RowGroup, places: slice, logits: Tensor) -> None:
             found = effects_of(logits, logits[:, :1], self.kl_direction)
             for measure, values in zip(here, found, strict=True):
                 by_condition = rearrange(values[:, 1:], "prompt condition -> condition prompt")
-                measure[group.conditions, prompts] = by_condition
+                measure[group.conditions, places] = by_condition
 
-        for kept in self._run(interventions, sources, store, advance):
-            measured[:, :, kept.rows.numpy()] = here[:, :, : len(kept.rows)].cpu().numpy()
+        order = self._run(interventions, sources, store, advance)
+        measured = np.empty(shape)
+        measured[:, :, order.numpy()] = here.cpu().numpy()
         return measured
 
     @torch.no_grad()
@@ -188,12 +193,12 @@ class RowEngine(ABC):
         every = torch.empty(shape, dtype=cfg.dtype)
         here = torch.empty(shape, dtype=cfg.dtype)
 
-        def store(group: RowGroup, prompts: slice, logits: Tensor) -> None:
+        def store(group: RowGroup, places: slice, logits: Tensor) -> None:
             patched = rearrange(logits[:, 1:], "prompt condition vocab -> condition prompt vocab")
-            here[group.conditions, prompts] = patched.cpu()
+            here[group.conditions, places] = patched.cpu()
 
-        for kept in self._run([interventions[i] for i in order], sources, store):
-            every[torch.tensor(order)[:, None], kept.rows] = here[:, : len(kept.rows)]
+        rows = self._run([interventions[i] for i in order], sources, store)
+        every[torch.tensor(order)[:, None], rows] = here
         return every
 
     @torch.no_grad()
@@ -213,14 +218,11 @@ class RowEngine(ABC):
             sources: the activations of just these prompts.
 
         Returns:
-            The logits at the decision token, on the model's device.
+            The logits at the decision token, on the device where the model gives them.
         """
-        device, cfg = device_of(self.model), self.model.cfg
-        rows = Rows.arrange(interventions, slice(0, len(interventions)), cfg.n_layers, device)
-        here = {
-            key: source.to(device, cfg.dtype, non_blocking=True) for key, source in sources.items()
-        }
-        groups = self._group_logits(kept.to(device), prompts, rows, here)
+        rows = Rows.arrange(interventions, slice(0, len(interventions)), self.placement)
+        here = {key: self._beside_layer(key, source) for key, source in sources.items()}
+        groups = self._group_logits(kept.to(self.placement), prompts, rows, here)
         return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
 
     def _by_entry_layer(self, interventions: Sequence[Intervention]) -> list[int]:
@@ -239,52 +241,62 @@ class RowEngine(ABC):
         sources: Sources,
         store: Callable[[RowGroup, slice, Float[Tensor, "prompt row vocab"]], None],
         advance: Advance | None = None,
-    ) -> Iterator[Kept]:
+    ) -> Int[Tensor, "prompt"]:
         """Compute all rows in chunks that fit into memory, batch of prompts by batch.
 
         Args:
             interventions: sorted by entry layer.
             sources: the activations that are blended in.
-            store: takes the logits of a group's rows, of some prompts of the batch.
-            advance: called with the number of rows just finished.
+            store: takes the logits of a group's rows, and the places of their prompts in the
+                order of the batches.
+            advance: called with the number of rows just queued.
 
-        Yields:
-            Each batch when its rows are done.
+        Returns:
+            Which prompt is at each place.
         """
         check_interventions(interventions, self.model)
-        n_layers, device = self.model.cfg.n_layers, device_of(self.model)
 
         @lru_cache
         def arrange(start: int, stop: int) -> Rows:
-            return Rows.arrange(interventions, slice(start, stop), n_layers, device)
+            return Rows.arrange(interventions, slice(start, stop), self.placement)
 
-        lowest = min((entry_layer(each, n_layers - 1) for each in interventions), default=0)
-        for kept in self.kept_batches(lowest):
-            here, incoming = kept.to(device), self._sources_of(kept, interventions, sources)
+        last = self.model.cfg.n_layers - 1
+        batches = self.kept_batches(min((entry_layer(i, last) for i in interventions), default=0))
+        first_place = 0
+        for kept in batches:
+            here = kept.to(self.placement)
+            incoming = self._sources_of(kept, interventions, sources)
 
-            def work(block: Block, here: Any = here, incoming: SourceTensors = incoming) -> None:
+            def work(
+                block: Block,
+                here: Any = here,
+                incoming: SourceTensors = incoming,
+                first_place: int = first_place,
+            ) -> None:
                 rows = arrange(block.conditions.start, block.conditions.stop)
                 some = {key: source[block.prompts] for key, source in incoming.items()}
+                places = slice(first_place + block.prompts.start, first_place + block.prompts.stop)
                 for group, logits in self._group_logits(here, block.prompts, rows, some):
-                    store(group, block.prompts, logits)
+                    store(group, places, logits)
                 if advance is not None:
                     advance(block.n_rows)
 
             whole = Block(slice(0, len(kept.rows)), slice(0, len(interventions)))
             self._memory.rows.run(whole, work)
-            yield kept
+            first_place += len(kept.rows)
+        return torch.cat([kept.rows for kept in batches])
 
     def _sources_of(
         self, kept: Kept, interventions: Sequence[Intervention], sources: Sources
     ) -> SourceTensors:
-        device, dtype = device_of(self.model), self.model.cfg.dtype
         chosen = dict(used_sources(interventions, sources))
         for key, source in chosen.items():
             check_source(key, source, self._site_shape)
-        return {
-            key: source[kept.rows].to(device, dtype, non_blocking=True)
-            for key, source in chosen.items()
-        }
+        return {key: self._beside_layer(key, source[kept.rows]) for key, source in chosen.items()}
+
+    def _beside_layer(self, key: tuple[int, str], source: Tensor) -> Tensor:
+        """A source where the layer is that it is blended into."""
+        return source.to(self.placement.layers[key[0]], self.model.cfg.dtype, non_blocking=True)
 
     def kept_batches(self, lowest: int) -> list[Any]:
         """The clean pass, made on first use; a layer below its first one makes another.
@@ -301,10 +313,11 @@ class RowEngine(ABC):
     def _clean_passes(self) -> list[Any]:
         every = next(self.prompts.batches(len(self.prompts), self.padding_side))
         made: list[Any] = []
+        main_memory = Placement.all_on(torch.device("cpu"), self.model.cfg.n_layers)
 
         def work(block: Block) -> None:
             kept = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
-            made.append(kept if self._memory.keep_on_device else kept.to(torch.device("cpu")))
+            made.append(kept if self._memory.keep_on_device else kept.to(main_memory))
 
         self._memory.passes.run(Block(slice(0, len(self.prompts)), slice(0, 1)), work)
         return made

@@ -15,6 +15,7 @@ from torch import Tensor
 from rq4lens.errors import UserError
 from rq4lens.patching.activations import z_site
 from rq4lens.patching.patch import Intervention, Patch, Sources, blend
+from rq4lens.patching.placement import Placement
 
 
 def entry_layer(intervention: Intervention, default: int) -> int:
@@ -67,47 +68,46 @@ class Rows:
     Args:
         interventions: what each row patches; nothing for a reference.
         groups: the rows by entry layer, lowest first.
-        device: where the blends happen.
+        placement: where each layer's blends happen.
     """
 
     interventions: tuple[Intervention, ...]
     groups: tuple[RowGroup, ...]
-    device: torch.device
+    placement: Placement
 
     @classmethod
     def arrange(
         cls,
         interventions: Sequence[Intervention],
         conditions: slice,
-        n_layers: int,
-        device: torch.device,
+        placement: Placement,
     ) -> Rows:
         """The rows of some of the interventions.
 
         Args:
             interventions: all of them, sorted by entry layer.
             conditions: which of them.
-            n_layers: number of layers of the model.
-            device: where the blends will happen.
+            placement: where the model's layers are.
 
         Returns:
             The rows, lowest entry layer first.
         """
+        last = len(placement.layers) - 1
         rows: list[Intervention] = []
         groups: list[RowGroup] = []
         at = conditions.start
         chosen = interventions[conditions]
-        for layer, members in groupby(chosen, key=lambda each: entry_layer(each, n_layers - 1)):
+        for layer, members in groupby(chosen, key=lambda each: entry_layer(each, last)):
             start = len(rows)
             rows += [(), *members]
             groups.append(RowGroup(layer, start, slice(at, at + len(rows) - start - 1)))
             at = groups[-1].conditions.stop
-        return cls(tuple(rows), tuple(groups), device)
+        return cls(tuple(rows), tuple(groups), placement)
 
     def only(self, group: RowGroup) -> Rows:
         """The rows of one group."""
         chosen = self.interventions[group.start : group.stop]
-        return Rows(chosen, (RowGroup(group.layer, 0, group.conditions),), self.device)
+        return Rows(chosen, (RowGroup(group.layer, 0, group.conditions),), self.placement)
 
     def entering(self, layer: int) -> int:
         """How many rows enter at a layer."""
@@ -120,18 +120,20 @@ class Rows:
         for row, intervention in enumerate(self.interventions):
             for patch in intervention:
                 found.setdefault((patch.layer, patch.source), []).append((row, patch))
-        return {key: self._layer_patch(members) for key, members in found.items()}
+        return {
+            key: self._layer_patch(members, self.placement.layers[key[0]])
+            for key, members in found.items()
+        }
 
-    def _layer_patch(self, members: list[tuple[int, Patch]]) -> LayerPatch:
+    @staticmethod
+    def _layer_patch(members: list[tuple[int, Patch]], device: torch.device) -> LayerPatch:
         rows = torch.tensor([row for row, _ in members])
         mask = torch.tensor([patch.heads.mask for _, patch in members], dtype=torch.bool)
         alpha = torch.tensor([patch.alpha for _, patch in members], dtype=torch.float64)
         alpha = rearrange(alpha, "condition -> condition 1")
         mask = rearrange(mask, "condition head -> condition 1 head")
         # A blocking copy would wait until the device has worked off everything that is queued.
-        return LayerPatch(
-            *(tensor.to(self.device, non_blocking=True) for tensor in (rows, mask, alpha))
-        )
+        return LayerPatch(*(tensor.to(device, non_blocking=True) for tensor in (rows, mask, alpha)))
 
     def blend_into(
         self,

@@ -61,19 +61,19 @@ class SuffixEngine(RowEngine):
         self, kept: KeptBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Float[Tensor, "prompt row d_model"]:
         """Carry the rows from the layers they enter at to the end of the last block."""
-        position_mask = kept.position_mask[prompts]
         resid: Tensor | None = None
         changed: Tensor | None = None
         for layer in range(rows.groups[0].layer, self.model.cfg.n_layers):
             block, at = self.model.blocks[layer], kept.layers[layer].of_prompts(prompts)
             if resid is not None:
-                changed = row_z(block, resid, at.shared, position_mask)
+                resid = resid.to(self.placement.layers[layer])
+                changed = row_z(block, resid, at.shared)
             n_new = rows.entering(layer)
             resid, z = _joined(resid, at.resid, n_new), _joined(changed, at.z, n_new)
             rows.blend_into(z, layer, sources)
             resid = finish_block(block, resid, z)
         assert resid is not None
-        return resid[:, :, -1]
+        return resid[:, :, -1].to(self.placement.exit)
 
     def _unembed(
         self, resid: Float[Tensor, "prompt row d_model"]
@@ -119,7 +119,6 @@ def not_covered(model: Any) -> str | None:
         "it scales queries by the logarithm of their position": cfg.use_logn_attn,
         "its rotary base depends on the length of the batch": cfg.use_dynamic_ntk_rope,
         "its weights are 4-bit": cfg.load_in_4bit,
-        "it is spread over several devices": cfg.n_devices > 1,
         "its heads read inputs of their own": cfg.use_attn_in or cfg.use_split_qkv_input,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

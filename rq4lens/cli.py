@@ -26,8 +26,8 @@ app = typer.Typer(
 
 PAIR_SETTINGS = ("pair", "base", "tuned", "base_revision", "tuned_revision", "prompts")
 PLACE_SETTINGS = (
-    *("device", "n_devices", "dtype", "batch_size", "keep_both", "cache", "trust_remote_code"),
-    "engine",
+    *("device", "n_devices", "device_map", "dtype", "batch_size", "keep_both", "cache"),
+    *("trust_remote_code", "engine"),
 )
 METHOD_SETTINGS = (
     "layer",

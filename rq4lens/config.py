@@ -78,6 +78,9 @@ class RunConfig(BaseModel):
     engine: Literal["suffix", "hooks"] = Field("suffix", description="fast engine, or reference")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
     n_devices: int = Field(1, ge=1, description="over how many GPUs each model is spread")
+    device_map: str | None = Field(
+        None, description="auto, or GPUs as cuda:0,cuda:2, that each model is spread over"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="number format of the models"
     )

@@ -11,7 +11,8 @@ import torch
 
 from rq4lens.config import RunConfig
 from rq4lens.models.catalog import resolve_device
-from rq4lens.models.pair import SIDES
+from rq4lens.models.devices import placement_of
+from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.row_engine import RowEngine
 from rq4lens.results import GridResult
@@ -56,6 +57,7 @@ def provenance(
         },
         "engine": _engine(experiment),
         "device": resolve_device(config.device),
+        "blocks_on": _blocks_on(pair),
         "peak_device_bytes": _peak_device_bytes(),
         "store": {
             "reused": store.counters.reused,
@@ -70,6 +72,16 @@ def provenance(
             "torch_threads": torch.get_num_threads(),
         },
         "timings_seconds": dict(timings_seconds),
+    }
+
+
+def _blocks_on(pair: ModelPair) -> dict[str, list[str] | None]:
+    """The device of each block; None for a model that is not in memory any more."""
+    return {
+        side: list(placement_of(pair.member(side).model).blocks)
+        if pair.member(side).is_loaded
+        else None
+        for side in SIDES
     }
 
 

@@ -91,6 +91,8 @@ def assert_one_sentence(result, said, folder):
         ("run --pair etiquette --decision-rule marker", "has no marker, which rule 'marker' needs"),
         ("run --pair etiquette --max-tokens 0", "max_tokens = '0' is not allowed"),
         ("run --pair etiquette --device cpu --n-devices 2", "n_devices=2 spreads a model"),
+        ("run --pair etiquette --device cpu --device-map auto", "both say where the layers go"),
+        ("run --pair etiquette --device-map cuda:98", "names 'cuda:98', which is not there"),
         ("run --pair etiquette --prompts p.csv", "prompt file 'p.csv' does not exist"),
         ("run --pair etiquette --prompts .", "folder '.' is no Hugging Face dataset"),
         ("audit", "no pair is named"),

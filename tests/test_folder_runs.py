@@ -321,8 +321,16 @@ def test_the_cut_on_the_left_is_counted(partly):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_pair_over_two_gpus_has_the_same_numbers(small):
-    """Each model spread over two GPUs gives what the CPU gives, to 1e-5 nats."""
-    run_job(small, "--device", "cuda", "--n-devices", "2", out="spread")
-    whole, spread = numbers(small / "run"), numbers(small / "spread")
+@pytest.mark.parametrize(
+    "where",
+    [("--device", "cuda", "--n-devices", "2"), ("--device-map", "cuda:1,cuda:0")],
+    ids=["n-devices", "device-map"],
+)
+def test_a_pair_over_two_gpus_has_the_same_numbers(small, where):
+    """Each model spread over two GPUs gives what the CPU gives, to 1e-5 nats, and says where."""
+    out = f"spread{len(where)}"
+    run_job(small, *where, out=out)
+    whole, spread = numbers(small / "run"), numbers(small / out)
     pd.testing.assert_frame_equal(spread.loc[whole.index], whole, atol=1e-5, rtol=0)
+    blocks_on = json.loads((small / out / "run.json").read_text())["blocks_on"]
+    assert set(blocks_on["tuned"]) == {"cuda:0", "cuda:1"}

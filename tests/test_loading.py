@@ -32,6 +32,7 @@ from transformers import (
 
 from rq4lens.models.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.conversion import hooked_from
+from rq4lens.models.devices import Placement
 from rq4lens.models.loading import LoadedModel, load_hooked
 from rq4lens.models.parity import CHECK_TEXTS
 
@@ -141,7 +142,8 @@ def test_conversion_takes_over_the_memory(folders):
     """
     hf = hugging_face(folders("llama3"))
     theirs = {p.untyped_storage().data_ptr() for p in hf.parameters()}
-    model = hooked_from(hf, "LlamaForCausalLM", dtype=torch.float32)
+    here = Placement(("cpu",) * hf.config.num_hidden_layers)
+    model = hooked_from(hf, "LlamaForCausalLM", dtype=torch.float32, placement=here)
     matrices = {n: p for n, p in model.named_parameters() if "W_" in n}
     assert len(matrices) == 2 + 3 * 7
     assert all(p.untyped_storage().data_ptr() in theirs for p in matrices.values())

@@ -22,7 +22,8 @@ FORMAT = 1
 
 ELSEWHERE = {
     *("about", "base", "tuned", "base_revision", "tuned_revision", "prompts", "trust_remote_code"),
-    *("device", "n_devices", "batch_size", "keep_both", "cache", "engine", "analysis", "resamples"),
+    *("device", "n_devices", "device_map", "batch_size", "keep_both", "cache", "engine"),
+    *("analysis", "resamples"),
 }
 """Settings that may differ between the processes of a job: models and prompts are compared by their
 content, and the others change no measured number."""

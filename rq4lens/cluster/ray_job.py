@@ -325,6 +325,6 @@ def _anywhere(request: Request, cluster: Cluster) -> Request:
     }
     if config.cache is not None:
         changes["cache"] = str(Path(config.cache).resolve())
-    if (cluster.gpus_per_worker or 0) > 1:
+    if (cluster.gpus_per_worker or 0) > 1 and config.device_map is None:
         changes["n_devices"] = int(cluster.gpus_per_worker or 1)
     return replace(request, config=config.updated(**changes)) if changes else request

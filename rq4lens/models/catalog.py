@@ -19,6 +19,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.adapters import base_of
 from rq4lens.models.audit import Audit, audit_prompts
 from rq4lens.models.checkpoint import locate
+from rq4lens.models.devices import Devices, chosen_devices
 from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.models.kept_cards import (
     CardIngredients,
@@ -81,6 +82,7 @@ def pair_from_config(
     Raises:
         UserError: if something is missing or a model cannot be loaded.
     """
+    devices_of(config)  # refuses those that are not there
     prompts = prompts_from_config(config) if prompts is None else prompts
     reading, members = reading_of(config), _members(config, kept_in)
     kept = prompts
@@ -157,14 +159,13 @@ def _fit_together(config: RunConfig) -> bool:
     """Whether both models leave room for the work, by the headers of their files."""
     if is_builtin(config):
         return True
-    device, needed = resolve_device(config.device), 0
+    devices, needed = devices_of(config), 0
     for path, revision, _ in (_source(config, side) for side in SIDES):
         asked = locate(path, revision)
         estimate = estimate_memory(
             base_of(asked) if asked.is_adapter else asked,
             dtype=getattr(torch, config.dtype),
-            device=device,
-            n_devices=config.n_devices,
+            devices=devices,
         )
         needed += estimate.weights_bytes
     fit = needed <= SHARE_FOR_WEIGHTS * estimate.free_bytes
@@ -174,7 +175,7 @@ def _fit_together(config: RunConfig) -> bool:
             "(--keep-both holds both all the same)",
             needed / 1e9,
             estimate.free_bytes / 1e9,
-            device,
+            devices,
         )
     return fit
 
@@ -198,6 +199,16 @@ def resolve_device(device: str) -> str:
         reason = str(problem).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}): try 'cpu'.") from None
     return device
+
+
+def devices_of(config: RunConfig) -> Devices:
+    """The devices that each model of a configuration goes to.
+
+    Raises:
+        UserError: if one does not exist here, or the settings do not go together.
+    """
+    device = config.device if config.device_map else resolve_device(config.device)
+    return chosen_devices(device, config.n_devices, config.device_map)
 
 
 def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
@@ -260,9 +271,10 @@ def _load(source: _Source, config: RunConfig) -> LoadedModel:
     loaded = load_hooked(
         source.path,
         revision=source.revision,
-        device=resolve_device(config.device),
+        device=config.device if config.device_map else resolve_device(config.device),
         dtype=getattr(torch, config.dtype),
         n_devices=config.n_devices,
+        device_map=config.device_map,
         trust_remote_code=config.trust_remote_code,
     )
     return replace(loaded, source=source.name)

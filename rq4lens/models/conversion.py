@@ -16,18 +16,18 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
-from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
 from rq4lens.files import short_reason
 from rq4lens.models.architectures import Architecture, StateDict, find_architecture
+from rq4lens.models.devices import Placement, bring_inputs
 from rq4lens.models.rotary import write_longrope_tables
 
 
 @torch.no_grad()
 def hooked_from(
-    hf_model: Any, architecture: str, *, dtype: torch.dtype, device: str = "cpu", n_devices: int = 1
+    hf_model: Any, architecture: str, *, dtype: torch.dtype, placement: Placement
 ) -> HookedTransformer:
     """Convert a Hugging Face model; the result takes over its memory.
 
@@ -35,8 +35,7 @@ def hooked_from(
         hf_model: A causal language model whose weights are of type ``dtype``.
         architecture: Name of its entry in ``ARCHITECTURES``.
         dtype: Type of the weights.
-        device: Where the model goes.
-        n_devices: Over how many GPUs its layers are spread, in order.
+        placement: Where each of its blocks goes.
 
     Returns:
         The model with untouched weights, in evaluation mode, without tokenizer.
@@ -45,12 +44,17 @@ def hooked_from(
         UserError: TransformerLens has no counterpart for this variant of the architecture.
     """
     entry = find_architecture(architecture)
-    cfg = _config(hf_model, entry, architecture, dtype, n_devices)
+    cfg = _config(hf_model, entry, architecture, dtype, placement.n_devices_of_formula)
+    if len(placement.names) > 1 and cfg.positional_embedding_type == "alibi":
+        raise UserError(
+            f"a {architecture} cannot be spread over {', '.join(placement.names)}, because "
+            "TransformerLens keeps its ALiBi slopes on one of them; load it on a single device."
+        )
     with init_empty_weights():
         model = HookedTransformer(cfg, move_to_device=False)
     _assign(model, _converted(hf_model, entry, cfg))
     write_longrope_tables(model, hf_model.config)
-    _place(model, device)
+    _place(model, placement)
     return model.eval()
 
 
@@ -140,19 +144,18 @@ def _set_zero(model: HookedTransformer, name: str) -> None:
     setattr(module, leaf, torch.nn.Parameter(torch.zeros(shape, dtype=dtype)))
 
 
-def _place(model: HookedTransformer, device: str) -> None:
-    """Put each layer where ``HookedTransformer.forward`` will look for it."""
-    cfg = model.cfg
-    cfg.device = device
-    first = get_device_for_block_index(0, cfg)
-    last = get_device_for_block_index(cfg.n_layers - 1, cfg)
-    for index, block in enumerate(model.blocks):
-        block.to(get_device_for_block_index(index, cfg))
-    model.ln_final.to(last)
-    model.unembed.to(last)
+def _place(model: HookedTransformer, placement: Placement) -> None:
+    """Put each block where it belongs, and see to it that its input gets there."""
+    model.cfg.device = placement.first
+    for block, device in zip(model.blocks, placement.blocks, strict=True):
+        block.to(device)
+        if len(placement.names) > 1:
+            bring_inputs(block)
+    for name in ("ln_final", "unembed"):
+        getattr(model, name).to(placement.last)
     for name in ("embed", "pos_embed"):
         if hasattr(model, name):
-            getattr(model, name).to(first)
+            getattr(model, name).to(placement.first)
 
 
 def give_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rq4lens.errors import UserError
 from rq4lens.files import short_reason, short_value
 from rq4lens.models.checkpoint import Checkpoint
+from rq4lens.models.devices import ModelBytes, Placement
 from rq4lens.models.weight_files import LEFTOVER
 
 MODEL_SLACK = 1_000_000
@@ -46,11 +48,92 @@ def load_tokenizer(
         raise _unreadable(checkpoint, "tokenizer", error) from error
 
 
+def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face model that a configuration describes, without memory for its weights.
+
+    Args:
+        checkpoint: A folder.
+        trust_remote_code: Allow code that the checkpoint brings along to run.
+
+    Returns:
+        A causal language model on the device ``meta``.
+
+    Raises:
+        UserError: There is no such model, or it is larger than the checkpoint's files.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a stranger's folder makes it fail in any way
+        raise _unreadable(checkpoint, "model", error) from error
+    _refuse_larger_than_files(checkpoint, model)
+    return model
+
+
+def bytes_of(skeleton: Any, dtype: torch.dtype) -> ModelBytes:
+    """How many bytes each part of a model takes.
+
+    Args:
+        skeleton: A model of :func:`skeleton_of`.
+        dtype: Type of the weights.
+    """
+    _, layers = _blocks_of(skeleton)
+    blocks = tuple(_n_weights(layer) * dtype.itemsize for layer in layers)
+    after = skeleton.get_output_embeddings().weight.numel() * dtype.itemsize
+    tied = skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
+    # A HookedTransformer has an unembedding of its own where the checkpoint has none.
+    others = _n_weights(skeleton) * dtype.itemsize - sum(blocks) - (0 if tied else after)
+    return ModelBytes(others, blocks, after)
+
+
+def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
+    """A placement in the names of the Hugging Face model, as ``from_pretrained`` takes it.
+
+    Args:
+        skeleton: A model of :func:`skeleton_of`.
+        placement: The device of each block.
+
+    Returns:
+        A device for each module; what is registered before the blocks goes with the first of them,
+        what comes after goes with the last, tied weights stay together.
+    """
+    path, layers = _blocks_of(skeleton)
+    tied = skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
+    found = {f"{path}.{i}": device for i, device in enumerate(placement.blocks[: len(layers)])}
+    module, prefix = skeleton, ""
+    for part in path.split("."):
+        device = placement.first
+        for name, child in module.named_children():
+            if name == part:
+                device = placement.last
+            elif child is skeleton.get_output_embeddings() and tied:
+                found[prefix + name] = placement.first
+            else:
+                found[prefix + name] = device
+        module, prefix = getattr(module, part), f"{prefix}{part}."
+    return found
+
+
+def _blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
+    """The list of a model's blocks, and the path to it."""
+    n_layers = skeleton.config.get_text_config().num_hidden_layers
+    return next(
+        (name, module)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    )
+
+
+def _n_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def load_hugging_face(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
-    device: str = "cpu",
+    device_map: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The checkpoint as a Hugging Face model, from safetensors alone.
@@ -58,7 +141,8 @@ def load_hugging_face(
     Args:
         checkpoint: A folder.
         dtype: Type of the weights.
-        device: Where they go; shards are read straight into it, one after the other.
+        device_map: Where its modules go, by name; shards are read straight into it, one after the
+            other. Left out, all of it goes to the CPU.
         trust_remote_code: Allow code that the checkpoint brings along to run.
 
     Returns:
@@ -68,12 +152,11 @@ def load_hugging_face(
         UserError: The weights are pickled, incomplete, or cannot be read.
     """
     try:
-        _refuse_larger_than_files(checkpoint, trust_remote_code)
         with _quiet_unless_terminal():
             model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 dtype=dtype,
-                device_map={"": device},
+                device_map=dict(device_map or {"": "cpu"}),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 attn_implementation="eager",  # soft caps and sinks are exact in this one
@@ -81,7 +164,7 @@ def load_hugging_face(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-    except (UserError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a stranger's folder makes it fail in any way
         raise _unreadable(checkpoint, "model", error) from error
@@ -108,15 +191,12 @@ def require_finite(hf_model: Any, source: str) -> None:
             )
 
 
-def _refuse_larger_than_files(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+def _refuse_larger_than_files(checkpoint: Checkpoint, skeleton: Any) -> None:
     """Refuse a configuration whose model would be filled up with random numbers, or the memory."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    asked = sum(parameter.numel() for parameter in model.parameters())
+    asked = _n_weights(skeleton)
     held = sum(tensor.n_values for tensor in checkpoint.tensors.values())
     if asked > 2 * held + MODEL_SLACK:
-        name, largest = max(model.named_parameters(), key=lambda each: each[1].numel())
+        name, largest = max(skeleton.named_parameters(), key=lambda each: each[1].numel())
         raise UserError(
             f"config.json of {checkpoint.source} describes {asked:,} weights, as {name} of shape "
             f"{list(largest.shape)}, and its files hold {held:,}; restore the file that "

@@ -7,10 +7,11 @@ through TransformerLens' own conversions, the tokenizer from the folder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from transformer_lens import HookedTransformer
@@ -23,9 +24,17 @@ from rq4lens.models.architectures import find_architecture
 from rq4lens.models.checkpoint import Checkpoint, architecture_of, locate, refuse_quantized
 from rq4lens.models.config_check import check_config
 from rq4lens.models.conversion import give_tokenizer, hooked_from
+from rq4lens.models.devices import AUTO, Placement, chosen_devices, place_blocks
 from rq4lens.models.fingerprint import weights_fingerprint
-from rq4lens.models.huggingface import load_hugging_face, load_tokenizer, require_finite
-from rq4lens.models.memory import estimate_memory
+from rq4lens.models.huggingface import (
+    bytes_of,
+    device_map_of,
+    load_hugging_face,
+    load_tokenizer,
+    require_finite,
+    skeleton_of,
+)
+from rq4lens.models.memory import estimate_memory, free_bytes
 from rq4lens.models.parity import check_tokens, hugging_face_logits, require_same_logits
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
@@ -108,6 +117,7 @@ def load_hooked(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     n_devices: int = 1,
+    device_map: str | Sequence[str] | None = None,
     trust_remote_code: bool = False,
     check_logits: bool = True,
 ) -> LoadedModel:
@@ -118,7 +128,9 @@ def load_hooked(
         revision: Commit, branch or tag of a hub id.
         device: Where the model goes, as ``"cpu"`` or ``"cuda"``.
         dtype: Type of the weights.
-        n_devices: Over how many GPUs the layers are spread, in order.
+        n_devices: Over how many GPUs the layers are spread evenly, in order.
+        device_map: Instead of ``device`` and ``n_devices``: ``"auto"`` for all GPUs, each by what
+            is free on it, or GPUs by name, as ``"cuda:0,cuda:2"``.
         trust_remote_code: Allow code that the checkpoint brings along to run.
         check_logits: Compare with the Hugging Face model on two prompts.
 
@@ -128,16 +140,20 @@ def load_hooked(
     Raises:
         UserError: The checkpoint cannot be loaded, or its logits differ from Hugging Face.
     """
-    _require_device(device, n_devices)
+    named = device if device_map is None or device != "cpu" else AUTO  # the default says nothing
+    devices = chosen_devices(named, n_devices, device_map)
     asked = locate(source, revision)
     weights = base_of(asked) if asked.is_adapter else asked
     architecture = loadable_architecture(weights, trust_remote_code=trust_remote_code)
-    estimate_memory(weights, dtype=dtype, device=device, n_devices=n_devices).require_fit()
+    estimate_memory(weights, dtype=dtype, devices=devices).require_fit()
     tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
+    skeleton = skeleton_of(weights, trust_remote_code=trust_remote_code)
+    free = [free_bytes(each) for each in devices.names]
+    placement = place_blocks(devices, bytes_of(skeleton, dtype), free)
     hf_model = load_hugging_face(
         weights,
         dtype=dtype,
-        device="cpu" if n_devices > 1 else device,  # several GPUs are filled layer by layer
+        device_map=_hugging_face_places(skeleton, placement, merged=asked.is_adapter),
         trust_remote_code=trust_remote_code,
     )
     if asked.is_adapter:
@@ -145,7 +161,7 @@ def load_hooked(
     require_finite(hf_model, asked.source)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
-    model = hooked_from(hf_model, architecture, dtype=dtype, device=device, n_devices=n_devices)
+    model = hooked_from(hf_model, architecture, dtype=dtype, placement=placement)
     del hf_model
     give_tokenizer(model, tokenizer)
     return LoadedModel(
@@ -212,24 +228,14 @@ def loadable_architecture(checkpoint: Checkpoint, *, trust_remote_code: bool = F
     return str(architecture)
 
 
-def _require_device(device: str, n_devices: int) -> None:
-    n_gpus = torch.cuda.device_count()
-    try:
-        chip = torch.device(device)
-    except RuntimeError:
-        raise UserError(
-            f"device {device!r} is unknown; allowed are 'cpu', 'cuda', 'cuda:1' and so on, 'mps'."
-        ) from None
-    if chip.type == "cuda" and (chip.index or 0) + n_devices > n_gpus:
-        raise UserError(
-            f"device {device!r} with n_devices={n_devices} asks for GPUs that are not there "
-            f"(this machine has {n_gpus}); use fewer, or device='cpu'."
-        )
-    if chip.type != "cuda" and n_devices != 1:
-        raise UserError(
-            f"n_devices={n_devices} spreads a model over GPUs, and device is {device!r}; "
-            "use device='cuda', or n_devices=1."
-        )
+def _hugging_face_places(
+    skeleton: Any, placement: Placement, *, merged: bool
+) -> dict[str, str] | None:
+    """Where Hugging Face reads the weights to; None for the CPU."""
+    if len(placement.names) == 1:
+        return {"": placement.first}
+    # PEFT merges on one device; the merged blocks then move one by one.
+    return None if merged else device_map_of(skeleton, placement)
 
 
 def _refuse_processed(model: HookedModel) -> None:

@@ -12,6 +12,9 @@ from huggingface_hub.errors import NotASafetensorsRepoError
 
 from rq4lens.errors import UserError
 from rq4lens.models.checkpoint import Checkpoint, is_path, locate
+from rq4lens.models.devices import Devices
+
+ON_CPU = Devices(("cpu",))
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,7 @@ def estimate_memory(
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    n_devices: int = 1,
+    devices: Devices = ON_CPU,
 ) -> MemoryEstimate:
     """Bytes of a checkpoint's weights against the free memory, without loading or fetching them.
 
@@ -78,8 +80,7 @@ def estimate_memory(
         source: A Hugging Face folder, a hub id, or a checkpoint that is already located.
         revision: Commit, branch or tag of a hub id.
         dtype: Type the weights are loaded as.
-        device: Where they go, as ``"cpu"`` or ``"cuda"``.
-        n_devices: Over how many GPUs they are spread.
+        devices: Where they go.
 
     Returns:
         Both numbers, with advice when it will not fit.
@@ -90,27 +91,24 @@ def estimate_memory(
     return MemoryEstimate(
         source=source.source if isinstance(source, Checkpoint) else str(source),
         weights_bytes=_n_weights(source, revision) * dtype.itemsize,
-        free_bytes=free_bytes(device, n_devices),
-        device=device,
+        free_bytes=sum(map(free_bytes, devices.names)),
+        device=str(devices),
         dtype=dtype,
     )
 
 
-def free_bytes(device: str, n_devices: int = 1) -> int:
+def free_bytes(device: str) -> int:
     """Free memory of a device.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
-        n_devices: How many GPUs, counted from the named one.
 
     Returns:
         Bytes; for a device without memory of its own those of the machine.
     """
-    chip = torch.device(device)
-    if chip.type != "cuda":
+    if torch.device(device).type != "cuda":
         return int(psutil.virtual_memory().available)
-    first = chip.index or 0
-    return sum(torch.cuda.mem_get_info(i)[0] for i in range(first, first + n_devices))
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _n_weights(source: str | Path | Checkpoint, revision: str | None) -> int:

@@ -154,6 +154,11 @@ class PairMember:
         return self._was_loaded
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory now."""
+        return self._loaded is not None
+
+    @property
     def known(self) -> bool:
         """Whether the model's card is there without loading it."""
         return self._card is not None or self._loaded is not None

@@ -11,7 +11,7 @@ import torch
 
 from rq4lens.config import RunConfig
 from rq4lens.models.catalog import resolve_device
-from rq4lens.models.devices import placement_of
+from rq4lens.models.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.row_engine import RowEngine
@@ -77,11 +77,13 @@ def provenance(
 
 def _blocks_on(pair: ModelPair) -> dict[str, list[str] | None]:
     """The device of each block; None for a model that is not in memory any more."""
+
+    def blocks(model: HookedModel) -> list[str]:
+        return [str(next(block.parameters()).device) for block in model.blocks]
+
+    members = {side: pair.member(side) for side in SIDES}
     return {
-        side: list(placement_of(pair.member(side).model).blocks)
-        if pair.member(side).is_loaded
-        else None
-        for side in SIDES
+        side: blocks(member.model) if member.is_loaded else None for side, member in members.items()
     }
 
 

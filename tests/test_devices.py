@@ -16,16 +16,11 @@ from rq4lens.errors import UserError
 from rq4lens.models.catalog import devices_of
 from rq4lens.models.checkpoint import locate
 from rq4lens.models.conversion import hooked_from
-from rq4lens.models.devices import (
-    Devices,
-    ModelBytes,
-    Placement,
-    chosen_devices,
-    place_blocks,
-    placement_of,
-)
+from rq4lens.models.devices import Devices, chosen_devices
 from rq4lens.models.huggingface import bytes_of, device_map_of, load_hugging_face, skeleton_of
 from rq4lens.models.loading import load_hooked
+from rq4lens.models.placement import Placement
+from rq4lens.models.placing import ModelBytes, place_blocks
 
 pytest_plugins = ("loading_cases",)
 
@@ -36,6 +31,11 @@ GPUS = ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
 def four_gpus(monkeypatch):
     """A machine that says it has four GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+
+
+def named(placement):
+    """The device of each block by name."""
+    return tuple(map(str, placement.layers))
 
 
 def sizes(n_blocks, before=0, after=0):
@@ -53,15 +53,15 @@ def test_even_blocks_are_where_transformer_lens_looks(n_blocks, n_gpus):
     assert placed.n_devices_of_formula == n_gpus
     cfg = type("Cfg", (), {"device": "cuda:0", "n_devices": n_gpus, "n_layers": n_blocks})
     formula = [str(get_device_for_block_index(index, cfg)) for index in range(n_blocks)]
-    assert list(placed.blocks) == formula
+    assert list(named(placed)) == formula
 
 
 def test_gpus_in_any_order_are_used_in_that_order():
     """Named devices take as many blocks each, in the order in which they are named."""
     placed = place_blocks(Devices(("cuda:3", "cuda:1")), sizes(4), [1, 1])
-    assert placed.blocks == ("cuda:3", "cuda:3", "cuda:1", "cuda:1")
+    assert named(placed) == ("cuda:3", "cuda:3", "cuda:1", "cuda:1")
     assert placed.n_devices_of_formula == 1
-    assert (placed.first, placed.last) == ("cuda:3", "cuda:1")
+    assert (placed.entry, placed.exit) == (torch.device("cuda:3"), torch.device("cuda:1"))
 
 
 def fullest(blocks, size, free):
@@ -82,7 +82,7 @@ def test_free_memory_is_used_as_evenly_as_can_be(seed):
     before, after, *free = torch.randint(3, 40, (5,), generator=draw).tolist()
     size = ModelBytes(before, blocks, after)
     placed = place_blocks(Devices(GPUS[:3], by_free_memory=True), size, free)
-    chosen = [GPUS.index(name) for name in placed.blocks]
+    chosen = [GPUS.index(name) for name in named(placed)]
     others = (
         each
         for each in itertools.combinations_with_replacement(range(3), len(blocks))
@@ -97,7 +97,7 @@ def test_every_weight_of_hugging_face_has_a_device(folders, name):
     """The map names each weight once: of block i where block i goes, tied weights together."""
     skeleton = skeleton_of(locate(folders(name)))
     n_blocks = skeleton.config.get_text_config().num_hidden_layers
-    placed = Placement(tuple(f"cuda:{index}" for index in range(n_blocks)))
+    placed = Placement.in_order(tuple(f"cuda:{index}" for index in range(n_blocks)))
     found = device_map_of(skeleton, placed)
     for weight, _ in skeleton.named_parameters(remove_duplicate=False):
         (own,) = {device for path, device in found.items() if f"{weight}.".startswith(f"{path}.")}
@@ -105,7 +105,7 @@ def test_every_weight_of_hugging_face_has_a_device(folders, name):
         if numbers:
             assert own == f"cuda:{numbers[0]}"
         else:
-            assert own in {placed.first, placed.last}
+            assert own in {str(placed.entry), str(placed.exit)}
     heads = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
     tied = heads[0].weight is heads[1].weight
     names = {id(module): path for path, module in skeleton.named_modules()}
@@ -113,7 +113,7 @@ def test_every_weight_of_hugging_face_has_a_device(folders, name):
         next(d for path, d in found.items() if f"{names[id(head)]}.".startswith(f"{path}."))
         for head in heads
     ]
-    assert ends == [placed.first, placed.first if tied else placed.last]
+    assert ends == [str(placed.entry), str(placed.entry) if tied else str(placed.exit)]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma2", "phi3", "mixtral", "gpt-neo"])
@@ -121,13 +121,13 @@ def test_blocks_are_placed_while_loading(folders, name):
     """Read block by block to named devices, the model is the one that is read as a whole."""
     checkpoint = locate(folders(name))
     skeleton = skeleton_of(checkpoint)
-    here = Placement(("cpu",) * skeleton.config.get_text_config().num_hidden_layers)
+    here = Placement.in_order(("cpu",) * skeleton.config.get_text_config().num_hidden_layers)
     by_name = load_hugging_face(
         checkpoint, dtype=torch.float32, device_map=device_map_of(skeleton, here)
     )
     model = hooked_from(by_name, type(by_name).__name__, dtype=torch.float32, placement=here)
     whole = load_hooked(folders(name)).model
-    assert placement_of(model) == here
+    assert Placement.of(model) == here
     with torch.no_grad():
         assert torch.equal(model(TOKENS, padding_side="right"), whole(TOKENS, padding_side="right"))
 
@@ -148,10 +148,10 @@ def test_a_block_brings_its_input_to_its_own_device(folders):
     """Of a placement that TransformerLens has no formula for, each block fetches what it reads."""
     checkpoint = locate(folders("llama3"))
     hf = load_hugging_face(checkpoint, dtype=torch.float32)
-    placed = Placement(("cpu", "cpu", "meta"))
+    placed = Placement.in_order(("cpu", "cpu", "meta"))
     model = hooked_from(hf, "LlamaForCausalLM", dtype=torch.float32, placement=placed)
     assert type(model) is HookedTransformer
-    assert placement_of(model) == placed
+    assert Placement.of(model) == placed
     assert model.cfg.n_devices == 1
     assert model.embed.W_E.device.type == "cpu"
     assert model.unembed.W_U.device.type == model.ln_final.w.device.type == "meta"
@@ -169,7 +169,7 @@ def test_alibi_is_not_spread(folders):
             hf,
             "BloomForCausalLM",
             dtype=torch.float32,
-            placement=Placement(("cpu", "cpu", "meta")),
+            placement=Placement.in_order(("cpu", "cpu", "meta")),
         )
 
 
@@ -229,11 +229,11 @@ def test_a_model_over_two_gpus_is_one_model(folders, name, device_map):
     one = load_hooked(folders(name), device="cuda").model
     devices = {str(parameter.device) for parameter in spread.parameters()}
     assert devices == {"cuda:0", "cuda:1"}
-    named = placement_of(spread)
-    assert str(spread.embed.W_E.device) == named.first
-    assert str(spread.unembed.W_U.device) == named.last
+    found = Placement.of(spread)
+    assert spread.embed.W_E.device == found.entry
+    assert spread.unembed.W_U.device == found.exit
     if device_map != "auto":
-        assert ",".join(named.names) == device_map
+        assert ",".join(map(str, found.devices)) == device_map
     padded = torch.ones_like(TOKENS)
     padded[0, :5] = 0
     for options in ({"padding_side": "right"}, {"padding_side": "left", "attention_mask": padded}):

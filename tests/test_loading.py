@@ -32,9 +32,9 @@ from transformers import (
 
 from rq4lens.models.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.conversion import hooked_from
-from rq4lens.models.devices import Placement
 from rq4lens.models.loading import LoadedModel, load_hooked
 from rq4lens.models.parity import CHECK_TEXTS
+from rq4lens.models.placement import Placement
 
 pytest_plugins = ("loading_cases",)
 
@@ -142,7 +142,7 @@ def test_conversion_takes_over_the_memory(folders):
     """
     hf = hugging_face(folders("llama3"))
     theirs = {p.untyped_storage().data_ptr() for p in hf.parameters()}
-    here = Placement(("cpu",) * hf.config.num_hidden_layers)
+    here = Placement.in_order(("cpu",) * hf.config.num_hidden_layers)
     model = hooked_from(hf, "LlamaForCausalLM", dtype=torch.float32, placement=here)
     matrices = {n: p for n, p in model.named_parameters() if "W_" in n}
     assert len(matrices) == 2 + 3 * 7

@@ -11,12 +11,12 @@ from tiny import fine_tuned, pair_of, random_prompts, tiny_model
 
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.ranking import METHODS, rank_heads
+from rq4lens.models.placement import Placement
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.memory import BATCHES_PER_DEVICE, MemoryPlan
-from rq4lens.patching.placement import Placement
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

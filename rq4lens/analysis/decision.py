@@ -19,13 +19,13 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import apply_softcap
 
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import TokenBatch
 from rq4lens.patching.activations import forward_batch, patched_positions, z_site
 from rq4lens.patching.attention_row import row_z
 from rq4lens.patching.block_row import finish_block
 from rq4lens.patching.clean_pass import KeptBatch
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.placement import Placement
 from rq4lens.patching.suffix import SuffixEngine
 
 RowsOfZ = Float[Tensor, "prompt row position head d_head"]

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.errors import UserError
 from rq4lens.files import short_reason
 from rq4lens.models.architectures import Architecture, StateDict, find_architecture
-from rq4lens.models.devices import Placement, bring_inputs
+from rq4lens.models.placement import Placement
+from rq4lens.models.placing import bring_inputs
 from rq4lens.models.rotary import write_longrope_tables
 
 
@@ -45,10 +46,10 @@ def hooked_from(
     """
     entry = find_architecture(architecture)
     cfg = _config(hf_model, entry, architecture, dtype, placement.n_devices_of_formula)
-    if len(placement.names) > 1 and cfg.positional_embedding_type == "alibi":
+    if len(placement.devices) > 1 and cfg.positional_embedding_type == "alibi":
         raise UserError(
-            f"a {architecture} cannot be spread over {', '.join(placement.names)}, because "
-            "TransformerLens keeps its ALiBi slopes on one of them; load it on a single device."
+            f"a {architecture} cannot be spread over {', '.join(map(str, placement.devices))}, "
+            "because TransformerLens keeps its ALiBi slopes on one of them; load it on one device."
         )
     with init_empty_weights():
         model = HookedTransformer(cfg, move_to_device=False)
@@ -146,16 +147,16 @@ def _set_zero(model: HookedTransformer, name: str) -> None:
 
 def _place(model: HookedTransformer, placement: Placement) -> None:
     """Put each block where it belongs, and see to it that its input gets there."""
-    model.cfg.device = placement.first
-    for block, device in zip(model.blocks, placement.blocks, strict=True):
+    model.cfg.device = str(placement.entry)
+    for block, device in zip(model.blocks, placement.layers, strict=True):
         block.to(device)
-        if len(placement.names) > 1:
+        if len(placement.devices) > 1:
             bring_inputs(block)
     for name in ("ln_final", "unembed"):
-        getattr(model, name).to(placement.last)
+        getattr(model, name).to(placement.exit)
     for name in ("embed", "pos_embed"):
         if hasattr(model, name):
-            getattr(model, name).to(placement.first)
+            getattr(model, name).to(placement.entry)
 
 
 def give_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:

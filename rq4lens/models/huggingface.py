@@ -15,7 +15,8 @@ from transformers.utils import logging
 from rq4lens.errors import UserError
 from rq4lens.files import short_reason, short_value
 from rq4lens.models.checkpoint import Checkpoint
-from rq4lens.models.devices import ModelBytes, Placement
+from rq4lens.models.placement import Placement
+from rq4lens.models.placing import ModelBytes
 from rq4lens.models.weight_files import LEFTOVER
 
 MODEL_SLACK = 1_000_000
@@ -100,15 +101,16 @@ def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
     """
     path, layers = _blocks_of(skeleton)
     tied = skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
-    found = {f"{path}.{i}": device for i, device in enumerate(placement.blocks[: len(layers)])}
+    first, last = str(placement.entry), str(placement.exit)
+    found = {f"{path}.{i}": str(place) for i, place in enumerate(placement.layers[: len(layers)])}
     module, prefix = skeleton, ""
     for part in path.split("."):
-        device = placement.first
+        device = first
         for name, child in module.named_children():
             if name == part:
-                device = placement.last
+                device = last
             elif child is skeleton.get_output_embeddings() and tied:
-                found[prefix + name] = placement.first
+                found[prefix + name] = first
             else:
                 found[prefix + name] = device
         module, prefix = getattr(module, part), f"{prefix}{part}."

@@ -24,7 +24,7 @@ from rq4lens.models.architectures import find_architecture
 from rq4lens.models.checkpoint import Checkpoint, architecture_of, locate, refuse_quantized
 from rq4lens.models.config_check import check_config
 from rq4lens.models.conversion import give_tokenizer, hooked_from
-from rq4lens.models.devices import AUTO, Placement, chosen_devices, place_blocks
+from rq4lens.models.devices import AUTO, chosen_devices
 from rq4lens.models.fingerprint import weights_fingerprint
 from rq4lens.models.huggingface import (
     bytes_of,
@@ -36,6 +36,8 @@ from rq4lens.models.huggingface import (
 )
 from rq4lens.models.memory import estimate_memory, free_bytes
 from rq4lens.models.parity import check_tokens, hugging_face_logits, require_same_logits
+from rq4lens.models.placement import Placement
+from rq4lens.models.placing import place_blocks
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 """What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
@@ -232,8 +234,8 @@ def _hugging_face_places(
     skeleton: Any, placement: Placement, *, merged: bool
 ) -> dict[str, str] | None:
     """Where Hugging Face reads the weights to; None for the CPU."""
-    if len(placement.names) == 1:
-        return {"": placement.first}
+    if len(placement.devices) == 1:
+        return {"": str(placement.entry)}
     # PEFT merges on one device; the merged blocks then move one by one.
     return None if merged else device_map_of(skeleton, placement)
 

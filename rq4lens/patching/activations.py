@@ -16,10 +16,10 @@ from rq4lens.errors import UserError
 from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.models.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
+from rq4lens.models.placement import copied_once
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
 from rq4lens.patching.norms import fused_norms
-from rq4lens.patching.placement import copied_once
 
 
 def z_site(layer: int) -> str:
@@ -122,6 +122,7 @@ def capture_z(
     cfg = model.cfg
     shape = (len(prompts), k_positions, cfg.n_heads, cfg.d_head)
     captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
+    n_devices = len({parameter.device for parameter in model.parameters()})
     under_way: deque[tuple[Tensor, dict[int, Tensor]]] = deque()
 
     def fetch_first() -> None:
@@ -136,7 +137,7 @@ def capture_z(
             forward_batch(model, batch, stop_at_layer=max(layers) + 1)
         under_way.append((batch.rows, read))
         # To fetch is to wait. Where layers are spread over devices, each has a batch to work on.
-        if len(under_way) > model.cfg.n_devices:
+        if len(under_way) > n_devices:
             fetch_first()
     while under_way:
         fetch_first()

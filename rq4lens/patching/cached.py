@@ -22,10 +22,10 @@ from transformer_lens import (
 )
 from transformer_lens.hook_points import HookPoint
 
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import PaddingSide, TokenBatch
 from rq4lens.patching.activations import device_of, z_site
 from rq4lens.patching.kept import SourceTensors
-from rq4lens.patching.placement import Placement
 from rq4lens.patching.row_engine import RowEngine
 from rq4lens.patching.rows import RowGroup, Rows
 
@@ -188,6 +188,6 @@ def not_covered(model: Any) -> str | None:
         ),
         "its rotary base depends on the length of the batch": cfg.use_dynamic_ntk_rope,
         "its query scaling counts padding": cfg.use_logn_attn,
-        "it is spread over several devices": cfg.n_devices > 1,
+        "it is spread over several devices": len(Placement.of(model).devices) > 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

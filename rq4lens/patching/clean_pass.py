@@ -15,12 +15,12 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.components import TransformerBlock
 from transformer_lens.hook_points import HookPoint
 
+from rq4lens.models.placement import Placement, copied_once
 from rq4lens.models.prompts import TokenBatch
 from rq4lens.patching.activations import forward_batch, patched_positions, reader_at, z_site
 from rq4lens.patching.attention_row import SharedKeys, turn_to_decision
 from rq4lens.patching.block_row import attention_input
 from rq4lens.patching.norms import fused_norms
-from rq4lens.patching.placement import Placement, copied_once
 from rq4lens.patching.score_bias import attention_bias
 
 COLUMN_MULTIPLE = 8

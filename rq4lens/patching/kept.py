@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import TokenBatch
-from rq4lens.patching.placement import Placement
 
 SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
 """Activations to blend in, of the prompts at hand, by layer and source."""

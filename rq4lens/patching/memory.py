@@ -12,8 +12,8 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.errors import UserError
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching.placement import Placement
 
 logger = logging.getLogger("rq4lens")
 

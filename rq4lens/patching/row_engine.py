@@ -15,6 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.hooks import check_interventions
@@ -29,7 +30,6 @@ from rq4lens.patching.patch import (
     effects_by_difference,
     next_token_effects,
 )
-from rq4lens.patching.placement import Placement
 from rq4lens.patching.rows import RowGroup, Rows, check_source, entry_layer, used_sources
 
 KERNEL_MIN_LOGITS = 2**34

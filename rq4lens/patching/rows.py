@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
+from rq4lens.models.placement import Placement
 from rq4lens.patching.activations import z_site
 from rq4lens.patching.patch import Intervention, Patch, Sources, blend
-from rq4lens.patching.placement import Placement
 
 
 def entry_layer(intervention: Intervention, default: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,6 +38,30 @@ class Placement:
     def all_on(cls, device: torch.device, n_layers: int) -> Placement:
         """Everything on one device."""
         return cls((device,) * n_layers, device)
+
+    @classmethod
+    def in_order(cls, layers: Sequence[str | torch.device]) -> Placement:
+        """Blocks on these devices, the logits from the last of them."""
+        devices = tuple(map(torch.device, layers))
+        return cls(devices, devices[-1])
+
+    @property
+    def entry(self) -> torch.device:
+        """The device that tokens go to: embeddings are with the first block."""
+        return self.layers[0]
+
+    @property
+    def n_devices_of_formula(self) -> int:
+        """``n_devices`` with which TransformerLens itself finds each block, or 1.
+
+        Its forward pass brings the residual stream to GPU ``first + i * n_devices // n_layers``
+        before block ``i`` (``utilities.multi_gpu.get_device_for_block_index``); any other placement
+        costs one copy more wherever the device changes.
+        """
+        first, n_layers, n_devices = self.entry.index or 0, len(self.layers), len(self.devices)
+        by_formula = (first + i * n_devices // n_layers for i in range(n_layers))
+        found = [(self.entry.type, device.index or 0) for device in self.layers]
+        return n_devices if found == [(self.entry.type, index) for index in by_formula] else 1
 
     @property
     def devices(self) -> tuple[torch.device, ...]:

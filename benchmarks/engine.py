@@ -171,7 +171,6 @@ def measure(case: Case, repeats: int, max_bytes: int | None) -> dict[str, Any]:
     record["library_seconds_per_condition"] = others.library_per_condition(case, once)
     record["attribution_of_one_layer_seconds"] = others.attribution_of_one_layer(case, once)
     if case.name == "built-in pair":
-        record["process_seconds_per_condition"] = others.process_per_condition(once)
         record["demo_compute_seconds"] = demo_compute(once)
     record["peak_flops"] = others.peak_flops(case, median)
     weights = torch.cuda.memory_allocated() if case.device.type == "cuda" else 0
@@ -202,6 +201,10 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     max_bytes = int(asked.max_gigabytes * 2**30) if asked.max_gigabytes else None
+    # First, while nothing else is in the device's memory.
+    process_seconds = others.process_per_condition(
+        asked.case, asked.device, asked.dtype, timer(torch.device("cpu"), 1)
+    )
     case = CASES[asked.case](asked.device, getattr(torch, asked.dtype))
     record = {
         "case": case.name,
@@ -210,6 +213,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": others.device_name(case),
         "versions": {name: version(name) for name in ("torch", "transformer-lens")},
+        "process_seconds_per_condition": process_seconds,
         **measure(case, asked.repeats, max_bytes),
     }
     if not asked.no_growth:

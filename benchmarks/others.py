@@ -92,12 +92,29 @@ def attribution_of_one_layer(case: Case, seconds: Timer, batch_size: int = 30) -
             weight.requires_grad_(True)
 
 
-def process_per_condition(seconds: Timer) -> float:
-    """Seconds of one condition of the built-in pair in a process of its own."""
-    program = Path(sys.executable).with_name("rq4lens")
-    command = [str(program), "patch", "--pair", "etiquette", "--heads", "3", "--alpha", str(ALPHA)]
+def process_per_condition(case: str, device: str, dtype: str, seconds: Timer) -> float:
+    """Seconds of one condition in a process of its own, which loads both models for it.
+
+    Random pairs are not on disk: their process makes the weights where they will be used, which
+    costs less than reading them.
+    """
+    if case == "builtin":
+        command = ["-m", "rq4lens", "patch", "--pair", "etiquette", "--heads", "3"]
+        command += [
+            "--alpha",
+            str(ALPHA),
+            "--engine",
+            "hooks",
+            "--device",
+            device,
+            "--dtype",
+            dtype,
+        ]
+    else:
+        script = str(Path(__file__).with_name("one_condition.py"))
+        command = [script, case, "--device", device, "--dtype", dtype]
     return seconds(
-        lambda: subprocess.run([*command, "--engine", "hooks"], check=True, capture_output=True)
+        lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
     )
 
 

@@ -35,6 +35,7 @@ from rq4lens.patching.cached import CachedEngine
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.hooks import HookEngine
 from rq4lens.patching.memory import Block, RowBudget
+from rq4lens.patching.norms import fused_norms
 from rq4lens.patching.patch import (
     Effects,
     Patch,
@@ -92,6 +93,33 @@ def test_several_patched_positions_equal_native_hooks(engine, k_positions, model
     found = engine(model, prompts, k_positions=k_positions)
     interventions = all_kinds_of_interventions()
     assert_same(found.effects(interventions, sources), expected.effects(interventions, sources))
+
+
+def test_rows_go_through_the_models_own_submodules(model, prompts, sources):
+    """Every norm, MLP and the unembedding is called for them, and is afterwards as it was."""
+    engine = SuffixEngine(model, prompts)
+    engine.kept_batches(0)
+    called: set[str] = set()
+    parts = [f"blocks.{i}.{part}" for i in range(N_LAYERS) for part in ("ln1", "ln2", "mlp")][1:]
+    parts += ["ln_final", "unembed"]  # the first block's ln1 was called in the clean pass
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: called.add(name)  # type: ignore[misc]
+        )
+        for name in parts
+    ]
+    engine.effects([(Patch(0, heads(1), 0.3, "raw"),)], sources)
+    for handle in handles:
+        handle.remove()
+    assert called == set(parts)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_norms_inside_norms_contexts_are_left_as_they_were(model):
+    """A clean pass may start within the rows of an engine; the outer one puts everything back."""
+    with fused_norms(model), fused_norms(model.blocks):
+        assert "forward" in vars(model.ln_final)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_the_other_direction_of_the_divergence_equals_native_hooks(model, prompts, sources):

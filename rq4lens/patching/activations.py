@@ -133,7 +133,8 @@ def capture_z(
     for batch in prompts.batches(batch_size, padding_side):
         read: dict[int, Tensor] = {}
         readers = _readers(read, layers, patched_positions(batch, k_positions))
-        with fused_norms(model), model.hooks(fwd_hooks=readers), suppress(_LastOneRead):
+        fused, reading = fused_norms(model, half_only=True), model.hooks(fwd_hooks=readers)
+        with fused, reading, suppress(_LastOneRead):
             forward_batch(model, batch, stop_at_layer=max(layers) + 1)
         under_way.append((batch.rows, read))
         # To fetch is to wait. Where layers are spread over devices, each has a batch to work on.

@@ -1,7 +1,7 @@
 """The parts of a block before and after its attention pattern, for rows at the decision token.
 
-The MLP is the model's own submodule and norms use its weights; only the order of the calls, which
-TransformerLens keeps inside ``forward``, is repeated here.
+Norms and the MLP are the model's own submodules; only the order of the calls, which TransformerLens
+keeps inside ``forward``, is repeated here.
 
 Source: the call order of ``TransformerBlock.forward`` in TransformerLens 3.9.
 """
@@ -15,8 +15,6 @@ from torch.nn import functional
 from transformer_lens.components import TransformerBlock
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from rq4lens.patching.norms import normed
-
 
 def is_post_norm(block: TransformerBlock) -> bool:
     """Whether the block normalises what its sublayers return instead of what they read."""
@@ -25,7 +23,7 @@ def is_post_norm(block: TransformerBlock) -> bool:
 
 def attention_input(block: TransformerBlock, resid: Tensor) -> Tensor:
     """What the attention reads from the residual stream."""
-    return resid if is_post_norm(block) else normed(block.ln1, resid)
+    return resid if is_post_norm(block) else block.ln1(resid)
 
 
 def project_out(
@@ -54,13 +52,13 @@ def finish_block(
     shape = resid_pre.shape
     resid_pre, attn_out = resid_pre.flatten(1, 2), project_out(block, z).flatten(1, 2)
     if block.cfg.use_normalization_before_and_after:
-        attn_out = normed(block.ln1_post, attn_out)
+        attn_out = block.ln1_post(attn_out)
     if is_post_norm(block):
-        attn_out = normed(block.ln1, attn_out)
+        attn_out = block.ln1(attn_out)
     resid_mid = attn_out.add_(resid_pre)
     if block.cfg.parallel_attn_mlp:
-        resid_mid = resid_mid.add_(block.apply_mlp(normed(block.ln2, resid_pre)))
+        resid_mid = resid_mid.add_(block.apply_mlp(block.ln2(resid_pre)))
     elif not block.cfg.attn_only:
-        mlp_in = resid_mid if is_post_norm(block) else normed(block.ln2, resid_mid)
+        mlp_in = resid_mid if is_post_norm(block) else block.ln2(resid_mid)
         resid_mid = block.apply_mlp(mlp_in).add_(resid_mid)
     return resid_mid.reshape(shape)

@@ -110,7 +110,7 @@ def clean_pass(
     bias = _bias_of_layers(batch, n_positions)
     position_mask = copied_once(_aligned_right(batch.lengths))
     readers = _z_readers(z, range(first_layer, model.cfg.n_layers), read)
-    with fused_norms(model), model.hooks(fwd_hooks=readers):
+    with fused_norms(model, half_only=True), model.hooks(fwd_hooks=readers):
         resid = forward_batch(model, batch, stop_at_layer=first_layer)
         entering = resid[shortest_and_longest(len(resid))].clone()
         for layer in range(first_layer, model.cfg.n_layers):

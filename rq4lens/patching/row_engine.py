@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from rq4lens.models.placement import Placement
+from rq4lens.models.placement import Placement, copied_once
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.hooks import check_interventions
@@ -262,10 +262,11 @@ class RowEngine(ABC):
 
         last = self.model.cfg.n_layers - 1
         batches = self.kept_batches(min((entry_layer(i, last) for i in interventions), default=0))
+        every = self._sources_of(interventions, sources)
         first_place = 0
         for kept in batches:
-            here = kept.to(self.placement)
-            incoming = self._sources_of(kept, interventions, sources)
+            here, rows_on = kept.to(self.placement), copied_once(kept.rows)
+            incoming = {key: source[rows_on(source.device)] for key, source in every.items()}
 
             def work(
                 block: Block,
@@ -286,13 +287,16 @@ class RowEngine(ABC):
             first_place += len(kept.rows)
         return torch.cat([kept.rows for kept in batches])
 
-    def _sources_of(
-        self, kept: Kept, interventions: Sequence[Intervention], sources: Sources
-    ) -> SourceTensors:
+    def _sources_of(self, interventions: Sequence[Intervention], sources: Sources) -> SourceTensors:
+        """What is blended in, of all prompts, beside its layers.
+
+        A batch's prompts are picked there: picking many of them one by one in main memory wakes all
+        of the processor's threads, which then slow each other down when several processes do it.
+        """
         chosen = dict(used_sources(interventions, sources))
         for key, source in chosen.items():
             check_source(key, source, self._site_shape)
-        return {key: self._beside_layer(key, source[kept.rows]) for key, source in chosen.items()}
+        return {key: self._beside_layer(key, source) for key, source in chosen.items()}
 
     def _beside_layer(self, key: tuple[int, str], source: Tensor) -> Tensor:
         """A source where the layer is that it is blended into."""

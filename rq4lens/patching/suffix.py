@@ -24,7 +24,7 @@ from rq4lens.patching.attention_row import row_z
 from rq4lens.patching.block_row import finish_block
 from rq4lens.patching.clean_pass import KeptBatch, clean_pass
 from rq4lens.patching.kept import SourceTensors
-from rq4lens.patching.norms import normed
+from rq4lens.patching.norms import fused_norms
 from rq4lens.patching.row_engine import RowEngine
 from rq4lens.patching.rows import RowGroup, Rows
 from rq4lens.patching.weight_layout import store_for_products
@@ -53,7 +53,8 @@ class SuffixEngine(RowEngine):
     def _group_logits(
         self, kept: KeptBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
-        resid = self._walk(kept, prompts, rows, sources)
+        with fused_norms(self.model.blocks):
+            resid = self._walk(kept, prompts, rows, sources)
         for group in rows.groups:
             yield group, self._unembed(resid[:, group.start : group.stop])
 
@@ -79,7 +80,8 @@ class SuffixEngine(RowEngine):
         self, resid: Float[Tensor, "prompt row d_model"]
     ) -> Float[Tensor, "prompt row vocab"]:
         if self.model.cfg.normalization_type is not None:
-            resid = normed(self.model.ln_final, resid)
+            with fused_norms(self.model.ln_final):
+                resid = self.model.ln_final(resid)
         return apply_softcap(self.model.unembed(resid), self.model.cfg.output_logits_soft_cap)
 
 

@@ -34,7 +34,8 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.adapter_check import check_adapter
 from rq4lens.models.adapters import base_of
 from rq4lens.models.checkpoint import locate
-from rq4lens.models.loading import load_hooked, loadable_architecture
+from rq4lens.models.config_check import loadable_architecture
+from rq4lens.models.loading import load_hooked
 from rq4lens.models.prompts import PromptSet
 from rq4lens.patching.maps import LayerMap, load_map, save_map
 from rq4lens.results import ConditionResult, GridResult, GridSettings

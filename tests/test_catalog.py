@@ -9,7 +9,7 @@ from pair_on_disk import write_pair
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import _fit_together, builtin_manifest, load_pair, resolve_device
-from rq4lens.models.memory import estimate_memory
+from rq4lens.models.memory import model_size
 from rq4lens.models.prompts import PromptSet
 
 
@@ -52,8 +52,8 @@ def test_settings_reach_the_models(own):
 def test_short_memory_holds_one_model_at_a_time(own, monkeypatch, caplog, free_gigabytes, both):
     """Left open, it is decided by what the files say and what is free; asked for, it is done."""
     free = int(free_gigabytes * 1e9)
-    monkeypatch.setattr("rq4lens.models.memory.free_bytes", lambda *_: free)
-    needed = sum(estimate_memory(own[side]).weights_bytes for side in ("base", "tuned"))
+    monkeypatch.setattr("rq4lens.models.catalog.free_bytes", lambda *_: free)
+    needed = sum(model_size(own[side]).weights.total for side in ("base", "tuned"))
     assert (needed <= 0.7 * free) is both
     settings = config_from(own)
     assert _fit_together(settings) is both

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from huggingface_hub import errors as hub
-from loading_cases import edit_config, hugging_face, refusal
+from loading_cases import edit_config, refusal
 from model_zoo import (
     ZOO,
     save,
@@ -19,7 +19,8 @@ from rq4lens.errors import UserError
 from rq4lens.models import checkpoint, loading, memory
 from rq4lens.models.architectures import ARCHITECTURES
 from rq4lens.models.loading import load_hooked
-from rq4lens.models.memory import estimate_memory
+from rq4lens.models.memory import estimate_memory, model_size
+from rq4lens.models.placing import ModelBytes
 
 pytest_plugins = ("loading_cases",)
 
@@ -154,41 +155,35 @@ def test_code_of_a_checkpoint_does_not_run_unasked(llama, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_estimate_counts_the_weights(folders, dtype):
-    """The estimate is the checkpoint's number of weights times the size of the type."""
-    hf = hugging_face(folders("llama3"))
-    n_weights = sum(parameter.numel() for parameter in hf.parameters())
-    estimate = estimate_memory(folders("llama3"), dtype=dtype)
-    assert estimate.weights_bytes == n_weights * dtype.itemsize
-    assert estimate.fits
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_size_is_that_of_the_loaded_model(folders, name, dtype):
+    """Before a weight is read, its bytes are known exactly, part by part, tied weights twice."""
+    size = model_size(folders(name), dtype=dtype)
+    loaded = load_hooked(folders(name), dtype=dtype, check_logits=False).model
+    assert size.weights == ModelBytes.of(loaded)
+    assert size.weights.total == sum(parameter.nbytes for parameter in loaded.parameters())
+    assert estimate_memory(size).fits
 
 
-def test_the_estimate_of_a_hub_id_fetches_no_weights(folders, monkeypatch):
-    """The size of a hub id comes from its headers; without network, from what was fetched before
-    or as a refusal.
-    """
-
-    class Metadata:
-        parameter_count = MappingProxyType({"BF16": 1000, "F32": 10})
-
-    monkeypatch.setattr(memory, "get_safetensors_metadata", lambda *_args, **_options: Metadata)
-    assert estimate_memory("org/tuned", dtype=torch.bfloat16).weights_bytes == 2020
+def test_the_size_of_a_hub_id_fetches_no_weights(llama, monkeypatch):
+    """The size of a hub id comes from its small files; without network it is refused."""
+    expected = model_size(llama).weights
+    for file in llama.glob("*.safetensors"):
+        file.unlink()
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_a, **_o: str(llama))
+    assert model_size("org/tuned").weights == expected
 
     def unreachable(*_args, **_options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(memory, "get_safetensors_metadata", unreachable)
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_a, **_o: str(folders("llama3")))
-    fetched = estimate_memory(folders("llama3"))
-    assert estimate_memory("org/tuned").weights_bytes == fetched.weights_bytes
     monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
     with pytest.raises(UserError, match="could not be reached"):
-        estimate_memory("org/tuned")
+        model_size("org/tuned")
 
 
 def test_what_cannot_fit_is_not_started(folders, monkeypatch):
     """A checkpoint larger than the free memory is refused before it is read, with advice."""
-    needed = estimate_memory(folders("llama3")).weights_bytes
+    needed = model_size(folders("llama3")).weights.total
     monkeypatch.setattr(memory, "free_bytes", lambda *_: needed - 1)
     monkeypatch.setattr(loading, "load_hugging_face", lambda *_args, **_options: pytest.fail())
     assert "load it as bfloat16" in refusal(folders("llama3"))

@@ -16,11 +16,12 @@ SHARED = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 """Adapter weights that PEFT holds once and names again in each layer."""
 
 
-def base_of(adapter: Checkpoint) -> Checkpoint:
+def base_of(adapter: Checkpoint, *, with_weights: bool = True) -> Checkpoint:
     """The base model that an adapter names.
 
     Args:
         adapter: A folder with an ``adapter_config.json``.
+        with_weights: Also fetch the weights of a hub id.
 
     Returns:
         The base model's folder.
@@ -41,7 +42,7 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
             f"adapter_config.json of {adapter.source} must be text; restore the file."
         )
     try:
-        found = locate(base, revision)
+        found = locate(base, revision, with_weights=with_weights)
     except UserError as error:
         raise UserError(f"The base model of the adapter {adapter.source}: {error}") from error
     if found.is_adapter:
@@ -73,7 +74,7 @@ def merge_adapter(base_model: Any, adapter: Checkpoint) -> Any:
             "install it with `pip install peft`."
         ) from None
     check_adapter(adapter, [name for name, _ in base_model.named_modules()])
-    n_tokens = _vocabulary(adapter)
+    n_tokens = vocabulary_of(adapter)
     if n_tokens is not None and n_tokens != base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(n_tokens)
     try:
@@ -103,7 +104,7 @@ def _require_whole(adapted: Any, adapter: Checkpoint) -> None:
             )
 
 
-def _vocabulary(adapter: Checkpoint) -> int | None:
+def vocabulary_of(adapter: Checkpoint) -> int | None:
     """Rows of the input embedding if the adapter holds one, as after adding tokens."""
     rows = (t.shape[0] for name, t in adapter.tensors.items() if name.endswith(EMBEDDINGS))
     return next(rows, None)

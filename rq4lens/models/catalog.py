@@ -16,10 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
-from rq4lens.models.adapters import base_of
 from rq4lens.models.audit import Audit, audit_prompts
-from rq4lens.models.checkpoint import locate
-from rq4lens.models.devices import Devices, chosen_devices
+from rq4lens.models.devices import Devices, chosen_devices, free_bytes
 from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.models.kept_cards import (
     CardIngredients,
@@ -28,7 +26,7 @@ from rq4lens.models.kept_cards import (
     kept_card,
 )
 from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
-from rq4lens.models.memory import estimate_memory
+from rq4lens.models.memory import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
 from rq4lens.models.prompts import PromptSet
 from rq4lens.models.reading import Reading
@@ -155,26 +153,35 @@ def _source(config: RunConfig, side: Side) -> _Source:
     return _Source(path, getattr(config, f"{side}_revision"), path)
 
 
+def size_of(config: RunConfig, side: Side) -> ModelSize:
+    """What a model of a configuration will take; its weights are not read, nor fetched.
+
+    Raises:
+        UserError: if there is no such checkpoint, or no model can be built from it.
+    """
+    path, revision, _ = _source(config, side)
+    return model_size(
+        path,
+        revision=revision,
+        dtype=getattr(torch, config.dtype),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def _fit_together(config: RunConfig) -> bool:
     """Whether both models leave room for the work, by the headers of their files."""
     if is_builtin(config):
         return True
-    devices, needed = devices_of(config), 0
-    for path, revision, _ in (_source(config, side) for side in SIDES):
-        asked = locate(path, revision)
-        estimate = estimate_memory(
-            base_of(asked) if asked.is_adapter else asked,
-            dtype=getattr(torch, config.dtype),
-            devices=devices,
-        )
-        needed += estimate.weights_bytes
-    fit = needed <= SHARE_FOR_WEIGHTS * estimate.free_bytes
+    devices = devices_of(config)
+    needed = sum(size_of(config, side).weights.total for side in SIDES)
+    free = sum(map(free_bytes, devices.names))
+    fit = needed <= SHARE_FOR_WEIGHTS * free
     if not fit:
         log.warning(
             "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
             "(--keep-both holds both all the same)",
             needed / 1e9,
-            estimate.free_bytes / 1e9,
+            free / 1e9,
             devices,
         )
     return fit

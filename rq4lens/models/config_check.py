@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rq4lens.errors import UserError
 from rq4lens.files import short_value
 from rq4lens.models.architectures import ARCHITECTURES, find_architecture
-from rq4lens.models.checkpoint import Checkpoint, architecture_of
-from rq4lens.models.memory import free_bytes
+from rq4lens.models.checkpoint import Checkpoint, architecture_of, refuse_quantized
+from rq4lens.models.devices import free_bytes
 from rq4lens.models.rotary import require_known_scaling
 
 N_HEADS = ("num_attention_heads", "n_head", "num_heads")
@@ -42,6 +42,34 @@ POSITIVE = (
 MOST = 2**31 - 1
 TABLE_BYTES = 8
 """Of a sine and a cosine in float32, for each position and each component of a head."""
+
+
+MOST_LAYERS = 1000
+"""Of a checkpoint whose tensors were not fetched yet."""
+
+
+def loadable_architecture(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False, with_weights: bool = True
+) -> str:
+    """The name of a checkpoint's architecture, after everything its small files say was checked.
+
+    Args:
+        checkpoint: A folder; of its weights the headers are read.
+        trust_remote_code: Whether code that it brings along may say what it is.
+        with_weights: Whether the weights are in the folder.
+
+    Returns:
+        The name in ``config.json``.
+
+    Raises:
+        UserError: No model can be loaded from it.
+    """
+    architecture = architecture_of(checkpoint)
+    find_architecture(architecture)
+    refuse_quantized(checkpoint)
+    n_tensors = len(checkpoint.tensors) if with_weights else MOST_LAYERS
+    check_config(checkpoint, n_tensors=n_tensors, trust_remote_code=trust_remote_code)
+    return str(architecture)
 
 
 def check_config(checkpoint: Checkpoint, *, n_tensors: int, trust_remote_code: bool) -> None:

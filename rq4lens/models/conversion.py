@@ -22,7 +22,7 @@ from rq4lens.errors import UserError
 from rq4lens.files import short_reason
 from rq4lens.models.architectures import Architecture, StateDict, find_architecture
 from rq4lens.models.placement import Placement
-from rq4lens.models.placing import bring_inputs
+from rq4lens.models.placing import AT_THE_EXIT, bring_inputs
 from rq4lens.models.rotary import write_longrope_tables
 
 
@@ -45,7 +45,14 @@ def hooked_from(
         UserError: TransformerLens has no counterpart for this variant of the architecture.
     """
     entry = find_architecture(architecture)
-    cfg = _config(hf_model, entry, architecture, dtype, placement.n_devices_of_formula)
+    here = str(hf_model.get_input_embeddings().weight.device)
+    cfg = hooked_config(
+        hf_model.config,
+        architecture,
+        dtype=dtype,
+        device=here,
+        n_devices=placement.n_devices_of_formula,
+    )
     if len(placement.devices) > 1 and cfg.positional_embedding_type == "alibi":
         raise UserError(
             f"a {architecture} cannot be spread over {', '.join(map(str, placement.devices))}, "
@@ -59,11 +66,23 @@ def hooked_from(
     return model.eval()
 
 
-def _config(
-    hf_model: Any, entry: Architecture, architecture: str, dtype: torch.dtype, n_devices: int
+def hooked_config(
+    hf_config: Any, architecture: str, *, dtype: torch.dtype, device: str, n_devices: int = 1
 ) -> HookedTransformerConfig:
+    """The configuration that a Hugging Face configuration means in TransformerLens.
+
+    Args:
+        hf_config: Of a causal language model.
+        architecture: Name of its entry in ``ARCHITECTURES``.
+        dtype: Type of the weights.
+        device: Where the weights are that will be converted.
+        n_devices: Over how many GPUs in a row the blocks are spread evenly.
+
+    Raises:
+        UserError: TransformerLens has no counterpart for this variant of the architecture.
+    """
     try:
-        fields = entry.config(hf_model.config)
+        fields = find_architecture(architecture).config(hf_config)
     except UserError:
         raise
     except Exception as error:  # a configuration of a stranger may say anything
@@ -77,11 +96,33 @@ def _config(
         **fields,
         original_architecture=architecture,
         dtype=dtype,
-        device=str(hf_model.get_input_embeddings().weight.device),
+        device=device,
         n_devices=n_devices,
         init_weights=False,
         default_prepend_bos=False,  # prompts are tokenized before they get here
     )
+
+
+def hooked_skeleton(hf_config: Any, architecture: str, dtype: torch.dtype) -> HookedTransformer:
+    """The model that :func:`hooked_from` would make, without memory for its weights.
+
+    Args:
+        hf_config: A Hugging Face configuration.
+        architecture: Name of its entry in ``ARCHITECTURES``.
+        dtype: Type of the weights.
+
+    Returns:
+        A model on the device ``meta``.
+
+    Raises:
+        UserError: TransformerLens has no counterpart for this variant of the architecture.
+    """
+    cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
+    with torch.device("meta"):
+        model = HookedTransformer(cfg, move_to_device=False)
+    for parameter in model.parameters():  # some are made in float32, and later filled in this type
+        parameter.data = _as_type(parameter.data, dtype)
+    return model
 
 
 def _converted(hf_model: Any, entry: Architecture, cfg: HookedTransformerConfig) -> StateDict:
@@ -152,7 +193,7 @@ def _place(model: HookedTransformer, placement: Placement) -> None:
         block.to(device)
         if len(placement.devices) > 1:
             bring_inputs(block)
-    for name in ("ln_final", "unembed"):
+    for name in AT_THE_EXIT:
         getattr(model, name).to(placement.exit)
     for name in ("embed", "pos_embed"):
         if hasattr(model, name):

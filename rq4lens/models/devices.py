@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from rq4lens.errors import UserError
@@ -115,3 +116,17 @@ def _counted(device: str, n_devices: int) -> Devices:
     if n_devices == 1:
         return Devices((device,))
     return Devices(tuple(f"cuda:{index}" for index in range(first, first + n_devices)))
+
+
+def free_bytes(device: str) -> int:
+    """Free memory of a device.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+
+    Returns:
+        Bytes; for a device without memory of its own those of the machine.
+    """
+    if torch.device(device).type != "cuda":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])

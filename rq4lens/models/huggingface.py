@@ -16,7 +16,6 @@ from rq4lens.errors import UserError
 from rq4lens.files import short_reason, short_value
 from rq4lens.models.checkpoint import Checkpoint
 from rq4lens.models.placement import Placement
-from rq4lens.models.placing import ModelBytes
 from rq4lens.models.weight_files import LEFTOVER
 
 MODEL_SLACK = 1_000_000
@@ -49,6 +48,18 @@ def load_tokenizer(
         raise _unreadable(checkpoint, "tokenizer", error) from error
 
 
+def read_hf_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint as transformers reads it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a stranger's folder makes it fail in any way
+        raise _unreadable(checkpoint, "model", error) from error
+
+
 def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
     """The Hugging Face model that a configuration describes, without memory for its weights.
 
@@ -62,30 +73,14 @@ def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     Raises:
         UserError: There is no such model, or it is larger than the checkpoint's files.
     """
+    config = read_hf_config(checkpoint, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a stranger's folder makes it fail in any way
         raise _unreadable(checkpoint, "model", error) from error
     _refuse_larger_than_files(checkpoint, model)
     return model
-
-
-def bytes_of(skeleton: Any, dtype: torch.dtype) -> ModelBytes:
-    """How many bytes each part of a model takes.
-
-    Args:
-        skeleton: A model of :func:`skeleton_of`.
-        dtype: Type of the weights.
-    """
-    _, layers = _blocks_of(skeleton)
-    blocks = tuple(_n_weights(layer) * dtype.itemsize for layer in layers)
-    after = skeleton.get_output_embeddings().weight.numel() * dtype.itemsize
-    tied = skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
-    # A HookedTransformer has an unembedding of its own where the checkpoint has none.
-    others = _n_weights(skeleton) * dtype.itemsize - sum(blocks) - (0 if tied else after)
-    return ModelBytes(others, blocks, after)
 
 
 def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:

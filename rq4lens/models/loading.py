@@ -20,24 +20,21 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
 from rq4lens.models.adapters import base_of, merge_adapter
-from rq4lens.models.architectures import find_architecture
-from rq4lens.models.checkpoint import Checkpoint, architecture_of, locate, refuse_quantized
-from rq4lens.models.config_check import check_config
+from rq4lens.models.checkpoint import Checkpoint, locate
+from rq4lens.models.config_check import loadable_architecture
 from rq4lens.models.conversion import give_tokenizer, hooked_from
 from rq4lens.models.devices import AUTO, chosen_devices
 from rq4lens.models.fingerprint import weights_fingerprint
 from rq4lens.models.huggingface import (
-    bytes_of,
     device_map_of,
     load_hugging_face,
     load_tokenizer,
     require_finite,
     skeleton_of,
 )
-from rq4lens.models.memory import estimate_memory, free_bytes
+from rq4lens.models.memory import estimate_memory, model_size
 from rq4lens.models.parity import check_tokens, hugging_face_logits, require_same_logits
 from rq4lens.models.placement import Placement
-from rq4lens.models.placing import place_blocks
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 """What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
@@ -147,15 +144,15 @@ def load_hooked(
     asked = locate(source, revision)
     weights = base_of(asked) if asked.is_adapter else asked
     architecture = loadable_architecture(weights, trust_remote_code=trust_remote_code)
-    estimate_memory(weights, dtype=dtype, devices=devices).require_fit()
-    tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
     skeleton = skeleton_of(weights, trust_remote_code=trust_remote_code)
-    free = [free_bytes(each) for each in devices.names]
-    placement = place_blocks(devices, bytes_of(skeleton, dtype), free)
+    size = model_size(asked, dtype=dtype, trust_remote_code=trust_remote_code)
+    estimate = estimate_memory(size, devices)
+    estimate.require_fit()
+    tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
     hf_model = load_hugging_face(
         weights,
         dtype=dtype,
-        device_map=_hugging_face_places(skeleton, placement, merged=asked.is_adapter),
+        device_map=_hugging_face_places(skeleton, estimate.placement, merged=asked.is_adapter),
         trust_remote_code=trust_remote_code,
     )
     if asked.is_adapter:
@@ -163,7 +160,7 @@ def load_hooked(
     require_finite(hf_model, asked.source)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
-    model = hooked_from(hf_model, architecture, dtype=dtype, placement=placement)
+    model = hooked_from(hf_model, architecture, dtype=dtype, placement=estimate.placement)
     del hf_model
     give_tokenizer(model, tokenizer)
     return LoadedModel(
@@ -207,27 +204,6 @@ def _tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     chosen = asked if asked.has_tokenizer else weights
     return load_tokenizer(chosen, trust_remote_code=trust_remote_code)
-
-
-def loadable_architecture(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
-    """The name of a checkpoint's architecture, after everything its small files say was checked.
-
-    Args:
-        checkpoint: A folder; of its weights the headers are read.
-        trust_remote_code: Whether code that it brings along may say what it is.
-
-    Returns:
-        The name in ``config.json``.
-
-    Raises:
-        UserError: No model can be loaded from it.
-    """
-    architecture = architecture_of(checkpoint)
-    find_architecture(architecture)
-    refuse_quantized(checkpoint)
-    n_tensors = len(checkpoint.tensors)
-    check_config(checkpoint, n_tensors=n_tensors, trust_remote_code=trust_remote_code)
-    return str(architecture)
 
 
 def _hugging_face_places(

@@ -1,61 +1,113 @@
-"""What a checkpoint will take in memory, read from the headers of its safetensors files."""
+"""What a model will take in memory, worked out from its configuration before a weight is read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError
+from transformer_lens import HookedTransformerConfig
 
 from rq4lens.errors import UserError
-from rq4lens.models.checkpoint import Checkpoint, is_path, locate
-from rq4lens.models.devices import Devices
+from rq4lens.models.adapters import base_of, vocabulary_of
+from rq4lens.models.checkpoint import Checkpoint, locate
+from rq4lens.models.config_check import loadable_architecture
+from rq4lens.models.conversion import hooked_skeleton
+from rq4lens.models.devices import Devices, free_bytes
+from rq4lens.models.huggingface import read_hf_config
+from rq4lens.models.placement import Placement
+from rq4lens.models.placing import ModelBytes, place_blocks
 
-ON_CPU = Devices(("cpu",))
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model that was not loaded: its shape, and what its weights will take.
+
+    Attributes:
+        source: The checkpoint.
+        cfg: Its TransformerLens configuration, with the type that it is loaded as.
+        weights: Bytes of its parts, exactly those of the loaded model.
+    """
+
+    source: str
+    cfg: HookedTransformerConfig
+    weights: ModelBytes
+
+
+def model_size(
+    source: str | Path | Checkpoint,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> ModelSize:
+    """The size of a checkpoint's model, from its small files alone.
+
+    Args:
+        source: A Hugging Face folder, a hub id, either of these with a PEFT adapter, or a
+            checkpoint that is already located.
+        revision: Commit, branch or tag of a hub id.
+        dtype: Type the weights are loaded as.
+        trust_remote_code: Allow code that the checkpoint brings along to run.
+
+    Returns:
+        The size; nothing of a hub id but its small files is fetched.
+
+    Raises:
+        UserError: There is no such checkpoint, or no model can be built from it.
+    """
+    located = isinstance(source, Checkpoint)
+    asked: Checkpoint = source if located else locate(source, revision, with_weights=False)
+    base = base_of(asked, with_weights=located) if asked.is_adapter else asked
+    architecture = loadable_architecture(
+        base,
+        trust_remote_code=trust_remote_code,
+        with_weights=located or base.revision is None,
+    )
+    hf_config = read_hf_config(base, trust_remote_code=trust_remote_code)
+    if asked.is_adapter and (located or asked.revision is None):
+        text = hf_config.get_text_config()
+        text.vocab_size = vocabulary_of(asked) or text.vocab_size
+    skeleton = hooked_skeleton(hf_config, architecture, dtype)
+    return ModelSize(asked.source, skeleton.cfg, ModelBytes.of(skeleton))
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Weights against free memory.
+    """A model's weights against free memory.
 
     Attributes:
-        source: The checkpoint.
-        weights_bytes: Bytes of its weights in the type they are loaded as.
-        free_bytes: Bytes free on the device, over all of its chips that are used.
-        device: Where they go.
-        dtype: The type they are loaded as.
+        size: The model.
+        placement: Which block goes where.
+        free: Bytes free on each device.
     """
 
-    source: str
-    weights_bytes: int
-    free_bytes: int
-    device: str
-    dtype: torch.dtype
+    size: ModelSize
+    placement: Placement
+    free: dict[str, int]
 
     @property
     def fits(self) -> bool:
-        """Whether the weights alone fit."""
-        return self.weights_bytes <= self.free_bytes
+        """Whether the weights alone fit, on each device."""
+        held = self.size.weights.on(self.placement)
+        return all(n_bytes <= self.free[device] for device, n_bytes in held.items())
 
     @property
     def advice(self) -> str:
         """One sentence: what is needed, what there is, and what to do if it is too little."""
         need = (
-            f"{self.source} needs {_gigabytes(self.weights_bytes)} as {_short(self.dtype)} on "
-            f"{self.device}, where {_gigabytes(self.free_bytes)} are free"
+            f"{self.size.source} needs {gigabytes(self.size.weights.total)} as "
+            f"{short(self.size.cfg.dtype)} on {', '.join(self.free)}, where "
+            f"{gigabytes(sum(self.free.values()))} are free"
         )
         return f"{need}." if self.fits else f"{need}; {self._remedy}."
 
     @property
     def _remedy(self) -> str:
-        halves = self.dtype.itemsize > 2 and self.weights_bytes * 2 <= (
-            self.free_bytes * self.dtype.itemsize
-        )
+        size, free = self.size.cfg.dtype.itemsize, sum(self.free.values())
+        halves = size > 2 and self.size.weights.total * 2 <= free * size
         smaller = "load it as bfloat16" if halves else "use a device with more memory"
-        return f"{smaller}, or spread it over more GPUs with n_devices"
+        return f"{smaller}, or spread it over more GPUs with n_devices or device_map"
 
     def require_fit(self) -> None:
         """Refuse to start what cannot end well.
@@ -67,73 +119,26 @@ class MemoryEstimate:
             raise UserError(self.advice)
 
 
-def estimate_memory(
-    source: str | Path | Checkpoint,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    devices: Devices = ON_CPU,
-) -> MemoryEstimate:
-    """Bytes of a checkpoint's weights against the free memory, without loading or fetching them.
+def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEstimate:
+    """A model's weights against the free memory of its devices.
 
     Args:
-        source: A Hugging Face folder, a hub id, or a checkpoint that is already located.
-        revision: Commit, branch or tag of a hub id.
-        dtype: Type the weights are loaded as.
-        devices: Where they go.
-
-    Returns:
-        Both numbers, with advice when it will not fit.
+        size: The model.
+        devices: Where it goes; the CPU when left out.
 
     Raises:
-        UserError: There is no such checkpoint, or it has no safetensors.
+        UserError: There are more devices than blocks.
     """
-    return MemoryEstimate(
-        source=source.source if isinstance(source, Checkpoint) else str(source),
-        weights_bytes=_n_weights(source, revision) * dtype.itemsize,
-        free_bytes=sum(map(free_bytes, devices.names)),
-        device=str(devices),
-        dtype=dtype,
-    )
+    devices = devices or Devices(("cpu",))
+    free = {str(torch.device(name)): free_bytes(name) for name in devices.names}
+    return MemoryEstimate(size, place_blocks(devices, size.weights, list(free.values())), free)
 
 
-def free_bytes(device: str) -> int:
-    """Free memory of a device.
-
-    Args:
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
-
-    Returns:
-        Bytes; for a device without memory of its own those of the machine.
-    """
-    if torch.device(device).type != "cuda":
-        return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info(device)[0])
-
-
-def _n_weights(source: str | Path | Checkpoint, revision: str | None) -> int:
-    if isinstance(source, Checkpoint):
-        return _count(source)
-    if is_path(source) or Path(source).is_dir():
-        return _count(locate(source))
-    try:
-        counts = get_safetensors_metadata(str(source), revision=revision).parameter_count
-    except NotASafetensorsRepoError:
-        raise UserError(f"{source} has no safetensors on the hub; only these are read.") from None
-    except Exception:
-        # Whatever keeps the hub from answering, it may have been fetched before; if not, locate
-        # says what is wrong.
-        return _count(locate(source, revision))
-    return sum(counts.values())
-
-
-def _count(checkpoint: Checkpoint) -> int:
-    return sum(tensor.n_values for tensor in checkpoint.tensors.values())
-
-
-def _gigabytes(n_bytes: int) -> str:
+def gigabytes(n_bytes: int) -> str:
+    """Bytes as a person reads them."""
     return f"{n_bytes / 1e9:.3g} GB"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A type as it is written in settings."""
     return str(dtype).removeprefix("torch.")

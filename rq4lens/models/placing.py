@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.models.devices import Devices
 from rq4lens.models.placement import Placement
+
+AT_THE_EXIT = ("ln_final", "unembed")
+"""What is with the last block."""
 
 SEARCH_STEPS = 60
 """Halvings of the fullest device's share; more would not change a float."""
@@ -30,6 +34,31 @@ class ModelBytes:
     before: int
     blocks: tuple[int, ...]
     after: int
+
+    @classmethod
+    def of(cls, model: HookedTransformer) -> ModelBytes:
+        """Of a model, with or without memory for its weights."""
+        blocks = tuple(map(_n_bytes, model.blocks))
+        after = sum(_n_bytes(getattr(model, name)) for name in AT_THE_EXIT)
+        return cls(_n_bytes(model) - sum(blocks) - after, blocks, after)
+
+    @property
+    def total(self) -> int:
+        """Of all weights."""
+        return self.before + sum(self.blocks) + self.after
+
+    def on(self, placement: Placement) -> dict[str, int]:
+        """How many of them each device of a placement holds."""
+        held = dict.fromkeys(map(str, placement.devices), 0)
+        for device, n_bytes in zip(placement.layers, self.blocks, strict=True):
+            held[str(device)] += n_bytes
+        held[str(placement.entry)] += self.before
+        held[str(placement.exit)] += self.after
+        return held
+
+
+def _n_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def place_blocks(devices: Devices, size: ModelBytes, free_bytes: Sequence[int]) -> Placement:
@@ -66,7 +95,7 @@ def place_blocks(devices: Devices, size: ModelBytes, free_bytes: Sequence[int]) 
 
 def _share_of_one(size: ModelBytes, free_bytes: Sequence[int]) -> float:
     """The share at which the first device holds everything: always enough."""
-    return (1 + size.before + sum(size.blocks) + size.after) / max(1, free_bytes[0])
+    return (1 + size.total) / max(1, free_bytes[0])
 
 
 def _filled(size: ModelBytes, free_bytes: Sequence[int], share: float) -> tuple[int, ...] | None:

@@ -16,7 +16,8 @@ from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.memory import BATCHES_PER_DEVICE, MemoryPlan
+from rq4lens.patching.memory import MemoryPlan, kept_bytes_per_prompt
+from rq4lens.patching.side_by_side import side_by_side
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -89,14 +90,44 @@ def test_a_placement_names_each_device_once_in_the_order_of_the_layers():
     assert Placement.all_on(first, 3).largest_share == 1
 
 
-def test_several_devices_get_several_batches():
-    """One batch would be on one device at a time, the others idle; and keys are kept in parts."""
+def test_each_device_keeps_its_own_layers():
+    """A model on two devices keeps half of the keys on each."""
     model, prompts = rotary_model(), ragged_prompts([9] * 40)
     cpu, other = torch.device("cpu"), torch.device("meta")
     alone = MemoryPlan.of(model, prompts, Placement.all_on(cpu, 4), max_bytes=2**30)
-    both = MemoryPlan.of(
-        model, prompts, Placement((cpu, cpu, other, other), other), max_bytes=2**30
-    )
-    assert alone.passes.max_rows >= 32
-    assert both.passes.max_rows == 40 // (2 * BATCHES_PER_DEVICE)
-    assert both.passes.bytes_per_row < alone.passes.bytes_per_row
+    halves = Placement((cpu, cpu, other, other), other)
+    both = MemoryPlan.of(model, prompts, halves, max_bytes=2**30)
+    saved = alone.passes.bytes_per_row - both.passes.bytes_per_row
+    assert saved == kept_bytes_per_prompt(model.cfg, 9) // 2
+
+
+@pytest.mark.parametrize("n_works", [0, 1, 2, 5])
+def test_works_follow_one_another_from_device_to_device(n_works):
+    """Each ends with its own result; the next one begins while the last is on the second device."""
+    devices = [torch.device("cuda", index) for index in (0, 0, 1, 1)]
+    told: list[tuple[int, int]] = []
+
+    def work(number):
+        for step, device in enumerate(devices):
+            yield device
+            told.append((number, step))
+        return number
+
+    assert list(side_by_side(work(number) for number in range(n_works))) == list(range(n_works))
+    assert sorted(told) == [(number, step) for number in range(n_works) for step in range(4)]
+    for number in range(n_works - 1):
+        begun = told.index((number + 1, 0))
+        assert told.index((number, 2)) < begun < told.index((number, 3))
+
+
+def test_works_on_one_device_come_one_after_the_other():
+    """Memory is that of a single batch there."""
+    told: list[int] = []
+
+    def work(number):
+        for _ in range(3):
+            yield torch.device("cpu")
+            told.append(number)
+
+    list(side_by_side(work(number) for number in range(3)))
+    assert told == sorted(told)

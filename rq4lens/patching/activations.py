@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +19,7 @@ from rq4lens.models.placement import copied_once
 from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
 from rq4lens.patching.norms import fused_norms
+from rq4lens.patching.side_by_side import Steps, side_by_side
 
 
 def z_site(layer: int) -> str:
@@ -85,6 +85,41 @@ def forward_batch(
     )
 
 
+def forward_steps(
+    model: HookedModel, batch: TokenBatch, stop_at_layer: int, readers: Mapping[int, Any]
+) -> Steps[Tensor]:
+    """:func:`forward_batch`, stopping before each block if the model is spread over devices.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        stop_at_layer: where the pass ends.
+        readers: hooks that read ``z``, by layer. They are there while their own batch is computed:
+            another one may be under way.
+
+    Returns:
+        The residual stream before ``stop_at_layer``.
+    """
+    layers = [block.parameters() for block in model.blocks]
+    devices = [next(parameters).device for parameters in layers]
+    if len(set(devices)) == 1 or batch.padding_side == "left":
+        yield device_of(model)
+        with model.hooks(fwd_hooks=[(z_site(layer), read) for layer, read in readers.items()]):
+            return forward_batch(model, batch, stop_at_layer)
+    resid = forward_batch(model, batch, stop_at_layer=0)
+    for layer in range(stop_at_layer):
+        yield devices[layer]
+        hooks = [(z_site(layer), readers[layer])] if layer in readers else []
+        with model.hooks(fwd_hooks=hooks):
+            resid = model(
+                resid,
+                start_at_layer=layer,
+                stop_at_layer=layer + 1,
+                padding_side=batch.padding_side,
+            )
+    return resid
+
+
 def device_of(model: HookedModel) -> torch.device:
     """The device that the model's input goes to."""
     return next(model.parameters()).device
@@ -122,27 +157,23 @@ def capture_z(
     cfg = model.cfg
     shape = (len(prompts), k_positions, cfg.n_heads, cfg.d_head)
     captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
-    n_devices = len({parameter.device for parameter in model.parameters()})
-    under_way: deque[tuple[Tensor, dict[int, Tensor]]] = deque()
-
-    def fetch_first() -> None:
-        rows, read = under_way.popleft()
-        for layer, z in read.items():
-            captured[layer][rows] = z.to("cpu")
-
-    for batch in prompts.batches(batch_size, padding_side):
-        read: dict[int, Tensor] = {}
-        readers = _readers(read, layers, patched_positions(batch, k_positions))
-        fused, reading = fused_norms(model, half_only=True), model.hooks(fwd_hooks=readers)
-        with fused, reading, suppress(_LastOneRead):
-            forward_batch(model, batch, stop_at_layer=max(layers) + 1)
-        under_way.append((batch.rows, read))
-        # To fetch is to wait. Where layers are spread over devices, each has a batch to work on.
-        if len(under_way) > n_devices:
-            fetch_first()
-    while under_way:
-        fetch_first()
+    batches = prompts.batches(batch_size, padding_side)
+    with fused_norms(model, half_only=True):
+        for rows, read in side_by_side(_read(model, b, layers, k_positions) for b in batches):
+            for layer, z in read.items():
+                captured[layer][rows] = z.to("cpu")
     return captured
+
+
+def _read(
+    model: HookedModel, batch: TokenBatch, layers: Sequence[int], k_positions: int
+) -> Steps[tuple[Tensor, dict[int, Tensor]]]:
+    """Which prompts a batch has, and their activations by layer."""
+    read: dict[int, Tensor] = {}
+    readers = _readers(read, layers, patched_positions(batch, k_positions))
+    with suppress(_LastOneRead):
+        yield from forward_steps(model, batch, max(layers) + 1, readers)
+    return batch.rows, read
 
 
 class _LastOneRead(Exception):  # noqa: N818 - the expected end of a pass, not an error
@@ -166,7 +197,7 @@ def check_layers(layers: Sequence[int], n_layers: int) -> None:
 
 def _readers(
     read: dict[int, Tensor], layers: Sequence[int], positions: Int[Tensor, "prompt position"]
-) -> list[tuple[str, Any]]:
+) -> dict[int, Any]:
     at = reader_at(positions)
 
     def reader(layer: int) -> Any:
@@ -177,7 +208,7 @@ def _readers(
 
         return keep
 
-    return [(z_site(layer), reader(layer)) for layer in layers]
+    return {layer: reader(layer) for layer in layers}
 
 
 class PairActivations:

@@ -85,7 +85,7 @@ class CachedEngine(RowEngine):
     padding_side: PaddingSide = "left"
     rows_copy_keys = True
 
-    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> CachedBatch:
+    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> list[CachedBatch]:
         device, n_last = device_of(self.model), self.k_positions
         tokens, mask = batch.tokens.to(device), batch.attention_mask.to(device)
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, device, len(tokens))
@@ -99,7 +99,8 @@ class CachedEngine(RowEngine):
         with self.model.hooks(fwd_hooks=[(name, _reader(read)) for name in names]):
             _forward(self.model, tokens[:, -n_last:], mask[:, -n_last:], cache)
         resid = {layer: read[_resid_site(layer)] for layer in layers}
-        return CachedBatch(batch.rows, mask, cache, resid, {i: read[z_site(i)] for i in layers})
+        z = {layer: read[z_site(layer)] for layer in layers}
+        return [CachedBatch(batch.rows, mask, cache, resid, z)]
 
     def _group_logits(
         self, kept: CachedBatch, prompts: slice, rows: Rows, sources: SourceTensors

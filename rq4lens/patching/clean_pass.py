@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,11 @@ from transformer_lens.hook_points import HookPoint
 
 from rq4lens.models.placement import Placement, copied_once
 from rq4lens.models.prompts import TokenBatch
-from rq4lens.patching.activations import forward_batch, patched_positions, reader_at, z_site
+from rq4lens.patching.activations import forward_steps, patched_positions, reader_at
 from rq4lens.patching.attention_row import SharedKeys, turn_to_decision
 from rq4lens.patching.block_row import attention_input
-from rq4lens.patching.norms import fused_norms
 from rq4lens.patching.score_bias import attention_bias
+from rq4lens.patching.side_by_side import Steps
 
 COLUMN_MULTIPLE = 8
 """Half-precision matrix products are fast when their sides are multiples of this."""
@@ -88,8 +89,10 @@ class KeptBatch:
 
 def clean_pass(
     model: HookedTransformer, batch: TokenBatch, first_layer: int, n_positions: int
-) -> KeptBatch:
+) -> Steps[KeptBatch]:
     """Run the model once over right-padded prompts and keep what a patched row will look at.
+
+    A step is a block, so that several batches can be under way on several devices.
 
     Of the last block only the attention is run: its MLP and the unembedding are read at the
     decision token alone, where the engine's own clean row computes them.
@@ -105,26 +108,25 @@ def clean_pass(
     """
     placement = Placement.of(model)
     read = reader_at(patched_positions(batch, n_positions))
-    z: dict[int, Tensor] = {}
     layers: dict[int, KeptLayer] = {}
     bias = _bias_of_layers(batch, n_positions)
     position_mask = copied_once(_aligned_right(batch.lengths))
-    readers = _z_readers(z, range(first_layer, model.cfg.n_layers), read)
-    with fused_norms(model, half_only=True), model.hooks(fwd_hooks=readers):
-        resid = forward_batch(model, batch, stop_at_layer=first_layer)
-        entering = resid[shortest_and_longest(len(resid))].clone()
-        for layer in range(first_layer, model.cfg.n_layers):
-            device = placement.layers[layer]
-            resid = resid.to(device)
-            block, kept = model.blocks[layer], _KeptKeys(resid)
-            at_positions = read(resid)
+    resid = yield from forward_steps(model, batch, first_layer, readers={})
+    entering = resid[shortest_and_longest(len(resid))].clone()
+    for layer in range(first_layer, model.cfg.n_layers):
+        device = placement.layers[layer]
+        yield device
+        resid = resid.to(device)
+        block, kept = model.blocks[layer], _KeptKeys(resid)
+        at_positions = read(resid)
+        with _reading(block.attn.hook_z, read) as z:
             if layer < model.cfg.n_layers - 1:
                 resid = block(resid, past_kv_cache_entry=kept)
             else:
                 _run_attention(block, resid, kept)
-            bias_here = bias(block.attn, device)
-            shared = kept.share(block.attn, n_positions, bias_here, position_mask(device))
-            layers[layer] = KeptLayer(at_positions, z[layer], shared)
+        bias_here = bias(block.attn, device)
+        shared = kept.share(block.attn, n_positions, bias_here, position_mask(device))
+        layers[layer] = KeptLayer(at_positions, z[0], shared)
     return KeptBatch(batch.rows, layers, entering)
 
 
@@ -209,13 +211,16 @@ def _aligned_right(lengths: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt pos"]:
     return (torch.arange(longest) >= longest - lengths[:, None]).long()
 
 
-def _z_readers(
-    z: dict[int, Tensor], layers: range, read: Callable[[Tensor], Tensor]
-) -> list[tuple[str, Any]]:
-    def reader(layer: int) -> Any:
-        def keep(value: Tensor, hook: HookPoint) -> None:  # noqa: ARG001 - passed by TransformerLens
-            z[layer] = read(value)
+@contextmanager
+def _reading(point: HookPoint, read: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """What is read at a hook point, each time the model comes by.
 
-        return keep
-
-    return [(z_site(layer), reader(layer)) for layer in layers]
+    A hook of torch's own on the one point: those of TransformerLens visit every point of the model
+    to be set and lifted.
+    """
+    found: list[Tensor] = []
+    hook = point.register_forward_hook(lambda _point, _inputs, value: found.append(read(value)))
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -29,10 +29,6 @@ CPU_MAX_PROMPTS = 32
 FEWEST_CONDITIONS = 32
 """Conditions that stay together as long as memory allows."""
 
-BATCHES_PER_DEVICE = 4
-"""Batches for each of several devices, so that all but the first and the last find every device at
-work on one of them."""
-
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
 
@@ -242,9 +238,6 @@ class MemoryPlan:
         if shares_memory:
             rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
             batch_size = batch_size or CPU_MAX_PROMPTS
-        if len(devices) > 1:
-            at_once = -(-len(prompts) // (BATCHES_PER_DEVICE * len(devices)))
-            batch_size = min(batch_size or at_once, at_once)
         if batch_size is not None:
             passes.max_rows = min(passes.max_rows, batch_size)
         return cls(passes, rows, keep_on_device)

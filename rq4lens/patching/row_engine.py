@@ -83,8 +83,8 @@ class RowEngine(ABC):
         self._kept: list[Any] = []
 
     @abstractmethod
-    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> Kept:
-        """Run the clean model once over a batch and keep what rows from ``first_layer`` up need."""
+    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> Sequence[Kept]:
+        """Run the clean model once over prompts and keep what rows from ``first_layer`` up need."""
 
     @abstractmethod
     def _group_logits(
@@ -320,8 +320,9 @@ class RowEngine(ABC):
         main_memory = Placement.all_on(torch.device("cpu"), self.model.cfg.n_layers)
 
         def work(block: Block) -> None:
-            kept = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
-            made.append(kept if self._memory.keep_on_device else kept.to(main_memory))
+            batches = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
+            on_device = self._memory.keep_on_device
+            made.extend(kept if on_device else kept.to(main_memory) for kept in batches)
 
         self._memory.passes.run(Block(slice(0, len(self.prompts)), slice(0, 1)), work)
         return made

@@ -91,12 +91,10 @@ def test_a_placement_names_each_device_once_in_the_order_of_the_layers():
 
 def test_several_devices_get_several_batches():
     """One batch would be on one device at a time, the others idle; and keys are kept in parts."""
-    model, prompts = rotary_model(), ragged_prompts([9] * 40)
+    cfg, prompts = rotary_model().cfg, ragged_prompts([9] * 40)
     cpu, other = torch.device("cpu"), torch.device("meta")
-    alone = MemoryPlan.of(model, prompts, Placement.all_on(cpu, 4), max_bytes=2**30)
-    both = MemoryPlan.of(
-        model, prompts, Placement((cpu, cpu, other, other), other), max_bytes=2**30
-    )
+    alone = MemoryPlan.of(cfg, prompts, Placement.all_on(cpu, 4), max_bytes=2**30)
+    both = MemoryPlan.of(cfg, prompts, Placement((cpu, cpu, other, other), other), max_bytes=2**30)
     assert alone.passes.max_rows >= 32
     assert both.passes.max_rows == 40 // (2 * BATCHES_PER_DEVICE)
     assert both.passes.bytes_per_row < alone.passes.bytes_per_row

@@ -95,12 +95,20 @@ def run(
     config: RunConfig,
     out: Out = None,
     fresh: Fresh = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory it will take; measure nothing.")
+    ] = False,
     shard: Shard = None,
     cluster: OnCluster = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Run the main job: maps, every head, top-k against random-k, control layer, report."""
+    if plan:
+        from rq4lens.memory_plan import plan_memory  # noqa: PLC0415 - keeps --help fast
+
+        output.print(plan_memory(config).table)
+        return
     directory = out or _default_directory(config)
     many = Many(shard, cluster, workers, gpus_per_worker)
     if many.asked:

@@ -30,13 +30,22 @@ def plan_of(config: RunConfig, pair: ModelPair) -> GridPlan:
     Raises:
         UserError: if no layer is named, or a layer or k does not fit the models.
     """
+    return plan_for(config, pair.n_layers, pair.n_heads)
+
+
+def plan_for(config: RunConfig, n_layers: int, n_heads: int) -> GridPlan:
+    """The grid's plan, checked against models of so many layers and heads.
+
+    Raises:
+        UserError: if no layer is named, or a layer or k does not fit the models.
+    """
     if config.layer is None:
         raise UserError(
-            f"no layer is named for pair {config.pair!r}: give one from 0 to {pair.n_layers - 1} "
+            f"no layer is named for pair {config.pair!r}: give one from 0 to {n_layers - 1} "
             "with --layer."
         )
-    plan = GridPlan(pair.n_heads, config.layer, config.control_layer, config.k, config.random_seeds)
-    check_layers(plan.layers, pair.n_layers)
+    plan = GridPlan(n_heads, config.layer, config.control_layer, config.k, config.random_seeds)
+    check_layers(plan.layers, n_layers)
     return plan
 
 

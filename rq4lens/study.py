@@ -13,6 +13,7 @@ from rq4lens.analysis.metrics import bootstrap_of, ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.config import RunConfig
 from rq4lens.files import write_json_atomic
+from rq4lens.memory_plan import plan_memory, say_and_require
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.prompts import SIDE_EFFECT_SPLIT
 from rq4lens.pages import write_pages
@@ -86,6 +87,8 @@ def run_study(
     clock = Clock(stage)
     with clock("load"):
         cache = cache_of(config, directory)
+        memory = plan_memory(config)
+        say_and_require(memory)
         pair = pair_from_config(config, kept_in=None if fresh else cache)
         plan = plan_of(config, pair)
         audit = pair.audit()
@@ -115,6 +118,7 @@ def run_study(
     run = provenance(config, experiment, grid, store, clock.seconds)
     run["audit"] = audit.summary
     run["base_loaded"] = pair.base.was_loaded
+    run["memory_estimate"] = memory.to_dict()
     with clock("pages"):
         write_pages(directory, grid, analysis.to_dict(), texts, run)
     run["timings_seconds"] = dict(clock.seconds)

@@ -17,14 +17,12 @@ from rq4lens.cluster.cost_model import (
     Measured,
     Shape,
     Work,
-    kept_bytes,
     map_bytes,
     pass_flops,
     row_flops,
     store_bytes,
 )
 from rq4lens.patching.maps import save_map
-from rq4lens.patching.memory import kept_bytes_per_prompt
 from rq4lens.store import Store
 
 RECORDS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -136,13 +134,6 @@ def test_the_shape_is_read_from_a_model():
     shape = Shape.of(model.cfg)
     weights = sum(w.numel() for w in model.parameters() if w.ndim > 1)
     assert shape.model_bytes / shape.bytes_per_number == pytest.approx(weights, rel=0.02)
-
-
-def test_what_the_clean_pass_keeps_is_what_the_engine_counts():
-    """Keys and values of each prompt over all layers."""
-    model = tiny_model()
-    shape = Shape.of(model.cfg)
-    assert kept_bytes(shape, 7, 11) == 7 * kept_bytes_per_prompt(model.cfg, 11)
 
 
 class Ingredients:

@@ -323,7 +323,10 @@ def test_the_cut_on_the_left_is_counted(partly):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
     "where",
-    [("--device", "cuda", "--n-devices", "2"), ("--device", "auto", "--device-map", "cuda:1,cuda:0")],
+    [
+        ("--device", "cuda", "--n-devices", "2"),
+        ("--device", "auto", "--device-map", "cuda:1,cuda:0"),
+    ],
     ids=["n-devices", "device-map"],
 )
 def test_a_pair_over_two_gpus_has_the_same_numbers(small, where):

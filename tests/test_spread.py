@@ -92,13 +92,13 @@ def test_a_placement_names_each_device_once_in_the_order_of_the_layers():
 
 def test_each_device_keeps_its_own_layers():
     """A model on two devices keeps half of the keys on each."""
-    model, prompts = rotary_model(), ragged_prompts([9] * 40)
+    cfg, prompts = rotary_model().cfg, ragged_prompts([9] * 40)
     cpu, other = torch.device("cpu"), torch.device("meta")
-    alone = MemoryPlan.of(model, prompts, Placement.all_on(cpu, 4), max_bytes=2**30)
+    alone = MemoryPlan.of(cfg, prompts, Placement.all_on(cpu, 4), max_bytes=2**30)
     halves = Placement((cpu, cpu, other, other), other)
-    both = MemoryPlan.of(model, prompts, halves, max_bytes=2**30)
+    both = MemoryPlan.of(cfg, prompts, halves, max_bytes=2**30)
     saved = alone.passes.bytes_per_row - both.passes.bytes_per_row
-    assert saved == kept_bytes_per_prompt(model.cfg, 9) // 2
+    assert saved == kept_bytes_per_prompt(cfg, 9) // 2
 
 
 @pytest.mark.parametrize("n_works", [0, 1, 2, 5])

@@ -230,20 +230,9 @@ def _fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[
     return [float(value) for value in found / scale]
 
 
-def kept_bytes(shape: Shape, n_prompts: int, n_tokens: int) -> int:
-    """Memory of what a clean pass keeps: keys and values of every layer and token."""
-    keys = 2 * shape.n_key_value_heads * shape.d_head * shape.bytes_per_number
-    return n_prompts * shape.n_layers * n_tokens * keys
-
-
 def store_bytes(n_patches: int, n_prompts: int) -> int:
     """Disk that the records of so many patches (a head set of one kind) take."""
     return n_patches * (RECORD_BYTES + RECORD_BYTES_PER_PROMPT * n_prompts)
-
-
-def activation_bytes(shape: Shape, n_prompts: int, n_layers: int, k_positions: int = 1) -> int:
-    """Disk of the base model's activations, which are kept for the next run."""
-    return n_prompts * n_layers * k_positions * shape.width * shape.bytes_per_number
 
 
 def map_bytes(shape: Shape, n_layers: int, scope: str = "head") -> int:

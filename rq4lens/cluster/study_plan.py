@@ -15,7 +15,6 @@ from rq4lens.cluster.cost_model import (
     Measured,
     Shape,
     Work,
-    activation_bytes,
     map_bytes,
     store_bytes,
 )
@@ -27,6 +26,7 @@ from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines import make_engine
+from rq4lens.patching.estimate import activation_bytes
 from rq4lens.patching.patch import RAW, Patch, Sources
 from rq4lens.stages import Stage, silent
 
@@ -172,7 +172,8 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
     work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
     seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds
     disk = store_bytes(n_patches, n_prompts) + map_bytes(shape, len(layers), config.map_scope)
-    disk += activation_bytes(shape, n_prompts + n_train, len(layers), config.k_positions)
+    site_bytes = shape.width * shape.bytes_per_number
+    disk += activation_bytes(site_bytes, n_prompts + n_train, len(layers), config.k_positions)
     return Estimate(len(pieces), seconds, disk)
 
 

@@ -28,8 +28,8 @@ from rq4lens.models.kept_cards import (
 from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.memory import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
-from rq4lens.models.prompts import PromptSet
-from rq4lens.models.reading import Reading
+from rq4lens.models.prompts import PromptSet, TokenizedPrompts
+from rq4lens.models.reading import Reading, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -168,21 +168,42 @@ def size_of(config: RunConfig, side: Side) -> ModelSize:
     )
 
 
+def tokens_from_config(config: RunConfig, side: Side, prompts: PromptSet) -> TokenizedPrompts:
+    """Prompts as a model of a configuration reads them; its weights are not needed.
+
+    Raises:
+        UserError: if its tokenizer or a prompt cannot be read.
+    """
+    tokenizer = _load_tokenizer(_source(config, side), config)
+    return tokenize(prompts, tokenizer, reading_of(config))
+
+
+def holds_both(config: RunConfig) -> bool:
+    """Whether both models are held at once: as asked for, else if they leave room for the work."""
+    if config.keep_both is not None:
+        return config.keep_both
+    needed, free = _needed_and_free(config)
+    return needed <= SHARE_FOR_WEIGHTS * free
+
+
+def _needed_and_free(config: RunConfig) -> tuple[int, int]:
+    needed = sum(size_of(config, side).weights.total for side in SIDES)
+    return needed, sum(map(free_bytes, devices_of(config).names))
+
+
 def _fit_together(config: RunConfig) -> bool:
-    """Whether both models leave room for the work, by the headers of their files."""
+    """Whether both models leave room for the work, by what their configurations say."""
     if is_builtin(config):
         return True
-    devices = devices_of(config)
-    needed = sum(size_of(config, side).weights.total for side in SIDES)
-    free = sum(map(free_bytes, devices.names))
-    fit = needed <= SHARE_FOR_WEIGHTS * free
+    fit = holds_both(config)
     if not fit:
+        needed, free = _needed_and_free(config)
         log.warning(
             "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
             "(--keep-both holds both all the same)",
             needed / 1e9,
             free / 1e9,
-            devices,
+            devices_of(config),
         )
     return fit
 

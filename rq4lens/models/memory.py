@@ -57,7 +57,10 @@ def model_size(
         UserError: There is no such checkpoint, or no model can be built from it.
     """
     located = isinstance(source, Checkpoint)
-    asked: Checkpoint = source if located else locate(source, revision, with_weights=False)
+    if isinstance(source, Checkpoint):
+        asked = source
+    else:
+        asked = locate(source, revision, with_weights=False)
     base = base_of(asked, with_weights=located) if asked.is_adapter else asked
     architecture = loadable_architecture(
         base,
@@ -135,8 +138,8 @@ def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEs
 
 
 def gigabytes(n_bytes: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{n_bytes / 1e9:.3g} GB"
+    """Bytes as a person reads them; few of them in MB."""
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.3g} MB"
 
 
 def short(dtype: torch.dtype) -> str:

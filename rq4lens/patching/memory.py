@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.models.placement import Placement
@@ -201,7 +201,7 @@ class MemoryPlan:
     @classmethod
     def of(
         cls,
-        model: HookedTransformer,
+        cfg: HookedTransformerConfig,
         prompts: TokenizedPrompts,
         placement: Placement,
         rows_copy_keys: bool = False,
@@ -211,7 +211,7 @@ class MemoryPlan:
         """Divide a memory budget.
 
         Args:
-            model: the tuned model.
+            cfg: the tuned model's configuration.
             prompts: the measured prompts.
             placement: where the model's layers are.
             rows_copy_keys: whether each row needs its own copy of its prompt's keys and values.
@@ -221,7 +221,7 @@ class MemoryPlan:
         Returns:
             The plan.
         """
-        cfg, devices = model.cfg, placement.devices
+        devices = placement.devices
         if max_bytes is None:
             budget = min(default_budget_bytes(device) for device in devices)
         else:
@@ -253,8 +253,13 @@ class MemoryPlan:
 
 def kept_bytes_per_prompt(cfg: HookedTransformerConfig, n_pos: int) -> int:
     """Memory of one prompt's kept keys and values over all layers."""
+    return cfg.n_layers * key_bytes(cfg, n_pos)
+
+
+def key_bytes(cfg: HookedTransformerConfig, n_pos: int) -> int:
+    """Memory of one prompt's keys and values in one layer."""
     n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
-    return 2 * cfg.n_layers * n_pos * n_kv_heads * cfg.d_head * cfg.dtype.itemsize
+    return 2 * n_pos * n_kv_heads * cfg.d_head * cfg.dtype.itemsize
 
 
 def bytes_per_row(cfg: HookedTransformerConfig, n_pos: int, vocab: int) -> int:

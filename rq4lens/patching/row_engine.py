@@ -77,7 +77,7 @@ class RowEngine(ABC):
         self.fallback_reason: str | None = None
         self.placement = Placement.of(model)
         self._memory = MemoryPlan.of(
-            model, prompts, self.placement, self.rows_copy_keys, max_bytes, batch_size
+            model.cfg, prompts, self.placement, self.rows_copy_keys, max_bytes, batch_size
         )
         self.first_layer = first_layer
         self._kept: list[Any] = []

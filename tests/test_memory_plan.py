@@ -1,0 +1,170 @@
+"""The estimate before loading: exact where it can be, and advice where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+from engine_cases import ragged_prompts, tiny_model
+from pair_on_disk import write_pair
+
+from rq4lens.config import config_from
+from rq4lens.errors import UserError
+from rq4lens.memory_plan import MAIN, plan_memory, say_and_require
+from rq4lens.models import catalog
+from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.placement import Placement
+from rq4lens.models.prompts import FIT_SPLIT
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.engines import make_engine
+from rq4lens.patching.estimate import work_memory
+from rq4lens.patching.memory import bytes_per_row
+from rq4lens.study import run_study
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.mark.parametrize("k_positions", [1, 2])
+@pytest.mark.parametrize("first_layer", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("max_bytes", [None, 60_000])
+def test_what_a_clean_pass_keeps_is_known_before(k_positions, first_layer, batch_size, max_bytes):
+    """Bytes kept by the engine, prompts of a pass and rows at once are those it then reports."""
+    model, prompts = tiny_model(), ragged_prompts()
+    work = work_memory(
+        model.cfg, prompts, Placement.all_on(CPU, model.cfg.n_layers),
+        layers=[first_layer], n_train=5, max_bytes=max_bytes,
+        k_positions=k_positions, batch_size=batch_size,
+    )  # fmt: skip
+    engine = make_engine(
+        model, prompts, first_layer=first_layer, k_positions=k_positions,
+        batch_size=batch_size, max_bytes=max_bytes,
+    )  # fmt: skip
+    assert engine.name == "suffix"
+    report = engine.memory_report
+    assert work.kept == report["kept_bytes"]
+    assert work.n_prompts_at_once == report["clean_pass"]["largest_chunk_rows"]
+    assert work.n_rows_at_once == report["rows"]["max_rows"]
+    assert work.in_rows == work.n_rows_at_once * report["rows"]["bytes_per_row"]
+
+
+def test_native_hooks_need_whole_passes():
+    """Through hooks nothing is kept, and every position of a batch has its logits."""
+    model, prompts = tiny_model(), ragged_prompts()
+    work = work_memory(
+        model.cfg, prompts, Placement.all_on(CPU, model.cfg.n_layers),
+        layers=[0], n_train=5, max_bytes=None, batch_size=2, by_hooks=True,
+    )  # fmt: skip
+    longest = int(prompts.lengths.max())
+    assert work.kept == 0
+    assert work.in_rows == 2 * longest * bytes_per_row(model.cfg, longest, model.cfg.d_vocab)
+    assert work.in_rows >= 2 * longest * model.cfg.d_vocab * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_activations_are_those_of_the_loaded_pair(settings, dtype):
+    """The estimate's bytes are the bytes of both models and of everything captured."""
+    config = config_from({**settings, "dtype": dtype})
+    memory = plan_memory(config)
+    pair = pair_from_config(config)
+    for side in ("base", "tuned"):
+        parameters = pair.member(side).model.parameters()
+        assert memory.weights[side] == sum(each.nbytes for each in parameters)
+    activations = PairActivations(pair)
+    sites = (("base", FIT_SPLIT), ("base", "val"), ("tuned", FIT_SPLIT))
+    read = [activations.z(*site, layer) for site in sites for layer in (0, 1)]
+    assert memory.work.activations == sum(each.nbytes for each in read)
+    assert memory.needed[MAIN] == (
+        sum(memory.weights.values()) + memory.work.on_device + memory.work.in_main_memory
+    )
+
+
+def test_a_run_records_the_estimate_beside_what_was_used(settings, tmp_path, caplog):
+    """run.json holds both, the kept bytes agree, and a run that fits says one line."""
+    with caplog.at_level(logging.INFO, "rq4lens"):
+        run_study(config_from(settings), tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["memory_estimate"]["work_kept"] == run["engine"]["memory"]["kept_bytes"]
+    assert run["memory_estimate"]["fits"] is True
+    said = [each.getMessage() for each in caplog.records if "memory:" in each.getMessage()]
+    assert len(said) == 1
+    assert "\n" not in said[0]
+
+
+def with_free(monkeypatch, n_bytes):
+    """A machine with so much free memory."""
+    for module in ("memory_plan", "models.memory", "models.catalog"):
+        monkeypatch.setattr(f"rq4lens.{module}.free_bytes", lambda *_: n_bytes)
+
+
+def test_what_does_not_fit_is_a_table_with_advice(settings, monkeypatch, caplog):
+    """Above what is free, the log names every part and the options that help."""
+    config = config_from({**settings, "keep_both": True})
+    needed = plan_memory(config).needed[MAIN]
+    with_free(monkeypatch, needed - 1)
+    memory = plan_memory(config)
+    say_and_require(memory)  # it may be tried: work is cut in halves when memory runs out
+    for said in ("weights of base", "clean pass, kept", "rows, ", "--dtype bfloat16",
+                 "--no-keep-both", "this does not fit in what is free (main memory)"):  # fmt: skip
+        assert said in caplog.text
+    with_free(monkeypatch, needed)
+    assert plan_memory(config).fits
+    assert not plan_memory(config).advice
+
+
+def test_advice_is_only_what_would_help(settings, monkeypatch):
+    """Half precision is not advised twice, nor one model at a time where that is done already."""
+    with_free(monkeypatch, 1000)
+    small = plan_memory(config_from({**settings, "dtype": "bfloat16"}))
+    assert small.keep_both is False
+    text = "\n".join(small.advice)
+    assert "bfloat16" not in text
+    assert "--no-keep-both" not in text
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "--n-devices 4 or --device-map auto" in "\n".join(small.advice)
+    waiting = dataclasses.replace(small.work, in_pass=10**6, in_rows=1, n_prompts_at_once=8)
+    assert "--batch-size 4" in "\n".join(dataclasses.replace(small, work=waiting).advice)
+
+
+def test_what_cannot_start_is_refused_before_a_weight_is_read(settings, monkeypatch, tmp_path):
+    """A single model with one prompt that is too large: one sentence, nothing written."""
+    config = config_from({**settings, "keep_both": False})
+    memory = plan_memory(config)
+    largest = max(memory.largest_model.values())
+    monkeypatch.setattr(catalog, "load_hooked", pytest.fail)
+    with_free(monkeypatch, largest + memory.work.smallest - 1)
+    with pytest.raises(UserError, match=r"do not fit in the .* free on main memory: --dtype bf"):
+        run_study(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_are_checked_before_a_weight_is_read(settings, monkeypatch):
+    """A missing or a wrong layer is said from the configuration files alone."""
+    monkeypatch.setattr(catalog, "load_hooked", pytest.fail)
+    with pytest.raises(UserError, match=r"no layer is named .* from 0 to 2"):
+        plan_memory(config_from({**settings, "layer": None}))
+    with pytest.raises(UserError, match="layer 7 does not exist"):
+        plan_memory(config_from({**settings, "layer": 7}))
+
+
+def test_a_spread_model_is_counted_on_each_device(settings, monkeypatch):
+    """Each GPU holds its own blocks of both models; embeddings first, unembedding last."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with_free(monkeypatch, 10**9)
+    config = config_from({**settings, "device": "cuda", "device_map": "cuda:1,cuda:0"})
+    monkeypatch.setattr(catalog, "resolve_device", lambda device: device)
+    memory = plan_memory(config)
+    assert set(memory.needed) == {"cuda:1", "cuda:0", MAIN}
+    parts = catalog.size_of(config, "tuned").weights
+    lower = parts.before + sum(parts.blocks[:2])
+    assert memory.largest_model == {"cuda:1": lower, "cuda:0": parts.total - lower}
+    assert memory.held == {place: 2 * n for place, n in memory.largest_model.items()}
+    assert memory.devices == ("cuda:1", "cuda:0")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import einops
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from rq4lens.errors import UserError
 from rq4lens.models.fingerprint import arithmetic_libraries
@@ -20,6 +22,10 @@ from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
 from rq4lens.patching.norms import fused_norms
 from rq4lens.patching.side_by_side import Steps, side_by_side
+from rq4lens.patching.weight_layout import store_for_products
+
+Reader = Callable[[Tensor], None]
+"""Takes the activations that pass a hook point."""
 
 
 def z_site(layer: int) -> str:
@@ -86,7 +92,7 @@ def forward_batch(
 
 
 def forward_steps(
-    model: HookedModel, batch: TokenBatch, stop_at_layer: int, readers: Mapping[int, Any]
+    model: HookedModel, batch: TokenBatch, stop_at_layer: int, readers: Mapping[int, Reader]
 ) -> Steps[Tensor]:
     """:func:`forward_batch`, stopping before each block if the model is spread over devices.
 
@@ -94,30 +100,56 @@ def forward_steps(
         model: the model.
         batch: the prompts.
         stop_at_layer: where the pass ends.
-        readers: hooks that read ``z``, by layer. They are there while their own batch is computed:
-            another one may be under way.
+        readers: what to do with ``z``, by layer.
 
     Returns:
         The residual stream before ``stop_at_layer``.
     """
-    layers = [block.parameters() for block in model.blocks]
-    devices = [next(parameters).device for parameters in layers]
-    if len(set(devices)) == 1 or batch.padding_side == "left":
+    if not _is_spread(model) or batch.padding_side == "left":
         yield device_of(model)
-        with model.hooks(fwd_hooks=[(z_site(layer), read) for layer, read in readers.items()]):
+        hooks = [(z_site(layer), _as_hook(read)) for layer, read in readers.items()]
+        with model.hooks(fwd_hooks=hooks):
             return forward_batch(model, batch, stop_at_layer)
     resid = forward_batch(model, batch, stop_at_layer=0)
-    for layer in range(stop_at_layer):
-        yield devices[layer]
-        hooks = [(z_site(layer), readers[layer])] if layer in readers else []
-        with model.hooks(fwd_hooks=hooks):
-            resid = model(
-                resid,
-                start_at_layer=layer,
-                stop_at_layer=layer + 1,
-                padding_side=batch.padding_side,
-            )
+    for layer, block in enumerate(model.blocks[:stop_at_layer]):
+        device = next(block.parameters()).device
+        yield device
+        # A hook is there while its own batch is computed: another one may be under way.
+        with reading(block.attn.hook_z, readers.get(layer)):
+            resid = block(resid.to(device))
     return resid
+
+
+def _is_spread(model: HookedModel) -> bool:
+    return len({next(block.parameters()).device for block in model.blocks}) > 1
+
+
+def _as_hook(read: Reader) -> Any:
+    def hook(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
+        read(z)
+
+    return hook
+
+
+@contextmanager
+def reading(point: HookPoint, read: Reader | None) -> Iterator[None]:
+    """Give what passes a hook point to a reader.
+
+    By a hook of torch's own on the one point: setting and lifting those of TransformerLens visits
+    every point of the model, which takes longer than a GPU takes for the block.
+
+    Args:
+        point: the hook point.
+        read: the reader; without one nothing happens.
+    """
+    if read is None:
+        yield
+        return
+    handle = point.register_forward_hook(lambda _point, _inputs, value: read(value))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def device_of(model: HookedModel) -> torch.device:
@@ -157,6 +189,8 @@ def capture_z(
     cfg = model.cfg
     shape = (len(prompts), k_positions, cfg.n_heads, cfg.d_head)
     captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
+    if len(prompts) > batch_size and isinstance(model, HookedTransformer):
+        store_for_products(model.blocks[: max(layers) + 1])
     batches = prompts.batches(batch_size, padding_side)
     with fused_norms(model, half_only=True):
         for rows, read in side_by_side(_read(model, b, layers, k_positions) for b in batches):
@@ -197,11 +231,11 @@ def check_layers(layers: Sequence[int], n_layers: int) -> None:
 
 def _readers(
     read: dict[int, Tensor], layers: Sequence[int], positions: Int[Tensor, "prompt position"]
-) -> dict[int, Any]:
+) -> dict[int, Reader]:
     at = reader_at(positions)
 
-    def reader(layer: int) -> Any:
-        def keep(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
+    def reader(layer: int) -> Reader:
+        def keep(z: Tensor) -> None:
             read[layer] = at(z)
             if layer == max(layers):
                 raise _LastOneRead

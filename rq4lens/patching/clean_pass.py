@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components import TransformerBlock
-from transformer_lens.hook_points import HookPoint
 
 from rq4lens.models.placement import Placement, copied_once
 from rq4lens.models.prompts import TokenBatch
-from rq4lens.patching.activations import forward_steps, patched_positions, reader_at
+from rq4lens.patching.activations import forward_steps, patched_positions, reader_at, reading
 from rq4lens.patching.attention_row import SharedKeys, turn_to_decision
 from rq4lens.patching.block_row import attention_input
 from rq4lens.patching.score_bias import attention_bias
@@ -119,7 +117,8 @@ def clean_pass(
         resid = resid.to(device)
         block, kept = model.blocks[layer], _KeptKeys(resid)
         at_positions = read(resid)
-        with _reading(block.attn.hook_z, read) as z:
+        z: list[Tensor] = []
+        with reading(block.attn.hook_z, _into(z, read)):
             if layer < model.cfg.n_layers - 1:
                 resid = block(resid, past_kv_cache_entry=kept)
             else:
@@ -211,16 +210,5 @@ def _aligned_right(lengths: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt pos"]:
     return (torch.arange(longest) >= longest - lengths[:, None]).long()
 
 
-@contextmanager
-def _reading(point: HookPoint, read: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """What is read at a hook point, each time the model comes by.
-
-    A hook of torch's own on the one point: those of TransformerLens visit every point of the model
-    to be set and lifted.
-    """
-    found: list[Tensor] = []
-    hook = point.register_forward_hook(lambda _point, _inputs, value: found.append(read(value)))
-    try:
-        yield found
-    finally:
-        hook.remove()
+def _into(found: list[Tensor], read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    return lambda value: found.append(read(value))

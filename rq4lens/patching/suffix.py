@@ -31,9 +31,9 @@ from rq4lens.patching.rows import RowGroup, Rows
 from rq4lens.patching.side_by_side import side_by_side
 from rq4lens.patching.weight_layout import store_for_products
 
-BATCHES_PER_DEVICE = 4
-"""Of a model that is spread over several. When the first batch begins and when the last one ends,
-only one device has work; with four batches for each, that is an eighth of the time on two."""
+BATCHES_PER_DEVICE = 3
+"""Of a model that is spread over several. Only one device has work when the first batch begins and
+when the last one ends; with more and smaller batches it is the caller that cannot keep up."""
 
 
 class SuffixEngine(RowEngine):
@@ -51,7 +51,8 @@ class SuffixEngine(RowEngine):
         self, model: HookedTransformer, prompts: TokenizedPrompts, **settings: Any
     ) -> None:
         super().__init__(model, prompts, **settings)
-        store_for_products(model, self.first_layer)
+        lowest = self.first_layer if self._at_once(len(prompts)) == len(prompts) else 0
+        store_for_products((*model.blocks[lowest:], model.unembed))
 
     def _clean_pass(self, batch: TokenBatch, first_layer: int) -> list[KeptBatch]:
         parts = even_parts(slice(0, len(batch.rows)), self._at_once(len(batch.rows)))
@@ -65,7 +66,8 @@ class SuffixEngine(RowEngine):
     def _at_once(self, n_prompts: int) -> int:
         """Prompts that go through the model together; several devices want several batches."""
         n_devices = len(self.placement.devices)
-        return n_prompts if n_devices == 1 else -(-n_prompts // (BATCHES_PER_DEVICE * n_devices))
+        n_batches = 1 if n_devices == 1 else BATCHES_PER_DEVICE * n_devices
+        return min(-(-n_prompts // n_batches), self._memory.passes.max_rows)
 
     def _group_logits(
         self, kept: KeptBatch, prompts: slice, rows: Rows, sources: SourceTensors

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 from transformer_lens.components import AbstractAttention, GatedMLP, Unembed
 
 _HEADS_LAST = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
 
 
-def store_for_products(model: HookedTransformer, first_layer: int = 0) -> None:
+def store_for_products(parts: Iterable[nn.Module]) -> None:
     """Reorder weights in memory so that no forward pass has to copy them.
 
     TransformerLens' submodules transpose their weights with ``.T.contiguous()`` or einops at every
@@ -17,10 +19,10 @@ def store_for_products(model: HookedTransformer, first_layer: int = 0) -> None:
     it is. Values, shapes, names and results stay the same to the bit; only strides change.
 
     Args:
-        model: the model whose weights are stored anew, one at a time.
-        first_layer: blocks below it are left as they are.
+        parts: blocks and unembeddings, whose weights are stored anew, one at a time. It pays where
+            they are used more than once.
     """
-    for module in (*model.blocks[first_layer:].modules(), model.unembed):
+    for module in chain.from_iterable(part.modules() for part in parts):
         if isinstance(module, AbstractAttention):
             _store_attention(module)
         elif isinstance(module, GatedMLP):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,3 +196,12 @@ def single_heads(layers: range, n_heads: int) -> list[Intervention]:
         for head in range(n_heads)
         for kind in KINDS
     ]
+
+
+def command_line() -> str:
+    """How this script was started, without where its record goes."""
+    script, *arguments = sys.argv
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *arguments])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from typing import Any
 
 import others
 import torch
-from benchmark_cases import CASES, KINDS, Case, grid_conditions, single_heads
+from benchmark_cases import CASES, KINDS, Case, command_line, grid_conditions, single_heads
 from growth import growth
 
 import rq4lens as rq
@@ -209,7 +208,7 @@ def main() -> None:
     record = {
         "case": case.name,
         "what": case.describe(),
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": others.device_name(case),
         "versions": {name: version(name) for name in ("torch", "transformer-lens")},

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from benchmark_cases import (
     LLAMA_8B,
     LLAMA_70B,
     TINY,
+    command_line,
     grid_conditions,
     random_model,
     random_tokens,
@@ -165,7 +165,7 @@ def main() -> None:
         "case": f"{asked.case} over {asked.gpus} GPUs",
         "what": f"{n_prompts} prompts x {n_tokens} tokens; {asked.dtype}; layer {layer}; base and "
         "tuned one after the other",
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{asked.gpus} x {hardware}",
         "versions": {each: version(each) for each in ("torch", "transformer-lens")},

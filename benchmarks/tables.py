@@ -1,6 +1,6 @@
 """Turn the records of ``benchmarks/results/`` into ``benchmarks/RESULTS.md`` and growth curves.
 
-Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py`` and ``end_to_end.py``.
+Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py``, ``spread.py`` and ``end_to_end.py``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> None:
     records = {name: found[name] for name in ORDER if name in found}
     sections = [section(name, record) for name, record in records.items()]
     sections += [atlas(each) for name, each in found.items() if name.startswith("atlas-")]
+    sections += [spread(each) for name, each in found.items() if name.startswith("spread-")]
     sections += [whole_run(each) for name, each in found.items() if name.startswith("end-to-end-")]
     (HERE / "RESULTS.md").write_text("\n".join([INTRODUCTION, *sections]))
     for name, record in records.items():
@@ -180,6 +181,40 @@ def atlas(record: dict[str, Any]) -> str:
     difference = record["largest_kl_difference_nats"]
     lines += ["", f"- The numbers differ between these by at most {difference:.2g} nats.", ""]
     return "\n".join(lines)
+
+
+def spread(record: dict[str, Any]) -> str:
+    """A pair that fits no single GPU, by stage."""
+    lines = [
+        f"## {record['case']}",
+        "",
+        f"{record['what'][0].upper()}{record['what'][1:]}; weights of one model "
+        f"{record['weights_bytes'] / 1e9:.0f} GB.",
+        "",
+        origin(record),
+        "",
+        "| stage | seconds | peak memory of each GPU |",
+        "|---|---:|---:|",
+    ]
+    for stage, seconds in record["stages_seconds"].items():
+        peaks = " and ".join(f"{peak / 1e9:.1f}" for peak in record["stages_peak_bytes"][stage])
+        lines.append(f"| {stage} | {seconds:.2f} | {peaks} GB |")
+    memory = record["memory"]["rows"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"- The grid, {record['n_conditions']} conditions (capture, clean pass and rows): "
+            f"{record['grid_seconds']:.2f} s, {record['ratio_to_plain_forwards']:.2f}x two plain "
+            f"forward passes, {record['times_faster_than_hooks']:.0f}x faster than native hooks.",
+            f"- Rows: {memory['largest_chunk_rows']:,} at once, {memory['max_rows']:,} allowed by a "
+            f"budget of {memory['budget_bytes'] / 1e9:.1f} GB on each GPU.",
+            f"- No patch reads {record['none_kl_nats']:.2g} nats. All heads patched: KL "
+            f"{record['full_kl_nats']:.6g} nats by the engine, "
+            f"{record['full_kl_nats_by_hooks']:.6g} by native hooks.",
+            "",
+        ]
+    )
 
 
 def whole_run(record: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 from zlib import crc32
 
@@ -27,6 +28,7 @@ from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.ranking import METHODS, RankingMethod, rank_heads
 from rq4lens.analysis.significance import sign_flips
 from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.choosing import BaseHeads, Chosen
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
@@ -70,8 +72,6 @@ SCENARIOS = (
     Scenario("rotated", {"rotated": 3}, "rotated"),
     Scenario("scaled", {"scaled": 3}, "scaled"),
     Scenario("shifted", {"shifted": 3}, "shifted"),
-    # A head that attends elsewhere is what no map of its own activations explains. New values are
-    # explained in part: they are read from the same tokens as the old ones.
     Scenario("rewired attention", {"rewired": 3}, "rewired"),
     Scenario("rewired values", {"rewired": 3}, "rewired", ("W_V", "W_O")),
     Scenario("rotated beside rewired", {"rotated": 3, "rewired": 2}, "rotated"),
@@ -233,32 +233,34 @@ class _Suite:
     seed: int
     reading: Reading | None
 
+    @cached_property
+    def heads(self) -> BaseHeads:
+        """What is known of the base model's heads."""
+        return BaseHeads(self.base, self.prompts, self.reading)
+
     def trial(self, scenario: Scenario, number: int) -> _Trial:
         """Plant one pair and make it ready to measure."""
-        model: Any = self.base.model
         # Every pair of every scenario has random numbers of its own.
         seed = (self.seed * 1000 + number) * 1000 + crc32(scenario.name.encode()) % 1000
-        rng = np.random.default_rng(seed)
-        layer = int(rng.integers(model.cfg.n_layers))
-        if self.layers:
-            layer = self.layers[number % len(self.layers)]
-        heads = _chosen_heads(model, layer, scenario, rng)
+        layer = self.layers[number % len(self.layers)] if self.layers else None
+        chosen = self.heads.choose(scenario.planted, layer, np.random.default_rng(seed))
         planted = plant(
-            model,
-            rotated=heads.get("rotated", ()),
-            scaled=heads.get("scaled", ()),
-            rewired=heads.get("rewired", ()),
-            shifted=heads.get("shifted", ()),
+            self.base.model,
+            rotated=chosen.heads.get("rotated", ()),
+            scaled=chosen.heads.get("scaled", ()),
+            rewired=chosen.heads.get("rewired", ()),
+            shifted=chosen.heads.get("shifted", ()),
             drift=self.drift,
             strength=self.strength,
             weights=scenario.weights,
+            attended=self.heads.attended(chosen.layer) if "W_V" in scenario.weights else None,
             seed=seed,
         )
         base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
         pair = ModelPair("planted", base, tuned, self.prompts, reading=self.reading)
-        experiment = prepare(pair, fit_maps(pair, [layer]))
-        measured = MeasuredSets.of(experiment, layer, self.alpha)
-        return _Trial(scenario, planted, experiment, measured, layer, seed)
+        experiment = prepare(pair, fit_maps(pair, [chosen.layer]))
+        measured = MeasuredSets.of(experiment, chosen.layer, self.alpha)
+        return _Trial(scenario, planted, experiment, measured, chosen, seed)
 
 
 @dataclass(frozen=True)
@@ -269,8 +271,13 @@ class _Trial:
     planted: PlantedPair
     experiment: Experiment
     measured: MeasuredSets
-    layer: int
+    chosen: Chosen
     seed: int
+
+    @property
+    def layer(self) -> int:
+        """The layer that heads are planted in."""
+        return self.chosen.layer
 
     def truth(self, head: int) -> str:
         """What was done to a head of the layer."""
@@ -319,25 +326,6 @@ class _Trial:
             )
             flips = sign_flips(effects.delta_nats, self.experiment.groups, 1000, self.seed)
             yield bool(np.nanmin(flips.p_max_t) <= LEVEL)
-
-
-def _chosen_heads(
-    model: HookedTransformer, layer: int, scenario: Scenario, rng: np.random.Generator
-) -> dict[ChangeKind, list[Head]]:
-    """One head of each value head that is changed; heads that share one are changed with it."""
-    n_groups = model.cfg.n_key_value_heads or model.cfg.n_heads
-    width = model.cfg.n_heads // n_groups
-    order = iter(rng.permutation(n_groups).tolist())
-    return {
-        kind: [Head(layer, width * next(order)) for _ in range(wanted)]
-        for kind, wanted in _fitted(scenario.planted, n_groups).items()
-    }
-
-
-def _fitted(planted: Mapping[ChangeKind, int], n_groups: int) -> dict[ChangeKind, int]:
-    """As many changes as leave half of the value heads untouched, but one of each kind at least."""
-    share = min(1.0, n_groups / 2 / sum(planted.values()))
-    return {kind: max(1, int(count * share)) for kind, count in planted.items()}
 
 
 def _some_prompts(prompts: PromptSet, n_train: int, n_val: int) -> PromptSet:

@@ -24,6 +24,7 @@ from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
+from rq4lens.models.builtin.attended import AttendedInputs
 from rq4lens.models.loading import LoadedModel
 
 ChangeKind = Literal["rotated", "scaled", "rewired", "shifted"]
@@ -125,6 +126,7 @@ def plant(
     strength: float = 1.0,
     weights: Sequence[WeightName] = WEIGHTS,
     rank: int | None = None,
+    attended: AttendedInputs | None = None,
     seed: int = 0,
 ) -> PlantedPair:
     """Make a tuned copy of a model in which chosen heads are changed in known ways.
@@ -139,13 +141,18 @@ def plant(
         scaled: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
             ``W_O / s``. The model's function stays the same.
         rewired: heads that get new content in ``weights``: a random matrix, ``strength`` times as
-            large as the old one in Frobenius norm, is added.
+            large as the old one in Frobenius norm, is added. New values are partly a linear
+            function of the old ones, unless ``attended`` is given.
         shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
             about ``strength`` times the length of a typical value vector.
         drift: how far every parameter of the model moves, relative to its own norm.
         strength: size of the changes.
         weights: which weights of a rewired head get new content.
         rank: rank of the new content; None is full rank.
+        attended: what the rewired heads' layer attends to in the base model. The new content of
+            their ``W_V`` is then what no linear map of the old activations explains, and varies
+            ``strength`` times as far as they do over these prompts; see
+            :meth:`AttendedInputs.unread`.
         seed: every change has its own random numbers, made from this seed, its kind and its head,
             so planting one more head leaves the others as they are.
 
@@ -162,7 +169,7 @@ def plant(
     planters: dict[str, Callable[[_Site], PlantedChange]] = {
         "rotated": _rotate,
         "scaled": lambda site: _scale(site, 1 + strength),
-        "rewired": lambda site: _rewire(site, strength, tuple(weights), rank),
+        "rewired": lambda site: _rewire(site, strength, tuple(weights), rank, attended),
         "shifted": lambda site: _shift(site, strength),
     }
     changes: list[PlantedChange] = []
@@ -219,14 +226,33 @@ def _scale(site: _Site, scale: float) -> PlantedChange:
 
 
 def _rewire(
-    site: _Site, strength: float, weights: tuple[WeightName, ...], rank: int | None
+    site: _Site,
+    strength: float,
+    weights: tuple[WeightName, ...],
+    rank: int | None,
+    attended: AttendedInputs | None,
 ) -> PlantedChange:
     for name in weights:
         heads = site.heads[:1] if name in SHARED_WEIGHTS else site.heads
         for head in heads:
             weight = site.weight(name, head)
-            weight.copy_(_added(weight, _random_matrix(site, weight, rank), strength))
+            content = _random_matrix(site, weight, rank)
+            if name == "W_V" and attended is not None:
+                weight.copy_(_exact(weight) + _unread(attended, site.heads, strength, content))
+            else:
+                weight.copy_(_added(weight, content, strength))
     return PlantedChange("rewired", site.heads, weights=weights)
+
+
+def _unread(
+    attended: AttendedInputs, heads: tuple[Head, ...], strength: float, mixing: Tensor
+) -> Tensor:
+    if heads[0].layer != attended.layer:
+        raise UserError(
+            f"head {heads[0]} is not of layer {attended.layer}, whose attended inputs were given: "
+            "give those of the layer that is rewired."
+        )
+    return attended.unread(tuple(head.index for head in heads), strength, mixing)
 
 
 def _shift(site: _Site, strength: float) -> PlantedChange:

@@ -253,7 +253,7 @@ class _Suite:
             drift=self.drift,
             strength=self.strength,
             weights=scenario.weights,
-            attended=self.heads.attended(chosen.layer) if "W_V" in scenario.weights else None,
+            attended=self.heads.attended(chosen.layer) if "rewired" in chosen.heads else None,
             seed=seed,
         )
         base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))

@@ -23,15 +23,31 @@ from rq4lens.models.prompts import TokenizedPrompts
 
 
 @dataclass(frozen=True)
+class ContentChange:
+    """How activations changed.
+
+    Args:
+        size: root mean square of the change, relative to how far the old activations vary.
+        explained_pct: share of the squared change that the best affine map from the old
+            activations explains, over the same prompts; in [0, 100].
+    """
+
+    size: float
+    explained_pct: float
+
+
+@dataclass(frozen=True)
 class AttendedInputs:
     """What the heads of one layer attend to at the decision token, and what they make of it.
 
     Args:
+        prompts: the prompts they were read on.
         layer: the layer.
         x: the layer's input, averaged by each head's attention.
         z: each head's activations, ``x W_V + b_V``.
     """
 
+    prompts: TokenizedPrompts
     layer: int
     x: Float[Tensor, "prompt head d_model"]
     z: Float[Tensor, "prompt head d_head"]
@@ -54,7 +70,20 @@ class AttendedInputs:
         z = torch.empty((len(prompts), cfg.n_heads, cfg.d_head), dtype=torch.float64)
         for batch in prompts.batches(batch_size):
             x[batch.rows], z[batch.rows] = _read(model, layer, batch.tokens, batch.decision)
-        return cls(layer, x, z)
+        return cls(prompts, layer, x, z)
+
+    def change_in(self, model: HookedTransformer, heads: tuple[int, ...]) -> ContentChange:
+        """How the activations of heads differ in a changed copy of the model.
+
+        Args:
+            model: the changed copy.
+            heads: the heads; what is said holds for each of them.
+        """
+        new_z = AttendedInputs.of(model, self.prompts, self.layer).z
+        changes = [_change(self.z[:, head], new_z[:, head]) for head in heads]
+        return ContentChange(
+            min(change.size for change in changes), max(change.explained_pct for change in changes)
+        )
 
     def unread(
         self, heads: tuple[int, ...], strength: float, mixing: Float[Tensor, "d_model d_head"]
@@ -90,6 +119,17 @@ class AttendedInputs:
                 "W_Q and W_K instead, or other heads."
             )
         return strength * old / new * content
+
+
+def _change(old: Float[Tensor, "prompt d"], new: Float[Tensor, "prompt d"]) -> ContentChange:
+    change, spread = new - old, (old - old.mean(0)).norm()
+    if min(float(change.norm()), float(spread)) == 0:
+        return ContentChange(0.0, 0.0)
+    inputs = torch.cat([old, torch.ones(len(old), 1, dtype=old.dtype)], 1)
+    # Inputs of low rank are the rule here: the driver has to be one that bears them.
+    fitted = inputs @ torch.linalg.lstsq(inputs, change, driver="gelsd").solution
+    left = (change - fitted).norm() / change.norm()
+    return ContentChange(float(change.norm() / spread), float(100 * (1 - left**2)))
 
 
 def _cross(

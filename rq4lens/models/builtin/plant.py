@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 from zlib import crc32
 
@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
-from rq4lens.models.builtin.attended import AttendedInputs
+from rq4lens.models.builtin.attended import AttendedInputs, ContentChange
 from rq4lens.models.loading import LoadedModel
 
 ChangeKind = Literal["rotated", "scaled", "rewired", "shifted"]
@@ -33,6 +33,18 @@ CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
 WEIGHTS: tuple[WeightName, ...] = get_args(WeightName)
 SHARED_WEIGHTS = ("W_K", "W_V")
 """Weights that the query heads of a group share in a model with grouped-query attention."""
+
+LEAST_CHANGE = 0.2
+"""How far the activations of a rewired head change at least, relative to how far they vary."""
+
+MOST_EXPLAINED_PCT = 25.0
+"""Share of a rewired head's change that a linear map explains at most.
+
+Half of the share above which a map is said to explain a head.
+"""
+
+SIZES, DRAWS = (1, 2, 4), 6
+"""Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class PlantedChange:
         scale: ``s`` of a scaled head; its activations become ``s z``.
         shift: ``v`` of a shifted head; its activations become ``z + v``.
         weights: which weights of a rewired head have new content.
+        content: how the activations of a rewired head changed, where that was looked at.
     """
 
     kind: ChangeKind
@@ -54,6 +67,7 @@ class PlantedChange:
     scale: float | None = None
     shift: Float[Tensor, " d_head"] | None = None
     weights: tuple[WeightName, ...] = ()
+    content: ContentChange | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The change as JSON; matrices follow from the seed."""
@@ -62,6 +76,7 @@ class PlantedChange:
             "heads": [head.label for head in self.heads],
             "scale": self.scale,
             "weights": list(self.weights),
+            "content": None if self.content is None else asdict(self.content),
         }
 
 
@@ -141,8 +156,8 @@ def plant(
         scaled: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
             ``W_O / s``. The model's function stays the same.
         rewired: heads that get new content in ``weights``: a random matrix, ``strength`` times as
-            large as the old one in Frobenius norm, is added. New values are partly a linear
-            function of the old ones, unless ``attended`` is given.
+            large as the old one in Frobenius norm, is added. What changes is partly a linear
+            function of the old activations, unless ``attended`` is given.
         shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
             about ``strength`` times the length of a typical value vector.
         drift: how far every parameter of the model moves, relative to its own norm.
@@ -151,8 +166,11 @@ def plant(
         rank: rank of the new content; None is full rank.
         attended: what the rewired heads' layer attends to in the base model. The new content of
             their ``W_V`` is then what no linear map of the old activations explains, and varies
-            ``strength`` times as far as they do over these prompts; see
-            :meth:`AttendedInputs.unread`.
+            ``strength`` times as far as they do (:meth:`AttendedInputs.unread`); and content is
+            drawn anew, larger after every ``DRAWS``, until it changes the activations by at least
+            ``LEAST_CHANGE`` and a linear map explains at most ``MOST_EXPLAINED_PCT`` of the change
+            over these prompts. Where no draw does, the one that is explained least is taken; the
+            truth records what came out.
         seed: every change has its own random numbers, made from this seed, its kind and its head,
             so planting one more head leaves the others as they are.
 
@@ -232,16 +250,61 @@ def _rewire(
     rank: int | None,
     attended: AttendedInputs | None,
 ) -> PlantedChange:
-    for name in weights:
-        heads = site.heads[:1] if name in SHARED_WEIGHTS else site.heads
-        for head in heads:
-            weight = site.weight(name, head)
-            content = _random_matrix(site, weight, rank)
-            if name == "W_V" and attended is not None:
-                weight.copy_(_exact(weight) + _unread(attended, site.heads, strength, content))
-            else:
-                weight.copy_(_added(weight, content, strength))
-    return PlantedChange("rewired", site.heads, weights=weights)
+    old = {
+        (name, head): site.weight(name, head).clone()
+        for name in weights
+        for head in (site.heads[:1] if name in SHARED_WEIGHTS else site.heads)
+    }
+
+    def draw(size: float) -> dict[tuple[WeightName, Head], Tensor]:
+        return {
+            key: _with_new_content(site, key[0], weight, (strength, size), rank, attended)
+            for key, weight in old.items()
+        }
+
+    def write(new: Mapping[tuple[WeightName, Head], Tensor]) -> None:
+        for key, weight in new.items():
+            site.weight(*key).copy_(weight)
+
+    if attended is None:
+        write(draw(1.0))
+        return PlantedChange("rewired", site.heads, weights=weights)
+    indices = tuple(head.index for head in site.heads)
+    best = None
+    for size in (size for size in SIZES for _ in range(DRAWS)):
+        new = draw(size)
+        write(new)
+        content = attended.change_in(site.model, indices)
+        if best is None or _shortfall(content) < _shortfall(best[1]):
+            best = new, content
+        if _shortfall(content) == (0, 0):
+            break
+    assert best is not None
+    write(best[0])
+    return PlantedChange("rewired", site.heads, weights=weights, content=best[1])
+
+
+def _with_new_content(
+    site: _Site,
+    name: WeightName,
+    weight: Tensor,
+    sizes: tuple[float, float],
+    rank: int | None,
+    attended: AttendedInputs | None,
+) -> Tensor:
+    strength, size = sizes
+    content = _random_matrix(site, weight, rank)
+    if name == "W_V" and attended is not None:
+        return _exact(weight) + _unread(attended, site.heads, strength, content)
+    return _added(weight, content, size * strength)
+
+
+def _shortfall(content: ContentChange) -> tuple[float, float]:
+    """How much too small a change is, and then how much too well it is explained."""
+    return (
+        max(0.0, LEAST_CHANGE - content.size),
+        max(0.0, content.explained_pct - MOST_EXPLAINED_PCT),
+    )
 
 
 def _unread(

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64
@@ -29,6 +30,8 @@ from rq4lens.models.prompts import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.reading import Reading
 from rq4lens.patching.engines import make_engine
 from rq4lens.patching.patch import Engine, Patch, Sources
+
+Among = Literal["all", "mattering"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ class Chosen:
     Args:
         layer: the layer.
         heads: the heads to change, by kind of change; one of each value head.
-        cost_nats: what each of their value heads costs the base model.
-        drawn_from: how many value heads they were drawn from.
+        among: what they were drawn from.
+        cost_nats: what each of their value heads costs the base model, where that decided.
     """
 
     layer: int
     heads: Mapping[ChangeKind, tuple[Head, ...]]
+    among: Among
     cost_nats: Mapping[Head, float]
-    drawn_from: int
 
     def to_dict(self) -> dict[str, Any]:
         """The choice as JSON."""
@@ -78,7 +81,7 @@ class Chosen:
             "layer": self.layer,
             "heads": {kind: [h.label for h in heads] for kind, heads in self.heads.items()},
             "base_cost_nats": {head.label: cost for head, cost in self.cost_nats.items()},
-            "drawn_from": self.drawn_from,
+            "among": self.among,
         }
 
 
@@ -104,33 +107,48 @@ class BaseHeads:
         self.attended = cache(self._attended)
 
     def choose(
-        self, planted: Mapping[ChangeKind, int], layer: int | None, rng: np.random.Generator
+        self,
+        planted: Mapping[ChangeKind, int],
+        layer: int | None,
+        rng: np.random.Generator,
+        among: Among = "mattering",
     ) -> Chosen:
-        """Draw heads that matter.
+        """Draw heads to plant in.
 
         Args:
             planted: how many value heads are to be changed in which way.
-            layer: the layer; None draws one that matters.
+            layer: the layer; None draws one.
             rng: the draws.
+            among: ``"all"`` layers and heads, or the ``"mattering"`` ones.
         """
-        if layer is None:
-            layer = int(rng.choice(self.layers))
-        candidates = self.cost(layer).mattering(at_least=len(planted))
+        everywhere = among == "all"
+        drawn = int(rng.choice(self.n_layers if everywhere else self.layers))
+        layer = drawn if layer is None else layer
+        candidates = (
+            list(range(self.n_groups))
+            if everywhere
+            else self.cost(layer).mattering(at_least=len(planted))
+        )
         width = self.n_heads // self.n_groups
         order = iter(rng.permutation(candidates).tolist())
         heads = {
             kind: tuple(Head(layer, width * next(order)) for _ in range(count))
             for kind, count in fitted(planted, self.n_groups, len(candidates)).items()
         }
-        costs = self.cost(layer).group_nats
-        cost_nats = {h: float(costs[h.index // width]) for group in heads.values() for h in group}
-        return Chosen(layer, heads, cost_nats, len(candidates))
+        return Chosen(layer, heads, among, self._costs(heads) if not everywhere else {})
 
     @cached_property
     def layers(self) -> Sequence[int]:
         """The layers that matter."""
         full = np.array([self.cost(layer).full_nats for layer in range(self.n_layers)])
         return np.flatnonzero(full >= IDLE_SHARE * full.mean()).tolist()
+
+    def _costs(self, heads: Mapping[ChangeKind, tuple[Head, ...]]) -> dict[Head, float]:
+        width = self.n_heads // self.n_groups
+        return {
+            head: float(self.cost(head.layer).group_nats[head.index // width])
+            for head in chain.from_iterable(heads.values())
+        }
 
     def _cost(self, layer: int) -> LayerCost:
         z = self._engine.tuned_z(layer)

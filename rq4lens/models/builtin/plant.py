@@ -69,6 +69,11 @@ class PlantedChange:
     weights: tuple[WeightName, ...] = ()
     content: ContentChange | None = None
 
+    @property
+    def as_wanted(self) -> bool:
+        """Whether a change whose content was looked at is large and unexplained enough."""
+        return self.content is not None and _shortfall(self.content) == (0, 0)
+
     def to_dict(self) -> dict[str, Any]:
         """The change as JSON; matrices follow from the seed."""
         return {

@@ -165,7 +165,7 @@ def validate(
     drift: float = 0.02,
     strength: float = 1.0,
     n_train: int = 240,
-    n_val: int = 128,
+    n_val: int = 64,
     seed: int = 0,
     scenarios: Sequence[Scenario] = SCENARIOS,
     reading: Reading | None = None,

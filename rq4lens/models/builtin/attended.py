@@ -8,13 +8,13 @@ has to be read from what is left of ``x`` once everything that goes along with `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import einops
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -34,6 +34,43 @@ class ContentChange:
 
     size: float
     explained_pct: float
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer reads of a batch of prompts.
+
+    Args:
+        rows: which prompts these are.
+        decision: index of each one's decision token.
+        residual: the residual stream before the layer.
+    """
+
+    rows: Int[Tensor, " prompt"]
+    decision: Int[Tensor, " prompt"]
+    residual: Float[Tensor, "prompt pos d_model"]
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: HookedTransformer, prompts: TokenizedPrompts, layer: int, batch_size: int = 32
+) -> tuple[LayerInput, ...]:
+    """What a layer of a model reads of prompts.
+
+    Args:
+        model: the model.
+        prompts: its prompts.
+        layer: the layer.
+        batch_size: prompts per forward pass.
+    """
+    return tuple(
+        LayerInput(
+            batch.rows,
+            batch.decision,
+            model(batch.tokens.to(model.cfg.device), padding_side="right", stop_at_layer=layer),
+        )
+        for batch in prompts.batches(batch_size)
+    )
 
 
 @dataclass(frozen=True)
@@ -65,21 +102,24 @@ class AttendedInputs:
             layer: the layer.
             batch_size: prompts per forward pass.
         """
-        cfg = model.cfg
-        x = torch.empty((len(prompts), cfg.n_heads, cfg.d_model), dtype=torch.float64)
-        z = torch.empty((len(prompts), cfg.n_heads, cfg.d_head), dtype=torch.float64)
-        for batch in prompts.batches(batch_size):
-            x[batch.rows], z[batch.rows] = _read(model, layer, batch.tokens, batch.decision)
-        return cls(prompts, layer, x, z)
+        return cls(
+            prompts,
+            layer,
+            *_read_all(model, layer, layer_inputs(model, prompts, layer, batch_size)),
+        )
 
-    def change_in(self, model: HookedTransformer, heads: tuple[int, ...]) -> ContentChange:
+    def change_in(
+        self, model: HookedTransformer, heads: tuple[int, ...], inputs: Sequence[LayerInput]
+    ) -> ContentChange:
         """How the activations of heads differ in a changed copy of the model.
 
         Args:
             model: the changed copy.
             heads: the heads; what is said holds for each of them.
+            inputs: what this layer of the copy reads on the prompts, see :func:`layer_inputs`: read
+                once for many changes of the layer.
         """
-        new_z = AttendedInputs.of(model, self.prompts, self.layer).z
+        _, new_z = _read_all(model, self.layer, inputs)
         changes = [_change(self.z[:, head], new_z[:, head]) for head in heads]
         return ContentChange(
             min(change.size for change in changes), max(change.explained_pct for change in changes)
@@ -144,12 +184,21 @@ def _unit(conditions: Float[Tensor, "head d_model condition"]) -> Tensor:
     return conditions / size.where(size > 0, 1.0)
 
 
+def _read_all(
+    model: HookedTransformer, layer: int, inputs: Sequence[LayerInput]
+) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
+    parts = zip(*(_read(model, layer, each) for each in inputs), strict=True)
+    order = torch.argsort(torch.cat([each.rows for each in inputs]))
+    x, z = (torch.cat(part)[order] for part in parts)
+    return x, z
+
+
 def _read(
-    model: HookedTransformer, layer: int, tokens: Tensor, decision: Tensor
+    model: HookedTransformer, layer: int, given: LayerInput
 ) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
     seen: dict[str, Tensor] = {}
     attention: Any = model.blocks[layer].attn
-    rows = torch.arange(len(tokens))
+    rows = torch.arange(len(given.rows))
 
     def keep(name: str) -> Callable[..., None]:
         return lambda value, hook: seen.update({name: value.double().cpu()})  # noqa: ARG005
@@ -161,13 +210,13 @@ def _read(
     names = {name: f"blocks.{layer}.attn.hook_{name}" for name in ("pattern", "z")}
     try:
         model.run_with_hooks(
-            tokens.to(model.cfg.device),
-            padding_side="right",
-            fwd_hooks=[(site, keep(name)) for name, site in names.items()],
+            given.residual,
+            start_at_layer=layer,
             stop_at_layer=layer + 1,
+            fwd_hooks=[(site, keep(name)) for name, site in names.items()],
         )
     finally:
         handle.remove()
-    pattern = seen["pattern"][rows, :, decision]
+    pattern = seen["pattern"][rows, :, given.decision]
     x = einops.einsum(pattern, seen["input"], "prompt head key, prompt key d -> prompt head d")
-    return x, seen["z"][rows, decision]
+    return x, seen["z"][rows, given.decision]

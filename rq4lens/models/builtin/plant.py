@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
-from rq4lens.models.builtin.attended import AttendedInputs, ContentChange
+from rq4lens.models.builtin.attended import AttendedInputs, ContentChange, layer_inputs
 from rq4lens.models.loading import LoadedModel
 
 ChangeKind = Literal["rotated", "scaled", "rewired", "shifted"]
@@ -275,11 +275,12 @@ def _rewire(
         write(draw(1.0))
         return PlantedChange("rewired", site.heads, weights=weights)
     indices = tuple(head.index for head in site.heads)
+    inputs = layer_inputs(site.model, attended.prompts, attended.layer)
     best = None
     for size in (size for size in SIZES for _ in range(DRAWS)):
         new = draw(size)
         write(new)
-        content = attended.change_in(site.model, indices)
+        content = attended.change_in(site.model, indices, inputs)
         if best is None or _shortfall(content) < _shortfall(best[1]):
             best = new, content
         if _shortfall(content) == (0, 0):

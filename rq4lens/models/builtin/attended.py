@@ -21,6 +21,9 @@ from transformer_lens import HookedTransformer
 from rq4lens.errors import UserError
 from rq4lens.models.prompts import TokenizedPrompts
 
+ROUNDING = 1e-6
+"""Relative size of what float32 sums of equal numbers differ by."""
+
 
 @dataclass(frozen=True)
 class ContentChange:
@@ -153,7 +156,8 @@ class AttendedInputs:
         content = _cross(x_centred, x_centred).sum(0) @ mixing
         content -= taken @ (taken.T @ content)
         old, new = z_centred.norm(), (x_centred @ content).norm()
-        if min(float(old), float(new)) == 0:
+        # What does not vary differs from its mean by rounding.
+        if float(old) <= ROUNDING * float(z.norm()) or float(new) == 0:
             raise UserError(
                 f"heads {heads} of layer {self.layer} read the same on every prompt: rewire their "
                 "W_Q and W_K instead, or other heads."

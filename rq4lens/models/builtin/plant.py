@@ -43,7 +43,7 @@ MOST_EXPLAINED_PCT = 25.0
 Half of the share above which a map is said to explain a head.
 """
 
-SIZES, DRAWS = (1, 2, 4), 6
+SIZES, DRAWS = (1.0, 2.0, 4.0), 6
 """Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
 
 

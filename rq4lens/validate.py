@@ -134,12 +134,14 @@ class Validation:
         kinds: how often a head that was changed in some way (``"untouched"`` if in none) was told
             to be of some kind, by scenario, truth and verdict.
         false_alarms: of the significance tests.
+        planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
     """
 
     settings: Mapping[str, Any]
     recoveries: tuple[Recovery, ...]
     kinds: Mapping[tuple[str, str, str], int]
     false_alarms: FalseAlarms
+    planted: tuple[Mapping[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -151,6 +153,7 @@ class Validation:
                 for (scenario, truth, verdict), n in sorted(self.kinds.items())
             ],
             "false_alarms": {**asdict(self.false_alarms), "rate": self.false_alarms.rate},
+            "planted": [dict(each) for each in self.planted],
         }
 
 
@@ -201,6 +204,7 @@ def validate(
     scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
     kinds: Counter[tuple[str, str, str]] = Counter()
     alarms: list[bool] = []
+    planted: list[Mapping[str, Any]] = []
     for scenario in scenarios:
         for number in range(pairs):
             trial = suite.trial(scenario, number)
@@ -208,6 +212,7 @@ def validate(
                 scores.setdefault((scenario.name, _name(method)), []).append(trial.recovery(method))
             kinds.update(trial.kinds())
             alarms += trial.null_alarms()
+            planted.append(trial.record)
             if advance is not None:
                 advance(1)
     return Validation(
@@ -224,6 +229,7 @@ def validate(
         recoveries=tuple(_recovery(key, values) for key, values in scores.items()),
         kinds=dict(kinds),
         false_alarms=_false_alarms(alarms),
+        planted=tuple(planted),
     )
 
 
@@ -287,6 +293,15 @@ class _Trial:
         """The layer that heads are planted in."""
         return self.chosen.layer
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was planted, and how its heads were chosen."""
+        return {
+            "scenario": self.scenario.name,
+            "chosen": self.chosen.to_dict(),
+            **self.planted.to_dict(),
+        }
+
     def truth(self, head: int) -> str:
         """What was done to a head of the layer."""
         kind = self.planted.truth.get(Head(self.layer, head), UNTOUCHED)
@@ -295,8 +310,10 @@ class _Trial:
 
     @cached_property
     def _partly_explained(self) -> set[int]:
-        changes = [change for change in self.planted.changes if change.content is not None]
-        return {h.index for change in changes if not change.as_wanted for h in change.heads}
+        contents = [(change.heads, change.content) for change in self.planted.changes]
+        return {
+            h.index for heads, found in contents if found and not found.is_rewired for h in heads
+        }
 
     def recovery(self, method: str | RankingMethod) -> tuple[float, float]:
         """Average precision and AUROC of a method."""

@@ -10,14 +10,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
-from rq4lens.models.builtin.attended import AttendedInputs
-from rq4lens.models.builtin.plant import (
-    CHANGE_KINDS,
-    LEAST_CHANGE,
-    MOST_EXPLAINED_PCT,
-    WEIGHTS,
-    plant,
-)
+from rq4lens.models.builtin.attended import LEAST_CHANGE, MOST_EXPLAINED_PCT, AttendedInputs
+from rq4lens.models.builtin.plant import CHANGE_KINDS, WEIGHTS, plant
 
 N_HEADS, N_LAYERS, D_HEAD = 4, 3, 5
 LAYER = 1
@@ -273,7 +267,7 @@ def explained_pct(old, new):
     """Share of a change that least squares with an intercept explains, by scikit-learn."""
     fit = LinearRegression().fit(old, new - old)
     left = ((new - old - fit.predict(old)) ** 2).sum()
-    return 100 * (1 - left / ((new - old) ** 2).sum())
+    return float(100 * (1 - left / ((new - old) ** 2).sum()))
 
 
 @pytest.mark.parametrize("n_key_value_heads", [None, 4])
@@ -313,8 +307,8 @@ def test_new_attention_is_drawn_until_no_map_explains_it(prompts):
         size = (new[:, head] - old).norm() / (old - old.mean(0)).norm()
         assert change.content.size == pytest.approx(float(size), rel=1e-4)
         within = change.content.size >= LEAST_CHANGE
-        assert change.as_wanted == (within and expected <= MOST_EXPLAINED_PCT)
-    assert any(change.as_wanted for change in pair.changes)
+        assert change.content.is_rewired == (within and expected <= MOST_EXPLAINED_PCT)
+    assert any(change.content.is_rewired for change in pair.changes)
 
 
 def test_attended_inputs_of_another_layer_are_refused(prompts):

@@ -24,6 +24,15 @@ from rq4lens.models.prompts import TokenizedPrompts
 ROUNDING = 1e-6
 """Relative size of what float32 sums of equal numbers differ by."""
 
+LEAST_CHANGE = 0.2
+"""How far the activations of a rewired head change at least, relative to how far they vary."""
+
+MOST_EXPLAINED_PCT = 25.0
+"""Share of a rewired head's change that a linear map explains at most.
+
+Half of the share above which a map is said to explain a head.
+"""
+
 
 @dataclass(frozen=True)
 class ContentChange:
@@ -37,6 +46,17 @@ class ContentChange:
 
     size: float
     explained_pct: float
+
+    @property
+    def shortfall(self) -> tuple[float, float]:
+        """How much too small it is for a rewired head, and then how much too well explained."""
+        too_small = max(0.0, LEAST_CHANGE - self.size)
+        return too_small, max(0.0, self.explained_pct - MOST_EXPLAINED_PCT)
+
+    @property
+    def is_rewired(self) -> bool:
+        """Whether a head that changed so is rewired: no linear map explains what it does now."""
+        return self.shortfall == (0, 0)
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,6 @@ WEIGHTS: tuple[WeightName, ...] = get_args(WeightName)
 SHARED_WEIGHTS = ("W_K", "W_V")
 """Weights that the query heads of a group share in a model with grouped-query attention."""
 
-LEAST_CHANGE = 0.2
-"""How far the activations of a rewired head change at least, relative to how far they vary."""
-
-MOST_EXPLAINED_PCT = 25.0
-"""Share of a rewired head's change that a linear map explains at most.
-
-Half of the share above which a map is said to explain a head.
-"""
-
 SIZES, DRAWS = (1.0, 2.0, 4.0), 6
 """Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
 
@@ -68,11 +59,6 @@ class PlantedChange:
     shift: Float[Tensor, " d_head"] | None = None
     weights: tuple[WeightName, ...] = ()
     content: ContentChange | None = None
-
-    @property
-    def as_wanted(self) -> bool:
-        """Whether a change whose content was looked at is large and unexplained enough."""
-        return self.content is not None and _shortfall(self.content) == (0, 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The change as JSON; matrices follow from the seed."""
@@ -281,9 +267,9 @@ def _rewire(
         new = draw(size)
         write(new)
         content = attended.change_in(site.model, indices, inputs)
-        if best is None or _shortfall(content) < _shortfall(best[1]):
+        if best is None or content.shortfall < best[1].shortfall:
             best = new, content
-        if _shortfall(content) == (0, 0):
+        if content.is_rewired:
             break
     assert best is not None
     write(best[0])
@@ -303,14 +289,6 @@ def _with_new_content(
     if name == "W_V" and attended is not None:
         return _exact(weight) + _unread(attended, site.heads, strength, content)
     return _added(weight, content, size * strength)
-
-
-def _shortfall(content: ContentChange) -> tuple[float, float]:
-    """How much too small a change is, and then how much too well it is explained."""
-    return (
-        max(0.0, LEAST_CHANGE - content.size),
-        max(0.0, content.explained_pct - MOST_EXPLAINED_PCT),
-    )
 
 
 def _unread(

@@ -24,7 +24,7 @@ from rq4lens.verify import verify_run
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
-KILLS, PARTS = 5, 1
+KILLS, PARTS = 50, 5
 """Random moments at which the demo is killed, in parts that several workers can share."""
 
 STEPS = ("before", "half", "written", "renamed", "anywhere")
@@ -33,7 +33,7 @@ STEPS = ("before", "half", "written", "renamed", "anywhere")
 NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
 
 # The full analysis and the pages are written from these numbers, after them.
-COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid")
+COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "1000")
 
 FORKS = """
 import json, os, signal, sys, threading, time

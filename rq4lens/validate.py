@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 from zlib import crc32
 
@@ -27,6 +28,7 @@ from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.ranking import METHODS, RankingMethod, rank_heads
 from rq4lens.analysis.significance import sign_flips
 from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.choosing import Among, BaseHeads, Chosen
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
@@ -47,6 +49,9 @@ NULL_NOISE = 0.3
 
 RESAMPLES = 300
 
+UNTOUCHED, PARTLY = "untouched", "rewired in part"
+"""The truth of a head that was not changed, and of one whose change a map explains in part."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -58,22 +63,24 @@ class Scenario:
             shares it.
         sought: the kind of change that a ranking should put first.
         weights: which weights of a rewired head get new content.
+        among: ``"all"`` draws layer and heads from all, ``"mattering"`` from those that matter to
+            the base model: see :mod:`rq4lens.choosing`.
     """
 
     name: str
     planted: Mapping[ChangeKind, int]
     sought: ChangeKind
     weights: tuple[WeightName, ...] = ("W_Q", "W_K")
+    among: Among = "all"
 
 
 SCENARIOS = (
     Scenario("rotated", {"rotated": 3}, "rotated"),
     Scenario("scaled", {"scaled": 3}, "scaled"),
     Scenario("shifted", {"shifted": 3}, "shifted"),
-    # A head that attends elsewhere is what no map of its own activations explains. New values are
-    # explained in part: they are read from the same tokens as the old ones.
-    Scenario("rewired attention", {"rewired": 3}, "rewired"),
-    Scenario("rewired values", {"rewired": 3}, "rewired", ("W_V", "W_O")),
+    # A head that does nothing cannot be told to be rewired, whatever is planted in it.
+    Scenario("rewired attention", {"rewired": 3}, "rewired", ("W_Q", "W_K"), "mattering"),
+    Scenario("rewired values", {"rewired": 3}, "rewired", ("W_V", "W_O"), "mattering"),
     Scenario("rotated beside rewired", {"rotated": 3, "rewired": 2}, "rotated"),
 )
 
@@ -127,12 +134,14 @@ class Validation:
         kinds: how often a head that was changed in some way (``"untouched"`` if in none) was told
             to be of some kind, by scenario, truth and verdict.
         false_alarms: of the significance tests.
+        planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
     """
 
     settings: Mapping[str, Any]
     recoveries: tuple[Recovery, ...]
     kinds: Mapping[tuple[str, str, str], int]
     false_alarms: FalseAlarms
+    planted: tuple[Mapping[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -144,6 +153,7 @@ class Validation:
                 for (scenario, truth, verdict), n in sorted(self.kinds.items())
             ],
             "false_alarms": {**asdict(self.false_alarms), "rate": self.false_alarms.rate},
+            "planted": [dict(each) for each in self.planted],
         }
 
 
@@ -194,6 +204,7 @@ def validate(
     scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
     kinds: Counter[tuple[str, str, str]] = Counter()
     alarms: list[bool] = []
+    planted: list[Mapping[str, Any]] = []
     for scenario in scenarios:
         for number in range(pairs):
             trial = suite.trial(scenario, number)
@@ -201,6 +212,7 @@ def validate(
                 scores.setdefault((scenario.name, _name(method)), []).append(trial.recovery(method))
             kinds.update(trial.kinds())
             alarms += trial.null_alarms()
+            planted.append(trial.record)
             if advance is not None:
                 advance(1)
     return Validation(
@@ -217,6 +229,7 @@ def validate(
         recoveries=tuple(_recovery(key, values) for key, values in scores.items()),
         kinds=dict(kinds),
         false_alarms=_false_alarms(alarms),
+        planted=tuple(planted),
     )
 
 
@@ -233,32 +246,35 @@ class _Suite:
     seed: int
     reading: Reading | None
 
+    @cached_property
+    def heads(self) -> BaseHeads:
+        """What is known of the base model's heads."""
+        return BaseHeads(self.base, self.prompts, self.reading)
+
     def trial(self, scenario: Scenario, number: int) -> _Trial:
         """Plant one pair and make it ready to measure."""
-        model: Any = self.base.model
         # Every pair of every scenario has random numbers of its own.
         seed = (self.seed * 1000 + number) * 1000 + crc32(scenario.name.encode()) % 1000
+        layer = self.layers[number % len(self.layers)] if self.layers else None
         rng = np.random.default_rng(seed)
-        layer = int(rng.integers(model.cfg.n_layers))
-        if self.layers:
-            layer = self.layers[number % len(self.layers)]
-        heads = _chosen_heads(model, layer, scenario, rng)
+        chosen = self.heads.choose(scenario.planted, layer, rng, scenario.among)
         planted = plant(
-            model,
-            rotated=heads.get("rotated", ()),
-            scaled=heads.get("scaled", ()),
-            rewired=heads.get("rewired", ()),
-            shifted=heads.get("shifted", ()),
+            self.base.model,
+            rotated=chosen.heads.get("rotated", ()),
+            scaled=chosen.heads.get("scaled", ()),
+            rewired=chosen.heads.get("rewired", ()),
+            shifted=chosen.heads.get("shifted", ()),
             drift=self.drift,
             strength=self.strength,
             weights=scenario.weights,
+            attended=self.heads.attended(chosen.layer) if "rewired" in chosen.heads else None,
             seed=seed,
         )
         base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
         pair = ModelPair("planted", base, tuned, self.prompts, reading=self.reading)
-        experiment = prepare(pair, fit_maps(pair, [layer]))
-        measured = MeasuredSets.of(experiment, layer, self.alpha)
-        return _Trial(scenario, planted, experiment, measured, layer, seed)
+        experiment = prepare(pair, fit_maps(pair, [chosen.layer]))
+        measured = MeasuredSets.of(experiment, chosen.layer, self.alpha)
+        return _Trial(scenario, planted, experiment, measured, chosen, seed)
 
 
 @dataclass(frozen=True)
@@ -269,12 +285,35 @@ class _Trial:
     planted: PlantedPair
     experiment: Experiment
     measured: MeasuredSets
-    layer: int
+    chosen: Chosen
     seed: int
+
+    @property
+    def layer(self) -> int:
+        """The layer that heads are planted in."""
+        return self.chosen.layer
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was planted, and how its heads were chosen."""
+        return {
+            "scenario": self.scenario.name,
+            "chosen": self.chosen.to_dict(),
+            **self.planted.to_dict(),
+        }
 
     def truth(self, head: int) -> str:
         """What was done to a head of the layer."""
-        return self.planted.truth.get(Head(self.layer, head), "untouched")
+        kind = self.planted.truth.get(Head(self.layer, head), UNTOUCHED)
+        # The weights are new, but a map explains more of what came out than a rewired head's may.
+        return PARTLY if kind == "rewired" and head in self._partly_explained else kind
+
+    @cached_property
+    def _partly_explained(self) -> set[int]:
+        contents = [(change.heads, change.content) for change in self.planted.changes]
+        return {
+            h.index for heads, found in contents if found and not found.is_rewired for h in heads
+        }
 
     def recovery(self, method: str | RankingMethod) -> tuple[float, float]:
         """Average precision and AUROC of a method."""
@@ -282,7 +321,8 @@ class _Trial:
             rank_heads(method, self.measured) if isinstance(method, str) else method(self.measured)
         )
         heads = range(self.measured.n_heads)
-        is_sought = [self.truth(head) == self.scenario.sought for head in heads]
+        planted = self.planted.truth
+        is_sought = [planted.get(Head(self.layer, h)) == self.scenario.sought for h in heads]
         scores = strengths(rank)
         return (
             float(average_precision_score(is_sought, scores)),
@@ -319,25 +359,6 @@ class _Trial:
             )
             flips = sign_flips(effects.delta_nats, self.experiment.groups, 1000, self.seed)
             yield bool(np.nanmin(flips.p_max_t) <= LEVEL)
-
-
-def _chosen_heads(
-    model: HookedTransformer, layer: int, scenario: Scenario, rng: np.random.Generator
-) -> dict[ChangeKind, list[Head]]:
-    """One head of each value head that is changed; heads that share one are changed with it."""
-    n_groups = model.cfg.n_key_value_heads or model.cfg.n_heads
-    width = model.cfg.n_heads // n_groups
-    order = iter(rng.permutation(n_groups).tolist())
-    return {
-        kind: [Head(layer, width * next(order)) for _ in range(wanted)]
-        for kind, wanted in _fitted(scenario.planted, n_groups).items()
-    }
-
-
-def _fitted(planted: Mapping[ChangeKind, int], n_groups: int) -> dict[ChangeKind, int]:
-    """As many changes as leave half of the value heads untouched, but one of each kind at least."""
-    share = min(1.0, n_groups / 2 / sum(planted.values()))
-    return {kind: max(1, int(count * share)) for kind, count in planted.items()}
 
 
 def _some_prompts(prompts: PromptSet, n_train: int, n_val: int) -> PromptSet:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pair_on_disk import QUIET, command, write_config, write_pair
+from pair_on_disk import command, write_config, write_pair
 
 from rq4lens import files
 from rq4lens.config import config_from, read_config
@@ -29,10 +27,6 @@ from rq4lens.verify import verify_run
 # Resumed and undisturbed runs compute in the same way: with one thread, as the children do.
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("one_thread")]
 
-KILLS, PARTS = 50, 5
-"""Random moments at which a run is killed, in parts that several workers can share."""
-
-STEPS = ("before", "half", "written", "renamed")
 NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
 
 
@@ -64,100 +58,6 @@ def counters(folder: Path) -> dict:
 
 def records_in(folder: Path) -> int:
     return len(list((folder / "conditions").glob("*.json")))
-
-
-# kill -9. Each child dies by its own hand, so that the moment is exact and costs no waiting; it is
-# forked from a process that has everything imported, so that many deaths cost little time.
-
-DIES_AT_A_WRITE = """
-import os, signal, sys
-from pathlib import Path
-from rq4lens import files
-from rq4lens.config import read_config
-from rq4lens.study import run_study
-import torch
-import rq4lens.models.loading, rq4lens.patching.suffix
-
-config = read_config(Path(sys.argv[1]))
-write, rename = files._write_synced, os.replace
-torch.set_num_threads(1)
-
-def run_and_die(folder, moment, step):
-    done = 0
-
-    def die_if_due(name):
-        nonlocal done
-        if step == name:
-            done += 1
-            if done == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def half_written(path, data):
-        die_if_due("before")
-        if step == "half" and done + 1 == moment:
-            path.write_bytes(data[: len(data) // 2])
-        die_if_due("half")
-        write(path, data)
-        die_if_due("written")
-
-    def renamed(source, target):
-        rename(source, target)
-        die_if_due("renamed")
-
-    files._write_synced, os.replace = half_written, renamed
-    run_study(config, folder)
-
-for line in sys.stdin:
-    folder, moment, step = line.split()
-    child = os.fork()
-    if child == 0:
-        run_and_die(Path(folder), int(moment), step)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def die_often(config: Path, deaths: list[tuple[Path, int, str]]) -> list[int]:
-    """Start a run per death and let it die there; returns how each process ended."""
-    done = subprocess.run(
-        [sys.executable, "-c", DIES_AT_A_WRITE, str(config)],
-        input="\n".join(f"{folder} {moment} {step}" for folder, moment, step in deaths),
-        env=QUIET,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [int(line) for line in done.stdout.split()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_killed_run_goes_on_to_the_very_same_bytes(
-    part, pair, undisturbed, tmp_path, record_property
-):
-    """Killed at a random write, before, within or after it: the resumed run is byte-identical.
-
-    Finished conditions are not measured again: what was stored before the kill counts as reused.
-    """
-    draw = random.Random(part)
-    # As many writes as a run has, so that the whole of it is covered.
-    n_writes = records_in(undisturbed) + 4
-    deaths = [
-        (tmp_path / f"run{n}", draw.randint(1, n_writes), STEPS[n % len(STEPS)])
-        for n in range(KILLS // PARTS)
-    ]
-    ended = die_often(write_config(pair, tmp_path / "c.toml"), deaths)
-    assert ended == [-signal.SIGKILL] * len(deaths)
-    for folder, *_ in deaths:
-        kept = records_in(folder)
-        run_study(config_from(pair), folder)
-        assert numbers(folder) == numbers(undisturbed)
-        assert counters(folder)["reused"] == kept
-        assert counters(folder)["computed"] == records_in(undisturbed) - kept
-        assert counters(folder)["set_aside"] == []
-        assert verify_run(folder, sample=0).passed
-    record_property("kills", len(deaths))
 
 
 def test_a_finished_run_measures_nothing_again(pair, undisturbed, tmp_path, monkeypatch):

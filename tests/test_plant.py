@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sklearn.linear_model import LinearRegression
+from tiny import pair_of, random_prompts, tiny_model
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
+from rq4lens.models.builtin.attended import LEAST_CHANGE, MOST_EXPLAINED_PCT, AttendedInputs
 from rq4lens.models.builtin.plant import CHANGE_KINDS, WEIGHTS, plant
 
 N_HEADS, N_LAYERS, D_HEAD = 4, 3, 5
@@ -203,10 +206,11 @@ def test_order_and_repetition_of_heads_do_not_matter(base):
 def test_the_truth_is_json():
     """The record of a planted pair can be written with every result."""
     pair = plant(model_of(2), rotated=of_layer(0), scaled=of_layer(2), strength=0.5, seed=9)
+    none = {"weights": [], "content": None}
     assert pair.to_dict() == {
         "changes": [
-            {"kind": "rotated", "heads": ["L1H0", "L1H1"], "scale": None, "weights": []},
-            {"kind": "scaled", "heads": ["L1H2", "L1H3"], "scale": 1.5, "weights": []},
+            {"kind": "rotated", "heads": ["L1H0", "L1H1"], "scale": None, **none},
+            {"kind": "scaled", "heads": ["L1H2", "L1H3"], "scale": 1.5, **none},
         ],
         "drift": 0.0,
         "strength": 0.5,
@@ -233,3 +237,91 @@ def test_what_cannot_be_planted_is_said(asked, said):
     """Bad input is one clear sentence; heads 0 and 1 share a value head here."""
     with pytest.raises(UserError, match=said):
         plant(model_of(2), **asked)
+
+
+# Rewired so that no linear map explains it
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Prompts of several lengths, as both models read them."""
+    pair = pair_of(tiny_model(), tiny_model(), random_prompts(n_train=96, n_val=8))
+    return pair.tokens("base", "train")
+
+
+def attended_of(model, prompts, layer=LAYER):
+    return AttendedInputs.of(model, prompts, layer, batch_size=20)
+
+
+@pytest.mark.parametrize("n_key_value_heads", [None, 4])
+def test_attended_inputs_times_values_are_the_activations(n_key_value_heads, prompts):
+    """`z = x W_V + b_V` for each head, also where heads share a value head."""
+    model = tiny_model(n_key_value_heads=n_key_value_heads)
+    attended, attention = attended_of(model, prompts), model.blocks[LAYER].attn
+    for head in range(model.cfg.n_heads):
+        expected = attended.x[:, head] @ attention.W_V[head].double() + attention.b_V[head]
+        torch.testing.assert_close(attended.z[:, head], expected, atol=1e-5, rtol=1e-4)
+
+
+def explained_pct(old, new):
+    """Share of a change that least squares with an intercept explains, by scikit-learn."""
+    fit = LinearRegression().fit(old, new - old)
+    left = ((new - old - fit.predict(old)) ** 2).sum()
+    return float(100 * (1 - left / ((new - old) ** 2).sum()))
+
+
+@pytest.mark.parametrize("n_key_value_heads", [None, 4])
+def test_new_values_are_what_no_linear_map_explains(n_key_value_heads, prompts):
+    """Unread content has mean zero, is uncorrelated with z, and varies as far as z did.
+
+    Content at random is explained by more than half: it reads the same inputs.
+    """
+    base = tiny_model(n_key_value_heads=n_key_value_heads)
+    attended = attended_of(base, prompts)
+    found = {}
+    for given in (attended, None):
+        pair = plant(base, rewired=of_layer(2), weights=["W_V", "W_O"], attended=given)
+        new = attended_of(pair.tuned, prompts).z
+        for head in pair.changed_heads(LAYER):
+            found[given is None, head] = explained_pct(attended.z[:, head], new[:, head])
+    assert all(pct < 0.1 for (random, _), pct in found.items() if not random)
+    assert all(pct > 25 for (random, _), pct in found.items() if random)
+    content = (
+        plant(base, rewired=of_layer(2), weights=["W_V"], attended=attended).changes[0].content
+    )
+    assert content.explained_pct < 0.1
+    assert 0.5 < content.size < 2
+
+
+def test_new_attention_is_drawn_until_no_map_explains_it(prompts):
+    """The record says how far activations moved and how much of that a map explains: the truth."""
+    base = tiny_model()
+    attended = attended_of(base, prompts)
+    pair = plant(base, rewired=of_layer(0, 3), weights=["W_Q", "W_K"], attended=attended)
+    new = attended_of(pair.tuned, prompts).z
+    for change in pair.changes:
+        (head,) = (each.index for each in change.heads)
+        old = attended.z[:, head]
+        expected = explained_pct(old, new[:, head])
+        assert change.content.explained_pct == pytest.approx(expected, abs=0.1)
+        size = (new[:, head] - old).norm() / (old - old.mean(0)).norm()
+        assert change.content.size == pytest.approx(float(size), rel=1e-4)
+        within = change.content.size >= LEAST_CHANGE
+        assert change.content.is_rewired == (within and expected <= MOST_EXPLAINED_PCT)
+    assert any(change.content.is_rewired for change in pair.changes)
+
+
+def test_attended_inputs_of_another_layer_are_refused(prompts):
+    """What another layer attends to says nothing of this one."""
+    base = tiny_model()
+    with pytest.raises(UserError, match="not of layer 0"):
+        plant(base, rewired=of_layer(1), attended=attended_of(base, prompts, layer=0))
+
+
+def test_a_head_that_reads_the_same_everywhere_cannot_be_rewired_by_its_values(prompts):
+    """Nothing goes along with the prompt: there is nothing that new values could read."""
+    base = tiny_model()
+    with torch.no_grad():
+        base.blocks[0].attn.W_V[1] = 0
+    with pytest.raises(UserError, match="read the same on every prompt"):
+        plant(base, rewired=[Head(0, 1)], weights=["W_V"], attended=attended_of(base, prompts, 0))

@@ -75,16 +75,18 @@ def test_on_the_model_in_the_box_planted_heads_are_found(built_in):
     found = {(r.scenario, r.method): r.average_precision for r in built_in.recoveries}
     for scenario in ("rotated", "scaled", "shifted"):
         assert found[scenario, "delta"] == pytest.approx((1, 1))
-    assert found["rewired attention", "kl_raw"] == pytest.approx((1, 1))
+    for scenario in ("rewired attention", "rewired values"):
+        assert found[scenario, "kl_raw"] == pytest.approx((1, 1))
 
 
 @pytest.mark.slow
 def test_on_the_model_in_the_box_kinds_are_told_apart(built_in):
-    """Rotated heads are re-coordinated; heads that attend elsewhere never are."""
+    """Rotated heads are re-coordinated; rewired heads never are, and most are called rewired."""
     assert set(verdicts(built_in, "rotated", "rotated")) == {"re-coordinated"}
-    rewired = verdicts(built_in, "rewired attention", "rewired")
-    assert "re-coordinated" not in rewired
-    assert rewired["rewired"] >= 4
+    for scenario in ("rewired attention", "rewired values", "rotated beside rewired"):
+        rewired = verdicts(built_in, scenario, "rewired")
+        assert "re-coordinated" not in rewired
+        assert rewired["rewired"] >= 2 / 3 * sum(rewired.values()), scenario
     assert set(verdicts(built_in, "rotated", "untouched")) == {"idle"}
 
 
@@ -156,6 +158,12 @@ def test_the_result_is_a_table_and_json(tmp_path):
     saved = json.loads(out.read_text())
     assert {row["method"] for row in saved["recoveries"]} == {"delta", "kl_raw"}
     assert saved["false_alarms"]["n_nulls"] == 4 * len(SCENARIOS)
+    assert [each["scenario"] for each in saved["planted"]] == [each.name for each in SCENARIOS]
+    rewired = [each for each in saved["planted"] if each["chosen"]["among"] == "mattering"]
+    assert len(rewired) == 2
+    for each in rewired:
+        assert min(each["chosen"]["base_cost_nats"].values()) > 0
+        assert all(change["content"]["explained_pct"] is not None for change in each["changes"])
 
 
 def test_a_scenario_of_ones_own():

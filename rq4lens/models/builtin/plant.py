@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 from zlib import crc32
 
@@ -24,6 +24,7 @@ from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
+from rq4lens.models.builtin.attended import AttendedInputs, ContentChange, layer_inputs
 from rq4lens.models.loading import LoadedModel
 
 ChangeKind = Literal["rotated", "scaled", "rewired", "shifted"]
@@ -32,6 +33,9 @@ CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
 WEIGHTS: tuple[WeightName, ...] = get_args(WeightName)
 SHARED_WEIGHTS = ("W_K", "W_V")
 """Weights that the query heads of a group share in a model with grouped-query attention."""
+
+SIZES, DRAWS = (1.0, 2.0, 4.0), 6
+"""Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class PlantedChange:
         scale: ``s`` of a scaled head; its activations become ``s z``.
         shift: ``v`` of a shifted head; its activations become ``z + v``.
         weights: which weights of a rewired head have new content.
+        content: how the activations of a rewired head changed, where that was looked at.
     """
 
     kind: ChangeKind
@@ -53,6 +58,7 @@ class PlantedChange:
     scale: float | None = None
     shift: Float[Tensor, " d_head"] | None = None
     weights: tuple[WeightName, ...] = ()
+    content: ContentChange | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The change as JSON; matrices follow from the seed."""
@@ -61,6 +67,7 @@ class PlantedChange:
             "heads": [head.label for head in self.heads],
             "scale": self.scale,
             "weights": list(self.weights),
+            "content": None if self.content is None else asdict(self.content),
         }
 
 
@@ -125,6 +132,7 @@ def plant(
     strength: float = 1.0,
     weights: Sequence[WeightName] = WEIGHTS,
     rank: int | None = None,
+    attended: AttendedInputs | None = None,
     seed: int = 0,
 ) -> PlantedPair:
     """Make a tuned copy of a model in which chosen heads are changed in known ways.
@@ -139,13 +147,21 @@ def plant(
         scaled: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
             ``W_O / s``. The model's function stays the same.
         rewired: heads that get new content in ``weights``: a random matrix, ``strength`` times as
-            large as the old one in Frobenius norm, is added.
+            large as the old one in Frobenius norm, is added. What changes is partly a linear
+            function of the old activations, unless ``attended`` is given.
         shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
             about ``strength`` times the length of a typical value vector.
         drift: how far every parameter of the model moves, relative to its own norm.
         strength: size of the changes.
         weights: which weights of a rewired head get new content.
         rank: rank of the new content; None is full rank.
+        attended: what the rewired heads' layer attends to in the base model. The new content of
+            their ``W_V`` is then what no linear map of the old activations explains, and varies
+            ``strength`` times as far as they do (:meth:`AttendedInputs.unread`); and content is
+            drawn anew, larger after every ``DRAWS``, until it changes the activations by at least
+            ``LEAST_CHANGE`` and a linear map explains at most ``MOST_EXPLAINED_PCT`` of the change
+            over these prompts. Where no draw does, the one that is explained least is taken; the
+            truth records what came out.
         seed: every change has its own random numbers, made from this seed, its kind and its head,
             so planting one more head leaves the others as they are.
 
@@ -162,7 +178,7 @@ def plant(
     planters: dict[str, Callable[[_Site], PlantedChange]] = {
         "rotated": _rotate,
         "scaled": lambda site: _scale(site, 1 + strength),
-        "rewired": lambda site: _rewire(site, strength, tuple(weights), rank),
+        "rewired": lambda site: _rewire(site, strength, tuple(weights), rank, attended),
         "shifted": lambda site: _shift(site, strength),
     }
     changes: list[PlantedChange] = []
@@ -219,14 +235,71 @@ def _scale(site: _Site, scale: float) -> PlantedChange:
 
 
 def _rewire(
-    site: _Site, strength: float, weights: tuple[WeightName, ...], rank: int | None
+    site: _Site,
+    strength: float,
+    weights: tuple[WeightName, ...],
+    rank: int | None,
+    attended: AttendedInputs | None,
 ) -> PlantedChange:
-    for name in weights:
-        heads = site.heads[:1] if name in SHARED_WEIGHTS else site.heads
-        for head in heads:
-            weight = site.weight(name, head)
-            weight.copy_(_added(weight, _random_matrix(site, weight, rank), strength))
-    return PlantedChange("rewired", site.heads, weights=weights)
+    old = {
+        (name, head): site.weight(name, head).clone()
+        for name in weights
+        for head in (site.heads[:1] if name in SHARED_WEIGHTS else site.heads)
+    }
+
+    def draw(size: float) -> dict[tuple[WeightName, Head], Tensor]:
+        return {
+            key: _with_new_content(site, key[0], weight, (strength, size), rank, attended)
+            for key, weight in old.items()
+        }
+
+    def write(new: Mapping[tuple[WeightName, Head], Tensor]) -> None:
+        for key, weight in new.items():
+            site.weight(*key).copy_(weight)
+
+    if attended is None:
+        write(draw(1.0))
+        return PlantedChange("rewired", site.heads, weights=weights)
+    indices = tuple(head.index for head in site.heads)
+    inputs = layer_inputs(site.model, attended.prompts, attended.layer)
+    best = None
+    for size in (size for size in SIZES for _ in range(DRAWS)):
+        new = draw(size)
+        write(new)
+        content = attended.change_in(site.model, indices, inputs)
+        if best is None or content.shortfall < best[1].shortfall:
+            best = new, content
+        if content.is_rewired:
+            break
+    assert best is not None
+    write(best[0])
+    return PlantedChange("rewired", site.heads, weights=weights, content=best[1])
+
+
+def _with_new_content(
+    site: _Site,
+    name: WeightName,
+    weight: Tensor,
+    sizes: tuple[float, float],
+    rank: int | None,
+    attended: AttendedInputs | None,
+) -> Tensor:
+    strength, size = sizes
+    content = _random_matrix(site, weight, rank)
+    if name == "W_V" and attended is not None:
+        return _exact(weight) + _unread(attended, site.heads, strength, content)
+    return _added(weight, content, size * strength)
+
+
+def _unread(
+    attended: AttendedInputs, heads: tuple[Head, ...], strength: float, mixing: Tensor
+) -> Tensor:
+    if heads[0].layer != attended.layer:
+        raise UserError(
+            f"head {heads[0]} is not of layer {attended.layer}, whose attended inputs were given: "
+            "give those of the layer that is rewired."
+        )
+    return attended.unread(tuple(head.index for head in heads), strength, mixing)
 
 
 def _shift(site: _Site, strength: float) -> PlantedChange:

@@ -1,6 +1,7 @@
 """Turn the records of ``benchmarks/results/`` into ``benchmarks/RESULTS.md`` and growth curves.
 
-Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py``, ``spread.py`` and ``end_to_end.py``.
+Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py``, ``spread.py`` and
+``end_to_end.py``.
 """
 
 from __future__ import annotations
@@ -207,8 +208,8 @@ def spread(record: dict[str, Any]) -> str:
             f"- The grid, {record['n_conditions']} conditions (capture, clean pass and rows): "
             f"{record['grid_seconds']:.2f} s, {record['ratio_to_plain_forwards']:.2f}x two plain "
             f"forward passes, {record['times_faster_than_hooks']:.0f}x faster than native hooks.",
-            f"- Rows: {memory['largest_chunk_rows']:,} at once, {memory['max_rows']:,} allowed by a "
-            f"budget of {memory['budget_bytes'] / 1e9:.1f} GB on each GPU.",
+            f"- Rows: {memory['largest_chunk_rows']:,} at once, {memory['max_rows']:,} allowed by "
+            f"the budget of {memory['budget_bytes'] / 1e9:.1f} GB on each GPU.",
             f"- No patch reads {record['none_kl_nats']:.2g} nats. All heads patched: KL "
             f"{record['full_kl_nats']:.6g} nats by the engine, "
             f"{record['full_kl_nats_by_hooks']:.6g} by native hooks.",

@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from rq4lens.cluster.commands import GpusPerWorker, OnCluster, Shard, Workers, by_many, merge, study
+from rq4lens.cluster.commands import (
+    Divide,
+    GpusPerWorker,
+    OnCluster,
+    Shard,
+    Workers,
+    by_many,
+    merge,
+    study,
+)
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig, preset, preset_names, preset_text
 from rq4lens.errors import UserError
@@ -99,10 +108,11 @@ def run(
     cluster: OnCluster = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    divide: Divide = "auto",
 ) -> None:
     """Run the main job: maps, every head, top-k against random-k, control layer, report."""
     directory = out or _default_directory(config)
-    many = Many(shard, cluster, workers, gpus_per_worker)
+    many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
         by_many("run", config, None, directory, many, fresh)
     else:
@@ -174,11 +184,12 @@ def sweep(
     cluster: OnCluster = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    divide: Divide = "auto",
 ) -> None:
     """Measure every layer from one clean pass, compare them, and propose main and control."""
     from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
-    many = Many(shard, cluster, workers, gpus_per_worker)
+    many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
         by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return

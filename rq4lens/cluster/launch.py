@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rq4lens.cluster.division import Division
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.where import Cluster, environment
 from rq4lens.errors import UserError
@@ -20,6 +21,7 @@ def run_on_cluster(
     directory: Path,
     cluster: Cluster,
     *,
+    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> str:
@@ -32,6 +34,7 @@ def run_on_cluster(
         request: what is measured.
         directory: the run directory, on a file system that all nodes share.
         cluster: where.
+        division: whether prompts are divided too, if the job is not begun yet.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
@@ -41,7 +44,8 @@ def run_on_cluster(
     Raises:
         UserError: if Ray is not installed, or the request does not fit the pair or the cluster.
     """
-    return _ray_job(cluster).run(request, directory, cluster, fresh=fresh, stage=stage)
+    run = _ray_job(cluster).run
+    return run(request, directory, cluster, division=division, fresh=fresh, stage=stage)
 
 
 def finish_on_cluster(
@@ -49,6 +53,7 @@ def finish_on_cluster(
     cluster: Cluster,
     done: Callable[[Path], None],
     *,
+    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> None:
@@ -61,13 +66,15 @@ def finish_on_cluster(
         requests: what is measured, by run directory.
         cluster: where.
         done: told the directory of each job that is finished.
+        division: whether prompts are divided too where workers share a job.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
     Raises:
         UserError: as for :func:`run_on_cluster`.
     """
-    _ray_job(cluster).run_all(requests, cluster, done, fresh=fresh, stage=stage)
+    run_all = _ray_job(cluster).run_all
+    run_all(requests, cluster, done, division=division, fresh=fresh, stage=stage)
 
 
 def _ray_job(cluster: Cluster) -> Any:

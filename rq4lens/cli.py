@@ -285,13 +285,24 @@ def validate(
         float, typer.Option(min=0.0, help="How far every weight moves besides.")
     ] = 0.02,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the result as JSON; keep pairs beside."),
     ] = None,
+    fresh: Fresh = False,
+    cluster: OnCluster = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Test ranking methods on copies of a base model whose changed heads are known."""
-    from rq4lens.validation_text import validate_config  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
+    from rq4lens.validation_request import ValidationRequest, methods_of  # noqa: PLC0415
 
-    output.print(validate_config(config, method, layer, pairs, drift, out, stage=watched), end="")
+    many = Many(None, cluster, workers, gpus_per_worker)
+    request = ValidationRequest(config, methods_of(method), layer, pairs, drift)
+    where = many.where if many.asked else None
+    with kept_when_stopped(None if out is None else kept_beside(out)):
+        said = run_validation(request, out, where, fresh=fresh, stage=watched)
+    output.print(said, end="")
 
 
 @app.command()

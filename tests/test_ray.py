@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import contextmanager
@@ -12,17 +13,20 @@ import psutil
 import pytest
 from pair_on_disk import write_pair
 
+from rq4lens.cluster.jobs import read_job
 from rq4lens.cluster.launch import run_on_cluster
 from rq4lens.cluster.many import Many
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.study_file import read_study
 from rq4lens.cluster.study_job import run_study_file
 from rq4lens.cluster.study_report import ROWS
+from rq4lens.cluster.validation import kept_beside, run_validation
 from rq4lens.cluster.where import LOOPBACK_SWITCH, Cluster
 from rq4lens.config import config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.layer_files import read_layers
 from rq4lens.sweep import sweep_layers
+from rq4lens.validation_request import ValidationRequest
 
 os.environ[LOOPBACK_SWITCH] = "0"  # before Ray is imported, as the package does it
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -33,6 +37,7 @@ except ModuleNotFoundError:
     if os.environ.get("CI"):
         raise
     pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
+from rq4lens.cluster.ray_job import connected
 
 # This process computes with one thread, as each worker does.
 pytestmark = [
@@ -102,6 +107,7 @@ def test_a_sweep_outlives_a_node_and_has_the_numbers_of_a_single_process(nodes, 
     where = Cluster(address=cluster.address, workers=2)
     said = run_on_cluster(Request("sweep", config, LAYERS), tmp_path / "ray", where, stage=stage)
     assert acted == ["pieces on 2 workers"]
+    assert len(read_job(tmp_path / "ray").prompt_parts) == 10  # 320 prompts, 32 in a forward pass
     alone = sweep_layers(config, tmp_path / "alone", LAYERS)
     assert said.startswith(alone.summary)
     assert said.endswith("workers were lost on the way\n")
@@ -160,6 +166,35 @@ def test_interrupted_work_goes_on_and_its_ports_are_loopback(config, tmp_path):
     while list(children()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not list(children())
+
+
+def test_a_validation_goes_on_after_ctrl_c_and_outlives_a_worker(config, tmp_path):
+    """Planted pairs are judged by any worker: the numbers of a single process, each judged once.
+
+    What was done before Ctrl-C is kept; a worker that is killed afterwards is replaced.
+    """
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def kill():
+        names = {each.name(): each for each in psutil.Process().children(recursive=True)}
+        next(each for name, each in names.items() if name.startswith("ray::Planter")).kill()
+
+    out, alone, where = tmp_path / "v.json", tmp_path / "alone.json", Cluster(workers=2)
+    request = ValidationRequest(config, ("delta", "kl_raw"), layer=1, pairs=1)
+    with connected(where):
+        with pytest.raises(KeyboardInterrupt):
+            run_validation(request, out, where, stage=acting("planted", interrupt)[0])
+        assert not out.exists()
+        kept = {each: each.stat().st_mtime_ns for each in kept_beside(out).iterdir()}
+        assert 0 < len(kept) < request.n_planted
+        stage, acted = acting("planted", kill)
+        said = run_validation(request, out, where, stage=stage)
+        assert acted == ["planted pairs on 2 workers"]
+    assert {each: each.stat().st_mtime_ns for each in kept} == kept
+    assert said == run_validation(request, alone)
+    assert json.loads(out.read_text()) == json.loads(alone.read_text())
 
 
 @pytest.mark.parametrize(("workers", "stage_name"), [(1, "sweeps on 1"), (3, "pieces on")])

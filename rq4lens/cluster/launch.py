@@ -14,6 +14,8 @@ from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.where import Cluster, environment
 from rq4lens.errors import UserError
 from rq4lens.stages import Stage, silent
+from rq4lens.validation_request import ValidationRequest
+from rq4lens.validation_results import Validation
 
 
 def run_on_cluster(
@@ -44,7 +46,7 @@ def run_on_cluster(
     Raises:
         UserError: if Ray is not installed, or the request does not fit the pair or the cluster.
     """
-    run = _ray_job(cluster).run
+    run = _with_ray(cluster, "ray_job").run
     return run(request, directory, cluster, division=division, fresh=fresh, stage=stage)
 
 
@@ -73,15 +75,43 @@ def finish_on_cluster(
     Raises:
         UserError: as for :func:`run_on_cluster`.
     """
-    run_all = _ray_job(cluster).run_all
+    run_all = _with_ray(cluster, "ray_job").run_all
     run_all(requests, cluster, done, division=division, fresh=fresh, stage=stage)
 
 
-def _ray_job(cluster: Cluster) -> Any:
-    """The module that imports Ray, once Ray's switches are set."""
+def validate_on_cluster(
+    request: ValidationRequest,
+    directory: Path,
+    cluster: Cluster,
+    *,
+    fresh: bool = False,
+    stage: Stage = silent,
+) -> Validation:
+    """Judge ranking methods on planted pairs, each a task of its own.
+
+    Args:
+        request: what is validated.
+        directory: where planted pairs are kept, on a file system that all nodes share.
+        cluster: where.
+        fresh: judge again what is kept.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What each method found.
+
+    Raises:
+        UserError: as for :func:`run_on_cluster`.
+    """
+    validate = _with_ray(cluster, "validation_ray").validate
+    validation: Validation = validate(request, directory, cluster, fresh=fresh, stage=stage)
+    return validation
+
+
+def _with_ray(cluster: Cluster, module: str) -> Any:
+    """A module that imports Ray, once Ray's switches are set."""
     if find_spec("ray") is None:
         raise UserError(
             "--cluster needs Ray, which is not installed: pip install 'rq4lens[cluster]'."
         )
     os.environ.update(environment(cluster))
-    return import_module("rq4lens.cluster.ray_job")
+    return import_module(f"rq4lens.cluster.{module}")

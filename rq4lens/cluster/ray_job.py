@@ -21,6 +21,7 @@ from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
 from rq4lens.cluster.where import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
 from rq4lens.cluster.workbench import Workbench
+from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.files import make_directory
 from rq4lens.stages import Clock, Stage, silent
@@ -84,7 +85,7 @@ class Worker:
             UserError: if this node does not see the run directory, or the request does not fit.
         """
         if not self.is_first and not (self.directory / JOB).is_file():
-            raise UserError(_not_shared(str(self.directory)))
+            raise UserError(not_shared(str(self.directory)))
         self._bench = Workbench(self.request, self.directory, fresh=self.fresh)
         self._job = self._bench.join_job(n_workers=self.n_workers, division=self.division)
         self._pieces = self._job.pieces()
@@ -148,7 +149,7 @@ class Finisher:
         """
         request, directory = self.jobs[place]
         if not Path(directory).is_dir():
-            raise UserError(_not_shared(directory))
+            raise UserError(not_shared(directory))
         finish(request, Path(directory), fresh=self.fresh)
         gc.collect()
         return place
@@ -207,7 +208,8 @@ def _finish_all(
         pool.close()
 
 
-def _not_shared(directory: str) -> str:
+def not_shared(directory: str) -> str:
+    """The sentence for a node that does not see the folder in which all meet."""
     return (
         f"node {socket.gethostname()!r} does not see {directory!r}: name a folder with --out that "
         "lies on a file system which all nodes share."
@@ -339,8 +341,11 @@ def _require_loopback() -> None:
 
 
 def _anywhere(request: Request, cluster: Cluster) -> Request:
-    """The request as a process in another folder understands it, on as many GPUs as it gets."""
-    config = request.config
+    return replace(request, config=anywhere(request.config, cluster))
+
+
+def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
+    """The settings as a process in another folder understands them, on as many GPUs as it gets."""
     changes: dict[str, Any] = {
         name: str(Path(value).resolve())
         for name in ("base", "tuned", "prompts")
@@ -350,4 +355,4 @@ def _anywhere(request: Request, cluster: Cluster) -> Request:
         changes["cache"] = str(Path(config.cache).resolve())
     if (cluster.gpus_per_worker or 0) > 1 and config.device_map is None:
         changes["n_devices"] = int(cluster.gpus_per_worker or 1)
-    return replace(request, config=config.updated(**changes)) if changes else request
+    return config.updated(**changes) if changes else config

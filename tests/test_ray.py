@@ -225,13 +225,11 @@ def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
 
 def test_what_a_worker_refuses_is_one_sentence(config, tmp_path):
     """A layer that does not exist is said by the worker and reaches the user unchanged."""
-    request = Request("run", replace_layer(config, 17))
-    with pytest.raises(UserError, match="layer 17 does not exist"):
-        run_on_cluster(request, tmp_path, Cluster(workers=1))
-
-
-def replace_layer(config, layer):
-    return config.updated(layer=layer)
+    request = Request("run", config.updated(layer=17))
+    sentence = "^layer 17 does not exist: the models have layers 0 to 2.$"
+    with pytest.raises(UserError, match=sentence):
+        run_on_cluster(request, tmp_path / "out", Cluster(workers=1))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray", "ray:x"])
@@ -239,8 +237,9 @@ def test_no_cluster_at_the_address_is_one_sentence(config, tmp_path, address):
     """Where nothing listens, or where no address is given, it is said at once."""
     started = time.monotonic()
     with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}' .*ray start"):
-        run_on_cluster(Request("run", config), tmp_path, Cluster(address=address))
+        run_on_cluster(Request("run", config), tmp_path / "out", Cluster(address=address))
     assert time.monotonic() - started < 30
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_cluster_on_this_machine_is_one_sentence(config, tmp_path, monkeypatch):

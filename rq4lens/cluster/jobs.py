@@ -168,7 +168,7 @@ def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
     if not path.is_file():
         raise UserError(
             f"{str(directory)!r} holds no shares ({JOB} is missing): name the folder that "
-            "`rq4lens run --shard I/N --out DIR` or `rq4lens sweep --shard I/N --out DIR` wrote to."
+            "`rq4lens run`, `sweep` or `study` wrote to with --shard I/N --out DIR."
         )
     record = read_json(path)
     try:

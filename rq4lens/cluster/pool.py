@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rq4lens.errors import UserError
 
@@ -129,7 +129,7 @@ class Pool:
     def _opened(self, reference: Any) -> None:
         worker = self._opening.pop(reference)
         try:
-            ray.get(reference)
+            _result(reference)
         except RayActorError:
             self._count_loss("starting")
         else:
@@ -138,7 +138,7 @@ class Pool:
     def _collect(self, reference: Any, left: deque[Any], done: Callable[[Any], None]) -> None:
         worker, task = self._busy.pop(reference)
         try:
-            result = ray.get(reference)
+            result = _result(reference)
         except RayActorError:
             # Whatever the worker had finished is in the store; the rest is measured elsewhere.
             self._count_loss(task)
@@ -164,3 +164,16 @@ class Pool:
                 f"{dict(ray.available_resources())}; ask for less with --gpus-per-worker or "
                 "--workers, or add machines. What is finished is kept."
             )
+
+
+def _result(reference: Any) -> Any:
+    """What a worker gave back; what it refused is raised here in its own words.
+
+    Ray raises an error whose text is the worker's traceback.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as problem:
+        if isinstance(problem.cause, UserError):
+            raise UserError(str(problem.cause)) from None
+        raise

@@ -23,7 +23,7 @@ from rq4lens.cluster.where import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluste
 from rq4lens.cluster.workbench import Workbench
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
-from rq4lens.files import make_directory
+from rq4lens.files import made_directory, make_directory
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.store import Store
 
@@ -226,9 +226,8 @@ def run(
     stage: Stage = silent,
 ) -> str:
     """Measure a job and write its results; see :func:`rq4lens.cluster.launch.run_on_cluster`."""
-    make_directory(directory)
     request = _anywhere(request, cluster)
-    with connected(cluster):
+    with connected(cluster), made_directory(directory):
         pool = _pool(request, directory.resolve(), cluster, division, fresh)
         try:
             return _run(request, directory, cluster, pool, Clock(stage), fresh)

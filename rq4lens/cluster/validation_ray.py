@@ -13,7 +13,7 @@ from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.ray_job import anywhere, connected, gpus_of, not_shared, size_of
 from rq4lens.cluster.where import Cluster
 from rq4lens.errors import UserError
-from rq4lens.files import make_directory
+from rq4lens.files import made_directory
 from rq4lens.stages import Stage, silent
 from rq4lens.store import Store
 from rq4lens.validate import Suite
@@ -72,9 +72,8 @@ def validate(
     stage: Stage = silent,
 ) -> Validation:
     """Judge all planted pairs; see :func:`rq4lens.cluster.launch.validate_on_cluster`."""
-    make_directory(directory)
     request = replace(request, config=anywhere(request.config, cluster))
-    with connected(cluster):
+    with connected(cluster), made_directory(directory):
         size, actor = size_of(cluster, request.n_planted), ray.remote(Planter)
 
         def start() -> Any:

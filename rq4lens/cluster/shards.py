@@ -25,6 +25,7 @@ def run_shard(
     shard: Shard,
     *,
     share: Share | None = None,
+    study: Path | None = None,
     division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
@@ -38,6 +39,7 @@ def run_shard(
         directory: the run directory that all shares have in common.
         shard: which share.
         share: the part of the pieces, where it is not simply the shard's.
+        study: the directory of the study that the job belongs to, if it belongs to one.
         division: whether prompts are divided too; the first share to come decides.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
@@ -69,7 +71,7 @@ def run_shard(
     done += f"{len(pieces) - len(left)} were there already; "
     if n_missing:
         return f"{done}{n_missing} of {len(job.pieces())} pieces of the job are still missing\n"
-    return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {directory}\n"
+    return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {study or directory}\n"
 
 
 def merge_job(

@@ -134,6 +134,7 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
             own,
             shard,
             share=part,
+            study=directory,
             division=many.division,
             fresh=fresh,
             stage=stage,

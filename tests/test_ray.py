@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ except ModuleNotFoundError:
     if os.environ.get("CI"):
         raise
     pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
+from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.ray_job import connected
 
 # This process computes with one thread, as each worker does.
@@ -258,6 +260,23 @@ def test_without_ray_the_sentence_names_the_extra(config, tmp_path, monkeypatch)
     monkeypatch.setattr("rq4lens.cluster.launch.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"rq4lens\[cluster\]"):
         run_on_cluster(Request("run", config), tmp_path, Cluster())
+
+
+def test_a_worker_takes_what_it_has_ready():
+    """Prompts stay with their worker; a new one takes what nobody else has, then helps anybody."""
+    pool = Pool(lambda: None, size=2)
+    left = deque(["a1", "a2", "b1", "b2"])
+
+    def take(worker):
+        task = pool._take(worker, left, lambda each: each[0])
+        pool._busy[worker] = (worker, task)
+        return task
+
+    taken = [take(worker) for worker in ("one", "two", "one", "two")]
+    assert taken == ["a1", "b1", "a2", "b2"]
+    left.extend(["b3", "c1"])
+    pool._busy.pop("one")
+    assert [take("one"), take("one")] == ["c1", "b3"]
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"gpus_per_worker": 1.5}])

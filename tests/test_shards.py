@@ -211,6 +211,17 @@ def test_a_lost_part_of_the_prompts_is_measured_again(settings, divided, alone, 
     assert results(folder, "run") == results(alone["run"], "run")
 
 
+def test_parts_are_the_batches_of_every_engine(settings, tmp_path):
+    """Through plain hooks and at two positions, joined parts are a single process's bytes too."""
+    config = config_from({**settings, "random_seeds": [0], "engine": "hooks", "k_positions": 2})
+    request = Request("sweep", config, (1,))
+    sweep_layers(config, tmp_path / "alone", [1])
+    for shard in (Shard(2, 2), Shard(1, 2)):
+        run_shard(request, tmp_path / "shared", shard, division="prompts")
+    merge_job(tmp_path / "shared")
+    assert results(tmp_path / "shared", "sweep") == results(tmp_path / "alone", "sweep")
+
+
 def test_parts_that_nobody_joined_are_joined_by_the_merge(divided, alone, tmp_path):
     """Two shares that end at once can each miss the other's last part: nothing is lost by it."""
     folder, job, marks = copied(divided, tmp_path)

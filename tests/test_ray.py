@@ -8,6 +8,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -33,6 +34,7 @@ os.environ[LOOPBACK_SWITCH] = "0"  # before Ray is imported, as the package does
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 try:
     import ray
+    from ray.actor import ActorHandle
     from ray.cluster_utils import Cluster as Nodes
 except ModuleNotFoundError:
     if os.environ.get("CI"):
@@ -272,11 +274,10 @@ def test_a_worker_takes_what_it_has_ready():
         pool._busy[worker] = (worker, task)
         return task
 
-    taken = [take(worker) for worker in ("one", "two", "one", "two")]
-    assert taken == ["a1", "b1", "a2", "b2"]
+    one, two = (Mock(spec=ActorHandle) for _ in range(2))
+    assert [take(worker) for worker in (one, two, one, two)] == ["a1", "b1", "a2", "b2"]
     left.extend(["b3", "c1"])
-    pool._busy.pop("one")
-    assert [take("one"), take("one")] == ["c1", "b3"]
+    assert [take(one), take(one)] == ["c1", "b3"]
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"gpus_per_worker": 1.5}])

@@ -6,6 +6,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from rq4lens.models.loading import HookedModel
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import TokenizedPrompts
 from rq4lens.patching.engines import EngineChoice
 from rq4lens.patching.memory import MemoryPlan, even_parts
@@ -31,6 +32,6 @@ def prompt_parts(
     order = torch.argsort(prompts.lengths, stable=True)
     if engine == "hooks" or not isinstance(model, HookedTransformer):
         return [tuple(rows.tolist()) for rows in order.split(batch_size)]
-    most = MemoryPlan.of(model, prompts, batch_size=batch_size).passes.max_rows
-    parts = even_parts(slice(0, len(prompts)), most)
+    memory = MemoryPlan.of(model, prompts, Placement.of(model), batch_size=batch_size)
+    parts = even_parts(slice(0, len(prompts)), memory.passes.max_rows)
     return [tuple(order[part].tolist()) for part in parts]

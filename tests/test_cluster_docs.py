@@ -85,7 +85,9 @@ def test_the_ray_script_starts_a_head_and_a_worker_on_each_other_node(tmp_path):
     assert "--node-ip-address=10.0.0.1 --port=20007" in head
     assert others.startswith("--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64")
     assert "--exclude=a ray start --address=10.0.0.1:20007" in others
-    assert started[-1].endswith("rq4lens sweep my.toml --out runs/sweep --cluster 10.0.0.1:20007")
+    (own,) = [line for line in started if "--cluster" in line]
+    assert own.startswith("--overlap --nodes=1 --ntasks=1 --nodelist=a rq4lens sweep my.toml")
+    assert own.endswith("--cluster 10.0.0.1:20007")
 
 
 def test_study_files_can_be_read(tmp_path):

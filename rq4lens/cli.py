@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from rq4lens.cluster.commands import GpusPerWorker, OnCluster, Shard, Workers, by_many, merge, study
+from rq4lens.cluster.commands import (
+    Divide,
+    GpusPerWorker,
+    OnCluster,
+    Shard,
+    Workers,
+    by_many,
+    merge,
+    study,
+)
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig, preset, preset_names, preset_text
 from rq4lens.errors import UserError
@@ -102,6 +111,7 @@ def run(
     cluster: OnCluster = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    divide: Divide = "auto",
 ) -> None:
     """Run the main job: maps, every head, top-k against random-k, control layer, report."""
     if plan:
@@ -110,7 +120,7 @@ def run(
         output.print(plan_memory(config).table)
         return
     directory = out or _default_directory(config)
-    many = Many(shard, cluster, workers, gpus_per_worker)
+    many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
         by_many("run", config, None, directory, many, fresh)
     else:
@@ -182,11 +192,12 @@ def sweep(
     cluster: OnCluster = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    divide: Divide = "auto",
 ) -> None:
     """Measure every layer from one clean pass, compare them, and propose main and control."""
     from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
-    many = Many(shard, cluster, workers, gpus_per_worker)
+    many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
         by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return
@@ -282,13 +293,24 @@ def validate(
         float, typer.Option(min=0.0, help="How far every weight moves besides.")
     ] = 0.02,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Also write the result as JSON.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the result as JSON; keep pairs beside."),
     ] = None,
+    fresh: Fresh = False,
+    cluster: OnCluster = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Test ranking methods on copies of a base model whose changed heads are known."""
-    from rq4lens.validation_text import validate_config  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
+    from rq4lens.validation_request import ValidationRequest, methods_of  # noqa: PLC0415
 
-    output.print(validate_config(config, method, layer, pairs, drift, out, stage=watched), end="")
+    many = Many(None, cluster, workers, gpus_per_worker)
+    request = ValidationRequest(config, methods_of(method), layer, pairs, drift)
+    where = many.where if many.asked else None
+    with kept_when_stopped(None if out is None else kept_beside(out)):
+        said = run_validation(request, out, where, fresh=fresh, stage=watched)
+    output.print(said, end="")
 
 
 @app.command()

@@ -8,6 +8,7 @@ import os
 import stat
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,27 @@ def make_directory(path: Path) -> None:
             f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place "
             "with --out."
         ) from problem
+
+
+@contextlib.contextmanager
+def made_directory(path: Path) -> Iterator[None]:
+    """Make a directory, and take it away again if the work in it fails before anything is written.
+
+    Args:
+        path: the directory; one that is there already stays.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    was_there = path.exists()
+    make_directory(path)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):  # something was written
+                path.rmdir()
+        raise
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

@@ -127,6 +127,7 @@ def prepare_experiment(
     *,
     maps_directory: Path | None = None,
     fresh: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Experiment:
     """Fit or reuse the maps, and set the tuned model behind an engine.
 
@@ -137,6 +138,7 @@ def prepare_experiment(
         clock: times the stages.
         maps_directory: where fitted maps are looked up and kept, if anywhere.
         fresh: fit every map again.
+        rows: places of the split's prompts that are measured, together; all of them when left out.
 
     Returns:
         The experiment.
@@ -161,6 +163,7 @@ def prepare_experiment(
             raw_baseline=config.raw_baseline,
             kl_direction=config.kl_direction,
             engine=config.engine,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size if rows is None else len(rows),
             activations=activations,
+            rows=rows,
         )

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rq4lens.analysis.compared import Metric
 from rq4lens.analysis.records import MethodRow
 from rq4lens.analysis.statistics import Estimate
 from rq4lens.heads import Head
@@ -62,20 +63,22 @@ def _layer_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
-def study_text(name: str, cells: Sequence[Mapping[str, Any]]) -> str:
+def study_text(name: str, cells: Sequence[Mapping[str, Any]], metric: Metric) -> str:
     """A study as plain text: a row per sweep with the layers it proposes.
 
     Args:
         name: the study's name.
-        cells: the sweeps, each with ``cell, main, control, delta, delta_ci95, best``.
+        cells: the sweeps, each with ``cell, main, control, best``, the metric and its ``_ci95``.
+        metric: the metric that is shown.
     """
-    table = _table("sweep", "main", "control", "ΔKL(ALL)", "95% CI", "best head")
+    table = _table("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
     for cell in cells:
+        value, bounds = cell[metric.name], cell[f"{metric.name}_ci95"]
         table.add_row(
             cell["cell"],
             *(str(cell[each]).lower() for each in ("main", "control")),
-            _number(cell["delta"], ".6f"),
-            _bounds(cell["delta_ci95"], ".6f"),
+            "-" if value is None else metric.text(value),
+            "-" if bounds is None else f"[{', '.join(map(metric.text, bounds))}]",
             str(cell["best"]),
         )
     return _text([Text(f"{name}: {len(cells)} sweeps"), table])

@@ -57,18 +57,23 @@ def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None
 
 
 @contextmanager
-def kept_when_stopped(directory: Path) -> Iterator[None]:
+def kept_when_stopped(directory: Path | None) -> Iterator[None]:
     """Let Ctrl-C end a job in one sentence that says how to go on.
 
     Args:
-        directory: where finished work is kept.
+        directory: where finished work is kept, if anywhere.
     """
     try:
         yield
     except KeyboardInterrupt:
         again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-        errors.print(
-            f"stopped; what is finished is kept in {directory}; go on with: "
-            f"{shlex.join(['rq4lens', *again])}"
+        kept = (
+            "nothing is kept without --out"
+            if directory is None
+            else (
+                f"what is finished is kept in {directory}; go on with: "
+                f"{shlex.join(['rq4lens', *again])}"
+            )
         )
+        errors.print(f"stopped; {kept}")
         raise typer.Exit(130) from None

@@ -18,7 +18,6 @@ from zlib import crc32
 import einops
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformer_lens import HookedTransformer
 
@@ -29,18 +28,21 @@ from rq4lens.analysis.ranking import METHODS, RankingMethod, rank_heads
 from rq4lens.analysis.significance import sign_flips
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.choosing import Among, BaseHeads, Chosen
-from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.builtin.plant import ChangeKind, PlantedPair, WeightName, plant
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.fingerprint import arithmetic_libraries
 from rq4lens.models.loading import LoadedModel
-from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.models.pair import ModelCard, ModelPair, PairMember
 from rq4lens.models.prompts import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.reading import Reading
+from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.patch import SELF
+from rq4lens.planted_outcomes import Outcome, PlantedIngredients
+from rq4lens.store import Store
+from rq4lens.validation_results import FalseAlarms, Recovery, Validation
 
 LEVEL = 0.05
 NULLS_PER_PAIR = 4
@@ -85,96 +87,35 @@ SCENARIOS = (
 )
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """How well one method finds the planted heads of one scenario.
-
-    Args:
-        scenario: the scenario.
-        method: the ranking method.
-        average_precision: of each planted pair; 1 when the planted heads come first.
-        auroc: probability that a planted head is ranked before another one, of each pair.
-    """
-
-    scenario: str
-    method: str
-    average_precision: tuple[float, ...]
-    auroc: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class FalseAlarms:
-    """How often the corrected sign-flip test of single heads finds something where nothing is.
-
-    Args:
-        n_nulls: how many null experiments were made.
-        n_alarms: in how many of them some head was significant.
-        level: the promised rate.
-        ci95: where the true rate may lie (Clopper and Pearson).
-    """
-
-    n_nulls: int
-    n_alarms: int
-    level: float
-    ci95: tuple[float, float]
-
-    @property
-    def rate(self) -> float:
-        """Share of the null experiments with an alarm."""
-        return self.n_alarms / self.n_nulls
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a suite of planted pairs said about the methods.
-
-    Args:
-        settings: how the suite was made.
-        recoveries: one per scenario and method.
-        kinds: how often a head that was changed in some way (``"untouched"`` if in none) was told
-            to be of some kind, by scenario, truth and verdict.
-        false_alarms: of the significance tests.
-        planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
-    """
-
-    settings: Mapping[str, Any]
-    recoveries: tuple[Recovery, ...]
-    kinds: Mapping[tuple[str, str, str], int]
-    false_alarms: FalseAlarms
-    planted: tuple[Mapping[str, Any], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON."""
-        return {
-            "settings": dict(self.settings),
-            "recoveries": [asdict(each) for each in self.recoveries],
-            "kinds": [
-                {"scenario": scenario, "truth": truth, "verdict": verdict, "n": n}
-                for (scenario, truth, verdict), n in sorted(self.kinds.items())
-            ],
-            "false_alarms": {**asdict(self.false_alarms), "rate": self.false_alarms.rate},
-            "planted": [dict(each) for each in self.planted],
-        }
-
-
 def validate(
     base: LoadedModel,
     prompts: PromptSet,
     *,
-    methods: Sequence[str | RankingMethod] = tuple(METHODS),
-    layers: Sequence[int] | None = None,
-    alpha: float = 0.3,
-    pairs: int = 4,
-    drift: float = 0.02,
-    strength: float = 1.0,
-    n_train: int = 240,
-    n_val: int = 64,
-    seed: int = 0,
-    scenarios: Sequence[Scenario] = SCENARIOS,
-    reading: Reading | None = None,
+    store: Store | None = None,
     advance: Callable[[int], None] | None = None,
+    **settings: Any,
 ) -> Validation:
     """Judge ranking methods on planted pairs made from a base model.
+
+    Args:
+        base: the model that pairs are made from; it is not changed.
+        prompts: prompts with the splits train and val.
+        store: where planted pairs that are done are kept and looked up, if anywhere.
+        advance: called with 1 after each planted pair.
+        **settings: passed on to :class:`Suite`.
+
+    Returns:
+        What each method found.
+
+    Raises:
+        UserError: if a method does not exist, or the model cannot be planted in.
+    """
+    return Suite(base, prompts, **settings).run(store, advance)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Planted pairs that can be judged in any order, and by any process.
 
     Args:
         base: the model that pairs are made from; it is not changed.
@@ -190,47 +131,138 @@ def validate(
         seed: decides layers, heads and changes.
         scenarios: what is planted.
         reading: where prompts are decided and how long they may be.
-        advance: called with 1 after each planted pair.
-
-    Returns:
-        What each method found.
 
     Raises:
         UserError: if a method does not exist, or the model cannot be planted in.
     """
-    _check(base, methods, pairs)
-    some = _some_prompts(prompts, n_train, n_val)
-    suite = _Suite(base, some, tuple(layers or ()), alpha, drift, strength, seed, reading)
-    scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    kinds: Counter[tuple[str, str, str]] = Counter()
-    alarms: list[bool] = []
-    planted: list[Mapping[str, Any]] = []
-    for scenario in scenarios:
-        for number in range(pairs):
-            trial = suite.trial(scenario, number)
-            for method in methods:
-                scores.setdefault((scenario.name, _name(method)), []).append(trial.recovery(method))
-            kinds.update(trial.kinds())
-            alarms += trial.null_alarms()
-            planted.append(trial.record)
+
+    base: LoadedModel
+    prompts: PromptSet
+    methods: Sequence[str | RankingMethod] = tuple(METHODS)
+    layers: Sequence[int] | None = None
+    alpha: float = 0.3
+    pairs: int = 4
+    drift: float = 0.02
+    strength: float = 1.0
+    n_train: int = 240
+    n_val: int = 64
+    seed: int = 0
+    scenarios: Sequence[Scenario] = SCENARIOS
+    reading: Reading | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.base, self.methods, self.pairs)
+
+    def __len__(self) -> int:
+        """How many planted pairs there are."""
+        return len(self.scenarios) * self.pairs
+
+    def run(
+        self, store: Store | None = None, advance: Callable[[int], None] | None = None
+    ) -> Validation:
+        """Judge the methods on every planted pair; see :func:`validate`."""
+        outcomes = []
+        for place in range(len(self)):
+            outcomes.append(self.outcome(place, store))
             if advance is not None:
                 advance(1)
-    return Validation(
-        settings={
-            "base": base.source,
-            "alpha": alpha,
-            "pairs": pairs,
-            "drift": drift,
-            "strength": strength,
+        return self.result(outcomes)
+
+    def outcome(self, place: int, store: Store | None = None) -> Outcome:
+        """Plant one pair and judge the methods on it, or find it done.
+
+        Args:
+            place: which one, from 0 on.
+            store: where it is kept and looked up, if anywhere.
+
+        Raises:
+            UserError: if it is to be kept, and a method is no named one.
+        """
+        which, number = divmod(place, self.pairs)
+        scenario = self.scenarios[which]
+        if store is None:
+            return self._judged(scenario, number)
+        ingredients = self._ingredients(scenario, number)
+        kept = store.get(ingredients)
+        if kept is not None:
+            return Outcome.from_dict(kept)
+        outcome = self._judged(scenario, number)
+        store.put(ingredients, outcome.to_dict())
+        return outcome
+
+    def result(self, outcomes: Sequence[Outcome]) -> Validation:
+        """What all planted pairs say together.
+
+        Args:
+            outcomes: of each pair, in order.
+        """
+        scenarios = [each.name for each in self.scenarios for _ in range(self.pairs)]
+        scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for scenario, outcome in zip(scenarios, outcomes, strict=True):
+            for method, score in zip(self.methods, outcome.recoveries, strict=True):
+                scores.setdefault((scenario, _name(method)), []).append(score)
+        some = self._planted.prompts
+        settings = {
+            "base": self.base.source,
+            **{each: getattr(self, each) for each in ("alpha", "pairs", "drift", "strength")},
             "train_prompts": len(some.split(FIT_SPLIT)),
             "val_prompts": len(some.split(MEASURE_SPLIT)),
-            "seed": seed,
-        },
-        recoveries=tuple(_recovery(key, values) for key, values in scores.items()),
-        kinds=dict(kinds),
-        false_alarms=_false_alarms(alarms),
-        planted=tuple(planted),
-    )
+            "seed": self.seed,
+        }
+        return Validation(
+            settings=settings,
+            recoveries=tuple(Recovery.of(*key, values) for key, values in scores.items()),
+            kinds=dict(Counter(kind for outcome in outcomes for kind in outcome.kinds)),
+            false_alarms=FalseAlarms.of(
+                [alarm for outcome in outcomes for alarm in outcome.alarms], LEVEL
+            ),
+            planted=tuple(outcome.planted for outcome in outcomes),
+        )
+
+    def _judged(self, scenario: Scenario, number: int) -> Outcome:
+        trial = self._planted.trial(scenario, number)
+        return Outcome(
+            tuple(trial.recovery(method) for method in self.methods),
+            tuple(trial.kinds()),
+            tuple(trial.null_alarms()),
+            trial.record,
+        )
+
+    @cached_property
+    def _planted(self) -> _Suite:
+        some = _some_prompts(self.prompts, self.n_train, self.n_val)
+        layers, numbers = tuple(self.layers or ()), (self.alpha, self.drift, self.strength)
+        return _Suite(self.base, some, layers, *numbers, self.seed, self.reading)
+
+    @cached_property
+    def _card(self) -> ModelCard:
+        return PairMember.of(self.base).card
+
+    def _ingredients(self, scenario: Scenario, number: int) -> PlantedIngredients:
+        own = next((each for each in self.methods if not isinstance(each, str)), None)
+        if own is not None:
+            raise UserError(
+                f"what {_name(own)!r} says cannot be kept, for nothing tells when the function "
+                "changes: validate it without a store."
+            )
+        return PlantedIngredients(
+            weights=self._card.weights_fingerprint,
+            config=self._card.config_fingerprint,
+            tokenizer=self._card.tokenizer_fingerprint,
+            dtype=self._card.dtype,
+            device=device_of(self.base.model).type,
+            prompts=self._planted.prompts.fingerprint,
+            reading=None if self.reading is None else asdict(self.reading),
+            scenario=asdict(scenario),
+            layers=self._planted.layers,
+            alpha=self.alpha,
+            drift=self.drift,
+            strength=self.strength,
+            seed=self.seed,
+            number=number,
+            methods=tuple(map(_name, self.methods)),
+            libraries=arithmetic_libraries(),
+        )
 
 
 @dataclass(frozen=True)
@@ -366,22 +398,6 @@ def _some_prompts(prompts: PromptSet, n_train: int, n_val: int) -> PromptSet:
     return PromptSet((*train[:n_train], *val[:n_val]))
 
 
-def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:
-    """The base model and the prompts that a configuration names; a tuned model is not loaded.
-
-    Args:
-        config: the configuration; it need not name a tuned model.
-
-    Returns:
-        The base model and the prompts.
-
-    Raises:
-        UserError: if something is missing or the model cannot be loaded.
-    """
-    pair = pair_from_config(config.updated(tuned=config.tuned or config.base, keep_both=False))
-    return pair.use("base").loaded, pair.prompts
-
-
 def _check(base: LoadedModel, methods: Sequence[str | RankingMethod], pairs: int) -> None:
     model = base.model
     if not isinstance(model, HookedTransformer):
@@ -405,13 +421,3 @@ def _check(base: LoadedModel, methods: Sequence[str | RankingMethod], pairs: int
 
 def _name(method: str | RankingMethod) -> str:
     return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-
-
-def _recovery(key: tuple[str, str], values: Sequence[tuple[float, float]]) -> Recovery:
-    precisions, aurocs = zip(*values, strict=True)
-    return Recovery(*key, average_precision=precisions, auroc=aurocs)
-
-
-def _false_alarms(alarms: Sequence[bool]) -> FalseAlarms:
-    found = binomtest(sum(alarms), len(alarms)).proportion_ci(0.95)
-    return FalseAlarms(len(alarms), sum(alarms), LEVEL, (float(found.low), float(found.high)))

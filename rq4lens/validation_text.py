@@ -1,66 +1,12 @@
-"""The validation of a configuration's base model, from its settings to a printed table."""
+"""The printed tables of a validation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from rq4lens.analysis.ranking import METHODS
-from rq4lens.config import RunConfig
-from rq4lens.files import write_json_atomic
-from rq4lens.models.catalog import reading_of
-from rq4lens.study import Stage, silent
-from rq4lens.validate import SCENARIOS, FalseAlarms, Recovery, Validation, base_of, validate
+from rq4lens.validation_results import FalseAlarms, Recovery, Validation
 
 VERDICTS = ("idle", "re-coordinated", "rewired", "undecided")
-
-
-def validate_config(
-    config: RunConfig,
-    method: str = "ALL",
-    layer: int | None = None,
-    pairs: int = 4,
-    drift: float = 0.02,
-    out: Path | None = None,
-    *,
-    stage: Stage = silent,
-) -> str:
-    """Validate ranking methods on the base model that a configuration names.
-
-    Args:
-        config: names the base model, the prompts and alpha.
-        method: ranking methods, separated by commas, or ``"ALL"``.
-        layer: the layer to plant in; None draws one per pair.
-        pairs: planted pairs per scenario.
-        drift: how far every weight moves, relative to its matrix.
-        out: where to write the result as JSON, if anywhere.
-        stage: opens a stage of the work, for progress bars.
-
-    Returns:
-        The result as text.
-
-    Raises:
-        UserError: if a method does not exist, or the model cannot be loaded or planted in.
-    """
-    methods = tuple(METHODS) if method.upper() == "ALL" else tuple(method.split(","))
-    with stage("load", None):
-        base, prompts = base_of(config)
-    with stage("validate", pairs * len(SCENARIOS)) as advance:
-        validation = validate(
-            base,
-            prompts,
-            methods=methods,
-            layers=None if layer is None else [layer],
-            alpha=config.alpha,
-            pairs=pairs,
-            drift=drift,
-            seed=config.seed,
-            reading=reading_of(config),
-            advance=advance,
-        )
-    if out is not None:
-        write_json_atomic(out, validation.to_dict())
-    return validation_text(validation)
 
 
 def validation_text(validation: Validation) -> str:

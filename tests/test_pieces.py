@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq4lens.cluster.pieces import WHOLE, Shard, Share, inward, pieces_of
+from rq4lens.cluster.division import divides_prompts
+from rq4lens.cluster.pieces import WHOLE, Shard, Share, divided, inward, pieces_of
 from rq4lens.errors import UserError
 from rq4lens.patching.conditions import CHUNK
 from rq4lens.patching.grid import GridPlan
@@ -39,6 +40,35 @@ def test_pieces_are_addressed_by_what_they_measure():
     ]
     for other in others:
         assert {piece.key for piece in one}.isdisjoint(piece.key for piece in other)
+
+
+def test_divided_pieces_cover_each_condition_and_prompt_once():
+    """Each has a key of its own, and a stretch of them touches few prompts."""
+    wholes, parts = pieces_of([plan()], 0.3, "job"), [("a", "b"), ("c",)]
+    pieces = divided(wholes, parts)
+    assert [piece.prompts for piece in pieces] == [parts[0]] * len(wholes) + [parts[1]] * len(
+        wholes
+    )
+    assert [piece.whole for piece in pieces] == wholes * 2
+    assert len({piece.key for piece in (*pieces, *wholes)}) == 3 * len(wholes)
+
+
+@pytest.mark.parametrize(
+    ("division", "n_pieces", "n_workers", "n_parts", "expected"),
+    [
+        ("auto", 4, 1, 5, False),
+        ("auto", 4, 2, 1, False),
+        ("auto", 4, 8, 5, True),
+        ("auto", 31, 2, 5, True),
+        ("auto", 32, 2, 5, False),
+        ("prompts", 1000, 1, 2, True),
+        ("prompts", 1000, 1, 1, False),
+        ("conditions", 1, 8, 5, False),
+    ],
+)
+def test_prompts_are_divided_where_pieces_are_few(division, n_pieces, n_workers, n_parts, expected):
+    """By default where several workers have few pieces each; never within a clean pass."""
+    assert divides_prompts(division, n_pieces, n_workers, n_parts) == expected
 
 
 @given(n=st.integers(1, 12), n_layers=st.integers(1, 9), n_lists=st.integers(1, 5))

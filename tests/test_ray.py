@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
 from pair_on_disk import write_pair
 
+from rq4lens.cluster.jobs import read_job
 from rq4lens.cluster.launch import run_on_cluster
 from rq4lens.cluster.many import Many
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.study_file import read_study
 from rq4lens.cluster.study_job import run_study_file
 from rq4lens.cluster.study_report import ROWS
+from rq4lens.cluster.validation import kept_beside, run_validation
 from rq4lens.cluster.where import LOOPBACK_SWITCH, Cluster
 from rq4lens.config import config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.layer_files import read_layers
 from rq4lens.sweep import sweep_layers
+from rq4lens.validation_request import ValidationRequest
 
 os.environ[LOOPBACK_SWITCH] = "0"  # before Ray is imported, as the package does it
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 try:
     import ray
+    from ray.actor import ActorHandle
     from ray.cluster_utils import Cluster as Nodes
 except ModuleNotFoundError:
     if os.environ.get("CI"):
         raise
     pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
+from rq4lens.cluster.pool import Pool
+from rq4lens.cluster.ray_job import connected
 
 # This process computes with one thread, as each worker does.
 pytestmark = [
@@ -102,6 +111,7 @@ def test_a_sweep_outlives_a_node_and_has_the_numbers_of_a_single_process(nodes, 
     where = Cluster(address=cluster.address, workers=2)
     said = run_on_cluster(Request("sweep", config, LAYERS), tmp_path / "ray", where, stage=stage)
     assert acted == ["pieces on 2 workers"]
+    assert len(read_job(tmp_path / "ray").prompt_parts) == 10  # 320 prompts, 32 in a forward pass
     alone = sweep_layers(config, tmp_path / "alone", LAYERS)
     assert said.startswith(alone.summary)
     assert said.endswith("workers were lost on the way\n")
@@ -162,6 +172,35 @@ def test_interrupted_work_goes_on_and_its_ports_are_loopback(config, tmp_path):
     assert not list(children())
 
 
+def test_a_validation_goes_on_after_ctrl_c_and_outlives_a_worker(config, tmp_path):
+    """Planted pairs are judged by any worker: the numbers of a single process, each judged once.
+
+    What was done before Ctrl-C is kept; a worker that is killed afterwards is replaced.
+    """
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def kill():
+        names = {each.name(): each for each in psutil.Process().children(recursive=True)}
+        next(each for name, each in names.items() if name.startswith("ray::Planter")).kill()
+
+    out, alone, where = tmp_path / "v.json", tmp_path / "alone.json", Cluster(workers=2)
+    request = ValidationRequest(config, ("delta", "kl_raw"), layer=1, pairs=1)
+    with connected(where):
+        with pytest.raises(KeyboardInterrupt):
+            run_validation(request, out, where, stage=acting("planted", interrupt)[0])
+        assert not out.exists()
+        kept = {each: each.stat().st_mtime_ns for each in kept_beside(out).iterdir()}
+        assert 0 < len(kept) < request.n_planted
+        stage, acted = acting("planted", kill)
+        said = run_validation(request, out, where, stage=stage)
+        assert acted == ["planted pairs on 2 workers"]
+    assert {each: each.stat().st_mtime_ns for each in kept} == kept
+    assert said == run_validation(request, alone)
+    assert json.loads(out.read_text()) == json.loads(alone.read_text())
+
+
 @pytest.mark.parametrize(("workers", "stage_name"), [(1, "sweeps on 1"), (3, "pieces on")])
 def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
     config, tmp_path, workers, stage_name
@@ -190,13 +229,11 @@ def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
 
 def test_what_a_worker_refuses_is_one_sentence(config, tmp_path):
     """A layer that does not exist is said by the worker and reaches the user unchanged."""
-    request = Request("run", replace_layer(config, 17))
-    with pytest.raises(UserError, match="layer 17 does not exist"):
-        run_on_cluster(request, tmp_path, Cluster(workers=1))
-
-
-def replace_layer(config, layer):
-    return config.updated(layer=layer)
+    request = Request("run", config.updated(layer=17))
+    sentence = "^layer 17 does not exist: the models have layers 0 to 2.$"
+    with pytest.raises(UserError, match=sentence):
+        run_on_cluster(request, tmp_path / "out", Cluster(workers=1))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray", "ray:x"])
@@ -204,8 +241,9 @@ def test_no_cluster_at_the_address_is_one_sentence(config, tmp_path, address):
     """Where nothing listens, or where no address is given, it is said at once."""
     started = time.monotonic()
     with pytest.raises(UserError, match=f"no Ray cluster answers at '{address}' .*ray start"):
-        run_on_cluster(Request("run", config), tmp_path, Cluster(address=address))
+        run_on_cluster(Request("run", config), tmp_path / "out", Cluster(address=address))
     assert time.monotonic() - started < 30
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_cluster_on_this_machine_is_one_sentence(config, tmp_path, monkeypatch):
@@ -224,6 +262,22 @@ def test_without_ray_the_sentence_names_the_extra(config, tmp_path, monkeypatch)
     monkeypatch.setattr("rq4lens.cluster.launch.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"rq4lens\[cluster\]"):
         run_on_cluster(Request("run", config), tmp_path, Cluster())
+
+
+def test_a_worker_takes_what_it_has_ready():
+    """Prompts stay with their worker; a new one takes what nobody else has, then helps anybody."""
+    pool = Pool(lambda: None, size=2)
+    left = deque(["a1", "a2", "b1", "b2"])
+
+    def take(worker):
+        task = pool._take(worker, left, lambda each: each[0])
+        pool._busy[worker] = (worker, task)
+        return task
+
+    one, two = (Mock(spec=ActorHandle) for _ in range(2))
+    assert [take(worker) for worker in (one, two, one, two)] == ["a1", "b1", "a2", "b2"]
+    left.extend(["b3", "c1"])
+    assert [take(one), take(one)] == ["c1", "b3"]
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"gpus_per_worker": 1.5}])

@@ -13,12 +13,13 @@ import pytest
 from pair_on_disk import QUIET, write_config, write_pair
 
 from rq4lens.cli import main
-from rq4lens.cluster.jobs import JOB, PIECES, read_job
+from rq4lens.cluster.jobs import JOB, PIECES, Job, read_job
 from rq4lens.cluster.pieces import Request, Shard
 from rq4lens.cluster.shards import merge_job, run_shard
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.patching.row_engine import RowEngine
+from rq4lens.store import Store
 from rq4lens.study import run_study
 from rq4lens.sweep import sweep_layers
 
@@ -68,7 +69,6 @@ from rq4lens.config import read_config
 from rq4lens.store import Store
 
 torch.set_num_threads(1)
-config, folder = read_config(Path(sys.argv[1])), Path(sys.argv[3])
 
 def share(text, writes):
     put, done = Store.put, 0
@@ -81,14 +81,17 @@ def share(text, writes):
         return put(self, ingredients, payload)
 
     Store.put = put_and_die
-    run_shard(Request(sys.argv[2], config), folder, Shard.parse(text))
+    request = Request(command, read_config(Path(config)))
+    run_shard(request, Path(folder), Shard.parse(text), division=divide)
 
 for line in sys.stdin:
+    config, command, folder, divide, shares = line.rstrip().split("\t")
     children = []
-    for each in line.split():
+    for each in shares.split():
         text, _, writes = each.partition(":")
         child = os.fork()
         if child == 0:
+            sys.stdout = sys.stderr
             share(text, int(writes or 0))
             os._exit(0)
         children.append(child)
@@ -97,37 +100,53 @@ for line in sys.stdin:
 """
 
 
-def run_shares(config: Path, command_name: str, folder: Path, lines: list[str]) -> list[str]:
-    """Run shares as ``I/N`` or ``I/N:W`` (killed at write W); those of a line run at once."""
-    done = subprocess.run(
-        [sys.executable, "-c", SHARES, str(config), command_name, str(folder)],
-        input="\n".join(lines),
+@pytest.fixture(scope="module")
+def run_shares():
+    """Runs shares as ``I/N`` or ``I/N:W`` (killed at write W), those of one call at once."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SHARES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         env=QUIET,
-        capture_output=True,
         text=True,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
+
+    def run(config: Path, command_name: str, folder: Path, divide: str, shares: str) -> str:
+        print(config, command_name, folder, divide, shares, sep="\t", file=server.stdin, flush=True)
+        return server.stdout.readline().strip()
+
+    yield run
+    server.communicate()
+    assert server.returncode == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["run", "sweep"])
+@pytest.mark.parametrize(
+    ("name", "divide", "killed"),
+    [
+        ("run", "conditions", "4/4:20"),
+        ("run", "prompts", "4/4:3"),
+        ("sweep", "conditions", "4/4:40"),
+        ("sweep", "prompts", "4/4:6"),
+    ],
+)
 def test_shares_in_any_order_killed_and_repeated_are_the_single_process(
-    name, settings, alone, tmp_path
+    name, divide, killed, settings, alone, run_shares, tmp_path
 ):
     """Four shares, shuffled, two at a time, one of them twice and one killed half-way: same bytes.
 
-    Before the killed share is run again the merge says which one is missing; after the merge
-    nothing was measured that the shares had measured already.
+    So it is with pieces of the conditions and with pieces of the prompts. Before the killed share
+    is run again the merge says which one is missing; after the merge nothing was measured that the
+    shares had measured already.
     """
     config, folder = write_config(settings, tmp_path / "c.toml"), tmp_path / "shared"
-    killed = {"run": "4/4:20", "sweep": "4/4:40"}[name]
-    ended = run_shares(config, name, folder, [f"3/4 {killed}", "1/4", "3/4 2/4"])
-    assert ended == [f"0 {-signal.SIGKILL}", "0", "0 0"]
+    todo = {f"3/4 {killed}": f"0 {-signal.SIGKILL}", "1/4": "0", "3/4 2/4": "0 0"}
+    for shares, ended in todo.items():
+        assert run_shares(config, name, folder, divide, shares) == ended
+    assert len(read_job(folder).prompt_parts) == {"conditions": 0, "prompts": 3}[divide]
     with pytest.raises(UserError, match=r"run --shard 4/4 again"):
         merge_job(folder)
-    assert run_shares(config, name, folder, ["4/4"]) == ["0"]
+    assert run_shares(config, name, folder, divide, "4/4") == "0"
     kept = len(list((folder / "conditions").iterdir()))
     merge_job(folder)
     assert results(folder, name) == results(alone[name], name)
@@ -158,9 +177,85 @@ def test_a_finished_share_measures_nothing_again(settings, shared, monkeypatch):
 
 
 def test_missing_pieces_are_named(shared):
-    """The sentence names their layer and conditions, and the shares to run again."""
-    with pytest.raises(UserError, match=r"layer 1 from \w+ to self\).*--shard 2/2 again"):
+    """The sentence names their layer, conditions and prompts, and the shares to run again."""
+    said = r"8 of 15 .*layer 1 from head0 to rand2_s7 on 4 prompts from 'p46'.*--shard 2/2 again"
+    with pytest.raises(UserError, match=said):
         merge_job(shared)
+
+
+@pytest.fixture(scope="module")
+def divided(settings, tmp_path_factory):
+    """A run directory whose pieces, of four prompts each, are all done."""
+    folder = tmp_path_factory.mktemp("divided")
+    run_shard(Request("run", config_from(settings)), folder, Shard(1, 1), division="prompts")
+    return folder
+
+
+def copied(folder: Path, tmp_path: Path) -> tuple[Path, Job, Store]:
+    """The directory of shares again, its job, and its marks."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    return copy, read_job(copy), Store(copy / PIECES)
+
+
+def test_a_lost_part_of_the_prompts_is_measured_again(settings, divided, alone, tmp_path):
+    """Without one part, the merge says whose prompts are missing; measured again, nothing is."""
+    folder, job, marks = copied(divided, tmp_path)
+    lost = job.pieces()[7]
+    for path in (marks.path(lost), marks.path(lost.whole), *(folder / "conditions").iterdir()):
+        path.unlink()
+    with pytest.raises(UserError, match=rf"1 of 15 .*on 4 prompts from '{lost.prompts[0]}'"):
+        merge_job(folder)
+    said = run_shard(Request("run", config_from(settings)), folder, Shard(1, 1))
+    assert said.startswith("share 1/1: 1 pieces measured, 14 were there already")
+    merge_job(folder)
+    assert results(folder, "run") == results(alone["run"], "run")
+
+
+def test_parts_are_the_batches_of_every_engine(settings, tmp_path):
+    """Through plain hooks and at two positions, joined parts are a single process's bytes too."""
+    config = config_from({**settings, "random_seeds": [0], "engine": "hooks", "k_positions": 2})
+    request = Request("sweep", config, (1,))
+    sweep_layers(config, tmp_path / "alone", [1])
+    for shard in (Shard(2, 2), Shard(1, 2)):
+        run_shard(request, tmp_path / "shared", shard, division="prompts")
+    merge_job(tmp_path / "shared")
+    assert results(tmp_path / "shared", "sweep") == results(tmp_path / "alone", "sweep")
+
+
+def test_parts_that_nobody_joined_are_joined_by_the_merge(divided, alone, tmp_path):
+    """Two shares that end at once can each miss the other's last part: nothing is lost by it."""
+    folder, job, marks = copied(divided, tmp_path)
+    before = {path.name: path.read_bytes() for path in (folder / "conditions").iterdir()}
+    for path in (*map(marks.path, job.wholes()), *(folder / "conditions").iterdir()):
+        path.unlink()
+    merge_job(folder)
+    computed = json.loads((folder / "run.json").read_text())["store"]["computed"]
+    assert computed <= 2 * len(job.request.config.k)
+    after = {path.name: path.read_bytes() for path in (folder / "conditions").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert results(folder, "run") == results(alone["run"], "run")
+
+
+def test_parts_of_different_maps_are_never_joined(divided, tmp_path):
+    """A part that another machine measured with a map of its own is measured again."""
+    folder, job, marks = copied(divided, tmp_path)
+    piece = job.pieces()[0]
+    part = marks.get(piece)
+    marks.put(piece, {**part, "keys": ["0" * 64, *part["keys"][1:]]})
+    marks.path(piece.whole).unlink()
+    with pytest.raises(UserError, match="1 of 15 pieces are missing"):
+        merge_job(folder)
+    assert marks.get(piece) is None
+
+
+def test_a_job_whose_parts_lack_a_prompt_is_one_sentence(settings, divided, tmp_path):
+    """A prompt that nobody would measure is no prompt that may be left out."""
+    folder, _, _ = copied(divided, tmp_path)
+    record = json.loads((folder / JOB).read_text())
+    del record["prompt_parts"][0][0]
+    (folder / JOB).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="do not hold each prompt once"):
+        run_shard(Request("run", config_from(settings)), folder, Shard(1, 1))
 
 
 def test_shares_of_another_job_are_refused(settings, shared):

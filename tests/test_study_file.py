@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 
+import pandas as pd
 import pytest
 from pair_on_disk import write_pair
 
+from rq4lens.analysis.compared import COMPARED, METRICS
 from rq4lens.cli import main
 from rq4lens.cluster.cost_model import Machine
 from rq4lens.cluster.many import Many
@@ -86,6 +89,21 @@ def test_a_pair_of_the_package_brings_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "ranked"),
+    [
+        ("", "delta"),
+        ('metrics = ["KL_raw", "drop_pct", "delta"]', "drop_pct"),
+        ('metrics = ["KL_raw"]', "delta"),
+        ('metrics = ["drop_pct"]\n[settings]\nrank_by = "delta"', "delta"),
+    ],
+)
+def test_the_first_metric_that_can_rank_heads_ranks_them(text, ranked, tmp_path):
+    """Unless the settings say otherwise; KL of one kind alone ranks none."""
+    (cell,) = read_study(written(f'{text}\n[[pairs]]\npair = "etiquette"', tmp_path)).cells
+    assert cell.request.config.rank_by == ranked
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ('alpha = [0.3]\n[[pairs]]\npair = "etiquette"', "did you mean 'alphas'"),
@@ -93,6 +111,11 @@ def test_a_pair_of_the_package_brings_its_settings(tmp_path):
         ('[settings]\nlayer = 3\n[[pairs]]\npair = "etiquette"', "unknown key 'layer'"),
         ('[[pairs]]\npair = "etiquette"\nsplitt = "val"', "did you mean 'split'"),
         ('alphas = [2.0]\n[[pairs]]\npair = "etiquette"', "alphas"),
+        ('metrics = ["dleta"]\n[[pairs]]\npair = "etiquette"', "'dleta': did you mean 'delta'?"),
+        ('metrics = ["x"]\n[[pairs]]\npair = "etiquette"', "allowed are delta, KL_raw, KL_mapped"),
+        ('metrics = ["delta", "delta"]\n[[pairs]]\npair = "etiquette"', "'delta' twice"),
+        ('metrics = []\n[[pairs]]\npair = "etiquette"', "metrics"),
+        ('metrics = "delta"\n[[pairs]]\npair = "etiquette"', "metrics"),
         ('alphas = []\n[[pairs]]\npair = "etiquette"', "alphas"),
         ('map_kinds = ["magic"]\n[[pairs]]\npair = "etiquette"', "map_kind = 'magic'"),
         ('layers = "9-2"\n[[pairs]]\npair = "etiquette"', "20-31"),
@@ -127,6 +150,36 @@ def test_the_report_compares_all_cells_and_layers(study, finished):
     for name in names:
         assert name in said
         assert (directory / "cells" / name / "layers.json").exists()
+
+
+def test_other_metrics_of_a_finished_study_are_only_reported(
+    study, finished, tmp_path, monkeypatch
+):
+    """They are compared without measuring anything, and are what the saved prompts say."""
+    monkeypatch.setattr(RowEngine, "effects", lambda *_: pytest.fail("measured again"))
+    directory = shutil.copytree(finished[0], tmp_path / "study")
+    text = study.text.replace("alphas", 'metrics = ["answer_logprob", "KL_raw"]\nalphas')
+    other = read_study(written(text, tmp_path))
+    said = run_study_file(other, directory)
+    assert "answer(ALL)" in said
+    record = json.loads((directory / ROWS).read_text(), parse_constant=pytest.fail)
+    assert record["metrics"] == ["answer_logprob", "KL_raw"]
+    before = json.loads((finished[0] / ROWS).read_text())
+    cell, rows = record["cells"][0], record["layers"][:2]
+    table = pd.read_parquet(directory / "cells" / cell["cell"] / "layers_per_prompt.parquet")
+    means = table.pivot_table("answer_logprob_change", ["layer", "cond"], "kind")
+    repair = means["mapped"] - means["raw"]
+    for row, old in zip(rows, before["layers"], strict=False):
+        assert row["answer_logprob"] == pytest.approx(repair[row["layer"], "full"])
+        assert row["answer_logprob_ci95"][0] < row["answer_logprob"] < row["answer_logprob_ci95"][1]
+        assert row["KL_raw"] == old["KL_raw"]
+        assert "delta" not in row
+    single = repair[repair.index.get_level_values("cond").str.startswith("head")]
+    layer, cond = single.idxmax()
+    assert cell["best"] == f"L{layer}H{cond.removeprefix('head')}"
+    page = (directory / REPORT).read_text(encoding="utf-8")
+    assert "<th>answer(ALL)</th>" in page
+    assert "<th>KL_mapped(ALL)</th>" not in page
 
 
 def test_the_report_is_one_safe_file(finished):
@@ -185,6 +238,7 @@ def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypa
     assert "4 sweeps of 1 pairs, 8 pieces, 8 model loads" in text
     assert re.search(r"about [\d,]+ device-seconds", text)
     assert re.search(r"about [\d.]+ MiB", text)
+    assert "compared by delta, KL_raw, KL_mapped, drop_pct; single heads ranked by delta" in text
     assert list(tmp_path.iterdir()) == []
     path = written(study.text, tmp_path)
     monkeypatch.setattr(sys, "argv", ["rq4lens", "study", str(path), "--plan"])
@@ -229,8 +283,9 @@ def test_models_of_different_depth_are_shown_by_relative_depth():
             "KL_raw": 0.2, "drop_pct": None,
         }  # fmt: skip
 
+    metrics = [METRICS[name] for name in COMPARED if name != "KL_mapped"]
     deep, flat = ([row(str(n), layer, n) for layer in range(n)] for n in (5, 3))
-    figure = study_layers([*deep, *flat], ["setting"])
+    figure = study_layers([*deep, *flat], ["setting"], metrics)
     assert [trace.x[-1] for trace in figure.data] == [1.0, 1.0]
-    assert list(study_layers(deep, ["setting"]).data[0].x) == [0, 1, 2, 3, 4]
+    assert list(study_layers(deep, ["setting"], metrics).data[0].x) == [0, 1, 2, 3, 4]
     assert list(figure.data[1].error_y.array) == pytest.approx([0.0, 0.1, 0.2])

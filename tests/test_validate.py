@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from pair_on_disk import write_pair
@@ -11,14 +12,18 @@ from tiny import random_prompts, tiny_model, word_tokenizer
 
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS
+from rq4lens.cluster.validation import run_validation
+from rq4lens.cluster.where import Cluster
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.loading import LoadedModel
 from rq4lens.models.reading import Reading
 from rq4lens.results import HeadRanking
-from rq4lens.validate import LEVEL, SCENARIOS, Scenario, base_of, validate
-from rq4lens.validation_text import validate_config, validation_text
+from rq4lens.store import Store, content_key
+from rq4lens.validate import LEVEL, SCENARIOS, Scenario, Suite, _Suite, validate
+from rq4lens.validation_request import ValidationRequest, base_of
+from rq4lens.validation_text import validation_text
 
 pytestmark = pytest.mark.xdist_group("validate")
 
@@ -152,7 +157,8 @@ def test_the_result_is_a_table_and_json(tmp_path):
     settings = write_pair(tmp_path)
     config = config_from({"base": settings["base"], "prompts": settings["prompts"]})
     out = tmp_path / "v.json"
-    text = validate_config(config, "delta,kl_raw", layer=1, pairs=1, out=out)
+    request = ValidationRequest(config, ("delta", "kl_raw"), layer=1, pairs=1)
+    text = run_validation(request, out)
     assert "| delta | 1.00 (1.00)" in text
     assert "promised 5%" in text
     saved = json.loads(out.read_text())
@@ -164,6 +170,58 @@ def test_the_result_is_a_table_and_json(tmp_path):
     for each in rewired:
         assert min(each["chosen"]["base_cost_nats"].values()) > 0
         assert all(change["content"]["explained_pct"] is not None for change in each["changes"])
+
+
+def test_a_validation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Planted pairs are kept by their content: only the lost one is planted again."""
+    store = Store(tmp_path)
+    whole = small(["delta"], store=store)
+    assert store.counters.computed == 2
+    next(tmp_path.glob("rotated_1_*")).unlink()
+    planted = []
+    trial = _Suite.trial
+    monkeypatch.setattr(
+        _Suite, "trial", lambda self, s, n: planted.append((s.name, n)) or trial(self, s, n)
+    )
+    assert small(["delta"], store=store) == whole
+    assert planted == [("rotated", 1)]
+
+
+def test_planted_pairs_are_addressed_by_all_that_can_change_them():
+    """Every setting of a suite but the number of its pairs, and every part of a scenario."""
+    own = Scenario("own", {"rotated": 2}, "rotated")
+    others = [
+        *({"seed": 1}, {"alpha": 0.5}, {"drift": 0.5}, {"strength": 2.0}, {"layers": [1]}),
+        *({"methods": ["kl_raw"]}, {"n_train": 40}, {"n_val": 12}, {"reading": Reading()}),
+        {"scenarios": [replace(own, planted={"rotated": 1})]},
+        {"scenarios": [replace(own, weights=("W_V",))]},
+    ]
+    base, prompts = tiny_base(), tiny_prompts()
+
+    def key(number=0, **settings):
+        suite = Suite(base, prompts, **{"methods": ["delta"], "scenarios": [own]} | settings)
+        return content_key(suite._ingredients(suite.scenarios[0], number).to_dict())
+
+    keys = [key(), key(1), *(key(**each) for each in others)]
+    assert len(set(keys)) == len(keys)
+    assert key(pairs=9) == keys[0]
+
+
+def test_a_method_of_ones_own_is_not_kept(tmp_path):
+    """Nothing tells when a function changes, so what it said is never looked up."""
+
+    def by_index(measured: MeasuredSets) -> HeadRanking:
+        raise AssertionError(measured)
+
+    with pytest.raises(UserError, match="'by_index' says cannot be kept"):
+        small([by_index], store=Store(tmp_path))
+
+
+def test_a_cluster_needs_a_folder_to_meet_in(tmp_path):
+    """`validate --cluster` without `--out` is refused before anything is loaded."""
+    config = config_from({"base": str(tmp_path), "prompts": "p.jsonl"})
+    with pytest.raises(UserError, match="with --out FILE"):
+        run_validation(ValidationRequest(config), cluster=Cluster())
 
 
 def test_a_scenario_of_ones_own():
@@ -197,7 +255,7 @@ def test_prompts_are_read_as_the_configuration_says(tmp_path):
     own = {name: settings[name] for name in ("base", "prompts")}
     config = config_from(own | {"decision_rule": "marker", "marker": "nowhere"})
     with pytest.raises(UserError, match="marker 'nowhere' does not stand in prompt"):
-        validate_config(config, "delta", layer=1, pairs=1)
+        run_validation(ValidationRequest(config, ("delta",), layer=1, pairs=1))
 
 
 def test_a_layer_with_too_few_value_heads_is_said():

@@ -27,6 +27,12 @@ Workers = Annotated[
 GpusPerWorker = Annotated[
     float | None, typer.Option(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
 ]
+Divide = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|conditions|prompts", help="Pieces of conditions, or of prompts as well."
+    ),
+]
 
 
 def study(
@@ -44,13 +50,14 @@ def study(
     cluster: OnCluster = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
+    divide: Divide = "auto",
 ) -> None:
     """Sweep several pairs at several strengths and map kinds, and compare them in one report."""
     from rq4lens.cluster.study_file import read_study  # noqa: PLC0415 - keeps --help fast
     from rq4lens.cluster.study_job import run_study_file  # noqa: PLC0415
     from rq4lens.cluster.study_plan import plan_text  # noqa: PLC0415
 
-    many, wanted = Many(shard, cluster, workers, gpus_per_worker), read_study(file)
+    many, wanted = Many(shard, cluster, workers, gpus_per_worker, divide), read_study(file)
     if plan:
         output.print(plan_text(wanted, stage=watched), end="")
         return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.pieces import Piece, Request, pieces_of
+from rq4lens.cluster.pieces import Piece, Request, divided, pieces_of
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.files import make_directory, read_json, short_reason, write_json_atomic
@@ -40,6 +40,8 @@ class Job:
         n_prompts: measured prompts.
         layers: the layer and control layer of each grid.
         n_shards: into how many shares the first process divided it; 1 where it did not.
+        prompt_parts: ids of the prompts in the parts that pieces cover; empty where each covers
+            all.
     """
 
     request: Request
@@ -48,10 +50,11 @@ class Job:
     n_prompts: int
     layers: tuple[tuple[int, int | None], ...]
     n_shards: int = 1
+    prompt_parts: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(cls, request: Request, pair: ModelPair, n_shards: int = 1) -> Job:
-        """The job of a request, once both models were loaded.
+        """The job of a request, once both models were loaded; its prompts are not divided.
 
         Args:
             request: what is measured.
@@ -81,6 +84,10 @@ class Job:
 
     def pieces(self) -> list[Piece]:
         """All of its pieces, in order; no model is needed to name them."""
+        return divided(self.wholes(), self.prompt_parts) if self.prompt_parts else self.wholes()
+
+    def wholes(self) -> list[Piece]:
+        """Its conditions in pieces that cover all prompts."""
         config = self.request.config
         plans = [
             GridPlan(self.n_heads, layer, control, config.k, config.random_seeds)
@@ -88,12 +95,28 @@ class Job:
         ]
         return pieces_of(plans, config.alpha, self.key)
 
+    def rows(self, piece: Piece) -> int:
+        """How many rows (prompt x patch) a piece has."""
+        return len(piece.patches) * (len(piece.prompts) or self.n_prompts)
+
+    def unjoined(self, marks: Store) -> list[Piece]:
+        """Conditions that are not there for all prompts, though some of their parts may be."""
+        return [whole for whole in self.wholes() if marks.get(whole) is None]
+
     def missing(self, marks: Store) -> list[int]:
         """Places of the pieces that are not done."""
-        return [place for place, piece in enumerate(self.pieces()) if marks.get(piece) is None]
+        unjoined = {whole.key for whole in self.unjoined(marks)}
+        return [
+            place
+            for place, piece in enumerate(self.pieces())
+            if piece.whole.key in unjoined and (not piece.prompts or marks.get(piece) is None)
+        ]
 
-    def join(self, directory: Path) -> None:
+    def join(self, directory: Path) -> Job:
         """Write the job into its run directory, or check that the one there is the same.
+
+        Returns:
+            The job as it stands there: divided as the first process divided it.
 
         Raises:
             UserError: if the directory holds another job.
@@ -102,14 +125,14 @@ class Job:
         if not path.exists():
             make_directory(directory)
             write_json_atomic(path, self.to_dict())
-            return
-        other = read_job(directory)
+        other = read_job(directory, trust_remote_code=self.request.config.trust_remote_code)
         if other.identity != self.identity:
             what = ", ".join(sorted(_differences(other.identity, self.identity)))
             raise UserError(
                 f"{str(directory)!r} holds shares of another job ({what} differ): choose another "
                 "--out, or give the settings and files that it was begun with."
             )
+        return replace(self, n_shards=other.n_shards, prompt_parts=other.prompt_parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The job as plain JSON values."""
@@ -124,6 +147,7 @@ class Job:
             "n_prompts": self.n_prompts,
             "layers": [list(each) for each in self.layers],
             "n_shards": self.n_shards,
+            "prompt_parts": [list(part) for part in self.prompt_parts],
         }
 
 
@@ -144,7 +168,7 @@ def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
     if not path.is_file():
         raise UserError(
             f"{str(directory)!r} holds no shares ({JOB} is missing): name the folder that "
-            "`rq4lens run --shard I/N --out DIR` or `rq4lens sweep --shard I/N --out DIR` wrote to."
+            "`rq4lens run`, `sweep` or `study` wrote to with --shard I/N --out DIR."
         )
     record = read_json(path)
     try:
@@ -164,6 +188,7 @@ def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
             n_prompts=int(record["n_prompts"]),
             layers=tuple((int(main), control) for main, control in record["layers"]),
             n_shards=int(record["n_shards"]),
+            prompt_parts=tuple(tuple(map(str, part)) for part in record.get("prompt_parts", ())),
         )
     except (KeyError, TypeError, ValueError) as problem:
         if isinstance(problem, UserError):

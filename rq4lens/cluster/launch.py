@@ -9,10 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rq4lens.cluster.division import Division
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.where import Cluster, environment
 from rq4lens.errors import UserError
 from rq4lens.stages import Stage, silent
+from rq4lens.validation_request import ValidationRequest
+from rq4lens.validation_results import Validation
 
 
 def run_on_cluster(
@@ -20,6 +23,7 @@ def run_on_cluster(
     directory: Path,
     cluster: Cluster,
     *,
+    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> str:
@@ -32,6 +36,7 @@ def run_on_cluster(
         request: what is measured.
         directory: the run directory, on a file system that all nodes share.
         cluster: where.
+        division: whether prompts are divided too, if the job is not begun yet.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
@@ -41,7 +46,8 @@ def run_on_cluster(
     Raises:
         UserError: if Ray is not installed, or the request does not fit the pair or the cluster.
     """
-    return _ray_job(cluster).run(request, directory, cluster, fresh=fresh, stage=stage)
+    run = _with_ray(cluster, "ray_job").run
+    return run(request, directory, cluster, division=division, fresh=fresh, stage=stage)
 
 
 def finish_on_cluster(
@@ -49,6 +55,7 @@ def finish_on_cluster(
     cluster: Cluster,
     done: Callable[[Path], None],
     *,
+    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> None:
@@ -61,20 +68,50 @@ def finish_on_cluster(
         requests: what is measured, by run directory.
         cluster: where.
         done: told the directory of each job that is finished.
+        division: whether prompts are divided too where workers share a job.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
     Raises:
         UserError: as for :func:`run_on_cluster`.
     """
-    _ray_job(cluster).run_all(requests, cluster, done, fresh=fresh, stage=stage)
+    run_all = _with_ray(cluster, "ray_job").run_all
+    run_all(requests, cluster, done, division=division, fresh=fresh, stage=stage)
 
 
-def _ray_job(cluster: Cluster) -> Any:
-    """The module that imports Ray, once Ray's switches are set."""
+def validate_on_cluster(
+    request: ValidationRequest,
+    directory: Path,
+    cluster: Cluster,
+    *,
+    fresh: bool = False,
+    stage: Stage = silent,
+) -> Validation:
+    """Judge ranking methods on planted pairs, each a task of its own.
+
+    Args:
+        request: what is validated.
+        directory: where planted pairs are kept, on a file system that all nodes share.
+        cluster: where.
+        fresh: judge again what is kept.
+        stage: opens a stage of the work, for progress bars.
+
+    Returns:
+        What each method found.
+
+    Raises:
+        UserError: as for :func:`run_on_cluster`.
+    """
+    validate = _with_ray(cluster, "validation_ray").validate
+    validation: Validation = validate(request, directory, cluster, fresh=fresh, stage=stage)
+    return validation
+
+
+def _with_ray(cluster: Cluster, module: str) -> Any:
+    """A module that imports Ray, once Ray's switches are set."""
     if find_spec("ray") is None:
         raise UserError(
             "--cluster needs Ray, which is not installed: pip install 'rq4lens[cluster]'."
         )
     os.environ.update(environment(cluster))
-    return import_module("rq4lens.cluster.ray_job")
+    return import_module(f"rq4lens.cluster.{module}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rq4lens.cluster.division import Division, checked_division
 from rq4lens.cluster.where import LOCAL, Cluster
 from rq4lens.errors import UserError
 from rq4lens.stages import Stage, silent
@@ -23,6 +24,7 @@ class Many:
         cluster: ``"local"``, ``"auto"`` or the address of a Ray cluster.
         workers: workers of the cluster.
         gpus_per_worker: GPUs of each.
+        divide: ``"conditions"``, ``"prompts"`` or ``"auto"``.
 
     Raises:
         UserError: if the settings contradict each other.
@@ -32,6 +34,7 @@ class Many:
     cluster: str | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
+    divide: str = "auto"
 
     def __post_init__(self) -> None:
         if self.shard is not None and self.cluster is not None:
@@ -43,11 +46,20 @@ class Many:
             raise UserError(
                 "--workers and --gpus-per-worker are of a cluster: give --cluster local too."
             )
+        if checked_division(self.divide) != "auto" and not self.asked:
+            raise UserError(
+                "--divide says how work is shared out: give --shard I/N or --cluster local too."
+            )
 
     @property
     def asked(self) -> bool:
         """Whether the work is shared out at all."""
         return self.shard is not None or self.cluster is not None
+
+    @property
+    def division(self) -> Division:
+        """What was asked for of the prompts."""
+        return checked_division(self.divide)
 
     @property
     def where(self) -> Cluster:
@@ -74,5 +86,9 @@ class Many:
 
         if self.shard is not None:
             shard = Shard.parse(self.shard)
-            return run_shard(request, directory, shard, fresh=fresh, stage=stage)
-        return run_on_cluster(request, directory, self.where, fresh=fresh, stage=stage)
+            return run_shard(
+                request, directory, shard, division=self.division, fresh=fresh, stage=stage
+            )
+        return run_on_cluster(
+            request, directory, self.where, division=self.division, fresh=fresh, stage=stage
+        )

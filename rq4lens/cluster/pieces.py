@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 from typing import Any, Literal, TypeVar
 
 from rq4lens.config import RunConfig
@@ -63,25 +64,34 @@ class Piece:
         conditions: the conditions.
         alpha: their blend strength.
         job: key of the job that the piece belongs to, empty while none is known.
+        prompts: ids of the prompts that they are measured on; all measured prompts when empty.
     """
 
     conditions: tuple[Planned, ...]
     alpha: float
     job: str = ""
+    prompts: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """Its layer and first condition, short enough for a file name."""
+        """Its layer, first condition and prompts, short enough for a file name."""
         first = self.conditions[0]
-        return f"L{first.layer}_{first.cond}_and_{len(self.conditions) - 1}_more"
+        of = f"_of_{len(self.prompts)}_prompts" if self.prompts else ""
+        return f"L{first.layer}_{first.cond}_and_{len(self.conditions) - 1}_more{of}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides what is measured, by name."""
-        return {
+        whole = {
             "job": self.job,
             "alpha": float(self.alpha),
             "conditions": [[each.layer, list(each.heads), each.source] for each in self.conditions],
         }
+        return {**whole, "prompts": list(self.prompts)} if self.prompts else whole
+
+    @property
+    def whole(self) -> Piece:
+        """The same conditions on all measured prompts."""
+        return replace(self, prompts=())
 
     @property
     def key(self) -> str:
@@ -102,7 +112,8 @@ class Piece:
     def describe(self) -> str:
         """The piece in a few words."""
         first, last = self.conditions[0], self.conditions[-1]
-        return f"layer {first.layer} from {first.cond} to {last.cond}"
+        on = f" on {len(self.prompts)} prompts from {self.prompts[0]!r}" if self.prompts else ""
+        return f"layer {first.layer} from {first.cond} to {last.cond}{on}"
 
 
 def pieces_of(plans: Sequence[GridPlan], alpha: float, job: str = "") -> list[Piece]:
@@ -123,6 +134,20 @@ def pieces_of(plans: Sequence[GridPlan], alpha: float, job: str = "") -> list[Pi
     return [
         Piece(tuple(chunk), alpha, job) for plan in plans for chunk in _chunks(plan.fixed(), alpha)
     ]
+
+
+def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[Piece]:
+    """Pieces that cover a part of the prompts each.
+
+    Args:
+        pieces: the conditions, on all prompts.
+        parts: the prompts' ids in parts.
+
+    Returns:
+        Every piece of the first part, then of the second: whoever takes a stretch of them needs a
+        clean pass of few prompts.
+    """
+    return [replace(piece, prompts=part) for part in parts for piece in pieces]
 
 
 def _chunks(planned: Sequence[Planned], alpha: float) -> Iterator[list[Planned]]:
@@ -171,6 +196,11 @@ class Share:
     def cut(self, whole: Sequence[T]) -> Sequence[T]:
         """This part of a sequence; the shares of a whole cover it without overlap."""
         return whole[int(self.start * len(whole)) : int(self.stop * len(whole))]
+
+    @property
+    def n_like_it(self) -> int:
+        """How many shares of its size it takes to cover everything."""
+        return ceil(1 / (self.stop - self.start))
 
     def within(self, place: int, n_lists: int) -> Share | None:
         """Its part of one of several lists that stand end to end; None where it has none of it."""

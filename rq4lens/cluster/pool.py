@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rq4lens.errors import UserError
 
@@ -45,10 +45,15 @@ class Pool:
         self._opening: dict[Any, ActorHandle] = {}
         self._idle: list[ActorHandle] = []
         self._busy: dict[Any, tuple[ActorHandle, Any]] = {}
+        self._ready: dict[ActorHandle, Hashable] = {}
         self._losses: Counter[Hashable] = Counter()
 
     def run(
-        self, method: str, tasks: Iterable[Any], done: Callable[[Any], None] = lambda _: None
+        self,
+        method: str,
+        tasks: Iterable[Any],
+        done: Callable[[Any], None] = lambda _: None,
+        needs: Callable[[Any], Hashable] = lambda _: None,
     ) -> None:
         """Have every task done once, by whichever worker is free.
 
@@ -56,6 +61,8 @@ class Pool:
             method: the workers' method, which may be called again for the same task.
             tasks: its arguments.
             done: told each result.
+            needs: what a worker makes ready for a task and keeps for the next; tasks with the same
+                needs go to the same worker while there are others for the others.
 
         Raises:
             UserError: if a worker raises one, a task loses too many workers, or no worker starts.
@@ -64,7 +71,8 @@ class Pool:
         while left or self._busy:
             self._hire(len(left) + len(self._busy))
             while left and self._idle:
-                worker, task = self._idle.pop(), left.popleft()
+                worker = self._idle.pop()
+                task = self._take(worker, left, needs)
                 self._busy[getattr(worker, method).remote(task)] = (worker, task)
             if self._busy:
                 worked = time.monotonic()
@@ -74,6 +82,19 @@ class Pool:
                     self._opened(reference)
                 else:
                     self._collect(reference, left, done)
+
+    def _take(self, worker: ActorHandle, left: deque[Any], needs: Callable[[Any], Hashable]) -> Any:
+        """The task that suits a worker best: what it has ready, else what nobody else has."""
+        others = {needs(task) for _, task in self._busy.values()}
+
+        def cost(task: Any) -> int:
+            need = needs(task)
+            return 0 if self._ready.get(worker) == need else 2 if need in others else 1
+
+        task = min(left, key=cost)
+        left.remove(task)
+        self._ready[worker] = needs(task)
+        return task
 
     def close(self) -> None:
         """Let all workers go, whatever they are doing."""
@@ -108,7 +129,7 @@ class Pool:
     def _opened(self, reference: Any) -> None:
         worker = self._opening.pop(reference)
         try:
-            ray.get(reference)
+            _result(reference)
         except RayActorError:
             self._count_loss("starting")
         else:
@@ -117,7 +138,7 @@ class Pool:
     def _collect(self, reference: Any, left: deque[Any], done: Callable[[Any], None]) -> None:
         worker, task = self._busy.pop(reference)
         try:
-            result = ray.get(reference)
+            result = _result(reference)
         except RayActorError:
             # Whatever the worker had finished is in the store; the rest is measured elsewhere.
             self._count_loss(task)
@@ -143,3 +164,16 @@ class Pool:
                 f"{dict(ray.available_resources())}; ask for less with --gpus-per-worker or "
                 "--workers, or add machines. What is finished is kept."
             )
+
+
+def _result(reference: Any) -> Any:
+    """What a worker gave back; what it refused is raised here in its own words.
+
+    Ray raises an error whose text is the worker's traceback.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as problem:
+        if isinstance(problem.cause, UserError):
+            raise UserError(str(problem.cause)) from None
+        raise

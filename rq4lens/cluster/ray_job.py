@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import gc
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 
+from rq4lens.cluster.division import Division
 from rq4lens.cluster.jobs import JOB, PIECES, Job
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
 from rq4lens.cluster.where import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
 from rq4lens.cluster.workbench import Workbench
+from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
-from rq4lens.files import make_directory
-from rq4lens.patching.experiment import Experiment
+from rq4lens.files import made_directory, make_directory
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.store import Store
 
@@ -39,7 +40,7 @@ def gpus_of(cluster: Cluster) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def size_of(cluster: Cluster, n_pieces: int) -> int:
+def size_of(cluster: Cluster, n_pieces: int = sys.maxsize) -> int:
     """How many workers: no more than there are pieces, or than fit."""
     if cluster.workers is not None:
         return min(cluster.workers, n_pieces)
@@ -55,13 +56,25 @@ class Worker:
         request: what is measured.
         directory: the run directory, on a file system that all nodes share.
         is_first: whether it may begin the job; the others must find it begun.
+        n_workers: how many there will be at most.
+        division: how the first one divides the job.
         fresh: measure again what is there.
     """
 
-    def __init__(self, request: Request, directory: str, is_first: bool, fresh: bool) -> None:
+    def __init__(
+        self,
+        request: Request,
+        directory: str,
+        is_first: bool,
+        n_workers: int,
+        division: Division,
+        fresh: bool,
+    ) -> None:
         self.request = request
         self.directory = Path(directory)
         self.is_first = is_first
+        self.n_workers = n_workers
+        self.division = division
         self.fresh = fresh
         self._bench: Workbench | None = None
 
@@ -72,9 +85,10 @@ class Worker:
             UserError: if this node does not see the run directory, or the request does not fit.
         """
         if not self.is_first and not (self.directory / JOB).is_file():
-            raise UserError(_not_shared(str(self.directory)))
+            raise UserError(not_shared(str(self.directory)))
         self._bench = Workbench(self.request, self.directory, fresh=self.fresh)
-        self._job = self._bench.job()
+        self._job = self._bench.join_job(n_workers=self.n_workers, division=self.division)
+        self._pieces = self._job.pieces()
 
     @property
     def bench(self) -> Workbench:
@@ -93,23 +107,20 @@ class Worker:
         self.bench.fit([layer])
         return layer
 
-    @cached_property
-    def _experiment(self) -> Experiment:
-        return self.bench.prepare(self.bench.layers)
-
     def measure(self, place: int) -> int:
         """Measure a piece, or find it done.
 
         Returns:
             Its rows.
         """
-        piece = self._job.pieces()[place]
-        self.bench.measure(piece, self._experiment)
-        return len(piece.patches) * self._job.n_prompts
+        piece = self._pieces[place]
+        experiment = self.bench.prepare(self.bench.layers, piece.prompts)
+        self.bench.measure(piece, self._job, experiment)
+        return self._job.rows(piece)
 
     def finish(self, request: Request) -> str:
         """Write the results; the pair is let go first, for the command loads it itself."""
-        self.__dict__.pop("_experiment", None)
+        self.bench.join(self._job)
         self._bench = None
         gc.collect()
         return finish(request, self.directory)
@@ -138,7 +149,7 @@ class Finisher:
         """
         request, directory = self.jobs[place]
         if not Path(directory).is_dir():
-            raise UserError(_not_shared(directory))
+            raise UserError(not_shared(directory))
         finish(request, Path(directory), fresh=self.fresh)
         gc.collect()
         return place
@@ -149,7 +160,8 @@ def run_all(
     cluster: Cluster,
     done: Callable[[Path], None],
     *,
-    fresh: bool,
+    division: Division = "auto",
+    fresh: bool = False,
     stage: Stage = silent,
 ) -> None:
     """Measure several jobs; see :func:`rq4lens.cluster.launch.finish_on_cluster`."""
@@ -157,7 +169,7 @@ def run_all(
         size = size_of(cluster, len(requests) + 1)
         if size > len(requests):
             for directory, request in requests.items():
-                run(request, directory, cluster, fresh=fresh, stage=stage)
+                run(request, directory, cluster, division=division, fresh=fresh, stage=stage)
                 done(directory)
         else:
             _finish_all(requests, cluster, size, done, fresh=fresh, stage=stage)
@@ -196,7 +208,8 @@ def _finish_all(
         pool.close()
 
 
-def _not_shared(directory: str) -> str:
+def not_shared(directory: str) -> str:
+    """The sentence for a node that does not see the folder in which all meet."""
     return (
         f"node {socket.gethostname()!r} does not see {directory!r}: name a folder with --out that "
         "lies on a file system which all nodes share."
@@ -204,13 +217,18 @@ def _not_shared(directory: str) -> str:
 
 
 def run(
-    request: Request, directory: Path, cluster: Cluster, *, fresh: bool, stage: Stage = silent
+    request: Request,
+    directory: Path,
+    cluster: Cluster,
+    *,
+    division: Division = "auto",
+    fresh: bool = False,
+    stage: Stage = silent,
 ) -> str:
     """Measure a job and write its results; see :func:`rq4lens.cluster.launch.run_on_cluster`."""
-    make_directory(directory)
     request = _anywhere(request, cluster)
-    with connected(cluster):
-        pool = _pool(request, directory.resolve(), cluster, fresh)
+    with connected(cluster), made_directory(directory):
+        pool = _pool(request, directory.resolve(), cluster, division, fresh)
         try:
             return _run(request, directory, cluster, pool, Clock(stage), fresh)
         finally:
@@ -231,9 +249,11 @@ def _run(
         with clock("maps"):
             # All maps before any condition, so that every worker patches with the same ones.
             pool.run("fit", layers)
-        rows = sum(len(pieces[place].patches) for place in left) * job.n_prompts
+        rows = sum(job.rows(pieces[place]) for place in left)
         with clock(f"pieces on {pool.size} workers", rows) as advance:
-            pool.run("measure", left, advance or (lambda _: None))
+            pool.run(
+                "measure", left, advance or (lambda _: None), lambda place: pieces[place].prompts
+            )
     pool.shrink(1)
     summaries: list[str] = []
     with clock("results"):
@@ -242,13 +262,17 @@ def _run(
     return summaries[0] + lost
 
 
-def _pool(request: Request, directory: Path, cluster: Cluster, fresh: bool) -> Pool:
-    actor = ray.remote(Worker)
+def _pool(
+    request: Request, directory: Path, cluster: Cluster, division: Division, fresh: bool
+) -> Pool:
+    actor, n_workers = ray.remote(Worker), size_of(cluster)
 
     def start() -> Any:
         return actor.options(
             num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
-        ).remote(request, str(directory), not (directory / JOB).exists(), fresh)
+        ).remote(
+            request, str(directory), not (directory / JOB).exists(), n_workers, division, fresh
+        )
 
     # One at first: it begins the job, and says how many pieces there are.
     return Pool(start, 1)
@@ -316,8 +340,11 @@ def _require_loopback() -> None:
 
 
 def _anywhere(request: Request, cluster: Cluster) -> Request:
-    """The request as a process in another folder understands it, on as many GPUs as it gets."""
-    config = request.config
+    return replace(request, config=anywhere(request.config, cluster))
+
+
+def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
+    """The settings as a process in another folder understands them, on as many GPUs as it gets."""
     changes: dict[str, Any] = {
         name: str(Path(value).resolve())
         for name in ("base", "tuned", "prompts")
@@ -327,4 +354,4 @@ def _anywhere(request: Request, cluster: Cluster) -> Request:
         changes["cache"] = str(Path(config.cache).resolve())
     if (cluster.gpus_per_worker or 0) > 1 and config.device_map is None:
         changes["n_devices"] = int(cluster.gpus_per_worker or 1)
-    return replace(request, config=config.updated(**changes)) if changes else request
+    return config.updated(**changes) if changes else config

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
+from rq4lens.cluster.division import Division
 from rq4lens.cluster.jobs import PIECES, Job, kind_of_device, read_job
 from rq4lens.cluster.pieces import Request, Shard, Share
 from rq4lens.cluster.workbench import Workbench
@@ -23,6 +25,8 @@ def run_shard(
     shard: Shard,
     *,
     share: Share | None = None,
+    study: Path | None = None,
+    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> str:
@@ -35,6 +39,8 @@ def run_shard(
         directory: the run directory that all shares have in common.
         shard: which share.
         share: the part of the pieces, where it is not simply the shard's.
+        study: the directory of the study that the job belongs to, if it belongs to one.
+        division: whether prompts are divided too; the first share to come decides.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
@@ -45,23 +51,27 @@ def run_shard(
         UserError: if the request does not fit the pair, or the directory holds another job.
     """
     bench = Workbench(request, directory, fresh=fresh, stage=stage)
-    job = bench.job(shard.count)
-    pieces = (share or shard.share).cut(job.pieces())
-    # The layers of the whole share, done or not: what is measured is then the same after a kill.
-    layers = [layer for piece in pieces for layer in piece.layers]
-    left = [piece for piece in pieces if fresh or bench.marks.get(piece) is None]
+    mine = share or shard.share
+    job = bench.join_job(shard.count, mine.n_like_it, division)
+    every = job.pieces()
+    places, pieces = mine.cut(range(len(every))), mine.cut(every)
+    missing = set(places if fresh else job.missing(bench.marks))
+    left = [every[place] for place in places if place in missing]
     if left:
-        experiment = bench.prepare(layers)
-        rows = sum(len(piece.patches) for piece in left) * job.n_prompts
-        with bench.clock("pieces", rows) as advance:
-            for piece in left:
-                bench.measure(piece, experiment, advance)
+        with bench.clock("pieces", sum(map(job.rows, left))) as advance:
+            for prompts, together in groupby(left, key=lambda piece: piece.prompts):
+                # The layers of the whole share, done or not: a kill changes no product.
+                own = [piece for piece in pieces if piece.prompts == prompts]
+                layers = [layer for piece in own for layer in piece.layers]
+                experiment = bench.prepare(layers, prompts)
+                for piece in together:
+                    bench.measure(piece, job, experiment, advance)
     n_missing = len(job.missing(bench.marks))
     done = f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
     done += f"{len(pieces) - len(left)} were there already; "
     if n_missing:
         return f"{done}{n_missing} of {len(job.pieces())} pieces of the job are still missing\n"
-    return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {directory}\n"
+    return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {study or directory}\n"
 
 
 def merge_job(
@@ -89,6 +99,9 @@ def merge_job(
     """
     job = read_job(directory, trust_remote_code=trust_remote_code)
     _refuse_incomplete(job, directory, place, n_lists)
+    if job.unjoined(Store(directory / PIECES)):
+        Workbench(job.request, directory, stage=stage).join(job)
+        _refuse_incomplete(job, directory, place, n_lists)
     return finish(job.request, directory, stage=stage)
 
 

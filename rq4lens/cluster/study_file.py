@@ -1,16 +1,17 @@
-"""Study files: one TOML names the pairs, layers, strengths and map kinds of a whole study."""
+"""Study files: one TOML names the pairs, layers, strengths, map kinds and metrics of a study."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rq4lens.analysis.compared import COMPARED, METRICS, Metric, rank_by_of
 from rq4lens.cluster.pieces import Request
 from rq4lens.config import RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
@@ -35,6 +36,9 @@ class StudyFile(BaseModel):
     )
     map_kinds: tuple[str, ...] = Field(
         ("procrustes_scaled",), min_length=1, description="kinds of map"
+    )
+    metrics: tuple[str, ...] = Field(
+        COMPARED, min_length=1, description="what layers and pairs are compared by, first one first"
     )
     settings: dict[str, Any] = Field({}, description="settings of every pair, as of a run")
     pairs: tuple[dict[str, Any], ...] = Field(
@@ -73,11 +77,13 @@ class StudyPlan:
     Args:
         name: what the report calls it.
         cells: its sweeps, pair by pair.
+        metrics: what they are compared by; the first one is drawn.
         text: the file as it was written.
     """
 
     name: str
     cells: tuple[Cell, ...]
+    metrics: tuple[Metric, ...]
     text: str
 
 
@@ -104,6 +110,7 @@ def read_study(path: Path) -> StudyPlan:
             f"study file {str(path)!r} cannot be read as TOML: {short_reason(problem)}."
         ) from None
     file = _checked(values, str(path))
+    metrics = _metrics(file.metrics, str(path))
     _refuse_unknown(file.settings, _shared_settings(), f"[settings] of {str(path)!r}")
     cells = tuple(cell for pair in file.pairs for cell in _cells_of(pair, file, str(path)))
     names = [cell.name for cell in cells]
@@ -113,7 +120,7 @@ def read_study(path: Path) -> StudyPlan:
             f"{str(path)!r} measures {twice!r} twice: give each pair a name of its own, and list "
             "each strength and map kind once."
         )
-    return StudyPlan(file.name, cells, text)
+    return StudyPlan(file.name, cells, metrics, text)
 
 
 def _checked(values: Mapping[str, Any], where: str) -> StudyFile:
@@ -130,6 +137,15 @@ def _checked(values: Mapping[str, Any], where: str) -> StudyFile:
         ) from None
 
 
+def _metrics(names: Sequence[str], where: str) -> tuple[Metric, ...]:
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"metrics of {where!r} name {name!r}: {_advice(name, METRICS)}")
+        if names.count(name) > 1:
+            raise UserError(f"metrics of {where!r} name {name!r} twice: list each once.")
+    return tuple(METRICS[name] for name in names)
+
+
 def _shared_settings() -> list[str]:
     own = {"alpha", "map_kind", *NOT_SHARED}
     return [name for name in RunConfig.model_fields if name not in own]
@@ -138,9 +154,12 @@ def _shared_settings() -> list[str]:
 def _refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}."
-            raise UserError(f"{where} has unknown key {key!r}: {advice}")
+            raise UserError(f"{where} has unknown key {key!r}: {_advice(key, known)}")
+
+
+def _advice(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}."
 
 
 def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell]:
@@ -154,7 +173,9 @@ def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell
     start = {}
     if "base" not in values and values.get("pair") in preset_names():
         start = preset(values["pair"]).model_dump(exclude_unset=True)
-    settings = {**start, **file.settings, **values}
+    ranking = rank_by_of(file.metrics) if "metrics" in file.model_fields_set else None
+    ranked = {} if ranking is None else {"rank_by": ranking}
+    settings = {**start, **ranked, **file.settings, **values}
     settings.setdefault("pair", name)
     asked = None if layers is None else tuple(layers)
     return [

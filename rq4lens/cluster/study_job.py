@@ -74,7 +74,7 @@ def run_study_file(
     many = many or Many()
     _join(plan, directory)
     if many.shard is not None:
-        return _run_share(plan, directory, Shard.parse(many.shard), fresh=fresh, stage=stage)
+        return _run_share(plan, directory, many, fresh=fresh, stage=stage)
     marks = Store(directory / FINISHED, fresh=fresh)
     left = {
         own: cell
@@ -87,7 +87,9 @@ def run_study_file(
 
     if many.cluster is not None and left:
         requests = {own: cell.request for own, cell in left.items()}
-        finish_on_cluster(requests, many.where, done, fresh=fresh, stage=stage)
+        finish_on_cluster(
+            requests, many.where, done, division=many.division, fresh=fresh, stage=stage
+        )
     else:
         for place, (own, cell) in enumerate(left.items(), start=1):
             named = _named(f"{place}/{len(left)} {cell.name}", stage)
@@ -109,11 +111,12 @@ def _named(name: str, stage: Stage) -> Stage:
     return open_stage
 
 
-def _run_share(plan: StudyPlan, directory: Path, shard: Shard, *, fresh: bool, stage: Stage) -> str:
+def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, stage: Stage) -> str:
     """A share of a study is a stretch of its cells end to end: few of them, so few models.
 
     A cell that lies in it as a whole is finished here, and leaves nothing to merge.
     """
+    shard = Shard.parse(many.shard or "")
     marks, said = Store(directory / FINISHED, fresh=fresh), []
     for place, cell in enumerate(plan.cells):
         part = shard.share.within(place, len(plan.cells))
@@ -126,7 +129,16 @@ def _run_share(plan: StudyPlan, directory: Path, shard: Shard, *, fresh: bool, s
                 marks.put(_Finished(cell), {})
             said.append(f"{cell.name}: finished\n")
             continue
-        told = run_shard(cell.request, own, shard, share=part, fresh=fresh, stage=stage)
+        told = run_shard(
+            cell.request,
+            own,
+            shard,
+            share=part,
+            study=directory,
+            division=many.division,
+            fresh=fresh,
+            stage=stage,
+        )
         said.append(f"{cell.name}: {told}")
     return "".join(said) or f"share {shard.number}/{shard.count} has nothing to measure\n"
 

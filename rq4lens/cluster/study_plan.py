@@ -192,4 +192,6 @@ def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe
         f"about {seconds:,.0f} device-seconds in all on a device like this one (probed for "
         f"{took:.1f} s), fitting maps and resampling aside\n"
         f"about {disk / 2**20:,.1f} MiB of conditions, maps and activations\n"
+        f"compared by {', '.join(metric.name for metric in plan.metrics)}; single heads ranked by "
+        f"{' and '.join(sorted({cell.request.config.rank_by for cell in plan.cells}))}\n"
     )

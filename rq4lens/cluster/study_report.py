@@ -11,6 +11,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 from plotly.io import to_html
 
+from rq4lens.analysis.compared import Metric
+from rq4lens.analysis.metrics import bootstrap_of
 from rq4lens.cluster.study_file import CELLS, Cell, StudyPlan
 from rq4lens.errors import UserError
 from rq4lens.figures.export import CONFIG
@@ -43,23 +45,25 @@ tr.main { font-weight: 600; }
 {{ figure }}
 <h2>Proposed layers</h2>
 <div class="wide"><table>
-<tr><th>sweep</th><th>main</th><th>control</th><th>ΔKL(ALL), nats</th><th>95% CI</th>
-<th>best head</th><th>prompts</th></tr>
+<tr><th>sweep</th><th>main</th><th>control</th><th>{{ lead.label }}(ALL), {{ lead.unit }}</th>
+<th>95% CI</th><th>best head</th><th>prompts</th></tr>
 {% for each in cells %}<tr><td><a href="{{ each.link }}">{{ each.cell }}</a></td>
-<td>{{ each.main }}</td><td>{{ each.control }}</td><td>{{ each.delta }}</td>
-<td>{{ each.interval }}</td><td>{{ each.best }}</td><td>{{ each.n_prompts }}</td></tr>
+<td>{{ each.main }}</td><td>{{ each.control }}</td><td>{{ each | value(lead) }}</td>
+<td>{{ each | bounds(lead) }}</td><td>{{ each.best }}</td><td>{{ each.n_prompts }}</td></tr>
 {% endfor %}</table></div>
 <h2>Every layer</h2>
 <div class="wide"><table>
-<tr><th>sweep</th><th>layer</th><th>KL_raw(ALL)</th><th>KL_mapped(ALL)</th><th>ΔKL(ALL)</th>
-<th>95% CI</th><th>drop</th><th>k90</th><th>Gini</th></tr>
+<tr><th>sweep</th><th>layer</th>{% for metric in metrics %}<th>{{ metric.label }}(ALL)</th>
+<th>95% CI</th>{% endfor %}<th>k90</th><th>Gini</th></tr>
 {% for row in rows %}<tr{% if row.is_main %} class="main"{% endif %}><td>{{ row.cell }}</td>
-<td>{{ row.layer }}</td><td>{{ row.KL_raw | nats }}</td><td>{{ row.KL_mapped | nats }}</td>
-<td>{{ row.delta | nats }}</td><td>{{ row.delta_ci95 | bounds }}</td>
-<td>{{ row.drop_pct | percent }}</td><td>{{ row.k90 | count }}</td><td>{{ row.gini | share }}</td>
-</tr>
+<td>{{ row.layer }}</td>{% for metric in metrics %}<td>{{ row | value(metric) }}</td>
+<td>{{ row | bounds(metric) }}</td>{% endfor %}<td>{{ row.k90 | count }}</td>
+<td>{{ row.gini | share }}</td></tr>
 {% endfor %}</table></div>
-<p>ΔKL(ALL) = KL_raw(ALL) − KL_mapped(ALL), in nats. Bold: the proposed main layer of its sweep.
+<p>{% for metric in metrics %}{{ metric.label }}: {{ metric.meaning }}, in {{ metric.unit }}.
+{% endfor %}The best head is the one with the largest {{ lead.label }} of all single heads. Main and
+control layers are proposed by ΔKL(ALL), whatever is compared; k90 is of the coverage curve of the
+layer's own ranking, Gini of its single-head |ΔKL|. Bold: the proposed main layer of its sweep.
 Head indices mean nothing across layers or pairs: layers are compared by the effect of all their
 heads, and by how concentrated it is.</p>
 </body>
@@ -80,13 +84,19 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     Raises:
         UserError: if a cell has no results, or they are damaged.
     """
-    found = {cell.name: _read(cell, directory) for cell in plan.cells}
-    rows = [row for name, saved in found.items() for row in _rows(name, saved)]
-    cells = [_summary(name, saved) for name, saved in found.items()]
-    setting = _setting(plan, found)
-    write_json_atomic(directory / ROWS, {"name": plan.name, "cells": cells, "layers": rows})
-    write_text_atomic(directory / REPORT, _page(plan.name, setting, rows, cells))
-    return study_text(plan.name, cells)
+    found = {cell: _read(cell, directory) for cell in plan.cells}
+    rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
+    cells = [_summary(cell, saved, plan.metrics, rows) for cell, saved in found.items()]
+    record = {
+        "name": plan.name,
+        "metrics": [metric.name for metric in plan.metrics],
+        "cells": cells,
+        "layers": rows,
+    }
+    write_json_atomic(directory / ROWS, record)
+    setting = _setting(plan, list(found.values()))
+    write_text_atomic(directory / REPORT, _page(plan, setting, rows, cells))
+    return study_text(plan.name, cells, plan.metrics[0])
 
 
 def _read(cell: Cell, directory: Path) -> SavedLayers:
@@ -96,42 +106,49 @@ def _read(cell: Cell, directory: Path) -> SavedLayers:
     return saved
 
 
-def _rows(name: str, saved: SavedLayers) -> list[dict[str, Any]]:
-    any_grid = next(iter(saved.grids.values()))
-    main = saved.choice["main"]
-    return [
-        {
-            "cell": name,
-            "layer": row["layer"],
-            "n_layers": any_grid.settings.n_layers,
-            **{each: row[each] for each in ("KL_raw", "KL_mapped", "delta", "delta_ci95")},
-            "drop_pct": row["drop_pct"],
-            "k90": (row["curve"] or {}).get("k90"),
-            "gini": row["concentration"]["gini"],
-            "is_main": row["layer"] == main,
-        }
-        for row in saved.comparison["rows"]
-    ]
+def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    config, any_grid = cell.request.config, next(iter(saved.grids.values()))
+    bootstrap = bootstrap_of(any_grid, n_resamples=config.resamples, seed=config.seed)
+    rows: list[dict[str, Any]] = []
+    for row in saved.comparison["rows"]:
+        grid = saved.grids[row["layer"]]
+        values = [metric.of_layer(row, grid, bootstrap) for metric in metrics]
+        rows.append(
+            {
+                "cell": cell.name,
+                "layer": row["layer"],
+                "n_layers": any_grid.settings.n_layers,
+                **{name: value for each in values for name, value in each.items()},
+                "k90": (row["curve"] or {}).get("k90"),
+                "gini": row["concentration"]["gini"],
+                "is_main": row["layer"] == saved.choice["main"],
+            }
+        )
+    return rows
 
 
-def _summary(name: str, saved: SavedLayers) -> dict[str, Any]:
-    main, control = saved.choice["main"], saved.choice["control"]
-    row = next((each for each in saved.comparison["rows"] if each["layer"] == main), None)
-    ranking = saved.comparison["ranking"]
+def _summary(
+    cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    own = next((row for row in rows if row["cell"] == cell.name and row["is_main"]), {})
+    best = metrics[0].best_head(saved.grids)
     return {
-        "cell": name,
-        "main": main,
-        "control": control,
-        "delta": None if row is None else row["delta"],
-        "delta_ci95": None if row is None else row["delta_ci95"],
-        "best": ranking[0]["head"] if ranking else None,
+        "cell": cell.name,
+        "main": saved.choice["main"],
+        "control": saved.choice["control"],
+        **{
+            name: own.get(name)
+            for metric in metrics
+            for name in (metric.name, f"{metric.name}_ci95")
+        },
+        "best": None if best is None else best.label,
         "n_prompts": next(iter(saved.grids.values())).n_prompts,
         "reasons": list(saved.choice["reasons"]),
     }
 
 
-def _setting(plan: StudyPlan, found: Mapping[str, SavedLayers]) -> list[str]:
-    settings = [grid.settings for saved in found.values() for grid in saved.grids.values()]
+def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
+    settings = [grid.settings for saved in found for grid in saved.grids.values()]
     kinds = sorted({each.map_kind for each in settings})
     alphas = sorted({each.alpha for each in settings})
     return [
@@ -145,7 +162,7 @@ def _setting(plan: StudyPlan, found: Mapping[str, SavedLayers]) -> list[str]:
 
 
 def _page(
-    name: str,
+    plan: StudyPlan,
     setting: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     cells: Sequence[Mapping[str, Any]],
@@ -153,14 +170,13 @@ def _page(
     # Everything that is not the drawing is escaped; the drawing escapes its own texts.
     environment = Environment(autoescape=True)
     environment.filters |= {
-        "nats": _nats,
+        "value": _value,
         "bounds": _bounds,
-        "percent": lambda value: "undefined" if value is None else f"{value:.1f}%",
         "count": lambda value: "—" if value is None else f"{value:.0f}",
         "share": lambda value: "—" if value is None else f"{value:.2f}",
     }
     figure = to_html(
-        study_layers(rows, setting),
+        study_layers(rows, setting, plan.metrics),
         config=CONFIG,
         full_html=False,
         include_plotlyjs=True,
@@ -168,29 +184,32 @@ def _page(
         div_id="study_layers",
     )
     return environment.from_string(_PAGE).render(
-        name=name, figure=Markup(figure), rows=rows, cells=list(map(_shown, cells))
+        name=plan.name,
+        figure=Markup(figure),
+        rows=rows,
+        cells=list(map(_shown, cells)),
+        metrics=plan.metrics,
+        lead=plan.metrics[0],
     )
 
 
 def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell's row of the first table, as text."""
+    """A cell's row of the first table, as text where it is no metric."""
     return {
         **cell,
         "link": quote(f"{CELLS}/{cell['cell']}/"),
-        "main": _or_none(cell["main"]),
-        "control": _or_none(cell["control"]),
-        "delta": _nats(cell["delta"]),
-        "interval": _bounds(cell["delta_ci95"]),
-        "best": _or_none(cell["best"]),
+        **{name: _or_none(cell[name]) for name in ("main", "control", "best")},
     }
 
 
-def _nats(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.6f}"
+def _value(row: Mapping[str, Any], metric: Metric) -> str:
+    value = row[metric.name]
+    return "undefined" if value is None else metric.text(value)
 
 
-def _bounds(interval: Sequence[float] | None) -> str:
-    return "—" if interval is None else f"{interval[0]:.6f} to {interval[1]:.6f}"
+def _bounds(row: Mapping[str, Any], metric: Metric) -> str:
+    bounds = row[f"{metric.name}_ci95"]
+    return "—" if bounds is None else f"{metric.text(bounds[0])} to {metric.text(bounds[1])}"
 
 
 def _or_none(value: object) -> str:

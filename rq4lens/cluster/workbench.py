@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from rq4lens.cluster.jobs import PIECES, Job
-from rq4lens.cluster.pieces import Piece, Request
+from rq4lens.cluster.division import Division, divides_prompts
+from rq4lens.cluster.jobs import JOB, PIECES, Job
+from rq4lens.cluster.pieces import Piece, Request, divided
+from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.conditions import Recorder
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.prompt_parts import prompt_parts
 from rq4lens.preparation import cache_of, capture, keep_base, prepare_experiment
 from rq4lens.run_directory import CONDITIONS, MAPS
 from rq4lens.stages import Advance, Clock, Stage, silent
 from rq4lens.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Workbench:
@@ -46,7 +54,8 @@ class Workbench:
             kept_in = None if fresh else self._cache
             self.pair: ModelPair = pair_from_config(request.config, kept_in=kept_in)
             self.plans = request.plans(self.pair)
-        self._experiments: dict[tuple[int, ...], Experiment] = {}
+        self._experiments: dict[tuple[Any, ...], Experiment] = {}
+        self._fitted: set[int] = set()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -63,19 +72,41 @@ class Workbench:
         keep_base(config, self.pair, captured, self._cache)
         return captured
 
-    def job(self, n_shards: int = 1) -> Job:
+    def join_job(
+        self, n_shards: int = 1, n_workers: int | None = None, division: Division = "auto"
+    ) -> Job:
         """The job, agreed with whoever works in the directory too.
 
         Args:
             n_shards: into how many shares it is divided.
+            n_workers: how many processes work at it; as many as there are shares when left out.
+            division: how it is divided, if it is not begun yet.
 
         Raises:
             UserError: if the directory holds another job.
         """
         _ = self.activations  # both models are known now, loaded once each
         job = Job.of(self.request, self.pair, n_shards)
-        job.join(self.directory)
+        parts = self._prompt_parts()
+        if divides_prompts(division, len(job.wholes()), n_workers or n_shards, len(parts)):
+            job = replace(job, prompt_parts=parts)
+        return self._checked(job.join(self.directory))
+
+    def _checked(self, job: Job) -> Job:
+        ids = sorted(self.pair.tokens("tuned", self.request.config.split).ids)
+        if job.prompt_parts and sorted(each for part in job.prompt_parts for each in part) != ids:
+            raise UserError(
+                f"{str(self.directory / JOB)!r} is damaged (its parts do not hold each prompt "
+                "once): delete it and run one share again."
+            )
         return job
+
+    def _prompt_parts(self) -> tuple[tuple[str, ...], ...]:
+        config = self.request.config
+        prompts = self.pair.tokens("tuned", config.split)
+        model = self.pair.use("tuned").model
+        parts = prompt_parts(model, prompts, config.engine, config.batch_size)
+        return tuple(tuple(prompts.ids[row] for row in part) for part in parts)
 
     def fit(self, layers: Sequence[int]) -> None:
         """Fit the maps of some layers into the directory, or find them there."""
@@ -90,21 +121,33 @@ class Workbench:
             directory=self.directory / MAPS,
         )
 
-    def prepare(self, layers: Sequence[int]) -> Experiment:
-        """Make some layers ready to be measured; what was prepared last is kept."""
+    def prepare(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Experiment:
+        """Make some layers ready to be measured; what was prepared last is kept.
+
+        Args:
+            layers: the layers.
+            prompts: ids of the prompts; all measured prompts when empty.
+        """
         wanted = tuple(sorted(set(layers)))
-        if wanted not in self._experiments:
-            self._experiments = {
-                wanted: prepare_experiment(
-                    self.request.config,
-                    self.activations,
-                    wanted,
-                    self.clock,
-                    maps_directory=self.directory / MAPS,
-                    fresh=self.fresh,
-                )
-            }
-        return self._experiments[wanted]
+        place = (wanted, tuple(prompts))
+        if place not in self._experiments:
+            self._experiments = {}  # lets the memory of the one before go first
+            self._experiments[place] = prepare_experiment(
+                self.request.config,
+                self.activations,
+                wanted,
+                self.clock,
+                maps_directory=self.directory / MAPS,
+                fresh=self.fresh and not self._fitted.issuperset(wanted),
+                rows=self._rows_of(prompts) if prompts else None,
+            )
+            self._fitted.update(wanted)
+        return self._experiments[place]
+
+    def _rows_of(self, prompts: Sequence[str]) -> list[int]:
+        ids = self.pair.tokens("tuned", self.request.config.split).ids
+        places = {each: place for place, each in enumerate(ids)}
+        return [places[each] for each in prompts]
 
     @cached_property
     def marks(self) -> Store:
@@ -116,17 +159,50 @@ class Workbench:
         """The measured conditions."""
         return Store(self.directory / CONDITIONS, fresh=self.fresh)
 
-    def measure(self, piece: Piece, experiment: Experiment, advance: Advance | None = None) -> None:
-        """Measure a piece, or find it done; it is marked when the last condition is on disk.
+    def measure(
+        self, piece: Piece, job: Job, experiment: Experiment, advance: Advance | None = None
+    ) -> None:
+        """Measure a piece, or find it done; it is marked when its last number is on disk.
 
         Args:
             piece: the piece.
-            experiment: an experiment with its layers.
+            job: the job that it belongs to.
+            experiment: an experiment with its layers and prompts.
             advance: called with the number of rows (prompt x patch) just finished.
         """
         started = time.perf_counter()
         recorder = Recorder(experiment, piece.alpha, self.conditions, advance)
-        recorder.measure(piece.conditions)
-        rows = len(piece.patches) * len(experiment.prompts)
+        part: dict[str, Any] = {}
+        if not piece.prompts or recorder.is_stored(piece.conditions):
+            recorder.measure(piece.conditions)
+            piece = piece.whole
+        else:
+            part = recorder.measure_part(piece.conditions)
         seconds = round(time.perf_counter() - started, 4)
-        self.marks.put(piece, {"rows": rows, "seconds": seconds})
+        self.marks.put(piece, {"rows": job.rows(piece), "seconds": seconds, **part})
+        if piece.prompts:
+            self._join(piece.whole, job, recorder)
+
+    def join(self, job: Job) -> None:
+        """Join what lies there in parts of the prompts and was not joined when the last one came.
+
+        Two processes that finish the last two parts at once, on a file system that is slow to show
+        one what the other wrote, can both leave it.
+        """
+        for whole in self._checked(job).unjoined(self.marks):
+            if all(self.marks.get(each) is not None for each in divided([whole], job.prompt_parts)):
+                experiment = self.prepare(self.layers, job.prompt_parts[0])
+                self._join(whole, job, Recorder(experiment, whole.alpha, self.conditions))
+
+    def _join(self, whole: Piece, job: Job, recorder: Recorder) -> None:
+        pieces = divided([whole], job.prompt_parts)
+        parts = [part for piece in pieces if (part := self.marks.get(piece)) is not None]
+        if len(parts) < len(pieces):
+            return
+        foreign = recorder.join(whole.conditions, parts)
+        for place in foreign:
+            log.warning("%s was made with another map: to be measured again", pieces[place].label)
+            self.marks.path(pieces[place]).unlink(missing_ok=True)
+        if not foreign:
+            seconds = round(sum(part["seconds"] for part in parts), 4)
+            self.marks.put(whole, {"rows": job.rows(whole), "seconds": seconds})

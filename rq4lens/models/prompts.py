@@ -224,6 +224,12 @@ class TokenizedPrompts:
         """Number of tokens of each prompt."""
         return torch.tensor([len(tokens) for tokens in self.token_ids])
 
+    def some(self, rows: Sequence[int]) -> TokenizedPrompts:
+        """Some of the prompts, in the order of their places."""
+        dropped = tuple(self.n_dropped[row] for row in rows) if self.n_dropped else ()
+        token_ids = tuple(self.token_ids[row] for row in rows)
+        return TokenizedPrompts(tuple(self.ids[row] for row in rows), token_ids, dropped)
+
     @property
     def fingerprint(self) -> str:
         """Hash of the ids and tokens, and with them of every decision index."""

@@ -15,7 +15,10 @@ from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.patch import MAPPED, RAW, Advance, Patch
 from rq4lens.results import ConditionResult
-from rq4lens.store import ConditionIngredients, Store
+from rq4lens.store import ConditionIngredients, Store, content_key
+
+KL, ANSWER = "kl_nats", "answer_logprob_change_nats"
+"""What is stored of a patch: a number for each prompt."""
 
 CHUNK = 32
 """Patches measured and stored together. Rounding depends on how many rows a matrix product has, so
@@ -72,10 +75,61 @@ class Recorder:
         Returns:
             The results, in the order of the plan.
         """
-        patches = dict.fromkeys(patch for plan in planned for patch in plan.patches(self.alpha))
-        for chunk in _chunks([patch for patch in patches if patch not in self._measured]):
+        patches = [patch for patch in self._patches(planned) if patch not in self._measured]
+        for chunk in _chunks(patches):
             self._measured.update(zip(chunk, self._chunk(chunk), strict=True))
         return {plan.cond: self._result(plan) for plan in planned}
+
+    def is_stored(self, planned: Sequence[Planned]) -> bool:
+        """Whether the store has every patch of some conditions, on all prompts."""
+        return all(self._get(patch) is not None for patch in self._patches(planned))
+
+    def measure_part(self, planned: Sequence[Planned]) -> dict[str, Any]:
+        """What the experiment's prompts, a part of the split, add to some conditions.
+
+        Args:
+            planned: the conditions.
+
+        Returns:
+            The prompts' ids, and of each patch its key and its numbers in the order of the ids;
+            nothing of it is put into the store.
+        """
+        patches = self._patches(planned)
+        numbers = [each for chunk in _chunks(patches) for each in self._effects(chunk)]
+        return {
+            "prompts": list(self.experiment.prompt_ids),
+            "keys": [self._key(patch) for patch in patches],
+            "patches": numbers,
+        }
+
+    def join(self, planned: Sequence[Planned], parts: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Put conditions into the store that were measured in parts of the prompts.
+
+        Args:
+            planned: the conditions.
+            parts: what :meth:`measure_part` gave for each part.
+
+        Returns:
+            Places of the parts that were made from something else, such as another map; nothing is
+            stored if there are any.
+        """
+        patches = self._patches(planned)
+        keys = [self._key(patch) for patch in patches]
+        foreign = [place for place, part in enumerate(parts) if part["keys"] != keys]
+        if foreign or self.store is None:
+            return foreign
+        pair, split = self.experiment.pair, self.experiment.split
+        ids = pair.tokens("tuned", split).ids
+        for place, patch in enumerate(patches):
+            numbers = [(part["prompts"], part["patches"][place]) for part in parts]
+            self.store.put(self._ingredients(patch), _joined(ids, numbers))
+        return []
+
+    def _patches(self, planned: Sequence[Planned]) -> list[Patch]:
+        return list(dict.fromkeys(patch for plan in planned for patch in plan.patches(self.alpha)))
+
+    def _key(self, patch: Patch) -> str:
+        return content_key(self._ingredients(patch).to_dict())
 
     def _chunk(self, patches: Sequence[Patch]) -> list[dict[str, Any]]:
         stored = [self._get(patch) for patch in patches]
@@ -83,18 +137,21 @@ class Recorder:
         if len(found) == len(patches):
             self._report(len(patches))
             return found
-        effects = self.experiment.engine.effects(
-            [(patch,) for patch in patches], self.experiment.sources, self.advance
-        )
-        measured = [
-            {"kl_nats": kl.tolist(), "answer_logprob_change_nats": change.tolist()}
-            for kl, change in zip(effects.kl_nats, effects.answer_logprob_change_nats, strict=True)
-        ]
+        measured = self._effects(patches)
         for patch, before, payload in zip(patches, stored, measured, strict=True):
             if self.store is not None and before is None:
                 self.store.put(self._ingredients(patch), payload)
         # What is stored is what the table shows, even where this machine would round otherwise.
         return [before or new for before, new in zip(stored, measured, strict=True)]
+
+    def _effects(self, patches: Sequence[Patch]) -> list[dict[str, Any]]:
+        effects = self.experiment.engine.effects(
+            [(patch,) for patch in patches], self.experiment.sources, self.advance
+        )
+        return [
+            {KL: kl.tolist(), ANSWER: change.tolist()}
+            for kl, change in zip(effects.kl_nats, effects.answer_logprob_change_nats, strict=True)
+        ]
 
     def _get(self, patch: Patch) -> dict[str, Any] | None:
         return None if self.store is None else self.store.get(self._ingredients(patch))
@@ -110,10 +167,10 @@ class Recorder:
             layer=plan.layer,
             heads=plan.heads,
             alpha=self.alpha,
-            kl_raw_nats=np.array(raw["kl_nats"]),
-            kl_mapped_nats=np.array(mapped["kl_nats"]),
-            answer_logprob_change_raw_nats=np.array(raw["answer_logprob_change_nats"]),
-            answer_logprob_change_mapped_nats=np.array(mapped["answer_logprob_change_nats"]),
+            kl_raw_nats=np.array(raw[KL]),
+            kl_mapped_nats=np.array(mapped[KL]),
+            answer_logprob_change_raw_nats=np.array(raw[ANSWER]),
+            answer_logprob_change_mapped_nats=np.array(mapped[ANSWER]),
         )
 
     def _ingredients(self, patch: Patch) -> ConditionIngredients:
@@ -162,3 +219,18 @@ class Recorder:
 def _chunks(patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
     for start in range(0, len(patches), CHUNK):
         yield patches[start : start + CHUNK]
+
+
+def _joined(
+    ids: Sequence[str], parts: Sequence[tuple[Sequence[str], Mapping[str, Sequence[float]]]]
+) -> dict[str, list[float]]:
+    """Numbers of one patch in the order of the ids, from parts that hold each id once."""
+    joined = {}
+    for name in (KL, ANSWER):
+        by_id = {
+            each: number
+            for prompts, numbers in parts
+            for each, number in zip(prompts, numbers[name], strict=True)
+        }
+        joined[name] = [by_id[each] for each in ids]
+    return joined

@@ -183,6 +183,7 @@ def prepare(
     engine: EngineChoice = "suffix",
     batch_size: int = 32,
     activations: PairActivations | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Experiment:
     """Capture the measured prompts, map them, and set the tuned model behind an engine.
 
@@ -197,6 +198,8 @@ def prepare(
             condition.
         batch_size: prompts per forward pass.
         activations: already captured activations of this pair.
+        rows: places of the split's prompts that are measured, in the order in which they are; all
+            of them when left out.
 
     Returns:
         The experiment.
@@ -209,7 +212,9 @@ def prepare(
     activations = activations or PairActivations(pair, batch_size=batch_size)
     activations.capture("base", split, list(maps))
     raw_maps = _raw_maps(pair, list(maps), raw_baseline, activations)
-    prompts = pair.tokens("tuned", split)
+    every, groups = pair.tokens("tuned", split), pair.prompts.split(split).groups
+    chosen = slice(None) if rows is None else list(rows)
+    prompts = every if rows is None else every.some(rows)
     tuned_engine = make_engine(
         pair.use("tuned").model,
         prompts,
@@ -222,14 +227,15 @@ def prepare(
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():
         z_base = activations.z("base", split, layer)
-        tensors[layer, RAW] = raw_maps[layer](z_base) if layer in raw_maps else z_base
-        tensors[layer, MAPPED] = layer_map(z_base)
+        raw = raw_maps[layer](z_base) if layer in raw_maps else z_base
+        # All prompts are mapped, whichever are measured: products of other shapes round otherwise.
+        tensors[layer, RAW], tensors[layer, MAPPED] = raw[chosen], layer_map(z_base)[chosen]
         tensors[layer, SELF] = tuned_engine.tuned_z(layer)
     return Experiment(
         pair=pair,
         split=split,
         prompts=prompts,
-        groups=pair.prompts.split(split).groups,
+        groups=groups if rows is None else tuple(groups[row] for row in rows),
         maps=dict(maps),
         sources=Sources(tensors),
         engine=tuned_engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from rq4lens.models.catalog import (
     tokens_from_config,
 )
 from rq4lens.models.devices import free_bytes
-from rq4lens.models.memory import estimate_memory, gigabytes
-from rq4lens.models.pair import SIDES
+from rq4lens.models.memory import ModelSize, estimate_memory, gigabytes
+from rq4lens.models.pair import SIDES, require_same_heads
+from rq4lens.models.placement import Placement
 from rq4lens.models.prompts import FIT_SPLIT
 from rq4lens.patching.estimate import WorkMemory, work_memory
 from rq4lens.patching.memory import CPU_BUDGET_BYTES, FREE_SHARE_OF_GPU
@@ -40,7 +42,7 @@ class RunMemory:
         weights: of each model, by side; exact.
         keep_both: whether both models are held at once.
         dtype: type of the weights.
-        devices: the device of each block of the tuned model, each named once.
+        devices: where the blocks are: GPUs by name, or main memory.
         held: weights on each device while the tuned model is measured.
         largest_model: the most weights of a single model on each device.
         free: what is free on each device, and in main memory.
@@ -60,8 +62,8 @@ class RunMemory:
     def needed(self) -> dict[str, int]:
         """The most that each device and main memory hold at once."""
         needed = {place: self.held.get(place, 0) for place in self.free}
-        for device in self.devices:
-            needed[_place(device)] += self.work.on_device
+        for place in self.devices:
+            needed[place] += self.work.on_device
         needed[MAIN] += self.work.in_main_memory
         return needed
 
@@ -167,26 +169,21 @@ def plan_memory(config: RunConfig) -> RunMemory:
         The estimate; weights are neither read nor fetched.
 
     Raises:
-        UserError: if a model, its tokenizer or the prompts cannot be read, or a layer or k does not
-            fit the models.
+        UserError: if a model, its tokenizer or the prompts cannot be read, or the models do not
+            belong together, or a layer or k does not fit them.
     """
-    devices, keep_both = devices_of(config), holds_both(config)
+    devices, prompts = devices_of(config), prompts_from_config(config)
     sizes = {side: size_of(config, side) for side in SIDES}
+    cfg = sizes["tuned"].cfg
+    require_same_heads(sizes["base"].cfg, cfg)
+    plan, keep_both = plan_for(config, cfg.n_layers, cfg.n_heads), holds_both(config)
     estimates = {side: estimate_memory(size, devices) for side, size in sizes.items()}
+    on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
     tuned = estimates["tuned"]
-    on_devices = {side: each.size.weights.on(each.placement) for side, each in estimates.items()}
-    held: dict[str, int] = {}
-    largest: dict[str, int] = {}
-    for side, by_device in on_devices.items():
-        for device, n_bytes in by_device.items():
-            place = _place(device)
-            largest[place] = max(largest.get(place, 0), n_bytes)
-            if keep_both or side == "tuned":
-                held[place] = held.get(place, 0) + n_bytes
+    held = Counter(on["tuned"]) + Counter(on["base"] if keep_both else {})
+    largest = Counter(on["tuned"]) | Counter(on["base"])
     free = {_place(device): n_bytes for device, n_bytes in tuned.free.items()}
     free.setdefault(MAIN, free_bytes("cpu"))
-    prompts, cfg = prompts_from_config(config), sizes["tuned"].cfg
-    plan = plan_for(config, cfg.n_layers, cfg.n_heads)
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]
     work = work_memory(
         cfg,
@@ -205,12 +202,16 @@ def plan_memory(config: RunConfig) -> RunMemory:
         weights={side: size.weights.total for side, size in sizes.items()},
         keep_both=keep_both,
         dtype=config.dtype,
-        devices=tuple(map(str, tuned.placement.devices)),
-        held=held,
-        largest_model=largest,
+        devices=tuple(dict.fromkeys(map(_place, devices.names))),
+        held=dict(held),
+        largest_model=dict(largest),
         free=free,
         work=work,
     )
+
+
+def _by_place(size: ModelSize, placement: Placement) -> dict[str, int]:
+    return {_place(device): n for device, n in size.weights.on(placement).items()}
 
 
 def _place(device: str) -> str:

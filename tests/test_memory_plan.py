@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from engine_cases import ragged_prompts, tiny_model
+from loading_cases import edit_config
 from pair_on_disk import write_pair
 
 from rq4lens.config import config_from
@@ -168,3 +170,13 @@ def test_a_spread_model_is_counted_on_each_device(settings, monkeypatch):
     assert memory.largest_model == {"cuda:1": lower, "cuda:0": parts.total - lower}
     assert memory.held == {place: 2 * n for place, n in memory.largest_model.items()}
     assert memory.devices == ("cuda:1", "cuda:0")
+
+
+def test_models_of_other_heads_are_refused_before_a_weight_is_read(settings, monkeypatch, tmp_path):
+    """Head counts that differ are said as such, whatever else does not fit because of them."""
+    other = shutil.copytree(settings["tuned"], tmp_path / "other")
+    edit_config(other, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+    monkeypatch.setattr(catalog, "load_hooked", pytest.fail)
+    with pytest.raises(UserError, match="n_heads is 8 in the base and 4 in the tuned model"):
+        run_study(config_from({**settings, "tuned": str(other), "k": [8]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -7,9 +7,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
+from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
@@ -20,6 +21,9 @@ from rq4lens.models.reading import Reading, tokenize
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
+
+Shape: TypeAlias = "ModelCard | HookedTransformerConfig"
+"""What says how many layers and heads a model has, and how wide these are."""
 
 
 @dataclass(frozen=True)
@@ -291,13 +295,26 @@ class ModelPair:
         Raises:
             UserError: if they differ in layers, heads or head width.
         """
-        for what in ("n_layers", "n_heads", "d_head"):
-            of_base, of_tuned = getattr(self.base.card, what), getattr(self.tuned.card, what)
-            if of_base != of_tuned:
-                raise UserError(
-                    f"the models cannot be compared head by head: {what} is {of_base} in the base "
-                    f"and {of_tuned} in the tuned model; give a model and its own fine-tune."
-                )
+        require_same_heads(self.base.card, self.tuned.card)
+
+
+def require_same_heads(base: Shape, tuned: Shape) -> None:
+    """Refuse models whose heads cannot be compared one by one.
+
+    Args:
+        base: what is known of the base model.
+        tuned: what is known of the tuned model.
+
+    Raises:
+        UserError: if they differ in layers, heads or head width.
+    """
+    for what in ("n_layers", "n_heads", "d_head"):
+        of_base, of_tuned = getattr(base, what), getattr(tuned, what)
+        if of_base != of_tuned:
+            raise UserError(
+                f"the models cannot be compared head by head: {what} is {of_base} in the base "
+                f"and {of_tuned} in the tuned model; give a model and its own fine-tune."
+            )
 
 
 def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -> None:

@@ -49,10 +49,12 @@ from rq4lens.analysis.records import (
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
+from rq4lens.analysis.shapley import MAX_PAIRS, Orders
 from rq4lens.analysis.significance import HeadTests, head_tests
 from rq4lens.analysis.single_effects import single_ranking
 from rq4lens.analysis.stability import rank_stability
 from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -77,6 +79,7 @@ def analyse(
     *,
     n_resamples: int = 10_000,
     n_random_sets: int = N_RANDOM_SETS,
+    random_ks: Sequence[int] | None = None,
     n_splits: int = N_SPLITS,
     seed: int = 0,
     methods: Sequence[str] | None = None,
@@ -96,6 +99,9 @@ def analyse(
         experiment: the experiment behind it.
         n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
+        random_ks: sizes of random sets besides those of the grid; every size when left out. Nearly
+            all of an analysis' time and memory goes into them: each set is measured on every
+            prompt, twice.
         n_splits: random half splits behind the cross-fitted numbers.
         seed: seed of all draws.
         methods: ranking methods to compare; all of them when left out.
@@ -106,12 +112,16 @@ def analyse(
 
     Returns:
         The analysis.
+
+    Raises:
+        UserError: if a size of random sets does not fit the layer.
     """
     work = _Work(
         grid=grid,
         measured=MeasuredSets.of_grid(grid, experiment),
         bootstrap=bootstrap_of(grid, n_resamples=n_resamples, seed=seed),
         n_random_sets=n_random_sets,
+        random_ks=_random_ks(grid, random_ks),
         n_splits=n_splits,
         methods=tuple(METHODS if methods is None else methods),
         sweep_alphas=tuple(alphas),
@@ -122,6 +132,17 @@ def analyse(
     return work.analysis()
 
 
+def _random_ks(grid: GridResult, asked: Sequence[int] | None) -> tuple[int, ...]:
+    sizes = range(1, grid.n_heads + 1)
+    for k in asked or ():
+        if k not in sizes:
+            raise UserError(
+                f"random sets of {k} heads do not exist: the layer has {grid.n_heads}; give sizes "
+                f"from 1 to {grid.n_heads}."
+            )
+    return tuple(sorted({*grid.settings.ks, *(sizes if asked is None else asked)}))
+
+
 @dataclass(frozen=True)
 class _Work:
     """One analysis under way: its parts, each computed once. See :func:`analyse`."""
@@ -130,6 +151,7 @@ class _Work:
     measured: MeasuredSets
     bootstrap: Bootstrap
     n_random_sets: int
+    random_ks: tuple[int, ...]
     n_splits: int
     methods: tuple[str, ...]
     sweep_alphas: tuple[float, ...]
@@ -184,6 +206,7 @@ class _Work:
             n_groups=self.bootstrap.n_groups,
             n_resamples=self.bootstrap.n_resamples,
             n_random_sets=self.n_random_sets,
+            random_ks=tuple(sets.k for sets in self.coverage.random),
             n_splits=self.n_splits,
             seed=self.bootstrap.seed,
         )
@@ -224,11 +247,13 @@ class _Work:
         return self.measured.kl_nats(self.measured.singles)
 
     @cached_property
-    def coverage(self) -> Coverage:
-        study = CoverageStudy(
+    def study(self) -> CoverageStudy:
+        """What the coverage table is made from."""
+        return CoverageStudy(
             ranking=self.ranking,
             rank_by=self.grid.settings.rank_by,
             ks=self.ks,
+            random_ks=self.random_ks,
             seed_sets=seed_sets(self.grid),
             measured=self.measured,
             full=self.full,
@@ -237,7 +262,10 @@ class _Work:
             n_splits=self.n_splits,
             seed=self.bootstrap.seed,
         )
-        found = coverage(study) if self.can_measure else coverage_of_grid(study)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        found = coverage(self.study) if self.can_measure else coverage_of_grid(self.study)
         by_answer = answer_coverage(self.grid, self.bootstrap)
         rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
         return replace(found, rows=rows)
@@ -247,8 +275,24 @@ class _Work:
         if not self.can_measure:
             return Methods((), (), ())
         return compare_methods(
-            self.methods, self.measured, self.full, self.ks, self.bootstrap, self.bootstrap.seed
+            self.methods,
+            self.measured,
+            self.full,
+            self.ks,
+            self.bootstrap,
+            self.bootstrap.seed,
+            self.orders,
         )
+
+    @cached_property
+    def orders(self) -> Orders | None:
+        """Random orders of the heads for Shapley values; None where they are too few.
+
+        With random sets of every size, the sets along all random rankings are measured already.
+        """
+        pairs = self.study.rankings.pairs
+        every_size = len(self.random_ks) == self.grid.n_heads
+        return None if len(pairs) < 2 else pairs if every_size else pairs[: 2 * MAX_PAIRS]
 
     @property
     def rankings(self) -> tuple[HeadRanking, ...]:
@@ -335,9 +379,9 @@ class _Work:
         if len(halves):
             yield fold_agreement(self.measured, halves[0], self.ks, self.bootstrap)
         for ranking in self.compared.rankings:
-            if ranking.method == "shapley":
-                found = seed_agreement(self.measured, ranking, self.ks, self.bootstrap)
-                yield from () if found is None else (found,)
+            sampled = ranking.method == "shapley" and not ranking.settings["exact"]
+            if sampled and self.orders is not None:
+                yield seed_agreement(self.measured, self.orders, self.ks, self.bootstrap)
 
     @cached_property
     def stability(self) -> RankStability:

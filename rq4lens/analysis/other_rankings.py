@@ -13,12 +13,12 @@ from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.metrics import full_effect
 from rq4lens.analysis.records import Agreement
-from rq4lens.analysis.shapley import rank_by_shapley
+from rq4lens.analysis.shapley import MeanGains, Orders
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps import MapKind
-from rq4lens.results import ConditionResult, GridResult, HeadRanking
+from rq4lens.results import ConditionResult, GridResult
 
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
 
@@ -138,23 +138,26 @@ def _on_some(
 
 
 def seed_agreement(
-    measured: MeasuredSets, ranking: HeadRanking, ks: Sequence[int], bootstrap: Bootstrap
-) -> Agreement | None:
-    """Compare a ranking by sampled Shapley values with one from other permutations.
+    measured: MeasuredSets, orders: Orders, ks: Sequence[int], bootstrap: Bootstrap
+) -> Agreement:
+    """Compare the rankings by Shapley values from two halves of the random permutations.
 
     Args:
         measured: the head sets of the main layer; what is missing is measured.
-        ranking: the ranking by Shapley values.
+        orders: the permutations, at least two pairs of them.
         ks: sizes at which the overlap of the top k is taken.
         bootstrap: the resamples.
 
     Returns:
-        The agreement; None where the values are exact and no seed enters.
+        The agreement.
     """
-    if ranking.settings["exact"]:
-        return None
-    seed = int(ranking.settings["seed"])
-    again = rank_by_shapley(measured, seed=seed + 1)
-    one = Scored.of(ranking, bootstrap, f"shapley, seed {seed}")
-    other = Scored.of(again, bootstrap, f"shapley, seed {seed + 1}")
+    half = len(orders) // 2
+    one = _shapley_of("shapley, one half of the orders", measured, orders[:half], bootstrap)
+    other = _shapley_of("shapley, the other half", measured, orders[half:], bootstrap)
     return agreement("seed", one, other, ks, bootstrap)
+
+
+def _shapley_of(name: str, measured: MeasuredSets, orders: Orders, bootstrap: Bootstrap) -> Scored:
+    mean = MeanGains(measured)
+    mean.add(orders)
+    return Scored.of_prompts(name, mean.per_prompt, bootstrap)

@@ -94,6 +94,11 @@ class RandomRankings:
         """Number of relabellings."""
         return len(self.of_first)
 
+    @property
+    def pairs(self) -> Int64[ndarray, "draw 2 head"]:
+        """The two random rankings of each relabelling; pairs are independent of each other."""
+        return np.stack([self.of_second, self.of_first], axis=1)
+
     @cached_property
     def rankings(self) -> Int64[ndarray, "ranking head"]:
         """All random rankings."""
@@ -152,7 +157,9 @@ def random_sets(
     full_delta: float | None,
     seeds: dict[int, Indices],
 ) -> RandomSets:
-    """Random head sets of one size: all of them when they are few, independent draws otherwise.
+    """Random head sets of one size: all of them when they are few, draws otherwise.
+
+    The draws of all sizes are the first k heads of the same random rankings.
 
     Args:
         rankings: the random rankings that give the draws.
@@ -166,6 +173,21 @@ def random_sets(
     delta = measured.delta(everything) if exhaustive else rankings.delta(k)
     of_seeds = dict(zip(seeds, measured.delta(seeds.values()) if seeds else [], strict=True))
     return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
+
+
+def plain_p_value(random: RandomSets, observed: float) -> PValue:
+    """How often random sets reach the effect of a set of their size.
+
+    Among all sets of a size the judged one is counted already; drawn sets are joined by it.
+
+    Args:
+        random: the random sets.
+        observed: mean ``ΔKL`` of the set that is judged.
+    """
+    draws = np.array(random.delta_nats)
+    if random.exhaustive:
+        return PValue(at_least(draws, observed) / len(draws), 1 / len(draws))
+    return PValue(monte_carlo_p_value(draws, observed), 1 / (1 + len(draws)))
 
 
 def describe(
@@ -196,8 +218,6 @@ def describe(
         mean_pct=float(coverage.mean()) if len(coverage) else None,
         quantiles_pct={f"{q:g}": value for q, value in zip(QUANTILES, levels, strict=False)},
         seeds_pct=_seeds_pct(of_seeds, full_delta),
-        band_low_pct=None,
-        band_high_pct=None,
     )
 
 

@@ -138,6 +138,7 @@ def test_sizes_of_random_sets_can_be_chosen():
     assert len(found.rankings) == 2
     everywhere = analysed(game, ks=(2,), methods=["shapley"])
     assert [sets.k for sets in everywhere.random] == list(range(1, 15))
+    assert everywhere.settings.random_ks == tuple(range(1, 15))
 
 
 @pytest.mark.parametrize("k", [0, 4])

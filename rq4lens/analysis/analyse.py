@@ -37,6 +37,7 @@ from rq4lens.analysis.other_rankings import (
     metric_agreement,
     seed_agreement,
 )
+from rq4lens.analysis.random_sizes import random_sizes
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.records import (
     Agreement,
@@ -54,7 +55,6 @@ from rq4lens.analysis.significance import HeadTests, head_tests
 from rq4lens.analysis.single_effects import single_ranking
 from rq4lens.analysis.stability import rank_stability
 from rq4lens.analysis.statistics import Bootstrap
-from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -99,9 +99,8 @@ def analyse(
         experiment: the experiment behind it.
         n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
-        random_ks: sizes of random sets besides those of the grid; every size when left out. Nearly
-            all of an analysis' time and memory goes into them: each set is measured on every
-            prompt, twice.
+        random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
+            afforded, see :func:`rq4lens.analysis.random_sizes.random_sizes`.
         n_splits: random half splits behind the cross-fitted numbers.
         seed: seed of all draws.
         methods: ranking methods to compare; all of them when left out.
@@ -121,7 +120,9 @@ def analyse(
         measured=MeasuredSets.of_grid(grid, experiment),
         bootstrap=bootstrap_of(grid, n_resamples=n_resamples, seed=seed),
         n_random_sets=n_random_sets,
-        random_ks=_random_ks(grid, random_ks),
+        random_ks=random_sizes(
+            grid.n_heads, grid.settings.ks, grid.n_prompts, n_random_sets, random_ks
+        ),
         n_splits=n_splits,
         methods=tuple(METHODS if methods is None else methods),
         sweep_alphas=tuple(alphas),
@@ -130,17 +131,6 @@ def analyse(
         advance=advance,
     )
     return work.analysis()
-
-
-def _random_ks(grid: GridResult, asked: Sequence[int] | None) -> tuple[int, ...]:
-    sizes = range(1, grid.n_heads + 1)
-    for k in asked or ():
-        if k not in sizes:
-            raise UserError(
-                f"random sets of {k} heads do not exist: the layer has {grid.n_heads}; give sizes "
-                f"from 1 to {grid.n_heads}."
-            )
-    return tuple(sorted({*grid.settings.ks, *(sizes if asked is None else asked)}))
 
 
 @dataclass(frozen=True)
@@ -292,7 +282,7 @@ class _Work:
         """
         pairs = self.study.rankings.pairs
         every_size = len(self.random_ks) == self.grid.n_heads
-        return None if len(pairs) < 2 else pairs if every_size else pairs[: 2 * MAX_PAIRS]
+        return None if len(pairs) < 2 else pairs if every_size else pairs[:MAX_PAIRS]
 
     @property
     def rankings(self) -> tuple[HeadRanking, ...]:

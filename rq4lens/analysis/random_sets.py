@@ -21,11 +21,9 @@ from numpy import ndarray
 from rq4lens.analysis.crossfit import CrossFit
 from rq4lens.analysis.curves import largest_deviation, max_deviation_width
 from rq4lens.analysis.measured import Indices, MeasuredSets
+from rq4lens.analysis.random_sizes import EXHAUSTIVE_LIMIT
 from rq4lens.analysis.records import RandomSets
 from rq4lens.analysis.statistics import LEVEL
-
-EXHAUSTIVE_LIMIT = 1000
-"""Sizes with at most this many sets are enumerated."""
 
 QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
 

@@ -7,6 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 from games import Game, measured, noisy_game
+from scipy.stats import kstest
 
 from rq4lens.analysis.best_sets import best_subsets, interaction_matrix
 from rq4lens.analysis.coverage import CoverageStudy, coverage, coverage_of_grid, seed_sets
@@ -274,6 +275,27 @@ def test_random_band_holds_whole_rankings():
     assert band.p_value == pytest.approx(1 / 4001)
 
 
+def test_random_band_follows_a_skewed_distribution():
+    """Where nine of ten rankings cover nothing, the band does not reach below nothing."""
+    rng = np.random.default_rng(0)
+    curves = (rng.random((4000, 5)) < 0.1).cumsum(1) * rng.exponential(size=(4000, 1))
+    band = random_band(curves, np.full(5, 100.0))
+    assert band.low_pct == (0, 0, 0, 0, 0)
+    assert (np.array(band.high_pct) < curves.max(0)).all()
+    inside = (curves >= band.low_pct) & (curves <= band.high_pct)
+    assert inside.all(1).mean() == pytest.approx(0.95, abs=0.005)
+
+
+def test_how_extreme_a_ranking_is_has_a_uniform_p_value():
+    """Over random rankings that are judged by others of their kind, the p-value is uniform."""
+    rng = np.random.default_rng(1)
+    p_values = []
+    for _ in range(200):
+        curves = rng.exponential(size=(100, 4)).cumsum(1)
+        p_values.append(random_band(curves[1:], curves[0]).p_value)
+    assert kstest(p_values, "uniform").pvalue > 0.01
+
+
 def test_random_sets_of_every_size_come_from_the_same_rankings():
     """At every k: a distribution, p-values with their minimum, and one band; sets are nested."""
     study = study_of(noisy_game(np.arange(13) ** 2 / 9, 20), random_ks=range(1, 14))
@@ -310,7 +332,8 @@ def test_one_band_holds_random_rankings_at_every_size():
     low, high = (np.array([getattr(s, name) for s in random]) for name in BAND)
     orders = np.random.default_rng(5).permuted(np.tile(np.arange(7), (2000, 1)), axis=1)
     drawn = np.array([study.measured.delta(prefixes(order)[1:]) for order in orders.tolist()])
-    inside = (100 * drawn / study.full_delta >= low) & (100 * drawn / study.full_delta <= high)
+    drawn_pct = 100 / study.full_delta * drawn
+    inside = (drawn_pct >= low) & (drawn_pct <= high)
     assert inside[:, :-1].all(1).mean() == pytest.approx(0.95, abs=0.02)
 
 

@@ -50,7 +50,7 @@ from rq4lens.analysis.records import (
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
-from rq4lens.analysis.shapley import MAX_PAIRS, Orders
+from rq4lens.analysis.shapley import Orders
 from rq4lens.analysis.significance import HeadTests, head_tests
 from rq4lens.analysis.single_effects import single_ranking
 from rq4lens.analysis.stability import rank_stability
@@ -276,13 +276,10 @@ class _Work:
 
     @cached_property
     def orders(self) -> Orders | None:
-        """Random orders of the heads for Shapley values; None where they are too few.
-
-        With random sets of every size, the sets along all random rankings are measured already.
-        """
+        """Random orders of the heads along which every head set is measured, if there are any."""
         pairs = self.study.rankings.pairs
         every_size = len(self.random_ks) == self.grid.n_heads
-        return None if len(pairs) < 2 else pairs if every_size else pairs[:MAX_PAIRS]
+        return pairs if every_size and len(pairs) > 1 else None
 
     @property
     def rankings(self) -> tuple[HeadRanking, ...]:
@@ -369,9 +366,10 @@ class _Work:
         if len(halves):
             yield fold_agreement(self.measured, halves[0], self.ks, self.bootstrap)
         for ranking in self.compared.rankings:
-            sampled = ranking.method == "shapley" and not ranking.settings["exact"]
-            if sampled and self.orders is not None:
-                yield seed_agreement(self.measured, self.orders, self.ks, self.bootstrap)
+            if ranking.method == "shapley" and not ranking.settings["exact"]:
+                yield seed_agreement(
+                    self.measured, self.bootstrap.seed, self.orders, self.ks, self.bootstrap
+                )
 
     @cached_property
     def stability(self) -> RankStability:

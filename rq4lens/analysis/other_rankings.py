@@ -13,7 +13,7 @@ from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.metrics import full_effect
 from rq4lens.analysis.records import Agreement
-from rq4lens.analysis.shapley import MeanGains, Orders
+from rq4lens.analysis.shapley import Orders, rank_by_shapley, shapley_of_orders
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -138,26 +138,30 @@ def _on_some(
 
 
 def seed_agreement(
-    measured: MeasuredSets, orders: Orders, ks: Sequence[int], bootstrap: Bootstrap
+    measured: MeasuredSets,
+    seed: int,
+    orders: Orders | None,
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
 ) -> Agreement:
-    """Compare the rankings by Shapley values from two halves of the random permutations.
+    """Compare rankings by sampled Shapley values from different random permutations.
 
     Args:
         measured: the head sets of the main layer; what is missing is measured.
-        orders: the permutations, at least two pairs of them.
+        seed: seed of the permutations; they are compared with those of the next one.
+        orders: permutations whose two halves are compared instead, at least two pairs of them.
         ks: sizes at which the overlap of the top k is taken.
         bootstrap: the resamples.
 
     Returns:
         The agreement.
     """
-    half = len(orders) // 2
-    one = _shapley_of("shapley, one half of the orders", measured, orders[:half], bootstrap)
-    other = _shapley_of("shapley, the other half", measured, orders[half:], bootstrap)
+    if orders is None:
+        names = [f"shapley, seed {each}" for each in (seed, seed + 1)]
+        found = [rank_by_shapley(measured, seed=each) for each in (seed, seed + 1)]
+    else:
+        half = len(orders) // 2
+        names = ["shapley, one half of the orders", "shapley, the other half"]
+        found = [shapley_of_orders(measured, part) for part in (orders[:half], orders[half:])]
+    one, other = (Scored.of(each, bootstrap, name) for each, name in zip(found, names, strict=True))
     return agreement("seed", one, other, ks, bootstrap)
-
-
-def _shapley_of(name: str, measured: MeasuredSets, orders: Orders, bootstrap: Bootstrap) -> Scored:
-    mean = MeanGains(measured)
-    mean.add(orders)
-    return Scored.of_prompts(name, mean.per_prompt, bootstrap)

@@ -11,7 +11,7 @@ from rq4lens.errors import UserError
 EXHAUSTIVE_LIMIT = 1000
 """Sizes with at most this many sets are enumerated."""
 
-MAX_ROWS = 3_000_000
+MAX_ROWS = 2_500_000
 """Rows (prompt x head set, raw and mapped) that random sets take unless sizes are named.
 
 About half a minute of two CPU cores for the built-in pair, and about a minute of one H200 for a

@@ -46,7 +46,7 @@ def rank_by_shapley(
         tolerance: largest standard error, as a share of ``|ΔKL(ALL)|``, at which sampling stops.
         max_pairs: number of antithetic pairs of permutations at which it stops in any case.
         seed: seed of the permutations.
-        orders: permutations to use instead of sampled ones, at least two pairs of them.
+        orders: permutations to use instead of sampled ones.
     """
     n_sampled = 2 * max_pairs * (measured.n_heads - 1)
     if 2**measured.n_heads <= max(n_sampled, measured.n_measured + 1):
@@ -107,7 +107,7 @@ def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
 
     Args:
         measured: the head sets measured so far; what is missing is measured.
-        orders: at least two pairs of permutations; standard errors are those of their mean.
+        orders: pairs of permutations; a single pair has no standard error.
     """
     mean = MeanGains(measured)
     mean.add(orders)
@@ -152,7 +152,9 @@ class MeanGains:
 
     @property
     def standard_errors(self) -> Float64[ndarray, "head"]:
-        """Standard error of each head's mean gain; at least two pairs are needed."""
+        """Standard error of each head's mean gain; infinite with one pair."""
+        if len(self._of_pairs) < 2:
+            return np.full(self._measured.n_heads, np.inf)
         return np.std(self._of_pairs, axis=0, ddof=1) / np.sqrt(len(self._of_pairs))
 
 

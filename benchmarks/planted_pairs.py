@@ -190,7 +190,8 @@ def main() -> None:
     start = time.perf_counter()
     bench = Bench.of(settings.drift)
     found = [bench.run(suite, settings.pairs) for suite in SUITES]
-    print("| method | " + " | ".join(f"{suite.name}: mean | worst | perfect" for suite in SUITES))
+    heads = [f"{suite.name}: mean | worst | perfect |" for suite in SUITES]
+    print("| method | " + " ".join(heads))
     print("|---" * (1 + 3 * len(SUITES)) + "|")
     for method in METHODS:
         print(f"| `{method}` | " + " | ".join(cells(f.precisions[method]) for f in found) + " |")

@@ -326,11 +326,11 @@ def test_the_table_repeats_the_p_values_of_its_sizes():
 
 def test_one_band_holds_random_rankings_at_every_size():
     """Rankings drawn afresh stay inside the band at all k at once at its nominal rate."""
-    study = study_of(noisy_game([4.0, 3, 2, 1, 1, 0, 0], 30), random_ks=range(1, 8))
+    study = study_of(noisy_game(np.arange(12.0) ** 2, 30), random_ks=range(1, 13))
     study = replace(study, n_random_sets=2000)
     random = coverage(study).random
     low, high = (np.array([getattr(s, name) for s in random]) for name in BAND)
-    orders = np.random.default_rng(5).permuted(np.tile(np.arange(7), (2000, 1)), axis=1)
+    orders = np.random.default_rng(5).permuted(np.tile(np.arange(12), (2000, 1)), axis=1)
     drawn = np.array([study.measured.delta(prefixes(order)[1:]) for order in orders.tolist()])
     drawn_pct = 100 / study.full_delta * drawn
     inside = (drawn_pct >= low) & (drawn_pct <= high)

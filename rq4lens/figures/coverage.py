@@ -216,7 +216,7 @@ def _random_band(random: Sequence[Record]) -> list[go.Scatter]:
     edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     fill = {"fill": "tonexty", "fillcolor": theme.translucent(theme.RANDOM, 0.25)}
     mean = go.Scatter(
-        name="random, 95% of sets",
+        name="random sets, 95%",
         x=k,
         y=[row["mean_pct"] for row in sets],
         mode="lines",
@@ -234,7 +234,7 @@ def _simultaneous_band(sets: Sequence[Record]) -> list[go.Scatter]:
     group = {"legendgroup": "random band", "hoverinfo": "skip"}
     return [
         go.Scatter(
-            name="random, 95% of rankings",
+            name="random rankings, 95%",
             x=[row["k"] for row in banded],
             y=[row[end] for row in banded],
             showlegend=end == "band_high_pct",

@@ -62,6 +62,7 @@ analysis = rq.analyse(
     alphas=(0.1, 0.3, 1.0),
     n_resamples=2000,
     n_random_sets=20,
+    random_ks=(),
 )
 print("methods:", ", ".join(ranking.method for ranking in analysis.rankings))
 print("α:", ", ".join(f"{point.alpha:g}" for point in analysis.alphas))

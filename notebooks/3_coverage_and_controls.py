@@ -64,6 +64,7 @@ analysis = rq.analyse(
     alphas=(0.3,),
     n_resamples=2000,
     n_random_sets=100,
+    random_ks=(),
 )
 rq.figures.coverage_curve(run, analysis)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.head_kinds import IDLE_SHARE
+from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.builtin.attended import AttendedInputs
 from rq4lens.models.builtin.plant import ChangeKind
@@ -177,3 +178,26 @@ def fitted(
     """
     share = min(1.0, min(n_groups / 2, n_candidates) / sum(planted.values()))
     return {kind: max(1, int(count * share)) for kind, count in planted.items()}
+
+
+def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
+    """Whether each of some heads does harm by its raw patch in whatever company of the others.
+
+    Where one head's damage undoes another's, patching both does less harm than patching one. What
+    such a head adds to ``ΔKL`` is negative, and a method that measures heads in the company of
+    others ranks it last, whatever was done to it. A head does harm when it adds at least a tenth
+    of an even share of what all of the heads do together.
+
+    Args:
+        measured: the head sets measured so far; ``KL_raw`` alone counts.
+        heads: the heads.
+    """
+    sets = [s for k in range(len(heads) + 1) for s in combinations(sorted(heads), k)]
+    raw = dict(zip(sets, measured.kl_nats(sets)[0].mean(-1).tolist(), strict=True))
+    line = IDLE_SHARE * raw[sets[-1]] / len(heads)
+    return all(
+        raw[tuple(sorted((*company, head)))] - raw[company] >= line
+        for company in sets
+        for head in heads
+        if head not in company
+    )

@@ -61,6 +61,7 @@ RUN_SETTINGS = (
     "rank_by",
     *PLACE_SETTINGS,
     "analysis",
+    "random_sizes",
     "resamples",
     "seed",
 )

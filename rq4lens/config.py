@@ -95,6 +95,10 @@ class RunConfig(BaseModel):
     analysis: Literal["full", "grid"] = Field(
         "full", description="full, or grid: only what the grid's own conditions support"
     )
+    random_sizes: Literal["affordable", "every", "k"] = Field(
+        "affordable",
+        description="where random sets are measured: as many k as can be afforded, every k, or k",
+    )
     resamples: int = Field(10_000, ge=100, le=1_000_000, description="bootstrap resamples")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of folds and resamples")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,11 +162,18 @@ def _analyse(
         grid,
         experiment,
         n_resamples=config.resamples,
+        random_ks=_random_ks(config, grid),
         seed=config.seed,
         activations=activations,
         neutral=neutral,
         advance=advance,
     )
+
+
+def _random_ks(config: RunConfig, grid: GridResult) -> Sequence[int] | None:
+    """Named sizes of random sets; None leaves the choice to the analysis."""
+    every = range(1, grid.n_heads + 1)
+    return {"affordable": None, "every": every, "k": ()}[config.random_sizes]
 
 
 def _grid(

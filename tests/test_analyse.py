@@ -95,14 +95,14 @@ def test_finding_is_checked_against_another_metric():
 
 def test_rankings_of_two_halves_and_of_two_seeds_are_compared():
     """Heads that differ clearly are ranked alike by any half and any permutations."""
-    strengths = [2.0**-head for head in range(10)]
+    strengths = [2.0**-head for head in range(14)]
     found = analysed(noisy_game(strengths, 40, noise=0.0), methods=["shapley"])
     by_kind = {agreement.kind: agreement for agreement in found.agreement}
     assert by_kind["fold"].kendall.value == pytest.approx(1)
     assert by_kind["seed"].kendall.value == pytest.approx(1)
     assert (by_kind["seed"].first, by_kind["seed"].second) == (
-        "shapley, seed 0",
-        "shapley, seed 1",
+        "shapley, one half of the orders",
+        "shapley, the other half",
     )
 
 
@@ -126,7 +126,36 @@ def test_no_sizes_to_report_is_no_error(measure):
     """A grid without top-k and random-k conditions has an empty coverage table."""
     found = analysed(noisy_game([1.0, 2.0, 0.5], 12), ks=(), measure=measure)
     assert found.coverage == ()
-    assert found.random == ()
+    assert [sets.k for sets in found.random] == ([1, 2, 3] if measure else [])
+    assert found.settings.random_ks == tuple(sets.k for sets in found.random)
+
+
+def test_sizes_of_random_sets_can_be_chosen():
+    """Random sets come at the grid's sizes and those asked for; Shapley values do not need more."""
+    game = noisy_game(np.arange(14.0), 6)
+    found = analysed(game, ks=(2,), random_ks=(5,), methods=["shapley"])
+    assert [sets.k for sets in found.random] == [2, 5]
+    assert len(found.rankings) == 2
+    everywhere = analysed(game, ks=(2,), methods=["shapley"])
+    assert [sets.k for sets in everywhere.random] == list(range(1, 15))
+    assert everywhere.settings.random_ks == tuple(range(1, 15))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_a_size_that_no_random_set_has_is_refused(k):
+    """Only sizes from 1 to H exist; the sentence says so."""
+    with pytest.raises(UserError, match=f"random sets of {k} heads .* give sizes from 1 to 3"):
+        analysed(noisy_game([1.0, 2.0, 0.5], 12), random_ks=(k,))
+
+
+def test_shapley_values_use_the_random_sets_that_are_measured():
+    """With random sets of every size no head set is measured for Shapley values alone."""
+    with_values, without = (noisy_game(np.arange(14.0), 6) for _ in range(2))
+    found = analysed(with_values, methods=["shapley"])
+    analysed(without, methods=[])
+    assert found.rankings[1].settings["n_permutations"] == 60
+    # The curve along the new ranking is all that is new.
+    assert with_values.n_measured - without.n_measured < 14
 
 
 def test_analysis_repeats_itself(tiny_pair, tiny_maps):

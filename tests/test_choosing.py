@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from games import Game, measured
 from tiny import random_prompts, tiny_model, word_tokenizer
 
-from rq4lens.choosing import BaseHeads, LayerCost, fitted
+from rq4lens.choosing import BaseHeads, LayerCost, damages_add, fitted
 from rq4lens.heads import Head
 from rq4lens.models.loading import LoadedModel
+from rq4lens.patching.experiment import HeadSetEffects
 
 SILENT, DEAD_LAYER = 3, 2
 
@@ -93,3 +95,28 @@ def test_a_choice_is_recorded(heads):
     assert record["heads"] == {"rewired": [head.label]}
     assert record["base_cost_nats"] == {head.label: heads.cost(1).group_nats[head.index]}
     assert isinstance(head, Head)
+
+
+class Pushes(Game):
+    """``KL_raw`` is the square of what the patched heads push the output by, together."""
+
+    def measure(self, layer, head_sets, alpha, **_):
+        raw = (self.masks(head_sets) @ self.single) ** 2
+        return HeadSetEffects(layer, alpha, tuple(head_sets), raw, raw, raw, raw)
+
+
+@pytest.mark.parametrize(
+    ("pushes", "adds"),
+    [
+        ([2.0, 1.0], True),
+        ([2.0, -1.0], False),
+        ([2.0, 0.01], False),
+        ([1.0, 1.0, -1.5], False),
+        ([1.0, 1.0, 1.0], True),
+        ([1.0], True),
+    ],
+)
+def test_damages_add_unless_one_head_undoes_anothers(pushes, adds):
+    """Two heads that push apart, or one that hardly pushes, fail; in any company, not in all."""
+    game = Pushes(np.array(pushes)[:, None])
+    assert damages_add(measured(game), range(len(pushes))) is adds

@@ -149,7 +149,9 @@ def test_random_heads_are_judged_on_other_prompts(effects, survives):
     bootstrap = Bootstrap(game.groups, 200)
     full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
     ranking = rank_by_delta(sets)
-    study = CoverageStudy(ranking, "delta", (4, 12), {}, sets, full, bootstrap, n_random_sets=100)
+    study = CoverageStudy(
+        ranking, "delta", (4, 12), (4, 12), {}, sets, full, bootstrap, n_random_sets=100
+    )
     rows = random_controls(coverage(study).rows, 12)
     assert [row.name for row in rows] == ["random heads, k=4"]
     assert rows[0].survives is survives

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from itertools import combinations, permutations
+from math import comb
 
 import numpy as np
 import pytest
 from games import Game, measured, noisy_game
+from scipy.stats import kstest
 
 from rq4lens.analysis.best_sets import best_subsets, interaction_matrix
 from rq4lens.analysis.coverage import CoverageStudy, coverage, coverage_of_grid, seed_sets
@@ -24,8 +26,10 @@ from rq4lens.analysis.single_effects import rank_by_delta
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.errors import UserError
 
+BAND = ("band_low_pct", "band_high_pct")
 
-def study_of(game, ks=(1, 2), n_random_sets=200, n_splits=3, seed=0, n_resamples=300):
+
+def study_of(game, ks=(1, 2), random_ks=(), n_random_sets=200, n_splits=3, seed=0, n_resamples=300):
     sets = measured(game)
     bootstrap = Bootstrap(game.groups, n_resamples, seed)
     full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
@@ -33,6 +37,7 @@ def study_of(game, ks=(1, 2), n_random_sets=200, n_splits=3, seed=0, n_resamples
         ranking=rank_by_delta(sets),
         rank_by="delta",
         ks=ks,
+        random_ks=tuple(sorted({*ks, *random_ks})),
         seed_sets={k: {0: tuple(range(k))} for k in ks},
         measured=sets,
         full=full,
@@ -250,7 +255,7 @@ def test_grid_alone_gives_the_table_of_the_study():
     own = MeasuredSets.of_grid(grid)
     seeds = seed_sets(grid)
     table = coverage_of_grid(
-        CoverageStudy(study.ranking, "delta", (1, 2), seeds, own, study.full, bootstrap_of(grid))
+        replace(study, seed_sets=seeds, measured=own, bootstrap=bootstrap_of(grid))
     )
     assert [row.n_subsets for row in table.rows] == [3, 3]
     assert table.rows[0].coverage_pct.value == pytest.approx(50, abs=3)
@@ -268,6 +273,68 @@ def test_random_band_holds_whole_rankings():
     inside = (curves >= band.low_pct) & (curves <= band.high_pct)
     assert inside.all(1).mean() == pytest.approx(0.95, abs=0.002)
     assert band.p_value == pytest.approx(1 / 4001)
+
+
+def test_random_band_follows_a_skewed_distribution():
+    """Where nine of ten rankings cover nothing, the band does not reach below nothing."""
+    rng = np.random.default_rng(0)
+    curves = (rng.random((4000, 5)) < 0.1).cumsum(1) * rng.exponential(size=(4000, 1))
+    band = random_band(curves, np.full(5, 100.0))
+    assert band.low_pct == (0, 0, 0, 0, 0)
+    assert (np.array(band.high_pct) < curves.max(0)).all()
+    inside = (curves >= band.low_pct) & (curves <= band.high_pct)
+    assert inside.all(1).mean() == pytest.approx(0.95, abs=0.005)
+
+
+def test_how_extreme_a_ranking_is_has_a_uniform_p_value():
+    """Over random rankings that are judged by others of their kind, the p-value is uniform."""
+    rng = np.random.default_rng(1)
+    p_values = []
+    for _ in range(200):
+        curves = rng.exponential(size=(100, 4)).cumsum(1)
+        p_values.append(random_band(curves[1:], curves[0]).p_value)
+    assert kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_random_sets_of_every_size_come_from_the_same_rankings():
+    """At every k: a distribution, p-values with their minimum, and one band; sets are nested."""
+    study = study_of(noisy_game(np.arange(13) ** 2 / 9, 20), random_ks=range(1, 14))
+    found = coverage(study)
+    assert [sets.k for sets in found.random] == list(range(1, 14))
+    assert [row.k for row in found.rows] == [1, 2]
+    assert {sets.k for sets in found.random if not sets.exhaustive} == {5, 6, 7, 8}
+    for sets in found.random:
+        assert sets.n_subsets == (comb(13, sets.k) if sets.exhaustive else 200)
+        assert 0 < sets.p_value_min <= sets.p_value <= 1
+        assert 0 < sets.plain_p_value_min <= sets.plain_p_value <= 1
+        assert sets.band_low_pct <= sets.mean_pct <= sets.band_high_pct
+    for ranking in study.rankings.rankings[:20].tolist():
+        nested = study.measured.delta(prefixes(ranking)[1:-1])
+        drawn = [sets.delta_nats for sets in found.random[:-1] if not sets.exhaustive]
+        assert all(nested[k - 1] in delta for k, delta in zip((5, 6, 7, 8), drawn, strict=True))
+
+
+def test_the_table_repeats_the_p_values_of_its_sizes():
+    """A row's p-values are those of the random sets of its size."""
+    found = coverage(study_of(noisy_game([5.0, 3, 2, 1, 0], 30), random_ks=(1, 3)))
+    by_k = {sets.k: sets for sets in found.random}
+    for row in found.rows:
+        sets = by_k[row.k]
+        assert (row.p_value, row.p_value_min) == (sets.p_value, sets.p_value_min)
+        assert (row.plain_p_value, row.n_subsets) == (sets.plain_p_value, sets.n_subsets)
+
+
+def test_one_band_holds_random_rankings_at_every_size():
+    """Rankings drawn afresh stay inside the band at all k at once at its nominal rate."""
+    study = study_of(noisy_game(np.arange(12.0) ** 2, 30), random_ks=range(1, 13))
+    study = replace(study, n_random_sets=2000)
+    random = coverage(study).random
+    low, high = (np.array([getattr(s, name) for s in random]) for name in BAND)
+    orders = np.random.default_rng(5).permuted(np.tile(np.arange(12), (2000, 1)), axis=1)
+    drawn = np.array([study.measured.delta(prefixes(order)[1:]) for order in orders.tolist()])
+    drawn_pct = 100 / study.full_delta * drawn
+    inside = (drawn_pct >= low) & (drawn_pct <= high)
+    assert inside[:, :-1].all(1).mean() == pytest.approx(0.95, abs=0.02)
 
 
 def test_halves_keep_groups_together_and_are_balanced():

@@ -71,6 +71,17 @@ def test_random_band_spans_the_saved_quantiles(grid, analysis):
     assert list(mean.y) == [row["mean_pct"] for row in analysis["random"]]
 
 
+def test_random_rankings_have_a_band_of_their_own(grid, analysis):
+    """Dotted lines hold random rankings at all measured sizes at once; hover names both bands."""
+    banded = [row | {"band_low_pct": -1.0, "band_high_pct": 90.0} for row in analysis["random"]]
+    figure = figures.coverage_curve(grid, {**analysis, "random": banded})
+    lines = [trace for trace in figure.data if trace.name == "random rankings, 95%"]
+    assert [set(line.y) for line in lines] == [{-1.0}, {90.0}]
+    assert all(list(line.x) == [row["k"] for row in banded] for line in lines)
+    hover = trace_named(figure, "random sets, 95%").hovertext[0]
+    assert "95% of rankings, at all k at once, in [-1, 90]%" in hover
+
+
 def test_a_live_analysis_draws_like_a_saved_one(grid, analysis):
     """An object with ``to_dict`` and its content give the same figure."""
 

@@ -56,7 +56,7 @@ def test_plain_p_values_of_null_heads_are_not():
         bootstrap = Bootstrap(game.groups, 50)
         full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
         study = CoverageStudy(
-            rank_by_delta(sets), "delta", (3,), {}, sets, full, bootstrap, n_random_sets=100
+            rank_by_delta(sets), "delta", (3,), (3,), {}, sets, full, bootstrap, n_random_sets=100
         )
         plain.append(coverage(study).rows[0].plain_p_value)
     assert np.mean(np.array(plain) <= 0.05) > 0.9

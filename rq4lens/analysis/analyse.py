@@ -37,6 +37,7 @@ from rq4lens.analysis.other_rankings import (
     metric_agreement,
     seed_agreement,
 )
+from rq4lens.analysis.random_sizes import random_sizes
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.records import (
     Agreement,
@@ -49,6 +50,7 @@ from rq4lens.analysis.records import (
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
+from rq4lens.analysis.shapley import Orders
 from rq4lens.analysis.significance import HeadTests, head_tests
 from rq4lens.analysis.single_effects import single_ranking
 from rq4lens.analysis.stability import rank_stability
@@ -77,6 +79,7 @@ def analyse(
     *,
     n_resamples: int = 10_000,
     n_random_sets: int = N_RANDOM_SETS,
+    random_ks: Sequence[int] | None = None,
     n_splits: int = N_SPLITS,
     seed: int = 0,
     methods: Sequence[str] | None = None,
@@ -96,6 +99,8 @@ def analyse(
         experiment: the experiment behind it.
         n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
+        random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
+            afforded, see :func:`rq4lens.analysis.random_sizes.random_sizes`.
         n_splits: random half splits behind the cross-fitted numbers.
         seed: seed of all draws.
         methods: ranking methods to compare; all of them when left out.
@@ -106,12 +111,18 @@ def analyse(
 
     Returns:
         The analysis.
+
+    Raises:
+        UserError: if a size of random sets does not fit the layer.
     """
     work = _Work(
         grid=grid,
         measured=MeasuredSets.of_grid(grid, experiment),
         bootstrap=bootstrap_of(grid, n_resamples=n_resamples, seed=seed),
         n_random_sets=n_random_sets,
+        random_ks=random_sizes(
+            grid.n_heads, grid.settings.ks, grid.n_prompts, n_random_sets, random_ks
+        ),
         n_splits=n_splits,
         methods=tuple(METHODS if methods is None else methods),
         sweep_alphas=tuple(alphas),
@@ -130,6 +141,7 @@ class _Work:
     measured: MeasuredSets
     bootstrap: Bootstrap
     n_random_sets: int
+    random_ks: tuple[int, ...]
     n_splits: int
     methods: tuple[str, ...]
     sweep_alphas: tuple[float, ...]
@@ -184,6 +196,7 @@ class _Work:
             n_groups=self.bootstrap.n_groups,
             n_resamples=self.bootstrap.n_resamples,
             n_random_sets=self.n_random_sets,
+            random_ks=tuple(sets.k for sets in self.coverage.random),
             n_splits=self.n_splits,
             seed=self.bootstrap.seed,
         )
@@ -224,11 +237,13 @@ class _Work:
         return self.measured.kl_nats(self.measured.singles)
 
     @cached_property
-    def coverage(self) -> Coverage:
-        study = CoverageStudy(
+    def study(self) -> CoverageStudy:
+        """What the coverage table is made from."""
+        return CoverageStudy(
             ranking=self.ranking,
             rank_by=self.grid.settings.rank_by,
             ks=self.ks,
+            random_ks=self.random_ks,
             seed_sets=seed_sets(self.grid),
             measured=self.measured,
             full=self.full,
@@ -237,7 +252,10 @@ class _Work:
             n_splits=self.n_splits,
             seed=self.bootstrap.seed,
         )
-        found = coverage(study) if self.can_measure else coverage_of_grid(study)
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        found = coverage(self.study) if self.can_measure else coverage_of_grid(self.study)
         by_answer = answer_coverage(self.grid, self.bootstrap)
         rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
         return replace(found, rows=rows)
@@ -247,8 +265,21 @@ class _Work:
         if not self.can_measure:
             return Methods((), (), ())
         return compare_methods(
-            self.methods, self.measured, self.full, self.ks, self.bootstrap, self.bootstrap.seed
+            self.methods,
+            self.measured,
+            self.full,
+            self.ks,
+            self.bootstrap,
+            self.bootstrap.seed,
+            self.orders,
         )
+
+    @cached_property
+    def orders(self) -> Orders | None:
+        """Random orders of the heads along which every head set is measured, if there are any."""
+        pairs = self.study.rankings.pairs
+        every_size = len(self.random_ks) == self.grid.n_heads
+        return pairs if every_size and len(pairs) > 1 else None
 
     @property
     def rankings(self) -> tuple[HeadRanking, ...]:
@@ -335,9 +366,10 @@ class _Work:
         if len(halves):
             yield fold_agreement(self.measured, halves[0], self.ks, self.bootstrap)
         for ranking in self.compared.rankings:
-            if ranking.method == "shapley":
-                found = seed_agreement(self.measured, ranking, self.ks, self.bootstrap)
-                yield from () if found is None else (found,)
+            if ranking.method == "shapley" and not ranking.settings["exact"]:
+                yield seed_agreement(
+                    self.measured, self.bootstrap.seed, self.orders, self.ks, self.bootstrap
+                )
 
     @cached_property
     def stability(self) -> RankStability:

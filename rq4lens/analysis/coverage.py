@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -15,9 +16,8 @@ from rq4lens.analysis.metrics import FullEffect
 from rq4lens.analysis.random_sets import (
     RandomBand,
     RandomRankings,
-    at_least,
     describe,
-    monte_carlo_p_value,
+    plain_p_value,
     random_band,
     random_sets,
 )
@@ -35,7 +35,7 @@ class Coverage:
     Args:
         rows: the coverage table, a row a k.
         curves: plain, cross-fitted and best-subset curves; empty without an experiment.
-        random: random head sets by size.
+        random: random head sets by size, of more sizes than the table has rows.
         random_p_value: probability that a random ranking strays as far, over all sizes at once.
     """
 
@@ -53,6 +53,7 @@ class CoverageStudy:
         ranking: the ranking whose top k is shown.
         rank_by: the score by which halves of the prompts are ranked.
         ks: the sizes shown.
+        random_ks: the sizes of random sets, in ascending order; those shown are among them.
         seed_sets: the run's own random sets, by size and seed.
         measured: the head sets measured so far.
         full: the full effect.
@@ -65,6 +66,7 @@ class CoverageStudy:
     ranking: HeadRanking
     rank_by: RankBy
     ks: tuple[int, ...]
+    random_ks: tuple[int, ...]
     seed_sets: Mapping[int, Mapping[int, Indices]]
     measured: MeasuredSets
     full: FullEffect
@@ -77,6 +79,16 @@ class CoverageStudy:
     def full_delta(self) -> float | None:
         """``ΔKL(ALL)``, or None when it cannot be a denominator."""
         return None if self.full.undefined_because else self.full.delta.value
+
+    @cached_property
+    def cross_fit(self) -> CrossFit:
+        """Rankings made on halves of the prompts."""
+        return CrossFit.of(self.measured, self.rank_by, self.n_splits, self.seed)
+
+    @cached_property
+    def rankings(self) -> RandomRankings:
+        """Random rankings: their first k heads are the random sets of size k, for every k."""
+        return RandomRankings.draw(self.cross_fit, self.n_random_sets, self.seed)
 
     def top(self, k: int) -> Indices:
         """The top k heads, best first."""
@@ -103,29 +115,21 @@ def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
 
 def coverage_of_grid(study: CoverageStudy) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
-    random = tuple(
-        describe(
-            k,
-            study.measured.delta(study.seed_sets[k].values()),
-            False,
-            full_delta=study.full_delta,
-            of_seeds=dict(
-                zip(
-                    study.seed_sets[k],
-                    study.measured.delta(study.seed_sets[k].values()).tolist(),
-                    strict=True,
-                )
-            ),
-        )
-        for k in study.ks
-        if study.seed_sets.get(k)
-    )
-    by_k = {sets.k: sets for sets in random}
+    random = {k: _of_seeds(study, k) for k in study.ks if study.seed_sets.get(k)}
     rows = tuple(
-        _row(study, k, estimate, by_k.get(k), reason=NO_EXPERIMENT)
+        _row(study, k, estimate, random.get(k), reason=NO_EXPERIMENT)
         for k, estimate in zip(study.ks, study.plain_estimates(), strict=True)
     )
-    return Coverage(rows, (), random, None)
+    return Coverage(rows, (), tuple(random.values()), None)
+
+
+def _of_seeds(study: CoverageStudy, k: int) -> RandomSets:
+    """The run's own random sets as all that is known of random sets of that size."""
+    sets = study.seed_sets[k]
+    delta = study.measured.delta(sets.values())
+    of_seeds = dict(zip(sets, delta.tolist(), strict=True))
+    random = describe(k, delta, False, full_delta=study.full_delta, of_seeds=of_seeds)
+    return _with_plain_p_value(study, random)
 
 
 def coverage(study: CoverageStudy) -> Coverage:
@@ -134,59 +138,64 @@ def coverage(study: CoverageStudy) -> Coverage:
     Args:
         study: what it is made from; its experiment measures what is missing.
     """
-    cross_fit = CrossFit.of(study.measured, study.rank_by, study.n_splits, study.seed)
-    rankings = RandomRankings.draw(cross_fit, study.n_random_sets, study.seed)
-    random = tuple(
-        random_sets(
-            rankings, k, full_delta=study.full_delta, seeds=dict(study.seed_sets.get(k, {}))
-        )
-        for k in study.ks
-    )
-    band = _band(study, rankings)
+    random = tuple(_judged(study, k) for k in study.random_ks)
+    band = _band(study)
     if band is not None:
         random = tuple(
             replace(sets, band_low_pct=low, band_high_pct=high)
             for sets, low, high in zip(random, band.low_pct, band.high_pct, strict=True)
         )
     plain = ranking_curve(study.ranking, study.measured, study.full, study.bootstrap)
-    crossed = _cross_fitted_curve(study, cross_fit)
     best = best_subsets(study.measured, study.full, study.bootstrap)
-    rows = _rows(study, rankings, random, best)
-    curves = (plain, *crossed, best)
+    rows = _rows(study, {sets.k: sets for sets in random}, best)
+    curves = (plain, *_cross_fitted_curve(study), best)
     return Coverage(rows, curves, random, None if band is None else band.p_value)
 
 
-def _band(study: CoverageStudy, rankings: RandomRankings) -> RandomBand | None:
-    if study.full_delta is None or not study.ks:
+def _judged(study: CoverageStudy, k: int) -> RandomSets:
+    """Random sets of one size, and how often they reach the top k."""
+    seeds = dict(study.seed_sets.get(k, {}))
+    random = random_sets(study.rankings, k, full_delta=study.full_delta, seeds=seeds)
+    random = _with_plain_p_value(study, random)
+    if study.cross_fit.undefined_because is not None:
+        return random
+    crossed = study.rankings.cross_fitted_p_value(k)
+    return replace(random, p_value=crossed.value, p_value_min=crossed.smallest)
+
+
+def _with_plain_p_value(study: CoverageStudy, random: RandomSets) -> RandomSets:
+    plain = plain_p_value(random, float(study.measured.delta([study.top(random.k)])[0]))
+    return replace(random, plain_p_value=plain.value, plain_p_value_min=plain.smallest)
+
+
+def _band(study: CoverageStudy) -> RandomBand | None:
+    if study.full_delta is None or not study.random_ks:
         return None
-    random_pct = np.stack([rankings.delta(k) for k in study.ks], axis=1)
-    observed = study.measured.delta([study.top(k) for k in study.ks])
+    random_pct = np.stack([study.rankings.delta(k) for k in study.random_ks], axis=1)
+    observed = study.measured.delta([study.top(k) for k in study.random_ks])
     scale = 100 / study.full_delta
     return random_band(scale * random_pct, scale * observed)
 
 
-def _cross_fitted_curve(study: CoverageStudy, cross_fit: CrossFit) -> tuple[CoverageCurve, ...]:
-    if cross_fit.undefined_because is not None:
+def _cross_fitted_curve(study: CoverageStudy) -> tuple[CoverageCurve, ...]:
+    if study.cross_fit.undefined_because is not None:
         return ()
     # The sets differ between halves and splits, so the curve names none.
     sets: list[Indices] = [()] * (study.measured.n_heads + 1)
     name = f"{study.ranking.method} (cross-fitted)"
-    return (curve_of(name, sets, cross_fit.delta_nats, study.full, study.bootstrap),)
+    return (curve_of(name, sets, study.cross_fit.delta_nats, study.full, study.bootstrap),)
 
 
 def _rows(
-    study: CoverageStudy,
-    rankings: RandomRankings,
-    random: Sequence[RandomSets],
-    best: CoverageCurve,
+    study: CoverageStudy, random: Mapping[int, RandomSets], best: CoverageCurve
 ) -> tuple[CoverageRow, ...]:
-    reason = rankings.cross_fit.undefined_because
+    reason = study.cross_fit.undefined_because
     rows = []
-    for at, (k, estimate) in enumerate(zip(study.ks, study.plain_estimates(), strict=True)):
-        row = _row(study, k, estimate, random[at], reason=reason)
+    for k, estimate in zip(study.ks, study.plain_estimates(), strict=True):
+        row = _row(study, k, estimate, random[k], reason=reason)
         best_pct = best.coverage_pct[k].value
         row = replace(row, best_heads=best.head_sets[k], best_coverage_pct=best_pct)
-        rows.append(row if reason else _with_cross_fit(study, row, rankings))
+        rows.append(row if reason else _with_cross_fit(study, row))
     return tuple(rows)
 
 
@@ -197,7 +206,6 @@ def _row(
     random: RandomSets | None,
     reason: str | None,
 ) -> CoverageRow:
-    p_value, smallest = (None, None) if random is None else _plain_p_value(study, k, random)
     missing = undefined(study.full.undefined_because or reason or "not computed yet")
     quantiles = {} if random is None else random.quantiles_pct
     return CoverageRow(
@@ -207,10 +215,10 @@ def _row(
         coverage_pct=estimate,
         cross_fitted_coverage_pct=missing,
         optimism_pct=missing,
-        p_value=None,
-        p_value_min=None,
-        plain_p_value=p_value,
-        plain_p_value_min=smallest,
+        p_value=None if random is None else random.p_value,
+        p_value_min=None if random is None else random.p_value_min,
+        plain_p_value=None if random is None else random.plain_p_value,
+        plain_p_value_min=None if random is None else random.plain_p_value_min,
         n_subsets=0 if random is None else random.n_subsets,
         exhaustive=False if random is None else random.exhaustive,
         random_mean_pct=None if random is None else random.mean_pct,
@@ -222,31 +230,17 @@ def _row(
     )
 
 
-def _plain_p_value(study: CoverageStudy, k: int, random: RandomSets) -> tuple[float, float]:
-    """Share of random sets that reach the top k; among all sets, the top k is one of them."""
-    observed = float(study.measured.delta([study.top(k)])[0])
-    draws = np.array(random.delta_nats)
-    if random.exhaustive:
-        return at_least(draws, observed) / len(draws), 1 / len(draws)
-    return monte_carlo_p_value(draws, observed), 1 / (1 + len(draws))
-
-
-def _with_cross_fit(
-    study: CoverageStudy, row: CoverageRow, rankings: RandomRankings
-) -> CoverageRow:
+def _with_cross_fit(study: CoverageStudy, row: CoverageRow) -> CoverageRow:
     k = row.k
     plain = study.measured.delta_nats([study.top(k)])[0]
-    crossed = rankings.cross_fit.delta_nats[k]
+    crossed = study.cross_fit.delta_nats[k]
     cross_fitted, optimism = _coverage_of(study, np.stack([crossed, plain - crossed]))
     if optimism.value is not None and np.allclose(plain, crossed, rtol=1e-12, atol=0):
         optimism = exact(0.0)  # every half chose the heads that all prompts choose
-    p_value = rankings.cross_fitted_p_value(k)
     return replace(
         row,
         cross_fitted_coverage_pct=_by_definition(study, k, cross_fitted, 100.0),
         optimism_pct=_by_definition(study, k, optimism, 0.0),
-        p_value=p_value.value,
-        p_value_min=p_value.smallest,
     )
 
 

@@ -11,6 +11,7 @@ from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.metrics import FullEffect
 from rq4lens.analysis.ranking import timed_ranking
 from rq4lens.analysis.records import CoverageCurve, MethodRow
+from rq4lens.analysis.shapley import Orders
 from rq4lens.analysis.statistics import Bootstrap, undefined
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
@@ -38,6 +39,7 @@ def compare_methods(
     ks: Sequence[int],
     bootstrap: Bootstrap,
     seed: int = 0,
+    orders: Orders | None = None,
 ) -> Methods:
     """Rank by every method and compare.
 
@@ -48,11 +50,12 @@ def compare_methods(
         ks: sizes at which coverage and overlap are reported.
         bootstrap: the resamples.
         seed: seed of methods that draw at random.
+        orders: random permutations of the heads for Shapley values; drawn when left out.
     """
     exact = Scored.of_prompts("delta", measured.delta_nats(measured.singles), bootstrap)
     rows, rankings, curves = [], [], []
     for method in methods:
-        settings = {"seed": seed} if method == "shapley" else {}
+        settings = {"seed": seed, "orders": orders} if method == "shapley" else {}
         try:
             ranking, seconds = timed_ranking(method, measured, **settings)
         except UserError as problem:

@@ -13,12 +13,12 @@ from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.metrics import full_effect
 from rq4lens.analysis.records import Agreement
-from rq4lens.analysis.shapley import rank_by_shapley
+from rq4lens.analysis.shapley import Orders, rank_by_shapley, shapley_of_orders
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps import MapKind
-from rq4lens.results import ConditionResult, GridResult, HeadRanking
+from rq4lens.results import ConditionResult, GridResult
 
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
 
@@ -138,23 +138,30 @@ def _on_some(
 
 
 def seed_agreement(
-    measured: MeasuredSets, ranking: HeadRanking, ks: Sequence[int], bootstrap: Bootstrap
-) -> Agreement | None:
-    """Compare a ranking by sampled Shapley values with one from other permutations.
+    measured: MeasuredSets,
+    seed: int,
+    orders: Orders | None,
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
+) -> Agreement:
+    """Compare rankings by sampled Shapley values from different random permutations.
 
     Args:
         measured: the head sets of the main layer; what is missing is measured.
-        ranking: the ranking by Shapley values.
+        seed: seed of the permutations; they are compared with those of the next one.
+        orders: permutations whose two halves are compared instead, at least two pairs of them.
         ks: sizes at which the overlap of the top k is taken.
         bootstrap: the resamples.
 
     Returns:
-        The agreement; None where the values are exact and no seed enters.
+        The agreement.
     """
-    if ranking.settings["exact"]:
-        return None
-    seed = int(ranking.settings["seed"])
-    again = rank_by_shapley(measured, seed=seed + 1)
-    one = Scored.of(ranking, bootstrap, f"shapley, seed {seed}")
-    other = Scored.of(again, bootstrap, f"shapley, seed {seed + 1}")
+    if orders is None:
+        names = [f"shapley, seed {each}" for each in (seed, seed + 1)]
+        found = [rank_by_shapley(measured, seed=each) for each in (seed, seed + 1)]
+    else:
+        half = len(orders) // 2
+        names = ["shapley, one half of the orders", "shapley, the other half"]
+        found = [shapley_of_orders(measured, part) for part in (orders[:half], orders[half:])]
+    one, other = (Scored.of(each, bootstrap, name) for each, name in zip(found, names, strict=True))
     return agreement("seed", one, other, ks, bootstrap)

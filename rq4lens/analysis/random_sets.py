@@ -11,21 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from math import comb, factorial, prod
+from math import ceil, comb, factorial, prod
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
+from scipy.stats import rankdata
 
 from rq4lens.analysis.crossfit import CrossFit
-from rq4lens.analysis.curves import largest_deviation, max_deviation_width
 from rq4lens.analysis.measured import Indices, MeasuredSets
+from rq4lens.analysis.random_sizes import EXHAUSTIVE_LIMIT
 from rq4lens.analysis.records import RandomSets
 from rq4lens.analysis.statistics import LEVEL
-
-EXHAUSTIVE_LIMIT = 1000
-"""Sizes with at most this many sets are enumerated."""
 
 QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
 
@@ -94,6 +92,11 @@ class RandomRankings:
         """Number of relabellings."""
         return len(self.of_first)
 
+    @property
+    def pairs(self) -> Int64[ndarray, "draw 2 head"]:
+        """The two random rankings of each relabelling; pairs are independent of each other."""
+        return np.stack([self.of_second, self.of_first], axis=1)
+
     @cached_property
     def rankings(self) -> Int64[ndarray, "ranking head"]:
         """All random rankings."""
@@ -152,7 +155,9 @@ def random_sets(
     full_delta: float | None,
     seeds: dict[int, Indices],
 ) -> RandomSets:
-    """Random head sets of one size: all of them when they are few, independent draws otherwise.
+    """Random head sets of one size: all of them when they are few, draws otherwise.
+
+    The draws of all sizes are the first k heads of the same random rankings.
 
     Args:
         rankings: the random rankings that give the draws.
@@ -166,6 +171,21 @@ def random_sets(
     delta = measured.delta(everything) if exhaustive else rankings.delta(k)
     of_seeds = dict(zip(seeds, measured.delta(seeds.values()) if seeds else [], strict=True))
     return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
+
+
+def plain_p_value(random: RandomSets, observed: float) -> PValue:
+    """How often random sets reach the effect of a set of their size.
+
+    Among all sets of a size the judged one is counted already; drawn sets are joined by it.
+
+    Args:
+        random: the random sets.
+        observed: mean ``ΔKL`` of the set that is judged.
+    """
+    draws = np.array(random.delta_nats)
+    if random.exhaustive:
+        return PValue(at_least(draws, observed) / len(draws), 1 / len(draws))
+    return PValue(monte_carlo_p_value(draws, observed), 1 / (1 + len(draws)))
 
 
 def describe(
@@ -196,8 +216,6 @@ def describe(
         mean_pct=float(coverage.mean()) if len(coverage) else None,
         quantiles_pct={f"{q:g}": value for q, value in zip(QUANTILES, levels, strict=False)},
         seeds_pct=_seeds_pct(of_seeds, full_delta),
-        band_low_pct=None,
-        band_high_pct=None,
     )
 
 
@@ -214,7 +232,7 @@ class RandomBand:
     Args:
         low_pct: lower end, by k.
         high_pct: upper end, by k.
-        p_value: probability that a random ranking strays from the mean as far as the given one.
+        p_value: probability that a random ranking is as extreme as the given one.
     """
 
     low_pct: tuple[float, ...]
@@ -229,17 +247,33 @@ def random_band(
 ) -> RandomBand:
     """A band that holds a random ranking's coverage at every k with the given probability.
 
+    It is the envelope of the least extreme rankings. How extreme a ranking is, is told by its most
+    extreme place among all at any k, then by its next one, and so on; the band therefore follows
+    skewed distributions and never leaves the range of the draws.
+
     Args:
         random_pct: coverage of the first k heads of random rankings, for several k.
         observed_pct: coverage of the ranking that is judged.
         level: probability.
+
+    Source:
+        Myllymäki et al., Global Envelope Tests for Spatial Processes (JRSS B 2017), section 3.3:
+        extreme rank length.
     """
-    centre, spread = random_pct.mean(0), random_pct.std(0)
-    width = max_deviation_width(random_pct - centre, spread, level)
-    strays = largest_deviation(random_pct - centre, spread)
-    observed = largest_deviation((observed_pct - centre)[None], spread)[0]
+    places = _by_extremeness(random_pct)
+    held = random_pct[places >= np.sort(places)[-ceil(level * len(places))]]
+    extremeness = _by_extremeness(np.concatenate([random_pct, observed_pct[None]]))
+    as_extreme = int((extremeness[:-1] <= extremeness[-1]).sum())
     return RandomBand(
-        tuple((centre - width).tolist()),
-        tuple((centre + width).tolist()),
-        monte_carlo_p_value(strays, float(observed)),
+        tuple(held.min(0).tolist()),
+        tuple(held.max(0).tolist()),
+        (1 + as_extreme) / (1 + len(random_pct)),
     )
+
+
+def _by_extremeness(curves: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking"]:
+    """Place of each curve from the most extreme, 0, up; equal ones share a place."""
+    from_below = rankdata(curves, method="max", axis=0)
+    from_above = rankdata(-curves, method="max", axis=0)
+    places = np.sort(np.minimum(from_below, from_above), axis=1)
+    return np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)

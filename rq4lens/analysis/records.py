@@ -68,6 +68,12 @@ class RandomSets:
         band_low_pct: lower end of the band that holds a random ranking's coverage at all measured
             k at once with probability 95%.
         band_high_pct: its upper end.
+        p_value: probability that heads ranked at random on one half of the prompts reach the
+            cross-fitted effect of the run's own top k; selection is accounted for.
+        p_value_min: smallest value ``p_value`` can take.
+        plain_p_value: share of these sets whose effect reaches that of the run's own top k;
+            selection is not accounted for.
+        plain_p_value_min: smallest value ``plain_p_value`` can take.
     """
 
     k: int
@@ -78,8 +84,12 @@ class RandomSets:
     mean_pct: float | None
     quantiles_pct: Mapping[str, float]
     seeds_pct: Mapping[int, float]
-    band_low_pct: float | None
-    band_high_pct: float | None
+    band_low_pct: float | None = None
+    band_high_pct: float | None = None
+    p_value: float | None = None
+    p_value_min: float | None = None
+    plain_p_value: float | None = None
+    plain_p_value_min: float | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class AnalysisSettings:
         n_groups: groups of prompts; resampling and folds keep a group together.
         n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
+        random_ks: the sizes of which random sets were measured.
         n_splits: random half splits behind the cross-fitted numbers.
         seed: seed of all draws.
         level: nominal coverage of the intervals.
@@ -57,6 +58,7 @@ class AnalysisSettings:
     n_groups: int
     n_resamples: int
     n_random_sets: int
+    random_ks: tuple[int, ...]
     n_splits: int
     seed: int
     level: float = 0.95

@@ -27,12 +27,17 @@ MAX_PAIRS = 32
 PAIRS_PER_ROUND = 4
 
 
+Orders = Int64[ndarray, "pair 2 head"]
+"""Pairs of orders of the heads; pairs are independent of each other."""
+
+
 def rank_by_shapley(
     measured: MeasuredSets,
     *,
     tolerance: float = TOLERANCE,
     max_pairs: int = MAX_PAIRS,
     seed: int = 0,
+    orders: Orders | None = None,
 ) -> HeadRanking:
     """Rank heads by their Shapley value; small layers are enumerated, others sampled.
 
@@ -41,9 +46,13 @@ def rank_by_shapley(
         tolerance: largest standard error, as a share of ``|ΔKL(ALL)|``, at which sampling stops.
         max_pairs: number of antithetic pairs of permutations at which it stops in any case.
         seed: seed of the permutations.
+        orders: permutations to use instead of sampled ones.
     """
-    if 2**measured.n_heads <= 2 * max_pairs * (measured.n_heads - 1):
+    n_sampled = 2 * max_pairs * (measured.n_heads - 1)
+    if 2**measured.n_heads <= max(n_sampled, measured.n_measured + 1):
         return exact_shapley(measured)
+    if orders is not None:
+        return shapley_of_orders(measured, orders)
     return sampled_shapley(measured, tolerance=tolerance, max_pairs=max_pairs, seed=seed)
 
 
@@ -76,38 +85,87 @@ def sampled_shapley(
         seed: seed of the permutations.
     """
     enough = tolerance * abs(float(measured.delta([measured.everything])[0]))
-    total = np.zeros((measured.n_heads, len(measured.groups)))
-    of_pairs: list[Float64[ndarray, "head"]] = []
-    errors = np.full(measured.n_heads, np.inf)
+    mean = MeanGains(measured)
     for orders in _rounds(measured.n_heads, max_pairs, seed):
-        measured.require(heads for order in orders.tolist() for heads in prefixes(order))
-        for pair in orders.reshape(-1, 2, measured.n_heads):
-            gains = (_gains(measured, pair[0]) + _gains(measured, pair[1])) / 2
-            total += gains
-            of_pairs.append(gains.mean(-1))
-        errors = np.std(of_pairs, axis=0, ddof=1) / np.sqrt(len(of_pairs))
-        if errors.max() <= enough:
+        mean.add(orders)
+        if mean.standard_errors.max() <= enough:
             break
     settings = {
-        "n_permutations": 2 * len(of_pairs),
+        "n_permutations": mean.n_permutations,
         "exact": False,
         "tolerance": tolerance,
         "seed": seed,
         "stopped": "standard errors are small enough"
-        if errors.max() <= enough
+        if mean.standard_errors.max() <= enough
         else "the largest number of permutations was reached",
     }
-    return _ranking(measured, total / len(of_pairs), errors, settings)
+    return _ranking(measured, mean.per_prompt, mean.standard_errors, settings)
 
 
-def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Int64[ndarray, "order head"]]:
+def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
+    """Shapley values from given permutations, whose head sets may have been measured already.
+
+    Args:
+        measured: the head sets measured so far; what is missing is measured.
+        orders: pairs of permutations; a single pair has no standard error.
+    """
+    mean = MeanGains(measured)
+    mean.add(orders)
+    settings = {
+        "n_permutations": mean.n_permutations,
+        "exact": False,
+        "stopped": "every given permutation was used",
+    }
+    return _ranking(measured, mean.per_prompt, mean.standard_errors, settings)
+
+
+class MeanGains:
+    """What heads add when they are added in random orders, on average.
+
+    Args:
+        measured: the head sets measured so far; what is missing is measured.
+    """
+
+    def __init__(self, measured: MeasuredSets) -> None:
+        self._measured = measured
+        self._total = np.zeros((measured.n_heads, len(measured.groups)))
+        self._of_pairs: list[Float64[ndarray, "head"]] = []
+
+    def add(self, orders: Orders) -> None:
+        """Add heads in more orders."""
+        every = orders.reshape(-1, self._measured.n_heads).tolist()
+        self._measured.require(heads for order in every for heads in prefixes(order))
+        for first, second in orders:
+            gains = (_gains(self._measured, first) + _gains(self._measured, second)) / 2
+            self._total += gains
+            self._of_pairs.append(gains.mean(-1))
+
+    @property
+    def n_permutations(self) -> int:
+        """Number of orders so far."""
+        return 2 * len(self._of_pairs)
+
+    @property
+    def per_prompt(self) -> Float64[ndarray, "head prompt"]:
+        """Mean gain of each head on each prompt."""
+        return self._total / len(self._of_pairs)
+
+    @property
+    def standard_errors(self) -> Float64[ndarray, "head"]:
+        """Standard error of each head's mean gain; infinite with one pair."""
+        if len(self._of_pairs) < 2:
+            return np.full(self._measured.n_heads, np.inf)
+        return np.std(self._of_pairs, axis=0, ddof=1) / np.sqrt(len(self._of_pairs))
+
+
+def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Orders]:
     """Permutations and their reverses, a few pairs at a time; at least two pairs in all."""
     rng = np.random.default_rng(seed)
     left = max(2, max_pairs)
     while left > 0:
         n_pairs = min(max(2, min(PAIRS_PER_ROUND, left)), left)
         orders = rng.permuted(np.tile(np.arange(n_heads), (n_pairs, 1)), axis=1)
-        yield np.stack([orders, orders[:, ::-1]], axis=1).reshape(-1, n_heads)
+        yield np.stack([orders, orders[:, ::-1]], axis=1)
         left -= n_pairs
 
 

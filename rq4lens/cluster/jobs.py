@@ -23,7 +23,7 @@ FORMAT = 1
 ELSEWHERE = {
     *("about", "base", "tuned", "base_revision", "tuned_revision", "prompts", "trust_remote_code"),
     *("device", "n_devices", "device_map", "batch_size", "keep_both", "cache", "engine"),
-    *("analysis", "resamples"),
+    *("analysis", "random_sizes", "resamples"),
 }
 """Settings that may differ between the processes of a job: models and prompts are compared by their
 content, and the others change no measured number."""

@@ -203,7 +203,11 @@ def _many(row: Record) -> bool:
 
 
 def _random_band(random: Sequence[Record]) -> list[go.Scatter]:
-    """Mean of the random head sets of each size, in a band that holds 95% of them."""
+    """Random head sets at every measured size: their mean, and where most of them lie.
+
+    That is twice: where 95% of the sets of each size lie, and where 95% of random rankings lie at
+    all sizes at once.
+    """
     sets = [row for row in random if row.get("mean_pct") is not None and _many(row)]
     if not sets:
         return []
@@ -212,19 +216,50 @@ def _random_band(random: Sequence[Record]) -> list[go.Scatter]:
     edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
     fill = {"fill": "tonexty", "fillcolor": theme.translucent(theme.RANDOM, 0.25)}
     mean = go.Scatter(
-        name="random, 95% band",
+        name="random sets, 95%",
         x=k,
         y=[row["mean_pct"] for row in sets],
         mode="lines",
         line={"color": theme.RANDOM, "width": 1.5, "dash": "dash"},
-        hovertext=[
-            f"<b>random sets of {row['k']}</b><br>mean coverage {row['mean_pct']:.3g}%"
-            f"<br>95% of {row['n_subsets']} sets in [{lo:.3g}, {hi:.3g}]%"
-            for row, lo, hi in zip(sets, low, high, strict=True)
-        ],
+        hovertext=[_random_hover(row) for row in sets],
         hovertemplate="%{hovertext}<extra></extra>",
     )
-    return [go.Scatter(x=k, y=low, **edge), go.Scatter(x=k, y=high, **edge, **fill), mean]
+    pointwise = [go.Scatter(x=k, y=low, **edge), go.Scatter(x=k, y=high, **edge, **fill), mean]
+    return [*pointwise, *_simultaneous_band(sets)]
+
+
+def _simultaneous_band(sets: Sequence[Record]) -> list[go.Scatter]:
+    banded = [row for row in sets if row.get("band_low_pct") is not None]
+    style = {"mode": "lines", "line": {"color": theme.RANDOM, "width": 1, "dash": "dot"}}
+    group = {"legendgroup": "random band", "hoverinfo": "skip"}
+    return [
+        go.Scatter(
+            name="random rankings, 95%",
+            x=[row["k"] for row in banded],
+            y=[row[end] for row in banded],
+            showlegend=end == "band_high_pct",
+            **style,
+            **group,
+        )
+        for end in ("band_low_pct", "band_high_pct")
+        if banded
+    ]
+
+
+def _random_hover(row: Record) -> str:
+    low, high = (row["quantiles_pct"][q] for q in ("0.025", "0.975"))
+    lines = [
+        f"<b>random sets of {row['k']}</b>",
+        f"mean coverage {row['mean_pct']:.3g}%",
+        f"95% of {row['n_subsets']} sets in [{low:.3g}, {high:.3g}]%",
+    ]
+    if row.get("band_low_pct") is not None:
+        band = f"[{row['band_low_pct']:.3g}, {row['band_high_pct']:.3g}]%"
+        lines.append(f"95% of rankings, at all k at once, in {band}")
+    if row.get("p_value") is not None:
+        p, smallest = row["p_value"], row["p_value_min"]
+        lines.append(f"best k, cross-fitted: p = {p:.3g} (smallest possible {smallest:.3g})")
+    return "<br>".join(lines)
 
 
 def _control(grid: GridResult, bootstrap: Bootstrap) -> tuple[list[go.Scatter], list[str]]:

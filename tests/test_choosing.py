@@ -101,6 +101,7 @@ class Pushes(Game):
     """``KL_raw`` is the square of what the patched heads push the output by, together."""
 
     def measure(self, layer, head_sets, alpha, **_):
+        """Effects of head sets on the one prompt."""
         raw = (self.masks(head_sets) @ self.single) ** 2
         return HeadSetEffects(layer, alpha, tuple(head_sets), raw, raw, raw, raw)
 

@@ -17,6 +17,7 @@ from rq4lens.cluster.cost_model import (
     Measured,
     Shape,
     Work,
+    busy_share,
     map_bytes,
     pass_flops,
     row_flops,
@@ -31,13 +32,14 @@ SHAPES = {
     "gpt2-small": Shape(12, 12, 12, 768, 64, 3072, False, 50257),
     "llama-8b": Shape(32, 32, 8, 4096, 128, 14336, True, 128256, 2),
 }
+LLAMA_70B = Shape(80, 64, 8, 8192, 128, 28672, True, 128256, 2)
 TOLERANCE = 0.3
 CASES = [name for name in SHAPES if (RECORDS / f"{name}.json").exists()]
 
 
 def setting(record):
     """Prompts, tokens of the longest, and main layer of a record."""
-    found = re.search(r"(\d+) prompts x (?:\d+ to )?(\d+) tokens; layer (\d+)", record["what"])
+    found = re.search(r"(\d+) prompts x (?:\d+ to )?(\d+) tokens;.* layer (\d+)", record["what"])
     return tuple(map(int, found.groups()))
 
 
@@ -84,6 +86,22 @@ def test_the_atlas_is_predicted_within_thirty_percent(name):
     prompts, tokens, _ = setting(record)
     predicted = machine.rows_seconds(shape, Work.atlas(shape, prompts, tokens))
     assert predicted == pytest.approx(record["scan"]["seconds"], rel=TOLERANCE)
+
+
+def test_a_pair_of_70b_over_two_gpus_is_predicted_from_the_8b_within_thirty_percent():
+    """Constants are a machine's: those of one shape predict another, spread over two GPUs."""
+    _, _, machine = calibrated("llama-8b")
+    record = json.loads((RECORDS / "spread-llama-70b.json").read_text())
+    prompts, tokens, layer = setting(record)
+    work = Work.grid(prompts, tokens, record["n_conditions"], [layer])
+    predicted = machine.seconds(LLAMA_70B, work, n_devices=2)
+    assert predicted == pytest.approx(record["grid_seconds"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("n_devices", "share"), [(1, 1), (2, 7 / 12), (4, 15 / 48)])
+def test_batches_take_turns_on_the_devices(n_devices, share):
+    """Three batches for each device; only the first and the last turns leave some idle."""
+    assert busy_share(n_devices) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from rq4lens.patching.suffix import BATCHES_PER_DEVICE
+
 KINDS = 2
 """Each head set is patched raw and mapped."""
 
@@ -103,6 +105,15 @@ def row_flops(shape: Shape, layer: int, n_tokens: int) -> float:
     above = shape.n_layers - 1 - layer
     own = shape.d_model * shape.width + shape.mlp_weights
     return 2.0 * (own + above * shape.block_weights) + 4.0 * above * shape.width * n_tokens
+
+
+def busy_share(n_devices: int) -> float:
+    """Time of a pass over several devices, of the time on one.
+
+    ``m`` batches on ``n`` devices take ``m + n - 1`` turns of ``1 / (m n)`` each.
+    """
+    n_batches = BATCHES_PER_DEVICE * n_devices
+    return (n_batches + n_devices - 1) / (n_batches * n_devices)
 
 
 @dataclass(frozen=True)
@@ -209,17 +220,20 @@ class Machine:
             + self.logit_seconds * logits
         )
 
-    def seconds(self, shape: Shape, work: Work, n_train: int = 0) -> float:
+    def seconds(self, shape: Shape, work: Work, n_train: int = 0, n_devices: int = 1) -> float:
         """Seconds of a job from two loaded models to its numbers, fitting maps aside.
 
         Args:
             shape: the models' shape.
             work: what is measured.
             n_train: train prompts, which both models read.
+            n_devices: over how many each model is spread. Batches of a pass follow one another from
+                device to device; the rows of one layer pass through few of them.
         """
         highest = max((layer for layer, _ in work.rows), default=0)
         captured = self.capture_seconds(shape, work.n_prompts + 2 * n_train, work.n_tokens, highest)
-        return captured + self.pass_seconds(shape, work) + self.rows_seconds(shape, work)
+        passes = captured + self.pass_seconds(shape, work)
+        return passes * busy_share(n_devices) + self.rows_seconds(shape, work)
 
 
 def _fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

@@ -286,6 +286,16 @@ def test_random_band_follows_a_skewed_distribution():
     assert inside.all(1).mean() == pytest.approx(0.95, abs=0.005)
 
 
+def test_random_band_guards_both_sides_alike():
+    """Mirrored curves have the mirrored band and the same p-value."""
+    curves = np.random.default_rng(2).exponential(size=(1000, 4)).cumsum(1)
+    observed = np.full(4, 0.01)
+    band, mirrored = random_band(curves, observed), random_band(-curves, -observed)
+    assert mirrored.low_pct == tuple(-high for high in band.high_pct)
+    assert mirrored.high_pct == tuple(-low for low in band.low_pct)
+    assert mirrored.p_value == band.p_value < 0.01
+
+
 def test_how_extreme_a_ranking_is_has_a_uniform_p_value():
     """Over random rankings that are judged by others of their kind, the p-value is uniform."""
     rng = np.random.default_rng(1)

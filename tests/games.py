@@ -12,7 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rq4lens.analysis.coverage import CoverageStudy
 from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.metrics import full_effect
+from rq4lens.analysis.single_effects import rank_by_delta
+from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.heads import HeadSet
 from rq4lens.patching.experiment import HeadSetEffects
 from rq4lens.results import ConditionResult, GridResult, GridSettings
@@ -133,3 +137,23 @@ def noisy_game(means, n_prompts, seed=0, noise=0.1, **kwargs) -> Game:
         size=(len(means), n_prompts)
     )
     return Game(single, **kwargs)
+
+
+def study_of(game, ks=(1, 2), random_ks=(), n_random_sets=200, n_splits=3, seed=0, n_resamples=300):
+    """What the coverage table of a game is made from."""
+    sets = measured(game)
+    bootstrap = Bootstrap(game.groups, n_resamples, seed)
+    full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
+    return CoverageStudy(
+        ranking=rank_by_delta(sets),
+        rank_by="delta",
+        ks=ks,
+        random_ks=tuple(sorted({*ks, *random_ks})),
+        seed_sets={k: {0: tuple(range(k))} for k in ks},
+        measured=sets,
+        full=full,
+        bootstrap=bootstrap,
+        n_random_sets=n_random_sets,
+        n_splits=n_splits,
+        seed=seed,
+    )

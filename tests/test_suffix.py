@@ -131,12 +131,12 @@ def test_the_other_direction_of_the_divergence_equals_native_hooks(model, prompt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("engine", "floor"), [(SuffixEngine, 0), (CachedEngine, 1e-12)])
+@pytest.mark.parametrize(("engine", "floor"), [(SuffixEngine, 0), (CachedEngine, TOLERANCE_NATS)])
 def test_no_patch_reads_zero(engine, floor, dtype, prompts):
     """With alpha 0, no head, no patch or a self-patch, nothing changes: to the bit by suffix.
 
     The cached engine's rows are sequences of a batch, and a processor's threads may divide the
-    products of a batch so that equal rows differ in their last bits.
+    products of a batch so that equal rows round differently.
     """
     half = engine(tiny_model(dtype), prompts)
     everything = HeadSet.all(N_HEADS)
@@ -154,7 +154,7 @@ def test_no_patch_reads_zero(engine, floor, dtype, prompts):
     ]
     effects = half.effects([(), *nothing], sources)
     assert abs(effects.kl_nats).max() <= floor
-    assert abs(effects.answer_logprob_change_nats).max() <= floor**0.5
+    assert abs(effects.answer_logprob_change_nats).max() <= floor
 
 
 def test_half_precision_agrees_with_float32_within_its_noise(prompts, sources):

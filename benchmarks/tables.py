@@ -23,7 +23,8 @@ Each section is one run of one process; ratios, not seconds, are what carries ov
 machines. The plain forward passes are the unavoidable input: both models once over all prompts.
 The grid is the main job at one layer (all heads, each head, top and random heads; raw and mapped),
 from two models in memory to numbers, with the maps given. Other ways are timed on a sample of the
-same conditions and extrapolated to all of them. The arithmetic floor counts two operations per
+same conditions and extrapolated to all of them; a process of its own makes the weights of a random
+pair instead of reading them. The arithmetic floor counts two operations per
 weight that a row is multiplied with, at the speed of one large matrix product on the same device.
 
 Written by `python benchmarks/tables.py` from the records in `benchmarks/results/`.

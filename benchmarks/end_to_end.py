@@ -129,7 +129,7 @@ def main() -> None:
         f"{checkpoint / 1e9:.3g} GB of sharded safetensors; {N_TRAIN} train and {N_VAL} validation "
         f"prompts; {asked.analysis} analysis, report and figures",
         "command": f"python benchmarks/end_to_end.py {asked.shape} --device {asked.device} "
-        f"--dtype {asked.dtype} --folder FOLDER",
+        f"--dtype {asked.dtype} --folder FOLDER --analysis {asked.analysis}",
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": torch.cuda.get_device_name() if cuda else "CPU",
         "versions": {name: version(name) for name in ("torch", "transformer-lens")},

@@ -303,7 +303,8 @@ def test_leaving_out_everything_is_refused(partly):
         [
             *("run", "--base", str(partly / "base"), "--tuned", str(partly / "tuned")),
             *("--prompts", str(partly / "prompts.jsonl"), "--layer", "1"),
-            *("--decision-rule", "offset", "--exclude-misaligned", "--out", str(partly / "none")),
+            *("--decision-rule", "offset", "--exclude-misaligned", "--k", "1,2"),
+            *("--out", str(partly / "none")),
         ],
     )
     assert "none of the 40 prompts is read alike" in str(result.exception)

@@ -32,6 +32,6 @@ def prompt_parts(
     order = torch.argsort(prompts.lengths, stable=True)
     if engine == "hooks" or not isinstance(model, HookedTransformer):
         return [tuple(rows.tolist()) for rows in order.split(batch_size)]
-    memory = MemoryPlan.of(model, prompts, Placement.of(model), batch_size=batch_size)
+    memory = MemoryPlan.of(model.cfg, prompts, Placement.of(model), batch_size=batch_size)
     parts = even_parts(slice(0, len(prompts)), memory.passes.max_rows)
     return [tuple(order[part].tolist()) for part in parts]

@@ -15,7 +15,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.catalog import (
     devices_of,
     holds_both,
-    prompts_from_config,
+    prompts_left_in,
     size_of,
     tokens_from_config,
 )
@@ -172,7 +172,7 @@ def plan_memory(config: RunConfig) -> RunMemory:
         UserError: if a model, its tokenizer or the prompts cannot be read, or the models do not
             belong together, or a layer or k does not fit them.
     """
-    devices, prompts = devices_of(config), prompts_from_config(config)
+    devices, prompts = devices_of(config), prompts_left_in(config)
     sizes = {side: size_of(config, side) for side in SIDES}
     cfg = sizes["tuned"].cfg
     require_same_heads(sizes["base"].cfg, cfg)

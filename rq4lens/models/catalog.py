@@ -83,15 +83,7 @@ def pair_from_config(
     devices_of(config)  # refuses those that are not there
     prompts = prompts_from_config(config) if prompts is None else prompts
     reading, members = reading_of(config), _members(config, kept_in)
-    kept = prompts
-    if config.exclude_misaligned:
-        audit = audit_prompts(prompts, _tokenizers(members), reading)
-        kept = prompts.without(audit.misaligned)
-        if not len(kept):
-            raise UserError(
-                f"none of the {len(prompts)} prompts is read alike by both models: see why with "
-                "`rq4lens audit`, or choose another decision rule."
-            )
+    kept = _left_in(config, prompts, members)
     return ModelPair(
         config.pair,
         members["base"],
@@ -103,6 +95,30 @@ def pair_from_config(
         keep_both=_fit_together(config) if config.keep_both is None else config.keep_both,
         excluded=prompts.without(kept.ids).prompts,
     )
+
+
+def prompts_left_in(config: RunConfig) -> PromptSet:
+    """The prompts that a run of the configuration reads: some may be left out as misaligned.
+
+    Raises:
+        UserError: if prompts or tokenizers cannot be read, or no prompt is left.
+    """
+    return _left_in(config, prompts_from_config(config), _members(config))
+
+
+def _left_in(
+    config: RunConfig, prompts: PromptSet, members: Mapping[Side, PairMember]
+) -> PromptSet:
+    if not config.exclude_misaligned:
+        return prompts
+    audit = audit_prompts(prompts, _tokenizers(members), reading_of(config))
+    kept = prompts.without(audit.misaligned)
+    if not len(kept):
+        raise UserError(
+            f"none of the {len(prompts)} prompts is read alike by both models: see why with "
+            "`rq4lens audit`, or choose another decision rule."
+        )
+    return kept
 
 
 def audit_from_config(config: RunConfig) -> Audit:

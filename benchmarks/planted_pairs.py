@@ -23,7 +23,6 @@ from sklearn.metrics import average_precision_score
 from rq4lens.analysis.agreement import strengths
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.ranking import METHODS, rank_heads
-from rq4lens.choosing import BaseHeads, Chosen, damages_add
 from rq4lens.heads import Head
 from rq4lens.models.builtin.plant import PlantedPair, plant
 from rq4lens.models.catalog import load_pair
@@ -32,6 +31,7 @@ from rq4lens.models.prompts import PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.maps import MapKind
+from rq4lens.validation.choosing import BaseHeads, Chosen, damages_add
 
 ALPHA = 0.3
 N_TRAIN, N_VAL = 240, 64
@@ -47,8 +47,8 @@ class Suite:
         name: its name.
         rewired: how many heads are rewired beside three rotated ones.
         adding: whether heads are drawn anew until their raw patches do not undo one another, see
-            :func:`rq4lens.choosing.damages_add`; they always are heads that matter to the base
-            model, of a layer that has enough of them.
+            :func:`rq4lens.validation.choosing.damages_add`; they always are heads that matter to
+            the base model, of a layer that has enough of them.
     """
 
     name: str

@@ -116,7 +116,7 @@ def by_index(measured):
 
 
 methods = ("delta", "drop_pct", "kl_raw", "attribution", by_index)
-found = rq.validate.validate(
+found = rq.validate(
     base, given.prompts, methods=methods, layers=[1], pairs=2, n_train=160, n_val=32
 )
 table = pd.DataFrame(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rq4lens import figures as figures
-    from rq4lens import validate as validate
     from rq4lens.analysis.analyse import analyse as analyse
     from rq4lens.analysis.layers import compare_layers as compare_layers
     from rq4lens.config import RunConfig as RunConfig
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from rq4lens.run_directory import read_run as read_run
     from rq4lens.study import run_study as run_study
     from rq4lens.sweep import sweep_layers as sweep_layers
+    from rq4lens.validation.suite import validate as validate
 
 # Where each public name lives. Importing rq4lens loads none of them: torch and TransformerLens
 # take seconds, and the command line must answer at once.
@@ -81,10 +81,11 @@ _HOMES = {
     "read_run": "rq4lens.run_directory",
     "run_study": "rq4lens.study",
     "sweep_layers": "rq4lens.sweep",
+    "validate": "rq4lens.validation.suite",
 }
 
-# Modules that are used as they are: `rq.figures.head_plane(...)`, `rq.validate.validate(...)`.
-_ROOMS = ("figures", "validate")
+# Modules that are used as they are: `rq.figures.head_plane(...)`.
+_ROOMS = ("figures",)
 
 __all__ = [*_ROOMS, *_HOMES]  # noqa: PLE0604
 

@@ -304,7 +304,7 @@ def validate(
 ) -> None:
     """Test ranking methods on copies of a base model whose changed heads are known."""
     from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
-    from rq4lens.validation_request import ValidationRequest, methods_of  # noqa: PLC0415
+    from rq4lens.validation.request import ValidationRequest, methods_of  # noqa: PLC0415
 
     many = Many(None, cluster, workers, gpus_per_worker)
     request = ValidationRequest(config, methods_of(method), layer, pairs, drift)

@@ -28,7 +28,7 @@ from rq4lens.config import config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.layer_files import read_layers
 from rq4lens.sweep import sweep_layers
-from rq4lens.validation_request import ValidationRequest
+from rq4lens.validation.request import ValidationRequest
 
 os.environ[LOOPBACK_SWITCH] = "0"  # before Ray is imported, as the package does it
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

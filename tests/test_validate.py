@@ -21,9 +21,11 @@ from rq4lens.models.loading import LoadedModel
 from rq4lens.models.reading import Reading
 from rq4lens.results import HeadRanking
 from rq4lens.store import Store, content_key
-from rq4lens.validate import LEVEL, SCENARIOS, Scenario, Suite, _Suite, validate
-from rq4lens.validation_request import ValidationRequest, base_of
-from rq4lens.validation_text import validation_text
+from rq4lens.validation.request import ValidationRequest, base_of
+from rq4lens.validation.scenarios import SCENARIOS, Scenario
+from rq4lens.validation.suite import Suite, validate
+from rq4lens.validation.text import validation_text
+from rq4lens.validation.trials import LEVEL, PlantedTrials
 
 pytestmark = pytest.mark.xdist_group("validate")
 
@@ -86,12 +88,11 @@ def test_on_the_model_in_the_box_planted_heads_are_found(built_in):
 
 @pytest.mark.slow
 def test_on_the_model_in_the_box_kinds_are_told_apart(built_in):
-    """Rotated heads are re-coordinated; rewired heads never are, and most are called rewired."""
-    assert set(verdicts(built_in, "rotated", "rotated")) == {"re-coordinated"}
+    """Every planted head whose change does something is told right, and none else is changed."""
+    for scenario in ("rotated", "scaled", "shifted"):
+        assert set(verdicts(built_in, scenario, scenario)) == {"re-coordinated"}
     for scenario in ("rewired attention", "rewired values", "rotated beside rewired"):
-        rewired = verdicts(built_in, scenario, "rewired")
-        assert "re-coordinated" not in rewired
-        assert rewired["rewired"] >= 2 / 3 * sum(rewired.values()), scenario
+        assert set(verdicts(built_in, scenario, "rewired")) == {"rewired"}, scenario
     assert set(verdicts(built_in, "rotated", "untouched")) == {"idle"}
 
 
@@ -146,6 +147,26 @@ def test_heads_that_share_a_value_head_are_planted_together(tmp_path):
     assert validation.recoveries[0].average_precision == pytest.approx((1, 1))
 
 
+def test_a_change_that_does_nothing_is_listed_apart():
+    """Heads whose output is cut off are rotated like others, yet idle is what they are."""
+    base = tiny_base()
+    for block in base.model.blocks:
+        block.attn.W_O.data[:3] = 0
+    validation = validate(
+        base, tiny_prompts(), methods=["delta"], pairs=3, drift=0.0, scenarios=[BY_NAME["rotated"]]
+    )
+    assert set(verdicts(validation, "rotated", "rotated, too small")) == {"idle"}
+    assert set(verdicts(validation, "rotated", "rotated")) == {"re-coordinated"}
+
+
+def test_kinds_are_told_on_more_prompts_than_the_methods_see():
+    """What the methods see is unchanged by prompts that serve the kinds alone."""
+    few, many = (small(["kl_raw"], n_val=8, n_val_kinds=n) for n in (8, 24))
+    assert few.recoveries == many.recoveries
+    assert [v.settings["val_prompts"] for v in (few, many)] == [8, 8]
+    assert [v.settings["val_prompts_of_kinds"] for v in (few, many)] == [8, 24]
+
+
 def test_layers_are_those_that_were_asked_for():
     """A named layer is planted in, whatever would have been drawn."""
     layers = [small(["delta"], layers=[layer], drift=0.0) for layer in (0, 2)]
@@ -179,9 +200,9 @@ def test_a_validation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert store.counters.computed == 2
     next(tmp_path.glob("rotated_1_*")).unlink()
     planted = []
-    trial = _Suite.trial
+    trial = PlantedTrials.trial
     monkeypatch.setattr(
-        _Suite, "trial", lambda self, s, n: planted.append((s.name, n)) or trial(self, s, n)
+        PlantedTrials, "trial", lambda self, s, n: planted.append((s.name, n)) or trial(self, s, n)
     )
     assert small(["delta"], store=store) == whole
     assert planted == [("rotated", 1)]
@@ -192,7 +213,13 @@ def test_planted_pairs_are_addressed_by_all_that_can_change_them():
     own = Scenario("own", {"rotated": 2}, "rotated")
     others = [
         *({"seed": 1}, {"alpha": 0.5}, {"drift": 0.5}, {"strength": 2.0}, {"layers": [1]}),
-        *({"methods": ["kl_raw"]}, {"n_train": 40}, {"n_val": 12}, {"reading": Reading()}),
+        *(
+            {"methods": ["kl_raw"]},
+            {"n_train": 40},
+            {"n_val": 12},
+            {"n_val_kinds": 20},
+            {"reading": Reading()},
+        ),
         {"scenarios": [replace(own, planted={"rotated": 1})]},
         {"scenarios": [replace(own, weights=("W_V",))]},
     ]

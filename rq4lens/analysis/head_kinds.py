@@ -40,7 +40,7 @@ def head_kinds(
         bootstrap: the resamples.
     """
     n_heads = len(kl_raw_nats)
-    idle_below = max(IDLE_SHARE * full_kl_raw / n_heads, NOISE_MULTIPLE * noise_floor_nats)
+    idle_below = idle_line(full_kl_raw, n_heads, noise_floor_nats)
     means = bootstrap.estimate(np.concatenate([kl_raw_nats, kl_mapped_nats]))
     drops = bootstrap.estimate(
         np.concatenate([kl_raw_nats, kl_mapped_nats]), lambda m: _drop_pct(m, n_heads)
@@ -50,6 +50,17 @@ def head_kinds(
         for head in range(n_heads)
     )
     return HeadKinds(heads, rule(idle_below), idle_below, EXPLAINED_PCT)
+
+
+def idle_line(full_kl_raw: float, n_heads: int, noise_floor_nats: float = 0.0) -> float:
+    """The ``KL_raw`` up to which a head is idle, in nats.
+
+    Args:
+        full_kl_raw: ``KL_raw(ALL)``, in nats.
+        n_heads: heads of the layer.
+        noise_floor_nats: largest mean KL that patching nothing leaves.
+    """
+    return max(IDLE_SHARE * full_kl_raw / n_heads, NOISE_MULTIPLE * noise_floor_nats)
 
 
 def _drop_pct(means: Float64[ndarray, "*rows both"], n_heads: int) -> ndarray:

@@ -14,8 +14,8 @@ from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.where import Cluster, environment
 from rq4lens.errors import UserError
 from rq4lens.stages import Stage, silent
-from rq4lens.validation_request import ValidationRequest
-from rq4lens.validation_results import Validation
+from rq4lens.validation.request import ValidationRequest
+from rq4lens.validation.results import Validation
 
 
 def run_on_cluster(

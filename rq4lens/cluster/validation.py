@@ -10,8 +10,8 @@ from rq4lens.errors import UserError
 from rq4lens.files import write_json_atomic
 from rq4lens.stages import Stage, silent
 from rq4lens.store import Store
-from rq4lens.validation_request import ValidationRequest
-from rq4lens.validation_text import validation_text
+from rq4lens.validation.request import ValidationRequest
+from rq4lens.validation.text import validation_text
 
 
 def kept_beside(out: Path) -> Path:

@@ -16,9 +16,9 @@ from rq4lens.errors import UserError
 from rq4lens.files import made_directory
 from rq4lens.stages import Stage, silent
 from rq4lens.store import Store
-from rq4lens.validate import Suite
-from rq4lens.validation_request import ValidationRequest
-from rq4lens.validation_results import Validation
+from rq4lens.validation.request import ValidationRequest
+from rq4lens.validation.results import Validation
+from rq4lens.validation.suite import Suite
 
 
 class Planter:

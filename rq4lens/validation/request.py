@@ -9,7 +9,8 @@ from rq4lens.config import RunConfig
 from rq4lens.models.catalog import pair_from_config, reading_of
 from rq4lens.models.loading import LoadedModel
 from rq4lens.models.prompts import PromptSet
-from rq4lens.validate import SCENARIOS, Suite
+from rq4lens.validation.scenarios import SCENARIOS
+from rq4lens.validation.suite import Suite
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class PlantedIngredients:
         dtype: number format of the model.
         device: kind of device; they round differently.
         prompts: fingerprint of the prompts that are used.
+        n_val: how many of the val prompts the methods see.
         reading: how they are read.
         scenario: what is planted.
         layers: the layers that heads are planted in, in turn.
@@ -70,6 +71,7 @@ class PlantedIngredients:
     dtype: str
     device: str
     prompts: str
+    n_val: int
     reading: Mapping[str, Any] | None
     scenario: Mapping[str, Any]
     layers: tuple[int, ...]

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.head_kinds import IDLE_SHARE
+from rq4lens.analysis.head_kinds import IDLE_SHARE, idle_line
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.builtin.attended import AttendedInputs
@@ -56,7 +56,7 @@ class LayerCost:
             at_least: so many are named even if fewer matter.
         """
         order = np.argsort(-self.group_nats, kind="stable").tolist()
-        line = IDLE_SHARE * self.full_nats / len(order)
+        line = idle_line(self.full_nats, len(order))
         return order[: max(at_least, int((self.group_nats >= line).sum()))]
 
 
@@ -194,7 +194,7 @@ def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
     """
     sets = [s for k in range(len(heads) + 1) for s in combinations(sorted(heads), k)]
     raw = dict(zip(sets, measured.kl_nats(sets)[0].mean(-1).tolist(), strict=True))
-    line = IDLE_SHARE * raw[sets[-1]] / len(heads)
+    line = idle_line(raw[sets[-1]], len(heads))
     return all(
         raw[tuple(sorted((*company, head)))] - raw[company] >= line
         for company in sets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rq4lens.validation_results import FalseAlarms, Recovery, Validation
+from rq4lens.validation.results import FalseAlarms, Recovery, Validation
 
 VERDICTS = ("idle", "re-coordinated", "rewired", "undecided")
 
@@ -29,8 +29,8 @@ def _setting(validation: Validation) -> str:
     return (
         f"{values['base']}: {values['pairs']} planted pairs per scenario, drift "
         f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
-        f"{values['train_prompts']} train and {values['val_prompts']} val prompts, seed "
-        f"{values['seed']}.\n"
+        f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
+        f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
         "Average precision of the planted heads, mean (worst); 1.00 means that they come first."
     )
 

@@ -1,0 +1,1 @@
+"""Ranking methods tested on models whose changed heads are known."""

@@ -217,7 +217,7 @@ def test_planted_pairs_are_addressed_by_all_that_can_change_them():
             {"methods": ["kl_raw"]},
             {"n_train": 40},
             {"n_val": 12},
-            {"n_val_kinds": 20},
+            {"n_val": 12, "n_val_kinds": 20},
             {"reading": Reading()},
         ),
         {"scenarios": [replace(own, planted={"rotated": 1})]},

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rq4lens.config import RunConfig
-from rq4lens.files import write_json_atomic
+from rq4lens.files import refuse_no_file, write_json_atomic
 from rq4lens.models.audit import AUDIT_SIDES, Audit, PromptAudit, SideAudit
 from rq4lens.models.catalog import audit_from_config
 
@@ -35,6 +35,7 @@ def audit_config(config: RunConfig, out: Path | None = None) -> Audit:
     Raises:
         UserError: if prompts or tokenizers cannot be read.
     """
+    refuse_no_file(out)
     audit = audit_from_config(config)
     if out is not None:
         write_json_atomic(out, audit.to_dict())

@@ -66,6 +66,13 @@ RUN_SETTINGS = (
     "seed",
 )
 
+VERBOSE = ("-v", "--verbose")
+
+METHOD_HELP = (
+    "delta, drop_pct, kl_raw, leave_one_out, greedy_forward, greedy_backward, shapley, grad_act, "
+    "attribution, integrated_gradients or kl_curvature; several with commas, or ALL."
+)
+
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
@@ -80,10 +87,17 @@ def _common(
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=errors, show_path=False, show_time=False)],
+        handlers=[_log_handler()],
     )
     logging.captureWarnings(True)
     logging.getLogger("rq4lens").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _log_handler() -> logging.Handler:
+    # In a file every message stays one line, so that it can be searched for.
+    if not errors.is_terminal:
+        return logging.StreamHandler()
+    return RichHandler(console=errors, show_path=False, show_time=False)
 
 
 @app.command()
@@ -114,7 +128,10 @@ def run(
     gpus_per_worker: GpusPerWorker = None,
     divide: Divide = "auto",
 ) -> None:
-    """Run the main job: maps, every head, top-k against random-k, control layer, report."""
+    """Run the main job on a pair, and write its report.
+
+    Maps on train prompts; on val prompts every head, top-k against random-k, the control layer.
+    """
     if plan:
         from rq4lens.memory_plan import plan_memory  # noqa: PLC0415 - keeps --help fast
 
@@ -150,9 +167,7 @@ def patch(
 )
 def rank(
     config: RunConfig,
-    method: Annotated[
-        str, typer.Option(help="delta, shapley, attribution, ...; several with commas, or ALL.")
-    ] = "delta",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "delta",
     file: Annotated[
         list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
     ] = None,
@@ -160,7 +175,10 @@ def rank(
         Path | None, typer.Option("--out", metavar="DIR", help="Also write a file per ranking.")
     ] = None,
 ) -> None:
-    """Rank the heads of a layer by any method, beside exact single-head ΔKL."""
+    """Rank the heads of a layer by any method.
+
+    Each is set beside exact single-head ΔKL, and beside what its top k heads cover.
+    """
     from rq4lens.ranking_job import rank_layer  # noqa: PLC0415 - keeps --help fast
 
     methods = [name.strip() for name in method.split(",")]
@@ -195,7 +213,10 @@ def sweep(
     gpus_per_worker: GpusPerWorker = None,
     divide: Divide = "auto",
 ) -> None:
-    """Measure every layer from one clean pass, compare them, and propose main and control."""
+    """Compare all layers, and propose main and control.
+
+    Every layer is measured from one clean pass of each model.
+    """
     from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
     many = Many(shard, cluster, workers, gpus_per_worker, divide)
@@ -222,7 +243,10 @@ def audit(
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the audit as JSON.")
     ] = None,
 ) -> None:
-    """Check that both models read each prompt alike; needs their tokenizers, not their weights."""
+    """Check that both models read each prompt alike.
+
+    Needs their tokenizers, not their weights.
+    """
     from rq4lens.audit_text import audit_config, audit_parts, audit_text  # noqa: PLC0415
 
     found = audit_config(config, out)
@@ -240,7 +264,10 @@ def figures(
         Path | None, typer.Option("--out", metavar="DIR", help="Where to; RUN/figures if left out.")
     ] = None,
 ) -> None:
-    """Draw every figure of a finished run: HTML, and PNG and SVG where there is a Chromium."""
+    """Draw every figure of a finished run.
+
+    HTML, and PNG and SVG where there is a Chromium.
+    """
     from rq4lens.pages import draw_run  # noqa: PLC0415 - keeps --help fast
     from rq4lens.run_directory import FIGURES  # noqa: PLC0415
 
@@ -252,7 +279,10 @@ def figures(
 
 @app.command()
 def report(run: Run) -> None:
-    """Write the report of a finished run again, with the layers that a sweep has put beside it."""
+    """Write the report of a finished run again.
+
+    Layers that a sweep has put beside it since are shown too.
+    """
     from rq4lens.pages import write_report_of  # noqa: PLC0415 - keeps --help fast
 
     output.print(f"written to {write_report_of(run)}")
@@ -268,7 +298,10 @@ def verify(
         bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
     ] = False,
 ) -> None:
-    """Check a finished run: checksums, table, maps, and a sample of conditions measured again."""
+    """Check a finished run, and measure some of it again.
+
+    Checksums, table and maps; then a sample of conditions through plain forward passes.
+    """
     from rq4lens.verify import verify_run  # noqa: PLC0415 - keeps --help fast
 
     with watched("verify"):
@@ -283,9 +316,7 @@ def verify(
               default_pair="etiquette")  # fmt: skip
 def validate(
     config: RunConfig,
-    method: Annotated[
-        str, typer.Option(help="delta, shapley, attribution, ...; several with commas, or ALL.")
-    ] = "ALL",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "ALL",
     layer: Annotated[
         int | None, typer.Option(min=0, help="Plant in this layer; in a drawn one if left out.")
     ] = None,
@@ -302,7 +333,10 @@ def validate(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
 ) -> None:
-    """Test ranking methods on copies of a base model whose changed heads are known."""
+    """Test ranking methods on planted heads of a base model.
+
+    Copies of it are made whose changed heads are known; nothing else is needed.
+    """
     from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
     from rq4lens.validation.request import ValidationRequest, methods_of  # noqa: PLC0415
 
@@ -343,7 +377,8 @@ def _default_directory(config: RunConfig) -> Path:
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     try:
-        arguments = sys.argv[1:] or ["--help"]
+        # They may stand behind the command too, where one looks for them.
+        arguments = sorted(sys.argv[1:], key=lambda each: each not in VERBOSE) or ["--help"]
         sys.exit(app(args=arguments, prog_name="rq4lens", standalone_mode=False) or 0)
     except UserError as problem:
         _fail(str(problem))
@@ -353,7 +388,9 @@ def main() -> None:
         # Typer's own usage errors have no public common class; this method is what marks them.
         if not hasattr(problem, "format_message"):
             raise
-        _fail(f"{problem.format_message().rstrip('.')}; see `rq4lens --help`.")
+        context = getattr(problem, "ctx", None)
+        command = context.command_path if context else "rq4lens"
+        _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`.")
 
 
 def _fail(sentence: str) -> None:

@@ -38,10 +38,10 @@ class RunConfig(BaseModel):
     prompts: str | None = Field(
         None, description="JSONL or CSV file, or folder of a saved Hugging Face dataset"
     )
-    layer: int | None = Field(None, ge=0, description="the main layer")
+    layer: int | None = Field(None, ge=0, description="layer whose heads are patched")
     control_layer: int | None = Field(None, ge=0, description="the control layer")
     alpha: float = Field(0.3, ge=0, le=1, description="blend strength, from 0 to 1")
-    k: tuple[int, ...] = Field((1, 2, 4, 8), description="sizes of the top-k and random-k sets")
+    k: tuple[int, ...] = Field((1, 2, 4, 8), description="sizes of top-k and of random sets")
     random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 1, 2), description="seeds of the random-k sets"
     )
@@ -57,11 +57,16 @@ class RunConfig(BaseModel):
             "low_rank",
         ]
         | None
-    ) = Field(None, description="kind of map; the default is procrustes_scaled, or the best kept")
+    ) = Field(
+        None,
+        description="kind of map; left out, the best one kept in RUN/maps, else procrustes_scaled",
+    )
     map_scope: Literal["head", "layer"] = Field("head", description="map per head or joint")
-    split: str = Field("val", description="the prompts that are measured")
+    split: str = Field("val", description="split of the prompts that are measured")
     k_positions: int = Field(1, ge=1, description="patched positions, the decision token last")
-    raw_baseline: Literal["identity", "moments"] = Field("identity", description="the raw patch")
+    raw_baseline: Literal["identity", "moments"] = Field(
+        "identity", description="raw patch: base z itself, or matched in mean and spread"
+    )
     kl_direction: Literal["patched||clean", "clean||patched"] = Field(
         "patched||clean", description="which way the divergence is taken"
     )
@@ -76,10 +81,10 @@ class RunConfig(BaseModel):
         False, description="leave out prompts that the models do not read alike"
     )
     engine: Literal["suffix", "hooks"] = Field("suffix", description="fast engine, or reference")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 and so on, mps, or auto")
     n_devices: int = Field(1, ge=1, description="over how many GPUs each model is spread")
     device_map: str | None = Field(
-        None, description="auto, or GPUs as cuda:0,cuda:2, that each model is spread over"
+        None, description="GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="number format of the models"
@@ -100,7 +105,7 @@ class RunConfig(BaseModel):
         description="where random sets are measured: as many k as can be afforded, every k, or k",
     )
     resamples: int = Field(10_000, ge=100, le=1_000_000, description="bootstrap resamples")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of folds and resamples")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of folds, resamples, planted heads")
 
     @field_validator(*NUMBERS, mode="before")
     @classmethod
@@ -160,7 +165,15 @@ def read_config(path: Path) -> RunConfig:
     try:
         text = read_regular_file(path)
     except FileNotFoundError:
-        raise UserError(f"configuration file {str(path)!r} does not exist.") from None
+        raise UserError(
+            f"configuration file {str(path)!r} does not exist: name a TOML file, or the run.json "
+            "of a run."
+        ) from None
+    except IsADirectoryError:
+        raise UserError(
+            f"{str(path)!r} is a directory, not a configuration: to repeat the run in it, name its "
+            f"{str(path / 'run.json')!r}."
+        ) from None
     except (OSError, ValueError) as problem:
         raise UserError(
             f"configuration file {str(path)!r} cannot be read: {short_reason(problem)}."
@@ -228,7 +241,8 @@ def _nearest(key: str) -> str:
 def _sentence(problem: ValidationError, where: str) -> str:
     first = problem.errors()[0]
     key = ".".join(str(part) for part in first["loc"][:1])
-    value = str(first.get("input"))[:80]
+    given = first.get("input")
+    value = (",".join(map(str, given)) if isinstance(given, list | tuple) else str(given))[:80]
     message = first["msg"].removeprefix("Value error, ")
     meaning = RunConfig.model_fields[key].description if key in RunConfig.model_fields else ""
     return f"{where}: {key} = {value!r} is not allowed ({message}); it means: {meaning}."

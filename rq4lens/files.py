@@ -85,6 +85,26 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode())
 
 
+def refuse_no_file(path: Path | None) -> None:
+    """Refuse, before work is done for it, a file that could not be written.
+
+    Args:
+        path: the file; None where none is wanted.
+
+    Raises:
+        UserError: if it is a directory, or its directory does not exist.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a directory: name a file in it.")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{str(path)!r} cannot be written: there is no directory {str(path.parent)!r}; make "
+            "it, or name another file."
+        )
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and those above it; one that is there already is fine.
 

@@ -12,9 +12,8 @@ import pandas as pd
 from rq4lens.errors import UserError
 from rq4lens.files import read_json, short_reason, write_bytes_atomic, write_json_atomic
 from rq4lens.results import GridResult, GridSettings
-from rq4lens.run_directory import grid_of_table, per_prompt_table
+from rq4lens.run_directory import LAYERS, grid_of_table, per_prompt_table
 
-LAYERS = "layers.json"
 LAYERS_PER_PROMPT = "layers_per_prompt.parquet"
 
 

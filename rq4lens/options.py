@@ -62,6 +62,12 @@ def _assemble(
         start = {}
     elif (name := given.get("pair", default_pair)) is not None:
         start = preset(name).model_dump(exclude_unset=True)
+    elif "base" in given or "tuned" in given:
+        one, other = ("base", "tuned") if "base" in given else ("tuned", "base")
+        raise UserError(
+            f"--{one} {given[one]!r} is given without --{other}: a pair is both; name the other "
+            "model too."
+        )
     else:
         raise UserError(
             "no pair is named: give --pair NAME (see `rq4lens pairs`), --base and --tuned, or a "
@@ -93,7 +99,8 @@ def _file_parameter() -> inspect.Parameter:
 
 def _parameter(name: str) -> inspect.Parameter:
     field, flag = RunConfig.model_fields[name], f"--{name.replace('_', '-')}"
-    text = f"{(field.description or name).capitalize()}.{_default_note(name)}"
+    said = field.description or name
+    text = f"{said[:1].upper()}{said[1:]}.{_default_note(name)}"
     option = (
         typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
         if name in FLAGS

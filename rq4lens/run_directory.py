@@ -36,6 +36,16 @@ REPORT = "report.html"
 PROMPTS = "prompts.json"
 AUDIT = "audit.json"
 
+LAYERS = "layers.json"
+JOB = "job.json"
+CELL = "cell.json"
+"""The settings of a study's cell, for ``rq4lens run`` to add a main job to it."""
+
+MARKS = frozenset(
+    (RESULTS, PER_PROMPT, ANALYSIS, RUN, CONDITIONS, MAPS, ACTIVATIONS, LAYERS, JOB, CELL)
+)
+"""By one of these a run directory is known, however early the run was stopped."""
+
 KINDS = ("raw", "mapped")
 
 FORMAT = 1
@@ -64,6 +74,27 @@ class SavedRun:
     run: Mapping[str, Any]
 
 
+def refuse_foreign(directory: Path) -> None:
+    """Refuse to write a run among somebody's own files.
+
+    Args:
+        directory: where a run is to be written; it may be missing, empty, or hold a run, finished
+            or not.
+
+    Raises:
+        UserError: if it holds files, and none by which a run directory is known.
+    """
+    try:
+        there = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
+    except OSError:
+        return  # it is missing, or cannot be read: whoever writes there says so
+    if there and there.isdisjoint(MARKS):
+        raise UserError(
+            f"{str(directory)!r} holds other files ({', '.join(sorted(there)[:3])}) and no run, "
+            "whose report or summary could replace yours: name an empty folder with --out."
+        )
+
+
 def ranking_file(layer: int, alpha: float, method: str | None = None) -> str:
     """Name of a ranking file.
 
@@ -74,6 +105,17 @@ def ranking_file(layer: int, alpha: float, method: str | None = None) -> str:
     """
     start = "single_head" if method is None else f"ranking_{method}"
     return f"{start}_L{layer}_{HOOK}_alpha{alpha:g}.json"
+
+
+def remove_other_rankings(ranking: Path) -> None:
+    """Remove what an earlier run with another layer or strength left: it is not this run's.
+
+    Args:
+        ranking: the ranking that was just written by the main job.
+    """
+    for path in ranking.parent.glob(f"single_head_L*_{HOOK}_alpha*.json"):
+        if path != ranking and path.is_file():
+            path.unlink()
 
 
 def write_grid(directory: Path, grid: GridResult, records: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rq4lens.analysis.metrics import records
 from rq4lens.config import RunConfig
-from rq4lens.files import write_json_atomic
+from rq4lens.files import refuse_no_file, write_json_atomic
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.patching.grid import run_condition
@@ -50,6 +50,7 @@ def patch_once(
     Raises:
         UserError: if the head set or the configuration does not fit the pair.
     """
+    refuse_no_file(out)
     config = config.updated(control_layer=None, k=[], random_seeds=[])
     clock = Clock(stage)
     with clock("load"):

@@ -30,6 +30,8 @@ from rq4lens.run_directory import (
     MAPS,
     PROMPTS,
     ranking_file,
+    refuse_foreign,
+    remove_other_rankings,
     write_grid,
     write_run,
 )
@@ -81,9 +83,10 @@ def run_study(
         The finished study.
 
     Raises:
-        UserError: if the configuration does not fit the pair, or something cannot be read or
-            written.
+        UserError: if the configuration does not fit the pair, the directory holds other files, or
+            something cannot be read or written.
     """
+    refuse_foreign(directory)
     clock = Clock(stage)
     with clock("load"):
         cache = cache_of(config, directory)
@@ -105,7 +108,9 @@ def run_study(
         bootstrap = bootstrap_of(grid, n_resamples=config.resamples, seed=config.seed)
         table = records(grid, bootstrap)
         write_grid(directory, grid, table)
-        write_json_atomic(directory / ranking_file(plan.layer, config.alpha), ranking_rows(grid))
+        ranking = directory / ranking_file(plan.layer, config.alpha)
+        write_json_atomic(ranking, ranking_rows(grid))
+        remove_other_rankings(ranking)
     with clock("analysis", len(PARTS)) as advance:
         analysis = _analyse(config, grid, experiment, activations, advance)
     activations.keep()  # those of prompts that only the analysis asked for

@@ -17,7 +17,7 @@ from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
 from rq4lens.preparation import cache_of, capture, keep_base, prepare_experiment
 from rq4lens.results import GridResult
-from rq4lens.run_directory import CONDITIONS, MAPS
+from rq4lens.run_directory import CONDITIONS, MAPS, refuse_foreign
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.store import Store
 from rq4lens.tables import sweep_text
@@ -86,8 +86,11 @@ def sweep_layers(
         The sweep.
 
     Raises:
-        UserError: if a layer does not exist or something cannot be read or written.
+        UserError: if a layer does not exist, the directory holds other files, or something cannot
+            be read or written.
     """
+    if directory is not None:
+        refuse_foreign(directory)
     clock = Clock(stage)
     with clock("load"):
         cache = cache_of(config, directory)

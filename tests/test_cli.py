@@ -71,7 +71,7 @@ def assert_one_sentence(result, said, folder):
         ("run", "no pair is named: give --pair NAME"),
         ("run --pair nope", "pair 'nope' does not exist: choose one of etiquette"),
         ("run --pair cultural", "pair 'cultural' needs your prompts"),
-        ("run --base a --layer 1", "no pair is named"),
+        ("run --base a --layer 1", "--base 'a' is given without --tuned"),
         ("run --base a --tuned b --layer 1", "give a JSONL file with --prompts FILE"),
         ("run --base a --tuned b --prompts p.jsonl", "prompt file 'p.jsonl' does not exist"),
         ("run nowhere.toml", "configuration file 'nowhere.toml' does not exist"),
@@ -159,6 +159,34 @@ def test_no_command_writes_over_a_file_of_another_name(rq4lens, config, tmp_path
     result = rq4lens(command, config, "--out", tmp_path / "taken" / "deeper")
     assert_one_sentence(result, "cannot make the directory", Path.cwd())
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "run --shard 1/2"])
+def test_somebodys_own_files_are_not_written_among(rq4lens, config, tmp_path, command):
+    """A folder that holds files and no run is refused: a report of one's own could be replaced."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    result = rq4lens(*command.split(), config, "--out", tmp_path / "mine")
+    assert_one_sentence(result, "holds other files (report.html) and no run", Path.cwd())
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("command", ["patch", "audit", "validate"])
+def test_a_file_that_cannot_be_written_is_said_before_the_work(rq4lens, tmp_path, command):
+    """Neither a directory nor a file in none can be written; no model is looked for."""
+    options = [command, "--base=none", "--prompts=none.jsonl"]
+    options += [] if command == "validate" else ["--tuned=none"]
+    (tmp_path / "taken").mkdir()
+    said = rq4lens(*options, "--out", tmp_path / "taken")
+    assert_one_sentence(said, "is a directory: name a file in it", Path.cwd())
+    said = rq4lens(*options, "--out", tmp_path / "nowhere" / "x.json")
+    assert_one_sentence(said, "there is no directory", Path.cwd())
+
+
+def test_verbose_may_stand_behind_the_command(rq4lens, settings):
+    """What holds for all commands may be written where one looks for it."""
+    options = [f"--{name}={settings[name]}" for name in ("base", "tuned", "prompts")]
+    assert rq4lens("audit", *options, "-v")[0] == rq4lens("-v", "audit", *options)[0] == 0
 
 
 def test_a_config_file_with_an_unknown_key_is_one_sentence(rq4lens, tmp_path):

@@ -13,12 +13,13 @@ import pytest
 from pair_on_disk import QUIET, write_config, write_pair
 
 from rq4lens.cli import main
-from rq4lens.cluster.jobs import JOB, PIECES, Job, read_job
+from rq4lens.cluster.jobs import PIECES, Job, read_job
 from rq4lens.cluster.pieces import Request, Shard
 from rq4lens.cluster.shards import merge_job, run_shard
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.patching.row_engine import RowEngine
+from rq4lens.run_directory import JOB
 from rq4lens.store import Store
 from rq4lens.study import run_study
 from rq4lens.sweep import sweep_layers

@@ -193,6 +193,7 @@ def test_another_alpha_in_the_same_folder_takes_nothing_over(config, finished, t
     store = json.loads((directory / "run.json").read_text())["store"]
     assert store["reused"] == 0
     assert other.grid.full.KL_raw > 1.5 * finished.grid.full.KL_raw
+    assert [path.name for path in directory.glob("single_head_*")] == [ranking_file(1, 0.6)]
 
 
 # --- one condition

@@ -19,9 +19,11 @@ from rq4lens.cluster.study_file import read_study
 from rq4lens.cluster.study_job import merge, run_study_file
 from rq4lens.cluster.study_plan import plan_text
 from rq4lens.cluster.study_report import REPORT, ROWS
+from rq4lens.config import read_config
 from rq4lens.errors import UserError
 from rq4lens.figures.study import study_layers
 from rq4lens.patching.row_engine import RowEngine
+from rq4lens.study import run_study
 
 START = """
 name = "strengths & <maps>"
@@ -289,3 +291,21 @@ def test_models_of_different_depth_are_shown_by_relative_depth():
     assert [trace.x[-1] for trace in figure.data] == [1.0, 1.0]
     assert list(study_layers(deep, ["setting"], metrics).data[0].x) == [0, 1, 2, 3, 4]
     assert list(figure.data[1].error_y.array) == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_a_main_job_is_added_to_a_cell_by_its_own_settings(finished, tmp_path):
+    """The settings of each cell lie in its folder, for `rq4lens run` to take them from there."""
+    (own,) = (finished[0] / "cells").glob("*a0.6_mean_shift*")
+    copy = shutil.copytree(own, tmp_path / "cell")
+    config = read_config(copy / "cell.json").updated(layer=1, control_layer=2, analysis="grid")
+    assert (config.alpha, config.map_kind) == (0.6, "mean_shift")
+    store = json.loads((run_study(config, copy).directory / "run.json").read_text())["store"]
+    assert store["reused"] > store["computed"]
+
+
+def test_a_study_of_no_pairs_is_said(tmp_path):
+    """The sentence names what is missing."""
+    path = tmp_path / "study.toml"
+    path.write_text('name = "empty"')
+    with pytest.raises(UserError, match="pairs is missing"):
+        read_study(path)

@@ -266,7 +266,7 @@ def test_a_scenario_of_ones_own():
     [
         ({"methods": ["luck"]}, "'luck' does not exist"),
         ({"methods": ["delta"], "pairs": 0}, "at least 1"),
-        ({"methods": ["delta"], "layers": [99]}, "L99H"),
+        ({"methods": ["delta"], "layers": [99]}, "layer 99"),
         ({"reading": Reading("marker", "nowhere")}, "marker 'nowhere' does not stand in prompt"),
     ],
 )

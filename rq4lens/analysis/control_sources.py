@@ -19,6 +19,7 @@ from torch import Tensor
 from rq4lens.models.prompts import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.fitting import rows_of
 from rq4lens.patching.map_kinds import fit_block
 from rq4lens.patching.maps import LayerMap, MapKind, to_blocks
 
@@ -49,7 +50,7 @@ class FitData:
     def of(cls, activations: PairActivations, layer: int) -> FitData:
         """The train rows of one layer."""
         prompts = activations.pair.prompts.split(FIT_SPLIT)
-        x, y = (_rows(activations.z(side, FIT_SPLIT, layer)) for side in ("base", "tuned"))
+        x, y = (rows_of(activations.z(side, FIT_SPLIT, layer)) for side in ("base", "tuned"))
         groups = np.repeat(prompts.groups, activations.k_positions)
         return cls(x, y, groups)
 
@@ -57,12 +58,6 @@ class FitData:
         """The same rows, each base row beside the tuned row of another prompt."""
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.y)))
         return replace(self, y=self.y[order])
-
-
-def _rows(z: Site) -> Float[Tensor, "row head d_head"]:
-    return einops.rearrange(
-        z, "prompt position head d_head -> (prompt position) head d_head"
-    ).double()
 
 
 def refit(layer_map: LayerMap, data: FitData, kind: MapKind | None = None) -> LayerMap:

@@ -52,7 +52,10 @@ def study(
     gpus_per_worker: GpusPerWorker = None,
     divide: Divide = "auto",
 ) -> None:
-    """Sweep several pairs at several strengths and map kinds, and compare them in one report."""
+    """Sweep several pairs, strengths and map kinds.
+
+    They are compared in one report.
+    """
     from rq4lens.cluster.study_file import read_study  # noqa: PLC0415 - keeps --help fast
     from rq4lens.cluster.study_job import run_study_file  # noqa: PLC0415
     from rq4lens.cluster.study_plan import plan_text  # noqa: PLC0415
@@ -74,7 +77,10 @@ def merge(
         bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
     ] = False,
 ) -> None:
-    """Check that all shares of a run, sweep or study are there, and write the results."""
+    """Put together what shares of a job measured.
+
+    Says which shares of the run, sweep or study are missing, if any are.
+    """
     from rq4lens.cluster.study_job import merge as merged  # noqa: PLC0415 - keeps --help fast
 
     output.print(merged(run, trust_remote_code=trust_remote_code, stage=watched), end="")

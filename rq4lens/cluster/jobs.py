@@ -14,9 +14,9 @@ from rq4lens.files import make_directory, read_json, short_reason, write_json_at
 from rq4lens.models.catalog import resolve_device
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.grid import GridPlan
+from rq4lens.run_directory import JOB
 from rq4lens.store import Store, content_key
 
-JOB = "job.json"
 PIECES = "pieces"
 FORMAT = 1
 

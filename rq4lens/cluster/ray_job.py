@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import ray
 
 from rq4lens.cluster.division import Division
-from rq4lens.cluster.jobs import JOB, PIECES, Job
+from rq4lens.cluster.jobs import PIECES, Job
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
@@ -24,6 +24,7 @@ from rq4lens.cluster.workbench import Workbench
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.files import made_directory, make_directory
+from rq4lens.run_directory import JOB
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.store import Store
 

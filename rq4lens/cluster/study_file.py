@@ -104,7 +104,7 @@ def read_study(path: Path) -> StudyPlan:
         text = read_regular_file(path)
         values = tomllib.loads(text)
     except FileNotFoundError:
-        raise UserError(f"study file {str(path)!r} does not exist.") from None
+        raise UserError(f"study file {str(path)!r} does not exist: name a TOML file.") from None
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(
             f"study file {str(path)!r} cannot be read as TOML: {short_reason(problem)}."
@@ -129,6 +129,8 @@ def _checked(values: Mapping[str, Any], where: str) -> StudyFile:
         return StudyFile(**values)
     except ValidationError as problem:
         first = problem.errors()[0]
+        if first["type"] == "missing" and len(first["loc"]) == 1:
+            raise UserError(f"{where}: {first['loc'][0]} is missing; give it.") from None
         key = ".".join(str(part) for part in first["loc"][:1])
         meaning = StudyFile.model_fields[key].description if key in StudyFile.model_fields else ""
         value = str(first.get("input"))[:80]

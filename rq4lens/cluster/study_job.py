@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.jobs import JOB
 from rq4lens.cluster.launch import finish_on_cluster
 from rq4lens.cluster.many import Many
 from rq4lens.cluster.pieces import WHOLE, Shard
@@ -14,8 +13,13 @@ from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.cluster.study_file import STUDY, Cell, StudyPlan, read_study
 from rq4lens.cluster.study_report import write_study_report
 from rq4lens.errors import UserError
-from rq4lens.files import make_directory, read_regular_file, write_text_atomic
-from rq4lens.layer_files import LAYERS
+from rq4lens.files import (
+    make_directory,
+    read_regular_file,
+    write_json_atomic,
+    write_text_atomic,
+)
+from rq4lens.run_directory import CELL, JOB, LAYERS
 from rq4lens.stages import Stage, silent
 from rq4lens.store import Store
 
@@ -206,3 +210,8 @@ def _join(plan: StudyPlan, directory: Path) -> None:
         )
     elif read_regular_file(path) != plan.text:
         write_text_atomic(path, plan.text)  # cells were added or settings changed
+    for cell in plan.cells:
+        own = cell.directory(directory)
+        make_directory(own)
+        settings = cell.request.config.model_dump(mode="json", exclude_unset=True)
+        write_json_atomic(own / CELL, {"config": settings})

@@ -7,7 +7,7 @@ from pathlib import Path
 from rq4lens.cluster.launch import validate_on_cluster
 from rq4lens.cluster.where import Cluster
 from rq4lens.errors import UserError
-from rq4lens.files import write_json_atomic
+from rq4lens.files import refuse_no_file, write_json_atomic
 from rq4lens.stages import Stage, silent
 from rq4lens.store import Store
 from rq4lens.validation.request import ValidationRequest
@@ -44,6 +44,7 @@ def run_validation(
         UserError: if a method does not exist, the model cannot be loaded or planted in, or a
             cluster has no folder to meet in.
     """
+    refuse_no_file(out)
     directory = None if out is None else kept_beside(out)
     if cluster is not None:
         if directory is None:

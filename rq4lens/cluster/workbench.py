@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rq4lens.cluster.division import Division, divides_prompts
-from rq4lens.cluster.jobs import JOB, PIECES, Job
+from rq4lens.cluster.jobs import PIECES, Job
 from rq4lens.cluster.pieces import Piece, Request, divided
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from_config
@@ -22,7 +22,7 @@ from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.prompt_parts import prompt_parts
 from rq4lens.preparation import cache_of, capture, keep_base, prepare_experiment
-from rq4lens.run_directory import CONDITIONS, MAPS
+from rq4lens.run_directory import CONDITIONS, JOB, MAPS, refuse_foreign
 from rq4lens.stages import Advance, Clock, Stage, silent
 from rq4lens.store import Store
 
@@ -39,12 +39,14 @@ class Workbench:
         stage: opens a stage of the work, for progress bars.
 
     Raises:
-        UserError: if the request does not fit the pair, or something cannot be read.
+        UserError: if the request does not fit the pair, the directory holds other files, or
+            something cannot be read.
     """
 
     def __init__(
         self, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
     ) -> None:
+        refuse_foreign(directory)
         self.request = request
         self.directory = directory
         self.fresh = fresh

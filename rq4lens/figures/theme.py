@@ -47,7 +47,6 @@ KIND_SYMBOLS = {
     "undecided": "square",
     "idle": "circle-open",
 }
-KIND_PATTERNS = {"re-coordinated": "", "rewired": "/", "undecided": "x", "idle": ""}
 
 # Cividis is made for colour-blind readers; the diverging scale runs blue - pale - orange.
 SEQUENTIAL = "Cividis"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rq4lens.errors import UserError
 from rq4lens.models.prompt_record import Prompt
 from rq4lens.models.prompts import PromptSet
-from rq4lens.models.reading import Reading, ReadPrompt, n_leading_bos, read_prompt
+from rq4lens.models.reading import Reading, ReadPrompt, decoded, n_leading_bos, read_prompt
 from rq4lens.models.rendering import apply_template
 
 if TYPE_CHECKING:
@@ -204,12 +204,12 @@ def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:
     place = read.decision_end
     start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
     before, after = (
-        tuple(_word(tokenizer, token) for token in read.tokens[part])
+        tuple(decoded(tokenizer, token) for token in read.tokens[part])
         for part in (slice(start, read.decision), slice(behind, behind + N_AFTER))
     )
     return SideAudit(
         before=before,
-        decision=_word(tokenizer, read.tokens[read.decision]),
+        decision=decoded(tokenizer, read.tokens[read.decision]),
         after=after,
         n_tokens=len(read.kept),
         n_dropped=read.n_dropped,
@@ -217,10 +217,6 @@ def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:
         in_template=None if place is None else place.in_template,
         problems=tuple(_problems(read, tokenizer)),
     )
-
-
-def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def _problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -240,8 +240,13 @@ def resolve_device(device: str) -> str:
     try:
         torch.zeros(1, device=device).item()  # a number comes back: it computes there
     except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used here ({reason}): try 'cpu'.") from None
+        reason = str(problem).splitlines()[0].split(". ")[0]
+        if "Expected one of" in reason:  # torch goes on with every kind of device it ever knew
+            reason = "there is no such kind"
+        raise UserError(
+            f"device {device!r} cannot be used here ({reason}): give cpu, cuda, cuda:1 and so on, "
+            "mps, or auto."
+        ) from None
     return device
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from rq4lens.errors import UserError
@@ -204,11 +204,7 @@ def _with_whitespace(
     Of the whitespace between two tokens, the later one has as much as it decodes to at its start,
     and the earlier one as much of the rest as it decodes to at its end.
     """
-
-    @cache
-    def decoded(token: int) -> str:
-        return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-
+    text_of = cache(partial(decoded, tokenizer))
     closed, last, end = list(spans), -1, 0
     for index, span in enumerate([*spans, (len(text), len(text))]):
         if span is None:
@@ -216,11 +212,11 @@ def _with_whitespace(
         start, stop = span
         if (gap := text[end:start]).isspace():
             if index < len(spans):
-                start -= min(len(gap), _n_leading(decoded(tokens[index])))
+                start -= min(len(gap), _n_leading(text_of(tokens[index])))
                 closed[index] = (start, stop)
             before = closed[last] if last >= 0 else None
             if before is not None:
-                trailing = _n_leading(decoded(tokens[last])[::-1])
+                trailing = _n_leading(text_of(tokens[last])[::-1])
                 closed[last] = (before[0], before[1] + min(start - end, trailing))
         last, end = index, max(end, stop)
     return closed
@@ -273,6 +269,11 @@ def _at_character(
     if not holding:
         raise _nothing_to_decide_at(prompt)
     return holding[-1]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of one token, its whitespace included."""
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def _before(prompt: Prompt, at: int, spans: tuple[Span | None, ...]) -> int:

@@ -194,7 +194,7 @@ class _Blocks(NamedTuple):
 
 def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
     base, tuned = (activations.z(side, FIT_SPLIT, recipe.layer) for side in SIDES)
-    x, y = _rows(base), _rows(tuned)
+    x, y = rows_of(base), rows_of(tuned)
     groups = np.repeat(recipe.pair.prompts.split(FIT_SPLIT).groups, recipe.k_positions)
     blocks = _fit_blocks(recipe.kind, recipe.scope, x, y, groups)
     _warn_if_few(len(x), blocks.weight.shape[-1], recipe.layer)
@@ -211,7 +211,8 @@ def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
     return replace(fitted, diagnostics=_held_out(fitted, x, y, groups, recipe.seed))
 
 
-def _rows(z: Float[Tensor, "prompt position head d_head"]) -> Float[Tensor, "row head d_head"]:
+def rows_of(z: Float[Tensor, "prompt position head d_head"]) -> Float[Tensor, "row head d_head"]:
+    """The rows that a map is fitted on, in float64: every patched position of every prompt."""
     return einops.rearrange(
         z, "prompt position head d_head -> (prompt position) head d_head"
     ).double()

@@ -23,7 +23,7 @@ from rq4lens.models.loading import LoadedModel
 from rq4lens.models.pair import ModelCard, PairMember
 from rq4lens.models.prompts import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.reading import Reading
-from rq4lens.patching.activations import device_of
+from rq4lens.patching.activations import check_layers, device_of
 from rq4lens.store import Store
 from rq4lens.validation.outcomes import Outcome, PlantedIngredients
 from rq4lens.validation.results import FalseAlarms, Recovery, Validation
@@ -98,7 +98,7 @@ class Suite:
     reading: Reading | None = None
 
     def __post_init__(self) -> None:
-        _check(self.base, self.methods, self.pairs)
+        _check(self.base, self.methods, self.pairs, self.layers or ())
 
     def __len__(self) -> int:
         """How many planted pairs there are."""
@@ -226,7 +226,9 @@ class Suite:
         )
 
 
-def _check(base: LoadedModel, methods: Sequence[str | RankingMethod], pairs: int) -> None:
+def _check(
+    base: LoadedModel, methods: Sequence[str | RankingMethod], pairs: int, layers: Sequence[int]
+) -> None:
     model = base.model
     if not isinstance(model, HookedTransformer):
         raise UserError(
@@ -238,6 +240,8 @@ def _check(base: LoadedModel, methods: Sequence[str | RankingMethod], pairs: int
             f"{base.source!r} has fewer than 4 value heads in a layer: too few to plant some and "
             "leave others."
         )
+    if layers:
+        check_layers(layers, model.cfg.n_layers)
     if pairs < 1:
         raise UserError(f"{pairs} planted pairs say nothing: make at least 1.")
     for method in methods:

@@ -17,7 +17,9 @@ def validation_text(validation: Validation) -> str:
     """
     parts = [
         _setting(validation),
-        "\n".join(_recovery_table(validation.recoveries)),
+        "\n".join(_recovery_table(validation.recoveries, "average_precision")),
+        "Area under the ROC curve: the probability that a planted head is ranked before another.",
+        "\n".join(_recovery_table(validation.recoveries, "auroc")),
         "\n".join(_kinds_table(validation)),
         _alarms(validation.false_alarms),
     ]
@@ -27,7 +29,7 @@ def validation_text(validation: Validation) -> str:
 def _setting(validation: Validation) -> str:
     values = validation.settings
     return (
-        f"{values['base']}: {values['pairs']} planted pairs per scenario, drift "
+        f"{values['base']}: planted pairs per scenario: {values['pairs']}, drift "
         f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
         f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
         f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
@@ -35,18 +37,19 @@ def _setting(validation: Validation) -> str:
     )
 
 
-def _recovery_table(recoveries: tuple[Recovery, ...]) -> Iterator[str]:
+def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> Iterator[str]:
     scenarios = list(dict.fromkeys(each.scenario for each in recoveries))
     methods = list(dict.fromkeys(each.method for each in recoveries))
-    cells = {(each.method, each.scenario): _precision(each) for each in recoveries}
+    cells = {
+        (each.method, each.scenario): _mean_and_worst(getattr(each, measure)) for each in recoveries
+    }
     yield _row("method", *scenarios)
     yield _row(*["---"] * (1 + len(scenarios)))
     for method in methods:
         yield _row(method, *(cells[method, scenario] for scenario in scenarios))
 
 
-def _precision(recovery: Recovery) -> str:
-    values = recovery.average_precision
+def _mean_and_worst(values: tuple[float, ...]) -> str:
     return f"{sum(values) / len(values):.2f} ({min(values):.2f})"
 
 

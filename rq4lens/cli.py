@@ -171,8 +171,26 @@ def rank(
     file: Annotated[
         list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="answer_logprob|logit_difference",
+            help="What the gradients of grad_act, attribution and integrated_gradients follow: the "
+            "log-probability of the tuned model's own most likely token, or its logit minus the "
+            "runner-up's. [default: answer_logprob]",
+        ),
+    ] = None,
+    ig_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Points on the path of integrated_gradients at which the gradient is taken. "
+            "[default: 8]",
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Also write a file per ranking.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Also write a file per ranking and the table."),
     ] = None,
 ) -> None:
     """Rank the heads of a layer by any method.
@@ -182,7 +200,15 @@ def rank(
     from rq4lens.ranking_job import rank_layer  # noqa: PLC0415 - keeps --help fast
 
     methods = [name.strip() for name in method.split(",")]
-    job = rank_layer(config, methods, files=file or (), out=out, stage=watched)
+    job = rank_layer(
+        config,
+        methods,
+        files=file or (),
+        target=target,
+        ig_steps=ig_steps,
+        out=out,
+        stage=watched,
+    )
     output.print(job.summary, end="")
     for path in job.files:
         output.print(f"written to {path}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from rq4lens.analysis.agreement import Scored
+from rq4lens.analysis.gradients import TARGETS
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.methods import describe_ranking
 from rq4lens.analysis.metrics import bootstrap_of, grid_full_effect
@@ -19,8 +22,8 @@ from rq4lens.files import make_directory
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.patching.grid import run_grid
 from rq4lens.preparation import capture, plan_of, prepare_experiment
+from rq4lens.ranking_files import write_ranking, write_table
 from rq4lens.results import HeadRanking
-from rq4lens.run_directory import write_ranking
 from rq4lens.stages import Clock, Stage, silent
 from rq4lens.tables import ranking_text
 
@@ -33,7 +36,7 @@ class RankingJob:
         rankings: the rankings.
         rows: each of them beside exact single-head ``ΔKL``.
         summary: what the console prints.
-        files: the files that were written.
+        files: the files that were written; the table is the last of them.
     """
 
     rankings: tuple[HeadRanking, ...]
@@ -47,6 +50,8 @@ def rank_layer(
     methods: Sequence[str],
     *,
     files: Sequence[Path] = (),
+    target: str | None = None,
+    ig_steps: int | None = None,
     out: Path | None = None,
     stage: Stage = silent,
 ) -> RankingJob:
@@ -56,22 +61,20 @@ def rank_layer(
         config: the pair, the layer and how to patch.
         methods: names of ranking methods, or ``["ALL"]``.
         files: rankings to read and compare, lists of head and score.
-        out: the directory to write a file per ranking into, if any.
+        target: what the gradient methods follow, one of ``TARGETS``; their default when left out.
+        ig_steps: points on the path of integrated gradients; its default when left out.
+        out: the directory to write a file per ranking and the table into, if any.
         stage: opens a stage of the work, for progress bars.
 
     Returns:
         The rankings.
 
     Raises:
-        UserError: if a method does not exist, a file is not such a ranking, or the configuration
-            does not fit the pair.
+        UserError: if a method does not exist, a file is not such a ranking or has a method's name,
+            a setting has no method to go to, or the configuration does not fit the pair.
     """
-    names = list(METHODS) if [name.upper() for name in methods] == ["ALL"] else list(methods)
-    for name in names:
-        if name not in METHODS:
-            raise UserError(
-                f"ranking method {name!r} does not exist: choose from {', '.join(METHODS)}, or ALL."
-            )
+    names = _methods(methods, files)
+    settings = _settings(names, config.seed, target, ig_steps)
     config = config.updated(control_layer=None, k=list(config.k), random_seeds=[])
     clock = Clock(stage)
     with clock("load"):
@@ -99,15 +102,62 @@ def rank_layer(
     timed: list[tuple[HeadRanking, float | None]] = [(ranking, None) for ranking in read]
     for name in names:
         with clock(name):
-            settings = {"seed": config.seed} if name == "shapley" else {}
-            timed.append(timed_ranking(name, measured, **settings))
+            timed.append(timed_ranking(name, measured, **settings[name]))
     rows = tuple(
         describe_ranking(ranking, exact, measured, full, plan.ks, bootstrap, seconds)[0]
         for ranking, seconds in timed
     )
     rankings = tuple(ranking for ranking, _ in timed)
+    written: list[Path] = []
     if out is not None:
         make_directory(out)
-    written = () if out is None else tuple(write_ranking(out, ranking) for ranking in rankings)
+        written = [write_ranking(out, ranking) for ranking in rankings]
+        written.append(write_table(out, grid.settings, grid.n_prompts, rankings, rows))
     text = ranking_text(grid.settings, grid.n_prompts, rankings, rows, plan.ks)
-    return RankingJob(rankings, rows, text, written)
+    return RankingJob(rankings, rows, text, tuple(written))
+
+
+def _methods(methods: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """The methods asked for, each once; no file may have the name of another ranking."""
+    everything = [name.upper() for name in methods] == ["ALL"]
+    names = list(METHODS) if everything else list(dict.fromkeys(methods))
+    for name in names:
+        if name not in METHODS:
+            raise UserError(
+                f"ranking method {name!r} does not exist: choose from {', '.join(METHODS)}, or ALL."
+            )
+    taken = set(names)
+    for path in files:
+        if path.stem in taken:
+            raise UserError(
+                f"two rankings would be called {path.stem!r}: rename the file {str(path)!r}."
+            )
+        taken.add(path.stem)
+    return names
+
+
+def _settings(
+    names: Sequence[str], seed: int, target: str | None, ig_steps: int | None
+) -> Mapping[str, dict[str, Any]]:
+    """The settings of each method; what was asked for must have a method to go to."""
+    if target is not None and target not in TARGETS:
+        raise UserError(f"target {target!r} does not exist: choose {' or '.join(TARGETS)}.")
+    follows = [name for name in METHODS if "target" in signature(METHODS[name]).parameters]
+    if target is not None and not set(names) & set(follows):
+        raise UserError(
+            f"target {target!r} has no method that follows it: add one of {', '.join(follows)}."
+        )
+    if ig_steps is not None and ig_steps < 1:
+        raise UserError(f"ig_steps {ig_steps} is too few: take at least 1 point on the path.")
+    if ig_steps is not None and "integrated_gradients" not in names:
+        raise UserError(
+            f"ig_steps {ig_steps} has no method to go to: add the method integrated_gradients."
+        )
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name in given.keys() & set(follows):
+        given[name] |= {} if target is None else {"target": target}
+    if ig_steps is not None:
+        given["integrated_gradients"]["steps"] = ig_steps
+    if "shapley" in given:
+        given["shapley"]["seed"] = seed
+    return given

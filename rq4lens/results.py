@@ -163,6 +163,8 @@ class HeadRanking:
         standard_errors: standard error of each score, where the method has one.
         per_prompt: score of each head (in index order, not rank order) on each prompt, where the
             method has one.
+        share_of: where the score is a share in percent, what it is a share of on each prompt: the
+            score is 100 times the mean of ``per_prompt`` over the mean of this.
         settings: the method's own settings.
     """
 
@@ -173,6 +175,7 @@ class HeadRanking:
     scores: tuple[float | None, ...]
     standard_errors: tuple[float | None, ...] | None = None
     per_prompt: Float64[ndarray, "head prompt"] | None = None
+    share_of: Float64[ndarray, "head prompt"] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -185,6 +188,7 @@ class HeadRanking:
         alpha: float | None,
         standard_errors: Sequence[float | None] | None = None,
         per_prompt: Float64[ndarray, "head prompt"] | None = None,
+        share_of: Float64[ndarray, "head prompt"] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> HeadRanking:
         """Rank heads by descending score; ties break by head index, undefined scores come last.
@@ -196,6 +200,7 @@ class HeadRanking:
             alpha: blend strength, or None.
             standard_errors: standard error of head 0, 1, 2, ...
             per_prompt: scores of head 0, 1, 2, ... on each prompt.
+            share_of: what they are a share of on each prompt.
             settings: the method's own settings.
 
         Returns:
@@ -216,6 +221,7 @@ class HeadRanking:
             scores=tuple(scores[head] for head in order),
             standard_errors=errors,
             per_prompt=per_prompt,
+            share_of=share_of,
             settings=dict(settings or {}),
         )
 

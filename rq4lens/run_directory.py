@@ -21,7 +21,7 @@ from rq4lens.files import (
     write_text_atomic,
 )
 from rq4lens.heads import HeadSet
-from rq4lens.results import HOOK, ConditionResult, GridResult, GridSettings, HeadRanking
+from rq4lens.results import HOOK, ConditionResult, GridResult, GridSettings
 
 RESULTS = "rq4_results.json"
 PER_PROMPT = "per_prompt.parquet"
@@ -155,20 +155,6 @@ def file_sha256(path: Path) -> str | None:
         return hashlib.sha256(read_regular_bytes(path)).hexdigest()
     except (OSError, ValueError):
         return None
-
-
-def write_ranking(directory: Path, ranking: HeadRanking) -> Path:
-    """Write a ranking by another method: a list of ``head, rank, score, se``, best first."""
-    errors = ranking.standard_errors or (None,) * ranking.n_heads
-    rows = [
-        {"head": head, "rank": rank, "score": score, "se": error}
-        for rank, (head, score, error) in enumerate(
-            zip(ranking.heads, ranking.scores, errors, strict=True), start=1
-        )
-    ]
-    path = directory / ranking_file(ranking.layer, ranking.alpha or 0.0, ranking.method)
-    write_json_atomic(path, rows)
-    return path
 
 
 def per_prompt_table(grid: GridResult) -> pd.DataFrame:

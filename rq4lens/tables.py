@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rq4lens.analysis.compared import Metric
+from rq4lens.analysis.controls import SIGNIFICANT
 from rq4lens.analysis.records import MethodRow
 from rq4lens.analysis.statistics import Estimate
 from rq4lens.heads import Head
@@ -18,6 +19,9 @@ from rq4lens.results import GridSettings, HeadRanking
 from rq4lens.summary import nats, setting_line
 
 WIDTH = 100
+"""Columns after which sentences are broken; tables are as wide as they are."""
+
+UNCUT = 10_000
 TOP_HEADS = 8
 
 
@@ -40,8 +44,22 @@ def sweep_text(
             Text(setting_line(settings, n_prompts, where=f"{settings.n_layers} layers")),
             _layer_table(comparison),
             Text(f"heads of all layers by ΔKL (nats): {best}"),
+            Text(_tests_line(comparison["tests"])),
             *(Text(reason) for reason in reasons),
         ]
+    )
+
+
+def _tests_line(tests: Mapping[str, Any]) -> str:
+    """How many heads differ from zero, and what the p-values are corrected for."""
+    if tests["n_tests"] == 0:
+        return "sign-flip tests: none is possible (see layers.json for the reasons)"
+    corrected = [test["p_max_t"] for test in tests["tests"] if test["p_max_t"] is not None]
+    firm = sum(p_value <= SIGNIFICANT for p_value in corrected)
+    return (
+        f"sign-flip tests: {firm} heads differ from zero (max-T p <= {SIGNIFICANT:g}), corrected "
+        f"for all {len(tests['tests'])} tests of this sweep ({tests['family']}); smallest p that "
+        f"can come out: {tests['p_max_t_min']:.2g} by max-T, {tests['p_holm_min']:.2g} by Holm"
     )
 
 
@@ -137,7 +155,8 @@ def _method_table(
             ",".join(map(str, ranking.top(4))),
         )
     table.caption = (
-        "Kendall, Spearman and rank-biased overlap with exact single-head ΔKL; top-k: coverage"
+        "Kendall, Spearman and rank-biased overlap with exact single-head ΔKL (-: the ranking "
+        "itself); top-k: coverage"
     )
     return table
 
@@ -153,9 +172,9 @@ def _table(first: str, *others: str) -> Table:
 def _text(parts: Sequence[RenderableType]) -> str:
     text = StringIO()
     # In a notebook rich would display the text, or colour it, instead of writing it as it is.
-    console = Console(file=text, width=WIDTH, force_jupyter=False, color_system=None)
+    console = Console(file=text, width=UNCUT, force_jupyter=False, color_system=None)
     for part in parts:
-        console.print(part)
+        console.print(part, width=WIDTH if isinstance(part, Text) else None)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 

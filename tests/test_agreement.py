@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import scipy.stats
+from games import Game, measured, noisy_game
 
 from rq4lens.analysis.agreement import (
     ALL_TIED,
+    FIXED,
     TOO_FEW_HEADS,
     Scored,
     agreement,
@@ -15,7 +17,9 @@ from rq4lens.analysis.agreement import (
     strengths,
     top_jaccard,
 )
+from rq4lens.analysis.greedy import rank_greedy_backward, rank_greedy_forward
 from rq4lens.analysis.plain import plain
+from rq4lens.analysis.single_effects import rank_by_drop_pct
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.results import HeadRanking
 
@@ -93,7 +97,48 @@ def test_fixed_scores_have_no_interval_but_a_reason():
     found = agreement("method", first, second, (2,), BOOTSTRAP)
     assert found.kendall.value == pytest.approx(1)
     assert found.kendall.interval is None
-    assert "per-prompt" in found.kendall.reason
+    assert found.kendall.reason == FIXED
+
+
+def test_a_ranking_by_shares_is_resampled_as_a_ratio_of_means():
+    """The interval of drop_pct's agreement is that of the ratio computed resample by resample."""
+    rng = np.random.default_rng(1)
+    raw = 1 + np.arange(6.0)[:, None] / 5 + rng.gamma(1.0, size=(6, 20))
+    sets = measured(Game(0.5 * raw + 0.3 * rng.normal(size=(6, 20)), raw=raw))
+    kl_raw, kl_mapped = sets.kl_nats(sets.singles)
+    share = Scored.of(rank_by_drop_pct(sets), BOOTSTRAP)
+    exact = Scored.of_prompts("delta", kl_raw - kl_mapped, BOOTSTRAP)
+    draws = []
+    for weights in BOOTSTRAP.weights:
+        raw_mean, delta = kl_raw @ weights, (kl_raw - kl_mapped) @ weights
+        draws.append(scipy.stats.kendalltau(delta / raw_mean, delta).statistic)
+    found = agreement("method", share, exact, (), BOOTSTRAP).kendall
+    assert found.interval.pair == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist())
+    only_one = Scored("drop_pct", share.scores)
+    fixed = agreement("method", only_one, exact, (), BOOTSTRAP).kendall.interval
+    assert fixed.pair != found.interval.pair
+
+
+def test_shares_of_nothing_come_last_in_every_resample():
+    """A head without a raw effect has no share: it ranks last, and nothing is NaN."""
+    raw = np.outer([0.0, 1.0, 2.0], np.ones(8)) * np.random.default_rng(2).uniform(1, 2, (3, 8))
+    sets = measured(Game(raw * np.array([[0.0], [0.2], [0.8]]), raw=raw))
+    share = Scored.of(rank_by_drop_pct(sets), Bootstrap(tuple(map(str, range(8))), 50))
+    assert (np.argmin(share.resampled.draws, axis=1) == 0).all()
+    assert np.isfinite(share.resampled.draws).all()
+
+
+def test_a_ranking_from_prompts_without_resamples_has_no_interval():
+    """Greedy rankings come from the prompts: to count them as fixed would look too certain."""
+    game = noisy_game([1.0, 2.0, 3.0], 20)
+    sets = measured(game)
+    delta = Scored.of_prompts("delta", sets.delta_nats(sets.singles), BOOTSTRAP)
+    for rank in (rank_greedy_forward, rank_greedy_backward):
+        found = agreement("method", Scored.of(rank(sets), BOOTSTRAP), delta, (1,), BOOTSTRAP)
+        for estimate in (found.kendall, found.rbo, found.jaccard[1]):
+            assert estimate.value == pytest.approx(1)
+            assert estimate.interval is None
+            assert "new measurements" in estimate.reason
 
 
 def test_ties_and_single_heads_are_undefined_with_a_reason():

@@ -19,6 +19,8 @@ from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
 
+TAU = "Kendall's tau with their order by ΔKL is"
+
 ROW = {
     *("k", "ranking", "heads", "coverage_pct", "coverage_pct_ci95", "cross_fitted_coverage_pct"),
     *("optimism_pct", "p_value", "p_value_min", "n_subsets"),
@@ -179,31 +181,6 @@ def test_grid_alone_is_enough_for_its_own_numbers():
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("measure", [True, False])
-@pytest.mark.parametrize(
-    "game",
-    [
-        Game(np.array([[2.0], [1.0]])),
-        Game(np.zeros((3, 6)), raw=np.zeros((3, 6))),
-        Game(np.ones((3, 6))),
-        noisy_game([0.0, 0.0, 0.0], 12),
-        noisy_game([-2.0, -1.0, 0.1], 12),
-        noisy_game([1.0], 8),
-        noisy_game([1.0, 2.0], 6, groups=["a"] * 6),
-    ],
-    ids=["one prompt", "nothing", "constant", "null", "negative", "one head", "one group"],
-)
-def test_degenerate_runs_survive(game, measure):
-    """One prompt, one head, ties, no effect, a harmful map: nulls with reasons, never NaN."""
-    n_heads = game.n_heads
-    found = analysed(game, ks=(1, n_heads), measure=measure)
-    record = found.to_dict()
-    json.dumps(record, allow_nan=False)
-    assert record["claims"]
-    for row in record["coverage"]:
-        assert row["coverage_pct"] is not None or row["coverage_pct_reason"]
-
-
 def test_claims_follow_the_numbers():
     """A few heads, many heads, no effect and a harmful map each read differently."""
     few = " ".join(analysed(noisy_game([5.0, 4.9, *[0.1] * 10], 40)).claims)
@@ -231,6 +208,44 @@ def test_claims_name_controls_that_fail():
     assert "controls" not in " ".join(claims(untested)).replace("survives", "")
 
 
+def test_claims_count_idle_heads_apart():
+    """Heads that differ from zero by next to nothing count, and are said to be idle."""
+    game = noisy_game([3.0, 2.0, *[1e-6] * 4], 30, noise=0.0)
+    raw = np.outer([4.0, 3.0, *[2e-6] * 4], np.ones(30)) * np.linspace(0.9, 1.1, 30)
+    said = " ".join(analysed(Game(game.single * np.linspace(0.8, 1.2, 30), raw=raw)).claims)
+    assert "6 of 6 heads by themselves differ from zero" in said
+    assert "2 of these are not idle" in said
+    assert "all 30 tests (6 heads x 1 layer x 5 alphas)" in said
+
+
+def test_claims_name_a_metric_that_ranks_otherwise():
+    """A second metric is mentioned where its order of the heads has nothing to do with ΔKL's."""
+    found = analysed(noisy_game([3.0, 2.0, 1.0], 30))
+    assert "rank otherwise" not in " ".join(found.claims)
+    metric = found.agreement[0]
+    for estimate in (Estimate(-0.13, Interval(-0.17, 0.27, LEVEL, "percentile")), exact(-1.0)):
+        other = replace(metric, kendall=estimate)
+        said = " ".join(claims(replace(found, agreement=(other, *found.agreement[1:]))))
+        assert (
+            f"answer log-probability the heads rank otherwise: {TAU} {number(estimate, '')}" in said
+        )
+
+
+def test_claims_name_every_control_that_comes_close():
+    """One control is the closest; several above 80% are all named with their shares."""
+    found = analysed(noisy_game([3.0, 2.0, 1.0], 30))
+    shares = {"shuffled pairs": 89.7, "tuned mean": 88.0, "random rotation": 79.9}
+    rows = {
+        name: replace(found.controls[0], name=name, survives=True, share_pct=exact(share))
+        for name, share in shares.items()
+    }
+    said = " ".join(claims(replace(found, controls=tuple(rows.values()))))
+    assert "2 come close to its repair: shuffled pairs 89.7% [89.7, 89.7], tuned mean 88.0%" in said
+    assert "random rotation" not in said
+    alone = " ".join(claims(replace(found, controls=(rows["random rotation"],))))
+    assert "random rotation comes closest: 79.9%" in alone
+
+
 def test_words_for_spread():
     """The words follow 90% of the effect first and the area second."""
     assert spread_of(0.1, 90.0) == "a few heads carry it"
@@ -243,6 +258,7 @@ def test_numbers_in_sentences():
     assert number(Estimate(12.345, Interval(10.0, 15.0, LEVEL, "bca")), "%") == "12.3% [10.0, 15.0]"
     assert number(Estimate(0.00012345), "nats") == "0.000123 nats"
     assert number(exact(3.0), "heads", digits=0) == "3 heads [3, 3]"
+    assert number(exact(-0.5), "") == "-0.5 [-0.5, -0.5]"
     assert number(Estimate(None, None, "why"), "%") == "an undefined share"
 
 

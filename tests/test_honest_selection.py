@@ -5,21 +5,23 @@ import pytest
 import scipy.stats
 import torch
 from games import Game, measured
-from tiny import pair_of, random_prompts, tiny_model
+from tiny import fine_tuned, pair_of, random_prompts, tiny_model
 
 from rq4lens.analysis.analyse import analyse
+from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.coverage import CoverageStudy, coverage
 from rq4lens.analysis.crossfit import CrossFit, half_splits
+from rq4lens.analysis.layers import compare_layers
 from rq4lens.analysis.metrics import full_effect
 from rq4lens.analysis.random_sets import RandomRankings
 from rq4lens.analysis.significance import sign_flips
 from rq4lens.analysis.single_effects import rank_by_delta
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.heads import HeadSet
+from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
-from rq4lens.patching.patch import SELF
 
 N_NULLS = 200
 
@@ -97,31 +99,64 @@ def test_sign_flip_p_values_of_null_heads_are_uniform(grouped):
     assert is_uniform(flips.p_value, 2000)
 
 
-def test_equally_wrong_maps_give_uniform_p_values(tiny_pair, tiny_maps):
-    """Two noises of one kind in place of raw and mapped: neither repairs the other's damage."""
-    experiment = prepare(tiny_pair, tiny_maps)
-    z = experiment.sources[1, SELF]
+@pytest.fixture(scope="module")
+def wrong_predictions():
+    """The tiny pair on 24 prompts, and what 40 maps make of them that were fitted on wrong pairs.
+
+    Returns:
+        The experiment, its tuned ``z``, and the predictions ``[map prompt position head d_head]``.
+    """
+    base = tiny_model()
+    pair = pair_of(base, fine_tuned(base), random_prompts(n_val=24))
+    experiment = prepare(pair, fit_maps(pair, [1]))
+    activations = PairActivations(pair)
+    data, own = FitData.of(activations, 1), experiment.maps[1]
+    z_base = activations.z("base", experiment.split, 1)
+    predictions = [refit(own, data.unpaired(seed))(z_base) for seed in range(40)]
+    return experiment, activations.z("tuned", experiment.split, 1), torch.stack(predictions)
+
+
+@pytest.mark.parametrize("kind", ["maps of shuffled pairs", "activations of other prompts"])
+def test_equally_wrong_sources_give_uniform_p_values(wrong_predictions, kind):
+    """Raw and mapped drawn alike for each prompt, from maps of shuffled pairs or other prompts.
+
+    The draw is made prompt by prompt: two *given* wrong maps do differ, one being the less wrong on
+    all prompts, and enough prompts tell.
+    """
+    experiment, z_tuned, predictions = wrong_predictions
+    n_prompts = len(experiment.groups)
     p_values = []
     for seed in range(N_NULLS):
-        noise = torch.Generator().manual_seed(seed)
-        wrong = {
-            (1, name): z + 0.3 * torch.randn(z.shape, generator=noise) for name in ("one", "other")
-        }
+        rng = np.random.default_rng(seed)
+
+        def wrong(rng=rng):
+            if kind == "activations of other prompts":
+                return z_tuned[rng.integers(0, n_prompts, n_prompts)]
+            return predictions[rng.integers(0, len(predictions), n_prompts), np.arange(n_prompts)]
+
+        varied = experiment.with_sources({(1, "one"): wrong(), (1, "other"): wrong()})
         everything = [HeadSet.all(experiment.n_heads)]
-        varied = experiment.with_sources(wrong)
         effects = varied.measure(1, everything, 0.5, raw="one", mapped="other")
-        p_values.append(sign_flips(effects.delta_nats, experiment.groups, 1000).p_value[0])
+        p_values.append(sign_flips(effects.delta_nats, experiment.groups, 1000, seed).p_value[0])
     assert is_uniform(p_values, 1000)
 
 
 def test_identical_models_have_no_p_value():
-    """The same model twice: every effect is exactly 0, so there is nothing to test."""
+    """The same model twice: every effect is exactly 0, so nothing is tested or claimed."""
     base = tiny_model()
     pair = pair_of(base, base, random_prompts())
-    grid = run_grid(pair, fit_maps(pair, [1]), 1, ks=(1,))
-    found = analyse(grid, n_resamples=100)
-    assert {test.p_value for test in found.tests.tests} == {None}
+    maps = fit_maps(pair, [0, 1])
+    experiment = prepare(pair, maps)
+    grids = {layer: run_grid(pair, maps, layer, ks=(1,), experiment=experiment) for layer in (0, 1)}
+    found = analyse(grids[1], experiment, n_resamples=100, n_random_sets=20)
+    assert len(found.tests.tests) == 20
+    for tests in (found.tests, compare_layers(grids, n_resamples=100).tests):
+        assert {test.p_value for test in tests.tests} == {None}
+        assert tests.n_tests == 0
     assert found.full.undefined_because is not None
+    said = " ".join(found.claims)
+    assert "differ from zero" not in said
+    assert "survives" not in said
 
 
 def test_max_t_keeps_the_family_wise_error():

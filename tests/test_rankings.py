@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from games import Game, measured, noisy_game
 
+from rq4lens.analysis.agreement import THE_SAME
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.methods import compare_methods
 from rq4lens.analysis.metrics import full_effect
@@ -169,6 +170,19 @@ def test_standard_errors_are_those_of_a_mean():
     assert standard_errors(values, ("one",) * 12) == [None, None]
 
 
+def test_standard_errors_of_shares_are_those_of_a_ratio():
+    """To first order: exact where the whole does not vary, and close to a bootstrap elsewhere."""
+    rng = np.random.default_rng(3)
+    raw = np.stack([np.full(400, 2.0), rng.gamma(4.0, size=400)])
+    game = Game(0.5 * raw + rng.normal(size=(2, 400)), raw=raw)
+    ranking = rank_heads("drop_pct", measured(game))
+    errors = dict(zip(ranking.heads, ranking.standard_errors, strict=True))
+    assert errors[0] == pytest.approx(100 * standard_errors(game.single, game.groups)[0] / 2)
+    weights = Bootstrap(game.groups, 2000).weights
+    draws = 100 * (weights @ game.single[1]) / (weights @ raw[1])
+    assert errors[1] == pytest.approx(draws.std(), rel=0.1)
+
+
 def test_unknown_method_and_setting_are_refused():
     """The error names what was asked for and what there is."""
     sets = measured(Game(np.ones((2, 2))))
@@ -198,5 +212,7 @@ def test_methods_are_compared_on_the_same_heads():
     assert rows["shapley"].agreement.kendall.value == pytest.approx(1)
     assert rows["shapley"].coverage_pct[2].value == pytest.approx(100 * 5 / 6.5, abs=3)
     assert rows["kl_curvature"].agreement is None
+    assert rows["delta"].agreement is None
+    assert rows["delta"].agreement_reason == THE_SAME
     assert "needs the models" in rows["kl_curvature"].reason
     assert [ranking.method for ranking in compared.rankings] == SET_METHODS

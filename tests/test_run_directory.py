@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from explained import check_explained
 from synthetic import synthetic_grid
 
 from rq4lens.analysis.metrics import ranking_rows, records
 from rq4lens.errors import UserError
 from rq4lens.files import write_json_atomic
+from rq4lens.ranking_files import write_ranking
 from rq4lens.results import HeadRanking
 from rq4lens.run_directory import (
     FORMAT,
@@ -18,7 +20,6 @@ from rq4lens.run_directory import (
     ranking_file,
     read_run,
     write_grid,
-    write_ranking,
     write_run,
 )
 
@@ -142,11 +143,13 @@ def test_rankings_by_other_methods_are_named_by_their_method(tmp_path):
     ranking = HeadRanking.from_scores([0.1, None, 0.3], method="shapley", layer=2, alpha=0.25)
     path = write_ranking(tmp_path, ranking)
     assert path.name == "ranking_shapley_L2_hook_z_alpha0.25.json"
-    assert json.loads(path.read_text()) == [
-        {"head": 2, "rank": 1, "score": 0.3, "se": None},
-        {"head": 0, "rank": 2, "score": 0.1, "se": None},
-        {"head": 1, "rank": 3, "score": None, "se": None},
+    rows = json.loads(path.read_text())
+    assert [(row["head"], row["rank"], row["score"], row["se"]) for row in rows] == [
+        (2, 1, 0.3, None),
+        (0, 2, 0.1, None),
+        (1, 3, None, None),
     ]
+    check_explained(rows)
 
 
 def test_a_run_is_finished_when_its_last_file_is_there(grid, tmp_path):

@@ -6,7 +6,7 @@ import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
 from rq4lens.analysis.plain import plain
-from rq4lens.analysis.significance import NO_EFFECT, head_tests, sign_flips
+from rq4lens.analysis.significance import NO_EFFECT, flips_for, head_tests, sign_flips
 from rq4lens.analysis.statistics import ONE_GROUP
 from rq4lens.heads import Head
 
@@ -53,6 +53,43 @@ def test_max_t_is_single_for_one_head_and_above_it_for_many():
     assert alone.p_max_t == pytest.approx(alone.p_value)
     flips = sign_flips(values, names(11))
     assert (flips.p_max_t >= flips.p_value).all()
+
+
+def test_flips_grow_with_the_family():
+    """However many heads are tried, Holm can reject: its smallest p-value is reached and small."""
+    effects = 1 + np.abs(np.random.default_rng(8).normal(size=(300, 40)))
+    tried = [(Head(layer, head), 0.3) for layer in range(10) for head in range(30)]
+    result = head_tests(tried, effects, names(40), n_flips=100)
+    assert result.family == "30 heads x 10 layers x 1 alpha"
+    assert result.n_tests == 300
+    for name in ("p_value", "p_max_t", "p_holm", "p_bh"):
+        smallest = getattr(result, f"{name}_min")
+        assert min(getattr(test, name) for test in result.tests) == pytest.approx(smallest)
+        assert smallest <= 0.005
+    assert flips_for(8, 1000) == 1600
+    assert flips_for(2, 1000) == 1000
+
+
+def test_few_groups_bound_what_holm_can_say():
+    """With all sign patterns of few groups tried, the smallest p-values are said, not beaten."""
+    effects = np.ones((6, 5))
+    result = head_tests([(Head(0, h), 0.3) for h in range(6)], effects, names(5))
+    assert result.exhaustive
+    assert result.p_value_min == 2 / 2**5
+    assert result.p_holm_min == 6 * 2 / 2**5
+    assert min(test.p_holm for test in result.tests) == result.p_holm_min
+
+
+@pytest.mark.parametrize("n_groups", [9, 30])
+def test_memory_does_not_change_p_values(monkeypatch, n_groups):
+    """Sign patterns come in pieces: the size of the pieces changes no p-value."""
+    values = np.random.default_rng(9).normal(0.3, 1, size=(4, n_groups))
+    whole = sign_flips(values, names(n_groups), 2000)
+    monkeypatch.setattr("rq4lens.analysis.significance.CHUNK_VALUES", 7 * n_groups)
+    pieces = sign_flips(values, names(n_groups), 2000)
+    assert pieces.p_value.tolist() == whole.p_value.tolist()
+    assert pieces.p_max_t.tolist() == whole.p_max_t.tolist()
+    assert pieces.n_flips == whole.n_flips
 
 
 def test_identical_heads_need_no_correction():

@@ -9,7 +9,7 @@ from games import Game, measured, noisy_game
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq4lens.analysis.agreement import Scored
+from rq4lens.analysis.agreement import THE_SAME, Scored
 from rq4lens.analysis.alignment import NO_DIRECTION, alignment, head_shares
 from rq4lens.analysis.alpha_sweep import alpha_sweep
 from rq4lens.analysis.concentration import (
@@ -26,7 +26,7 @@ from rq4lens.analysis.interactions import interactions
 from rq4lens.analysis.plain import plain
 from rq4lens.analysis.single_effects import rank_by_delta
 from rq4lens.analysis.stability import rank_stability, ranks_of
-from rq4lens.analysis.statistics import CONSTANT, LEVEL, Bootstrap, Estimate, Interval
+from rq4lens.analysis.statistics import CONSTANT, LEVEL, Bootstrap, Estimate, Interval, Spread
 
 NAMES = tuple(map(str, range(30)))
 
@@ -72,6 +72,21 @@ def test_null_heads_have_no_split_half_stability():
     ]
     # Halves of one finite sample are negatively related, never positively.
     assert np.mean(values) == pytest.approx(0, abs=0.1)
+
+
+def test_spread_over_splits_is_a_range_around_its_median():
+    """What halves give is a range that holds its value, and is not called an interval."""
+    stability = stability_of(noisy_game([1.0, 1.05, 1.1, 2.0], 12, noise=0.2))
+    record = plain(stability)
+    for name in ("bootstrap_spearman", "split_half_spearman"):
+        low, high = record[f"{name}_range95"]
+        assert low <= record[name] <= high
+        assert low < high
+        assert f"{name}_ci95" not in record
+    assert record["split_half_jaccard"]["1_range95"][1] == 1.0
+    draws = np.random.default_rng(0).permutation(np.arange(1001.0))
+    spread = Spread.of(draws)
+    assert (spread.low, spread.value, spread.high) == pytest.approx((25, 500, 975))
 
 
 def test_a_single_prompt_has_no_stability():
@@ -218,11 +233,18 @@ def test_kind_without_an_interval_is_undecided():
 
 
 def test_alpha_sweep_holds_the_runs_own_alpha():
-    """The run's alpha is one of the points, agrees with itself fully, and effects grow as α²."""
+    """The run's alpha is one of the points and compared with no other one; effects grow as α²."""
     sets = measured(noisy_game([1.0, 2.0, 3.0], 30))
     points, at_alpha = alpha_sweep(sets, (0.1, 0.6), (1,), Bootstrap(NAMES, 100))
     assert [point.alpha for point in points] == [0.1, 0.3, 0.6]
-    assert points[1].agreement.kendall.value == pytest.approx(1)
+    assert points[1].agreement is None
+    assert points[1].agreement_reason == THE_SAME
+    for point in (points[0], points[2]):
+        assert point.agreement.kendall.value == pytest.approx(1)
+        assert {point.agreement.first, point.agreement.second} == {
+            f"alpha {point.alpha:g}",
+            "alpha 0.3",
+        }
     assert points[2].KL_raw.value == pytest.approx(4 * points[1].KL_raw.value)
     assert at_alpha[1] is sets
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from explained import check_explained
 from pair_on_disk import write_pair
 
 from rq4lens.analysis.metrics import FullEffect
@@ -140,12 +142,71 @@ def test_words_are_no_layers(text):
 
 
 def test_rank_writes_a_file_per_method_and_compares_them(config, tmp_path):
-    """Each ranking is written with its heads; exact ΔKL agrees with itself perfectly."""
-    job = rank_layer(config, ["delta", "kl_raw"], out=tmp_path)
+    """Each ranking is written with its heads, and the printed table with its intervals."""
+    job = rank_layer(config, ["delta", "kl_raw", "delta", "greedy_forward"], out=tmp_path)
+    names = ["ranking_delta", "ranking_kl_raw", "ranking_greedy_forward", "rank_table"]
+    assert [path.name.split("_L")[0] for path in job.files] == names
     rows = json.loads(job.files[0].read_text())
     assert [row["head"] for row in rows] == list(job.rankings[0].heads)
-    assert job.rows[0].agreement.kendall.value == 1
-    assert "kl_raw" in job.summary
+    record = json.loads(job.files[-1].read_text())
+    check_explained(record)
+    itself, raw, greedy = record["table"]
+    assert itself["agreement"] is None
+    low, high = raw["agreement"]["kendall_ci95"]
+    assert low <= raw["agreement"]["kendall"] <= high
+    assert greedy["agreement"]["kendall_ci95"] is None
+    assert "greedy_forward ranks from the prompts" in greedy["agreement"]["kendall_reason"]
+    assert raw["coverage_pct"]["2"] == pytest.approx(job.rows[1].coverage_pct[2].value)
+
+
+def test_tables_are_not_cut(config):
+    """Every method's best heads and every size stand in full, however many columns there are."""
+    job = rank_layer(config.updated(k=[1, 2, 3, 4]), ["ALL"])
+    assert "…" not in job.summary
+    assert "best heads" in job.summary
+    for ranking in job.rankings:
+        line = next(row for row in job.summary.splitlines() if row.startswith(ranking.method))
+        assert line.endswith(",".join(map(str, ranking.top(4))))
+
+
+def test_gradient_methods_take_their_settings(config):
+    """The scalar and the points on the path reach the methods that know them, and no other."""
+    methods = ["delta", "attribution", "integrated_gradients"]
+    job = rank_layer(config, methods, target="logit_difference", ig_steps=3)
+    assert [dict(ranking.settings) for ranking in job.rankings] == [
+        {},
+        {"target": "logit_difference", "steps": 0},
+        {"target": "logit_difference", "steps": 3},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "sentence"),
+    [
+        (["grad_act"], {"target": "answer"}, "choose answer_logprob or logit_difference"),
+        (["delta"], {"target": "answer_logprob"}, "add one of grad_act, attribution"),
+        (["attribution"], {"ig_steps": 4}, "add the method integrated_gradients"),
+        (["integrated_gradients"], {"ig_steps": 0}, "take at least 1 point"),
+        (["delta"], {"files": [Path("old/delta.json")]}, "two rankings would be called 'delta'"),
+    ],
+)
+def test_settings_without_a_use_are_refused(config, methods, settings, sentence):
+    """A setting that nothing would follow, or a name that two rankings share, is an error."""
+    with pytest.raises(UserError, match=sentence):
+        rank_layer(config, methods, **settings)
+
+
+def test_a_sweep_says_what_its_tests_are_corrected_for(swept):
+    """The family of tests is all heads of all layers, in the text and in the file."""
+    directory, sweep = swept
+    tests = sweep.comparison.tests
+    said = " ".join(sweep.summary.split())
+    n_heads, n_layers = sweep.comparison.delta.shape[1], len(sweep.grids)
+    assert len(tests.tests) == n_heads * n_layers
+    assert f"all {len(tests.tests)} tests of this sweep ({tests.family})" in said
+    record = json.loads((directory / LAYERS).read_text())["comparison"]
+    assert record["tests"]["p_holm_min"] == tests.p_holm_min
+    check_explained(record)
 
 
 def test_rank_compares_a_ranking_from_a_file(config, tmp_path):
@@ -156,6 +217,7 @@ def test_rank_compares_a_ranking_from_a_file(config, tmp_path):
     job = rank_layer(config, [], files=[path])
     assert job.rankings[0].method == "attr_L1_attn"
     assert job.rows[0].agreement.kendall.value == -1
+    assert job.rows[0].agreement.kendall.interval is not None
 
 
 def test_unknown_method_is_named_with_the_known_ones(config):

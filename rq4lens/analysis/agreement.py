@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.stats import rankdata
 
+from rq4lens.analysis.measured import single_scores
 from rq4lens.analysis.records import Agreement
 from rq4lens.analysis.statistics import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.results import HeadRanking
@@ -18,7 +19,13 @@ from rq4lens.results import HeadRanking
 PERSISTENCE = 0.9
 """Weight of depth d in rank-biased overlap falls as this to the d."""
 
+NOT_RESAMPLED = (
+    "{} ranks from the prompts, but resampling them would take new measurements, so its agreement "
+    "has no interval"
+)
 ALL_TIED = "all heads have the same score in one of the rankings"
+THE_SAME = "it is the ranking that the others are compared with"
+FIXED = "neither ranking comes from the measured prompts"
 TOO_FEW_HEADS = "there are fewer than two heads"
 INDEX_NOTE = (
     "head indices name no common thing across layers: head 3 of one layer is not head 3 of "
@@ -38,21 +45,30 @@ class Scored:
         scores: one score per head, in head order; higher is better.
         resampled: the scores on all resamples of the prompts; None for scores that do not come from
             prompts, which then count as fixed.
+        no_interval: why scores that do come from prompts have no resamples, if they have none.
     """
 
     name: str
     scores: Float64[ndarray, "head"]
     resampled: Resampled | None = None
+    no_interval: str | None = None
 
     @classmethod
     def of(cls, ranking: HeadRanking, bootstrap: Bootstrap, name: str | None = None) -> Scored:
-        """The scores of a ranking, resampled if it has per-prompt scores."""
-        per_prompt = ranking.per_prompt
-        has_prompts = per_prompt is not None and per_prompt.shape[1] == len(bootstrap.groups)
-        resampled = (
-            bootstrap.resampled(per_prompt) if per_prompt is not None and has_prompts else None
-        )
-        return cls(name or ranking.method, strengths(ranking), resampled)
+        """The scores of a ranking, resampled if it has per-prompt scores.
+
+        A ranking that was read from a file or made on other prompts counts as fixed.
+        """
+        name, per_prompt = name or ranking.method, ranking.per_prompt
+        if per_prompt is None:
+            unknown = None if "file" in ranking.settings else NOT_RESAMPLED.format(name)
+            return cls(name, strengths(ranking), None, unknown)
+        if per_prompt.shape[1] != len(bootstrap.groups):
+            return cls(name, strengths(ranking))
+        if ranking.share_of is None:
+            return cls(name, strengths(ranking), bootstrap.resampled(per_prompt))
+        means = bootstrap.resampled(np.concatenate([per_prompt, ranking.share_of]))
+        return cls(name, strengths(ranking), means.apply(_shares))
 
     @classmethod
     def of_prompts(
@@ -60,6 +76,13 @@ class Scored:
     ) -> Scored:
         """Scores that are means over prompts."""
         return cls(name, per_prompt.mean(-1), bootstrap.resampled(per_prompt))
+
+
+def _shares(means: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows head"]:
+    """Shares of means, in percent; minus their ranks where some are undefined."""
+    parts, wholes = np.split(means, 2, axis=-1)
+    scores = single_scores(wholes, wholes - parts, "drop_pct")
+    return scores if np.isfinite(scores).all() else -_positions(scores).astype(float)
 
 
 def strengths(ranking: HeadRanking) -> Float64[ndarray, "head"]:
@@ -129,7 +152,7 @@ def _estimate(
 ) -> Estimate:
     if together is None:
         value = float(measure(first.scores[None], second.scores[None])[0])
-        return Estimate(value, None, "neither ranking has per-prompt scores")
+        return Estimate(value, None, first.no_interval or second.no_interval or FIXED)
 
     def of_both(scores: Scores) -> ndarray:
         return measure(*np.split(scores, 2, axis=-1))[..., None]
@@ -140,6 +163,8 @@ def _estimate(
 def _together(first: Scored, second: Scored, bootstrap: Bootstrap) -> Resampled | None:
     """Both rankings' scores side by side; those that do not come from prompts stay fixed."""
     if first.resampled is None and second.resampled is None:
+        return None
+    if first.no_interval or second.no_interval:
         return None
     both = [scored.resampled or fixed(scored.scores, bootstrap) for scored in (first, second)]
     return Resampled(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rq4lens.analysis.agreement import Scored, agreement
+from rq4lens.analysis.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.measured import MeasuredSets, order_of
 from rq4lens.analysis.records import AlphaPoint
 from rq4lens.analysis.statistics import Bootstrap
@@ -35,7 +35,8 @@ def alpha_sweep(
         measured if alpha == measured.alpha else _at(measured, alpha)
         for alpha in sorted({*alphas, measured.alpha})
     ]
-    return [_point(each, own, ks, bootstrap) for each in at_alpha], at_alpha
+    points = [_point(each, own, measured.alpha, ks, bootstrap) for each in at_alpha]
+    return points, at_alpha
 
 
 def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
@@ -51,7 +52,11 @@ def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
 
 
 def _point(
-    measured: MeasuredSets, own: Scored, ks: Sequence[int], bootstrap: Bootstrap
+    measured: MeasuredSets,
+    own: Scored,
+    own_alpha: float,
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
 ) -> AlphaPoint:
     raw, mapped = measured.kl_nats([measured.everything, *measured.singles])
     full = bootstrap.estimate(
@@ -66,7 +71,7 @@ def _point(
             axis=-1,
         ),
     )
-    singles = raw[1:] - mapped[1:]
+    singles, is_own = raw[1:] - mapped[1:], measured.alpha == own_alpha
     scored = Scored.of_prompts(f"alpha {measured.alpha:g}", singles, bootstrap)
     return AlphaPoint(
         alpha=measured.alpha,
@@ -76,5 +81,6 @@ def _point(
         drop_pct=full[3],
         head_delta_nats=tuple(scored.scores.tolist()),
         heads=tuple(order_of(scored.scores).tolist()),
-        agreement=agreement("alpha", scored, own, ks, bootstrap),
+        agreement=None if is_own else agreement("alpha", scored, own, ks, bootstrap),
+        agreement_reason=THE_SAME if is_own else None,
     )

@@ -357,7 +357,8 @@ class _Work:
             found += map_kind_agreement(
                 self.experiment, self.measured, self.activations, self.ks, self.bootstrap
             )
-        return (*found, *self._resampled, *(point.agreement for point in self.alphas[0]))
+        at_alphas = (point.agreement for point in self.alphas[0] if point.agreement is not None)
+        return (*found, *self._resampled, *at_alphas)
 
     @property
     def _resampled(self) -> Iterator[Agreement]:

@@ -22,6 +22,9 @@ CONCENTRATED_PCT = 75.0
 OPTIMISTIC_PCT = 5.0
 """A gap between plain and cross-fitted coverage that is worth a sentence, in percentage points."""
 
+NEAR_PCT = 80.0
+"""A control that does more than this share of what the map does comes close."""
+
 
 def claims(analysis: Analysis) -> tuple[str, ...]:
     """What the numbers support, sentence by sentence.
@@ -31,7 +34,7 @@ def claims(analysis: Analysis) -> tuple[str, ...]:
     """
     return tuple(
         sentence
-        for part in (_effect, _carriers, _certainty, _structure, _controls)
+        for part in (_effect, _carriers, _certainty, _tests, _metric, _structure, _controls)
         for sentence in part(analysis)
     )
 
@@ -97,17 +100,44 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
     row, full = decisive_row(analysis), analysis.full
     if row is not None and full.undefined_because is None and row.random_mean_pct is not None:
         yield _beside_random(row)
-    corrected = [
-        test.p_max_t
+
+
+def _tests(analysis: Analysis) -> Iterator[str]:
+    """How many heads differ from zero; an effect of next to nothing can, too."""
+    corrected = {
+        test.head.index: test.p_max_t
         for test in analysis.tests.tests
         if test.p_max_t is not None and test.alpha == analysis.settings.alpha
-    ]
-    if corrected:
-        firm = sum(p_value <= SIGNIFICANT for p_value in corrected)
-        yield (
-            f"{firm} of {analysis.settings.n_heads} heads by themselves differ from zero after "
-            f"correction for all {len(analysis.tests.tests)} tests of heads and alphas."
-        )
+    }
+    if not corrected:
+        return
+    firm = {head for head, p_value in corrected.items() if p_value <= SIGNIFICANT}
+    busy = firm - {kind.head for kind in analysis.kinds.heads if kind.kind == "idle"}
+    weight = ""
+    if firm:
+        line = f"{analysis.kinds.idle_below_nats:.2g} nats"
+        weight = f"; {len(busy)} of these are not idle (KL_raw above {line})"
+    yield (
+        f"{len(firm)} of {analysis.settings.n_heads} heads by themselves differ from zero at this "
+        f"alpha, corrected (max-T) for all {len(analysis.tests.tests)} tests "
+        f"({analysis.tests.family}){weight}."
+    )
+
+
+def _metric(analysis: Analysis) -> Iterator[str]:
+    """Whether a second metric ranks the heads in another order."""
+    if analysis.full.undefined_because is not None:
+        return
+    for found in analysis.agreement:
+        tau = found.kendall
+        if found.kind != "metric" or tau.value is None:
+            continue
+        low = tau.value if tau.interval is None else tau.interval.low
+        if low <= 0:
+            yield (
+                f"By the {found.first} the heads rank otherwise: Kendall's tau with their order "
+                f"by {'ΔKL' if found.second == 'delta' else found.second} is {number(tau, '')}."
+            )
 
 
 def _beside_random(row: CoverageRow) -> str:
@@ -158,7 +188,8 @@ def _own_curve(analysis: Analysis) -> CoverageCurve | None:
 
 def _controls(analysis: Analysis) -> Iterator[str]:
     judged = [control for control in analysis.controls if control.survives is not None]
-    if not judged:
+    repairs = analysis.full.undefined_because is None and (analysis.full.delta.value or 0.0) > 0
+    if not judged or not repairs:  # without a repair there is no claim that could survive
         return
     failed = [control for control in judged if not control.survives]
     verdict = f"The claim survives {len(judged) - len(failed)} of {len(judged)} controls"
@@ -170,12 +201,17 @@ def _controls(analysis: Analysis) -> Iterator[str]:
 
 
 def _closest(controls: Sequence[Control]) -> Iterator[str]:
-    """The control that comes closest among those that put something else in the map's place."""
-    near = [c for c in controls if c.name in QUESTIONS and c.share_pct.value is not None]
-    if near:
-        closest = max(near, key=lambda control: control.share_pct.value or 0.0)
-        share = number(closest.share_pct, "%")
-        yield f"Of what stands in for the map, {closest.name} comes closest: {share} of its repair."
+    """How near those controls come that put something else in the map's place."""
+    instead = [c for c in controls if c.name in QUESTIONS and c.share_pct.value is not None]
+    instead.sort(key=lambda control: -(control.share_pct.value or 0.0))
+    near = [c for c in instead if (c.share_pct.value or 0.0) >= NEAR_PCT]
+    if len(near) > 1:
+        shares = ", ".join(f"{control.name} {number(control.share_pct, '%')}" for control in near)
+        yield f"Of what stands in for the map, {len(near)} come close to its repair: {shares}."
+    elif instead:
+        share = number(instead[0].share_pct, "%")
+        first = instead[0].name
+        yield f"Of what stands in for the map, {first} comes closest: {share} of its repair."
 
 
 def _names(controls: list[Control]) -> str:
@@ -191,7 +227,7 @@ def number(estimate: Estimate, unit: str, digits: int | None = None) -> str:
         digits: digits behind the point; by default three significant ones, or one for percent.
     """
     places = 1 if unit == "%" and digits is None else digits
-    space = "" if unit == "%" else " "
+    space = "" if unit in ("%", "") else " "
 
     def written(value: float) -> str:
         return f"{value:.3g}" if places is None else f"{value:.{places}f}"

@@ -224,15 +224,16 @@ def _random(row: CoverageRow) -> Control:
     if row.p_value is None or row.random_mean_pct is None or reference.value is None:
         absent = reference.reason or row.reason or "there is no p-value"
         return missing(name, question, absent, COVERAGE_PCT)
-    difference = Estimate(
-        reference.value - row.random_mean_pct, None, f"judged by p = {row.p_value:.3g}"
-    )
+    judged = f"judged by p = {row.p_value:.3g}"
+    difference = Estimate(reference.value - row.random_mean_pct, None, judged)
     mean = Estimate(row.random_mean_pct, None, f"mean of {row.n_subsets} random sets")
     assert row.p_value_min is not None
     decides = row.p_value_min <= SIGNIFICANT
     survives = row.p_value <= SIGNIFICANT if decides else None
     reason = None if decides else f"no p-value below {row.p_value_min:.3g} can come out"
-    share = Estimate(100 * row.random_mean_pct / reference.value) if reference.value else NO_SHARE
+    share = NO_SHARE
+    if reference.value:
+        share = Estimate(100 * row.random_mean_pct / reference.value, None, judged)
     return Control(
         name, question, mean, reference, difference, COVERAGE_PCT, survives, reason, share
     )

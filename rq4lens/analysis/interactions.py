@@ -9,8 +9,8 @@ from numpy import ndarray
 from rq4lens.analysis.best_sets import interaction_matrix
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.records import Interactions, PairInteraction
-from rq4lens.analysis.significance import sign_flips
-from rq4lens.analysis.statistics import Bootstrap, Estimate, undefined
+from rq4lens.analysis.significance import NO_EFFECT, sign_flips
+from rq4lens.analysis.statistics import ONE_GROUP, Bootstrap, Estimate, undefined
 
 N_STRONGEST = 10
 NO_JOINT_EFFECT = "ΔKL(ALL) cannot be told from zero"
@@ -62,5 +62,8 @@ def _strongest(
 def _pair(
     first: int, second: int, estimate: Estimate, p_max_t: float, testable: bool
 ) -> PairInteraction:
-    p_value = float(p_max_t) if testable and np.isfinite(p_max_t) else None
-    return PairInteraction(first, second, estimate, p_value)
+    if not testable:
+        return PairInteraction(first, second, estimate, None, ONE_GROUP)
+    if not np.isfinite(p_max_t):
+        return PairInteraction(first, second, estimate, None, NO_EFFECT)
+    return PairInteraction(first, second, estimate, float(p_max_t))

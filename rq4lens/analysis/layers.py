@@ -19,13 +19,20 @@ from rq4lens.analysis.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.concentration import CHURN_QUANTILE, churn, concentration
 from rq4lens.analysis.curves import ranking_curve
 from rq4lens.analysis.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.metrics import FullEffect, bootstrap_of, condition_estimates, full_effect
+from rq4lens.analysis.metrics import (
+    NO_RAW_EFFECT,
+    FullEffect,
+    bootstrap_of,
+    condition_estimates,
+    full_effect,
+)
+from rq4lens.analysis.missing import NOT_MEASURED, ONE_SET, explained
 from rq4lens.analysis.plain import plain
 from rq4lens.analysis.records import Agreement, Concentration, CoverageCurve
 from rq4lens.analysis.significance import HeadTests, head_tests
 from rq4lens.analysis.single_effects import single_ranking
 from rq4lens.analysis.stability import ranks_of
-from rq4lens.analysis.statistics import LEVEL, Bootstrap, Estimate
+from rq4lens.analysis.statistics import LEVEL, ONE_GROUP, Bootstrap, Estimate
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.results import GridResult
@@ -70,6 +77,7 @@ class RankedHead:
         delta: its single-head ``ΔKL``, in nats.
         rank_low: 2.5% quantile of its rank over resamples.
         rank_high: 97.5% quantile.
+        reason: why the range of the rank is missing, if it is.
     """
 
     head: Head
@@ -77,6 +85,7 @@ class RankedHead:
     delta: Estimate
     rank_low: int | None
     rank_high: int | None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +118,13 @@ class LayerComparison:
     by_index: tuple[Agreement, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as strict JSON values."""
-        record: dict[str, Any] = plain(self)
-        return record
+        """The comparison as strict JSON values; every null has its reason."""
+        record = plain(self)
+        for row in record["rows"]:
+            if row["curve"] is not None:
+                row["curve"] = explained(row["curve"], lambda _: ONE_SET)
+        record["rows"] = [explained(row, lambda _: NOT_MEASURED) for row in record["rows"]]
+        return explained(record, lambda _: NO_RAW_EFFECT)
 
 
 def compare_layers(
@@ -126,7 +139,8 @@ def compare_layers(
     Args:
         grids: the grid of each layer; full and single-head conditions are enough.
         experiment: measures the rest of each layer's curve.
-        n_resamples: bootstrap resamples.
+        n_resamples: bootstrap resamples; the sign-flip tests have as many flips or, where there
+            are many heads, more.
         seed: their seed.
 
     Returns:
@@ -248,6 +262,7 @@ def _global_ranking(
             delta=estimates[at],
             rank_low=int(tails[0, at]) if seen else None,
             rank_high=int(tails[1, at]) if seen else None,
+            reason=None if seen else ONE_GROUP,
         )
         for rank, at in enumerate(order, 1)
     )

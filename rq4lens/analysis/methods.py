@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rq4lens.analysis.agreement import Scored, agreement
+from rq4lens.analysis.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.curves import ranking_curve
 from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.metrics import FullEffect
@@ -89,17 +89,20 @@ def describe_ranking(
         seconds: how long the ranking took.
     """
     curve = ranking_curve(ranking, measured, full, bootstrap)
+    itself = ranking.method == exact.name and "file" not in ranking.settings
+    scored = Scored.of(ranking, bootstrap)
     row = MethodRow(
         method=ranking.method,
-        agreement=agreement("method", Scored.of(ranking, bootstrap), exact, ks, bootstrap),
+        agreement=None if itself else agreement("method", scored, exact, ks, bootstrap),
         coverage_pct={k: curve.coverage_pct[k] for k in ks if k <= ranking.n_heads},
         area_pct=curve.area_pct,
         k90=curve.k90,
         seconds=seconds,
+        agreement_reason=THE_SAME if itself else None,
     )
     return row, curve
 
 
 def _missing(method: str, reason: str) -> MethodRow:
     nothing = undefined(reason)
-    return MethodRow(method, None, {}, nothing, nothing, None, reason)
+    return MethodRow(method, None, {}, nothing, nothing, None, reason, reason)

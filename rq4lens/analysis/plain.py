@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rq4lens.analysis.statistics import Estimate
+from rq4lens.analysis.statistics import Estimate, Spread
 from rq4lens.heads import Head, HeadSet
 
 
@@ -19,7 +19,8 @@ def plain(value: Any) -> Any:
     """A record, and everything in it, as strict JSON values.
 
     An :class:`Estimate` in a field ``x`` becomes ``x``, ``x_ci95`` and, where one of them is null,
-    ``x_reason``. Head sets become lists of head indices, heads their labels.
+    ``x_reason``; a :class:`Spread` has ``x_range95`` instead. Head sets become lists of head
+    indices, heads their labels.
 
     Args:
         value: a frozen record, a mapping, a sequence, an array or a number.
@@ -43,7 +44,7 @@ def _(value: float) -> float:
 
 
 @plain.register
-def _(value: Estimate) -> dict[str, Any]:
+def _(value: Estimate | Spread) -> dict[str, Any]:
     return value.fields("value")
 
 
@@ -61,8 +62,8 @@ def _(value: HeadSet) -> list[int]:
 def _(value: Mapping[Any, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, item in value.items():
-        is_estimate = isinstance(item, Estimate)
-        record |= item.fields(str(name)) if is_estimate else {str(name): plain(item)}
+        named = isinstance(item, Estimate | Spread)
+        record |= item.fields(str(name)) if named else {str(name): plain(item)}
     return record
 
 

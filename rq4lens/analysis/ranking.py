@@ -15,6 +15,8 @@ from rq4lens.analysis.gradients import (
 )
 from rq4lens.analysis.greedy import rank_greedy_backward, rank_greedy_forward
 from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.metrics import NO_RAW_EFFECT
+from rq4lens.analysis.missing import explained
 from rq4lens.analysis.shapley import rank_by_shapley
 from rq4lens.analysis.single_effects import (
     rank_by_delta,
@@ -22,6 +24,7 @@ from rq4lens.analysis.single_effects import (
     rank_by_kl_raw,
     rank_by_leave_one_out,
 )
+from rq4lens.analysis.statistics import ONE_GROUP
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
 
@@ -87,15 +90,33 @@ def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:
         ranking: the ranking.
 
     Returns:
-        One row per head; ``se`` is null where the method has no standard error.
+        One row per head; ``se`` is null where the method has no standard error, with the reason.
     """
     errors = ranking.standard_errors or (None,) * ranking.n_heads
-    return [
+    rows = (
         {"head": head, "rank": rank, "score": score, "se": error}
         for rank, (head, score, error) in enumerate(
             zip(ranking.heads, ranking.scores, errors, strict=True), 1
         )
-    ]
+    )
+    return [explained(row, lambda name: why_null(ranking, name)) for row in rows]
+
+
+def why_null(ranking: HeadRanking, name: str) -> str:
+    """Why a ranking lacks its alpha, scores or standard errors.
+
+    Args:
+        ranking: the ranking.
+        name: the field that is null, or has a null in it.
+    """
+    if name == "alpha":
+        return "the scores do not depend on alpha"
+    if name in ("score", "scores"):
+        return NO_RAW_EFFECT
+    if ranking.per_prompt is None:
+        return "the scores are not means over prompts"
+    alone = not any(ranking.standard_errors or ()) and any(s is not None for s in ranking.scores)
+    return ONE_GROUP if alone else NO_RAW_EFFECT
 
 
 def timed_ranking(

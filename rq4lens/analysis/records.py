@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.statistics import Estimate, undefined
+from rq4lens.analysis.statistics import Estimate, Spread, undefined
 
 NO_SHARE = undefined("there is nothing to take a share of")
 NOT_MEASURED = undefined("it was not measured")
@@ -155,6 +155,7 @@ class HeadStability:
         rank_low: 2.5% quantile of its rank over resamples.
         rank_high: 97.5% quantile.
         top_probability: share of resamples in which it is among the best k, by k.
+        reason: why the range of the rank is missing, if it is.
     """
 
     head: int
@@ -163,6 +164,7 @@ class HeadStability:
     rank_low: int | None
     rank_high: int | None
     top_probability: Mapping[int, float]
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,19 +174,17 @@ class RankStability:
     Args:
         ranking: the ranking method.
         heads: one entry per head, best first.
-        bootstrap_spearman: rank correlation between a resample and all prompts: mean and range over
-            resamples.
-        split_half_spearman: rank correlation between two halves of the prompts: mean and range over
-            random splits.
+        bootstrap_spearman: rank correlation between a resample and all prompts, over resamples.
+        split_half_spearman: rank correlation between two halves of the prompts, over random splits.
         split_half_jaccard: overlap of the halves' top k, ``|A ∩ B| / |A ∪ B|``, by k.
         n_splits: number of random splits.
     """
 
     ranking: str
     heads: tuple[HeadStability, ...]
-    bootstrap_spearman: Estimate
-    split_half_spearman: Estimate
-    split_half_jaccard: Mapping[int, Estimate]
+    bootstrap_spearman: Spread
+    split_half_spearman: Spread
+    split_half_jaccard: Mapping[int, Spread]
     n_splits: int
 
 
@@ -220,12 +220,13 @@ class MethodRow:
 
     Args:
         method: the method.
-        agreement: its agreement with the ranking by exact single-head ``ΔKL``.
+        agreement: its agreement with the ranking by exact single-head ``ΔKL``, unless it is that.
         coverage_pct: coverage that its top k reaches, by k.
         area_pct: area under its coverage curve.
         k90: fewest of its heads that reach 90%.
         seconds: how long the ranking took.
         reason: why the method is missing, if it is.
+        agreement_reason: why the agreement is missing, if it is.
     """
 
     method: str
@@ -235,6 +236,7 @@ class MethodRow:
     k90: Estimate
     seconds: float | None
     reason: str | None = None
+    agreement_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -265,12 +267,14 @@ class PairInteraction:
         second: the other head.
         interaction: positive when the two repair more together than apart, in nats.
         p_max_t: sign-flip p-value corrected for all pairs.
+        reason: why it is missing, if it is.
     """
 
     first: int
     second: int
     interaction: Estimate
     p_max_t: float | None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -371,7 +375,8 @@ class AlphaPoint:
         drop_pct: share of the damage that is repaired.
         head_delta_nats: single-head ``ΔKL``, in head order.
         heads: heads ranked by it, best first.
-        agreement: agreement of this ranking with that at the run's own alpha.
+        agreement: agreement of this ranking with that at the run's own alpha, unless it is that.
+        agreement_reason: why it is missing, if it is.
     """
 
     alpha: float
@@ -381,4 +386,5 @@ class AlphaPoint:
     drop_pct: Estimate
     head_delta_nats: tuple[float, ...]
     heads: tuple[int, ...]
-    agreement: Agreement
+    agreement: Agreement | None
+    agreement_reason: str | None = None

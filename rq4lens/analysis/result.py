@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rq4lens.analysis.alignment import Alignment
+from rq4lens.analysis.crossfit import TOO_FEW_GROUPS
 from rq4lens.analysis.metrics import FullEffect
+from rq4lens.analysis.missing import NO_CONTROL_LAYER, NOT_MEASURED, ONE_SET, explained
 from rq4lens.analysis.plain import plain
+from rq4lens.analysis.ranking import why_null
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
@@ -24,6 +27,10 @@ from rq4lens.analysis.records import (
 )
 from rq4lens.analysis.significance import HeadTests
 from rq4lens.results import HeadRanking
+
+NO_MODELS = "only measured numbers were given: the direction comes from the models' activations"
+NO_RANDOM_SETS = "no random sets were measured"
+NOT_TIMED = "the ranking was not made here"
 
 
 @dataclass(frozen=True)
@@ -116,15 +123,38 @@ class Analysis:
     seconds: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``analysis.json``, strict JSON values."""
+        """The content of ``analysis.json``, strict JSON values; every null has its reason."""
         record = plain({**vars(self), "rankings": [ranking_record(r) for r in self.rankings]})
         record["areas"] = [_area(curve) for curve in record["curves"]]
-        return record
+        record["settings"] = explained(record["settings"], lambda _: NO_CONTROL_LAYER)
+        record["curves"] = [explained(curve, lambda _: ONE_SET) for curve in record["curves"]]
+        for part in ("coverage", "random"):
+            record[part] = [explained(row, self._why_no_coverage) for row in record[part]]
+        record["methods"] = [explained(row, lambda _: NOT_TIMED) for row in record["methods"]]
+        return explained(record, self._why_missing)
+
+    def _why_missing(self, name: str) -> str:
+        """Why a whole part is null."""
+        if name == "alignment":
+            return NO_MODELS
+        return self._why_no_coverage("random_pct") if name == "random_p_value" else NOT_MEASURED
+
+    def _why_no_coverage(self, name: str) -> str:
+        """Why a number of the coverage table or of random sets is null.
+
+        Shares need a full effect to be shares of, p-values two halves of the prompts, and both of
+        them head sets that the grid does not have.
+        """
+        if name.endswith("_pct") and self.full.undefined_because is not None:
+            return self.full.undefined_because
+        if self.interactions is None:
+            return NOT_MEASURED
+        return TOO_FEW_GROUPS if self.settings.n_groups < 2 else NO_RANDOM_SETS
 
 
 def ranking_record(ranking: HeadRanking) -> dict[str, Any]:
-    """A ranking without its per-prompt scores, as strict JSON values."""
-    return {
+    """A ranking without its per-prompt scores, as strict JSON values; every null has its reason."""
+    record = {
         "method": ranking.method,
         "layer": ranking.layer,
         "alpha": ranking.alpha,
@@ -133,6 +163,7 @@ def ranking_record(ranking: HeadRanking) -> dict[str, Any]:
         "standard_errors": plain(ranking.standard_errors),
         "settings": plain(ranking.settings),
     }
+    return explained(record, lambda name: why_null(ranking, name))
 
 
 def _area(curve: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def exact_shapley(measured: MeasuredSets) -> HeadRanking:
         weights = np.array([1 / (n_heads * comb(n_heads - 1, len(heads))) for heads in sets])
         gains = measured.delta_nats([(*heads, head) for heads in sets]) - measured.delta_nats(sets)
         per_prompt[head] = weights @ gains
-    settings = {"n_permutations": None, "exact": True, "stopped": "every head set was measured"}
+    settings = {"exact": True, "stopped": "every head set was measured"}
     return _ranking(measured, per_prompt, np.zeros(n_heads), settings)
 
 

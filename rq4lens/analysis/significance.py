@@ -11,12 +11,12 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from math import ceil
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 from statsmodels.stats.multitest import fdrcorrection, multipletests
 
@@ -24,6 +24,12 @@ from rq4lens.analysis.statistics import ONE_GROUP, group_membership
 from rq4lens.heads import Head
 
 N_FLIPS = 10_000
+HOLM_REACH = 0.005
+"""Holm multiplies the smallest p-value by the number of tests; it can still become this small."""
+
+CHUNK_VALUES = 2**22
+"""Numbers held at once while signs are flipped."""
+
 NO_EFFECT = "the effect is 0 on every prompt"
 
 PerPrompt = Float64[ndarray, "hypothesis prompt"]
@@ -61,15 +67,25 @@ class HeadTests:
 
     Args:
         tests: one per head (and layer and alpha, where several were tried).
+        family: what is corrected for, in words.
+        n_tests: how many of the tests have a p-value; Holm and BH correct for these.
         n_flips: number of sign patterns.
         p_value_min: smallest p-value they can give.
+        p_max_t_min: smallest ``p_max_t``.
+        p_holm_min: smallest ``p_holm``, that of the clearest head.
+        p_bh_min: smallest ``p_bh``, where all heads are as clear as can be.
         exhaustive: whether these are all sign patterns.
         n_groups: groups of prompts; their signs flip together.
     """
 
     tests: tuple[HeadTest, ...]
+    family: str
+    n_tests: int
     n_flips: int
     p_value_min: float
+    p_max_t_min: float
+    p_holm_min: float
+    p_bh_min: float
     exhaustive: bool
     n_groups: int
 
@@ -115,25 +131,54 @@ def sign_flips(
     scale = np.sqrt((sums**2).sum(-1))
     # The sum of squares does not change when signs flip, so this orders flips as a t statistic.
     studentised = np.divide(sums, scale[:, None], out=np.zeros_like(sums), where=scale[:, None] > 0)
-    signs, exhaustive = _signs(sums.shape[1], n_flips, seed)
-    null = np.abs(signs @ studentised.T)
     observed = np.abs(studentised.sum(-1))
     reached = observed * (1 - 1e-12)
-    extra = 0 if exhaustive else 1
-    n_patterns = len(signs) + extra
-    alone = ((null >= reached).sum(0) + extra) / n_patterns
-    largest = null.max(-1, keepdims=True)
-    together = ((largest >= reached).sum(0) + extra) / n_patterns
+    n_groups = sums.shape[1]
+    exhaustive = 2**n_groups <= n_flips
+    n_patterns = 2**n_groups if exhaustive else n_flips
+    n_alone = np.zeros(len(sums))
+    largest = []
+    for signs in _sign_chunks(n_patterns, max(sums.shape), n_groups, exhaustive, seed):
+        null = np.abs(signs @ studentised.T)
+        n_alone += (null >= reached).sum(0)
+        largest.append(null.max(-1))
+    n_together = n_patterns - np.searchsorted(np.sort(np.concatenate(largest)), reached)
+    extra = 0 if exhaustive else 1  # the signs as they are count as one of the drawn patterns
+    alone, together = ((n + extra) / (n_patterns + extra) for n in (n_alone, n_together))
     untested = scale == 0
     alone[untested] = together[untested] = np.nan
-    return SignFlips(alone, together, len(signs), exhaustive)
+    return SignFlips(alone, together, n_patterns, exhaustive)
 
 
-def _signs(n_groups: int, n_flips: int, seed: int) -> tuple[Float64[ndarray, "flip group"], bool]:
-    if 2**n_groups <= n_flips:
-        return np.array(list(product([1.0, -1.0], repeat=n_groups))), True
+def _sign_chunks(
+    n_patterns: int, n_values: int, n_groups: int, exhaustive: bool, seed: int
+) -> Iterator[Float64[ndarray, "flip group"]]:
+    """All sign patterns or random ones, few enough at a time for ``n_values`` numbers of each."""
     rng = np.random.default_rng(seed)
-    return rng.choice([1.0, -1.0], size=(n_flips, n_groups)), False
+    size = max(1, CHUNK_VALUES // n_values)
+    for start in range(0, n_patterns, size):
+        numbers = np.arange(start, min(start + size, n_patterns))
+        bits = (
+            _bits(numbers, n_groups) if exhaustive else rng.integers(0, 2, (len(numbers), n_groups))
+        )
+        yield 2.0 * bits - 1.0
+
+
+def _bits(numbers: Int64[ndarray, "flip"], n_bits: int) -> Int64[ndarray, "flip group"]:
+    return (numbers[:, None] >> np.arange(n_bits)) & 1
+
+
+def flips_for(n_tests: int, at_least: int = N_FLIPS) -> int:
+    """How many sign patterns a family of tests needs.
+
+    With n random patterns no p-value lies below ``1 / (n + 1)``, and none corrected by Holm below
+    ``n_tests`` times that. The patterns grow with the family, so that Holm can reject in it.
+
+    Args:
+        n_tests: size of the family.
+        at_least: patterns that a small family has, too.
+    """
+    return max(at_least, ceil(n_tests / HOLM_REACH))
 
 
 def head_tests(
@@ -150,10 +195,10 @@ def head_tests(
         heads: head and alpha of each row.
         delta_nats: its single-head ``ΔKL`` on each prompt.
         groups: the group of each prompt.
-        n_flips: number of sign patterns.
+        n_flips: number of sign patterns; a large family has more, see :func:`flips_for`.
         seed: their seed.
     """
-    flips = sign_flips(delta_nats, groups, n_flips, seed)
+    flips = sign_flips(delta_nats, groups, flips_for(len(heads), n_flips), seed)
     n_groups = len(set(groups))
     usable = np.isfinite(flips.p_value) & (n_groups > 1)
     columns = {
@@ -173,7 +218,29 @@ def head_tests(
         )
         for row, (head, alpha) in enumerate(heads)
     )
-    return HeadTests(tests, flips.n_flips, flips.p_value_min, flips.exhaustive, n_groups)
+    n_tests, smallest = int(usable.sum()), flips.p_value_min
+    return HeadTests(
+        tests=tests,
+        family=_family(heads),
+        n_tests=n_tests,
+        n_flips=flips.n_flips,
+        p_value_min=smallest,
+        p_max_t_min=smallest,
+        p_holm_min=min(1.0, max(1, n_tests) * smallest),
+        p_bh_min=smallest,
+        exhaustive=flips.exhaustive,
+        n_groups=n_groups,
+    )
+
+
+def _family(tried: Sequence[tuple[Head, float]]) -> str:
+    """What was tried, for instance ``"16 heads x 1 layer x 5 alphas"``."""
+    sizes = {
+        "head": len({head.index for head, _ in tried}),
+        "layer": len({head.layer for head, _ in tried}),
+        "alpha": len({alpha for _, alpha in tried}),
+    }
+    return " x ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in sizes.items())
 
 
 def _corrected(

@@ -27,7 +27,24 @@ def rank_by_drop_pct(measured: MeasuredSets) -> HeadRanking:
         method="drop_pct",
         layer=measured.layer,
         alpha=measured.alpha,
+        standard_errors=_errors_of_shares(scores, raw - mapped, raw, measured.groups),
+        per_prompt=raw - mapped,
+        share_of=raw,
     )
+
+
+def _errors_of_shares(
+    scores: Float64[ndarray, "head"],
+    parts: Float64[ndarray, "head prompt"],
+    wholes: Float64[ndarray, "head prompt"],
+    groups: tuple[str, ...],
+) -> list[float | None]:
+    """Standard errors of ratios of means, to first order; None where there is no ratio."""
+    defined = np.isfinite(scores)
+    safe = np.where(defined, scores, 0.0)[:, None]
+    scale = np.where(defined, wholes.mean(-1), 1.0)[:, None]
+    errors = standard_errors((100 * parts - safe * wholes) / scale, groups)
+    return [error if known else None for error, known in zip(errors, defined, strict=True)]
 
 
 def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:

@@ -17,15 +17,15 @@ from rq4lens.analysis.statistics import (
     LEVEL,
     ONE_GROUP,
     Bootstrap,
-    Estimate,
-    Interval,
     Resampled,
-    undefined,
+    Spread,
 )
 from rq4lens.results import HeadRanking, RankBy
 
 N_HALVES = 500
 """Random half splits behind the split-half numbers."""
+
+SOME_TIED = "in some draws all heads have the same score"
 
 PerPrompt = Float64[ndarray, "head prompt"]
 
@@ -61,7 +61,7 @@ def rank_stability(
     return RankStability(
         ranking=ranking.method,
         heads=_heads(ranking, scores, [k for k in ks if k <= ranking.n_heads], bootstrap),
-        bootstrap_spearman=_of_draws(spearman(scores.draws, everyone), ONE_GROUP, bootstrap),
+        bootstrap_spearman=_of_resamples(spearman(scores.draws, everyone), bootstrap),
         split_half_spearman=_of_halves(spearman, half_scores),
         split_half_jaccard={
             k: _of_halves(partial(top_jaccard, k=k), half_scores)
@@ -87,6 +87,7 @@ def _heads(
             rank_low=int(tails[0, head]) if seen else None,
             rank_high=int(tails[1, head]) if seen else None,
             top_probability={k: float((ranks[:, head] <= k).mean()) for k in ks} if seen else {},
+            reason=None if seen else ONE_GROUP,
         )
         for rank, head in enumerate(ranking.heads, 1)
     )
@@ -100,21 +101,16 @@ def ranks_of(scores: Float64[ndarray, "*rows head"]) -> Int64[ndarray, "*rows he
 def _of_halves(
     measure: Callable[[ndarray, ndarray], ndarray],
     scores: Float64[ndarray, "split half head"],
-) -> Estimate:
+) -> Spread:
     if len(scores) == 0:
-        return undefined(TOO_FEW_GROUPS)
-    values = measure(scores[:, 0], scores[:, 1])
-    return _spread(values, "range over random half splits")
+        return Spread(None, reason=TOO_FEW_GROUPS)
+    return _spread(measure(scores[:, 0], scores[:, 1]))
 
 
-def _of_draws(values: ndarray, reason: str, bootstrap: Bootstrap) -> Estimate:
-    return undefined(reason) if bootstrap.n_groups < 2 else _spread(values, "percentile")
+def _of_resamples(values: Float64[ndarray, "draw"], bootstrap: Bootstrap) -> Spread:
+    return Spread(None, reason=ONE_GROUP) if bootstrap.n_groups < 2 else _spread(values)
 
 
-def _spread(values: Float64[ndarray, "draw"], method: str) -> Estimate:
-    """Mean of the values and the range that holds most of them."""
-    finite = values[np.isfinite(values)]
-    if len(finite) < len(values):
-        return undefined("in some draws all heads have the same score")
-    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(finite.mean()), Interval(float(low), float(high), LEVEL, method))
+def _spread(values: Float64[ndarray, "draw"]) -> Spread:
+    tied = not np.isfinite(values).all()
+    return Spread(None, reason=SOME_TIED) if tied else Spread.of(values)

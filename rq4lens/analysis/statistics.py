@@ -87,6 +87,35 @@ class Estimate:
         return None if self.interval is None else not self.interval.contains(value)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How a number varies over draws, such as random splits: no confidence interval.
+
+    Args:
+        value: its median over the draws.
+        low: 2.5% quantile.
+        high: 97.5% quantile.
+        reason: why all three are None, if they are.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, draws: Float64[ndarray, "draw"]) -> Spread:
+        """The spread of finite draws."""
+        low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+        return cls(float(middle), float(low), float(high))
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """The spread as ``name``, ``name_range95`` and, where they are null, ``name_reason``."""
+        ends = None if self.low is None else [self.low, self.high]
+        fields: dict[str, Any] = {name: self.value, f"{name}_range{100 * LEVEL:g}": ends}
+        return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
+
+
 def undefined(reason: str) -> Estimate:
     """An estimate that does not exist, and why."""
     return Estimate(None, None, reason)

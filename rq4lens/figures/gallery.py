@@ -187,6 +187,9 @@ def saved_rankings(record: Record) -> dict[str, HeadRanking]:
     }
 
 
+ONLY_SCORES = "the file holds the rankings' scores, not what they are on each prompt"
+
+
 def method_agreements(record: Record, bootstrap: Bootstrap) -> list[Record]:
     """How every two ranking methods agree.
 
@@ -200,7 +203,7 @@ def method_agreements(record: Record, bootstrap: Bootstrap) -> list[Record]:
     rows = [row["agreement"] for row in record.get("methods", ()) if row.get("agreement")]
     known = {frozenset((row["first"], row["second"])): row for row in rows}
     scored = [
-        Scored(name, np.asarray(strengths(ranking)))
+        Scored(name, np.asarray(strengths(ranking)), no_interval=ONLY_SCORES)
         for name, ranking in saved_rankings(record).items()
     ]
     return [

@@ -55,6 +55,19 @@ def test_an_analysis_adds_its_sections(grid):
     assert "Four of 32 heads carry most of the effect. &lt;b&gt;Not&lt;/b&gt; a test." in page
 
 
+def test_heads_have_the_p_values_of_the_runs_own_alpha(grid):
+    """Heads are tested at several alphas; the table of one alpha shows its own tests."""
+    analysis = analyse(grid, n_resamples=100).to_dict()
+    tests = analysis["tests"]["tests"]
+    own = [{**test, "p_max_t": 0.0123} for test in tests]
+    other = [{**test, "alpha": 1.0, "p_max_t": 0.0987} for test in tests]
+    tested = {**analysis["tests"], "tests": own + other, "family": "32 heads x 2 alphas"}
+    page = figures.report_page(grid, {**analysis, "tests": tested}, provenance={})
+    assert "0.0123" in page
+    assert "0.0987" not in page
+    assert "corrected for all tests (32 heads x 2 alphas)" in page
+
+
 def test_layers_stand_side_by_side(grid):
     """The layers' table holds each layer's full effect, best head, and what a comparison adds."""
     other = synthetic_grid(3, n_prompts=30, layer=25, control_layer=None)

@@ -145,9 +145,11 @@ def heads(material: Material) -> Section:
     """Every head of the main layer."""
     grid, analysis = material.grid, material.analysis
     kinds, rule = head_kinds(grid, analysis, material.bootstrap)
-    tests = {row["head"]: row for row in analysis.get("tests", {}).get("tests", ())}
+    tested, alpha = analysis.get("tests", {}), grid.settings.alpha
+    tests = {row["head"]: row for row in tested.get("tests", ()) if row["alpha"] == alpha}
     table = Table(
-        "Single heads, best first; effects in nats; p: sign-flip test, corrected for all tests",
+        "Single heads, best first; effects in nats; p: sign-flip test at this alpha, corrected for "
+        f"all tests ({tested.get('family', 'none')})",
         ("head", "rank", "kind", "ΔKL", "KL_raw", "KL_mapped", "drop", "p"),
         tuple(
             _head_row(material.heads[head], rank, kinds[head], tests)

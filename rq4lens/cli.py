@@ -23,7 +23,7 @@ from rq4lens.cluster.commands import (
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig, preset, preset_names, preset_text
 from rq4lens.errors import UserError
-from rq4lens.options import takes_config
+from rq4lens.options import IgSteps, RankingFiles, RankOut, Target, takes_config
 from rq4lens.terminal import errors, kept_when_stopped, output, watched
 
 app = typer.Typer(
@@ -168,30 +168,10 @@ def patch(
 def rank(
     config: RunConfig,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "delta",
-    file: Annotated[
-        list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="answer_logprob|logit_difference",
-            help="What the gradients of grad_act, attribution and integrated_gradients follow: the "
-            "log-probability of the tuned model's own most likely token, or its logit minus the "
-            "runner-up's. [default: answer_logprob]",
-        ),
-    ] = None,
-    ig_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Points on the path of integrated_gradients at which the gradient is taken. "
-            "[default: 8]",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Also write a file per ranking and the table."),
-    ] = None,
+    file: RankingFiles = None,
+    target: Target = None,
+    ig_steps: IgSteps = None,
+    out: RankOut = None,
 ) -> None:
     """Rank the heads of a layer by any method.
 
@@ -201,13 +181,7 @@ def rank(
 
     methods = [name.strip() for name in method.split(",")]
     job = rank_layer(
-        config,
-        methods,
-        files=file or (),
-        target=target,
-        ig_steps=ig_steps,
-        out=out,
-        stage=watched,
+        config, methods, files=file or (), target=target, ig_steps=ig_steps, out=out, stage=watched
     )
     output.print(job.summary, end="")
     for path in job.files:

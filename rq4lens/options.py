@@ -16,6 +16,31 @@ from rq4lens.errors import UserError
 LISTS = ("k", "random_seeds")
 FLAGS = ("keep_both", "trust_remote_code", "exclude_misaligned")
 
+RankingFiles = Annotated[
+    list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
+]
+RankOut = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Also write a file per ranking and the table."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="answer_logprob|logit_difference",
+        help="What the gradients of grad_act, attribution and integrated_gradients follow: the "
+        "log-probability of the tuned model's own most likely token, or its logit minus the "
+        "runner-up's. [default: answer_logprob]",
+    ),
+]
+IgSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Points on the path of integrated_gradients at which the gradient is taken. "
+        "[default: 8]",
+    ),
+]
+
 
 def takes_config(
     *names: str, config_file: bool = False, default_pair: str | None = None

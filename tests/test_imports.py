@@ -81,7 +81,7 @@ def test_the_rule_sees_imports():
 def test_every_room_is_named():
     """A new folder has its place in the order before anything imports it."""
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert folders == {"figures", "analysis", "patching", "models", "cluster"}
+    assert folders == {"figures", "analysis", "patching", "models", "cluster", "validation"}
 
 
 def test_no_modules_import_each_other():

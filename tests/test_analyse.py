@@ -9,7 +9,7 @@ from games import Game, noisy_game
 
 from rq4lens.analysis.agreement import INDEX_NOTE
 from rq4lens.analysis.analyse import PARTS, analyse
-from rq4lens.analysis.claims import claims, number, spread_of
+from rq4lens.analysis.claims import amount_of, claims, decisive_row, number, spread_of
 from rq4lens.analysis.layers import compare_layers
 from rq4lens.analysis.ranking import METHODS
 from rq4lens.analysis.result import Analysis
@@ -182,20 +182,88 @@ def test_grid_alone_is_enough_for_its_own_numbers():
 
 
 def test_claims_follow_the_numbers():
-    """A few heads, many heads, no effect and a harmful map each read differently."""
+    """A few heads, many heads and no effect each read differently."""
     few = " ".join(analysed(noisy_game([5.0, 4.9, *[0.1] * 10], 40)).claims)
     assert "The top 2 of 12 heads by delta (L1H0, L1H1) carry most of it" in few
     assert "a few heads carry it" in few
-    assert "better than chance" in few
+    assert "the top 2 are better" in few
     even = " ".join(analysed(noisy_game(np.ones(12), 40, noise=0.3)).claims)
     assert "carry only part of it" in even
     assert "spread over many heads" in even
-    assert "no better than chance" in even
+    assert "the top 2 are not clearly better" in even
     null = " ".join(analysed(noisy_game(np.zeros(12), 40)).claims)
     assert "Coverage is undefined" in null
     assert "carry" not in null
-    harmful = " ".join(analysed(noisy_game(-np.ones(12), 40)).claims)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "said"),
+    [
+        ([-5.0, -4.9, *[-0.1] * 10], "2 of 12 heads do 90."),
+        ([0.2, *[0.1] * 5, -9.0], "1 of 7 heads does 10"),
+    ],
+)
+def test_claims_of_harm_name_those_that_do_it(strengths, said):
+    """Of a harmful map the ranking's first heads do least; the best sets say who does most."""
+    found = analysed(noisy_game(strengths, 40))
+    harmful = " ".join(found.claims)
     assert "makes the raw patch worse" in harmful
+    assert "does not say which heads carry the harm" in harmful
+    assert said in harmful
+    assert "spread over" not in harmful
+    assert "Random sets" not in harmful
+    random = [control for control in found.controls if control.name.startswith("random heads")]
+    assert {control.survives for control in random} == {None}
+
+
+def test_most_is_said_only_where_the_interval_says_so():
+    """A share above one half whose interval holds one half is given as its interval."""
+    shares = {"most": (51.0, 90.0), "between 45% and 75%": (45.0, 75.0), "only part": (20.0, 49.0)}
+    for said, ends in shares.items():
+        share = Estimate(sum(ends) / 2, Interval(*ends, LEVEL, "bca"))
+        assert amount_of(share) == said
+    assert amount_of(Estimate(60.0)) == "an uncertain share"
+
+
+def test_no_row_is_called_most_on_its_point_alone():
+    """The paragraph moves on to the first size whose whole interval lies above one half."""
+    game = noisy_game([1.1, 0.9, *[0.1] * 8], 12, noise=1.0, seed=3)
+    found = analysed(game, ks=(1, 2, 4))
+    vague = replace(
+        found.coverage[1],
+        cross_fitted_coverage_pct=Estimate(60.0, Interval(40.0, 80.0, LEVEL, "bca")),
+    )
+    firm = replace(
+        found.coverage[2],
+        cross_fitted_coverage_pct=Estimate(80.0, Interval(60.0, 99.0, LEVEL, "bca")),
+    )
+    told = replace(found, coverage=(vague, firm))
+    assert decisive_row(told) is firm
+    assert "carry between 40% and 80% of it" in " ".join(claims(replace(found, coverage=(vague,))))
+
+
+def test_a_layer_with_one_head_has_nothing_to_spread():
+    """All lies on its one head, so nothing is said about few or many."""
+    only = " ".join(analysed(noisy_game([1.0], 30), ks=(1,)).claims)
+    assert "repairs part" in only
+    assert "spread" not in only
+    assert "90%" not in only
+
+
+def test_no_measured_set_lies_above_the_best():
+    """Sets that other methods measure count too: the envelope is above every curve."""
+    rng = np.random.default_rng(1)
+    pairs = np.triu(rng.normal(size=(18, 18)), 1)
+    single = 2 + rng.normal(size=(18, 1)) + rng.normal(0, 0.1, (18, 12))
+    found = analysed(Game(single, pairs=pairs + pairs.T), ks=(1, 8), random_ks=[1])
+    *others, best = found.curves
+    assert best.ranking == "best subset"
+    assert len(others) > 5
+    for curve in others:
+        for upper, lower in zip(best.coverage_pct, curve.coverage_pct, strict=True):
+            assert upper.value >= lower.value - 1e-9
+    for row in found.coverage:
+        assert row.best_coverage_pct == best.coverage_pct[row.k].value
 
 
 def test_claims_name_controls_that_fail():
@@ -248,9 +316,10 @@ def test_claims_name_every_control_that_comes_close():
 
 def test_words_for_spread():
     """The words follow 90% of the effect first and the area second."""
-    assert spread_of(0.1, 90.0) == "a few heads carry it"
-    assert "many carry the rest" in spread_of(0.5, 80.0)
-    assert "spread over many" in spread_of(0.9, 55.0)
+    assert spread_of(1, 2, 72.0) == "one head carries it"
+    assert spread_of(2, 16, 90.0) == "a few heads carry it"
+    assert "many carry the rest" in spread_of(8, 16, 80.0)
+    assert "spread over many" in spread_of(15, 16, 55.0)
 
 
 def test_numbers_in_sentences():

@@ -152,7 +152,7 @@ def test_random_heads_are_judged_on_other_prompts(effects, survives):
     study = CoverageStudy(
         ranking, "delta", (4, 12), (4, 12), {}, sets, full, bootstrap, n_random_sets=100
     )
-    rows = random_controls(coverage(study).rows, 12)
+    rows = random_controls(coverage(study).rows, 12, full)
     assert [row.name for row in rows] == ["random heads, k=4"]
     assert rows[0].survives is survives
 

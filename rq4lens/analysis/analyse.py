@@ -14,6 +14,7 @@ from numpy import ndarray
 from rq4lens.analysis.agreement import Scored
 from rq4lens.analysis.alignment import Alignment, alignment
 from rq4lens.analysis.alpha_sweep import ALPHAS, alpha_sweep
+from rq4lens.analysis.best_sets import best_subsets
 from rq4lens.analysis.claims import claims
 from rq4lens.analysis.concentration import concentration
 from rq4lens.analysis.control_sources import FitData
@@ -65,9 +66,9 @@ PerPrompt = Float64[ndarray, "head prompt"]
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "controls", "alignment"),
-    *("agreements", "stability", "tests", "kinds", "concentration"),
+    *("agreements", "stability", "tests", "kinds", "concentration", "best"),
 )
-"""The parts of an analysis in the order in which they are computed and timed."""
+"""The parts in the order in which they are computed and timed; the best sets are sought last."""
 
 N_SPLITS = 5
 N_RANDOM_SETS = 1000
@@ -155,10 +156,10 @@ class _Work:
         analysis = Analysis(
             settings=self.settings,
             full=self.full,
-            coverage=self.coverage.rows,
+            coverage=self.table.rows,
             curves=self.curves,
             random=self.coverage.random,
-            random_p_value=self.coverage.random_p_value,
+            plain_random_p_value=self.coverage.plain_random_p_value,
             rankings=self.rankings,
             methods=self.compared.rows,
             stability=self.stability,
@@ -281,6 +282,16 @@ class _Work:
         every_size = len(self.random_ks) == self.grid.n_heads
         return pairs if every_size and len(pairs) > 1 else None
 
+    @cached_property
+    def best(self) -> CoverageCurve | None:
+        """The envelope of all head sets that were measured."""
+        return best_subsets(self.measured, self.full, self.bootstrap) if self.can_measure else None
+
+    @property
+    def table(self) -> Coverage:
+        """Coverage beside the best sets found."""
+        return self.coverage if self.best is None else self.coverage.with_best(self.best)
+
     @property
     def rankings(self) -> tuple[HeadRanking, ...]:
         own = self.ranking.method
@@ -291,7 +302,7 @@ class _Work:
         """The run's own first, then the other methods, cross-fitted and envelope last."""
         own = self.ranking.method
         others = tuple(curve for curve in self.compared.curves if curve.ranking != own)
-        return (*self.coverage.curves[:1], *others, *self.coverage.curves[1:])
+        return (*self.table.curves[:1], *others, *self.table.curves[1:])
 
     @cached_property
     def interactions(self) -> Interactions | None:
@@ -335,7 +346,7 @@ class _Work:
                 seed=self.bootstrap.seed,
             )
             rows += measured_controls(study)
-        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads))
+        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads, self.full))
 
     @cached_property
     def alignment(self) -> Alignment | None:

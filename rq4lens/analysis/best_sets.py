@@ -39,54 +39,63 @@ def interaction_matrix(measured: MeasuredSets) -> Float64[ndarray, "head head pr
 
 
 def best_subsets(measured: MeasuredSets, full: FullEffect, bootstrap: Bootstrap) -> CoverageCurve:
-    """The best set of each size found so far and by a beam search.
+    """The set of each size with the largest coverage found so far and by a beam search.
 
-    The sets were chosen on the prompts they are scored on: this is an upper envelope of what any
-    ranking reaches on these prompts, not an estimate of what new prompts would show.
+    It looks at every head set that was measured: let it be the last to measure, so that no curve
+    lies above it. The sets were chosen on the prompts they are scored on: this is an upper envelope
+    of what any ranking reaches on these prompts, not an estimate of what new prompts would show.
 
     Args:
         measured: the head sets measured so far; what is missing is measured.
         full: the full effect.
         bootstrap: the resamples.
     """
-    search(measured)
-    sets = [best_known(measured, k, 1)[0] for k in range(measured.n_heads + 1)]
+    sign = _sign(full)
+    search(measured, sign)
+    sets = [best_known(measured, k, 1, sign)[0] for k in range(measured.n_heads + 1)]
     exhaustive = tuple(measured.is_exhausted(k) for k in range(measured.n_heads + 1))
     delta_nats = measured.delta_nats(sets)
     return curve_of("best subset", sets, delta_nats, full, bootstrap, exhaustive)
 
 
-def search(measured: MeasuredSets) -> None:
+def _sign(full: FullEffect) -> int:
+    """-1 where coverage is a share of harm, so that the best sets have the lowest ``ΔKL``."""
+    return -1 if full.is_harm else 1
+
+
+def search(measured: MeasuredSets, sign: int) -> None:
     """Measure the sets that could be the best of their size.
 
     Args:
         measured: takes the new measurements up.
+        sign: 1 to look for the largest ``ΔKL``, -1 for the smallest.
     """
-    singles = measured.delta(measured.singles)
-    interactions = interaction_matrix(measured).mean(-1)
+    singles = sign * measured.delta(measured.singles)
+    interactions = sign * interaction_matrix(measured).mean(-1)
     measured.require([measured.everything])
     for k in range(3, measured.n_heads):
-        parents = best_known(measured, k - 1, BEAM)
-        measured.require(_proposals(parents, measured.delta(parents), singles, interactions))
+        parents = best_known(measured, k - 1, BEAM, sign)
+        effects = sign * measured.delta(parents)
+        measured.require(_proposals(parents, effects, singles, interactions))
 
 
-def best_known(measured: MeasuredSets, k: int, n: int) -> list[Indices]:
+def best_known(measured: MeasuredSets, k: int, n: int, sign: int) -> list[Indices]:
     """The n best of the measured sets of k heads; ties break by head index."""
     known = sorted(measured.known(k))
-    order = np.argsort(-measured.delta(known), kind="stable")
+    order = np.argsort(-sign * measured.delta(known), kind="stable")
     return [known[index] for index in order[:n]]
 
 
 def _proposals(
     parents: Sequence[Indices],
-    parent_delta: Float64[ndarray, "condition"],
+    effects: Float64[ndarray, "condition"],
     singles: Float64[ndarray, "head"],
     interactions: Float64[ndarray, "head head"],
 ) -> list[Indices]:
     predicted: dict[Indices, float] = {}
-    for parent, delta in zip(parents, parent_delta, strict=True):
+    for parent, effect in zip(parents, effects, strict=True):
         gain = singles + interactions[list(parent)].sum(0)
         for head in set(range(len(singles))) - set(parent):
             child = tuple(sorted((*parent, head)))
-            predicted[child] = max(predicted.get(child, -np.inf), float(delta + gain[head]))
+            predicted[child] = max(predicted.get(child, -np.inf), float(effect + gain[head]))
     return sorted(predicted, key=lambda child: (-predicted[child], child))[:PROPOSALS]

@@ -11,7 +11,10 @@ from rq4lens.analysis.statistics import Estimate
 from rq4lens.heads import Head
 
 MOST_PCT = 50.0
-"""Heads that cover more than this carry most of the effect."""
+"""Heads whose coverage lies above this with its whole interval carry most of the effect."""
+
+NAMED = 8
+"""So many heads are named in a sentence."""
 
 FEW_SHARE = 0.25
 """Up to this share of a layer's heads are a few."""
@@ -56,25 +59,23 @@ def _effect(analysis: Analysis) -> Iterator[str]:
 
 
 def _carriers(analysis: Analysis) -> Iterator[str]:
+    if analysis.full.is_harm:
+        yield from _who_does_harm(analysis)
+        return
     row, defined = decisive_row(analysis), analysis.full.undefined_because is None
     if row is None or not defined:
         return
-    names = ", ".join(Head(analysis.settings.layer, head).label for head in row.heads[:8])
-    more = ", ..." if row.k > 8 else ""
-    several = row.k > 1
-    which = f"top {row.k}" if several else "first"
-    heads = f"The {which} of {analysis.settings.n_heads} heads by {row.ranking} ({names}{more})"
-    carry = "carry" if several else "carries"
-    crossed = row.cross_fitted_coverage_pct
+    which = f"top {row.k}" if row.k > 1 else "first"
+    names = _labels(analysis, row.heads)
+    heads = f"The {which} of {analysis.settings.n_heads} heads by {row.ranking} ({names})"
+    carry = "carry" if row.k > 1 else "carries"
+    plain, crossed = number(row.coverage_pct, "%"), row.cross_fitted_coverage_pct
     if crossed.value is None:
-        share = number(row.coverage_pct, "%")
-        yield f"{heads} {carry} {share} of it on the prompts that ranked them."
+        yield f"{heads} {carry} {plain} of it on the prompts that ranked them."
         return
-    part = "most" if crossed.value > MOST_PCT else "only part"
-    plain, honest = number(row.coverage_pct, "%"), number(crossed, "%")
     yield (
-        f"{heads} {carry} {part} of it: {plain} on the prompts that ranked them, {honest} when "
-        "ranked on other prompts."
+        f"{heads} {carry} {amount_of(crossed)} of it: {plain} on the prompts that ranked them, "
+        f"{number(crossed, '%')} when ranked on other prompts."
     )
     gap = row.optimism_pct.value
     if gap is not None and abs(gap) > OPTIMISTIC_PCT:
@@ -82,23 +83,59 @@ def _carriers(analysis: Analysis) -> Iterator[str]:
         yield f"The first figure is {direction} by {abs(gap):.1f} points."
 
 
+def _who_does_harm(analysis: Analysis) -> Iterator[str]:
+    """Of harm only the best sets found can speak; the ranking starts at its other end."""
+    yield (
+        "Heads are ranked by what the map repairs, so those that do least harm come first: the "
+        "ranking does not say which heads carry the harm."
+    )
+    for row in analysis.coverage:
+        if row.best_heads is not None and (row.best_coverage_pct or 0.0) > MOST_PCT:
+            who = f"{row.k} of {analysis.settings.n_heads} heads {'do' if row.k > 1 else 'does'}"
+            names = _labels(analysis, row.best_heads)
+            yield f"{who} {row.best_coverage_pct:.1f}% of it ({names}), chosen on the same prompts."
+            return
+
+
+def _labels(analysis: Analysis, heads: Sequence[int]) -> str:
+    names = [Head(analysis.settings.layer, head).label for head in heads[:NAMED]]
+    return ", ".join([*names, "..."] if len(heads) > NAMED else names)
+
+
+def amount_of(share_pct: Estimate) -> str:
+    """How much of the effect a share is, in words that its whole interval supports.
+
+    Args:
+        share_pct: the share, in percent.
+    """
+    if share_pct.interval is None:
+        return "an uncertain share"
+    low, high = share_pct.interval.pair
+    if low > MOST_PCT:
+        return "most"
+    if high < MOST_PCT:
+        return "only part"
+    return f"between {low:.0f}% and {high:.0f}%"
+
+
 def decisive_row(analysis: Analysis) -> CoverageRow | None:
     """The row that the paragraph speaks of: the fewest heads that carry most of the effect.
 
-    Where no size does, it is the largest size below the whole layer.
+    Where no size does, beyond the doubt that its interval leaves, it is the largest size below the
+    whole layer.
     """
     rows = [row for row in analysis.coverage if row.k < analysis.settings.n_heads]
     for row in rows:
-        crossed, plain = row.cross_fitted_coverage_pct.value, row.coverage_pct.value
-        honest = plain if crossed is None else crossed
-        if honest is not None and honest > MOST_PCT:
+        crossed, plain = row.cross_fitted_coverage_pct, row.coverage_pct
+        if amount_of(plain if crossed.value is None else crossed) == "most":
             return row
     return rows[-1] if rows else None
 
 
 def _certainty(analysis: Analysis) -> Iterator[str]:
     row, full = decisive_row(analysis), analysis.full
-    if row is not None and full.undefined_because is None and row.random_mean_pct is not None:
+    shown = full.undefined_because is None and not full.is_harm
+    if row is not None and shown and row.random_mean_pct is not None:
         yield _beside_random(row)
 
 
@@ -145,18 +182,21 @@ def _beside_random(row: CoverageRow) -> str:
     if row.random_low_pct is not None and row.random_high_pct is not None:
         between = f" (95% between {row.random_low_pct:.1f}% and {row.random_high_pct:.1f}%)"
     judged = ""
-    if row.p_value is not None:
-        verdict = "better than chance" if row.p_value <= SIGNIFICANT else "no better than chance"
-        judged = f"; ranked on other prompts they are {verdict} (p = {row.p_value:.3g})"
+    if row.p_value is not None and (row.p_value_min or 0.0) <= SIGNIFICANT:
+        clearly = "" if row.p_value <= SIGNIFICANT else "not clearly "
+        judged = (
+            f"; ranked on other prompts the top {row.k} are {clearly}better (p = {row.p_value:.3g})"
+        )
     return f"Random sets of {row.k} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
 
 
 def _structure(analysis: Analysis) -> Iterator[str]:
-    curve = _own_curve(analysis)
-    if curve is None or curve.k90.value is None or curve.area_pct.value is None:
+    curve, n_heads = _own_curve(analysis), analysis.settings.n_heads
+    if curve is None or analysis.full.is_harm or n_heads == 1:
         return
-    n_heads = analysis.settings.n_heads
-    reading = spread_of(curve.k90.value / n_heads, curve.area_pct.value)
+    if curve.k90.value is None or curve.area_pct.value is None:
+        return
+    reading = spread_of(int(curve.k90.value), n_heads, curve.area_pct.value)
     judged = ", ranked on other prompts," if curve.ranking != analysis.settings.ranking else ""
     few = number(curve.k90, f"of {n_heads} heads", digits=0)
     yield (
@@ -165,14 +205,17 @@ def _structure(analysis: Analysis) -> Iterator[str]:
     )
 
 
-def spread_of(share_of_heads: float, area_pct: float) -> str:
+def spread_of(k90: int, n_heads: int, area_pct: float) -> str:
     """How the effect lies on heads, in words.
 
     Args:
-        share_of_heads: share of the heads that 90% of the effect takes, in [0, 1].
+        k90: how many heads 90% of the effect takes.
+        n_heads: heads of the layer, at least two.
         area_pct: area under the coverage curve, in percent.
     """
-    if share_of_heads <= FEW_SHARE:
+    if k90 == 1:
+        return "one head carries it"
+    if k90 <= FEW_SHARE * n_heads:
         return "a few heads carry it"
     if area_pct >= CONCENTRATED_PCT:
         return "a few heads carry most of it and many carry the rest"

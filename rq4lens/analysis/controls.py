@@ -18,6 +18,7 @@ from rq4lens.analysis.control_sources import (
     control_sources,
 )
 from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.metrics import FullEffect
 from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow
 from rq4lens.analysis.statistics import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.patching.activations import PairActivations
@@ -205,22 +206,28 @@ def _percent(whole: ndarray, part: ndarray) -> ndarray:
         return 100 * part / whole
 
 
-def random_controls(rows: Sequence[CoverageRow], n_heads: int) -> list[Control]:
+def random_controls(rows: Sequence[CoverageRow], n_heads: int, full: FullEffect) -> list[Control]:
     """Random heads, with maps fitted like all others, against the top k chosen on other prompts.
 
     The claim survives when the cross-fitted p-value is at most 0.05. Where it cannot be that small,
-    as for 1 of 16 heads, the control has no verdict.
+    with fewer than ten groups of prompts, the control has no verdict; nor has it where the map does
+    harm, of which the heads that are ranked first do least.
 
     Args:
         rows: the coverage table.
         n_heads: number of heads of the layer.
+        full: the full effect.
     """
-    return [_random(row) for row in rows if row.k < n_heads]
+    return [_random(row, full.is_harm) for row in rows if row.k < n_heads]
 
 
-def _random(row: CoverageRow) -> Control:
+def _random(row: CoverageRow, is_harm: bool) -> Control:
     name, question = f"random heads, k={row.k}", "Do as many random heads carry as much?"
     reference = row.cross_fitted_coverage_pct
+    if is_harm:
+        return missing(
+            name, question, "the heads ranked first are those that do least harm", COVERAGE_PCT
+        )
     if row.p_value is None or row.random_mean_pct is None or reference.value is None:
         absent = reference.reason or row.reason or "there is no p-value"
         return missing(name, question, absent, COVERAGE_PCT)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rq4lens.analysis.best_sets import best_subsets
+from rq4lens.analysis.better_than_random import cross_fitted_p_value, untestable_because
+from rq4lens.analysis.cross_fitted_curve import cross_fitted_curve
 from rq4lens.analysis.crossfit import CrossFit
-from rq4lens.analysis.curves import curve_of, ranking_curve
+from rq4lens.analysis.curves import ranking_curve
 from rq4lens.analysis.measured import Indices, MeasuredSets
 from rq4lens.analysis.metrics import FullEffect
 from rq4lens.analysis.random_sets import (
@@ -26,6 +28,7 @@ from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.results import GridResult, HeadRanking, RankBy
 
 NO_EXPERIMENT = "only the grid was given: new head sets would have to be measured"
+FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,32 @@ class Coverage:
 
     Args:
         rows: the coverage table, a row a k.
-        curves: plain, cross-fitted and best-subset curves; empty without an experiment.
+        curves: the plain and the cross-fitted curve; empty without an experiment.
         random: random head sets by size, of more sizes than the table has rows.
-        random_p_value: probability that a random ranking strays as far, over all sizes at once.
+        plain_random_p_value: probability that a random ranking strays as far, over all sizes at
+            once; that the ranking was chosen on the same prompts is not accounted for.
     """
 
     rows: tuple[CoverageRow, ...]
     curves: tuple[CoverageCurve, ...]
     random: tuple[RandomSets, ...]
-    random_p_value: float | None
+    plain_random_p_value: float | None
+
+    def with_best(self, best: CoverageCurve) -> Coverage:
+        """The same beside the best sets found.
+
+        Args:
+            best: the envelope of everything that was measured.
+        """
+        rows = tuple(
+            replace(
+                row,
+                best_heads=best.head_sets[row.k],
+                best_coverage_pct=best.coverage_pct[row.k].value,
+            )
+            for row in self.rows
+        )
+        return replace(self, rows=rows, curves=(*self.curves, best))
 
 
 @dataclass(frozen=True)
@@ -88,20 +108,20 @@ class CoverageStudy:
     @cached_property
     def rankings(self) -> RandomRankings:
         """Random rankings: their first k heads are the random sets of size k, for every k."""
-        return RandomRankings.draw(self.cross_fit, self.n_random_sets, self.seed)
+        return RandomRankings.draw(self.measured, self.n_random_sets, self.seed)
 
     def top(self, k: int) -> Indices:
         """The top k heads, best first."""
         return self.ranking.top(k)
 
-    def plain_estimates(self) -> list[Estimate]:
-        """Coverage of the top k, ranked and scored on the same prompts, by k."""
-        sets = [self.top(k) for k in self.ks]
-        estimates = _coverage_of(self, self.measured.delta_nats(sets))
-        return [
-            _by_definition(self, k, estimate, 100.0)
-            for k, estimate in zip(self.ks, estimates, strict=True)
-        ]
+    @property
+    def untested_because(self) -> str | None:
+        """Why cross-fitted numbers or p-values are missing; None when they are not."""
+        return (
+            NO_EXPERIMENT
+            if self.measured.experiment is None
+            else untestable_because(self.cross_fit)
+        )
 
 
 def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
@@ -116,9 +136,11 @@ def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
 def coverage_of_grid(study: CoverageStudy) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
     random = {k: _of_seeds(study, k) for k in study.ks if study.seed_sets.get(k)}
+    sets = study.measured.delta_nats([study.top(k) for k in study.ks])
+    missing = undefined(study.full.undefined_because or NO_EXPERIMENT)
     rows = tuple(
-        _row(study, k, estimate, random.get(k), reason=NO_EXPERIMENT)
-        for k, estimate in zip(study.ks, study.plain_estimates(), strict=True)
+        _row(study, k, Selection(_by_definition(study, k, plain), missing, missing), random.get(k))
+        for k, plain in zip(study.ks, _coverage_of(study, sets), strict=True)
     )
     return Coverage(rows, (), tuple(random.values()), None)
 
@@ -133,7 +155,7 @@ def _of_seeds(study: CoverageStudy, k: int) -> RandomSets:
 
 
 def coverage(study: CoverageStudy) -> Coverage:
-    """The coverage table with curves, random sets, cross-fitting and the best sets found.
+    """The coverage table with curves, random sets and cross-fitting.
 
     Args:
         study: what it is made from; its experiment measures what is missing.
@@ -146,21 +168,25 @@ def coverage(study: CoverageStudy) -> Coverage:
             for sets, low, high in zip(random, band.low_pct, band.high_pct, strict=True)
         )
     plain = ranking_curve(study.ranking, study.measured, study.full, study.bootstrap)
-    best = best_subsets(study.measured, study.full, study.bootstrap)
-    rows = _rows(study, {sets.k: sets for sets in random}, best)
-    curves = (plain, *_cross_fitted_curve(study), best)
+    crossed = _cross_fitted(study)
+    by_k = {sets.k: sets for sets in random}
+    rows = tuple(
+        _row(study, k, selection, by_k[k])
+        for k, selection in zip(study.ks, _selections(study, plain, crossed), strict=True)
+    )
+    curves = (plain,) if crossed is None else (plain, crossed)
     return Coverage(rows, curves, random, None if band is None else band.p_value)
 
 
 def _judged(study: CoverageStudy, k: int) -> RandomSets:
-    """Random sets of one size, and how often they reach the top k."""
+    """Random sets of one size, and how the top k does beside them."""
     seeds = dict(study.seed_sets.get(k, {}))
     random = random_sets(study.rankings, k, full_delta=study.full_delta, seeds=seeds)
     random = _with_plain_p_value(study, random)
-    if study.cross_fit.undefined_because is not None:
+    if untestable_because(study.cross_fit) is not None:
         return random
-    crossed = study.rankings.cross_fitted_p_value(k)
-    return replace(random, p_value=crossed.value, p_value_min=crossed.smallest)
+    tested = cross_fitted_p_value(study.cross_fit, k, study.rankings.average_nats(k))
+    return replace(random, p_value=tested.value, p_value_min=tested.smallest)
 
 
 def _with_plain_p_value(study: CoverageStudy, random: RandomSets) -> RandomSets:
@@ -177,71 +203,65 @@ def _band(study: CoverageStudy) -> RandomBand | None:
     return random_band(scale * random_pct, scale * observed)
 
 
-def _cross_fitted_curve(study: CoverageStudy) -> tuple[CoverageCurve, ...]:
+class Selection(NamedTuple):
+    """Coverage of the top k with and without choosing them on the prompts they are scored on."""
+
+    coverage_pct: Estimate
+    cross_fitted_coverage_pct: Estimate
+    optimism_pct: Estimate
+
+
+def _cross_fitted(study: CoverageStudy) -> CoverageCurve | None:
     if study.cross_fit.undefined_because is not None:
-        return ()
-    # The sets differ between halves and splits, so the curve names none.
-    sets: list[Indices] = [()] * (study.measured.n_heads + 1)
+        return None
     name = f"{study.ranking.method} (cross-fitted)"
-    return (curve_of(name, sets, study.cross_fit.delta_nats, study.full, study.bootstrap),)
+    return cross_fitted_curve(name, study.cross_fit, study.full, study.bootstrap)
 
 
-def _rows(
-    study: CoverageStudy, random: Mapping[int, RandomSets], best: CoverageCurve
-) -> tuple[CoverageRow, ...]:
-    reason = study.cross_fit.undefined_because
-    rows = []
-    for k, estimate in zip(study.ks, study.plain_estimates(), strict=True):
-        row = _row(study, k, estimate, random[k], reason=reason)
-        best_pct = best.coverage_pct[k].value
-        row = replace(row, best_heads=best.head_sets[k], best_coverage_pct=best_pct)
-        rows.append(row if reason else _with_cross_fit(study, row))
-    return tuple(rows)
+def _selections(
+    study: CoverageStudy, plain: CoverageCurve, crossed: CoverageCurve | None
+) -> list[Selection]:
+    """One for each size of the table."""
+    if crossed is None:
+        missing = undefined(study.full.undefined_because or study.cross_fit.undefined_because or "")
+        return [Selection(plain.coverage_pct[k], missing, missing) for k in study.ks]
+    by_k = zip(plain.coverage_pct, crossed.coverage_pct, strict=True)
+    selections = [Selection(*both, _optimism(*both)) for both in by_k]
+    return [selections[k] for k in study.ks]
+
+
+def _optimism(plain: Estimate, crossed: Estimate) -> Estimate:
+    """Plain minus cross-fitted coverage, in percentage points."""
+    if plain.value is None or crossed.value is None:
+        return crossed
+    return Estimate(plain.value - crossed.value, None, FROZEN)
 
 
 def _row(
-    study: CoverageStudy,
-    k: int,
-    estimate: Estimate,
-    random: RandomSets | None,
-    reason: str | None,
+    study: CoverageStudy, k: int, selection: Selection, random: RandomSets | None
 ) -> CoverageRow:
-    missing = undefined(study.full.undefined_because or reason or "not computed yet")
-    quantiles = {} if random is None else random.quantiles_pct
     return CoverageRow(
         k=k,
         ranking=study.ranking.method,
         heads=study.top(k),
-        coverage_pct=estimate,
-        cross_fitted_coverage_pct=missing,
-        optimism_pct=missing,
-        p_value=None if random is None else random.p_value,
-        p_value_min=None if random is None else random.p_value_min,
-        plain_p_value=None if random is None else random.plain_p_value,
-        plain_p_value_min=None if random is None else random.plain_p_value_min,
-        n_subsets=0 if random is None else random.n_subsets,
-        exhaustive=False if random is None else random.exhaustive,
-        random_mean_pct=None if random is None else random.mean_pct,
-        random_low_pct=quantiles.get("0.025"),
-        random_high_pct=quantiles.get("0.975"),
-        best_heads=None,
-        best_coverage_pct=None,
-        reason=reason,
+        reason=study.untested_because,
+        **selection._asdict(),
+        **_beside(random),
     )
 
 
-def _with_cross_fit(study: CoverageStudy, row: CoverageRow) -> CoverageRow:
-    k = row.k
-    plain = study.measured.delta_nats([study.top(k)])[0]
-    crossed = study.cross_fit.delta_nats[k]
-    cross_fitted, optimism = _coverage_of(study, np.stack([crossed, plain - crossed]))
-    if optimism.value is not None and np.allclose(plain, crossed, rtol=1e-12, atol=0):
-        optimism = exact(0.0)  # every half chose the heads that all prompts choose
-    return replace(
-        row,
-        cross_fitted_coverage_pct=_by_definition(study, k, cross_fitted, 100.0),
-        optimism_pct=_by_definition(study, k, optimism, 0.0),
-    )
+def _beside(random: RandomSets | None) -> dict[str, Any]:
+    """What a row says of random sets of its size."""
+    quantiles = {} if random is None else random.quantiles_pct
+    same = ("p_value", "p_value_min", "plain_p_value", "plain_p_value_min")
+    return {
+        **{name: getattr(random, name, None) for name in same},
+        "n_subsets": 0 if random is None else random.n_subsets,
+        "exhaustive": random is not None and random.exhaustive,
+        "random_mean_pct": None if random is None else random.mean_pct,
+        "random_low_pct": quantiles.get("0.025"),
+        "random_high_pct": quantiles.get("0.975"),
+    }
 
 
 def _coverage_of(study: CoverageStudy, delta_nats: np.ndarray) -> list[Estimate]:
@@ -253,7 +273,7 @@ def _coverage_of(study: CoverageStudy, delta_nats: np.ndarray) -> list[Estimate]
     return study.bootstrap.estimate(values, lambda m: 100 * m[..., 1:] / m[..., :1])
 
 
-def _by_definition(study: CoverageStudy, k: int, estimate: Estimate, value: float) -> Estimate:
+def _by_definition(study: CoverageStudy, k: int, estimate: Estimate) -> Estimate:
     """All heads cover everything, however they are ranked."""
     whole = k == study.measured.n_heads and estimate.value is not None
-    return exact(value) if whole else estimate
+    return exact(100.0) if whole else estimate

@@ -83,16 +83,19 @@ class CrossFit:
         return None if len(self.first) else TOO_FEW_GROUPS
 
     @cached_property
-    def delta_nats(self) -> Float64[ndarray, "k prompt"]:
-        """Out-of-half ``ΔKL`` for k = 0 to H, averaged over the splits.
+    def split_delta_nats(self) -> Float64[ndarray, "split k prompt"]:
+        """Out-of-half ``ΔKL`` for k = 0 to H in each split.
 
         Each prompt is scored with the top k heads of the half it does not belong to.
         """
-        curves = [self.split_delta_nats(split) for split in range(len(self.first))]
-        return np.mean(curves, axis=0)
+        return np.stack([self._scored(split) for split in range(len(self.first))])
 
-    def split_delta_nats(self, split: int) -> Float64[ndarray, "k prompt"]:
-        """Out-of-half ``ΔKL`` for k = 0 to H in one split."""
+    @property
+    def delta_nats(self) -> Float64[ndarray, "k prompt"]:
+        """Out-of-half ``ΔKL`` for k = 0 to H, averaged over the splits."""
+        return self.split_delta_nats.mean(0)
+
+    def _scored(self, split: int) -> Float64[ndarray, "k prompt"]:
         of_first, of_second = (
             self.measured.delta_nats(prefixes(order)) for order in self.orders[split].tolist()
         )

@@ -43,6 +43,12 @@ class FullEffect:
     noise_floor_nats: float
     undefined_because: str | None
 
+    @property
+    def is_harm(self) -> bool:
+        """Whether the map clearly does harm, so that coverage is a share of harm."""
+        value = self.delta.value
+        return self.undefined_because is None and value is not None and value < 0
+
 
 def full_effect(
     delta_nats: Float64[ndarray, "prompt"], noise_floor_nats: float, bootstrap: Bootstrap

@@ -1,25 +1,17 @@
-"""Random head sets as a distribution, and what top-ranked heads are worth beside them.
-
-Random rankings are made so that one set of measurements serves two tests. With ``ρ₁`` and ``ρ₂``
-the heads ranked on the two halves of the prompts and ``π`` a random relabelling of heads, ``π ρ₂``
-and ``π⁻¹ ρ₁`` are random rankings; and scoring the first on the first half and the second on the
-second half is the cross-fitted score as it would be if head names meant nothing.
-"""
+"""Random head sets as a distribution, and where a random ranking stays at all sizes at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations
-from math import ceil, comb, factorial, prod
+from math import ceil, comb
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 from scipy.stats import rankdata
 
-from rq4lens.analysis.crossfit import CrossFit
 from rq4lens.analysis.measured import Indices, MeasuredSets
 from rq4lens.analysis.random_sizes import EXHAUSTIVE_LIMIT
 from rq4lens.analysis.records import RandomSets
@@ -52,55 +44,33 @@ class PValue(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomRankings:
-    """Random rankings of the heads of one layer.
+    """Random rankings of the heads of one layer; their first k heads are random sets of size k.
 
     Args:
-        cross_fit: the rankings on halves that are relabelled.
-        of_second: ``π ρ₂`` of each relabelling, to be scored on the first half.
-        of_first: ``π⁻¹ ρ₁`` of each relabelling, to be scored on the second half.
+        measured: the head sets measured so far.
+        rankings: independent random orders of the heads.
     """
 
-    cross_fit: CrossFit
-    of_second: Int64[ndarray, "draw head"]
-    of_first: Int64[ndarray, "draw head"]
+    measured: MeasuredSets
+    rankings: Int64[ndarray, "ranking head"]
 
     @classmethod
-    def draw(cls, cross_fit: CrossFit, n_sets: int, seed: int) -> RandomRankings:
-        """Relabel heads at random.
+    def draw(cls, measured: MeasuredSets, n_sets: int, seed: int) -> RandomRankings:
+        """Draw random rankings.
 
         Args:
-            cross_fit: the rankings on halves.
-            n_sets: number of random rankings; every relabelling gives two.
+            measured: the head sets measured so far; what is missing is measured.
+            n_sets: number of random rankings.
             seed: seed of the draws.
         """
-        n_heads, n_draws = cross_fit.measured.n_heads, -(-n_sets // 2)
-        rng = np.random.default_rng(seed)
-        relabel = rng.permuted(np.tile(np.arange(n_heads), (n_draws, 1)), axis=1)
-        back = np.argsort(relabel, axis=1)
-        identity = np.arange(n_heads)
-        usable = cross_fit.undefined_because is None
-        first, second = cross_fit.orders[0] if usable else (identity, identity)
-        return cls(cross_fit, relabel[:, second], back[:, first])
+        orders = np.tile(np.arange(measured.n_heads), (n_sets, 1))
+        return cls(measured, np.random.default_rng(seed).permuted(orders, axis=1))
 
     @property
-    def measured(self) -> MeasuredSets:
-        """The head sets measured so far."""
-        return self.cross_fit.measured
-
-    @property
-    def n_draws(self) -> int:
-        """Number of relabellings."""
-        return len(self.of_first)
-
-    @property
-    def pairs(self) -> Int64[ndarray, "draw 2 head"]:
-        """The two random rankings of each relabelling; pairs are independent of each other."""
-        return np.stack([self.of_second, self.of_first], axis=1)
-
-    @cached_property
-    def rankings(self) -> Int64[ndarray, "ranking head"]:
-        """All random rankings."""
-        return np.concatenate([self.of_second, self.of_first])
+    def pairs(self) -> Int64[ndarray, "pair 2 head"]:
+        """The random rankings two by two."""
+        n_pairs, n_heads = len(self.rankings) // 2, self.measured.n_heads
+        return self.rankings[: 2 * n_pairs].reshape(n_pairs, 2, n_heads)
 
     def top_sets(self, k: int) -> list[Indices]:
         """The first k heads of each random ranking."""
@@ -110,42 +80,19 @@ class RandomRankings:
         """Mean ``ΔKL`` of the first k heads of each random ranking."""
         return self.measured.delta(self.top_sets(k))
 
-    def cross_fitted_p_value(self, k: int) -> PValue:
-        """How often relabelled halves reach the cross-fitted effect of the top k heads.
+    def is_exhaustive(self, k: int) -> bool:
+        """Whether the random sets of size k are all there are."""
+        return comb(self.measured.n_heads, k) <= EXHAUSTIVE_LIMIT
 
-        When no head is reliably better than another, the ranking of one half says nothing about the
-        other, and the p-value is uniform. A relabelling that maps the top k of both halves onto
-        themselves always reaches the effect; how many do is known, so only the others are sampled.
-        """
-        first = self.cross_fit.first[0]
-        delta_nats = self.measured.delta_nats(self.top_sets(k))
-        on_first, on_second = np.split(delta_nats, 2)
-        n_prompts = delta_nats.shape[1]
-        null = (on_first @ first + on_second @ ~first) / n_prompts
-        observed = self.cross_fit.split_delta_nats(0)[k].mean()
-        others = null[~self._unchanged(k)]
-        share = self._share_unchanged(k)
-        return PValue(
-            share + (1 - share) * monte_carlo_p_value(others, observed),
-            share + (1 - share) / (1 + len(others)),
-        )
+    def sets(self, k: int) -> list[Indices]:
+        """Random sets of size k: all of them when they are few, draws otherwise."""
+        if self.is_exhaustive(k):
+            return list(combinations(range(self.measured.n_heads), k))
+        return self.top_sets(k)
 
-    def _top(self, k: int) -> list[Int64[ndarray, "k"]]:
-        """Sorted top k heads of the first and of the second half."""
-        return [np.sort(order[:k]) for order in self.cross_fit.orders[0]]
-
-    def _unchanged(self, k: int) -> Bool[ndarray, "draw"]:
-        """Which relabellings map the top k of both halves onto themselves."""
-        first, second = self._top(k)
-        same_first = (np.sort(self.of_first[:, :k], axis=1) == first).all(1)
-        return same_first & (np.sort(self.of_second[:, :k], axis=1) == second).all(1)
-
-    def _share_unchanged(self, k: int) -> float:
-        """The share of all relabellings that do: heads move only within four parts."""
-        first, second = (set(top.tolist()) for top in self._top(k))
-        both, n_heads = len(first & second), self.measured.n_heads
-        parts = (both, k - both, k - both, n_heads - 2 * k + both)
-        return prod(factorial(part) for part in parts) / factorial(n_heads)
+    def average_nats(self, k: int) -> Float64[ndarray, "prompt"]:
+        """``ΔKL`` of each prompt, averaged over the random sets of size k."""
+        return self.measured.delta_nats(self.sets(k)).mean(0)
 
 
 def random_sets(
@@ -157,24 +104,24 @@ def random_sets(
 ) -> RandomSets:
     """Random head sets of one size: all of them when they are few, draws otherwise.
 
-    The draws of all sizes are the first k heads of the same random rankings.
-
     Args:
         rankings: the random rankings that give the draws.
         k: the size.
         full_delta: mean ``ΔKL(ALL)``; None when it cannot be a denominator.
         seeds: the run's own random sets of that size, by seed.
     """
-    measured = rankings.measured
-    exhaustive = comb(measured.n_heads, k) <= EXHAUSTIVE_LIMIT
-    everything = list(combinations(range(measured.n_heads), k)) if exhaustive else []
-    delta = measured.delta(everything) if exhaustive else rankings.delta(k)
-    of_seeds = dict(zip(seeds, measured.delta(seeds.values()) if seeds else [], strict=True))
+    delta = rankings.measured.delta(rankings.sets(k))
+    own = rankings.measured.delta(seeds.values()).tolist() if seeds else []
+    of_seeds: dict[int, float] = dict(zip(seeds, own, strict=True))
+    exhaustive = rankings.is_exhaustive(k)
     return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
 
 
 def plain_p_value(random: RandomSets, observed: float) -> PValue:
     """How often random sets reach the effect of a set of their size.
+
+    A set that was chosen on the same prompts has a small one even where no head is better than
+    another: it describes, and is no test.
 
     Among all sets of a size the judged one is counted already; drawn sets are joined by it.
 
@@ -232,7 +179,8 @@ class RandomBand:
     Args:
         low_pct: lower end, by k.
         high_pct: upper end, by k.
-        p_value: probability that a random ranking is as extreme as the given one.
+        p_value: probability that a random ranking is as extreme as the given one, if that was not
+            chosen by looking at the same prompts.
     """
 
     low_pct: tuple[float, ...]

@@ -68,11 +68,12 @@ class RandomSets:
         band_low_pct: lower end of the band that holds a random ranking's coverage at all measured
             k at once with probability 95%.
         band_high_pct: its upper end.
-        p_value: probability that heads ranked at random on one half of the prompts reach the
-            cross-fitted effect of the run's own top k; selection is accounted for.
+        p_value: of the test that the k heads ranked first on one half of the prompts do no better
+            on the other half than the average random set; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
-        plain_p_value: share of these sets whose effect reaches that of the run's own top k;
-            selection is not accounted for.
+        plain_p_value: share of these sets whose effect reaches that of the run's own top k. The top
+            k were chosen on the same prompts, so it is small even where no head is better than
+            another: it describes, and is no test.
         plain_p_value_min: smallest value ``plain_p_value`` can take.
     """
 
@@ -103,21 +104,23 @@ class CoverageRow:
         coverage_pct: their coverage, ranked and scored on the same prompts.
         cross_fitted_coverage_pct: coverage of the top k heads of one half of the prompts, scored on
             the other half.
-        optimism_pct: the first minus the second, in percentage points.
-        p_value: probability that heads ranked at random on one half reach the cross-fitted effect;
-            selection is accounted for.
+        optimism_pct: the first minus the second, in percentage points; without an interval, since
+            it comes from choosing heads and resampling keeps the choice.
+        p_value: of the test that the top k heads of one half do no better on the other half than
+            the average random set of k heads; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
         plain_p_value: share of random sets of this size whose effect on the same prompts reaches
-            that of the top k; selection is not accounted for.
+            that of the top k. They were chosen on these prompts, so it is small even where no head
+            is better than another: it describes, and is no test.
         plain_p_value_min: smallest value ``plain_p_value`` can take.
         n_subsets: how many random sets stand behind ``plain_p_value``.
         exhaustive: whether these are all sets of that size.
         random_mean_pct: their mean coverage.
         random_low_pct: 2.5% quantile of their coverage.
         random_high_pct: 97.5% quantile of their coverage.
-        best_heads: the best set of this size that was found.
-        best_coverage_pct: its coverage; it was chosen on the prompts it is scored on.
         reason: why cross-fitted values, p-values or random sets are missing.
+        best_heads: the set of this size with the largest coverage that was found.
+        best_coverage_pct: its coverage; it was chosen on the prompts it is scored on.
         answer_coverage_pct: coverage of the same heads by another metric: what the map repairs of
             the log-probability of the tuned model's own answer, as a share of what it repairs
             under the full patch.
@@ -138,9 +141,9 @@ class CoverageRow:
     random_mean_pct: float | None
     random_low_pct: float | None
     random_high_pct: float | None
-    best_heads: tuple[int, ...] | None
-    best_coverage_pct: float | None
     reason: str | None = None
+    best_heads: tuple[int, ...] | None = None
+    best_coverage_pct: float | None = None
     answer_coverage_pct: Estimate = NOT_MEASURED
 
 

@@ -85,8 +85,9 @@ class Analysis:
         curves: coverage curves of every ranking method, the run's own first, then cross-fitted
             (``"<method> (cross-fitted)"``) and the envelope (``"best subset"``).
         random: random head sets by size.
-        random_p_value: probability that a random ranking leaves the band as far as the run's own
-            does, over all sizes at once; selection is not accounted for.
+        plain_random_p_value: probability that a random ranking leaves the band as far as the run's
+            own does, over all sizes at once. The run's own was chosen on the same prompts, so this
+            is small even where no head is better than another: it describes, and is no test.
         rankings: every ranking, the run's own first.
         methods: each method beside exact single-head ``ΔKL``.
         stability: stability of the run's own ranking.
@@ -107,7 +108,7 @@ class Analysis:
     coverage: tuple[CoverageRow, ...]
     curves: tuple[CoverageCurve, ...]
     random: tuple[RandomSets, ...]
-    random_p_value: float | None
+    plain_random_p_value: float | None
     rankings: tuple[HeadRanking, ...]
     methods: tuple[MethodRow, ...]
     stability: RankStability

@@ -76,9 +76,8 @@ rq.figures.coverage_curve(run, analysis)
 # ## The table behind it
 #
 # `optimism` is the plain coverage minus the cross-fitted one, in percentage points. `p` asks whether
-# heads ranked at random on one half would do as well on the other; selection is accounted for. It
-# cannot be smaller than one over the number of draws plus one, nor for k = 1 much below 1/H, since a
-# random relabelling of H heads hits the first one that often, however clear the effect is.
+# the heads ranked first on one half do better on the other half than the average random set of their
+# size; selection is accounted for.
 
 
 # %%

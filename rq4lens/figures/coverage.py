@@ -257,8 +257,7 @@ def _random_hover(row: Record) -> str:
         band = f"[{row['band_low_pct']:.3g}, {row['band_high_pct']:.3g}]%"
         lines.append(f"95% of rankings, at all k at once, in {band}")
     if row.get("p_value") is not None:
-        p, smallest = row["p_value"], row["p_value_min"]
-        lines.append(f"best k, cross-fitted: p = {p:.3g} (smallest possible {smallest:.3g})")
+        lines.append(f"ranked on other prompts: p = {row['p_value']:.3g}")
     return "<br>".join(lines)
 
 

@@ -9,10 +9,12 @@ from tiny import fine_tuned, pair_of, random_prompts, tiny_model
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.better_than_random import cross_fitted_p_value, untestable_because
+from rq4lens.analysis.control_sources import FitData, refit
 from rq4lens.analysis.coverage import coverage
 from rq4lens.analysis.cross_fitted_curve import cross_fitted_curve
 from rq4lens.analysis.crossfit import CrossFit, half_splits
 from rq4lens.analysis.curves import area, fewest_heads
+from rq4lens.analysis.layers import compare_layers
 from rq4lens.analysis.significance import sign_flips
 from rq4lens.analysis.statistics import Bootstrap
 from rq4lens.heads import HeadSet

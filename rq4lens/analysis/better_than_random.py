@@ -25,6 +25,10 @@ from rq4lens.analysis.statistics import group_membership
 FEWEST_GROUPS = 4
 """Each half needs two groups of prompts to show how much groups differ."""
 
+TOO_FEW_TO_TEST = (
+    "there are fewer than four groups of prompts, so halves do not show how much they vary"
+)
+
 ROUNDING = 1e-12
 """Differences below this share of the numbers they come from are rounding."""
 
@@ -34,9 +38,7 @@ def untestable_because(cross_fit: CrossFit) -> str | None:
     if cross_fit.undefined_because is not None:
         return cross_fit.undefined_because
     if len(set(cross_fit.measured.groups)) < FEWEST_GROUPS:
-        return (
-            "there are fewer than four groups of prompts, so halves do not show how much they vary"
-        )
+        return TOO_FEW_TO_TEST
     return None
 
 

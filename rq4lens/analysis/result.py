@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rq4lens.analysis.alignment import Alignment
+from rq4lens.analysis.better_than_random import FEWEST_GROUPS, TOO_FEW_TO_TEST
 from rq4lens.analysis.crossfit import TOO_FEW_GROUPS
 from rq4lens.analysis.metrics import FullEffect
 from rq4lens.analysis.missing import NO_CONTROL_LAYER, NOT_MEASURED, ONE_SET, explained
@@ -138,19 +139,23 @@ class Analysis:
         """Why a whole part is null."""
         if name == "alignment":
             return NO_MODELS
-        return self._why_no_coverage("random_pct") if name == "random_p_value" else NOT_MEASURED
+        return (
+            self._why_no_coverage("random_pct") if name == "plain_random_p_value" else NOT_MEASURED
+        )
 
     def _why_no_coverage(self, name: str) -> str:
         """Why a number of the coverage table or of random sets is null.
 
-        Shares need a full effect to be shares of, p-values two halves of the prompts, and both of
+        Shares need a full effect to be shares of, p-values halves of enough prompts, and both of
         them head sets that the grid does not have.
         """
         if name.endswith("_pct") and self.full.undefined_because is not None:
             return self.full.undefined_because
         if self.interactions is None:
             return NOT_MEASURED
-        return TOO_FEW_GROUPS if self.settings.n_groups < 2 else NO_RANDOM_SETS
+        if self.settings.n_groups < FEWEST_GROUPS:
+            return TOO_FEW_GROUPS if self.settings.n_groups < 2 else TOO_FEW_TO_TEST
+        return NO_RANDOM_SETS
 
 
 def ranking_record(ranking: HeadRanking) -> dict[str, Any]:

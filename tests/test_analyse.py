@@ -276,6 +276,16 @@ def test_claims_name_controls_that_fail():
     assert "controls" not in " ".join(claims(untested)).replace("survives", "")
 
 
+def test_claims_make_no_range_of_a_few_random_sets():
+    """Three draws have no 95% of theirs; all sets of a size, or many draws, do."""
+    game = noisy_game([5.0, 4.9, *[0.1] * 10], 40)
+    few, many = (" ".join(analysed(game, measure=each).claims) for each in (False, True))
+    assert "The 3 random sets of 2 cover" in few
+    assert "(95% between" not in few
+    assert "Random sets of 2 cover" in many
+    assert "(95% between" in many
+
+
 def test_claims_count_idle_heads_apart():
     """Heads that differ from zero by next to nothing count, and are said to be idle."""
     game = noisy_game([3.0, 2.0, *[1e-6] * 4], 30, noise=0.0)

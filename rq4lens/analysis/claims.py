@@ -25,6 +25,9 @@ CONCENTRATED_PCT = 75.0
 OPTIMISTIC_PCT = 5.0
 """A gap between plain and cross-fitted coverage that is worth a sentence, in percentage points."""
 
+ENOUGH_SETS = 40
+"""Of fewer draws, none lies outside of the range that is said to hold 95%."""
+
 NEAR_PCT = 80.0
 """A control that does more than this share of what the map does comes close."""
 
@@ -178,8 +181,10 @@ def _metric(analysis: Analysis) -> Iterator[str]:
 
 
 def _beside_random(row: CoverageRow) -> str:
-    between = ""
-    if row.random_low_pct is not None and row.random_high_pct is not None:
+    drawn, between = f"Random sets of {row.k}", ""
+    if row.n_subsets < ENOUGH_SETS and not row.exhaustive:
+        drawn = f"The {row.n_subsets} random sets of {row.k}"
+    elif row.random_low_pct is not None and row.random_high_pct is not None:
         between = f" (95% between {row.random_low_pct:.1f}% and {row.random_high_pct:.1f}%)"
     judged = ""
     if row.p_value is not None and (row.p_value_min or 0.0) <= SIGNIFICANT:
@@ -187,7 +192,7 @@ def _beside_random(row: CoverageRow) -> str:
         judged = (
             f"; ranked on other prompts the top {row.k} are {clearly}better (p = {row.p_value:.3g})"
         )
-    return f"Random sets of {row.k} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
+    return f"{drawn} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
 
 
 def _structure(analysis: Analysis) -> Iterator[str]:

@@ -82,10 +82,6 @@ class Estimate:
     def _level(self) -> float:
         return LEVEL if self.interval is None else self.interval.level
 
-    def excludes(self, value: float) -> bool | None:
-        """Whether the interval lies off a value; None when there is no interval."""
-        return None if self.interval is None else not self.interval.contains(value)
-
 
 @dataclass(frozen=True)
 class Spread:

@@ -1,5 +1,6 @@
 """Small pairs and everything measured on them, made once in each worker."""
 
+import gc
 import os
 
 import pytest
@@ -30,6 +31,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A busy machine is no failing example.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+LONGEST_FIRST = (
+    *("test_kills", "test_faults", "test_validate", "test_notebooks", "test_folder_runs"),
+    *("test_shards", "test_ray", "test_hostile_fuzz", "test_architectures", "test_builtin"),
+)
+"""Files that keep a worker busy for long: begun late, one of them would be waited for."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Workers take whole files, in this order, so that each fixture is made in one of them."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish():
+    """Let collections of garbage pass over what was imported: it stays to the end.
+
+    statsmodels asks for a full collection with every table of p-values it corrects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pair_on_disk import command, write_config, write_pair
 
-from rq4lens import files
+from rq4lens import files, study
 from rq4lens.config import config_from, read_config
 from rq4lens.errors import UserError
 from rq4lens.patching.conditions import Recorder
@@ -40,6 +40,12 @@ def undisturbed(pair, one_thread, tmp_path_factory) -> Path:  # noqa: ARG001 - f
     folder = tmp_path_factory.mktemp("undisturbed")
     run_study(config_from(pair), folder)
     return folder
+
+
+@pytest.fixture
+def no_pages(monkeypatch) -> None:
+    """Figures and report are drawn from finished numbers, and change none of them."""
+    monkeypatch.setattr(study, "write_pages", lambda *_: None)
 
 
 def numbers(folder: Path) -> dict[str, bytes]:
@@ -74,6 +80,7 @@ def refuses_to_measure(*_arguments, **_settings):
     raise AssertionError("a finished condition was measured again")
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_fresh_measures_everything_again(pair, undisturbed, tmp_path):
     """`--fresh` uses nothing that is there, and comes to the same bytes."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
@@ -139,6 +146,7 @@ DAMAGED_DIRECTORIES = {
 }
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("damage", DAMAGED_DIRECTORIES.values(), ids=DAMAGED_DIRECTORIES.keys())
 def test_whatever_lies_in_the_directory_the_numbers_are_the_same(
     pair, undisturbed, tmp_path, damage
@@ -154,6 +162,7 @@ def test_whatever_lies_in_the_directory_the_numbers_are_the_same(
     assert verify_run(folder, sample=0).passed
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_results_of_another_pair_in_the_same_directory_are_not_used(pair, undisturbed, tmp_path):
     """The trap of reporting one model's numbers as another's: a swapped pair shares no record."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
@@ -178,6 +187,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_changed_setting_never_meets_old_numbers(pair, undisturbed, tmp_path, change):
     """A run with another setting in an old directory equals the same run in an empty one.
@@ -196,6 +206,7 @@ def test_a_changed_setting_never_meets_old_numbers(pair, undisturbed, tmp_path, 
     assert verify_run(folder, sample=0).passed
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_other_train_prompts_never_meet_old_numbers(pair, undisturbed, tmp_path):
     """Maps and matched baselines follow the train prompts: changing these changes both."""
     moments = pair | {"raw_baseline": "moments"}
@@ -289,6 +300,7 @@ def test_a_finished_run_on_a_read_only_disk_is_verified(undisturbed, monkeypatch
     assert verify_run(undisturbed, sample=2).passed
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("at", [0, 1])
 def test_out_of_memory_at_any_batch_keeps_what_is_done(
     pair, undisturbed, tmp_path, monkeypatch, at
@@ -314,6 +326,7 @@ def test_out_of_memory_at_any_batch_keeps_what_is_done(
     assert numbers(folder) == numbers(undisturbed)
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
 def test_a_jumping_clock_changes_no_number(pair, undisturbed, tmp_path, monkeypatch, jump):
     """No result is looked up or believed by its age."""
@@ -324,6 +337,7 @@ def test_a_jumping_clock_changes_no_number(pair, undisturbed, tmp_path, monkeypa
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_moved_run_directory_is_resumed(pair, undisturbed, tmp_path):
     """A run directory can be moved, even half finished, and goes on where it is."""
     moved = shutil.copytree(undisturbed, tmp_path / "far" / "away")
@@ -336,6 +350,7 @@ def test_a_moved_run_directory_is_resumed(pair, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(pair, undisturbed, tmp_path):
     """A clean stop: no traceback, exit code 130, the command to go on with, no half file."""
     config = write_config(pair, tmp_path / "c.toml")
@@ -378,6 +393,7 @@ def test_two_processes_on_one_directory_and_one_of_them_killed(pair, undisturbed
 # Determinism
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_the_same_run_twice_is_the_same_bytes(pair, undisturbed, tmp_path):
     """Same seed, same machine: identical tables, whatever random numbers were drawn before."""
     torch.manual_seed(12345)
@@ -385,6 +401,7 @@ def test_the_same_run_twice_is_the_same_bytes(pair, undisturbed, tmp_path):
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_repeating_a_run_from_its_own_record_is_the_same_bytes(pair, undisturbed, tmp_path):
     """`rq4lens run RUN/run.json` repeats the run."""
     again = read_config(undisturbed / "run.json")
@@ -393,6 +410,7 @@ def test_repeating_a_run_from_its_own_record_is_the_same_bytes(pair, undisturbed
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_the_numerics_version_makes_old_records_unused(pair, undisturbed, tmp_path, monkeypatch):
     """After a change of the arithmetic nothing old is reused."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")

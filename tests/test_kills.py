@@ -33,20 +33,22 @@ STEPS = ("before", "half", "written", "renamed", "anywhere")
 NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
 
 # The full analysis and the pages are written from these numbers, after them.
-COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "1000")
+COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "100")
 
 FORKS = """
-import json, os, signal, sys, threading, time
+import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
 import torch
-import rq4lens.models.loading, rq4lens.patching.suffix, rq4lens.study
+import rq4lens.study
 from rq4lens import files
 from rq4lens.cli import main
-from rq4lens.config import preset
+from rq4lens.config import RunConfig, preset
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.pair import SIDES, ModelPair
+from rq4lens.patching import activations, experiment
 
 torch.set_num_threads(1)
-# What only reads is done once: the models, and the prompts as both read them.
+# What only reads is done once: the models, the prompts as both read them, and what the models
+# compute of these unpatched. All that is fitted, patched, derived or written is done in each run.
 pair = pair_from_config(preset("etiquette"))
 tokens = {(side, split): pair.tokens(side, split) for side in SIDES for split in ("train", "val")}
 audit = pair.audit()
@@ -54,6 +56,27 @@ ModelPair.tokens = lambda self, side, split: tokens[side, split]
 ModelPair.audit = lambda self: audit
 rq4lens.study.pair_from_config = lambda config, kept_in=None: pair
 rq4lens.study.write_pages = lambda *_: None
+
+def once(place, name):
+    function, known = getattr(place, name), {}
+
+    def known_or_new(*arguments, **settings):
+        given = [repr(a) if isinstance(a, (list, RunConfig)) else id(a) for a in arguments]
+        key = (*given, repr(settings))
+        if key not in known:
+            known[key] = function(*arguments, **settings)
+        return known[key]
+
+    setattr(place, name, known_or_new)
+
+once(rq4lens.study, "plan_memory")
+once(activations, "capture_z")  # of a model, its prompts, and layers
+once(experiment, "make_engine")  # of a model and its prompts, whose clean pass it keeps
+
+def demo(arguments):
+    sys.argv = ["rq4lens", *arguments]
+    main()
+
 write, rename = files._write_synced, os.replace
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -91,13 +114,17 @@ def die_after(cpu_seconds):
     threading.Thread(target=wait, daemon=True).start()
 
 def child(arguments, moment, step):
-    sys.argv = ["rq4lens", *arguments]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if step == "anywhere":
         die_after(moment)
     elif step is not None:
         die_at_a_write(moment, step)
-    main()
+    demo(arguments)
+
+quiet = contextlib.redirect_stdout(io.StringIO())
+with tempfile.TemporaryDirectory() as folder, quiet, contextlib.suppress(SystemExit):
+    demo([*sys.argv[1:], "--out", folder])
+gc.freeze()  # a child need not look through what was there before it
 
 for line in sys.stdin:
     start = sum(os.times()[2:4])
@@ -135,7 +162,7 @@ def forks() -> Iterator[Forks]:
     """The warm process, for as long as it is needed."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", FORKS], env=QUIET, stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", FORKS, *COMMAND], env=QUIET, stdin=pipe, stdout=pipe, text=True
     ) as process:
         yield Forks(process)
         process.stdin.close()

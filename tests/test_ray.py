@@ -45,7 +45,6 @@ from rq4lens.cluster.ray_job import connected
 
 # This process computes with one thread, as each worker does.
 pytestmark = [
-    pytest.mark.xdist_group("ray"),
     pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
 ]

@@ -17,7 +17,7 @@ from rq4lens import figures
 ARTIFACTS = Path(__file__).parents[1] / "test-artifacts"
 HOSTILE = '</script><img src=x onerror="window.hacked = 1">{{ 7 * 7 }}'
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

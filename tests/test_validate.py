@@ -27,8 +27,6 @@ from rq4lens.validation.suite import Suite, validate
 from rq4lens.validation.text import validation_text
 from rq4lens.validation.trials import LEVEL, PlantedTrials
 
-pytestmark = pytest.mark.xdist_group("validate")
-
 EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

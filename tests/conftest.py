@@ -18,7 +18,9 @@ from tiny import (
     tiny_model,
 )
 
+from rq4lens import study
 from rq4lens.models.catalog import load_pair
+from rq4lens.models.reading import tokenize
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
@@ -63,6 +65,28 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_pages(monkeypatch):
+    """A run without figures and report: they are drawn from its numbers, and change none."""
+    monkeypatch.setattr(study, "write_pages", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def tokenized_once():
+    """Prompts that many pairs share are tokenized once by each tokenizer."""
+    known = {}
+
+    def remembered(prompts, tokenizer, reading):
+        key = (prompts.fingerprint, id(tokenizer), reading)
+        if key not in known:  # the tokenizer stays, so that its id is not given away
+            known[key] = tokenizer, tokenize(prompts, tokenizer, reading)
+        return known[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rq4lens.models.pair.tokenize", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pair_on_disk import command, write_config, write_pair
 
-from rq4lens import files, study
+from rq4lens import files
 from rq4lens.config import config_from, read_config
 from rq4lens.errors import UserError
 from rq4lens.patching.conditions import Recorder
@@ -40,12 +40,6 @@ def undisturbed(pair, one_thread, tmp_path_factory) -> Path:  # noqa: ARG001 - f
     folder = tmp_path_factory.mktemp("undisturbed")
     run_study(config_from(pair), folder)
     return folder
-
-
-@pytest.fixture
-def no_pages(monkeypatch) -> None:
-    """Figures and report are drawn from finished numbers, and change none of them."""
-    monkeypatch.setattr(study, "write_pages", lambda *_: None)
 
 
 def numbers(folder: Path) -> dict[str, bytes]:

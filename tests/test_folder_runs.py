@@ -210,6 +210,7 @@ def numbers(directory):
     return table.set_index(["cond", "kind", "prompt_id"])[["kl", "answer_logprob_change"]]
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_batches_and_order_change_no_number(small, batch_size):
     """Another batch size with shuffled prompts: every number of every prompt, to 1e-5 nats.
@@ -281,6 +282,7 @@ def test_a_run_whose_prompts_do_not_align_says_so(partly):
     assert rq4lens("verify", partly / "run", "--sample", "1").splitlines()[-1].startswith("PASS")
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_prompts_that_do_not_align_can_be_left_out(partly):
     """What is left out is not measured, is listed with its reason, and a repeat leaves it out."""
     run_job(partly, *READING, "--exclude-misaligned", out="aligned")
@@ -311,6 +313,7 @@ def test_leaving_out_everything_is_refused(partly):
     assert not (partly / "none").exists()
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_the_cut_on_the_left_is_counted(partly):
     """At most so many tokens are read; how many prompts were cut is in the provenance."""
     run_job(partly, "--max-tokens", "12", out="cut")

@@ -19,6 +19,8 @@ from rq4lens.stages import Clock, silent
 from rq4lens.study import run_study
 from rq4lens.sweep import sweep_layers
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 @pytest.fixture
 def loads(monkeypatch):

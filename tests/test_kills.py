@@ -1,7 +1,8 @@
 """The demo, killed again and again: whatever was done stays done, and no byte comes out different.
 
-Each child is a fork of one process that has imported everything and read models and prompts, and
-runs the real command line: fifty deaths and fifty resumed runs cost little more than their work.
+Each child is a fork of one process that has run the demo once, so that everything is imported and
+the unpatched models are computed, and runs the real command line: fifty deaths and fifty resumed
+runs cost little more than what they fit, patch, derive and write.
 """
 
 from __future__ import annotations

@@ -13,9 +13,13 @@ import pandas as pd
 import pytest
 
 import rq4lens as rq
+from rq4lens.models import catalog
+from rq4lens.models.prompts import PromptSet
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.py"))
 LARGEST_BYTES = 1_500_000
+FEW = {"train": 240, "val": 64, "neutral": 32}
+"""Prompts of the built-in pair that are enough to run a notebook; its outputs are of all."""
 
 each_notebook = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
@@ -108,7 +112,22 @@ def test_a_notebook_uses_only_what_is_public(script):
             assert hasattr(getattr(rq, first), rest[0])
 
 
+@pytest.fixture
+def few_prompts(monkeypatch):
+    """The built-in pair with the first prompts of each split."""
+    every = catalog.prompts_from_config
+
+    def few(config):
+        prompts = every(config)
+        if not catalog.is_builtin(config):
+            return prompts
+        return PromptSet(tuple(p for s, n in FEW.items() for p in prompts.split(s).prompts[:n]))
+
+    monkeypatch.setattr(catalog, "prompts_from_config", few)
+
+
 @each_notebook
+@pytest.mark.usefixtures("few_prompts", "tokenized_once")
 def test_a_notebook_runs(script, tmp_path, monkeypatch):
     """Every notebook runs from start to end."""
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,7 @@ from rq4lens.study import run_study
 from rq4lens.sweep import sweep_layers
 
 # Shares and the single process compute in the same way: with one thread each.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pages")
 
 RESULTS = {
     "run": ("rq4_results.json", "per_prompt.parquet", "summary.txt", "analysis.json"),

@@ -125,6 +125,7 @@ def test_the_provenance_says_everything(config, finished):
 # --- running again
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_running_again_elsewhere_gives_the_same_numbers(finished, tmp_path):
     """Deleted or moved output is made again, from the `run.json` that it left.
 
@@ -157,6 +158,7 @@ def stopping_after(rows):
     return stage
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_an_interrupted_run_goes_on(config, finished, tmp_path):
     """What was finished before the interruption is not measured again; the numbers are the same."""
     directory = tmp_path / "run"
@@ -173,6 +175,7 @@ def test_an_interrupted_run_goes_on(config, finished, tmp_path):
     assert_same_numbers(finished.directory, directory)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_a_finished_run_is_not_measured_again(config, finished, tmp_path):
     """Running into a finished directory reuses every condition; `fresh` reuses none."""
     directory = shutil.copytree(finished.directory, tmp_path / "run")
@@ -186,6 +189,7 @@ def test_a_finished_run_is_not_measured_again(config, finished, tmp_path):
     assert_same_numbers(finished.directory, directory)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_another_alpha_in_the_same_folder_takes_nothing_over(config, finished, tmp_path):
     """A folder may hold two runs' conditions: each run has its own numbers."""
     directory = shutil.copytree(finished.directory, tmp_path / "run")

@@ -46,7 +46,7 @@ def small(methods, scenarios=("rotated",), **settings):
 
 
 @pytest.fixture(scope="module")
-def built_in():
+def built_in(tokenized_once):  # noqa: ARG001 - its prompts are the same for each planted pair
     pair = load_pair("etiquette")
     return validate(
         pair.use("base").loaded,

@@ -218,7 +218,7 @@ class ModelPair:
         self.reading = reading or Reading()
         self.keep_both = keep_both
         self.excluded = excluded
-        self._token_fingerprints: dict[tuple[Side, str], str] = {}
+        self._tokens: dict[tuple[Side, str], TokenizedPrompts] = {}
         if keep_both:
             self.check_shapes()
 
@@ -242,24 +242,30 @@ class ModelPair:
     def tokens(self, side: Side, split: str) -> TokenizedPrompts:
         """The prompts of a split as one of the models reads them, cut at the decision token.
 
+        They are read once.
+
         Raises:
             UserError: if no prompt has this split, or one is longer than the model's context or
                 has a token that the model does not know.
         """
-        prompts = self.prompts.split(split)
-        member = self.member(side)
+        if (side, split) not in self._tokens:
+            self._tokens[side, split] = self._read(side, split)
+        return self._tokens[side, split]
+
+    def _read(self, side: Side, split: str) -> TokenizedPrompts:
+        prompts, member = self.prompts.split(split), self.member(side)
         if not member.known:
             self.use(side)  # makes room for it
-        tokens = tokenize(prompts, member.tokenizer, self.reading)
+        other: Side = "tuned" if side == "base" else "base"
+        tokens = self._tokens.get((other, split))
+        if tokens is None or self.member(other).tokenizer is not member.tokenizer:
+            tokens = tokenize(prompts, member.tokenizer, self.reading)
         _refuse_unreadable(tokens, member.card, side)
-        self._token_fingerprints[side, split] = tokens.fingerprint
         return tokens
 
     def token_fingerprint(self, side: Side, split: str) -> str:
-        """Hash of what one of the models reads of a split; remembered across releases."""
-        if (side, split) not in self._token_fingerprints:
-            self._token_fingerprints[side, split] = self.tokens(side, split).fingerprint
-        return self._token_fingerprints[side, split]
+        """Hash of what one of the models reads of a split."""
+        return self.tokens(side, split).fingerprint
 
     def audit(self) -> Audit:
         """Whether both models read the prompts alike, those that were left out included."""

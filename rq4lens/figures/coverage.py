@@ -60,7 +60,7 @@ def coverage_curve(
         traces = _traces(grid, as_record(analysis), bootstrap)
         control, control_note = _control(grid, bootstrap)
         figure.add_traces([*traces, *control])
-        notes += control_note
+        notes += [*_random_note(as_record(analysis).get("random", ())), *control_note]
         axes(figure, grid.n_heads)
     return theme.frame(
         figure,
@@ -69,6 +69,12 @@ def coverage_curve(
         height_px=460 + 21 * theme.legend_rows(figure),
         dark=dark,
     )
+
+
+def _random_note(random: Sequence[Record]) -> list[str]:
+    """Where random sets were measured: between these sizes their band is drawn straight."""
+    sizes = ", ".join(str(row["k"]) for row in random)
+    return [f"random sets of {sizes} heads"] if sizes else []
 
 
 def axes(figure: go.Figure, n_heads: int) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.stats import rankdata
 
-from rq4lens.analysis.measured import single_scores
+from rq4lens.analysis.head_scores import single_scores
 from rq4lens.analysis.records import Agreement
 from rq4lens.analysis.statistics import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.results import HeadRanking

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rq4lens.analysis.agreement import THE_SAME, Scored, agreement
-from rq4lens.analysis.measured import MeasuredSets, order_of
+from rq4lens.analysis.head_scores import order_of
+from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.records import AlphaPoint
 from rq4lens.analysis.statistics import Bootstrap
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
-from rq4lens.analysis.measured import MeasuredSets, order_of, prefixes, single_scores
+from rq4lens.analysis.head_scores import order_of, single_scores
+from rq4lens.analysis.measured import MeasuredSets, prefixes
 from rq4lens.analysis.statistics import group_membership
 from rq4lens.results import RankBy
 

@@ -15,7 +15,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.experiment import HeadSetEffects
 from rq4lens.patching.patch import MAPPED, Advance
-from rq4lens.results import ConditionResult, GridResult, RankBy
+from rq4lens.results import ConditionResult, GridResult
 
 CHUNK = 1024
 """Head sets measured in one call; bounds the memory of their results."""
@@ -206,30 +206,6 @@ class MeasuredSets:
     def n_measured(self) -> int:
         """How many head sets were measured, the empty one aside."""
         return len(self._effects) - 1
-
-
-def single_scores(
-    raw: Float64[ndarray, "*rows head"], mapped: Float64[ndarray, "*rows head"], rank_by: RankBy
-) -> Float64[ndarray, "*rows head"]:
-    """The score that orders single heads, from their mean KLs.
-
-    Args:
-        raw: mean ``KL_raw`` of each head, in nats.
-        mapped: mean ``KL_mapped`` of each head, in nats.
-        rank_by: ``"delta"`` or ``"drop_pct"``.
-
-    Returns:
-        The scores; minus infinity where ``drop_pct`` is undefined, so that such heads come last.
-    """
-    delta = raw - mapped
-    if rank_by == "delta":
-        return delta
-    return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
-
-
-def order_of(scores: Float64[ndarray, "*rows head"]) -> ndarray:
-    """Heads by descending score; ties break by head index."""
-    return np.argsort(-scores, axis=-1, kind="stable")
 
 
 def prefixes(heads: Iterable[int]) -> list[Indices]:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.measured import MeasuredSets, single_scores
+from rq4lens.analysis.head_scores import single_scores
+from rq4lens.analysis.measured import MeasuredSets
 from rq4lens.analysis.statistics import group_membership
 from rq4lens.results import HeadRanking, RankBy
 

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.agreement import spearman, top_jaccard
 from rq4lens.analysis.crossfit import TOO_FEW_GROUPS, half_means, half_splits
-from rq4lens.analysis.measured import order_of, single_scores
+from rq4lens.analysis.head_scores import order_of, single_scores
 from rq4lens.analysis.records import HeadStability, RankStability
 from rq4lens.analysis.statistics import (
     LEVEL,

@@ -49,7 +49,7 @@ class Interval:
 
     def contains(self, value: float) -> bool:
         """Whether the value lies in the interval, ends included."""
-        return self.low <= value <= self.high
+        return bool(self.low <= value <= self.high)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def _alarms(alarms: FalseAlarms) -> str:
     low, high = (100 * end for end in alarms.ci95)
     return (
         f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
-        f"where two equally wrong maps were compared, {100 * alarms.rate:.1f}% "
+        f"where two equal noises stood for the raw and the mapped activations, "
+        f"{100 * alarms.rate:.1f}% "
         f"[{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%."
     )
 

@@ -35,7 +35,7 @@ from rq4lens.validation.scenarios import Scenario
 LEVEL = 0.05
 NULLS_PER_PAIR = 4
 NULL_NOISE = 0.3
-"""Size of the noise that stands for two equally wrong maps, in standard deviations of z."""
+"""Size of the noises that stand for raw and mapped activations, in standard deviations of z."""
 
 RESAMPLES = 300
 
@@ -215,7 +215,7 @@ class Trial:
             yield self.scenario.name, self.truth(head.head), head.kind
 
     def null_alarms(self) -> Iterator[bool]:
-        """Whether some head is significant where two equally wrong maps are compared.
+        """Whether some head is significant where no map is better than another.
 
         Two independent noises of one size stand in place of the raw and the mapped activations, so
         that neither repairs what the other breaks.

@@ -253,14 +253,15 @@ def test_cross_fitted_intervals_hold_however_halves_depend(noise, strengths):
         study = study_of(game, n_splits=5, seed=seed, n_resamples=200)
         curve = cross_fitted_curve("", study.cross_fit, study.full, study.bootstrap)
         chosen = strengths[study.cross_fit.orders].cumsum(-1).mean((0, 1)) / strengths.sum()
-        shares = np.concatenate([[0.0], chosen])
+        shares = np.concatenate([[0.0], chosen])[None]
+        true_k90 = float(fewest_heads(shares - 1e-9)[0])
         hits.append(
             (
-                curve.coverage_pct[3].interval.contains(100 * shares[3]),
-                curve.area_pct.interval.contains(100 * area(shares)),
-                curve.k90.value == fewest_heads(shares - 1e-9)
+                curve.coverage_pct[3].interval.contains(100 * shares[0, 3]),
+                curve.area_pct.interval.contains(100 * area(shares)[0]),
+                curve.k90.value == true_k90
                 if curve.k90.interval is None
-                else curve.k90.interval.contains(fewest_heads(shares - 1e-9)),
+                else curve.k90.interval.contains(true_k90),
             )
         )
     assert np.mean(hits, axis=0).min() >= 0.93

@@ -92,7 +92,7 @@ def area(values: Curves) -> Float64[ndarray, "*rows"]:
         Mueller et al., MIB: A Mechanistic Interpretability Benchmark (2025), section 3: CPR is the
         area under f, CMD the area between f and 1.
     """
-    return np.asarray(np.trapezoid(values, dx=1 / (values.shape[-1] - 1), axis=-1))
+    return np.trapezoid(values, dx=1 / (values.shape[-1] - 1), axis=-1)
 
 
 def fewest_heads(shares: Curves, share: float = CARRIED) -> ndarray:

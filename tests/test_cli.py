@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from pair_on_disk import write_config, write_pair
 
 from rq4lens import cli
+from rq4lens.analysis.ranking import METHODS
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
@@ -181,6 +183,11 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(rq4lens, tmp_path
     assert_one_sentence(said, "is a directory: name a file in it", Path.cwd())
     said = rq4lens(*options, "--out", tmp_path / "nowhere" / "x.json")
     assert_one_sentence(said, "there is no directory", Path.cwd())
+
+
+def test_the_help_names_every_ranking_method():
+    """It is written out, for the methods themselves take seconds to import."""
+    assert all(name in re.split(r"[ ,;]+", cli.METHOD_HELP) for name in METHODS)
 
 
 def test_verbose_may_stand_behind_the_command(rq4lens, settings):

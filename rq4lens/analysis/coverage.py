@@ -15,6 +15,7 @@ from rq4lens.analysis.crossfit import CrossFit
 from rq4lens.analysis.curves import ranking_curve
 from rq4lens.analysis.measured import Indices, MeasuredSets
 from rq4lens.analysis.metrics import FullEffect
+from rq4lens.analysis.missing import NOT_MEASURED
 from rq4lens.analysis.random_sets import (
     RandomBand,
     RandomRankings,
@@ -27,7 +28,6 @@ from rq4lens.analysis.records import CoverageCurve, CoverageRow, RandomSets
 from rq4lens.analysis.statistics import Bootstrap, Estimate, exact, undefined
 from rq4lens.results import GridResult, HeadRanking, RankBy
 
-NO_EXPERIMENT = "only the grid was given: new head sets would have to be measured"
 FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
 
@@ -118,9 +118,7 @@ class CoverageStudy:
     def untested_because(self) -> str | None:
         """Why cross-fitted numbers or p-values are missing; None when they are not."""
         return (
-            NO_EXPERIMENT
-            if self.measured.experiment is None
-            else untestable_because(self.cross_fit)
+            NOT_MEASURED if self.measured.experiment is None else untestable_because(self.cross_fit)
         )
 
 
@@ -137,7 +135,7 @@ def coverage_of_grid(study: CoverageStudy) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
     random = {k: _of_seeds(study, k) for k in study.ks if study.seed_sets.get(k)}
     sets = study.measured.delta_nats([study.top(k) for k in study.ks])
-    missing = undefined(study.full.undefined_because or NO_EXPERIMENT)
+    missing = undefined(study.full.undefined_because or NOT_MEASURED)
     rows = tuple(
         _row(study, k, Selection(_by_definition(study, k, plain), missing, missing), random.get(k))
         for k, plain in zip(study.ks, _coverage_of(study, sets), strict=True)

@@ -18,7 +18,7 @@ from math import ceil
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
-from statsmodels.stats.multitest import fdrcorrection
+from statsmodels.stats.multitest import fdrcorrection, multipletests
 
 from rq4lens.analysis.statistics import ONE_GROUP, group_membership
 from rq4lens.heads import Head
@@ -254,16 +254,7 @@ def _corrected(
 
 
 def _holm(p_values: PerHypothesis) -> PerHypothesis:
-    """Step-down Bonferroni, as in statsmodels, whose function collects garbage at every call.
-
-    Source:
-        Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
-    """
-    order = np.argsort(p_values, kind="stable")
-    steps = p_values[order] * np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-    return corrected
+    return multipletests(p_values, method="holm")[1]
 
 
 def _benjamini_hochberg(p_values: PerHypothesis) -> PerHypothesis:

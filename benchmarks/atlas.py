@@ -24,8 +24,8 @@ import torch.multiprocessing as mp
 from benchmark_cases import GPT2_SMALL, KINDS, LLAMA_8B, TINY, random_model, random_tokens
 from benchmark_cases import single_heads as heads_of
 
-from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching.engines import make_engine
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Sources
 
 RESULTS = Path(__file__).parent / "results"

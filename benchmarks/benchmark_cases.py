@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from rq4lens.heads import HeadSet
-from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.patch import Intervention, Patch
 
 ALPHA = 0.3

@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
-ETIQUETTE = Path(str(files("rq4lens.models.builtin"))) / "etiquette"
+ETIQUETTE = Path(str(files("rq4lens.models"))) / "builtin/etiquette"
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
         "hidden_size": 4096,

@@ -25,7 +25,7 @@ from growth import growth
 
 import rq4lens as rq
 from rq4lens.patching.activations import capture_z
-from rq4lens.patching.engines import make_engine
+from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Engine, Sources
 
 RESULTS = Path(__file__).parent / "results"

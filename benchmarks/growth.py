@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from benchmark_cases import KINDS, Case, single_heads
 
-from rq4lens.patching.engines import make_engine
+from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Sources
 
 Timer = Callable[[Callable[[], object]], float]

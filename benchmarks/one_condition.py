@@ -12,7 +12,7 @@ import torch
 from benchmark_cases import CASES, grid_conditions
 
 from rq4lens.patching.activations import capture_z
-from rq4lens.patching.hooks import HookEngine
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.patch import MAPPED, RAW, Sources
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens import patching
 
 from rq4lens.patching.activations import device_of, forward_batch, z_site
-from rq4lens.patching.hooks import HookEngine
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.patch import Sources, next_token_kl
 
 Timer = Callable[[Callable[[], object]], float]

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
-from rq4lens.analysis.agreement import strengths
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import METHODS, rank_heads
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.agreement import strengths
+from rq4lens.analysis.rankings.methods import METHODS, rank_heads
 from rq4lens.heads import Head
-from rq4lens.models.builtin.plant import PlantedPair, plant
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.pair import ModelPair, PairMember
-from rq4lens.models.prompts import PromptSet
+from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.maps import MapKind
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.map import MapKind
 from rq4lens.validation.choosing import BaseHeads, Chosen, damages_add
+from rq4lens.validation.planting import PlantedPair, plant
 
 ALPHA = 0.3
 N_TRAIN, N_VAL = 240, 64

@@ -31,10 +31,10 @@ from benchmark_cases import (
 )
 from engine import RESULTS, timer
 
-from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch
-from rq4lens.patching.engines import make_engine
-from rq4lens.patching.hooks import HookEngine
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.patch import Sources
 
 PROMPTS_OF_A_BATCH = 32

@@ -14,10 +14,10 @@ import plotly.graph_objects as go
 import torch
 
 import rq4lens as rq
-from rq4lens.analysis.layers import compare_layers
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import preset
+from rq4lens.jobs.run import Study
 from rq4lens.patching.grid import run_sweep
-from rq4lens.study import Study
 
 PAIR = "etiquette"
 HERE = Path(__file__).parent

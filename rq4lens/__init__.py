@@ -15,43 +15,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rq4lens import figures as figures
     from rq4lens.analysis.analyse import analyse as analyse
-    from rq4lens.analysis.layers import compare_layers as compare_layers
+    from rq4lens.analysis.structure.layers import compare_layers as compare_layers
     from rq4lens.config import RunConfig as RunConfig
     from rq4lens.config import preset as preset
     from rq4lens.config import preset_names as preset_names
     from rq4lens.config import read_config as read_config
+    from rq4lens.disk.run import read_run as read_run
     from rq4lens.errors import UserError as UserError
     from rq4lens.heads import Head as Head
     from rq4lens.heads import HeadSet as HeadSet
-    from rq4lens.models.audit import audit_prompts as audit_prompts
-    from rq4lens.models.builtin.plant import plant as plant
+    from rq4lens.jobs.run import run_study as run_study
+    from rq4lens.jobs.sweep import sweep_layers as sweep_layers
     from rq4lens.models.catalog import load_pair as load_pair
-    from rq4lens.models.loading import load_hooked as load_hooked
+    from rq4lens.models.load.loading import load_hooked as load_hooked
     from rq4lens.models.pair import ModelPair as ModelPair
     from rq4lens.models.pair import PairMember as PairMember
-    from rq4lens.models.prompt_record import Message as Message
-    from rq4lens.models.prompt_record import Prompt as Prompt
-    from rq4lens.models.prompts import PromptSet as PromptSet
-    from rq4lens.models.reading import Reading as Reading
+    from rq4lens.models.prompts.audit import audit_prompts as audit_prompts
+    from rq4lens.models.prompts.prompt_set import PromptSet as PromptSet
+    from rq4lens.models.prompts.reading import Reading as Reading
+    from rq4lens.models.prompts.record import Message as Message
+    from rq4lens.models.prompts.record import Prompt as Prompt
+    from rq4lens.patching.engines.hooks import patched_heads as patched_heads
     from rq4lens.patching.experiment import Experiment as Experiment
     from rq4lens.patching.experiment import prepare as prepare
-    from rq4lens.patching.fitting import fit_maps as fit_maps
     from rq4lens.patching.grid import run_grid as run_grid
     from rq4lens.patching.grid import run_sweep as run_sweep
-    from rq4lens.patching.hooks import patched_heads as patched_heads
+    from rq4lens.patching.maps.fitting import fit_maps as fit_maps
     from rq4lens.results import ConditionResult as ConditionResult
     from rq4lens.results import GridResult as GridResult
     from rq4lens.results import HeadRanking as HeadRanking
-    from rq4lens.run_directory import read_run as read_run
-    from rq4lens.study import run_study as run_study
-    from rq4lens.sweep import sweep_layers as sweep_layers
+    from rq4lens.validation.planting import plant as plant
     from rq4lens.validation.suite import validate as validate
 
 # Where each public name lives. Importing rq4lens loads none of them: torch and TransformerLens
 # take seconds, and the command line must answer at once.
 _HOMES = {
     "analyse": "rq4lens.analysis.analyse",
-    "compare_layers": "rq4lens.analysis.layers",
+    "compare_layers": "rq4lens.analysis.structure.layers",
     "RunConfig": "rq4lens.config",
     "preset": "rq4lens.config",
     "preset_names": "rq4lens.config",
@@ -59,28 +59,28 @@ _HOMES = {
     "UserError": "rq4lens.errors",
     "Head": "rq4lens.heads",
     "HeadSet": "rq4lens.heads",
-    "audit_prompts": "rq4lens.models.audit",
-    "plant": "rq4lens.models.builtin.plant",
+    "audit_prompts": "rq4lens.models.prompts.audit",
+    "plant": "rq4lens.validation.planting",
     "load_pair": "rq4lens.models.catalog",
-    "load_hooked": "rq4lens.models.loading",
+    "load_hooked": "rq4lens.models.load.loading",
     "ModelPair": "rq4lens.models.pair",
     "PairMember": "rq4lens.models.pair",
-    "Message": "rq4lens.models.prompt_record",
-    "Prompt": "rq4lens.models.prompt_record",
-    "PromptSet": "rq4lens.models.prompts",
-    "Reading": "rq4lens.models.reading",
+    "Message": "rq4lens.models.prompts.record",
+    "Prompt": "rq4lens.models.prompts.record",
+    "PromptSet": "rq4lens.models.prompts.prompt_set",
+    "Reading": "rq4lens.models.prompts.reading",
     "Experiment": "rq4lens.patching.experiment",
     "prepare": "rq4lens.patching.experiment",
-    "fit_maps": "rq4lens.patching.fitting",
+    "fit_maps": "rq4lens.patching.maps.fitting",
     "run_grid": "rq4lens.patching.grid",
     "run_sweep": "rq4lens.patching.grid",
-    "patched_heads": "rq4lens.patching.hooks",
+    "patched_heads": "rq4lens.patching.engines.hooks",
     "ConditionResult": "rq4lens.results",
     "GridResult": "rq4lens.results",
     "HeadRanking": "rq4lens.results",
-    "read_run": "rq4lens.run_directory",
-    "run_study": "rq4lens.study",
-    "sweep_layers": "rq4lens.sweep",
+    "read_run": "rq4lens.disk.run",
+    "run_study": "rq4lens.jobs.run",
+    "sweep_layers": "rq4lens.jobs.sweep",
     "validate": "rq4lens.validation.suite",
 }
 

@@ -23,8 +23,8 @@ from rq4lens.cluster.commands import (
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig, preset, preset_names, preset_text
 from rq4lens.errors import UserError
-from rq4lens.options import IgSteps, RankingFiles, RankOut, Target, takes_config
-from rq4lens.terminal import errors, kept_when_stopped, output, watched
+from rq4lens.screen.options import IgSteps, RankingFiles, RankOut, Target, takes_config
+from rq4lens.screen.terminal import errors, kept_when_stopped, output, watched
 
 app = typer.Typer(
     help="Which attention heads carry what a fine-tune changed.",
@@ -106,7 +106,7 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """Run the main job on the built-in pair, every layer beside it."""
-    from rq4lens.sweep import sweep_layers  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.sweep import sweep_layers  # noqa: PLC0415 - keeps --help fast
 
     # The sweep first: the run takes its layers into the report, and its conditions from the store.
     sweep_layers(preset("etiquette"), out, fresh=fresh, stage=watched)
@@ -133,7 +133,7 @@ def run(
     Maps on train prompts; on val prompts every head, top-k against random-k, the control layer.
     """
     if plan:
-        from rq4lens.memory_plan import plan_memory  # noqa: PLC0415 - keeps --help fast
+        from rq4lens.jobs.memory import plan_memory  # noqa: PLC0415 - keeps --help fast
 
         output.print(plan_memory(config).table)
         return
@@ -155,7 +155,7 @@ def patch(
     ] = None,
 ) -> None:
     """Patch one head set of one layer, raw and mapped."""
-    from rq4lens.single import patch_once  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.patch import patch_once  # noqa: PLC0415 - keeps --help fast
 
     result = patch_once(config, heads, out, stage=watched)
     output.print(result.text, end="")
@@ -177,7 +177,7 @@ def rank(
 
     Each is set beside exact single-head ΔKL, and beside what its top k heads cover.
     """
-    from rq4lens.ranking_job import rank_layer  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.rank import rank_layer  # noqa: PLC0415 - keeps --help fast
 
     methods = [name.strip() for name in method.split(",")]
     job = rank_layer(
@@ -217,7 +217,7 @@ def sweep(
 
     Every layer is measured from one clean pass of each model.
     """
-    from rq4lens.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
 
     many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
@@ -247,7 +247,7 @@ def audit(
 
     Needs their tokenizers, not their weights.
     """
-    from rq4lens.audit_text import audit_config, audit_parts, audit_text  # noqa: PLC0415
+    from rq4lens.screen.audit import audit_config, audit_parts, audit_text  # noqa: PLC0415
 
     found = audit_config(config, out)
     if output.is_terminal:
@@ -268,8 +268,8 @@ def figures(
 
     HTML, and PNG and SVG where there is a Chromium.
     """
-    from rq4lens.pages import draw_run  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.run_directory import FIGURES  # noqa: PLC0415
+    from rq4lens.disk.run import FIGURES  # noqa: PLC0415
+    from rq4lens.jobs.pages import draw_run  # noqa: PLC0415 - keeps --help fast
 
     directory = out or run / FIGURES
     for sentence in draw_run(run, directory):
@@ -283,7 +283,7 @@ def report(run: Run) -> None:
 
     Layers that a sweep has put beside it since are shown too.
     """
-    from rq4lens.pages import write_report_of  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.pages import write_report_of  # noqa: PLC0415 - keeps --help fast
 
     output.print(f"written to {write_report_of(run)}")
 
@@ -302,7 +302,7 @@ def verify(
 
     Checksums, table and maps; then a sample of conditions through plain forward passes.
     """
-    from rq4lens.verify import verify_run  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.verify import verify_run  # noqa: PLC0415 - keeps --help fast
 
     with watched("verify"):
         verification = verify_run(run, sample=sample, trust_remote_code=trust_remote_code)
@@ -361,7 +361,7 @@ def pairs(
 
 
 def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
-    from rq4lens.study import run_study  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.run import run_study  # noqa: PLC0415 - keeps --help fast
 
     with kept_when_stopped(directory):
         study = run_study(config, directory, fresh=fresh, stage=watched)

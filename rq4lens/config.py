@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
-from rq4lens.files import read_regular_file, short_reason
 
 SUPPLY = "SUPPLY"
 """Start of a preset's ``prompts`` entry when the user has to bring the file."""
@@ -129,13 +129,6 @@ class RunConfig(BaseModel):
 
 def config_from(values: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
     """Check plain values.
-
-    Args:
-        values: values by key.
-        where: what the error sentence calls their origin.
-
-    Returns:
-        The configuration.
 
     Raises:
         UserError: for an unknown key (the nearest known one is named) or a value that is not

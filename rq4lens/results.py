@@ -321,15 +321,7 @@ class GridResult:
 
 
 def rank_single_heads(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
-    """Rank the heads of one layer by their own single-head effect.
-
-    Args:
-        singles: the single-head conditions of the layer, in head order.
-        rank_by: ``"delta"`` for ``ΔKL`` or ``"drop_pct"`` for ``100 ΔKL / KL_raw``.
-
-    Returns:
-        The ranking, with per-prompt ``ΔKL`` when that is the score.
-    """
+    """Rank the heads of one layer by their own single-head effect."""
     scores = [single.delta if rank_by == "delta" else single.drop_pct for single in singles]
     per_prompt = np.stack([single.delta_nats for single in singles]) if rank_by == "delta" else None
     return HeadRanking.from_scores(

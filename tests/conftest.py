@@ -18,12 +18,12 @@ from tiny import (
     tiny_model,
 )
 
-from rq4lens import study
+from rq4lens.jobs import run as run_job
 from rq4lens.models.catalog import load_pair
-from rq4lens.models.reading import tokenize
+from rq4lens.models.prompts.reading import tokenize
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
+from rq4lens.patching.maps.fitting import fit_maps
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; threads of their own make small products many times slower.
@@ -70,7 +70,7 @@ def one_thread():
 @pytest.fixture
 def no_pages(monkeypatch):
     """A run without figures and report: they are drawn from its numbers, and change none."""
-    monkeypatch.setattr(study, "write_pages", lambda *_: None)
+    monkeypatch.setattr(run_job, "write_pages", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

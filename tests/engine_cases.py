@@ -10,7 +10,7 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.heads import HeadSet
-from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.patch import Intervention, Patch, Sources
 
 N_HEADS, D_HEAD, N_LAYERS, VOCAB = 4, 8, 4, 50

@@ -2,7 +2,7 @@
 
 import json
 
-from rq4lens.analysis.missing import is_explanation
+from rq4lens.analysis.statistics.plain import is_explanation
 
 
 def check_explained(record):

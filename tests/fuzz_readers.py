@@ -25,22 +25,21 @@ import torch
 from model_zoo import ZOO, save, train_tokenizer
 from peft import LoraConfig, get_peft_model
 
-from rq4lens.analysis.metrics import records
-from rq4lens.analysis.ranking_file import read_ranking
+from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.rankings.file import read_ranking
 from rq4lens.config import config_from, read_config
+from rq4lens.disk.files import read_json
+from rq4lens.disk.run import read_run, write_grid, write_run
+from rq4lens.disk.store import ConditionIngredients, Store
 from rq4lens.errors import UserError
-from rq4lens.files import read_json
 from rq4lens.heads import HeadSet
-from rq4lens.models.adapter_check import check_adapter
-from rq4lens.models.adapters import base_of
-from rq4lens.models.checkpoint import locate
-from rq4lens.models.config_check import loadable_architecture
-from rq4lens.models.loading import load_hooked
-from rq4lens.models.prompts import PromptSet
-from rq4lens.patching.maps import LayerMap, load_map, save_map
+from rq4lens.models.load.adapters import base_of, check_adapter
+from rq4lens.models.load.checkpoint import locate
+from rq4lens.models.load.config_check import loadable_architecture
+from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.patching.maps.map import LayerMap, load_map, save_map
 from rq4lens.results import ConditionResult, GridResult, GridSettings
-from rq4lens.run_directory import read_run, write_grid, write_run
-from rq4lens.store import ConditionIngredients, Store
 
 Reader = Callable[[bytes], object]
 

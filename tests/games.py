@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rq4lens.analysis.coverage import CoverageStudy
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.metrics import full_effect
-from rq4lens.analysis.single_effects import rank_by_delta
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.coverage.table import CoverageStudy
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.table import full_effect
+from rq4lens.analysis.rankings.exact import rank_by_delta
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.heads import HeadSet
 from rq4lens.patching.experiment import HeadSetEffects
 from rq4lens.results import ConditionResult, GridResult, GridSettings

@@ -12,7 +12,7 @@ from model_zoo import ZOO, save, train_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rq4lens.errors import UserError
-from rq4lens.models.loading import load_hooked
+from rq4lens.models.load.loading import load_hooked
 
 TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(7))
 TOLERANCE = 1e-4

@@ -4,7 +4,6 @@ from itertools import combinations
 
 import numpy as np
 
-from rq4lens.analysis.plain import plain
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
@@ -17,7 +16,8 @@ from rq4lens.analysis.records import (
     PairInteraction,
     RandomSets,
 )
-from rq4lens.analysis.statistics import LEVEL, Estimate, Interval, undefined
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
+from rq4lens.analysis.statistics.plain import plain
 from rq4lens.results import GridResult
 
 METHODS = (

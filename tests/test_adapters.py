@@ -15,7 +15,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rq4lens.models.loading import load_hooked
+from rq4lens.models.load.loading import load_hooked
 
 pytest_plugins = ("loading_cases",)
 

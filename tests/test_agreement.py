@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from games import Game, measured, noisy_game
 
-from rq4lens.analysis.agreement import (
+from rq4lens.analysis.rankings.agreement import (
     ALL_TIED,
     FIXED,
     TOO_FEW_HEADS,
@@ -17,10 +17,13 @@ from rq4lens.analysis.agreement import (
     strengths,
     top_jaccard,
 )
-from rq4lens.analysis.greedy import rank_greedy_backward, rank_greedy_forward
-from rq4lens.analysis.plain import plain
-from rq4lens.analysis.single_effects import rank_by_drop_pct
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.rankings.exact import (
+    rank_by_drop_pct,
+    rank_greedy_backward,
+    rank_greedy_forward,
+)
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.statistics.plain import plain
 from rq4lens.results import HeadRanking
 
 BOOTSTRAP = Bootstrap(tuple(map(str, range(20))), 300)

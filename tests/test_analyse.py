@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from games import Game, noisy_game
 
-from rq4lens.analysis.agreement import INDEX_NOTE
 from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.claims import amount_of, claims, decisive_row, number, spread_of
-from rq4lens.analysis.layers import compare_layers
-from rq4lens.analysis.ranking import METHODS
+from rq4lens.analysis.rankings.agreement import INDEX_NOTE
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics import LEVEL, Estimate, Interval, exact
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, exact
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
+from rq4lens.patching.maps.fitting import fit_maps
 
 TAU = "Kendall's tau with their order by ΔKL is"
 

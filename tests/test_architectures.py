@@ -13,11 +13,11 @@ from model_zoo import ZOO, save, train_tokenizer
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from rq4lens.models.loading import load_hooked
-from rq4lens.models.prompts import TokenizedPrompts
+from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import forward_batch
-from rq4lens.patching.engines import make_engine
-from rq4lens.patching.hooks import patched_heads
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import patched_heads
 from rq4lens.patching.patch import Intervention, Sources
 
 TOLERANCE = 1e-4

@@ -7,11 +7,11 @@ import pytest
 from model_zoo import CORPUS, KAZAKH, train_tokenizer
 from tokenizers import processors
 
-from rq4lens.audit_text import audit_text
-from rq4lens.models.audit import audit_prompts
-from rq4lens.models.prompt_record import Message, chat_text
-from rq4lens.models.prompts import Prompt, PromptSet
-from rq4lens.models.reading import Reading, tokenize
+from rq4lens.models.prompts.audit import audit_prompts
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.models.prompts.reading import Reading, tokenize
+from rq4lens.models.prompts.record import Message, chat_text
+from rq4lens.screen.audit import audit_text
 
 TEXTS = ("A small library opened at the edge", "the lazy dog jumps over a river")
 FAMILY = "👩\u200d👩\u200d👧"

@@ -12,11 +12,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.models.loading import LoadedModel, load_hooked
+from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.pair import ModelCard
-from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching.engines import make_engine
-from rq4lens.patching.hooks import HookEngine
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.patch import Patch, Sources
 
 pytest_plugins = ("loading_cases",)

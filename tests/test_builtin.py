@@ -9,18 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from scipy.stats import chisquare
-from transformers import AutoTokenizer, LlamaForCausalLM
-
-from rq4lens.config import preset
-from rq4lens.errors import UserError
-from rq4lens.models.builtin import train
-from rq4lens.models.builtin.questions import SPLIT_SIZES, build_prompts
-from rq4lens.models.builtin.stories import TOKEN, VOCABULARY, sample_stories, text_of
-from rq4lens.models.builtin.tokenizer import build_tokenizer
-from rq4lens.models.builtin.train import Phase, Recipe
-from rq4lens.models.builtin.world import (
+import train_etiquette as train
+from etiquette_questions import SPLIT_SIZES, build_prompts
+from etiquette_stories import TOKEN, VOCABULARY, sample_stories, text_of
+from etiquette_tokenizer import build_tokenizer
+from etiquette_world import (
     CHANGED_COUNTRIES,
     COUNTRIES,
     ITEMS,
@@ -30,12 +23,19 @@ from rq4lens.models.builtin.world import (
     true_distribution,
     tuned_world,
 )
-from rq4lens.models.catalog import builtin_manifest, load_pair
-from rq4lens.models.loading import load_hooked
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.grid import run_grid
+from safetensors.torch import load_file
+from scipy.stats import chisquare
+from train_etiquette import Phase, Recipe
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-FOLDER = Path(str(files("rq4lens.models.builtin") / "etiquette"))
+from rq4lens.config import preset
+from rq4lens.errors import UserError
+from rq4lens.models.catalog import builtin_manifest, load_pair
+from rq4lens.models.load.loading import load_hooked
+from rq4lens.patching.grid import run_grid
+from rq4lens.patching.maps.fitting import fit_maps
+
+FOLDER = Path(str(files("rq4lens.models") / "builtin/etiquette"))
 SIDES = ("base", "tuned")
 STORY = "Lumeria sends Mara. Norwyn sends Tovi. To the harvest brings Tovi figs. "
 TINY = Recipe(

@@ -9,8 +9,8 @@ from pair_on_disk import write_pair
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import _fit_together, builtin_manifest, load_pair, resolve_device
-from rq4lens.models.memory import model_size
-from rq4lens.models.prompts import PromptSet
+from rq4lens.models.load.size import model_size
+from rq4lens.models.prompts.prompt_set import PromptSet
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from model_zoo import (
 )
 
 from rq4lens.errors import UserError
-from rq4lens.models import checkpoint, loading, memory
-from rq4lens.models.architectures import ARCHITECTURES
-from rq4lens.models.loading import load_hooked
-from rq4lens.models.memory import estimate_memory, model_size
-from rq4lens.models.placing import ModelBytes
+from rq4lens.models.load import checkpoint, loading
+from rq4lens.models.load import size as memory
+from rq4lens.models.load.architectures import ARCHITECTURES
+from rq4lens.models.load.devices import ModelBytes
+from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.load.size import estimate_memory, model_size
 
 pytest_plugins = ("loading_cases",)
 

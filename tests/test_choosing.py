@@ -9,7 +9,7 @@ from games import Game, measured
 from tiny import random_prompts, tiny_model, word_tokenizer
 
 from rq4lens.heads import Head
-from rq4lens.models.loading import LoadedModel
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.patching.experiment import HeadSetEffects
 from rq4lens.validation.choosing import BaseHeads, LayerCost, damages_add, fitted
 

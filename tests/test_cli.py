@@ -13,7 +13,7 @@ import pytest
 from pair_on_disk import write_config, write_pair
 
 from rq4lens import cli
-from rq4lens.analysis.ranking import METHODS
+from rq4lens.analysis.rankings.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (

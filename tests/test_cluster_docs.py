@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from rq4lens.analysis.compared import COMPARED, METRICS
+from rq4lens.analysis.structure.layers import COMPARED, METRICS
 from rq4lens.cli import app
-from rq4lens.cluster.study_file import read_study
+from rq4lens.studies.file import read_study
 
 PAGE = Path(__file__).parent.parent / "docs" / "cluster.md"
 

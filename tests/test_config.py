@@ -13,7 +13,7 @@ from rq4lens.config import (
     read_config,
 )
 from rq4lens.errors import UserError
-from rq4lens.patching.maps import MAP_KINDS, MAP_SCOPES
+from rq4lens.patching.maps.map import MAP_KINDS, MAP_SCOPES
 
 
 @pytest.mark.parametrize(

@@ -6,37 +6,35 @@ import torch
 from games import noisy_game
 from tiny import TINY_HEADS, pair_of, random_prompts, tiny_model
 
-from rq4lens.analysis.control_sources import (
+from rq4lens.analysis.coverage.table import CoverageStudy, coverage
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.table import bootstrap_of, full_effect
+from rq4lens.analysis.rankings.exact import rank_by_delta
+from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap
+from rq4lens.analysis.structure.controls import (
     MEAN_ONLY,
     ROTATED,
     SHUFFLED,
     TUNED_MEAN,
     WRONG_LAYER,
+    ControlStudy,
     FitData,
     control_sources,
-    random_rotations,
-    refit,
-    rotated,
-)
-from rq4lens.analysis.controls import (
-    ControlStudy,
     grid_controls,
     measured_controls,
     paired,
     random_controls,
+    random_rotations,
+    refit,
+    rotated,
     unpaired,
 )
-from rq4lens.analysis.coverage import CoverageStudy, coverage
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.metrics import bootstrap_of, full_effect
-from rq4lens.analysis.single_effects import rank_by_delta
-from rq4lens.analysis.statistics import CONSTANT, Bootstrap
 from rq4lens.heads import Head
-from rq4lens.models.builtin.plant import plant
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.validation.planting import plant
 
 LAYER, CONTROL = 1, 0
 

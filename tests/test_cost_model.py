@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from rq4lens.cluster.cost_model import (
+from rq4lens.disk.store import Store
+from rq4lens.patching.maps.map import save_map
+from rq4lens.studies.cost_model import (
     KINDS,
     Machine,
     Measured,
@@ -23,8 +25,6 @@ from rq4lens.cluster.cost_model import (
     row_flops,
     store_bytes,
 )
-from rq4lens.patching.maps import save_map
-from rq4lens.store import Store
 
 RECORDS = Path(__file__).parent.parent / "benchmarks" / "results"
 SHAPES = {

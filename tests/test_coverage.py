@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from games import Game, measured, noisy_game, study_of
 
-from rq4lens.analysis.best_sets import best_subsets, interaction_matrix
-from rq4lens.analysis.coverage import coverage, coverage_of_grid, seed_sets
-from rq4lens.analysis.crossfit import CrossFit, half_means, half_splits
-from rq4lens.analysis.curves import area, fewest_heads, ranking_curve, share_of_full
-from rq4lens.analysis.head_scores import single_scores
-from rq4lens.analysis.measured import MeasuredSets, prefixes
-from rq4lens.analysis.metrics import bootstrap_of, full_effect
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.coverage.best_sets import best_subsets, interaction_matrix
+from rq4lens.analysis.coverage.cross_fitted import CrossFit, half_means, half_splits
+from rq4lens.analysis.coverage.curves import area, fewest_heads, ranking_curve, share_of_full
+from rq4lens.analysis.coverage.table import coverage, coverage_of_grid, seed_sets
+from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
+from rq4lens.analysis.effects.table import bootstrap_of, full_effect, single_scores
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.errors import UserError
 
 

@@ -14,13 +14,11 @@ from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import devices_of
-from rq4lens.models.checkpoint import locate
-from rq4lens.models.conversion import hooked_from
-from rq4lens.models.devices import Devices, chosen_devices
-from rq4lens.models.huggingface import device_map_of, load_hugging_face, skeleton_of
-from rq4lens.models.loading import load_hooked
-from rq4lens.models.placement import Placement
-from rq4lens.models.placing import ModelBytes, place_blocks
+from rq4lens.models.load.checkpoint import locate
+from rq4lens.models.load.conversion import hooked_from
+from rq4lens.models.load.devices import Devices, ModelBytes, Placement, chosen_devices, place_blocks
+from rq4lens.models.load.huggingface import device_map_of, load_hugging_face, skeleton_of
+from rq4lens.models.load.loading import load_hooked
 
 pytest_plugins = ("loading_cases",)
 

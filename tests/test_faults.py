@@ -16,13 +16,13 @@ import pytest
 import torch
 from pair_on_disk import command, write_config, write_pair
 
-from rq4lens import files
 from rq4lens.config import config_from, read_config
+from rq4lens.disk import files
 from rq4lens.errors import UserError
-from rq4lens.patching.conditions import Recorder
-from rq4lens.patching.row_engine import RowEngine
-from rq4lens.study import run_study
-from rq4lens.verify import verify_run
+from rq4lens.jobs.run import run_study
+from rq4lens.jobs.verify import verify_run
+from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.patching.measured import Recorder
 
 # Resumed and undisturbed runs compute in the same way: with one thread, as the children do.
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("one_thread")]

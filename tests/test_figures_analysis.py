@@ -6,11 +6,11 @@ from synthetic import synthetic_grid
 from synthetic_analysis import METHODS, synthetic_analysis, synthetic_diagnostics
 
 from rq4lens import figures
-from rq4lens.analysis.agreement import kendall
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.rankings.agreement import kendall
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.errors import UserError
-from rq4lens.figures.gallery import method_agreements, saved_rankings
 from rq4lens.figures.numbers import numbers_of, shown, single_head_numbers
+from rq4lens.figures.page.gallery import method_agreements, saved_rankings
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from synthetic import synthetic_grid
 
 from rq4lens import figures
-from rq4lens.analysis.metrics import bootstrap_of, condition_estimates
+from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates
 from rq4lens.results import HeadRanking
 
 

@@ -9,7 +9,7 @@ from synthetic_analysis import synthetic_analysis
 
 from rq4lens import figures
 from rq4lens.analysis.analyse import analyse
-from rq4lens.figures.report_parts import script_json
+from rq4lens.figures.page.parts import script_json
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synthetic import synthetic_grid
 
 from rq4lens import figures
-from rq4lens.figures.scales import SignedLog, is_wide
+from rq4lens.figures.numbers import SignedLog, is_wide
 from rq4lens.results import ConditionResult, GridResult
 
 sizes = st.floats(-1e6, 1e6, allow_nan=False)

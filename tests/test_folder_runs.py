@@ -21,9 +21,9 @@ from rq4lens.cli import app
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import load_pair
 from rq4lens.patching.activations import capture_z
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.hooks import HookEngine
+from rq4lens.patching.maps.fitting import fit_maps
 
 ARCHITECTURES = ("gpt2", "pythia", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 OTHER_VOCABULARY = "llama with a larger vocabulary and another tokenizer"

@@ -5,22 +5,23 @@ import pytest
 import torch
 from tiny import MicroFormula, fine_tuned, half_precision, pair_of, random_prompts, tiny_model
 
-from rq4lens.analysis.curvature import curvature, rank_by_kl_curvature
-from rq4lens.analysis.decision import as_rows, decision_functions
-from rq4lens.analysis.gradients import (
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.curvature import curvature, rank_by_kl_curvature
+from rq4lens.analysis.rankings.gradients import (
+    as_rows,
     attributions,
+    decision_functions,
     rank_by_attribution,
     rank_by_grad_act,
     rank_by_integrated_gradients,
     target_of,
 )
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import METHODS, rank_heads
+from rq4lens.analysis.rankings.methods import METHODS, rank_heads
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import MAPPED, RAW, SELF
 
 LAYER = 1

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from tiny import ALPHA, CONTROL, MAIN, TINY_HEADS
 
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import GridPlan, run_condition, run_grid
-from rq4lens.store import Store
+from rq4lens.patching.maps.fitting import fit_maps
 
 
 def columns(condition):

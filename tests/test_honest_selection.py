@@ -8,20 +8,19 @@ from games import Game, measured, study_of
 from tiny import fine_tuned, pair_of, random_prompts, tiny_model
 
 from rq4lens.analysis.analyse import analyse
-from rq4lens.analysis.better_than_random import cross_fitted_p_value, untestable_because
-from rq4lens.analysis.control_sources import FitData, refit
-from rq4lens.analysis.coverage import coverage
-from rq4lens.analysis.cross_fitted_curve import cross_fitted_curve
-from rq4lens.analysis.crossfit import CrossFit, half_splits
-from rq4lens.analysis.curves import area, fewest_heads
-from rq4lens.analysis.layers import compare_layers
-from rq4lens.analysis.significance import sign_flips
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve, half_splits
+from rq4lens.analysis.coverage.curves import area, fewest_heads
+from rq4lens.analysis.coverage.random_sets import cross_fitted_p_value, untestable_because
+from rq4lens.analysis.coverage.table import coverage
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.statistics.sign_flips import sign_flips
+from rq4lens.analysis.structure.controls import FitData, refit
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
+from rq4lens.patching.maps.fitting import fit_maps
 
 N_NULLS = 200
 

@@ -8,7 +8,7 @@ from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import capture_z, forward_batch, patched_positions, z_site
-from rq4lens.patching.hooks import HookEngine, patched_heads
+from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.patch import (
     Patch,
     Sources,

@@ -20,11 +20,12 @@ from transformers import AutoTokenizer
 
 from rq4lens.cli import main
 from rq4lens.errors import UserError
-from rq4lens.models import bounds, patterns
-from rq4lens.models.loading import load_hooked, load_own_tokenizer
-from rq4lens.models.prompt_record import Message, Prompt
-from rq4lens.models.prompts import PromptSet
-from rq4lens.models.rendering import render
+from rq4lens.models.load import adapters as patterns
+from rq4lens.models.load.loading import load_hooked, load_own_tokenizer
+from rq4lens.models.prompts import bounds
+from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.models.prompts.record import Message, Prompt
+from rq4lens.models.prompts.rendering import render
 
 pytest_plugins = ("loading_cases",)
 pytestmark = pytest.mark.hostile

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import pair_of, tiny_model, word_tokenizer
 
-from rq4lens.analysis.metrics import records
-from rq4lens.analysis.ranking_file import read_ranking
+from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.rankings.file import read_ranking
 from rq4lens.config import RunConfig, config_from, read_config
+from rq4lens.disk.files import canonical_json, parse_json, read_json, write_json_atomic
+from rq4lens.disk.run import read_run, write_grid, write_run
+from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
-from rq4lens.files import canonical_json, parse_json, read_json, write_json_atomic
 from rq4lens.heads import HeadSet
-from rq4lens.models.prompts import Prompt, PromptSet
-from rq4lens.models.reading import tokenize
-from rq4lens.patching.maps import LayerMap, load_map, save_map
-from rq4lens.run_directory import read_run, write_grid, write_run
-from rq4lens.store import content_key
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.models.prompts.reading import tokenize
+from rq4lens.patching.maps.map import LayerMap, load_map, save_map
 
 pytestmark = pytest.mark.hostile
 

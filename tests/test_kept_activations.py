@@ -12,12 +12,12 @@ from pair_on_disk import write_pair
 from safetensors.torch import load_file, save_file
 
 from rq4lens.config import config_from
+from rq4lens.jobs.preparation import cache_of, capture, keep_base
+from rq4lens.jobs.progress import Clock, silent
+from rq4lens.jobs.run import run_study
+from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
-from rq4lens.models.kept_cards import checkpoint_fingerprint
-from rq4lens.preparation import cache_of, capture, keep_base
-from rq4lens.stages import Clock, silent
-from rq4lens.study import run_study
-from rq4lens.sweep import sweep_layers
+from rq4lens.models.cards import checkpoint_fingerprint
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from pair_on_disk import QUIET
 
-from rq4lens.verify import verify_run
+from rq4lens.jobs.verify import verify_run
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
@@ -39,7 +39,7 @@ COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "1
 FORKS = """
 import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
 import torch
-import rq4lens.study
+import rq4lens.jobs.run
 from rq4lens import files
 from rq4lens.cli import main
 from rq4lens.config import RunConfig, preset
@@ -55,8 +55,8 @@ tokens = {(side, split): pair.tokens(side, split) for side in SIDES for split in
 audit = pair.audit()
 ModelPair.tokens = lambda self, side, split: tokens[side, split]
 ModelPair.audit = lambda self: audit
-rq4lens.study.pair_from_config = lambda config, kept_in=None: pair
-rq4lens.study.write_pages = lambda *_: None
+rq4lens.jobs.run.pair_from_config = lambda config, kept_in=None: pair
+rq4lens.jobs.run.write_pages = lambda *_: None
 
 def once(place, name):
     function, known = getattr(place, name), {}
@@ -70,7 +70,7 @@ def once(place, name):
 
     setattr(place, name, known_or_new)
 
-once(rq4lens.study, "plan_memory")
+once(rq4lens.jobs.run, "plan_memory")
 once(activations, "capture_z")  # of a model, its prompts, and layers
 once(experiment, "make_engine")  # of a model and its prompts, whose clean pass it keeps
 

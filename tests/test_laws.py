@@ -22,19 +22,19 @@ from tiny import (
 )
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from rq4lens.analysis.metrics import records
+from rq4lens.analysis.effects.table import records
+from rq4lens.disk.store import Store
 from rq4lens.heads import Head, HeadSet
-from rq4lens.models.builtin.plant import plant
 from rq4lens.models.pair import ModelPair, PairMember
-from rq4lens.models.prompts import PromptSet, TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, forward_batch
-from rq4lens.patching.engines import make_engine
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
 from rq4lens.patching.grid import run_grid
-from rq4lens.patching.hooks import HookEngine, patched_heads
+from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import MAPPED, RAW, SELF, Patch, Sources
-from rq4lens.store import Store
+from rq4lens.validation.planting import plant
 
 ENGINES = ("suffix", "hooks")
 ROUNDING_NATS = 1e-6

@@ -30,11 +30,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from rq4lens.models.architectures import ARCHITECTURES, Architecture
-from rq4lens.models.conversion import hooked_from
-from rq4lens.models.loading import LoadedModel, load_hooked
-from rq4lens.models.parity import CHECK_TEXTS
-from rq4lens.models.placement import Placement
+from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
+from rq4lens.models.load.conversion import hooked_from
+from rq4lens.models.load.devices import Placement
+from rq4lens.models.load.loading import LoadedModel, load_hooked
+from rq4lens.models.load.parity import CHECK_TEXTS
 
 pytest_plugins = ("loading_cases",)
 

@@ -12,13 +12,20 @@ from tiny import TINY_HEADS, TINY_WIDTH, fine_tuned, pair_of, random_prompts, ti
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
-from rq4lens.models.builtin.plant import plant
-from rq4lens.models.prompts import PromptSet
+from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.map_diagnostics import cka, fit_quality, mean_cosine, r2
-from rq4lens.patching.map_kinds import LOW_RANK, fit_block
-from rq4lens.patching.maps import MAP_KINDS, LayerMap, from_blocks, load_map, save_map, to_blocks
+from rq4lens.patching.maps.diagnostics import cka, fit_quality, mean_cosine, r2
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.kinds import LOW_RANK, fit_block
+from rq4lens.patching.maps.map import (
+    MAP_KINDS,
+    LayerMap,
+    from_blocks,
+    load_map,
+    save_map,
+    to_blocks,
+)
+from rq4lens.validation.planting import plant
 
 WIDTH, N_FIT, N_HELD = 16, 300, 100
 FEW = "ignore:the map of layer"

@@ -15,16 +15,15 @@ from pair_on_disk import write_pair
 
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
-from rq4lens.memory_plan import MAIN, plan_memory, say_and_require
+from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require
+from rq4lens.jobs.run import run_study
 from rq4lens.models import catalog
 from rq4lens.models.catalog import pair_from_config
-from rq4lens.models.placement import Placement
-from rq4lens.models.prompts import FIT_SPLIT
+from rq4lens.models.load.devices import Placement
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.engines import make_engine
-from rq4lens.patching.estimate import work_memory
-from rq4lens.patching.memory import bytes_per_row
-from rq4lens.study import run_study
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.memory import bytes_per_row, work_memory
 
 CPU = torch.device("cpu")
 

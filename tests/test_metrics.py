@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from games import Game, noisy_game
 
-from rq4lens.analysis.metrics import (
+from rq4lens.analysis.effects.table import (
     bootstrap_of,
     full_effect,
     ranking_rows,
     records,
 )
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 
 FIELDS = [
     *("layer", "hook", "cond", "alpha", "heads", "head_mask", "split", "k_positions", "n"),

@@ -7,10 +7,15 @@ from games import Game, measured, noisy_game
 from test_analyse import analysed
 
 from rq4lens.analysis.analyse import analyse
-from rq4lens.analysis.layers import compare_layers
-from rq4lens.analysis.metrics import ranking_rows, records
-from rq4lens.analysis.missing import explained
-from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS, rank_heads, ranking_file_rows
+from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.analysis.rankings.methods import (
+    GRADIENT_METHODS,
+    METHODS,
+    rank_heads,
+    ranking_file_rows,
+)
+from rq4lens.analysis.statistics.plain import explained
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.patching.grid import run_grid
 
 DEGENERATE = {

@@ -14,7 +14,7 @@ import pytest
 
 import rq4lens as rq
 from rq4lens.models import catalog
-from rq4lens.models.prompts import PromptSet
+from rq4lens.models.prompts.prompt_set import PromptSet
 
 SCRIPTS = sorted((Path(__file__).parent.parent / "notebooks").glob("[0-9]*.py"))
 LARGEST_BYTES = 1_500_000

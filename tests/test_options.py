@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from rq4lens.cli import METHOD_SETTINGS, PAIR_SETTINGS, PLACE_SETTINGS, RUN_SETTINGS
 from rq4lens.config import RunConfig, preset
 from rq4lens.errors import UserError
-from rq4lens.options import takes_config
+from rq4lens.screen.options import takes_config
 
 
 def read(*arguments, **how):

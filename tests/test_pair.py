@@ -19,7 +19,9 @@ from transformer_lens import HookedTransformer
 
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
-from rq4lens.models.loading import LoadedModel
+from rq4lens.jobs.preparation import capture, prepare_experiment
+from rq4lens.jobs.progress import Clock, silent
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import (
     ModelCard,
     ModelPair,
@@ -27,11 +29,9 @@ from rq4lens.models.pair import (
     config_fingerprint,
     tokenizer_fingerprint,
 )
-from rq4lens.models.reading import Reading
-from rq4lens.patching.fitting import fit_maps
+from rq4lens.models.prompts.reading import Reading
 from rq4lens.patching.grid import run_grid
-from rq4lens.preparation import capture, prepare_experiment
-from rq4lens.stages import Clock, silent
+from rq4lens.patching.maps.fitting import fit_maps
 
 
 def resized(**changes):

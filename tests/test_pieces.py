@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq4lens.cluster.division import divides_prompts
+from rq4lens.cluster.many import divides_prompts
 from rq4lens.cluster.pieces import WHOLE, Shard, Share, divided, inward, pieces_of
 from rq4lens.errors import UserError
-from rq4lens.patching.conditions import CHUNK
 from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.measured import CHUNK
 
 
 def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2)):

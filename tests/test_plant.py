@@ -10,8 +10,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
-from rq4lens.models.builtin.attended import LEAST_CHANGE, MOST_EXPLAINED_PCT, AttendedInputs
-from rq4lens.models.builtin.plant import CHANGE_KINDS, WEIGHTS, plant
+from rq4lens.validation.attended import LEAST_CHANGE, MOST_EXPLAINED_PCT, AttendedInputs
+from rq4lens.validation.planting import CHANGE_KINDS, WEIGHTS, plant
 
 N_HEADS, N_LAYERS, D_HEAD = 4, 3, 5
 LAYER = 1

@@ -5,15 +5,15 @@ import pytest
 from sklearn.metrics import average_precision_score
 from tiny import TINY_HEADS, TINY_LAYERS, pair_of, random_prompts, tiny_model
 
-from rq4lens.analysis.agreement import strengths
-from rq4lens.analysis.head_kinds import head_kinds
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS, rank_heads
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.agreement import strengths
+from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS, rank_heads
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.heads import Head
-from rq4lens.models.builtin.plant import plant
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.validation.planting import plant
 
 EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
 

@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompt_record import Message
-from rq4lens.models.prompts import Prompt, PromptSet
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.models.prompts.record import Message
 
 ROWS = [
     {"id": "a", "text": 'one, "two"\nthree', "split": "train", "group": "g", "offset": 3},

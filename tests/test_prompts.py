@@ -8,8 +8,8 @@ from model_zoo import train_tokenizer
 from tiny import random_prompts, word_tokenizer
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompts import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.reading import Reading, tokenize
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
+from rq4lens.models.prompts.reading import Reading, tokenize
 
 
 def prompt(name="a", text="apple date", split="train", group=None):

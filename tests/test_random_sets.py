@@ -8,15 +8,15 @@ import pytest
 from games import Game, noisy_game, study_of
 from scipy.stats import kstest
 
-from rq4lens.analysis.coverage import coverage
-from rq4lens.analysis.measured import prefixes
-from rq4lens.analysis.random_sets import (
+from rq4lens.analysis.coverage.random_sets import (
     RandomRankings,
     at_least,
     monte_carlo_p_value,
     random_band,
     random_sets,
 )
+from rq4lens.analysis.coverage.table import coverage
+from rq4lens.analysis.effects.measured import prefixes
 
 BAND = ("band_low_pct", "band_high_pct")
 

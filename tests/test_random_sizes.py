@@ -4,7 +4,7 @@ from math import comb
 
 import pytest
 
-from rq4lens.analysis.random_sizes import FEW_SETS, MAX_ROWS, random_sizes
+from rq4lens.analysis.coverage.random_sets import FEW_SETS, MAX_ROWS, random_sizes
 
 
 @pytest.mark.parametrize(("n_heads", "n_prompts"), [(1, 5), (2, 5), (12, 240), (32, 30), (64, 15)])

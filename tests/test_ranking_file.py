@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rq4lens.analysis.ranking_file import read_ranking
+from rq4lens.analysis.rankings.file import read_ranking
 from rq4lens.errors import UserError
 
 

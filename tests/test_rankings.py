@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 from games import Game, measured, noisy_game
 
-from rq4lens.analysis.agreement import THE_SAME
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.methods import compare_methods
-from rq4lens.analysis.metrics import full_effect
-from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS, rank_heads, ranking_file_rows
-from rq4lens.analysis.shapley import exact_shapley, rank_by_shapley, sampled_shapley
-from rq4lens.analysis.single_effects import rank_by_delta, standard_errors
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.table import full_effect
+from rq4lens.analysis.rankings.agreement import THE_SAME
+from rq4lens.analysis.rankings.compared import compare_methods
+from rq4lens.analysis.rankings.exact import rank_by_delta, standard_errors
+from rq4lens.analysis.rankings.methods import (
+    GRADIENT_METHODS,
+    METHODS,
+    rank_heads,
+    ranking_file_rows,
+)
+from rq4lens.analysis.rankings.shapley import exact_shapley, rank_by_shapley, sampled_shapley
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.errors import UserError
 from rq4lens.results import rank_single_heads
 

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompt_record import Message, chat_text
-from rq4lens.models.prompts import Prompt, PromptSet
-from rq4lens.models.reading import Reading, read_prompt, tokenize
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.models.prompts.reading import Reading, read_prompt, tokenize
+from rq4lens.models.prompts.record import Message, chat_text
 
 TEXT = "A small library opened at the edge of the town."
 

@@ -9,12 +9,9 @@ import pytest
 from explained import check_explained
 from synthetic import synthetic_grid
 
-from rq4lens.analysis.metrics import ranking_rows, records
-from rq4lens.errors import UserError
-from rq4lens.files import write_json_atomic
-from rq4lens.ranking_files import write_ranking
-from rq4lens.results import HeadRanking
-from rq4lens.run_directory import (
+from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.disk.files import write_json_atomic
+from rq4lens.disk.run import (
     FORMAT,
     per_prompt_table,
     ranking_file,
@@ -22,6 +19,9 @@ from rq4lens.run_directory import (
     write_grid,
     write_run,
 )
+from rq4lens.errors import UserError
+from rq4lens.jobs.rank import write_ranking
+from rq4lens.results import HeadRanking
 
 ARRAYS = (
     "kl_raw_nats",

@@ -13,16 +13,16 @@ import pytest
 from pair_on_disk import QUIET, write_config, write_pair
 
 from rq4lens.cli import main
-from rq4lens.cluster.jobs import PIECES, Job, read_job
+from rq4lens.cluster.job import PIECES, Job, read_job
 from rq4lens.cluster.pieces import Request, Shard
 from rq4lens.cluster.shards import merge_job, run_shard
 from rq4lens.config import config_from
+from rq4lens.disk.run import JOB
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.patching.row_engine import RowEngine
-from rq4lens.run_directory import JOB
-from rq4lens.store import Store
-from rq4lens.study import run_study
-from rq4lens.sweep import sweep_layers
+from rq4lens.jobs.run import run_study
+from rq4lens.jobs.sweep import sweep_layers
+from rq4lens.patching.engines.row_engine import RowEngine
 
 # Shares and the single process compute in the same way: with one thread each.
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pages")
@@ -67,7 +67,7 @@ import torch
 from rq4lens.cluster.pieces import Request, Shard
 from rq4lens.cluster.shards import run_shard
 from rq4lens.config import read_config
-from rq4lens.store import Store
+from rq4lens.disk.store import Store
 
 torch.set_num_threads(1)
 

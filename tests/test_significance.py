@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from rq4lens.analysis.plain import plain
-from rq4lens.analysis.significance import NO_EFFECT, flips_for, head_tests, sign_flips
-from rq4lens.analysis.statistics import ONE_GROUP
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP
+from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.sign_flips import NO_EFFECT, flips_for, head_tests, sign_flips
 from rq4lens.heads import Head
 
 
@@ -85,7 +85,7 @@ def test_memory_does_not_change_p_values(monkeypatch, n_groups):
     """Sign patterns come in pieces: the size of the pieces changes no p-value."""
     values = np.random.default_rng(9).normal(0.3, 1, size=(4, n_groups))
     whole = sign_flips(values, names(n_groups), 2000)
-    monkeypatch.setattr("rq4lens.analysis.significance.CHUNK_VALUES", 7 * n_groups)
+    monkeypatch.setattr("rq4lens.analysis.statistics.sign_flips.CHUNK_VALUES", 7 * n_groups)
     pieces = sign_flips(values, names(n_groups), 2000)
     assert pieces.p_value.tolist() == whole.p_value.tolist()
     assert pieces.p_max_t.tolist() == whole.p_max_t.tolist()

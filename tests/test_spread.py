@@ -9,15 +9,15 @@ from engine_cases import N_LAYERS, all_kinds_of_interventions, ragged_prompts, r
 from engine_cases import tiny_model as rotary_model
 from tiny import fine_tuned, pair_of, random_prompts, tiny_model
 
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import METHODS, rank_heads
-from rq4lens.models.placement import Placement
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.models.load.devices import Placement
 from rq4lens.patching.activations import capture_z
-from rq4lens.patching.engines import make_engine
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.layout import side_by_side
+from rq4lens.patching.engines.memory import MemoryPlan, kept_bytes_per_prompt
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.memory import MemoryPlan, kept_bytes_per_prompt
-from rq4lens.patching.side_by_side import side_by_side
+from rq4lens.patching.maps.fitting import fit_maps
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -5,12 +5,13 @@ import pytest
 import scipy.stats
 from scipy.stats._resampling import BootstrapResult
 
-from rq4lens.analysis.quantiles import bca_levels, quantiles
-from rq4lens.analysis.statistics import (
+from rq4lens.analysis.statistics.bootstrap import (
     CONSTANT,
     ONE_GROUP,
     UNDEFINED_IN_RESAMPLES,
     Bootstrap,
+    bca_levels,
+    quantiles,
 )
 from rq4lens.errors import UserError
 

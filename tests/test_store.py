@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from rq4lens import files
+from rq4lens.disk import files
+from rq4lens.disk.files import read_json, write_json_atomic
+from rq4lens.disk.store import ConditionIngredients, Store, content_key
 from rq4lens.errors import UserError
-from rq4lens.files import read_json, write_json_atomic
-from rq4lens.store import ConditionIngredients, Store, content_key
 
 INGREDIENTS = ConditionIngredients(
     base_weights="weights of base",
@@ -129,7 +129,7 @@ def test_a_fresh_store_uses_nothing_that_is_there(store):
 
 def test_reasons_are_logged(store, caplog):
     """The log names each reused and each recomputed record and says why."""
-    caplog.set_level("INFO", logger="rq4lens.store")
+    caplog.set_level("INFO", logger="rq4lens.disk.store")
     store.get(INGREDIENTS)
     store.put(INGREDIENTS, PAYLOAD)
     store.get(INGREDIENTS)

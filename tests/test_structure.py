@@ -9,10 +9,19 @@ from games import Game, measured, noisy_game
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq4lens.analysis.agreement import THE_SAME, Scored
-from rq4lens.analysis.alignment import NO_DIRECTION, alignment, head_shares
-from rq4lens.analysis.alpha_sweep import alpha_sweep
-from rq4lens.analysis.concentration import (
+from rq4lens.analysis.coverage.best_sets import interactions
+from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
+from rq4lens.analysis.rankings.exact import rank_by_delta
+from rq4lens.analysis.rankings.stability import rank_stability, ranks_of
+from rq4lens.analysis.statistics.bootstrap import (
+    CONSTANT,
+    LEVEL,
+    Bootstrap,
+    Estimate,
+    Interval,
+    Spread,
+)
+from rq4lens.analysis.statistics.concentration import (
     NO_SCORE,
     churn,
     concentration,
@@ -20,13 +29,17 @@ from rq4lens.analysis.concentration import (
     entropy,
     gini,
 )
-from rq4lens.analysis.control_sources import FitData
-from rq4lens.analysis.head_kinds import EXPLAINED_PCT, head_kinds, kind_of
-from rq4lens.analysis.interactions import interactions
-from rq4lens.analysis.plain import plain
-from rq4lens.analysis.single_effects import rank_by_delta
-from rq4lens.analysis.stability import rank_stability, ranks_of
-from rq4lens.analysis.statistics import CONSTANT, LEVEL, Bootstrap, Estimate, Interval, Spread
+from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.structure.alphas import alpha_sweep
+from rq4lens.analysis.structure.controls import FitData
+from rq4lens.analysis.structure.heads import (
+    EXPLAINED_PCT,
+    NO_DIRECTION,
+    alignment,
+    head_kinds,
+    head_shares,
+    kind_of,
+)
 
 NAMES = tuple(map(str, range(30)))
 

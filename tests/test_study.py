@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from rq4lens.config import config_from, preset, read_config
+from rq4lens.disk.run import ranking_file, read_run
 from rq4lens.errors import UserError
-from rq4lens.run_directory import ranking_file, read_run
-from rq4lens.single import patch_once
-from rq4lens.study import run_study
+from rq4lens.jobs.patch import patch_once
+from rq4lens.jobs.run import run_study
 
 KEPT = {"train": 160, "val": 24, "neutral": 0}
 
@@ -22,7 +22,7 @@ KEPT = {"train": 160, "val": 24, "neutral": 0}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """The preset of the pair in the box, on fewer of its prompts and with the short analysis."""
-    source = files("rq4lens.models.builtin").joinpath("etiquette/prompts.jsonl")
+    source = files("rq4lens.models").joinpath("builtin/etiquette/prompts.jsonl")
     left, lines = dict(KEPT), []
     for line in source.read_text(encoding="utf-8").splitlines():
         split = json.loads(line)["split"]

@@ -11,19 +11,19 @@ import pandas as pd
 import pytest
 from pair_on_disk import write_pair
 
-from rq4lens.analysis.compared import COMPARED, METRICS
+from rq4lens.analysis.structure.layers import COMPARED, METRICS
 from rq4lens.cli import main
-from rq4lens.cluster.cost_model import Machine
 from rq4lens.cluster.many import Many
-from rq4lens.cluster.study_file import read_study
-from rq4lens.cluster.study_job import merge, run_study_file
-from rq4lens.cluster.study_plan import plan_text
-from rq4lens.cluster.study_report import REPORT, ROWS
 from rq4lens.config import read_config
 from rq4lens.errors import UserError
-from rq4lens.figures.study import study_layers
-from rq4lens.patching.row_engine import RowEngine
-from rq4lens.study import run_study
+from rq4lens.figures.cost import study_layers
+from rq4lens.jobs.run import run_study
+from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.studies.cost_model import Machine
+from rq4lens.studies.file import read_study
+from rq4lens.studies.job import merge, run_study_file
+from rq4lens.studies.plan import plan_text
+from rq4lens.studies.report import REPORT, ROWS
 
 START = """
 name = "strengths & <maps>"

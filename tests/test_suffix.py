@@ -26,16 +26,17 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.models.loading import load_hooked
-from rq4lens.models.prompts import TokenizedPrompts
-from rq4lens.patching import attention_row, memory
-from rq4lens.patching import row_engine as row_engine_module
+from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch
-from rq4lens.patching.cached import CachedEngine
-from rq4lens.patching.engines import make_engine
-from rq4lens.patching.hooks import HookEngine
-from rq4lens.patching.memory import Block, RowBudget
-from rq4lens.patching.norms import fused_norms
+from rq4lens.patching.engines import attention_row, memory
+from rq4lens.patching.engines import row_engine as row_engine_module
+from rq4lens.patching.engines.cached import CachedEngine
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import HookEngine
+from rq4lens.patching.engines.layout import fused_norms, store_for_products
+from rq4lens.patching.engines.memory import Block, RowBudget
+from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.patch import (
     Effects,
     Patch,
@@ -43,8 +44,6 @@ from rq4lens.patching.patch import (
     effects_by_difference,
     next_token_effects,
 )
-from rq4lens.patching.suffix import SuffixEngine
-from rq4lens.patching.weight_layout import store_for_products
 
 TOLERANCE_NATS = 1e-5
 FAST = pytest.mark.parametrize("engine", [SuffixEngine, CachedEngine])

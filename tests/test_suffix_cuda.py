@@ -9,17 +9,17 @@ from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sour
 from tiny import fine_tuned, half_precision, pair_of, random_prompts
 from tiny import tiny_model as normalised_model
 
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import METHODS, rank_heads
-from rq4lens.patching import row_engine
-from rq4lens.patching.difference_sums import summed_by_tensors
-from rq4lens.patching.engines import make_engine
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.patching.engines import row_engine
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.difference_sums import summed_by_tensors
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.hooks import HookEngine
+from rq4lens.patching.maps.fitting import fit_maps
 
 if torch.cuda.is_available():
-    from rq4lens.patching.difference_kernel import summed_by_kernel
+    from rq4lens.patching.engines.difference_kernel import summed_by_kernel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from synthetic import synthetic_grid, synthetic_settings
 
-from rq4lens.analysis.metrics import records
-from rq4lens.summary import condition_text, control_line, full_line, summary_text
+from rq4lens.analysis.effects.table import records
+from rq4lens.screen.tables import condition_text, control_line, full_line, summary_text
 
 
 @pytest.fixture(scope="module")

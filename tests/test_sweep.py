@@ -11,16 +11,15 @@ import pytest
 from explained import check_explained
 from pair_on_disk import write_pair
 
-from rq4lens.analysis.metrics import FullEffect
-from rq4lens.analysis.statistics import Estimate, Interval
+from rq4lens.analysis.effects.table import FullEffect
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.config import config_from
+from rq4lens.disk.run import LAYERS, read_layers
 from rq4lens.errors import UserError
-from rq4lens.layer_files import read_layers
-from rq4lens.pages import draw_run, write_report_of
-from rq4lens.ranking_job import rank_layer
-from rq4lens.run_directory import LAYERS
-from rq4lens.study import run_study
-from rq4lens.sweep import choose_layers, parse_layers, sweep_layers
+from rq4lens.jobs.pages import draw_run, write_report_of
+from rq4lens.jobs.rank import rank_layer
+from rq4lens.jobs.run import run_study
+from rq4lens.jobs.sweep import choose_layers, parse_layers, sweep_layers
 
 
 @pytest.fixture(scope="module")

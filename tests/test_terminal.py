@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from rq4lens import terminal
+from rq4lens.screen import terminal
 
 
 @pytest.fixture

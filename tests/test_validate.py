@@ -10,22 +10,21 @@ from pair_on_disk import write_pair
 from scipy.stats import binomtest
 from tiny import random_prompts, tiny_model, word_tokenizer
 
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import GRADIENT_METHODS, METHODS
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
+from rq4lens.cluster.many import Cluster
 from rq4lens.cluster.validation import run_validation
-from rq4lens.cluster.where import Cluster
 from rq4lens.config import config_from
+from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import load_pair
-from rq4lens.models.loading import LoadedModel
-from rq4lens.models.reading import Reading
+from rq4lens.models.load.loading import LoadedModel
+from rq4lens.models.prompts.reading import Reading
 from rq4lens.results import HeadRanking
-from rq4lens.store import Store, content_key
 from rq4lens.validation.request import ValidationRequest, base_of
-from rq4lens.validation.scenarios import SCENARIOS, Scenario
 from rq4lens.validation.suite import Suite, validate
 from rq4lens.validation.text import validation_text
-from rq4lens.validation.trials import LEVEL, PlantedTrials
+from rq4lens.validation.trials import LEVEL, SCENARIOS, PlantedTrials, Scenario
 
 EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -15,12 +15,12 @@ from pair_on_disk import LAYER, write_pair
 from safetensors.torch import load_file, save_file
 
 from rq4lens.config import config_from
+from rq4lens.disk.files import canonical_json
+from rq4lens.disk.run import file_sha256
+from rq4lens.disk.store import read_record
 from rq4lens.errors import UserError
-from rq4lens.files import canonical_json
-from rq4lens.run_directory import file_sha256
-from rq4lens.store import read_record
-from rq4lens.study import run_study
-from rq4lens.verify import verify_run
+from rq4lens.jobs.run import run_study
+from rq4lens.jobs.verify import verify_run
 
 pytestmark = pytest.mark.fault
 
@@ -244,7 +244,7 @@ def test_a_strangers_run_cannot_make_checkpoints_run_code(run, monkeypatch):
         asked.append(config.trust_remote_code)
         raise UserError("no models in this test")
 
-    monkeypatch.setattr("rq4lens.verify.pair_from_config", load)
+    monkeypatch.setattr("rq4lens.jobs.verify.pair_from_config", load)
     edit_json("run.json", lambda value: value["config"].update(trust_remote_code=True))(run)
     verify_run(run)
     verify_run(run, trust_remote_code=True)

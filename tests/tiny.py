@@ -19,10 +19,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from rq4lens.heads import Head
-from rq4lens.models.builtin.plant import plant
-from rq4lens.models.loading import LoadedModel
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
-from rq4lens.models.prompts import Prompt, PromptSet
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.validation.planting import plant
 
 WORDS = (
     *("apple", "bread", "cheese", "date", "elm", "fig"),

@@ -11,35 +11,33 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.agreement import Scored
-from rq4lens.analysis.alignment import Alignment, alignment
-from rq4lens.analysis.alpha_sweep import ALPHAS, alpha_sweep
-from rq4lens.analysis.best_sets import best_subsets
 from rq4lens.analysis.claims import claims
-from rq4lens.analysis.concentration import concentration
-from rq4lens.analysis.control_sources import FitData
-from rq4lens.analysis.controls import (
-    ControlStudy,
-    grid_controls,
-    measured_controls,
-    random_controls,
+from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
+from rq4lens.analysis.coverage.cross_fitted import half_splits
+from rq4lens.analysis.coverage.random_sets import random_sizes
+from rq4lens.analysis.coverage.table import (
+    Coverage,
+    CoverageStudy,
+    coverage,
+    coverage_of_grid,
+    seed_sets,
 )
-from rq4lens.analysis.coverage import Coverage, CoverageStudy, coverage, coverage_of_grid, seed_sets
-from rq4lens.analysis.crossfit import half_splits
-from rq4lens.analysis.head_kinds import head_kinds
-from rq4lens.analysis.interactions import interactions
-from rq4lens.analysis.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.methods import Methods, compare_methods
-from rq4lens.analysis.metrics import FullEffect, bootstrap_of, grid_full_effect
-from rq4lens.analysis.other_rankings import (
+from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.table import FullEffect, bootstrap_of, grid_full_effect
+from rq4lens.analysis.rankings.agreement import Scored
+from rq4lens.analysis.rankings.compared import (
+    Methods,
     answer_coverage,
+    compare_methods,
     fold_agreement,
     map_kind_agreement,
     metric_agreement,
     seed_agreement,
 )
-from rq4lens.analysis.random_sizes import random_sizes
-from rq4lens.analysis.ranking import METHODS
+from rq4lens.analysis.rankings.exact import single_ranking
+from rq4lens.analysis.rankings.methods import METHODS
+from rq4lens.analysis.rankings.shapley import Orders
+from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
@@ -51,11 +49,18 @@ from rq4lens.analysis.records import (
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
-from rq4lens.analysis.shapley import Orders
-from rq4lens.analysis.significance import HeadTests, head_tests
-from rq4lens.analysis.single_effects import single_ranking
-from rq4lens.analysis.stability import rank_stability
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.statistics.concentration import concentration
+from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
+from rq4lens.analysis.structure.alphas import ALPHAS, alpha_sweep
+from rq4lens.analysis.structure.controls import (
+    ControlStudy,
+    FitData,
+    grid_controls,
+    measured_controls,
+    random_controls,
+)
+from rq4lens.analysis.structure.heads import Alignment, alignment, head_kinds
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -101,7 +106,7 @@ def analyse(
         n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
         random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
-            afforded, see :func:`rq4lens.analysis.random_sizes.random_sizes`.
+            afforded, see :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
         n_splits: random half splits behind the cross-fitted numbers.
         seed: seed of all draws.
         methods: ranking methods to compare; all of them when left out.

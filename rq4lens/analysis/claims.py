@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.controls import QUESTIONS, SIGNIFICANT
 from rq4lens.analysis.records import Control, CoverageCurve, CoverageRow
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics import Estimate
+from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.structure.controls import QUESTIONS, SIGNIFICANT
 from rq4lens.heads import Head
 
 MOST_PCT = 50.0
@@ -33,11 +33,7 @@ NEAR_PCT = 80.0
 
 
 def claims(analysis: Analysis) -> tuple[str, ...]:
-    """What the numbers support, sentence by sentence.
-
-    Args:
-        analysis: everything else of the analysis.
-    """
+    """What the numbers support, sentence by sentence."""
     return tuple(
         sentence
         for part in (_effect, _carriers, _certainty, _tests, _metric, _structure, _controls)
@@ -106,11 +102,7 @@ def _labels(analysis: Analysis, heads: Sequence[int]) -> str:
 
 
 def amount_of(share_pct: Estimate) -> str:
-    """How much of the effect a share is, in words that its whole interval supports.
-
-    Args:
-        share_pct: the share, in percent.
-    """
+    """How much of the effect a share is, in words that its whole interval supports."""
     if share_pct.interval is None:
         return "an uncertain share"
     low, high = share_pct.interval.pair
@@ -211,13 +203,7 @@ def _structure(analysis: Analysis) -> Iterator[str]:
 
 
 def spread_of(k90: int, n_heads: int, area_pct: float) -> str:
-    """How the effect lies on heads, in words.
-
-    Args:
-        k90: how many heads 90% of the effect takes.
-        n_heads: heads of the layer, at least two.
-        area_pct: area under the coverage curve, in percent.
-    """
+    """How the effect lies on heads, in words."""
     if k90 == 1:
         return "one head carries it"
     if k90 <= FEW_SHARE * n_heads:
@@ -267,13 +253,7 @@ def _names(controls: list[Control]) -> str:
 
 
 def number(estimate: Estimate, unit: str, digits: int | None = None) -> str:
-    """A number with its interval and unit, for a sentence.
-
-    Args:
-        estimate: a defined estimate.
-        unit: its unit; a percent sign stands right behind the number.
-        digits: digits behind the point; by default three significant ones, or one for percent.
-    """
+    """A number with its interval and unit, for a sentence."""
     places = 1 if unit == "%" and digits is None else digits
     space = "" if unit in ("%", "") else " "
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.statistics import Estimate, Spread, undefined
+from rq4lens.analysis.statistics.bootstrap import Estimate, Spread, undefined
 
 NO_SHARE = undefined("there is nothing to take a share of")
 NOT_MEASURED = undefined("it was not measured")

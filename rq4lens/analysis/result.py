@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rq4lens.analysis.alignment import Alignment
-from rq4lens.analysis.better_than_random import FEWEST_GROUPS, TOO_FEW_TO_TEST
-from rq4lens.analysis.crossfit import TOO_FEW_GROUPS
-from rq4lens.analysis.metrics import FullEffect
-from rq4lens.analysis.missing import NO_CONTROL_LAYER, NOT_MEASURED, ONE_SET, explained
-from rq4lens.analysis.plain import plain
-from rq4lens.analysis.ranking import why_null
+from rq4lens.analysis.coverage.cross_fitted import TOO_FEW_GROUPS
+from rq4lens.analysis.coverage.random_sets import FEWEST_GROUPS, TOO_FEW_TO_TEST
+from rq4lens.analysis.effects.table import FullEffect
+from rq4lens.analysis.rankings.methods import why_null
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
@@ -26,7 +23,15 @@ from rq4lens.analysis.records import (
     RandomSets,
     RankStability,
 )
-from rq4lens.analysis.significance import HeadTests
+from rq4lens.analysis.statistics.plain import (
+    NO_CONTROL_LAYER,
+    NOT_MEASURED,
+    ONE_SET,
+    explained,
+    plain,
+)
+from rq4lens.analysis.statistics.sign_flips import HeadTests
+from rq4lens.analysis.structure.heads import Alignment
 from rq4lens.results import HeadRanking
 
 NO_MODELS = "only measured numbers were given: the direction comes from the models' activations"

@@ -10,7 +10,7 @@ import typer
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
-from rq4lens.terminal import kept_when_stopped, output, watched
+from rq4lens.screen.terminal import kept_when_stopped, output, watched
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
 Shard = Annotated[
@@ -56,9 +56,9 @@ def study(
 
     They are compared in one report.
     """
-    from rq4lens.cluster.study_file import read_study  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.cluster.study_job import run_study_file  # noqa: PLC0415
-    from rq4lens.cluster.study_plan import plan_text  # noqa: PLC0415
+    from rq4lens.studies.file import read_study  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.studies.job import run_study_file  # noqa: PLC0415
+    from rq4lens.studies.plan import plan_text  # noqa: PLC0415
 
     many, wanted = Many(shard, cluster, workers, gpus_per_worker, divide), read_study(file)
     if plan:
@@ -81,7 +81,7 @@ def merge(
 
     Says which shares of the run, sweep or study are missing, if any are.
     """
-    from rq4lens.cluster.study_job import merge as merged  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.studies.job import merge as merged  # noqa: PLC0415 - keeps --help fast
 
     output.print(merged(run, trust_remote_code=trust_remote_code, stage=watched), end="")
     output.print(f"written to {run}")
@@ -96,14 +96,6 @@ def by_many(
     fresh: bool,
 ) -> None:
     """Measure a share, or everything on a cluster, and print what became of it.
-
-    Args:
-        command: what is measured.
-        config: the pair and how to patch.
-        layers: the layers of a sweep.
-        out: the run directory; it has to be named, for all processes meet there.
-        many: how the work is shared out.
-        fresh: measure again what is there.
 
     Raises:
         UserError: if no directory is named, or the work cannot be done.

@@ -9,11 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.division import Division
+from rq4lens.cluster.many import Cluster, Division, environment
 from rq4lens.cluster.pieces import Request
-from rq4lens.cluster.where import Cluster, environment
 from rq4lens.errors import UserError
-from rq4lens.stages import Stage, silent
+from rq4lens.jobs.progress import Stage, silent
 from rq4lens.validation.request import ValidationRequest
 from rq4lens.validation.results import Validation
 
@@ -63,14 +62,6 @@ def finish_on_cluster(
 
     Where there are at least as many jobs as workers, each worker does whole ones, so that a pair is
     loaded once; otherwise all workers share one job after the other.
-
-    Args:
-        requests: what is measured, by run directory.
-        cluster: where.
-        done: told the directory of each job that is finished.
-        division: whether prompts are divided too where workers share a job.
-        fresh: measure again what is there.
-        stage: opens a stage of the work, for progress bars.
 
     Raises:
         UserError: as for :func:`run_on_cluster`.

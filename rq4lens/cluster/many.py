@@ -1,15 +1,91 @@
-"""Several processes for one command, as the command line asks for them."""
+"""Several processes for one command, and how its work is divided between them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
-from rq4lens.cluster.division import Division, checked_division
-from rq4lens.cluster.where import LOCAL, Cluster
 from rq4lens.errors import UserError
-from rq4lens.stages import Stage, silent
+from rq4lens.jobs.progress import Stage, silent
+
+LOCAL = "local"
+AUTO = "auto"
+LOOPBACK = "127.0.0.1"
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's own switch for a machine that is no part of a cluster. Where it is off, Ray's servers bind
+to the loopback address; elsewhere they replace 127.0.0.1 by an address that others can reach."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where to run, and with how many workers.
+
+    Args:
+        address: ``"local"`` starts Ray on this machine alone; ``"auto"`` finds the cluster that
+            this machine belongs to; anything else is a cluster's address.
+        workers: how many workers; as many as fit when left out.
+        gpus_per_worker: GPUs of each worker, also a part of one; by default one where there are
+            any. With several, the layers of a model are spread over them.
+        cpus_per_worker: processor cores, and threads, of each worker.
+
+    Raises:
+        UserError: if a number does not make sense.
+    """
+
+    address: str = LOCAL
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"{self.workers} workers measure nothing: ask for at least 1.")
+        gpus = self.gpus_per_worker or 0.0
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+            raise UserError(
+                f"--gpus-per-worker {gpus:g} cannot be had: ask for a part of one GPU, such as "
+                "0.5, or for 1, 2, 3, ..."
+            )
+
+
+def environment(cluster: Cluster) -> Mapping[str, str]:
+    """Environment variables that Ray reads once, when it is imported."""
+    values = {"RAY_USAGE_STATS_ENABLED": "0"}
+    return {**values, LOOPBACK_SWITCH: "0"} if cluster.address == LOCAL else values
+
+
+Division = Literal["auto", "conditions", "prompts"]
+DIVISIONS: tuple[Division, ...] = get_args(Division)
+
+FEW_PIECES = 16
+"""Pieces of conditions per worker below which the clean pass is felt.
+
+A piece of 32 patches of a middle layer costs about as much as 32 tokens in half of the layers; the
+clean pass of a prompt of T tokens, which every worker makes unless prompts are divided, about T
+tokens in all of them. With T = 96 that is the work of six pieces.
+"""
+
+
+def checked_division(text: str) -> Division:
+    """A division as a user writes it.
+
+    Raises:
+        UserError: if there is no such one.
+    """
+    for each in DIVISIONS:
+        if text == each:
+            return each
+    raise UserError(f"--divide {text[:40]!r} does not exist: choose {', '.join(DIVISIONS)}.")
+
+
+def divides_prompts(division: Division, n_pieces: int, n_workers: int, n_parts: int) -> bool:
+    """Whether the prompts of a job are divided too."""
+    if division == "auto":
+        return n_parts > 1 and n_workers > 1 and n_pieces < FEW_PIECES * n_workers
+    return division == "prompts" and n_parts > 1
+
 
 if TYPE_CHECKING:  # the rest imports torch, which the command line's help must not wait for
     from rq4lens.cluster.pieces import Request
@@ -69,17 +145,7 @@ class Many:
     def measure(
         self, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
     ) -> str:
-        """Measure one share, or everything on a cluster.
-
-        Args:
-            request: what is measured.
-            directory: the run directory.
-            fresh: measure again what is there.
-            stage: opens a stage of the work, for progress bars.
-
-        Returns:
-            What the console prints.
-        """
+        """Measure one share, or everything on a cluster."""
         from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - see above
         from rq4lens.cluster.pieces import Shard  # noqa: PLC0415
         from rq4lens.cluster.shards import run_shard  # noqa: PLC0415

@@ -10,14 +10,14 @@ from math import ceil
 from typing import Any, Literal, TypeVar
 
 from rq4lens.config import RunConfig
+from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
+from rq4lens.jobs.preparation import plan_of
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import check_layers
-from rq4lens.patching.conditions import CHUNK, Planned
 from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.measured import CHUNK, Planned
 from rq4lens.patching.patch import Patch
-from rq4lens.preparation import plan_of
-from rq4lens.store import content_key
 
 Command = Literal["run", "sweep"]
 T = TypeVar("T")
@@ -122,14 +122,6 @@ def pieces_of(plans: Sequence[GridPlan], alpha: float, job: str = "") -> list[Pi
     A piece is a chunk that a single process measures together too, so that its numbers are the
     same to the last digit wherever it is measured. Top-k head sets follow from the single heads
     and are measured when the pieces are merged.
-
-    Args:
-        plans: the grids.
-        alpha: blend strength.
-        job: key of the job that the pieces belong to.
-
-    Returns:
-        The pieces; the same plans give the same pieces in the same order.
     """
     return [
         Piece(tuple(chunk), alpha, job) for plan in plans for chunk in _chunks(plan.fixed(), alpha)
@@ -137,16 +129,7 @@ def pieces_of(plans: Sequence[GridPlan], alpha: float, job: str = "") -> list[Pi
 
 
 def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[Piece]:
-    """Pieces that cover a part of the prompts each.
-
-    Args:
-        pieces: the conditions, on all prompts.
-        parts: the prompts' ids in parts.
-
-    Returns:
-        Every piece of the first part, then of the second: whoever takes a stretch of them needs a
-        clean pass of few prompts.
-    """
+    """Pieces that cover a part of the prompts each."""
     return [replace(piece, prompts=part) for part in parts for piece in pieces]
 
 

@@ -57,13 +57,6 @@ class Pool:
     ) -> None:
         """Have every task done once, by whichever worker is free.
 
-        Args:
-            method: the workers' method, which may be called again for the same task.
-            tasks: its arguments.
-            done: told each result.
-            needs: what a worker makes ready for a task and keeps for the next; tasks with the same
-                needs go to the same worker while there are others for the others.
-
         Raises:
             UserError: if a worker raises one, a task loses too many workers, or no worker starts.
         """

@@ -14,19 +14,18 @@ from urllib.parse import urlsplit
 
 import ray
 
-from rq4lens.cluster.division import Division
-from rq4lens.cluster.jobs import PIECES, Job
+from rq4lens.cluster.job import PIECES, Job
+from rq4lens.cluster.many import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster, Division
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
-from rq4lens.cluster.where import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
-from rq4lens.cluster.workbench import Workbench
 from rq4lens.config import RunConfig
+from rq4lens.disk.files import made_directory, make_directory
+from rq4lens.disk.run import JOB
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.files import made_directory, make_directory
-from rq4lens.run_directory import JOB
-from rq4lens.stages import Clock, Stage, silent
-from rq4lens.store import Store
+from rq4lens.jobs.progress import Clock, Stage, silent
+from rq4lens.jobs.workbench import Workbench
 
 CONNECT_SECONDS = 10.0
 
@@ -109,11 +108,7 @@ class Worker:
         return layer
 
     def measure(self, place: int) -> int:
-        """Measure a piece, or find it done.
-
-        Returns:
-            Its rows.
-        """
+        """Measure a piece, or find it done."""
         piece = self._pieces[place]
         experiment = self.bench.prepare(self.bench.layers, piece.prompts)
         self.bench.measure(piece, self._job, experiment)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from rq4lens.cluster.division import Division
-from rq4lens.cluster.jobs import PIECES, Job, kind_of_device, read_job
+from rq4lens.cluster.job import PIECES, Job, kind_of_device, read_job
+from rq4lens.cluster.many import Division
 from rq4lens.cluster.pieces import Request, Shard, Share
-from rq4lens.cluster.workbench import Workbench
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.stages import Stage, silent
-from rq4lens.store import Store
-from rq4lens.study import run_study
-from rq4lens.sweep import sweep_layers
+from rq4lens.jobs.progress import Stage, silent
+from rq4lens.jobs.run import run_study
+from rq4lens.jobs.sweep import sweep_layers
+from rq4lens.jobs.workbench import Workbench
 
 MAX_NAMED = 6
 """Missing pieces that an error sentence names."""
@@ -106,17 +106,7 @@ def merge_job(
 
 
 def finish(request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent) -> str:
-    """Run the ordinary command, which takes from the directory what is measured already.
-
-    Args:
-        request: what is measured.
-        directory: the run directory.
-        fresh: measure everything again.
-        stage: opens a stage of the work, for progress bars.
-
-    Returns:
-        What the console prints.
-    """
+    """Run the ordinary command, which takes from the directory what is measured already."""
     if request.command == "run":
         return run_study(request.config, directory, fresh=fresh, stage=stage).summary
     return sweep_layers(request.config, directory, request.layers, fresh=fresh, stage=stage).summary

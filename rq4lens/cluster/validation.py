@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rq4lens.cluster.launch import validate_on_cluster
-from rq4lens.cluster.where import Cluster
+from rq4lens.cluster.many import Cluster
+from rq4lens.disk.files import refuse_no_file, write_json_atomic
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.files import refuse_no_file, write_json_atomic
-from rq4lens.stages import Stage, silent
-from rq4lens.store import Store
+from rq4lens.jobs.progress import Stage, silent
 from rq4lens.validation.request import ValidationRequest
 from rq4lens.validation.text import validation_text
 
@@ -28,17 +28,6 @@ def run_validation(
     stage: Stage = silent,
 ) -> str:
     """Validate ranking methods on the base model that a configuration names.
-
-    Args:
-        request: what is validated.
-        out: where to write the result as JSON, if anywhere; planted pairs are kept beside it, and
-            are taken from there when the same validation is run again.
-        cluster: where it runs, if not in this process.
-        fresh: judge again what is kept.
-        stage: opens a stage of the work, for progress bars.
-
-    Returns:
-        The result as text.
 
     Raises:
         UserError: if a method does not exist, the model cannot be loaded or planted in, or a

@@ -9,13 +9,13 @@ from typing import Any
 
 import ray
 
+from rq4lens.cluster.many import Cluster
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.ray_job import anywhere, connected, gpus_of, not_shared, size_of
-from rq4lens.cluster.where import Cluster
+from rq4lens.disk.files import made_directory
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.files import made_directory
-from rq4lens.stages import Stage, silent
-from rq4lens.store import Store
+from rq4lens.jobs.progress import Stage, silent
 from rq4lens.validation.request import ValidationRequest
 from rq4lens.validation.results import Validation
 from rq4lens.validation.suite import Suite
@@ -50,11 +50,7 @@ class Planter:
         return self.request.suite()
 
     def judge(self, place: int) -> int:
-        """Plant a pair and judge the methods on it, or find it done.
-
-        Returns:
-            How many pairs that are: one.
-        """
+        """Plant a pair and judge the methods on it, or find it done."""
         self._suite.outcome(place, Store(self.directory, fresh=self.fresh))
         return 1
 

@@ -14,17 +14,14 @@ if TYPE_CHECKING:
     from rq4lens.figures.alphas import alpha_sweep
     from rq4lens.figures.cost import engine_cost
     from rq4lens.figures.coverage import coverage_curve, method_curves
-    from rq4lens.figures.depth import global_ranking, layer_curves
     from rq4lens.figures.export import find_browser, picture, write_figures, write_html
-    from rq4lens.figures.flow import rank_flow
-    from rq4lens.figures.gallery import run_figures
-    from rq4lens.figures.layers import layer_heatmap
+    from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
     from rq4lens.figures.maps import map_quality
     from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
-    from rq4lens.figures.plane import head_plane
-    from rq4lens.figures.prompts import per_prompt
-    from rq4lens.figures.ranking import ranking_bars
-    from rq4lens.figures.report import report_page, write_report
+    from rq4lens.figures.page.gallery import run_figures
+    from rq4lens.figures.page.report import report_page, write_report
+    from rq4lens.figures.plane import head_plane, per_prompt
+    from rq4lens.figures.ranking import rank_flow, ranking_bars
 
 _HOME = {
     "agreement_matrix": "matrices",

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import error_bars, shown
+from rq4lens.figures.numbers import error_bars, grid_setting, is_wide, lows, shown
 from rq4lens.figures.saved import Record, estimate
-from rq4lens.figures.scales import is_wide, lows
-from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
 _LINES = (

@@ -7,12 +7,18 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.metrics import bootstrap_of, grid_full_effect
-from rq4lens.analysis.statistics import Bootstrap, Estimate, exact
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import INTERVAL_NOTE, ConditionNumbers, error_bars, numbers_of, shown
+from rq4lens.figures.numbers import (
+    INTERVAL_NOTE,
+    ConditionNumbers,
+    error_bars,
+    grid_setting,
+    numbers_of,
+    shown,
+)
 from rq4lens.figures.saved import HasRecord, Record, as_record, estimate, estimates
-from rq4lens.figures.setting import grid_setting
 from rq4lens.results import ConditionResult, GridResult
 
 CROSS_FITTED = "cross-fitted"

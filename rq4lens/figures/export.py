@@ -16,8 +16,8 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from rq4lens.disk.files import make_directory, write_bytes_atomic, write_text_atomic
 from rq4lens.errors import UserError
-from rq4lens.files import make_directory, write_bytes_atomic, write_text_atomic
 
 CONFIG: dict[str, Any] = {
     "displaylogo": False,
@@ -51,17 +51,7 @@ _PAGE = """<!doctype html>
 
 
 def html_page(figure: go.Figure, name: str, *, self_contained: bool = True) -> str:
-    """A figure as a page that needs no network.
-
-    Args:
-        figure: the figure.
-        name: name of the figure; the id of its ``div``.
-        self_contained: put plotly's script into the page (4.8 MB) instead of naming a
-            ``plotly.min.js`` beside it.
-
-    Returns:
-        The page.
-    """
+    """A figure as a page that needs no network."""
     body = to_html(
         figure,
         config=CONFIG,

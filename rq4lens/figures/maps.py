@@ -7,18 +7,18 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     KINDS,
     ConditionNumbers,
     error_bars,
+    grid_setting,
     head_kinds,
     number,
     single_head_numbers,
 )
 from rq4lens.figures.saved import HasRecord, Record
-from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
 Quality = Literal["r2", "cosine", "cka"]

@@ -9,9 +9,8 @@ import plotly.graph_objects as go
 
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import shown
+from rq4lens.figures.numbers import grid_setting, shown
 from rq4lens.figures.saved import Record, estimate
-from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult
 
 Measure = Literal["kendall", "spearman", "rbo"]

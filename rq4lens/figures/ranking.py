@@ -1,13 +1,14 @@
-"""Which heads matter: the heads of one layer as bars, best first."""
+"""Which heads come first, and does the ranking hold under others of the same heads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.statistics import Bootstrap, Estimate, Interval
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Interval
+from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
@@ -15,11 +16,12 @@ from rq4lens.figures.numbers import (
     ConditionNumbers,
     Kind,
     error_bars,
+    grid_setting,
     head_kinds,
+    shown,
     single_head_numbers,
 )
 from rq4lens.figures.saved import HasRecord, Record
-from rq4lens.figures.setting import grid_setting
 from rq4lens.results import GridResult, HeadRanking
 
 _ROW_PX = 17
@@ -162,3 +164,141 @@ def _axes(figure: go.Figure, ranking: HeadRanking, labels: Sequence[str]) -> Non
         title_text=AXIS_TITLES.get(ranking.method, f"score by {theme.plain(ranking.method)}"),
         nticks=7,
     )
+
+
+_FLOW_ROW_PX = 16
+RankRanges = Mapping[int, tuple[int, int]]
+BY_INDEX = "head 3 of one layer is not head 3 of another: lines join equal indices only"
+
+
+def rank_flow(
+    grid: GridResult,
+    rankings: Mapping[str, Sequence[int]],
+    *,
+    what: str = "rankings",
+    alpha: str | None = None,
+    top: int = 8,
+    across_layers: bool = False,
+    rank_ranges: Mapping[str, RankRanges] | None = None,
+    bootstrap: Bootstrap | None = None,
+    dark: bool = False,
+) -> go.Figure:
+    """Rank of every head under several rankings, joined by a line per head.
+
+    Args:
+        grid: the grid the rankings belong to.
+        rankings: head indices, best first, by the name of the ranking, in drawing order.
+        what: what differs between the rankings, for the title: ``"blend strengths"``.
+        alpha: the blend strengths of the rankings, when they are not the grid's own.
+        top: heads in colour: the best ``top`` of the first ranking; the others stay grey.
+        across_layers: the rankings belong to different layers; heads are then named by index, and
+            the figure says that equal indices mean nothing.
+        rank_ranges: where 95% of a head's resampled ranks lie, by the name of the ranking and head,
+            for rankings that were resampled.
+        bootstrap: the resamples behind the intervals in the hover; made from the grid's prompts
+            when left out.
+        dark: the dark template.
+
+    Returns:
+        The figure: a line per head; ``meta`` names the head, and hover gives its single-head
+        ``ΔKL`` at the grid's own alpha with its 95% interval.
+
+    Raises:
+        UserError: if there is no ranking.
+    """
+    if not rankings:
+        raise UserError("there is no ranking to draw: give at least one.")
+    names = [theme.plain(name) for name in rankings]
+    orders = [list(heads) for heads in rankings.values()]
+    ranges = [(rank_ranges or {}).get(name, {}) for name in rankings]
+    effects = [] if across_layers else _effects(grid, bootstrap)
+    first = orders[0]
+    lines = [
+        _line(
+            _label(grid, head, across_layers),
+            names,
+            [order.index(head) + 1 if head in order else None for order in orders],
+            [_range(each.get(head)) for each in ranges],
+            effects[head] if effects else "",
+            place if place < top else None,
+        )
+        for place, head in enumerate(first)
+    ]
+    # Grey lines first, so that the coloured ones lie on top.
+    figure = go.Figure(lines[top:] + lines[:top])
+    longest = max(len(name) for name in names)
+    steep = longest * len(names) > 36
+    figure.update_xaxes(
+        type="category",
+        tickangle=-60 if steep else 0,
+        range=[-0.1, len(names) - 0.9],
+        showgrid=True,
+    )
+    figure.update_yaxes(
+        title_text=f"rank and head by {names[0]}",
+        range=[len(first) + 0.7, 0.3],
+        showgrid=False,
+        zeroline=False,
+        tickvals=list(range(1, len(first) + 1)),
+        ticktext=[
+            f"{rank} · {_label(grid, head, across_layers)}" for rank, head in enumerate(first, 1)
+        ],
+        tickfont_size=10,
+    )
+    return theme.frame(
+        figure,
+        title=f"Ranks of heads across {theme.plain(what)}",
+        setting=grid_setting(grid, *([BY_INDEX] if across_layers else []), alpha=alpha),
+        height_px=170 + _FLOW_ROW_PX * max(8, len(first)) + (7 * longest if steep else 0),
+        rows=0,
+        left_px=96,
+        right_px=26,
+        axis_px=24 + 7 * longest if steep else 34,
+        dark=dark,
+    )
+
+
+def _label(grid: GridResult, head: int, across_layers: bool) -> str:
+    return f"H{head}" if across_layers else grid.label(head)
+
+
+def _effects(grid: GridResult, bootstrap: Bootstrap | None) -> list[str]:
+    """A line of the hover for each head: its effect at the grid's own alpha."""
+    alpha = f"at α = {grid.settings.alpha:g}"
+    numbers = single_head_numbers(grid, bootstrap)
+    return [f"<br>ΔKL alone {alpha}: {shown(each.delta, 'nats')}" for each in numbers]
+
+
+def _range(ends: tuple[int, int] | None) -> str:
+    return "" if ends is None else f" (95% in {ends[0]} to {ends[1]})"
+
+
+def _line(
+    label: str,
+    names: Sequence[str],
+    ranks: Sequence[int | None],
+    ranges: Sequence[str],
+    effect: str,
+    place: int | None,
+) -> go.Scatter:
+    style = {"color": theme.GREY, "width": 1} if place is None else theme.line_style(place)
+    return go.Scatter(
+        name=label,
+        meta=label,
+        x=list(names),
+        y=ranks,
+        mode="lines+markers",
+        cliponaxis=False,
+        line=style if place is None else {**style, "width": 2.5},
+        opacity=0.35 if place is None else 1,
+        marker={"size": 4 if place is None else 7, "symbol": _symbol(place)},
+        hovertext=[
+            f"<b>{label}</b><br>rank {rank}{span} · {name}{effect}" if rank else ""
+            for name, rank, span in zip(names, ranks, ranges, strict=True)
+        ],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )
+
+
+def _symbol(place: int | None) -> str:
+    return "circle" if place is None else theme.SYMBOLS[place % len(theme.SYMBOLS)]

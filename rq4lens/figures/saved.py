@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from rq4lens.analysis.statistics import LEVEL, Estimate, Interval
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -27,15 +27,7 @@ def as_record(analysis: HasRecord | Record | None) -> Record:
 
 
 def estimate(record: Record, name: str = "value") -> Estimate:
-    """Read ``name``, ``name_ci95`` and ``name_reason`` back into an estimate.
-
-    Args:
-        record: the record that holds the three entries.
-        name: name of the number.
-
-    Returns:
-        The estimate; undefined when the record does not have the number.
-    """
+    """Read ``name``, ``name_ci95`` and ``name_reason`` back into an estimate."""
     value, ends = record.get(name), record.get(f"{name}_ci95")
     interval = None if ends is None else Interval(float(ends[0]), float(ends[1]), LEVEL, "saved")
     return Estimate(None if value is None else float(value), interval, record.get(f"{name}_reason"))

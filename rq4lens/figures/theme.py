@@ -74,14 +74,7 @@ _LEGEND_MARK_PX, _LEGEND_LETTER_PX = 46, 5.6
 
 
 def template(*, dark: bool = False) -> go.layout.Template:
-    """The look of a figure, as an object that the figure carries.
-
-    Args:
-        dark: light text on a dark ground instead of the reverse.
-
-    Returns:
-        The template.
-    """
+    """The look of a figure, as an object that the figure carries."""
     ink, paper, grid = (
         ("#E8E8E8", "#15171B", "#34383F") if dark else ("#222222", "#FFFFFF", "#E4E4E4")
     )
@@ -157,23 +150,7 @@ def frame(
     axis_px: int = _AXIS_PX,
     dark: bool = False,
 ) -> go.Figure:
-    """Give a figure its title, its margins, its template and its setting line.
-
-    Args:
-        figure: the figure, changed in place.
-        title: what the figure shows, at most about 45 letters a line; ``<br>`` breaks it.
-        setting: the parts of the setting line, plain text.
-        height_px: height of the whole figure; the width follows the window.
-        rows: rows above the plot; those that the legend needs when left out. A colour bar takes
-            two and hides the legend.
-        left_px: width of the tick labels and the title of the y axis.
-        right_px: room at the right, for instance for a colour bar.
-        axis_px: height of the tick labels and the title of the x axis.
-        dark: the dark template.
-
-    Returns:
-        The same figure.
-    """
+    """Give a figure its title, its margins, its template and its setting line."""
     lines = [plain(line) for line in wrap(setting)]
     above = legend_rows(figure) if rows is None else rows
     title_px = 18 + 20 * (1 + title.count("<br>"))
@@ -262,15 +239,7 @@ def message(figure: go.Figure, text: str) -> go.Figure:
 
 
 def translucent(color: str, opacity: float) -> str:
-    """A palette colour with an opacity, for bands under lines.
-
-    Args:
-        color: ``#RRGGBB``.
-        opacity: in [0, 1].
-
-    Returns:
-        The colour in CSS ``rgba`` form.
-    """
+    """A palette colour with an opacity, for bands under lines."""
     red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:g})"
 

@@ -16,20 +16,20 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
 from rq4lens.errors import UserError
-from rq4lens.models.audit import Audit, audit_prompts
-from rq4lens.models.devices import Devices, chosen_devices, free_bytes
-from rq4lens.models.fingerprint import arithmetic_libraries
-from rq4lens.models.kept_cards import (
+from rq4lens.models.cards import (
     CardIngredients,
     checkpoint_fingerprint,
     keep_card,
     kept_card,
 )
-from rq4lens.models.loading import LoadedModel, load_hooked, load_own_tokenizer
-from rq4lens.models.memory import ModelSize, model_size
+from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
+from rq4lens.models.load.fingerprint import arithmetic_libraries
+from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
+from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
-from rq4lens.models.prompts import PromptSet, TokenizedPrompts
-from rq4lens.models.reading import Reading, tokenize
+from rq4lens.models.prompts.audit import Audit, audit_prompts
+from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
+from rq4lens.models.prompts.reading import Reading, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +67,6 @@ def pair_from_config(
     config: RunConfig, prompts: PromptSet | None = None, *, kept_in: Path | None = None
 ) -> ModelPair:
     """Load the pair that a configuration names.
-
-    Args:
-        config: the configuration.
-        prompts: the prompts, if they are not to be read from where the configuration says.
-        kept_in: where the card of a base model that was loaded before is looked up; the model is
-            then loaded when its weights are first needed, if at all.
-
-    Returns:
-        The pair; models are loaded now, or one after the other if they may not be held at once.
 
     Raises:
         UserError: if something is missing or a model cannot be loaded.
@@ -263,11 +254,6 @@ def devices_of(config: RunConfig) -> Devices:
 def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
     """Keep the card of a base model that was loaded, for :func:`pair_from_config` to find.
 
-    Args:
-        config: what the pair was loaded from.
-        pair: the pair.
-        directory: where to keep it.
-
     Raises:
         UserError: if it cannot be written.
     """
@@ -331,7 +317,7 @@ def _load(source: _Source, config: RunConfig) -> LoadedModel:
 
 def _builtin_folder(name: str) -> Path:
     # Installed packages are plain folders; as_file would only matter for zipped ones.
-    with as_file(files("rq4lens.models.builtin").joinpath(name)) as folder:
+    with as_file(files("rq4lens.models").joinpath(f"builtin/{name}")) as folder:
         return Path(folder)
 
 

@@ -14,10 +14,10 @@ from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
-from rq4lens.models.audit import Audit, audit_prompts
-from rq4lens.models.loading import HookedModel, LoadedModel
-from rq4lens.models.prompts import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.reading import Reading, tokenize
+from rq4lens.models.load.loading import HookedModel, LoadedModel
+from rq4lens.models.prompts.audit import Audit, audit_prompts
+from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
+from rq4lens.models.prompts.reading import Reading, tokenize
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -306,10 +306,6 @@ class ModelPair:
 
 def require_same_heads(base: Shape, tuned: Shape) -> None:
     """Refuse models whose heads cannot be compared one by one.
-
-    Args:
-        base: what is known of the base model.
-        tuned: what is known of the tuned model.
 
     Raises:
         UserError: if they differ in layers, heads or head width.

@@ -14,15 +14,13 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from rq4lens.errors import UserError
-from rq4lens.models.fingerprint import arithmetic_libraries
-from rq4lens.models.loading import HookedModel
+from rq4lens.models.load.devices import copied_once
+from rq4lens.models.load.fingerprint import arithmetic_libraries
+from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
-from rq4lens.models.placement import copied_once
-from rq4lens.models.prompts import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.patching.engines.layout import Steps, fused_norms, side_by_side, store_for_products
 from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
-from rq4lens.patching.norms import fused_norms
-from rq4lens.patching.side_by_side import Steps, side_by_side
-from rq4lens.patching.weight_layout import store_for_products
 
 Reader = Callable[[Tensor], None]
 """Takes the activations that pass a hook point."""
@@ -50,15 +48,7 @@ def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "promp
 
 
 def reader_at(positions: Int[Tensor, "prompt position"]) -> Callable[[Tensor], Tensor]:
-    """A function that reads those positions of activations, on whichever device they are.
-
-    Args:
-        positions: of each prompt.
-
-    Returns:
-        From ``[prompt pos ...]`` to ``[prompt position ...]``. It does not wait for the device, as
-        an index that lies elsewhere would.
-    """
+    """A function that reads those positions of activations, on whichever device they are."""
     prompts = copied_once(torch.arange(len(positions))[:, None])
     positions_on = copied_once(positions)
     return lambda value: value[prompts(value.device), positions_on(value.device)]
@@ -73,14 +63,6 @@ def forward_batch(
 
     Right padding needs no mask: a causal model's earlier positions cannot see it. The padding side
     is named so that TransformerLens does not derive a mask from the tokenizer's own setting.
-
-    Args:
-        model: the model.
-        batch: the prompts.
-        stop_at_layer: return the residual stream before this layer instead of logits.
-
-    Returns:
-        Logits ``[prompt pos vocab]``, or the residual stream ``[prompt pos d_model]``.
     """
     left = batch.padding_side == "left"
     return model(
@@ -94,17 +76,7 @@ def forward_batch(
 def forward_steps(
     model: HookedModel, batch: TokenBatch, stop_at_layer: int, readers: Mapping[int, Reader]
 ) -> Steps[Tensor]:
-    """:func:`forward_batch`, stopping before each block if the model is spread over devices.
-
-    Args:
-        model: the model.
-        batch: the prompts.
-        stop_at_layer: where the pass ends.
-        readers: what to do with ``z``, by layer.
-
-    Returns:
-        The residual stream before ``stop_at_layer``.
-    """
+    """:func:`forward_batch`, stopping before each block if the model is spread over devices."""
     if not _is_spread(model) or batch.padding_side == "left":
         yield device_of(model)
         hooks = [(z_site(layer), _as_hook(read)) for layer, read in readers.items()]
@@ -137,10 +109,6 @@ def reading(point: HookPoint, read: Reader | None) -> Iterator[None]:
 
     By a hook of torch's own on the one point: setting and lifting those of TransformerLens visits
     every point of the model, which takes longer than a GPU takes for the block.
-
-    Args:
-        point: the hook point.
-        read: the reader; without one nothing happens.
     """
     if read is None:
         yield
@@ -170,17 +138,6 @@ def capture_z(
     """Activations ``z`` of every head at the patched positions.
 
     The forward pass ends where the last of them has been read.
-
-    Args:
-        model: the model to read.
-        prompts: prompts tokenized for this model.
-        layers: the layers to read.
-        k_positions: how many positions to keep; the decision token is the last of them.
-        batch_size: prompts per forward pass.
-        padding_side: where shorter prompts are filled up; it changes no number.
-
-    Returns:
-        The activations by layer, in the order of ``prompts``, on the CPU.
 
     Raises:
         UserError: if the model has no such layer.
@@ -271,13 +228,7 @@ class PairActivations:
         self._on_disk: set[tuple[str, int]] = set()
 
     def capture(self, side: Side, split: str, layers: Sequence[int]) -> None:
-        """Capture what is missing of these layers in one pass.
-
-        Args:
-            side: the base or the tuned model.
-            split: the prompts.
-            layers: the layers.
-        """
+        """Capture what is missing of these layers in one pass."""
         if side == "base":
             self._look_up(split, layers)
         missing = [layer for layer in layers if (side, split, layer) not in self._captured]

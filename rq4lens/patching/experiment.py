@@ -13,13 +13,13 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.models.loading import HookedModel
+from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair
-from rq4lens.models.prompts import MEASURE_SPLIT, TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import MEASURE_SPLIT, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, check_layers
-from rq4lens.patching.engines import EngineChoice, make_engine
-from rq4lens.patching.fitting import fit_maps
-from rq4lens.patching.maps import LayerMap
+from rq4lens.patching.engines.choice import EngineChoice, make_engine
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.patch import (
     MAPPED,
     RAW,

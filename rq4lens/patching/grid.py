@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.pair import ModelPair
-from rq4lens.patching.conditions import Planned, Recorder
 from rq4lens.patching.experiment import Experiment, prepare
-from rq4lens.patching.maps import LayerMap
+from rq4lens.patching.maps.map import LayerMap
+from rq4lens.patching.measured import Planned, Recorder
 from rq4lens.patching.patch import SELF, Advance
 from rq4lens.results import (
     ConditionResult,
@@ -22,7 +23,6 @@ from rq4lens.results import (
     RankBy,
     rank_single_heads,
 )
-from rq4lens.store import Store
 
 DEFAULT_KS = (1, 2, 4, 8)
 DEFAULT_RANDOM_SEEDS = (0, 1, 2)
@@ -174,15 +174,6 @@ def run_condition(
 
     Coverage is a share of the whole layer's effect and is only defined above the noise floor, so
     these are measured along with it.
-
-    Args:
-        experiment: the prepared pair.
-        layer: the patched layer.
-        heads: the patched heads.
-        alpha: blend strength, in [0, 1].
-
-    Returns:
-        A grid of the conditions ``full``, ``patch``, ``none`` and ``self``.
     """
     plan = GridPlan(experiment.n_heads, layer, None, (), ())
     wanted = [Planned("patch", layer, heads), *plan.checks()]

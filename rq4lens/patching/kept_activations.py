@@ -14,8 +14,8 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from rq4lens.files import read_regular_bytes, set_aside, short_reason, write_bytes_atomic
-from rq4lens.store import NUMERICS_VERSION, Store
+from rq4lens.disk.files import read_regular_bytes, set_aside, short_reason, write_bytes_atomic
+from rq4lens.disk.store import NUMERICS_VERSION, Store
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,7 @@ class KeptActivations:
     def get(
         self, ingredients: ActivationIngredients
     ) -> Float[Tensor, "prompt position head d_head"] | None:
-        """The activations, if there are any that can be believed; damaged ones are set aside.
-
-        Args:
-            ingredients: what they would be captured from.
-        """
+        """The activations, if there are any that can be believed; damaged ones are set aside."""
         if self.fresh or not self.directory.is_dir():
             return None
         store = Store(self.directory)
@@ -101,10 +97,6 @@ class KeptActivations:
         self, ingredients: ActivationIngredients, z: Float[Tensor, "prompt position head d_head"]
     ) -> None:
         """Keep activations.
-
-        Args:
-            ingredients: what they were captured from.
-            z: the activations.
 
         Raises:
             UserError: if they cannot be written.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.difference_sums import difference_sums
+from rq4lens.patching.engines.difference_sums import difference_sums
 
 KLDirection = Literal["patched||clean", "clean||patched"]
 
@@ -73,15 +73,6 @@ def blend(
 
     This is the patch of the method page, before ``W_O``. It is the only place where alpha is
     applied: sources are never scaled by it beforehand.
-
-    Args:
-        z: activations of the tuned model.
-        source: activations that are blended in (raw or mapped), of the same shape.
-        mask: which heads are patched, per row or for all rows.
-        alpha: blend strength in [0, 1], one for all rows or one per row.
-
-    Returns:
-        The patched activations, in the dtype of ``z``.
     """
     strength = torch.as_tensor(alpha, dtype=z.dtype, device=z.device)
     weight = einops.rearrange(strength[..., None] * mask.to(z.dtype), "... head -> ... head 1")
@@ -94,31 +85,14 @@ def next_token_kl(
     clean_logits: Float[Tensor, "*#rows vocab"],
     direction: KLDirection = "patched||clean",
 ) -> Float[Tensor, "*rows"]:
-    """Divergence between two next-token distributions.
-
-    Args:
-        patched_logits: logits of the patched tuned model.
-        clean_logits: logits of the clean tuned model.
-        direction: ``"patched||clean"`` is ``KL(p_patched || p_clean)``, the method's quantity.
-
-    Returns:
-        The divergence in nats, computed in the precision above that of the logits.
-    """
+    """Divergence between two next-token distributions."""
     return next_token_effects(patched_logits, clean_logits, direction)[0]
 
 
 def answer_logprob_change(
     patched_logits: Float[Tensor, "*rows vocab"], clean_logits: Float[Tensor, "*#rows vocab"]
 ) -> Float[Tensor, "*rows"]:
-    """Log-probability of the clean model's most likely token, patched minus clean.
-
-    Args:
-        patched_logits: logits of the patched tuned model.
-        clean_logits: logits of the clean tuned model.
-
-    Returns:
-        The change in nats, computed in the precision above that of the logits.
-    """
+    """Log-probability of the clean model's most likely token, patched minus clean."""
     return next_token_effects(patched_logits, clean_logits)[1]
 
 
@@ -127,17 +101,7 @@ def next_token_effects(
     clean_logits: Float[Tensor, "*#rows vocab"],
     direction: KLDirection = "patched||clean",
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """Both measures of :class:`Effects`, from one softmax of each side.
-
-    Args:
-        patched_logits: logits of the patched tuned model.
-        clean_logits: logits of the clean tuned model.
-        direction: which way the divergence is taken.
-
-    Returns:
-        The divergence, and the change of the log-probability of the clean model's most likely
-        token, both in nats.
-    """
+    """Both measures of :class:`Effects`, from one softmax of each side."""
     patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
@@ -165,16 +129,6 @@ def effects_by_difference(
 
     Rounding is relative to ``δ`` here, not to the log-probabilities, so small effects keep their
     digits in float32, and equal logits give exactly 0.
-
-    Args:
-        patched_logits: logits of the patched tuned model.
-        clean_logits: logits of the clean tuned model.
-        direction: which way the divergence is taken.
-        by_kernel: sum by one kernel where the logits are on a GPU; it takes seconds to build, once.
-
-    Returns:
-        The divergence and the change of the clean model's most likely token, in nats. They are not
-        finite where a logit is minus infinity or rose by more than the exponential can hold.
     """
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
     tilted = direction == "patched||clean"
@@ -272,10 +226,4 @@ class Engine(Protocol):
         sources: Sources,
         advance: Advance | None = None,
     ) -> Effects:
-        """Effect of each intervention on each prompt.
-
-        Args:
-            interventions: what to patch; each is measured by itself.
-            sources: the activations that are blended in.
-            advance: called with the number of rows (prompt x intervention) just finished.
-        """
+        """Effect of each intervention on each prompt."""

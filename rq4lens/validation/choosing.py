@@ -4,8 +4,8 @@ No rule can find a change of a head that does nothing. Heads are therefore drawn
 the base model misses, by a rule that sees the base model alone: a head matters when replacing its
 activations by their mean over the prompts costs at least a tenth of an even share of what it costs
 to replace the whole layer's, and a layer matters when that costs at least a tenth of an even share
-of all layers together. It is the line below which :mod:`rq4lens.analysis.head_kinds` calls a head
-idle.
+of all layers together. It is the line below which :mod:`rq4lens.analysis.structure.heads` calls a
+head idle.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.head_kinds import IDLE_SHARE, idle_line
-from rq4lens.analysis.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.structure.heads import IDLE_SHARE, idle_line
 from rq4lens.heads import Head, HeadSet
-from rq4lens.models.builtin.attended import AttendedInputs
-from rq4lens.models.builtin.plant import ChangeKind
-from rq4lens.models.loading import LoadedModel
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
-from rq4lens.models.prompts import FIT_SPLIT, MEASURE_SPLIT, PromptSet
-from rq4lens.models.reading import Reading
-from rq4lens.patching.engines import make_engine
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
+from rq4lens.models.prompts.reading import Reading
+from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Engine, Patch, Sources
+from rq4lens.validation.attended import AttendedInputs
+from rq4lens.validation.planting import ChangeKind
 
 Among = Literal["all", "mattering"]
 
@@ -50,11 +50,7 @@ class LayerCost:
     group_nats: Float64[ndarray, " value_head"]
 
     def mattering(self, at_least: int) -> list[int]:
-        """The value heads that matter, most important first.
-
-        Args:
-            at_least: so many are named even if fewer matter.
-        """
+        """The value heads that matter, most important first."""
         order = np.argsort(-self.group_nats, kind="stable").tolist()
         line = idle_line(self.full_nats, len(order))
         return order[: max(at_least, int((self.group_nats >= line).sum()))]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rq4lens.analysis.ranking import METHODS
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import RunConfig
 from rq4lens.models.catalog import pair_from_config, reading_of
-from rq4lens.models.loading import LoadedModel
-from rq4lens.models.prompts import PromptSet
-from rq4lens.validation.scenarios import SCENARIOS
+from rq4lens.models.load.loading import LoadedModel
+from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.validation.suite import Suite
+from rq4lens.validation.trials import SCENARIOS
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,6 @@ def methods_of(text: str) -> tuple[str, ...]:
 
 def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:
     """The base model and the prompts that a configuration names; a tuned model is not loaded.
-
-    Args:
-        config: the configuration; it need not name a tuned model.
-
-    Returns:
-        The base model and the prompts.
 
     Raises:
         UserError: if something is missing or the model cannot be loaded.

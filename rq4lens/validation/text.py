@@ -10,11 +10,7 @@ VERDICTS = ("idle", "re-coordinated", "rewired", "undecided")
 
 
 def validation_text(validation: Validation) -> str:
-    """The result as Markdown tables, which a terminal shows as well.
-
-    Args:
-        validation: the result.
-    """
+    """The result as Markdown tables, which a terminal shows as well."""
     parts = [
         _setting(validation),
         "\n".join(_recovery_table(validation.recoveries, "average_precision")),

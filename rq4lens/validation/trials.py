@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,24 +13,56 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from rq4lens.analysis.agreement import strengths
-from rq4lens.analysis.head_kinds import head_kinds, idle_line
-from rq4lens.analysis.measured import MeasuredSets
-from rq4lens.analysis.ranking import RankingMethod, rank_heads
-from rq4lens.analysis.significance import sign_flips
-from rq4lens.analysis.statistics import Bootstrap
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.agreement import strengths
+from rq4lens.analysis.rankings.methods import RankingMethod, rank_heads
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.statistics.sign_flips import sign_flips
+from rq4lens.analysis.structure.heads import head_kinds, idle_line
 from rq4lens.heads import Head, HeadSet
-from rq4lens.models.builtin.plant import PlantedPair, plant
-from rq4lens.models.loading import LoadedModel
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
-from rq4lens.models.prompts import FIT_SPLIT, MEASURE_SPLIT, PromptSet
-from rq4lens.models.reading import Reading
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
+from rq4lens.models.prompts.reading import Reading
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment, prepare
-from rq4lens.patching.fitting import fit_maps
+from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import SELF
-from rq4lens.validation.choosing import BaseHeads, Chosen
-from rq4lens.validation.scenarios import Scenario
+from rq4lens.validation.choosing import Among, BaseHeads, Chosen
+from rq4lens.validation.planting import ChangeKind, PlantedPair, WeightName, plant
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is done to the heads of one layer.
+
+    Args:
+        name: its name.
+        planted: how many value heads are changed in which way; each is one head, or the group that
+            shares it.
+        sought: the kind of change that a ranking should put first.
+        weights: which weights of a rewired head get new content.
+        among: ``"all"`` draws layer and heads from all, ``"mattering"`` from those that matter to
+            the base model: see :mod:`rq4lens.validation.choosing`.
+    """
+
+    name: str
+    planted: Mapping[ChangeKind, int]
+    sought: ChangeKind
+    weights: tuple[WeightName, ...] = ("W_Q", "W_K")
+    among: Among = "all"
+
+
+SCENARIOS = (
+    Scenario("rotated", {"rotated": 3}, "rotated"),
+    Scenario("scaled", {"scaled": 3}, "scaled"),
+    Scenario("shifted", {"shifted": 3}, "shifted"),
+    # A head that does nothing cannot be told to be rewired, whatever is planted in it.
+    Scenario("rewired attention", {"rewired": 3}, "rewired", ("W_Q", "W_K"), "mattering"),
+    Scenario("rewired values", {"rewired": 3}, "rewired", ("W_V", "W_O"), "mattering"),
+    Scenario("rotated beside rewired", {"rotated": 3, "rewired": 2}, "rotated"),
+)
+
 
 LEVEL = 0.05
 NULLS_PER_PAIR = 4

@@ -1,0 +1,1 @@
+"""How much of the full effect head sets cover."""

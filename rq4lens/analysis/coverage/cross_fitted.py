@@ -1,0 +1,163 @@
+"""Ranked on one half of the prompts, scored on the other: the cross-fitted coverage curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, floor, sqrt
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+from numpy import ndarray
+
+from rq4lens.analysis.coverage.curves import curve_of
+from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
+from rq4lens.analysis.effects.table import FullEffect, order_of, single_scores
+from rq4lens.analysis.records import CoverageCurve
+from rq4lens.analysis.statistics.bootstrap import (
+    CONSTANT,
+    Bootstrap,
+    Estimate,
+    Interval,
+    group_membership,
+)
+from rq4lens.results import RankBy
+
+TOO_FEW_GROUPS = "there are fewer than two groups of prompts, so they cannot be split"
+
+
+def half_splits(groups: Sequence[str], n_splits: int, seed: int) -> Bool[ndarray, "split prompt"]:
+    """Random halves of the prompts, whole groups at a time."""
+    membership = group_membership(groups)
+    n_groups = len(membership)
+    if n_groups < 2:
+        return np.empty((0, len(groups)), dtype=bool)
+    rng = np.random.default_rng(seed)
+    order = rng.permuted(np.tile(np.arange(n_groups), (n_splits, 1)), axis=1)
+    return (order < n_groups // 2) @ membership > 0
+
+
+def half_means(
+    values: Float64[ndarray, "quantity prompt"], first: Bool[ndarray, "split prompt"]
+) -> Float64[ndarray, "split half quantity"]:
+    """Means of quantities over the first and the second half of each split."""
+    halves = np.stack([first, ~first], axis=1).astype(float)
+    return (halves / halves.sum(-1, keepdims=True)) @ values.T
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Rankings made on halves, and where they are scored.
+
+    Args:
+        measured: the head sets measured so far; what is missing is measured.
+        first: the prompts of each split's first half.
+        orders: heads ranked on the first and on the second half of each split.
+    """
+
+    measured: MeasuredSets
+    first: Bool[ndarray, "split prompt"]
+    orders: Int64[ndarray, "split half head"]
+
+    @classmethod
+    def of(cls, measured: MeasuredSets, rank_by: RankBy, n_splits: int, seed: int) -> CrossFit:
+        """Rank single heads on each half."""
+        first = half_splits(measured.groups, n_splits, seed)
+        raw, mapped = (half_means(kl, first) for kl in measured.kl_nats(measured.singles))
+        return cls(measured, first, order_of(single_scores(raw, mapped, rank_by)))
+
+    @property
+    def undefined_because(self) -> str | None:
+        """Why nothing can be cross-fitted; None when it can."""
+        return None if len(self.first) else TOO_FEW_GROUPS
+
+    @cached_property
+    def split_delta_nats(self) -> Float64[ndarray, "split k prompt"]:
+        """Out-of-half ``ΔKL`` for k = 0 to H in each split.
+
+        Each prompt is scored with the top k heads of the half it does not belong to.
+        """
+        return np.stack([self._scored(split) for split in range(len(self.first))])
+
+    @property
+    def delta_nats(self) -> Float64[ndarray, "k prompt"]:
+        """Out-of-half ``ΔKL`` for k = 0 to H, averaged over the splits."""
+        return self.split_delta_nats.mean(0)
+
+    def _scored(self, split: int) -> Float64[ndarray, "k prompt"]:
+        of_first, of_second = (
+            self.measured.delta_nats(prefixes(order)) for order in self.orders[split].tolist()
+        )
+        return np.where(self.first[split], of_second, of_first)
+
+
+WIDENED = "{}, mean over splits, times sqrt(2): valid however the halves depend"
+
+
+def cross_fitted_curve(
+    name: str, cross_fit: CrossFit, full: FullEffect, bootstrap: Bootstrap
+) -> CoverageCurve:
+    """Coverage of the top k of one half of the prompts on the other half, for k = 0 to H."""
+    # The sets differ between halves and splits, so the curve names none.
+    sets: list[Indices] = [()] * (cross_fit.measured.n_heads + 1)
+    mean, *splits = (
+        curve_of(name, sets, delta_nats, full, bootstrap)
+        for delta_nats in (cross_fit.delta_nats, *cross_fit.split_delta_nats)
+    )
+    low, high = _band(mean, splits)
+    k90 = across_splits(mean.k90, [split.k90 for split in splits])
+    return replace(
+        mean,
+        delta_nats=_each(mean.delta_nats, [split.delta_nats for split in splits]),
+        coverage_pct=_each(mean.coverage_pct, [split.coverage_pct for split in splits]),
+        band_low_pct=low,
+        band_high_pct=high,
+        area_pct=across_splits(mean.area_pct, [split.area_pct for split in splits]),
+        cpr=across_splits(mean.cpr, [split.cpr for split in splits]),
+        cmd=across_splits(mean.cmd, [split.cmd for split in splits]),
+        k90=_whole_heads(k90, cross_fit.measured.n_heads),
+    )
+
+
+def across_splits(mean: Estimate, splits: Sequence[Estimate]) -> Estimate:
+    """A cross-fitted number with an interval that is valid however halves and splits depend."""
+    if mean.value is None:
+        return mean
+    missing = [each.reason for each in splits if each.interval is None]
+    if any(reason != CONSTANT for reason in missing) or len(missing) == len(splits):
+        return Estimate(mean.value, None, missing[0])
+    # A split that is the same in every resample adds no width.
+    seen = [(each.value, each.interval) for each in splits if each.interval is not None]
+    below = sum(value - interval.low for value, interval in seen if value is not None)
+    above = sum(interval.high - value for value, interval in seen if value is not None)
+    if below == above == 0:
+        return mean
+    level, method = seen[0][1].level, seen[0][1].method
+    low, high = (sqrt(2) * max(width, 0.0) / len(splits) for width in (below, above))
+    interval = Interval(mean.value - low, mean.value + high, level, WIDENED.format(method))
+    return Estimate(mean.value, interval)
+
+
+def _each(mean: Sequence[Estimate], splits: Sequence[Sequence[Estimate]]) -> tuple[Estimate, ...]:
+    by_k = zip(*splits, strict=True)
+    return tuple(across_splits(all_, each) for all_, each in zip(mean, by_k, strict=True))
+
+
+def _band(
+    mean: CoverageCurve, splits: Sequence[CoverageCurve]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not mean.band_low_pct:
+        return (), ()
+    widths = [np.subtract(split.band_high_pct, split.band_low_pct) / 2 for split in splits]
+    width = sqrt(2) * np.mean(widths, axis=0)
+    middle = np.add(mean.band_low_pct, mean.band_high_pct) / 2
+    return tuple((middle - width).tolist()), tuple((middle + width).tolist())
+
+
+def _whole_heads(k90: Estimate, n_heads: int) -> Estimate:
+    """A count of heads has whole ends between 1 and all heads."""
+    if k90.interval is None:
+        return k90
+    low, high = max(floor(k90.interval.low), 1), min(ceil(k90.interval.high), n_heads)
+    return replace(k90, interval=replace(k90.interval, low=float(low), high=float(high)))

@@ -1,0 +1,345 @@
+"""Random head sets: where they are measured, how they spread, and whether top heads beat them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from math import ceil, comb
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+from scipy.stats import rankdata
+from scipy.stats import t as student
+
+from rq4lens.analysis.coverage.cross_fitted import CrossFit
+from rq4lens.analysis.effects.measured import Indices, MeasuredSets
+from rq4lens.analysis.records import RandomSets
+from rq4lens.analysis.statistics.bootstrap import LEVEL, group_membership
+from rq4lens.errors import UserError
+
+EXHAUSTIVE_LIMIT = 1000
+"""Sizes with at most this many sets are enumerated."""
+
+FEW_SETS = 200
+"""Sizes with at most this many sets cost next to nothing, and are always measured."""
+
+MAX_ROWS = 2_000_000
+"""Rows (prompt x head set, raw and mapped) that random sets take unless sizes are named.
+
+About half a minute of two CPU cores for the built-in pair, and of one H200 for a pair of 8 billion
+parameters.
+"""
+
+
+def random_sizes(
+    n_heads: int,
+    own: Sequence[int],
+    n_prompts: int,
+    n_random_sets: int,
+    asked: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """The sizes of random sets.
+
+    Those of the run are always among them, and so are 1 and all sizes with few sets. As long as
+    ``MAX_ROWS`` allows, the middle of the widest gap between two sizes is added, until there is no
+    gap.
+
+    Args:
+        n_heads: heads of the layer.
+        own: the run's own sizes.
+        n_prompts: measured prompts.
+        n_random_sets: sets drawn of a size that is not enumerated.
+        asked: sizes that are named instead of chosen.
+
+    Returns:
+        The sizes, ascending.
+
+    Raises:
+        UserError: if a named size does not fit the layer.
+    """
+    if asked is not None:
+        return tuple(sorted({*own, *_existing(asked, n_heads)}))
+    sizes = range(1, n_heads + 1)
+    chosen = {1, *own, *(k for k in sizes if comb(n_heads, k) <= FEW_SETS)}
+    left = MAX_ROWS // (2 * n_prompts) - sum(_n_sets(n_heads, k, n_random_sets) for k in chosen)
+    while len(chosen) < n_heads:
+        k = _middle_of_widest_gap(chosen)
+        left -= _n_sets(n_heads, k, n_random_sets)
+        if left < 0:
+            break
+        chosen.add(k)
+    return tuple(sorted(chosen))
+
+
+def _n_sets(n_heads: int, k: int, n_random_sets: int) -> int:
+    return every if (every := comb(n_heads, k)) <= EXHAUSTIVE_LIMIT else n_random_sets
+
+
+def _middle_of_widest_gap(sizes: Iterable[int]) -> int:
+    low, high = max(pairwise(sorted(sizes)), key=lambda gap: (gap[1] - gap[0], -gap[0]))
+    return (low + high) // 2
+
+
+def _existing(asked: Sequence[int], n_heads: int) -> Sequence[int]:
+    for k in asked:
+        if not 1 <= k <= n_heads:
+            raise UserError(
+                f"random sets of {k} heads do not exist: the layer has {n_heads}; give sizes from "
+                f"1 to {n_heads}."
+            )
+    return asked
+
+
+QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
+
+
+def at_least(draws: Float64[ndarray, "draw"], value: float) -> int:
+    """How many draws reach a value; equal up to rounding counts as reaching it."""
+    tolerance = 1e-12 * max(abs(value), float(np.abs(draws).max(initial=0.0)))
+    return int((draws >= value - tolerance).sum())
+
+
+def monte_carlo_p_value(draws: Float64[ndarray, "draw"], value: float) -> float:
+    """P-value of a value among random draws; at least ``1 / (draws + 1)``.
+
+    Source:
+        Phipson and Smyth, Permutation P-values Should Never Be Zero (2010), equation 2.
+    """
+    return (1 + at_least(draws, value)) / (1 + len(draws))
+
+
+class PValue(NamedTuple):
+    """A p-value, and the smallest it could have been."""
+
+    value: float
+    smallest: float
+
+
+@dataclass(frozen=True)
+class RandomRankings:
+    """Random rankings of the heads of one layer; their first k heads are random sets of size k.
+
+    Args:
+        measured: the head sets measured so far.
+        rankings: independent random orders of the heads.
+    """
+
+    measured: MeasuredSets
+    rankings: Int64[ndarray, "ranking head"]
+
+    @classmethod
+    def draw(cls, measured: MeasuredSets, n_sets: int, seed: int) -> RandomRankings:
+        """Draw random rankings."""
+        orders = np.tile(np.arange(measured.n_heads), (n_sets, 1))
+        return cls(measured, np.random.default_rng(seed).permuted(orders, axis=1))
+
+    @property
+    def pairs(self) -> Int64[ndarray, "pair 2 head"]:
+        """The random rankings two by two."""
+        n_pairs, n_heads = len(self.rankings) // 2, self.measured.n_heads
+        return self.rankings[: 2 * n_pairs].reshape(n_pairs, 2, n_heads)
+
+    def top_sets(self, k: int) -> list[Indices]:
+        """The first k heads of each random ranking."""
+        return [tuple(heads) for heads in np.sort(self.rankings[:, :k], axis=1).tolist()]
+
+    def delta(self, k: int) -> Float64[ndarray, "ranking"]:
+        """Mean ``ΔKL`` of the first k heads of each random ranking."""
+        return self.measured.delta(self.top_sets(k))
+
+    def is_exhaustive(self, k: int) -> bool:
+        """Whether the random sets of size k are all there are."""
+        return comb(self.measured.n_heads, k) <= EXHAUSTIVE_LIMIT
+
+    def sets(self, k: int) -> list[Indices]:
+        """Random sets of size k: all of them when they are few, draws otherwise."""
+        if self.is_exhaustive(k):
+            return list(combinations(range(self.measured.n_heads), k))
+        return self.top_sets(k)
+
+    def average_nats(self, k: int) -> Float64[ndarray, "prompt"]:
+        """``ΔKL`` of each prompt, averaged over the random sets of size k."""
+        return self.measured.delta_nats(self.sets(k)).mean(0)
+
+
+def random_sets(
+    rankings: RandomRankings,
+    k: int,
+    *,
+    full_delta: float | None,
+    seeds: dict[int, Indices],
+) -> RandomSets:
+    """Random head sets of one size: all of them when they are few, draws otherwise."""
+    delta = rankings.measured.delta(rankings.sets(k))
+    own = rankings.measured.delta(seeds.values()).tolist() if seeds else []
+    of_seeds: dict[int, float] = dict(zip(seeds, own, strict=True))
+    exhaustive = rankings.is_exhaustive(k)
+    return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
+
+
+def plain_p_value(random: RandomSets, observed: float) -> PValue:
+    """How often random sets reach the effect of a set of their size.
+
+    A set that was chosen on the same prompts has a small one even where no head is better than
+    another: it describes, and is no test.
+
+    Among all sets of a size the judged one is counted already; drawn sets are joined by it.
+    """
+    draws = np.array(random.delta_nats)
+    if random.exhaustive:
+        return PValue(at_least(draws, observed) / len(draws), 1 / len(draws))
+    return PValue(monte_carlo_p_value(draws, observed), 1 / (1 + len(draws)))
+
+
+def describe(
+    k: int,
+    delta: Float64[ndarray, "draw"],
+    exhaustive: bool,
+    *,
+    full_delta: float | None,
+    of_seeds: dict[int, float],
+) -> RandomSets:
+    """The record of random sets whose mean ``ΔKL`` is known."""
+    coverage = np.empty(0) if full_delta is None else 100 * delta / full_delta
+    levels = np.quantile(coverage, QUANTILES).tolist() if len(coverage) else []
+    return RandomSets(
+        k=k,
+        n_subsets=len(delta),
+        exhaustive=exhaustive,
+        delta_nats=tuple(delta.tolist()),
+        coverage_pct=tuple(coverage.tolist()),
+        mean_pct=float(coverage.mean()) if len(coverage) else None,
+        quantiles_pct={f"{q:g}": value for q, value in zip(QUANTILES, levels, strict=False)},
+        seeds_pct=_seeds_pct(of_seeds, full_delta),
+    )
+
+
+def _seeds_pct(of_seeds: dict[int, float], full_delta: float | None) -> dict[int, float]:
+    if full_delta is None:
+        return {}
+    return {seed: float(100 * value / full_delta) for seed, value in of_seeds.items()}
+
+
+@dataclass(frozen=True)
+class RandomBand:
+    """Where a random ranking stays at all measured k at once.
+
+    Args:
+        low_pct: lower end, by k.
+        high_pct: upper end, by k.
+        p_value: probability that a random ranking is as extreme as the given one, if that was not
+            chosen by looking at the same prompts.
+    """
+
+    low_pct: tuple[float, ...]
+    high_pct: tuple[float, ...]
+    p_value: float
+
+
+def random_band(
+    random_pct: Float64[ndarray, "ranking k"],
+    observed_pct: Float64[ndarray, "k"],
+    level: float = LEVEL,
+) -> RandomBand:
+    """A band that holds a random ranking's coverage at every k with the given probability.
+
+    It is the envelope of the least extreme rankings. How extreme a ranking is, is told by its most
+    extreme place among all at any k, then by its next one, and so on; the band therefore follows
+    skewed distributions and never leaves the range of the draws.
+
+    Source:
+        Myllymäki et al., Global Envelope Tests for Spatial Processes (JRSS B 2017), section 3.3:
+        extreme rank length.
+    """
+    places = _by_extremeness(random_pct)
+    held = random_pct[places >= np.sort(places)[-ceil(level * len(places))]]
+    extremeness = _by_extremeness(np.concatenate([random_pct, observed_pct[None]]))
+    as_extreme = int((extremeness[:-1] <= extremeness[-1]).sum())
+    return RandomBand(
+        tuple(held.min(0).tolist()),
+        tuple(held.max(0).tolist()),
+        (1 + as_extreme) / (1 + len(random_pct)),
+    )
+
+
+def _by_extremeness(curves: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking"]:
+    """Place of each curve from the most extreme, 0, up; equal ones share a place."""
+    from_below = rankdata(curves, method="max", axis=0)
+    from_above = rankdata(-curves, method="max", axis=0)
+    places = np.sort(np.minimum(from_below, from_above), axis=1)
+    return np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+FEWEST_GROUPS = 4
+"""Each half needs two groups of prompts to show how much groups differ."""
+
+TOO_FEW_TO_TEST = (
+    "there are fewer than four groups of prompts, so halves do not show how much they vary"
+)
+
+ROUNDING = 1e-12
+"""Differences below this share of the numbers they come from are rounding."""
+
+
+def untestable_because(cross_fit: CrossFit) -> str | None:
+    """Why the test cannot be made; None when it can."""
+    if cross_fit.undefined_because is not None:
+        return cross_fit.undefined_because
+    if len(set(cross_fit.measured.groups)) < FEWEST_GROUPS:
+        return TOO_FEW_TO_TEST
+    return None
+
+
+def cross_fitted_p_value(
+    cross_fit: CrossFit, k: int, average_nats: Float64[ndarray, "prompt"]
+) -> PValue:
+    """P-value of the top k heads of one half on the other half, from all splits.
+
+    It never falls below ``2^-g`` with g groups in a half: that is all that so many groups can show
+    without the assumption that they are normal (every sign alike).
+    """
+    membership = group_membership(cross_fit.measured.groups)
+    n_half = len(membership) // 2
+    smallest = 2.0**-n_half
+    largest_t = float(student.isf(smallest, n_half - 1))
+    t = np.mean(
+        [
+            min(_skew_corrected_t(_gain(scores[k], average_nats), membership), largest_t)
+            for scores in cross_fit.split_delta_nats
+        ]
+    )
+    return PValue(float(student.sf(t, n_half - 1)), smallest)
+
+
+def _gain(
+    scores: Float64[ndarray, "prompt"], average_nats: Float64[ndarray, "prompt"]
+) -> Float64[ndarray, "prompt"]:
+    gain = scores - average_nats
+    return np.where(np.abs(gain) <= ROUNDING * np.abs(scores).max(), 0.0, gain)
+
+
+def _skew_corrected_t(
+    gain: Float64[ndarray, "prompt"], membership: Float64[ndarray, "group prompt"]
+) -> float:
+    """Mean gain in units of its largest possible standard deviation, less what skewness adds.
+
+    Without any gain, on no prompt, it is minus infinity: the null holds to the letter.
+
+    Source:
+        Hall, On the Removal of Skewness by Transformation (JRSS B 1992), equation 2.2. Where it
+        would raise t, t is kept: estimated from few groups, it is no reason to claim more.
+    """
+    mean = gain.mean()
+    deviations = membership @ (gain - mean)
+    variance = (deviations**2).mean()
+    n_groups, n_prompts = membership.shape
+    if np.abs(deviations).max() <= ROUNDING * np.abs(gain).max():
+        return np.inf if mean > 0 else -np.inf
+    independent = np.sqrt(variance * n_groups**2 / (n_groups - 1)) / n_prompts
+    t = mean / (np.sqrt(2) * independent)
+    skewness = (deviations**3).mean() / variance**1.5 / np.sqrt(n_groups // 2)
+    corrected = t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6
+    return float(min(t, corrected))

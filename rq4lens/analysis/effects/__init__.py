@@ -1,0 +1,1 @@
+"""What head sets did, and the table of it."""

@@ -1,0 +1,205 @@
+"""The records of ``rq4_results.json``, the ranking file, and when coverage is defined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.statistics.bootstrap import (
+    ONE_GROUP,
+    Bootstrap,
+    Estimate,
+    Resampled,
+    exact,
+    undefined,
+)
+from rq4lens.results import HOOK, ConditionResult, GridResult, HeadRanking, RankBy
+
+
+def single_scores(
+    raw: Float64[ndarray, "*rows head"], mapped: Float64[ndarray, "*rows head"], rank_by: RankBy
+) -> Float64[ndarray, "*rows head"]:
+    """The score that orders single heads, from their mean KLs."""
+    delta = raw - mapped
+    if rank_by == "delta":
+        return delta
+    return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
+
+
+def order_of(scores: Float64[ndarray, "*rows head"]) -> ndarray:
+    """Heads by descending score; ties break by head index."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct")
+NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
+
+
+def bootstrap_of(grid: GridResult, *, n_resamples: int = 10_000, seed: int = 0) -> Bootstrap:
+    """The resampling plan of a grid: its prompts, by group."""
+    return Bootstrap(grid.groups, n_resamples, seed)
+
+
+@dataclass(frozen=True)
+class FullEffect:
+    """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
+
+    Args:
+        delta: ``ΔKL(ALL)`` of the main layer, in nats.
+        noise_floor_nats: largest mean KL that patching nothing leaves.
+        undefined_because: why coverage is undefined; None when it is defined.
+    """
+
+    delta: Estimate
+    noise_floor_nats: float
+    undefined_because: str | None
+
+    @property
+    def is_harm(self) -> bool:
+        """Whether the map clearly does harm, so that coverage is a share of harm."""
+        value = self.delta.value
+        return self.undefined_because is None and value is not None and value < 0
+
+
+def full_effect(
+    delta_nats: Float64[ndarray, "prompt"], noise_floor_nats: float, bootstrap: Bootstrap
+) -> FullEffect:
+    """Judge whether the full effect can be told from zero.
+
+    Coverage is undefined when the 95% interval of ``ΔKL(ALL)`` reaches 0, when ``|ΔKL(ALL)|`` is
+    within the noise floor, and when one group of prompts leaves no interval to look at. A full
+    effect that is clearly negative is a valid denominator: coverage then is a share of the harm
+    that the map does.
+    """
+    resampled = bootstrap.resampled(delta_nats[None])
+    delta = resampled.estimates()[0]
+    reason = _why_undefined(resampled, delta, noise_floor_nats)
+    return FullEffect(delta, noise_floor_nats, reason)
+
+
+def _why_undefined(resampled: Resampled, delta: Estimate, noise_floor_nats: float) -> str | None:
+    value = float(resampled.point[0])
+    if abs(value) <= noise_floor_nats or value == 0:
+        return (
+            f"ΔKL(ALL) is {value:.3g} nats, within the noise floor of {noise_floor_nats:.3g} nats"
+        )
+    if len(resampled.jackknife) == 0:
+        return f"ΔKL(ALL) has no confidence interval: {ONE_GROUP}"
+    low, high = _reach(resampled, delta)
+    if low <= 0 <= high:
+        return f"the 95% interval of ΔKL(ALL), [{low:.3g}, {high:.3g}] nats, reaches 0"
+    return None
+
+
+def _reach(resampled: Resampled, delta: Estimate) -> tuple[float, float]:
+    """The interval, or the draws' own range where all prompts agree to the last digit."""
+    if delta.interval is not None:
+        return delta.interval.low, delta.interval.high
+    return float(resampled.draws.min()), float(resampled.draws.max())
+
+
+def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
+    """Judge the full effect of a grid's main layer."""
+    return full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
+
+
+def records(
+    grid: GridResult,
+    bootstrap: Bootstrap | None = None,
+    *,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The records of ``rq4_results.json``, one per condition, in the order of the grid.
+
+    The denominator of every ``coverage_pct`` is ``ΔKL(ALL)`` of the main layer. That holds for
+    ``ctrl_full`` too: its coverage says how much the control layer's map repairs, as a share of
+    what the main layer's map repairs.
+    """
+    bootstrap = bootstrap or bootstrap_of(grid, n_resamples=n_resamples, seed=seed)
+    conditions = list(grid.conditions.values())
+    estimates = condition_estimates(grid, conditions, bootstrap)
+    return [
+        _record(grid, condition, row) for condition, row in zip(conditions, estimates, strict=True)
+    ]
+
+
+def condition_estimates(
+    grid: GridResult, conditions: Sequence[ConditionResult], bootstrap: Bootstrap
+) -> list[dict[str, Estimate]]:
+    """The five numbers of each condition with their intervals, all on the same resamples."""
+    raw = np.stack([condition.kl_raw_nats for condition in (grid.full, *conditions)])
+    mapped = np.stack([condition.kl_mapped_nats for condition in (grid.full, *conditions)])
+    resampled = bootstrap.resampled(np.concatenate([raw, mapped])).apply(_five_numbers)
+    flat = resampled.estimates()
+    undefined_because = grid_full_effect(grid, bootstrap).undefined_because
+    rows = [
+        dict(zip(QUANTITIES, flat[i :: len(conditions)], strict=True))
+        for i in range(len(conditions))
+    ]
+    for condition, row in zip(conditions, rows, strict=True):
+        _settle(row, condition is grid.full, undefined_because)
+    return rows
+
+
+def _five_numbers(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
+    raw, mapped = np.split(means, 2, axis=-1)
+    delta = raw - mapped
+    drop = 100 * delta / raw
+    coverage = 100 * delta / delta[..., :1]
+    return np.concatenate([x[..., 1:] for x in (raw, mapped, delta, drop, coverage)], axis=-1)
+
+
+def _settle(row: dict[str, Estimate], is_full: bool, undefined_because: str | None) -> None:
+    """Put in what follows from the definitions rather than from the resamples."""
+    raw = row["KL_raw_mean"].value
+    if raw is None or raw <= 0:
+        row["drop_pct"] = undefined(NO_RAW_EFFECT)
+    if undefined_because is not None:
+        row["coverage_pct"] = undefined(undefined_because)
+    elif is_full:
+        row["coverage_pct"] = exact(100.0)
+
+
+def _record(
+    grid: GridResult, condition: ConditionResult, estimates: dict[str, Estimate]
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "layer": condition.layer,
+        "hook": HOOK,
+        "cond": condition.cond,
+        "alpha": condition.alpha,
+        "heads": list(condition.heads),
+        "head_mask": list(condition.heads.mask),
+        "split": grid.settings.split,
+        "k_positions": grid.settings.k_positions,
+        "n": grid.n_prompts,
+    }
+    for name in QUANTITIES:
+        record.update(estimates[name].fields(name))
+    return record
+
+
+def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[dict[str, Any]]:
+    """The rows of the single-head ranking file, best first."""
+    ranking = ranking or grid.ranking
+    return [
+        _ranking_row(grid.single(head), head, rank) for rank, head in enumerate(ranking.heads, 1)
+    ]
+
+
+def _ranking_row(single: ConditionResult, head: int, rank: int) -> dict[str, Any]:
+    row = {
+        "head": head,
+        "rank": rank,
+        "delta": single.delta,
+        "drop_pct": single.drop_pct,
+        "KL_raw": single.KL_raw,
+        "KL_mapped": single.KL_mapped,
+    }
+    return row if single.drop_pct is not None else {**row, "drop_pct_reason": NO_RAW_EFFECT}

@@ -1,0 +1,1 @@
+"""Orders of heads by many methods, and how they agree."""

@@ -1,0 +1,153 @@
+"""Rankings from measured head sets alone: single heads, leave one out, greedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.effects.measured import Indices, MeasuredSets
+from rq4lens.analysis.effects.table import single_scores
+from rq4lens.analysis.statistics.bootstrap import group_membership
+from rq4lens.results import HeadRanking, RankBy
+
+
+def rank_by_delta(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by single-head ``ΔKL``: how much of the head's own raw damage the map repairs."""
+    return per_prompt_ranking("delta", measured, measured.delta_nats(measured.singles))
+
+
+def rank_by_drop_pct(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by ``100 ΔKL / KL_raw``; a head without a raw effect has no score."""
+    raw, mapped = measured.kl_nats(measured.singles)
+    scores = single_scores(raw.mean(-1), mapped.mean(-1), "drop_pct")
+    return HeadRanking.from_scores(
+        [float(score) if np.isfinite(score) else None for score in scores],
+        method="drop_pct",
+        layer=measured.layer,
+        alpha=measured.alpha,
+        standard_errors=_errors_of_shares(scores, raw - mapped, raw, measured.groups),
+        per_prompt=raw - mapped,
+        share_of=raw,
+    )
+
+
+def _errors_of_shares(
+    scores: Float64[ndarray, "head"],
+    parts: Float64[ndarray, "head prompt"],
+    wholes: Float64[ndarray, "head prompt"],
+    groups: tuple[str, ...],
+) -> list[float | None]:
+    """Standard errors of ratios of means, to first order; None where there is no ratio."""
+    defined = np.isfinite(scores)
+    safe = np.where(defined, scores, 0.0)[:, None]
+    scale = np.where(defined, wholes.mean(-1), 1.0)[:, None]
+    errors = standard_errors((100 * parts - safe * wholes) / scale, groups)
+    return [error if known else None for error, known in zip(errors, defined, strict=True)]
+
+
+def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by single-head ``KL_raw``: how much swapping the head matters, map or not."""
+    return per_prompt_ranking("kl_raw", measured, measured.kl_nats(measured.singles)[0])
+
+
+def rank_by_leave_one_out(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by ``ΔKL(ALL) - ΔKL(ALL without the head)``."""
+    everything = measured.everything
+    without = [tuple(h for h in everything if h != head) for head in everything]
+    delta_nats = measured.delta_nats([everything, *without])
+    return per_prompt_ranking("leave_one_out", measured, delta_nats[0] - delta_nats[1:])
+
+
+def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
+    """The study's own ranking: by ``delta`` or ``drop_pct``."""
+    return rank_by_delta(measured) if rank_by == "delta" else rank_by_drop_pct(measured)
+
+
+def per_prompt_ranking(
+    method: str,
+    measured: MeasuredSets,
+    per_prompt: Float64[ndarray, "head prompt"],
+    settings: dict[str, Any] | None = None,
+) -> HeadRanking:
+    """Rank heads by their mean score over prompts."""
+    return HeadRanking.from_scores(
+        per_prompt.mean(-1).tolist(),
+        method=method,
+        layer=measured.layer,
+        alpha=measured.alpha,
+        standard_errors=standard_errors(per_prompt, measured.groups),
+        per_prompt=per_prompt,
+        settings=settings,
+    )
+
+
+def standard_errors(
+    per_prompt: Float64[ndarray, "quantity prompt"], groups: tuple[str, ...]
+) -> list[float | None]:
+    """Standard error of each mean over prompts, by group; None with a single group.
+
+    Source:
+        The ratio estimator of a cluster sample, Cochran, Sampling Techniques (1977), section 9A.2;
+        with groups of one prompt it is the ordinary standard error of a mean.
+    """
+    membership = group_membership(groups)
+    n_groups, n_prompts = membership.shape
+    if n_groups < 2:
+        return [None] * len(per_prompt)
+    residuals = (per_prompt - per_prompt.mean(-1, keepdims=True)) @ membership.T
+    variance = (residuals**2).sum(-1) * n_groups / (n_groups - 1) / n_prompts**2
+    return np.sqrt(variance).tolist()
+
+
+def rank_greedy_forward(measured: MeasuredSets) -> HeadRanking:
+    """Start with no head and add, each time, the head that raises ``ΔKL`` most.
+
+    A head's score is what it added when it was taken, in nats.
+    """
+    chosen: Indices = ()
+    scores: list[float] = []
+    reached = 0.0
+    for _ in range(measured.n_heads):
+        left = [head for head in measured.everything if head not in chosen]
+        delta = measured.delta([(*chosen, head) for head in left])
+        best = int(np.argmax(delta))
+        scores.append(float(delta[best]) - reached)
+        reached = float(delta[best])
+        chosen = (*chosen, left[best])
+    return _ranking("greedy_forward", measured, chosen, scores)
+
+
+def rank_greedy_backward(measured: MeasuredSets) -> HeadRanking:
+    """Start with all heads and drop, each time, the head whose loss leaves most ``ΔKL``.
+
+    The head that is dropped last ranks first. Its score is what was lost with it, in nats.
+    """
+    kept = measured.everything
+    dropped: list[int] = []
+    scores: list[float] = []
+    for _ in range(measured.n_heads):
+        # Of equal heads the later one goes first, so that ties break by head index in the ranking.
+        candidates = kept[::-1]
+        without = [tuple(h for h in kept if h != head) for head in candidates]
+        delta = measured.delta(without)
+        least_needed = int(np.argmax(delta))
+        scores.append(float(measured.delta([kept])[0] - delta[least_needed]))
+        dropped.append(candidates[least_needed])
+        kept = without[least_needed]
+    return _ranking("greedy_backward", measured, tuple(dropped[::-1]), scores[::-1])
+
+
+def _ranking(
+    method: str, measured: MeasuredSets, heads: Indices, scores: list[float]
+) -> HeadRanking:
+    return HeadRanking(
+        method=method,
+        layer=measured.layer,
+        alpha=measured.alpha,
+        heads=heads,
+        scores=tuple(scores),
+        settings={"score": "change of ΔKL at its turn, in nats"},
+    )

@@ -1,0 +1,108 @@
+"""Rankings read from a file, for instance ``attr_L26_attn.json``: a list of heads and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rq4lens.disk.files import parse_json, read_regular_file, short_reason
+from rq4lens.errors import UserError
+from rq4lens.results import HeadRanking
+
+FORM = '[{"head": 3, "score": 0.12}, ...], [[3, 0.12], ...] or {"3": 0.12, ...}'
+
+
+def read_ranking(
+    path: str | Path, *, n_heads: int, layer: int, alpha: float | None = None
+) -> HeadRanking:
+    """Read a ranking of all heads of a layer and check it.
+
+    The file is JSON: a list of objects with ``head`` and ``score``, a list of pairs, or an object
+    from head to score. Heads are ranked by descending score, whatever their order in the file.
+
+    Raises:
+        UserError: if the file is missing or is not such JSON, or a head is missing, repeated or not
+            a head of the layer, or a score is not a finite number.
+    """
+    path = Path(path)
+    scores: dict[int, float] = {}
+    for head, score in (_entry(entry, path) for entry in _entries(_load(path), path)):
+        if not 0 <= head < n_heads:
+            raise UserError(
+                f"{path.name} names head {head}, but layer {layer} has heads 0 to {n_heads - 1}: "
+                "give one score for each of these."
+            )
+        if head in scores:
+            raise UserError(f"{path.name} names head {head} twice: give one score per head.")
+        scores[head] = score
+    missing = [head for head in range(n_heads) if head not in scores]
+    if missing:
+        raise UserError(
+            f"{path.name} has no score for head {missing[0]} ({len(missing)} of {n_heads} heads "
+            "are missing): give one score per head."
+        )
+    return HeadRanking.from_scores(
+        [scores[head] for head in range(n_heads)],
+        method=path.stem,
+        layer=layer,
+        alpha=alpha,
+        settings={"file": str(path)},
+    )
+
+
+def _load(path: Path) -> Any:
+    try:
+        return parse_json(read_regular_file(path))
+    except FileNotFoundError:
+        raise UserError(f"ranking file {str(path)!r} does not exist: check the path.") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"ranking file {str(path)!r} cannot be read as JSON ({short_reason(problem)}): "
+            f"write {FORM}."
+        ) from None
+
+
+def _entries(content: Any, path: Path) -> list[Any]:
+    if isinstance(content, dict):
+        return list(content.items())
+    if isinstance(content, list):
+        return content
+    raise UserError(f"{path.name} holds neither a list nor an object: write {FORM}.")
+
+
+def _entry(entry: Any, path: Path) -> tuple[int, float]:
+    if isinstance(entry, Mapping) and {"head", "score"} <= set(entry):
+        head, score = entry["head"], entry["score"]
+    elif isinstance(entry, list | tuple) and len(entry) == 2:
+        head, score = entry
+    else:
+        raise UserError(f"{path.name} holds {_shown(entry)}: write {FORM}.")
+    return _head(head, path), _score(score, head, path)
+
+
+def _head(head: Any, path: Path) -> int:
+    if isinstance(head, str) and head.isascii() and head.isdigit() and len(head) < 10:
+        return int(head)
+    if isinstance(head, int) and not isinstance(head, bool):
+        return head
+    raise UserError(f"{path.name} names head {_shown(head)}: a head is a whole number from 0.")
+
+
+def _score(score: Any, head: Any, path: Path) -> float:
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    # A whole number of many digits is beyond every float; comparing it is safe, converting is not.
+    if is_number and -1e300 < score < 1e300 and math.isfinite(score):
+        return float(score)
+    raise UserError(
+        f"{path.name} gives head {_shown(head)} the score {_shown(score)}: write a number."
+    )
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number with more digits than Python converts
+        return "a number with too many digits"
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,311 @@
+"""Gradient rankings: first-order answers to what exact patching measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float, Float64, Int
+from numpy import ndarray
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import apply_softcap
+
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.exact import per_prompt_ranking
+from rq4lens.errors import UserError
+from rq4lens.models.load.devices import Placement
+from rq4lens.models.prompts.prompt_set import TokenBatch
+from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
+from rq4lens.patching.engines.attention_row import row_z
+from rq4lens.patching.engines.block_row import finish_block
+from rq4lens.patching.engines.clean_pass import KeptBatch
+from rq4lens.patching.engines.suffix import SuffixEngine
+from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.patch import MAPPED, RAW, SELF
+from rq4lens.results import HeadRanking
+
+RowsOfZ = Float[Tensor, "prompt row position head d_head"]
+RowsOfLogits = Float[Tensor, "prompt row vocab"]
+
+
+MAX_VALUES = 2**24
+"""Numbers in the widest layer of a batch; bounds the memory of a derivative."""
+
+
+@runtime_checkable
+class DecisionFunction(Protocol):
+    """Logits at the decision token of some prompts, as a function of ``z`` at one layer."""
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the experiment these are."""
+
+    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
+        """Logits of every row."""
+
+
+@dataclass(frozen=True)
+class SuffixFunction:
+    """From ``z`` to logits over keys and values kept from the clean pass.
+
+    Args:
+        model: the tuned model.
+        layer: the layer whose ``z`` is the argument.
+        kept: the clean pass of a batch.
+        prompts: which prompts of the batch.
+    """
+
+    model: HookedTransformer
+    layer: int
+    kept: KeptBatch
+    prompts: slice
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the experiment these are."""
+        return self.kept.rows[self.prompts]
+
+    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
+        """Logits of every row."""
+        placement = Placement.of(self.model)
+        clean = self.kept.layers[self.layer].resid[self.prompts]
+        resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
+        resid = finish_block(self.model.blocks[self.layer], resid, z.to(clean.device))
+        for layer in range(self.layer + 1, self.model.cfg.n_layers):
+            block, at = self.model.blocks[layer], self.kept.layers[layer].of_prompts(self.prompts)
+            resid = resid.to(placement.layers[layer])
+            resid = finish_block(block, resid, row_z(block, resid, at.shared))
+        return _unembed(self.model, resid[:, :, -1].to(placement.exit))
+
+
+@dataclass(frozen=True)
+class NativeFunction:
+    """From ``z`` to logits by full forward passes through a native hook.
+
+    Args:
+        model: the tuned model.
+        layer: the layer whose ``z`` is the argument.
+        batch: the prompts.
+        k_positions: how many positions, ending at the decision token, are replaced.
+    """
+
+    model: HookedTransformer
+    layer: int
+    batch: TokenBatch
+    k_positions: int
+
+    @property
+    def rows(self) -> Int[Tensor, "prompt"]:
+        """Which prompts of the experiment these are."""
+        return self.batch.rows
+
+    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
+        """Logits of every row."""
+        return torch.stack([self._one(row) for row in z.unbind(1)], dim=1)
+
+    def _one(self, z: Float[Tensor, "prompt position head d_head"]) -> Tensor:
+        positions = patched_positions(self.batch, self.k_positions)
+        prompts = torch.arange(len(positions))
+
+        def replace(clean: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - by the library
+            at = (prompts[:, None].to(clean.device), positions.to(clean.device))
+            return clean.index_put(at, z.to(clean))
+
+        with self.model.hooks(fwd_hooks=[(z_site(self.layer), replace)]):
+            logits = forward_batch(self.model, self.batch)
+        return logits[prompts, self.batch.decision]
+
+
+def decision_functions(
+    experiment: Experiment, layer: int, rows_per_prompt: int
+) -> Iterator[DecisionFunction]:
+    """The decision function of each batch of the measured prompts."""
+    model, engine = experiment.tuned_model, experiment.engine
+    size = _prompts_at_once(experiment, rows_per_prompt)
+    if isinstance(engine, SuffixEngine):
+        for kept in engine.kept_batches(layer):
+            for start in range(0, len(kept.rows), size):
+                here = kept.to(Placement.of(model))
+                yield SuffixFunction(model, layer, here, slice(start, start + size))
+    else:
+        for batch in experiment.prompts.batches(size):
+            yield NativeFunction(model, layer, batch, experiment.k_positions)
+
+
+def _prompts_at_once(experiment: Experiment, rows_per_prompt: int) -> int:
+    cfg = experiment.tuned_model.cfg
+    longest = int(experiment.prompts.lengths.max())
+    widest = cfg.d_vocab + (cfg.d_mlp or 0) + cfg.n_heads * longest
+    return max(1, MAX_VALUES // (rows_per_prompt * experiment.k_positions * widest))
+
+
+def _unembed(model: HookedTransformer, resid: Float[Tensor, "prompt row d_model"]) -> RowsOfLogits:
+    if model.cfg.normalization_type is not None:
+        resid = model.ln_final(resid)
+    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
+
+
+def as_rows(z: Float[Tensor, "prompt position head d_head"]) -> RowsOfZ:
+    """Activations as the single row of their prompt."""
+    return rearrange(z, "prompt position head d_head -> prompt 1 position head d_head")
+
+
+TARGETS = ("answer_logprob", "logit_difference")
+"""The scalars that a gradient can follow."""
+
+PerHead = Float64[ndarray, "head prompt"]
+Site = Float[Tensor, "prompt position head d_head"]
+
+
+def rank_by_grad_act(measured: MeasuredSets, *, target: str = "answer_logprob") -> HeadRanking:
+    """Rank heads by ``|z · ∇ℓ|``: how much the answer leans on the head as it is.
+
+    It looks at the tuned model alone, so it cannot know what the fine-tune changed.
+    """
+    experiment = experiment_of(measured, "grad_act")
+    z = experiment.sources[measured.layer, SELF]
+    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], CLEAN, target)
+    scores = np.abs(_dot(z, gradient[0]))
+    return per_prompt_ranking("grad_act", measured, scores, {"target": target})
+
+
+def rank_by_attribution(
+    measured: MeasuredSets, *, target: str = "answer_logprob", steps: int = 0
+) -> HeadRanking:
+    """Rank heads by ``α (ẑ - z) · ∇ℓ``, mapped minus raw: a first-order estimate of the repair."""
+    name = "attribution" if steps == 0 else "integrated_gradients"
+    raw, mapped = attributions(measured, (RAW, MAPPED), target, steps)
+    return per_prompt_ranking(name, measured, mapped - raw, {"target": target, "steps": steps})
+
+
+def rank_by_integrated_gradients(
+    measured: MeasuredSets, *, target: str = "answer_logprob", steps: int = 8
+) -> HeadRanking:
+    """Rank heads by attribution along the path; see :func:`rank_by_attribution`."""
+    return rank_by_attribution(measured, target=target, steps=steps)
+
+
+def attributions(
+    measured: MeasuredSets, sources: Sequence[str], target: str, steps: int
+) -> list[PerHead]:
+    """What each head contributes to the change of ``ℓ`` when all heads are patched.
+
+    With enough steps the contributions add up to that change (completeness).
+    """
+    experiment = experiment_of(measured, "attribution")
+    tensors, layer = experiment.sources, measured.layer
+    z = tensors[layer, SELF]
+    directions = [measured.alpha * (tensors[layer, source].to(z) - z) for source in sources]
+    path = CLEAN if steps == 0 else Path.of(steps)
+    gradients = path_gradients(experiment, layer, directions, path, target)
+    return [_dot(step, mean) for step, mean in zip(directions, gradients, strict=True)]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Points on a straight path at which a gradient is taken, and how they are averaged.
+
+    Args:
+        at: the points, as shares of the whole way.
+        weights: weight of each; they sum to 1.
+    """
+
+    at: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, steps: int) -> Path:
+        """Gauss-Legendre points: a few of them integrate a smooth path to rounding error."""
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return cls(tuple((nodes + 1) / 2), tuple(weights / 2))
+
+
+CLEAN = Path((0.0,), (1.0,))
+"""The clean point alone."""
+
+
+def path_gradients(
+    experiment: Experiment, layer: int, directions: Sequence[Site], path: Path, target: str
+) -> list[Site]:
+    """Mean of ``∇ℓ`` along straight paths from the clean activations."""
+    z = experiment.sources[layer, SELF]
+    device = device_of(experiment.tuned_model)
+    at, weights = (
+        torch.tensor(values, dtype=z.dtype, device=device) for values in (path.at, path.weights)
+    )
+    means = [torch.empty_like(z) for _ in directions]
+    for function in decision_functions(experiment, layer, len(path.at)):
+        clean = as_rows(z[function.rows].to(device))
+        for direction, mean in zip(directions, means, strict=True):
+            step = as_rows(direction[function.rows].to(device))
+            points = clean + rearrange(at, "row -> 1 row 1 1 1") * step
+            by_row = _row_gradients(function, points, clean, target)
+            weighted = einsum(by_row, weights, "prompt row ... , row -> prompt ...")
+            mean[function.rows] = weighted.to(mean)
+    return means
+
+
+def _row_gradients(
+    function: DecisionFunction, points: Tensor, clean: Tensor, target: str
+) -> Tensor:
+    with torch.no_grad():
+        scalar = target_of(function(clean), target)
+    points = points.detach().requires_grad_()
+    # Every row's scalar depends on its own z alone, so one backward pass serves all rows.
+    (gradients,) = torch.autograd.grad(scalar(function(points)).sum(), points)
+    return gradients
+
+
+def target_of(clean: RowsOfLogits, target: str) -> Callable[[RowsOfLogits], Tensor]:
+    """The scalar ``ℓ``, its tokens chosen by the clean logits.
+
+    Raises:
+        UserError: if the target does not exist.
+    """
+    if target not in TARGETS:
+        raise UserError(
+            f"target {target!r} does not exist: choose {' or '.join(map(repr, TARGETS))}."
+        )
+    best = clean.topk(2, dim=-1).indices
+
+    def answer_logprob(logits: RowsOfLogits) -> Tensor:
+        precise = logits if logits.dtype == torch.float64 else logits.float()
+        return _pick(precise.log_softmax(-1), best[..., :1])
+
+    def logit_difference(logits: RowsOfLogits) -> Tensor:
+        return _pick(logits, best[..., :1]) - _pick(logits, best[..., 1:])
+
+    return answer_logprob if target == "answer_logprob" else logit_difference
+
+
+def _pick(values: Tensor, token: Tensor) -> Tensor:
+    return values.take_along_dim(token.expand(*values.shape[:-1], 1), -1)[..., 0]
+
+
+def _dot(first: Site, second: Site) -> PerHead:
+    product = einsum(
+        first.double(),
+        second.double(),
+        "prompt position head d_head, prompt position head d_head -> head prompt",
+    )
+    return product.numpy()
+
+
+def experiment_of(measured: MeasuredSets, method: str) -> Experiment:
+    """The experiment behind the measurements, which has the model.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not isinstance(measured.experiment, Experiment):
+        raise UserError(
+            f"ranking method {method!r} needs the models, not only measured numbers: give the "
+            "experiment."
+        )
+    return measured.experiment

@@ -1,0 +1,175 @@
+"""Shapley values of heads: what a head adds to ``ΔKL``, averaged over all orders of adding heads.
+
+Source:
+    Shapley, A Value for n-Person Games (1953); sampling of permutations in antithetic pairs after
+    Mitchell et al., Sampling Permutations for Shapley Value Estimation (2022), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain, combinations
+from math import comb
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+
+from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
+from rq4lens.results import HeadRanking
+
+TOLERANCE = 0.02
+"""Sampling stops when every standard error is below this share of ``|ΔKL(ALL)|``."""
+
+MAX_PAIRS = 32
+"""Sampling stops after this many pairs of permutations."""
+
+PAIRS_PER_ROUND = 4
+
+
+Orders = Int64[ndarray, "pair 2 head"]
+"""Pairs of orders of the heads; pairs are independent of each other."""
+
+
+def rank_by_shapley(
+    measured: MeasuredSets,
+    *,
+    tolerance: float = TOLERANCE,
+    max_pairs: int = MAX_PAIRS,
+    seed: int = 0,
+    orders: Orders | None = None,
+) -> HeadRanking:
+    """Rank heads by their Shapley value; small layers are enumerated, others sampled."""
+    n_sampled = 2 * max_pairs * (measured.n_heads - 1)
+    if 2**measured.n_heads <= max(n_sampled, measured.n_measured + 1):
+        return exact_shapley(measured)
+    if orders is not None:
+        return shapley_of_orders(measured, orders)
+    return sampled_shapley(measured, tolerance=tolerance, max_pairs=max_pairs, seed=seed)
+
+
+def exact_shapley(measured: MeasuredSets) -> HeadRanking:
+    """Shapley values from all ``2^H`` head sets."""
+    per_prompt = np.zeros((measured.n_heads, len(measured.groups)))
+    n_heads = measured.n_heads
+    for head in measured.everything:
+        others = [other for other in measured.everything if other != head]
+        sets = list(chain.from_iterable(combinations(others, k) for k in range(n_heads)))
+        weights = np.array([1 / (n_heads * comb(n_heads - 1, len(heads))) for heads in sets])
+        gains = measured.delta_nats([(*heads, head) for heads in sets]) - measured.delta_nats(sets)
+        per_prompt[head] = weights @ gains
+    settings = {"exact": True, "stopped": "every head set was measured"}
+    return _ranking(measured, per_prompt, np.zeros(n_heads), settings)
+
+
+def sampled_shapley(
+    measured: MeasuredSets, *, tolerance: float, max_pairs: int, seed: int
+) -> HeadRanking:
+    """Shapley values from sampled permutations, each followed by its reverse.
+
+    In every permutation the heads' gains add up to ``ΔKL(ALL)``, so the values do too. The standard
+    errors are those of the sampling of permutations.
+    """
+    enough = tolerance * abs(float(measured.delta([measured.everything])[0]))
+    mean = MeanGains(measured)
+    for orders in _rounds(measured.n_heads, max_pairs, seed):
+        mean.add(orders)
+        if mean.standard_errors.max() <= enough:
+            break
+    settings = {
+        "n_permutations": mean.n_permutations,
+        "exact": False,
+        "tolerance": tolerance,
+        "seed": seed,
+        "stopped": "standard errors are small enough"
+        if mean.standard_errors.max() <= enough
+        else "the largest number of permutations was reached",
+    }
+    return _ranking(measured, mean.per_prompt, mean.standard_errors, settings)
+
+
+def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
+    """Shapley values from given permutations, whose head sets may have been measured already."""
+    mean = MeanGains(measured)
+    mean.add(orders)
+    settings = {
+        "n_permutations": mean.n_permutations,
+        "exact": False,
+        "stopped": "every given permutation was used",
+    }
+    return _ranking(measured, mean.per_prompt, mean.standard_errors, settings)
+
+
+class MeanGains:
+    """What heads add when they are added in random orders, on average.
+
+    Args:
+        measured: the head sets measured so far; what is missing is measured.
+    """
+
+    def __init__(self, measured: MeasuredSets) -> None:
+        self._measured = measured
+        self._total = np.zeros((measured.n_heads, len(measured.groups)))
+        self._of_pairs: list[Float64[ndarray, "head"]] = []
+
+    def add(self, orders: Orders) -> None:
+        """Add heads in more orders."""
+        every = orders.reshape(-1, self._measured.n_heads).tolist()
+        self._measured.require(heads for order in every for heads in prefixes(order))
+        for first, second in orders:
+            gains = (_gains(self._measured, first) + _gains(self._measured, second)) / 2
+            self._total += gains
+            self._of_pairs.append(gains.mean(-1))
+
+    @property
+    def n_permutations(self) -> int:
+        """Number of orders so far."""
+        return 2 * len(self._of_pairs)
+
+    @property
+    def per_prompt(self) -> Float64[ndarray, "head prompt"]:
+        """Mean gain of each head on each prompt."""
+        return self._total / len(self._of_pairs)
+
+    @property
+    def standard_errors(self) -> Float64[ndarray, "head"]:
+        """Standard error of each head's mean gain; infinite with one pair."""
+        if len(self._of_pairs) < 2:
+            return np.full(self._measured.n_heads, np.inf)
+        return np.std(self._of_pairs, axis=0, ddof=1) / np.sqrt(len(self._of_pairs))
+
+
+def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Orders]:
+    """Permutations and their reverses, a few pairs at a time; at least two pairs in all."""
+    rng = np.random.default_rng(seed)
+    left = max(2, max_pairs)
+    while left > 0:
+        n_pairs = min(max(2, min(PAIRS_PER_ROUND, left)), left)
+        orders = rng.permuted(np.tile(np.arange(n_heads), (n_pairs, 1)), axis=1)
+        yield np.stack([orders, orders[:, ::-1]], axis=1)
+        left -= n_pairs
+
+
+def _gains(
+    measured: MeasuredSets, order: Int64[ndarray, "head"]
+) -> Float64[ndarray, "head prompt"]:
+    """What each head, in head order, adds when heads are added in the given order."""
+    gains = np.diff(measured.delta_nats(prefixes(order.tolist())), axis=0)
+    return gains[np.argsort(order)]
+
+
+def _ranking(
+    measured: MeasuredSets,
+    per_prompt: Float64[ndarray, "head prompt"],
+    errors: Float64[ndarray, "head"],
+    settings: Mapping[str, object],
+) -> HeadRanking:
+    return HeadRanking.from_scores(
+        per_prompt.mean(-1).tolist(),
+        method="shapley",
+        layer=measured.layer,
+        alpha=measured.alpha,
+        standard_errors=errors.tolist(),
+        per_prompt=per_prompt,
+        settings=settings,
+    )

@@ -1,0 +1,328 @@
+"""Uncertainty over prompts: the paired bootstrap by group, and the intervals it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+from numpy import ndarray
+from scipy.special import ndtr, ndtri
+
+from rq4lens.errors import UserError
+
+
+def bca_levels(
+    point: Float64[ndarray, "quantity"],
+    draws: Float64[ndarray, "resample quantity"],
+    jackknife: Float64[ndarray, "group quantity"],
+    tails: Float64[ndarray, "tail"],
+) -> Float64[ndarray, "tail quantity"]:
+    """Quantile levels of the bias-corrected and accelerated interval.
+
+    Source:
+        Efron, Better Bootstrap Confidence Intervals (JASA 1987), equations 2.3 and 6.6.
+    """
+    # Ties with the point count half, as in scipy: discrete scores would bias the correction.
+    below = ((draws < point).mean(0) + (draws <= point).mean(0)) / 2
+    bias = ndtri(below)
+    deviations = jackknife.mean(0) - jackknife
+    scale = (deviations**2).sum(0)
+    cubes = (deviations**3).sum(0)
+    acceleration = np.divide(cubes, 6 * scale**1.5, out=np.zeros_like(scale), where=scale > 0)
+    shifted = bias + ndtri(tails)[:, None]
+    with np.errstate(invalid="ignore"):
+        levels = ndtr(bias + shifted / (1 - acceleration * shifted))
+    # A point beyond every draw has no finite bias correction: read the draws at their end.
+    return np.where(np.isfinite(bias), levels, below)
+
+
+def quantiles(
+    draws: Float64[ndarray, "resample quantity"], levels: Float64[ndarray, "tail quantity"]
+) -> Float64[ndarray, "tail quantity"]:
+    """Quantiles of each column at levels of its own, interpolated linearly."""
+    ordered = np.sort(draws, axis=0)
+    place = levels * (len(ordered) - 1)
+    below: Int64[ndarray, "tail quantity"] = np.floor(place).astype(int)
+    above = np.minimum(below + 1, len(ordered) - 1)
+    low = np.take_along_axis(ordered, below, axis=0)
+    high = np.take_along_axis(ordered, above, axis=0)
+    return low + (place - below) * (high - low)
+
+
+def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "quantity"]:
+    """Whether a quantity is the same in every resample, up to rounding of the weighted sums."""
+    spread = draws.max(0) - draws.min(0)
+    size = np.abs(draws).max(0)
+    rounding = 64 * np.finfo(float).eps * size
+    return ~(spread > rounding)
+
+
+IntervalMethod = Literal["bca", "percentile"]
+
+LEVEL = 0.95
+ONE_GROUP = "there is only one group of prompts, so nothing shows how much groups differ"
+CONSTANT = "every resample gives the same value, so resampling shows no spread"
+UNDEFINED_IN_RESAMPLES = "the quantity is undefined in some resamples (a denominator reaches 0)"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval.
+
+    Args:
+        low: lower end.
+        high: upper end.
+        level: nominal coverage, in (0, 1).
+        method: how it was made.
+    """
+
+    low: float
+    high: float
+    level: float
+    method: str
+
+    @property
+    def pair(self) -> list[float]:
+        """``[low, high]``."""
+        return [self.low, self.high]
+
+    def contains(self, value: float) -> bool:
+        """Whether the value lies in the interval, ends included."""
+        return bool(self.low <= value <= self.high)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; whatever is undefined is None and has a reason.
+
+    Args:
+        value: the number on all prompts.
+        interval: its interval.
+        reason: why ``value`` (or, where only that is missing, ``interval``) is None.
+    """
+
+    value: float | None
+    interval: Interval | None = None
+    reason: str | None = None
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""
+        fields: dict[str, Any] = {
+            name: self.value,
+            f"{name}_ci{100 * self._level:g}": None
+            if self.interval is None
+            else self.interval.pair,
+        }
+        if self.reason is not None:
+            fields[f"{name}_reason"] = self.reason
+        return fields
+
+    @property
+    def _level(self) -> float:
+        return LEVEL if self.interval is None else self.interval.level
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a number varies over draws, such as random splits: no confidence interval.
+
+    Args:
+        value: its median over the draws.
+        low: 2.5% quantile.
+        high: 97.5% quantile.
+        reason: why all three are None, if they are.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, draws: Float64[ndarray, "draw"]) -> Spread:
+        """The spread of finite draws."""
+        low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+        return cls(float(middle), float(low), float(high))
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """The spread as ``name``, ``name_range95`` and, where they are null, ``name_reason``."""
+        ends = None if self.low is None else [self.low, self.high]
+        fields: dict[str, Any] = {name: self.value, f"{name}_range{100 * LEVEL:g}": ends}
+        return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
+
+
+def undefined(reason: str) -> Estimate:
+    """An estimate that does not exist, and why."""
+    return Estimate(None, None, reason)
+
+
+def exact(value: float) -> Estimate:
+    """A number that holds by definition, such as a coverage of 100 for all heads."""
+    return Estimate(value, Interval(value, value, LEVEL, "by definition"))
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Paired resampling of prompts, whole groups at a time.
+
+    Args:
+        groups: the group of each prompt; prompts of a group are drawn together.
+        n_resamples: number of resamples.
+        seed: seed of the draws.
+
+    Raises:
+        UserError: if there is no prompt or no resample.
+
+    Source:
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 and 14.
+    """
+
+    groups: tuple[str, ...]
+    n_resamples: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise UserError("there is no prompt to resample: measure at least one.")
+        if self.n_resamples < 1:
+            raise UserError(f"n_resamples {self.n_resamples} is too few: ask for at least 1.")
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return len(set(self.groups))
+
+    @cached_property
+    def membership(self) -> Float64[ndarray, "group prompt"]:
+        """1 where a prompt belongs to a group."""
+        return group_membership(self.groups)
+
+    @cached_property
+    def weights(self) -> Float64[ndarray, "resample prompt"]:
+        """Weight of each prompt in each resample; rows sum to 1."""
+        rng = np.random.default_rng(self.seed)
+        even = np.full(self.n_groups, 1 / self.n_groups)
+        counts = rng.multinomial(self.n_groups, even, size=self.n_resamples)
+        return _normalised(counts @ self.membership)
+
+    @cached_property
+    def jackknife_weights(self) -> Float64[ndarray, "group prompt"]:
+        """Weight of each prompt with one group left out; rows sum to 1.
+
+        With a single group there is nothing left to average, and there are no rows.
+        """
+        if self.n_groups == 1:
+            return np.empty((0, len(self.groups)))
+        return _normalised(1 - self.membership)
+
+    def means(
+        self, values: Float64[ndarray, "quantity prompt"]
+    ) -> Float64[ndarray, "resample quantity"]:
+        """Mean of each quantity in each resample."""
+        return self.weights @ values.T
+
+    def resampled(self, values: Float64[ndarray, "quantity prompt"]) -> Resampled:
+        """Means of quantities on all prompts, in every resample and without each group."""
+        return Resampled(values.mean(-1), self.means(values), self.jackknife_weights @ values.T)
+
+    def estimate(
+        self,
+        values: Float64[ndarray, "quantity prompt"],
+        statistic: Callable[[ndarray], ndarray] | None = None,
+        *,
+        level: float = LEVEL,
+        method: IntervalMethod = "bca",
+    ) -> list[Estimate]:
+        """Estimates of means, or of functions of means, with their intervals."""
+        resampled = self.resampled(values)
+        if statistic is not None:
+            resampled = resampled.apply(statistic)
+        return resampled.estimates(level=level, method=method)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Quantities on all prompts, in every resample, and with each group left out.
+
+    Args:
+        point: the quantities on all prompts.
+        draws: the quantities in each resample.
+        jackknife: the quantities with one group left out.
+    """
+
+    point: Float64[ndarray, "quantity"]
+    draws: Float64[ndarray, "resample quantity"]
+    jackknife: Float64[ndarray, "group quantity"]
+
+    def apply(self, statistic: Callable[[ndarray], ndarray]) -> Resampled:
+        """The same resamples of a function of the quantities."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            point = np.asarray(statistic(self.point[None]), dtype=float)
+            draws = np.asarray(statistic(self.draws), dtype=float)
+            jackknife = np.asarray(statistic(self.jackknife), dtype=float)
+        return Resampled(point[0], draws, jackknife)
+
+    def estimates(self, *, level: float = LEVEL, method: IntervalMethod = "bca") -> list[Estimate]:
+        """Each quantity with its interval."""
+        reasons = self._reasons()
+        usable = [index for index, reason in enumerate(reasons) if reason is None]
+        bounds = dict(zip(usable, self._bounds(usable, level, method), strict=True))
+        return [
+            self._estimate(index, reason, bounds.get(index), level, method)
+            for index, reason in enumerate(reasons)
+        ]
+
+    def _estimate(
+        self,
+        index: int,
+        reason: str | None,
+        bounds: tuple[float, float] | None,
+        level: float,
+        method: str,
+    ) -> Estimate:
+        value = float(self.point[index])
+        if not np.isfinite(value):
+            return undefined("its denominator is 0")
+        if bounds is None:
+            return Estimate(value, None, reason)
+        return Estimate(value, Interval(*bounds, level, method))
+
+    def _reasons(self) -> list[str | None]:
+        """Why a quantity has no interval; None where it has one."""
+        if len(self.jackknife) == 0:
+            return [ONE_GROUP] * len(self.point)
+        finite = np.isfinite(self.draws).all(0) & np.isfinite(self.jackknife).all(0)
+        constant = is_constant(self.draws)
+        return [
+            UNDEFINED_IN_RESAMPLES if not ok else CONSTANT if same else None
+            for ok, same in zip(finite, constant, strict=True)
+        ]
+
+    def _bounds(
+        self, usable: Sequence[int], level: float, method: IntervalMethod
+    ) -> list[tuple[float, float]]:
+        if not usable:
+            return []
+        draws = self.draws[:, usable]
+        tails = np.array([(1 - level) / 2, (1 + level) / 2])
+        levels = np.repeat(tails[:, None], len(usable), axis=1)
+        if method == "bca":
+            levels = bca_levels(self.point[usable], draws, self.jackknife[:, usable], tails)
+        ends = quantiles(draws, levels)
+        return [(float(low), float(high)) for low, high in ends.T]
+
+
+def group_membership(groups: Sequence[str]) -> Float64[ndarray, "group prompt"]:
+    """1 where a prompt belongs to a group; groups stand in order of appearance."""
+    index = {group: row for row, group in enumerate(dict.fromkeys(groups))}
+    membership = np.zeros((len(index), len(groups)))
+    membership[[index[group] for group in groups], np.arange(len(groups))] = 1.0
+    return membership
+
+
+def _normalised(weights: Float64[ndarray, "row prompt"]) -> Float64[ndarray, "row prompt"]:
+    return weights / weights.sum(-1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Controls, kinds of heads, layers and blend strengths."""

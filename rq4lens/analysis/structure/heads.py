@@ -1,0 +1,132 @@
+"""What kind of head each is, and how the first direction of a joint map lies on the heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.rankings.agreement import Scored, agreement
+from rq4lens.analysis.records import HeadKind, HeadKinds
+from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
+from rq4lens.analysis.structure.controls import FitData
+from rq4lens.patching.maps.kinds import fit_block
+
+IDLE_SHARE = 0.1
+"""Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
+
+NOISE_MULTIPLE = 10.0
+"""A head below this many noise floors is idle, too."""
+
+EXPLAINED_PCT = 50.0
+"""A map that repairs more than this share of a head's damage explains the head."""
+
+
+def head_kinds(
+    kl_raw_nats: Float64[ndarray, "head prompt"],
+    kl_mapped_nats: Float64[ndarray, "head prompt"],
+    full_kl_raw: float,
+    noise_floor_nats: float,
+    bootstrap: Bootstrap,
+) -> HeadKinds:
+    """Tell the kinds of all heads apart."""
+    n_heads = len(kl_raw_nats)
+    idle_below = idle_line(full_kl_raw, n_heads, noise_floor_nats)
+    means = bootstrap.estimate(np.concatenate([kl_raw_nats, kl_mapped_nats]))
+    drops = bootstrap.estimate(
+        np.concatenate([kl_raw_nats, kl_mapped_nats]), lambda m: _drop_pct(m, n_heads)
+    )
+    heads = tuple(
+        _kind(head, means[head], means[n_heads + head], drops[head], idle_below)
+        for head in range(n_heads)
+    )
+    return HeadKinds(heads, rule(idle_below), idle_below, EXPLAINED_PCT)
+
+
+def idle_line(full_kl_raw: float, n_heads: int, noise_floor_nats: float = 0.0) -> float:
+    """The ``KL_raw`` up to which a head is idle, in nats."""
+    return max(IDLE_SHARE * full_kl_raw / n_heads, NOISE_MULTIPLE * noise_floor_nats)
+
+
+def _drop_pct(means: Float64[ndarray, "*rows both"], n_heads: int) -> ndarray:
+    raw, mapped = means[..., :n_heads], means[..., n_heads:]
+    return 100 * (raw - mapped) / raw
+
+
+def _kind(
+    head: int, raw: Estimate, mapped: Estimate, drop: Estimate, idle_below: float
+) -> HeadKind:
+    if raw.value is None or raw.value <= 0:
+        drop = undefined("the raw patch changes nothing (KL_raw is 0)")
+    return HeadKind(head, kind_of(raw, drop, idle_below), raw, mapped, drop)
+
+
+def kind_of(raw: Estimate, drop: Estimate, idle_below: float) -> str:
+    """The kind of one head."""
+    if raw.value is None or raw.value <= idle_below:
+        return "idle"
+    low, high = _reach(drop)
+    if low > EXPLAINED_PCT:
+        return "re-coordinated"
+    return "rewired" if high < EXPLAINED_PCT else "undecided"
+
+
+def _reach(drop: Estimate) -> tuple[float, float]:
+    """Where the drop may lie: its interval, the value all prompts agree on, or anywhere."""
+    if drop.interval is not None:
+        return drop.interval.low, drop.interval.high
+    if drop.value is not None and drop.reason == CONSTANT:
+        return drop.value, drop.value
+    return -np.inf, np.inf
+
+
+def rule(idle_below: float) -> str:
+    """The rule in words, with its numbers."""
+    return (
+        f"idle: KL_raw at most {idle_below:.3g} nats ({100 * IDLE_SHARE:g}% of an even share of "
+        f"KL_raw(ALL), or {NOISE_MULTIPLE:g} noise floors if that is more); re-coordinated: the "
+        f"95% interval of drop lies above {EXPLAINED_PCT:g}%; rewired: it lies below; undecided: "
+        f"it holds {EXPLAINED_PCT:g}%"
+    )
+
+
+NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the first direction of a joint low-rank map lies on the heads.
+
+    Args:
+        share: share of the direction's squared length that lies on each head, in head order; sums
+            to 1.
+        spearman: rank correlation with single-head ``ΔKL``.
+        kendall: the same by Kendall's tau-b.
+        reason: why it is missing, if it is.
+    """
+
+    share: tuple[float, ...]
+    spearman: Estimate
+    kendall: Estimate
+    reason: str | None = None
+
+
+def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:
+    """Shares of the first direction, and their rank correlation with causal scores."""
+    n_heads = data.x.shape[1]
+    x, y = (z.flatten(1).numpy() for z in (data.x, data.y))
+    details = fit_block("low_rank", x, y, data.groups).details
+    if not details["spread"] or details["spread"][0] == 0:
+        nothing = undefined(NO_DIRECTION)
+        return Alignment((), nothing, nothing, NO_DIRECTION)
+    share = head_shares(np.array(details["first_direction"]), n_heads)
+    compared = agreement("method", Scored("first direction", share), delta, (), bootstrap)
+    return Alignment(tuple(share.tolist()), compared.spearman, compared.kendall)
+
+
+def head_shares(direction: Float64[ndarray, "d"], n_heads: int) -> Float64[ndarray, "head"]:
+    """Share of a vector's squared length that lies on each head; sums to 1."""
+    squares = (direction**2).reshape(n_heads, -1).sum(-1)
+    return squares / squares.sum()

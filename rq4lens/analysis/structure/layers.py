@@ -1,0 +1,365 @@
+"""Layers side by side: head effects, one global ranking, each layer's curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.coverage.curves import ranking_curve
+from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.table import (
+    NO_RAW_EFFECT,
+    FullEffect,
+    bootstrap_of,
+    condition_estimates,
+    full_effect,
+)
+from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
+from rq4lens.analysis.rankings.compared import answer_repair_nats
+from rq4lens.analysis.rankings.exact import single_ranking
+from rq4lens.analysis.rankings.stability import ranks_of
+from rq4lens.analysis.records import Agreement, Concentration, CoverageCurve
+from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap, Estimate
+from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
+from rq4lens.analysis.statistics.plain import NOT_MEASURED, ONE_SET, explained, plain
+from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
+from rq4lens.errors import UserError
+from rq4lens.heads import Head
+from rq4lens.results import ConditionResult, GridResult, RankBy
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a head set, on the mean over prompts.
+
+    Args:
+        name: its name in files.
+        label: its symbol.
+        unit: ``"nats"`` or ``"%"``.
+        meaning: what it says, in a few words.
+        of: its value under a condition; None where it is undefined.
+        ranks: the setting ``rank_by`` that orders single heads by it, if there is one.
+    """
+
+    name: str
+    label: str
+    unit: str
+    meaning: str
+    of: Callable[[ConditionResult], float | None]
+    ranks: RankBy | None = None
+
+    @property
+    def title(self) -> str:
+        """Symbol and unit, for an axis."""
+        return f"{self.label} of all heads ({self.unit})"
+
+    def text(self, value: float) -> str:
+        """A value as it is printed."""
+        return f"{value:.1f}%" if self.unit == "%" else f"{value:.6f}"
+
+    def of_layer(
+        self, row: Mapping[str, Any], grid: GridResult, bootstrap: Bootstrap
+    ) -> dict[str, Any]:
+        """The value under a patch of all heads, its interval, and why one of them is undefined.
+
+        Args:
+            row: the layer's row of a saved comparison.
+            grid: the layer's grid.
+            bootstrap: the resamples of what the comparison does not hold.
+        """
+        if self.name in row:
+            names = (self.name, f"{self.name}_ci95", f"{self.name}_reason")
+            return {name: row[name] for name in names if name in row}
+        (estimate,) = bootstrap.estimate(answer_repair_nats(grid.full)[None])
+        return estimate.fields(self.name)
+
+    def best_head(self, grids: Mapping[int, GridResult]) -> Head | None:
+        """The single head of all layers with the largest value; ties go to the lower one."""
+        found = [
+            (value, Head(layer, head))
+            for layer, grid in sorted(grids.items())
+            for head, single in enumerate(grid.singles)
+            if (value := self.of(single)) is not None
+        ]
+        return max(found, key=lambda each: each[0])[1] if found else None
+
+
+METRICS: Mapping[str, Metric] = {
+    each.name: each
+    for each in (
+        Metric("delta", "ΔKL", "nats", "raw minus mapped", lambda c: c.delta, "delta"),
+        Metric("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda c: c.KL_raw),
+        Metric("KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda c: c.KL_mapped),
+        Metric("drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda c: c.drop_pct, "drop_pct"),
+        Metric(
+            "answer_logprob",
+            "answer",
+            "nats",
+            "log-probability of the tuned model's own answer that the map wins back",
+            lambda c: float(answer_repair_nats(c).mean()),
+        ),
+    )
+}
+"""The metrics by name."""
+
+COMPARED = ("delta", "KL_raw", "KL_mapped", "drop_pct")
+"""What a study compares unless it says otherwise."""
+
+
+def rank_by_of(names: Sequence[str]) -> RankBy | None:
+    """The setting that orders single heads by the first of some metrics that can order them."""
+    return next((ranks for name in names if (ranks := METRICS[name].ranks) is not None), None)
+
+
+PerPrompt = Float64[ndarray, "head prompt"]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer beside the others.
+
+    Args:
+        layer: the layer.
+        KL_raw: of all its heads, in nats.
+        KL_mapped: of all its heads, in nats.
+        delta: its ``ΔKL(ALL)``, in nats.
+        drop_pct: share of the raw damage that its map repairs.
+        full: whether its ``ΔKL(ALL)`` can be a denominator.
+        curve: coverage of its own top k, with area and k90; None when only the grids were given.
+        concentration: how unevenly its single-head ``|ΔKL|`` lies on heads.
+        pooled_churn: share of its heads above the 80th percentile of ``|ΔKL|`` over all layers.
+    """
+
+    layer: int
+    KL_raw: Estimate
+    KL_mapped: Estimate
+    delta: Estimate
+    drop_pct: Estimate
+    full: FullEffect
+    curve: CoverageCurve | None
+    concentration: Concentration
+    pooled_churn: float
+
+
+@dataclass(frozen=True)
+class RankedHead:
+    """One head in the ranking of all heads of all layers.
+
+    Args:
+        head: layer and index.
+        rank: its rank by ``ΔKL``; 1 is best.
+        delta: its single-head ``ΔKL``, in nats.
+        rank_low: 2.5% quantile of its rank over resamples.
+        rank_high: 97.5% quantile.
+        reason: why the range of the rank is missing, if it is.
+    """
+
+    head: Head
+    rank: int
+    delta: Estimate
+    rank_low: int | None
+    rank_high: int | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """Everything that compares layers.
+
+    Args:
+        layers: the layers, in ascending order; rows of the matrices.
+        alpha: blend strength.
+        KL_raw: single-head ``KL_raw``, in nats.
+        KL_mapped: single-head ``KL_mapped``, in nats.
+        delta: single-head ``ΔKL``, in nats.
+        drop_pct: single-head drop; None where ``KL_raw`` is 0.
+        rows: the layers side by side.
+        ranking: all heads of all layers, best first.
+        tests: sign-flip tests of all of them, corrected for all of them.
+        by_index: rankings of two layers compared index by index, each with a note on what that
+            cannot mean.
+    """
+
+    layers: tuple[int, ...]
+    alpha: float
+    KL_raw: Float64[ndarray, "layer head"]
+    KL_mapped: Float64[ndarray, "layer head"]
+    delta: Float64[ndarray, "layer head"]
+    drop_pct: tuple[tuple[float | None, ...], ...]
+    rows: tuple[LayerRow, ...]
+    ranking: tuple[RankedHead, ...]
+    tests: HeadTests
+    by_index: tuple[Agreement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as strict JSON values; every null has its reason."""
+        record = plain(self)
+        for row in record["rows"]:
+            if row["curve"] is not None:
+                row["curve"] = explained(row["curve"], lambda _: ONE_SET)
+        record["rows"] = [explained(row, lambda _: NOT_MEASURED) for row in record["rows"]]
+        return explained(record, lambda _: NO_RAW_EFFECT)
+
+
+def compare_layers(
+    grids: Mapping[int, GridResult],
+    experiment: MeasuresHeadSets | None = None,
+    *,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+) -> LayerComparison:
+    """Compare the layers that were measured on the same prompts.
+
+    Args:
+        grids: the grid of each layer; full and single-head conditions are enough.
+        experiment: measures the rest of each layer's curve.
+        n_resamples: bootstrap resamples; the sign-flip tests have as many flips or, where there
+            are many heads, more.
+        seed: their seed.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: if there is no layer, or the grids differ in prompts or alpha.
+    """
+    _check(grids)
+    layers = tuple(sorted(grids))
+    any_grid = grids[layers[0]]
+    bootstrap = bootstrap_of(any_grid, n_resamples=n_resamples, seed=seed)
+    singles = np.stack([_singles(grids[layer]) for layer in layers])
+    delta = singles[:, 0] - singles[:, 1]
+    raw, mapped = singles.mean(-1).swapaxes(0, 1)
+    heads = [Head(layer, head) for layer in layers for head in range(any_grid.n_heads)]
+    alpha = any_grid.settings.alpha
+    of_heads = delta.reshape(len(heads), -1)
+    tests = head_tests(
+        [(h, alpha) for h in heads], of_heads, any_grid.groups, n_flips=n_resamples, seed=seed
+    )
+    return LayerComparison(
+        layers=layers,
+        alpha=alpha,
+        KL_raw=raw,
+        KL_mapped=mapped,
+        delta=raw - mapped,
+        drop_pct=tuple(_drops(grids[layer]) for layer in layers),
+        rows=_rows(grids, experiment, bootstrap, float(_threshold(delta))),
+        ranking=_global_ranking(heads, of_heads, bootstrap),
+        tests=tests,
+        by_index=_by_index(layers, delta, any_grid.settings.ks, bootstrap),
+    )
+
+
+def _check(grids: Mapping[int, GridResult]) -> None:
+    if not grids:
+        raise UserError("there is no layer to compare: measure the grid of at least one.")
+    first = next(iter(grids.values()))
+    for layer, grid in grids.items():
+        if grid.settings.layer != layer:
+            raise UserError(
+                f"the grid given for layer {layer} is one of layer {grid.settings.layer}."
+            )
+        if grid.prompt_ids != first.prompt_ids or grid.settings.alpha != first.settings.alpha:
+            raise UserError(
+                f"layer {layer} was measured on other prompts or at another alpha than layer "
+                f"{first.settings.layer}: compare layers of one sweep."
+            )
+
+
+def _singles(grid: GridResult) -> Float64[ndarray, "kind head prompt"]:
+    return np.stack(
+        [
+            np.stack([single.kl_raw_nats for single in grid.singles]),
+            np.stack([single.kl_mapped_nats for single in grid.singles]),
+        ]
+    )
+
+
+def _drops(grid: GridResult) -> tuple[float | None, ...]:
+    return tuple(single.drop_pct for single in grid.singles)
+
+
+def _threshold(delta: Float64[ndarray, "layer head prompt"]) -> float:
+    return float(np.quantile(np.abs(delta.mean(-1)), CHURN_QUANTILE))
+
+
+def _rows(
+    grids: Mapping[int, GridResult],
+    experiment: MeasuresHeadSets | None,
+    bootstrap: Bootstrap,
+    threshold: float,
+) -> tuple[LayerRow, ...]:
+    return tuple(_row(grids[layer], experiment, bootstrap, threshold) for layer in sorted(grids))
+
+
+def _row(
+    grid: GridResult,
+    experiment: MeasuresHeadSets | None,
+    bootstrap: Bootstrap,
+    threshold: float,
+) -> LayerRow:
+    full = full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
+    estimates = condition_estimates(grid, [grid.full], bootstrap)[0]
+    raw, mapped = _singles(grid)
+    curve = None
+    if experiment is not None:
+        measured = MeasuredSets.of_grid(grid, experiment)
+        ranking = single_ranking(measured, grid.settings.rank_by)
+        curve = ranking_curve(ranking, measured, full, bootstrap)
+    return LayerRow(
+        layer=grid.settings.layer,
+        KL_raw=estimates["KL_raw_mean"],
+        KL_mapped=estimates["KL_mapped_mean"],
+        delta=estimates["delta"],
+        drop_pct=estimates["drop_pct"],
+        full=full,
+        curve=curve,
+        concentration=concentration("|ΔKL|", raw - mapped, bootstrap),
+        pooled_churn=float(churn(np.abs((raw - mapped).mean(-1))[None], threshold)[0]),
+    )
+
+
+def _global_ranking(
+    heads: Sequence[Head], delta_nats: PerPrompt, bootstrap: Bootstrap
+) -> tuple[RankedHead, ...]:
+    resampled = bootstrap.resampled(delta_nats)
+    estimates = resampled.estimates()
+    seen = bootstrap.n_groups > 1
+    tails = np.quantile(
+        ranks_of(resampled.draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest"
+    )
+    order = np.argsort(-resampled.point, kind="stable")
+    return tuple(
+        RankedHead(
+            head=heads[at],
+            rank=rank,
+            delta=estimates[at],
+            rank_low=int(tails[0, at]) if seen else None,
+            rank_high=int(tails[1, at]) if seen else None,
+            reason=None if seen else ONE_GROUP,
+        )
+        for rank, at in enumerate(order, 1)
+    )
+
+
+def _by_index(
+    layers: Sequence[int],
+    delta_nats: Float64[ndarray, "layer head prompt"],
+    ks: Sequence[int],
+    bootstrap: Bootstrap,
+) -> tuple[Agreement, ...]:
+    """Neighbouring layers only: all pairs would only repeat a number that means little."""
+    scored = [
+        Scored.of_prompts(f"layer {layer}", each, bootstrap)
+        for layer, each in zip(layers, delta_nats, strict=True)
+    ]
+    return tuple(
+        agreement("layer_index", first, second, ks, bootstrap, INDEX_NOTE)
+        for first, second in pairwise(scored)
+    )

@@ -1,0 +1,276 @@
+"""Files that are complete or absent, and JSON that is strict."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rq4lens.errors import UserError
+
+MAX_TEXT_BYTES = 1 << 28
+"""Larger text files are refused unread."""
+
+STALE_TEMPORARY_SECONDS = 3600.0
+"""A temporary file that is older was left by a process that died."""
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value: sorted keys, no spaces, ASCII, floats round-trip exactly.
+
+    Raises:
+        UserError: if the value holds anything else.
+    """
+    _refuse_foreign_types(value, "value")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def read_json(path: Path) -> Any:
+    """Read a strict JSON file.
+
+    Raises:
+        UserError: if the file is missing, is no regular file, or does not hold strict JSON.
+    """
+    try:
+        return parse_json(read_regular_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} does not exist: check the path.") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"{str(path)!r} cannot be read as JSON ({short_reason(problem)}): restore it, or "
+            "remove it and run again."
+        ) from None
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write strict, indented JSON that is complete under its name or absent.
+
+    Raises:
+        UserError: if the value is not JSON, or the file cannot be written.
+    """
+    _refuse_foreign_types(value, path.name)
+    # ASCII only: no character of a prompt, such as a right-to-left mark, acts on the reader.
+    write_text_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 text that is complete under its name or absent.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    write_bytes_atomic(path, text.encode())
+
+
+def refuse_no_file(path: Path | None) -> None:
+    """Refuse, before work is done for it, a file that could not be written.
+
+    Raises:
+        UserError: if it is a directory, or its directory does not exist.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a directory: name a file in it.")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{str(path)!r} cannot be written: there is no directory {str(path.parent)!r}; make "
+            "it, or name another file."
+        )
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; one that is there already is fine.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(
+            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place "
+            "with --out."
+        ) from problem
+
+
+@contextlib.contextmanager
+def made_directory(path: Path) -> Iterator[None]:
+    """Make a directory, and take it away again if the work in it fails before anything is written.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    was_there = path.exists()
+    make_directory(path)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):  # something was written
+                path.rmdir()
+        raise
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is complete under its name or absent, whatever interrupts the write.
+
+    Raises:
+        UserError: if the file cannot be written; nothing is left under its name or beside it.
+    """
+    try:
+        _replace_through_temporary(path, data)
+    except OSError as problem:
+        raise UserError(
+            f"cannot write {str(path)!r} ({problem.strerror or problem}): make the directory "
+            "writable and leave room on the disk; what was finished before is kept."
+        ) from problem
+
+
+def _refuse_foreign_types(value: Any, where: str) -> None:
+    if value is None or isinstance(value, bool | int | str):
+        return
+    if isinstance(value, float):
+        if value - value != 0:  # infinities and NaN, without a call per number
+            raise UserError(f"{where} is {value}: JSON has finite numbers only; write None.")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{where} has the key {key!r}: keys of JSON objects are strings.")
+            _refuse_foreign_types(inner, key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_foreign_types(inner, where)
+    else:
+        raise UserError(f"{where} is a {type(value).__name__}: give a JSON value instead.")
+
+
+def read_regular_file(path: Path) -> str:
+    """The UTF-8 text of a regular file of sane size.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is a directory, pipe or device, is too large, or is not UTF-8.
+    """
+    return read_regular_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
+
+
+def read_regular_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is a directory, pipe or device, or is too large.
+    """
+    # O_NONBLOCK: opening a named pipe that lies there instead of a file must not hang.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - from a descriptor
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if most is not None and status.st_size > most:
+            raise ValueError(f"{status.st_size} bytes, more than {most}")
+        return file.read()
+
+
+def parse_json(text: str, *, unique_keys: bool = False) -> Any:
+    """The value of a strict JSON text.
+
+    Raises:
+        ValueError: if the text is not JSON, or holds a number that is not finite.
+        RecursionError: if it is nested too deeply to read.
+    """
+    pairs = _object_of_unique_keys if unique_keys else None
+    value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=pairs)
+    json.dumps(value, allow_nan=False)  # an overflowing literal such as 1e999 reads as infinity
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not strict JSON")
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {short_value(key)} twice")
+        found[key] = value
+    return found
+
+
+def short_value(value: Any, most: int = 80) -> str:
+    """A value as Python writes it, cut to a length that fits a sentence; printable anywhere."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def short_reason(problem: BaseException, most: int = 200) -> str:
+    """What an exception says, on one line that can be printed on any terminal."""
+    line = " ".join(str(problem).split())[:most] or type(problem).__name__
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def _replace_through_temporary(path: Path, data: bytes, attempts: int = 3) -> None:
+    for attempt in range(1, attempts + 1):
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            _write_synced(temporary, data)
+            os.replace(temporary, path)  # noqa: PTH105 - the atomic rename, by its known name
+        except FileNotFoundError:
+            # Another process took our temporary file for a stale one (the clock jumped).
+            if attempt == attempts or not path.parent.is_dir():
+                raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        else:
+            return _sync_directory(path.parent)
+    return None
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(descriptor, "wb") as file:  # noqa: PTH123 - from a descriptor
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    # Some file systems cannot sync a directory; the rename is atomic there all the same, and a
+    # record that a power cut loses is recomputed.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that cannot be believed to ``*.damaged``, where nothing looks for it.
+
+    In a read-only directory it stays where it is, and is not believed the next time either.
+    """
+    with contextlib.suppress(OSError):
+        os.replace(path, path.with_name(f"{path.name}.damaged"))  # noqa: PTH105
+
+
+def remove_stale_temporaries(directory: Path) -> int:
+    """Remove temporary files that killed processes left behind."""
+    oldest = time.time() - STALE_TEMPORARY_SECONDS
+    removed = 0
+    for path in directory.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+    return removed

@@ -1,0 +1,247 @@
+"""Results on disk: addressed by what made them, written whole or not at all, verified when read.
+
+A record's key is a hash of everything that can change its numbers, so a record is never looked up
+by a pattern or by its age. Every file appears under its final name only when it is complete, and
+is believed only when its checksum and its stored ingredients agree with what is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from rq4lens.disk.files import (
+    canonical_json,
+    make_directory,
+    parse_json,
+    read_regular_file,
+    remove_stale_temporaries,
+    set_aside,
+    short_reason,
+    write_bytes_atomic,
+)
+
+log = logging.getLogger(__name__)
+
+FORMAT = "rq4lens record 1"
+NUMERICS_VERSION = "2"
+"""Raised whenever a change of the code changes a stored number; older records are then unused."""
+
+
+def content_key(ingredients: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of the ingredients, as 64 hexadecimal digits.
+
+    Raises:
+        UserError: if an ingredient is not a JSON value, or a number is not finite.
+    """
+    return _sha256(canonical_json(dict(ingredients)))
+
+
+@runtime_checkable
+class Ingredients(Protocol):
+    """What a record is addressed by."""
+
+    @property
+    def label(self) -> str:
+        """A readable start of the file name; it follows from the values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value that can change the record, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionIngredients:
+    """Everything that can change the numbers of one condition.
+
+    Batch size, padding side, engine and chunking are absent on purpose: they change no number.
+
+    Attributes:
+        base_weights: fingerprint of the base model's weights.
+        tuned_weights: fingerprint of the tuned model's weights.
+        base_config: fingerprint of the base model's configuration (the same weights under another
+            rotary base or activation function are another model).
+        tuned_config: fingerprint of the tuned model's configuration.
+        base_tokenizer: fingerprint of the base model's tokenizer.
+        tuned_tokenizer: fingerprint of the tuned model's tokenizer.
+        template: the chat template the prompts were rendered with, or its fingerprint.
+        base_token_ids: fingerprint of the prompts' token ids on the base side, in order.
+        tuned_token_ids: the same on the tuned side.
+        base_decision: decision index of each prompt on the base side, or their fingerprint.
+        tuned_decision: the same on the tuned side.
+        split: name of the measured split.
+        map_fingerprint: fingerprint of the fitted map; None where no map takes part.
+        layer: the patched layer.
+        heads: the patched heads, ascending.
+        n_heads: heads of the layer.
+        alpha: blend strength.
+        kind: source kind, such as ``"raw"``, ``"mapped"`` or ``"self"``.
+        dtype: number format of the models.
+        device: kind of device, such as ``"cpu"`` or ``"cuda"``; they round differently.
+        weight_processing: how the weights were processed on loading, ``"none"`` by default.
+        k_positions: how many positions were patched.
+        kl_direction: which way the divergence is taken.
+        raw_baseline: what the raw patch inserts.
+        libraries: versions of the libraries that do the arithmetic.
+        numerics_version: version of this package's own arithmetic.
+    """
+
+    base_weights: str
+    tuned_weights: str
+    base_config: str
+    tuned_config: str
+    base_tokenizer: str
+    tuned_tokenizer: str
+    template: str
+    base_token_ids: str
+    tuned_token_ids: str
+    base_decision: str | tuple[int, ...]
+    tuned_decision: str | tuple[int, ...]
+    split: str
+    map_fingerprint: str | None
+    layer: int
+    heads: tuple[int, ...]
+    n_heads: int
+    alpha: float
+    kind: str
+    dtype: str
+    device: str
+    weight_processing: str
+    k_positions: int
+    kl_direction: str
+    raw_baseline: str
+    libraries: str
+    numerics_version: str = NUMERICS_VERSION
+
+    @property
+    def label(self) -> str:
+        """Layer, heads, strength and kind, short enough for a file name."""
+        heads = "-".join(map(str, self.heads[:4])) or "none"
+        more = f"+{len(self.heads) - 4}" if len(self.heads) > 4 else ""
+        return f"L{self.layer}_heads{heads}{more}_a{float(self.alpha):g}_{self.kind}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name; 0 and 0.0 (and -0.0) are one strength."""
+        return asdict(self) | {"alpha": float(self.alpha) + 0.0, "heads": sorted(set(self.heads))}
+
+
+@dataclass
+class StoreCounters:
+    """What a store did so far.
+
+    Attributes:
+        reused: records that were found and verified.
+        computed: records that were written.
+        set_aside: file name and reason of each record that could not be believed.
+    """
+
+    reused: int = 0
+    computed: int = 0
+    set_aside: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Store:
+    """A directory of small verified JSON records.
+
+    Args:
+        directory: where the records lie; created if missing.
+        fresh: do not use any record that is there; new ones replace them.
+
+    Raises:
+        UserError: if the directory cannot be made.
+    """
+
+    def __init__(self, directory: Path, fresh: bool = False) -> None:
+        self.directory = Path(directory)
+        self.fresh = fresh
+        self.counters = StoreCounters()
+        make_directory(self.directory)
+        remove_stale_temporaries(self.directory)
+
+    def path(self, ingredients: Ingredients) -> Path:
+        """The one file name that these ingredients can have."""
+        readable = re.sub(r"[^A-Za-z0-9+._-]", "_", ingredients.label)
+        return self.directory / f"{readable[:80]}_{content_key(ingredients.to_dict())[:16]}.json"
+
+    def get(self, ingredients: Ingredients) -> Any | None:
+        """The stored payload, if there is one that can be believed."""
+        path = self.path(ingredients)
+        if self.fresh:
+            log.info("computing %s: the store is to be made fresh", path.name)
+            return None
+        try:
+            record = read_record(path)
+            if canonical_json(record.ingredients) != canonical_json(ingredients.to_dict()):
+                raise ValueError("made from other ingredients")
+        except FileNotFoundError:
+            log.info("computing %s: no record yet", path.name)
+            return None
+        except (OSError, ValueError, RecursionError) as problem:
+            self._set_aside(path, short_reason(problem))
+            return None
+        self.counters.reused += 1
+        log.info("reused %s: checksum and ingredients agree", path.name)
+        return record.payload
+
+    def put(self, ingredients: Ingredients, payload: Any) -> Path:
+        """Keep a payload; another process may write the same record at the same time.
+
+        Raises:
+            UserError: if the payload is not JSON, or the file cannot be written.
+        """
+        path = self.path(ingredients)
+        text = canonical_json(payload)
+        head = canonical_json({"format": FORMAT, "ingredients": ingredients.to_dict()})
+        # The payload stands in the record as the very text that its checksum is taken of.
+        record = f'{head[:-1]},"payload":{text},"payload_sha256":"{_sha256(text)}"}}\n'
+        write_bytes_atomic(path, record.encode("ascii"))
+        self.counters.computed += 1
+        return path
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        self.counters.set_aside.append((path.name, reason))
+        log.warning("set aside %s and computing it again: %s", path.name, reason)
+        set_aside(path)
+
+
+class Record(NamedTuple):
+    """A record that agrees with its checksum.
+
+    Args:
+        ingredients: what it was made from.
+        payload: its value.
+    """
+
+    ingredients: dict[str, Any]
+    payload: Any
+
+
+def read_record(path: Path) -> Record:
+    """Read a record and check that it is whole.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no record, or does not agree with its checksum.
+        RecursionError: if it is nested too deeply to read.
+    """
+    if path.is_symlink():
+        raise ValueError("a symlink instead of a record")
+    record = parse_json(read_regular_file(path))
+    fields = {"format", "ingredients", "payload", "payload_sha256"}
+    if not isinstance(record, dict) or set(record) != fields:
+        raise ValueError("not a record of this store")
+    if record["format"] != FORMAT:
+        raise ValueError(f"written in another format, {str(record['format'])[:40]!r}")
+    if not isinstance(record["ingredients"], dict):
+        raise ValueError("no ingredients")
+    if _sha256(canonical_json(record["payload"])) != record["payload_sha256"]:
+        raise ValueError("the checksum does not match")
+    return Record(record["ingredients"], record["payload"])
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

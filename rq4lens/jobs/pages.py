@@ -1,0 +1,85 @@
+"""The pages of a run: its two first pictures and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rq4lens import figures
+from rq4lens.disk.files import read_json
+from rq4lens.disk.run import FIGURES, PROMPTS, REPORT, SavedLayers, SavedRun, read_layers, read_run
+from rq4lens.results import GridResult
+
+
+def write_pages(
+    directory: Path,
+    grid: GridResult,
+    analysis: Mapping[str, Any],
+    texts: Mapping[str, str],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the ranking bars, the coverage curve and the report of a run.
+
+    Each page is one file that needs no network. Layers that a sweep left in the directory are in
+    the report too, if it was made in the same way.
+    """
+    pictures = directory / FIGURES
+    figures.write_html(figures.ranking_bars(grid, analysis=analysis), pictures / "ranking.html")
+    figures.write_html(figures.coverage_curve(grid, analysis), pictures / "coverage.html")
+    layers = _layers_like(directory, grid)
+    figures.write_report(
+        directory / REPORT,
+        grid,
+        analysis,
+        prompts=texts,
+        provenance=provenance,
+        layers=layers.grids if layers else None,
+        comparison=layers.comparison if layers else None,
+    )
+
+
+def write_report_of(directory: Path) -> Path:
+    """Write the report of a finished run again, for instance after a sweep into its directory.
+
+    Raises:
+        UserError: if the directory holds no finished run, or a file is damaged.
+    """
+    saved = read_run(directory)
+    texts = read_json(directory / PROMPTS)
+    write_pages(directory, saved.grid, saved.analysis, texts, saved.run)
+    return directory / REPORT
+
+
+def draw_run(directory: Path, out: Path, *, static: bool = True) -> list[str]:
+    """Draw every figure that a finished run has the data for.
+
+    Raises:
+        UserError: if the directory holds no finished run, or a file is damaged.
+    """
+    saved = read_run(directory)
+    drawn = figures_of(saved)
+    title = f"{saved.grid.settings.pair}, layer {saved.grid.settings.layer}"
+    return figures.write_figures(drawn, out, static=static, title=title)
+
+
+def figures_of(saved: SavedRun) -> dict[str, Any]:
+    """The figures of a finished run by name."""
+    layers = _layers_like(saved.directory, saved.grid)
+    return figures.run_figures(
+        saved.grid,
+        saved.analysis,
+        layers=layers.grids if layers else None,
+        comparison=layers.comparison if layers else None,
+        provenance=saved.run,
+    )
+
+
+def _layers_like(directory: Path, grid: GridResult) -> SavedLayers | None:
+    """The sweep in a run directory, if its prompts and settings are those of the grid."""
+    layers = read_layers(directory)
+    if layers is None or grid.settings.layer not in layers.grids:
+        return None
+    other = layers.grids[grid.settings.layer]
+    same_prompts = other.prompt_ids == grid.prompt_ids
+    return layers if same_prompts and other.settings.comparable_to(grid.settings) else None

@@ -1,0 +1,400 @@
+"""Checking a finished run: its files, its numbers, and a sample of it measured again."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.config import RunConfig, config_from
+from rq4lens.disk.files import read_json, short_reason
+from rq4lens.disk.run import (
+    CONDITIONS,
+    KINDS,
+    MAPS,
+    RESULTS,
+    RUN,
+    SavedRun,
+    file_sha256,
+    ranking_file,
+    read_run,
+)
+from rq4lens.disk.store import Record, content_key, read_record
+from rq4lens.errors import UserError
+from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.pair import SIDES, ModelPair
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.maps.map import LayerMap, load_map
+from rq4lens.patching.measured import Planned, Recorder
+from rq4lens.patching.patch import MAPPED, SELF
+from rq4lens.results import ConditionResult, GridSettings, rank_single_heads
+
+
+def compare_with_store(saved: SavedRun) -> tuple[int, list[str]]:
+    """Compare every prompt's own numbers with the stored conditions."""
+    found, differences = _stored(saved.directory / CONDITIONS)
+    for condition in saved.grid.conditions.values():
+        for kind in KINDS:
+            differences += _against_store(saved, condition, kind, found)
+    return sum(map(len, found.values())), differences
+
+
+_Address = tuple[int, tuple[int, ...], float, str]
+
+
+def _stored(directory: Path) -> tuple[dict[_Address, list[Record]], list[str]]:
+    found: dict[_Address, list[Record]] = defaultdict(list)
+    damaged = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            record = read_record(path)
+            values = record.ingredients
+            if not path.stem.endswith(f"_{content_key(values)[:16]}"):
+                raise ValueError("its name is that of another record")
+            address = (values["layer"], tuple(values["heads"]), values["alpha"], values["kind"])
+            found[address].append(record)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+            damaged.append(f"{path.name}: {short_reason(problem)}")
+    return found, damaged
+
+
+def _against_store(
+    saved: SavedRun,
+    condition: ConditionResult,
+    kind: str,
+    found: Mapping[_Address, Sequence[Record]],
+) -> list[str]:
+    source = SELF if condition.cond == SELF else kind
+    known = _known_ingredients(saved, condition.layer, source)
+    address = (condition.layer, condition.heads.indices, condition.alpha, source)
+    candidates = [
+        record.payload
+        for record in found.get(address, ())
+        if known.items() <= {k: v for k, v in record.ingredients.items() if k in known}.items()
+    ]
+    name = f"{condition.cond} {kind}"
+    if not candidates:
+        return [f"{name} has no record of this run"]
+    table = {
+        "kl_nats": getattr(condition, f"kl_{kind}_nats").tolist(),
+        "answer_logprob_change_nats": getattr(
+            condition, f"answer_logprob_change_{kind}_nats"
+        ).tolist(),
+    }
+    return [] if table in candidates else [f"{name} is not what its record holds"]
+
+
+def _known_ingredients(saved: SavedRun, layer: int, source: str) -> dict[str, Any]:
+    """What the run says about itself that a record of it must agree with."""
+    run, settings = saved.run, saved.grid.settings
+    known = {
+        "n_heads": settings.n_heads,
+        "split": settings.split,
+        "dtype": settings.dtype,
+        "k_positions": settings.k_positions,
+        "kl_direction": settings.kl_direction,
+        "raw_baseline": settings.raw_baseline,
+    }
+    for side in SIDES:
+        for part in ("weights", "config", "tokenizer"):
+            known[f"{side}_{part}"] = run["models"][side][f"{part}_fingerprint"]
+        known[f"{side}_token_ids"] = run["prompts"]["tokens"][side]
+    if source == MAPPED:
+        known["map_fingerprint"] = run["maps"][str(layer)]["fingerprint"]
+    return known
+
+
+TOLERANCE_NATS = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+"""How far a number measured again may be from the saved one, on any one prompt.
+
+Rounding alone: another engine, batch size or machine adds up the same products in another order.
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        name: what was looked at.
+        passed: whether it is as it should be; None if it could not be checked.
+        said: what was found.
+    """
+
+    name: str
+    passed: bool | None
+    said: str
+
+    def __str__(self) -> str:
+        verdict = {True: "pass", False: "DIFFERS", None: "not checked"}[self.passed]
+        return f"{self.name:<12} {verdict:<12} {self.said}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What checking a run found.
+
+    Args:
+        directory: the run directory.
+        checks: everything that was looked at.
+    """
+
+    directory: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if nothing differs."""
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def text(self) -> str:
+        """A line per check, and the verdict."""
+        verdict = "PASS" if self.passed else "DIFFERS"
+        return "\n".join([*map(str, self.checks), f"{verdict}: {self.directory}"]) + "\n"
+
+
+def verify_run(
+    directory: Path,
+    *,
+    sample: int = 5,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    pair: ModelPair | None = None,
+) -> Verification:
+    """Check a finished run.
+
+    Files against their checksums, the table against every prompt's own numbers, these against the
+    stored conditions, and a random sample of conditions against the reference engine.
+
+    Raises:
+        UserError: if the directory holds no finished run.
+    """
+    if file_sha256(directory / RUN) is None:
+        read_run(directory)  # says what is missing
+    try:
+        saved = read_run(directory)
+    except UserError as problem:
+        return Verification(directory, (Check("run", False, str(problem)),))
+    checks = [
+        *_guarded("files", _check_files, saved),
+        *_guarded("conditions", _check_conditions, saved),
+        *_guarded("plan", _check_plan, saved),
+        *_guarded("table", _check_table, saved),
+        *_guarded("maps", _check_maps, saved),
+        *_guarded("re-run", _check_again, saved, sample, seed, trust_remote_code, pair),
+    ]
+    return Verification(directory, tuple(checks))
+
+
+def _guarded(name: str, check: Any, *arguments: Any) -> Iterator[Check]:
+    # A run that was tampered with can break a check in any way; that is a finding, not a crash.
+    try:
+        yield check(*arguments)
+    except Exception as problem:
+        yield Check(name, False, f"{type(problem).__name__}: {short_reason(problem)}")
+
+
+def _verdict(name: str, differences: Sequence[str], otherwise: str) -> Check:
+    if not differences:
+        return Check(name, True, otherwise)
+    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+    return Check(name, False, f"{differences[0]}{more}")
+
+
+def _check_files(saved: SavedRun) -> Check:
+    expected = saved.run["files_sha256"]
+    changed = [
+        f"{name} is not what the run wrote"
+        for name, digest in expected.items()
+        if file_sha256(saved.directory / Path(name).name) != digest
+    ]
+    return _verdict("files", changed, f"{len(expected)} checksums agree")
+
+
+def _check_conditions(saved: SavedRun) -> Check:
+    n_records, differences = compare_with_store(saved)
+    return _verdict(
+        "conditions", differences, f"{n_records} records are whole and agree with the table"
+    )
+
+
+def _check_plan(saved: SavedRun) -> Check:
+    """Every condition patches the heads that its name promises."""
+    grid = saved.grid
+    plan = _plan_of(grid.settings)
+    singles = [grid.single(head) for head in range(grid.n_heads)]
+    ranking = rank_single_heads(singles, grid.settings.rank_by)
+    promised = {each.cond: each for each in [*plan.fixed(), *plan.top(ranking)]}
+    differences = [
+        f"{name} is not {each.heads} of layer {each.layer}"
+        for name, each in promised.items()
+        if not _is_planned(grid.conditions.get(name), each, grid.settings.alpha)
+    ]
+    differences += [f"{name} was not planned" for name in grid.conditions if name not in promised]
+    return _verdict("plan", differences, f"{len(promised)} conditions patch what their names say")
+
+
+def _plan_of(settings: GridSettings) -> GridPlan:
+    return GridPlan(
+        settings.n_heads,
+        settings.layer,
+        settings.control_layer,
+        settings.ks,
+        settings.random_seeds,
+    )
+
+
+def _is_planned(condition: ConditionResult | None, planned: Planned, alpha: float) -> bool:
+    if condition is None:
+        return False
+    found = (condition.layer, condition.heads, condition.alpha)
+    return found == (planned.layer, planned.heads, alpha)
+
+
+def _check_table(saved: SavedRun) -> Check:
+    grid, config = saved.grid, _config(saved)
+    again = records(grid, n_resamples=config.resamples, seed=config.seed)
+    ranking = ranking_file(grid.settings.layer, grid.settings.alpha)
+    checks = [grid["none"], grid["self"]]
+    noise = max(abs(kl) for check in checks for kl in (check.KL_raw, check.KL_mapped))
+    differences = [
+        *_differences(saved.records, again, RESULTS),
+        *_differences(read_json(saved.directory / ranking), ranking_rows(grid), ranking),
+        *_differences(saved.run["noise_floor_nats"], noise, "noise floor"),
+    ]
+    return _verdict("table", differences, f"{len(again)} rows follow from the per-prompt numbers")
+
+
+def _config(saved: SavedRun) -> RunConfig:
+    return config_from(saved.run["config"], f"{saved.directory / RUN}")
+
+
+def _differences(saved: Any, again: Any, where: str) -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(again, dict):
+        for key in {**again, **saved}:
+            yield from _differences(saved.get(key), again.get(key), f"{where}.{key}")
+    elif isinstance(saved, list) and isinstance(again, list) and len(saved) == len(again):
+        for index, pair in enumerate(zip(saved, again, strict=True)):
+            yield from _differences(*pair, f"{where}[{index}]")
+    elif not _equal(saved, again):
+        yield f"{where} is {str(saved)[:40]}, but follows to be {str(again)[:40]}"
+
+
+def _equal(saved: Any, again: Any) -> bool:
+    numbers = isinstance(saved, int | float) and isinstance(again, int | float)
+    # Another version of numpy may add up in another order.
+    return math.isclose(saved, again, rel_tol=1e-9, abs_tol=1e-12) if numbers else saved == again
+
+
+# Maps and models
+
+
+def _check_maps(saved: SavedRun) -> Check:
+    maps = _maps(saved)
+    missing = [f"the map of layer {layer} is missing" for layer in saved.run["maps"]
+               if int(layer) not in maps]  # fmt: skip
+    return _verdict("maps", missing, f"{len(maps)} maps agree with their checksums")
+
+
+def _maps(saved: SavedRun) -> dict[int, LayerMap]:
+    """The maps that the run used, found by their fingerprints."""
+    wanted = {entry["fingerprint"]: int(layer) for layer, entry in saved.run["maps"].items()}
+    found = {}
+    for path in sorted((saved.directory / MAPS).glob("*.safetensors")):
+        try:
+            layer_map = load_map(path)
+        except UserError:
+            continue  # whichever layer needed it has no map then, and that is said
+        if layer_map.fingerprint in wanted:
+            found[wanted[layer_map.fingerprint]] = layer_map
+    return found
+
+
+def _check_again(
+    saved: SavedRun, sample: int, seed: int, trust_remote_code: bool, pair: ModelPair | None
+) -> Check:
+    if sample == 0:
+        return Check("re-run", None, "no condition was to be measured again")
+    try:
+        pair = pair or pair_from_config(
+            _config(saved).updated(trust_remote_code=trust_remote_code, device="auto")
+        )
+        others = _other_models(saved, pair)
+    except Exception as problem:  # a hub, a disk, a library: any of them can fail to give a model
+        return Check("re-run", None, f"the models cannot be loaded here: {short_reason(problem)}")
+    if others:
+        return _verdict("re-run", others, "")
+    chosen = _sample(saved, sample, seed)
+    furthest = max(_distance(saved, pair, chosen).items(), key=lambda item: item[1])
+    tolerance = TOLERANCE_NATS[saved.grid.settings.dtype]
+    said = (
+        f"{len(chosen)} conditions through the hooks engine: {furthest[0]} is furthest, by "
+        f"{furthest[1]:.2g} nats on one prompt (allowed {tolerance:g})"
+    )
+    return Check("re-run", furthest[1] <= tolerance, said)
+
+
+def _other_models(saved: SavedRun, pair: ModelPair) -> list[str]:
+    split = saved.grid.settings.split
+    differences = []
+    for side in SIDES:
+        card, then = pair.member(side).card.to_dict(), saved.run["models"][side]
+        for part in ("weights_fingerprint", "config_fingerprint", "tokenizer_fingerprint"):
+            if card[part] != then[part]:
+                differences.append(f"the {side} model has another {part} than the run's")
+        if pair.token_fingerprint(side, split) != saved.run["prompts"]["tokens"][side]:
+            differences.append(f"the {side} model reads other {split} prompts than the run's")
+    return differences
+
+
+def _sample(saved: SavedRun, sample: int, seed: int) -> list[ConditionResult]:
+    conditions = list(saved.grid.conditions.values())
+    return random.Random(seed).sample(conditions, min(sample, len(conditions)))
+
+
+def _distance(
+    saved: SavedRun, pair: ModelPair, chosen: Sequence[ConditionResult]
+) -> dict[str, float]:
+    """Largest difference on one prompt, by condition, of the sample measured again."""
+    settings, config = saved.grid.settings, _config(saved)
+    layers = {condition.layer for condition in chosen}
+    maps = {layer: each for layer, each in _maps(saved).items() if layer in layers}
+    experiment = prepare(
+        pair,
+        maps,
+        split=settings.split,
+        raw_baseline=config.raw_baseline,
+        kl_direction=config.kl_direction,
+        engine="hooks",
+        batch_size=config.batch_size,
+        activations=PairActivations(
+            pair, k_positions=settings.k_positions, batch_size=config.batch_size
+        ),
+    )
+    again = Recorder(experiment, settings.alpha).measure(
+        [
+            Planned(each.cond, each.layer, each.heads, SELF if each.cond == SELF else None)
+            for each in chosen
+        ]
+    )
+    return {each.cond: _largest(each, again[each.cond]) for each in chosen}
+
+
+def _largest(saved: ConditionResult, again: ConditionResult) -> float:
+    pairs: list[tuple[Float64[ndarray, "prompt"], Float64[ndarray, "prompt"]]] = [
+        (saved.kl_raw_nats, again.kl_raw_nats),
+        (saved.kl_mapped_nats, again.kl_mapped_nats),
+    ]
+    return max(float(np.abs(one - other).max()) for one, other in pairs)

@@ -1,1 +1,0 @@
-"""The pair in the box and the planting of known differences."""

@@ -1,0 +1,349 @@
+"""What a Hugging Face configuration means in TransformerLens: one entry per architecture.
+
+TransformerLens keeps the same knowledge behind a list of model names and, for some families, as
+numbers per name. A fine-tune in a folder is never on that list, so each entry here reads nothing
+but the configuration it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.pretrained import weight_conversions as tl
+
+from rq4lens.errors import UserError
+from rq4lens.models.load.rotary import Fields, head_width, rope_of, rotary_fields
+
+StateDict = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one Hugging Face architecture becomes a ``HookedTransformer``.
+
+    Attributes:
+        config: Reads a Hugging Face configuration into ``HookedTransformerConfig`` fields.
+        weights: TransformerLens' own conversion ``(hf_model, cfg) -> state dict``.
+    """
+
+    config: Callable[[Any], Fields]
+    weights: Callable[[Any, Any], StateDict]
+
+
+def _require(hf: Any, field: str, allowed: Any) -> None:
+    """Refuse a variant that TransformerLens' conversion would turn into another function."""
+    value = getattr(hf, field, allowed)
+    if value != allowed:
+        raise UserError(
+            f"{field}={value!r} of this {hf.model_type} checkpoint has no counterpart in "
+            f"TransformerLens; only {field}={allowed!r} can be loaded."
+        )
+
+
+def _sizes(hf: Any) -> Fields:
+    return {
+        "d_model": hf.hidden_size,
+        "d_head": head_width(hf),
+        "n_heads": hf.num_attention_heads,
+        "n_layers": hf.num_hidden_layers,
+        "n_ctx": hf.max_position_embeddings,
+        "d_vocab": hf.vocab_size,
+        "d_mlp": hf.intermediate_size,
+        "act_fn": getattr(hf, "hidden_activation", None) or hf.hidden_act,
+    }
+
+
+def _windows(hf: Any) -> Fields:
+    """Sliding-window attention: per layer where the configuration says so, else everywhere."""
+    window = getattr(hf, "sliding_window", None)
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    if not window or "sliding_attention" not in kinds:
+        return {}
+    return {
+        "use_local_attn": True,
+        "window_size": window,
+        "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in kinds],
+    }
+
+
+def _rms_gated(hf: Any, **rotary: Any) -> Fields:
+    """The common decoder: RMSNorm, rotary positions, a gated MLP, perhaps grouped heads."""
+    n_groups = hf.num_key_value_heads
+    return (
+        _sizes(hf)
+        | rotary_fields(hf, **rotary)
+        | _windows(hf)
+        | {
+            "n_key_value_heads": None if n_groups == hf.num_attention_heads else n_groups,
+            "eps": hf.rms_norm_eps,
+            "normalization_type": "RMS",
+            "final_rms": True,
+            "gated_mlp": True,
+        }
+    )
+
+
+def _grouped(hf: Any, **rotary: Any) -> Fields:
+    """As ``_rms_gated``, for conversions that know grouped heads only, be it one to a group."""
+    return _rms_gated(hf, **rotary) | {"n_key_value_heads": hf.num_key_value_heads}
+
+
+def _llama(hf: Any) -> Fields:
+    _require(hf, "mlp_bias", False)
+    return _rms_gated(hf)
+
+
+def _qwen3(hf: Any) -> Fields:
+    return _rms_gated(hf) | {"use_qk_norm": True}
+
+
+def _phi3(hf: Any) -> Fields:
+    return _rms_gated(hf, partial=True)
+
+
+def _apertus(hf: Any) -> Fields:
+    return _rms_gated(hf) | {"gated_mlp": False, "use_qk_norm": True}
+
+
+def _experts(hf: Any, n_experts: int, *, renormalize: bool) -> Fields:
+    return {
+        "num_experts": n_experts,
+        "experts_per_token": hf.num_experts_per_tok,
+        "norm_topk_prob": renormalize,
+    }
+
+
+def _mixtral(hf: Any) -> Fields:
+    # Mixtral's router always renormalizes the chosen experts' weights and has no switch for it.
+    return _grouped(hf) | _experts(hf, hf.num_local_experts, renormalize=True)
+
+
+def _olmoe(hf: Any) -> Fields:
+    experts = _experts(hf, hf.num_experts, renormalize=hf.norm_topk_prob)
+    return _grouped(hf) | experts | {"clip_qkv": hf.clip_qkv}
+
+
+def _gpt_oss(hf: Any) -> Fields:
+    experts = _experts(hf, hf.num_local_experts, renormalize=False)
+    return _grouped(hf) | experts | {"use_attention_sinks": True}
+
+
+def _gemma2(hf: Any) -> Fields:
+    return _grouped(hf) | _gemma_norms(hf)
+
+
+def _gemma3(hf: Any) -> Fields:
+    text = hf.get_text_config()
+    local = rope_of(text, "sliding_attention").get("rope_theta")
+    return (
+        _grouped(text, layer_type="full_attention")
+        | _gemma_norms(text)
+        | {"use_qk_norm": True, "rotary_base_local": local}
+    )
+
+
+def _gemma_norms(hf: Any) -> Fields:
+    return {
+        "use_normalization_before_and_after": True,
+        "attn_scale": hf.query_pre_attn_scalar**0.5,
+        "attn_scores_soft_cap": hf.attn_logit_softcapping or -1.0,
+        "output_logits_soft_cap": hf.final_logit_softcapping or -1.0,
+    }
+
+
+def _olmo(hf: Any) -> Fields:
+    _require(hf, "num_key_value_heads", hf.num_attention_heads)
+    # OlmoLayerNorm has no weights and a fixed epsilon.
+    norm = {"normalization_type": "LN", "eps": 1e-5, "clip_qkv": hf.clip_qkv}
+    return _sizes(hf) | rotary_fields(hf) | norm | {"gated_mlp": True}
+
+
+def _olmo3(hf: Any) -> Fields:
+    if not rope_of(hf, "full_attention"):
+        return _rms_gated(hf)
+    local = rope_of(hf, "sliding_attention").get("rope_theta")
+    fields = _rms_gated(hf, layer_type="full_attention")
+    return fields | {"rotary_base_local": local, "yarn_global_attn_only": True}
+
+
+def _gpt2_sizes(hf: Any) -> Fields:
+    return {
+        "d_model": hf.n_embd,
+        "d_head": hf.n_embd // hf.n_head,
+        "n_heads": hf.n_head,
+        "n_layers": hf.n_layer,
+        "n_ctx": hf.n_positions,
+        "d_vocab": hf.vocab_size,
+        "d_mlp": hf.n_inner or 4 * hf.n_embd,
+        "act_fn": hf.activation_function,
+        "eps": hf.layer_norm_epsilon,
+        "normalization_type": "LN",
+    }
+
+
+def _gpt2(hf: Any) -> Fields:
+    return _gpt2_sizes(hf) | {
+        "use_attn_scale": hf.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": hf.scale_attn_by_inverse_layer_idx,
+    }
+
+
+def _gptj(hf: Any) -> Fields:
+    return _gpt2_sizes(hf) | {
+        "parallel_attn_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": hf.rotary_dim or hf.n_embd // hf.n_head,
+        "rotary_adjacent_pairs": True,
+    }
+
+
+def _gpt_neo(hf: Any) -> Fields:
+    return {
+        "d_model": hf.hidden_size,
+        "d_head": hf.hidden_size // hf.num_heads,
+        "n_heads": hf.num_heads,
+        "n_layers": hf.num_layers,
+        "n_ctx": hf.max_position_embeddings,
+        "d_vocab": hf.vocab_size,
+        "d_mlp": hf.intermediate_size or 4 * hf.hidden_size,
+        "act_fn": hf.activation_function,
+        "eps": hf.layer_norm_epsilon,
+        "normalization_type": "LN",
+        "use_attn_scale": False,
+        "use_local_attn": True,
+        "attn_types": list(hf.attention_layers),
+        "window_size": hf.window_size,
+    }
+
+
+def _neox(hf: Any) -> Fields:
+    _require(hf, "attention_bias", True)
+    return (
+        _sizes(hf)
+        | rotary_fields(hf, partial=True)
+        | {
+            "eps": hf.layer_norm_eps,
+            "normalization_type": "LN",
+            "parallel_attn_mlp": hf.use_parallel_residual,
+        }
+    )
+
+
+def _phi(hf: Any) -> Fields:
+    _require(hf, "qk_layernorm", False)
+    _require(hf, "num_key_value_heads", hf.num_attention_heads)
+    norm = {"eps": hf.layer_norm_eps, "normalization_type": "LN", "parallel_attn_mlp": True}
+    return _sizes(hf) | rotary_fields(hf, partial=True) | norm
+
+
+def _opt(hf: Any) -> Fields:
+    _require(hf, "do_layer_norm_before", True)
+    _require(hf, "word_embed_proj_dim", hf.hidden_size)
+    _require(hf, "enable_bias", True)
+    return {
+        "d_model": hf.hidden_size,
+        "d_head": hf.hidden_size // hf.num_attention_heads,
+        "n_heads": hf.num_attention_heads,
+        "n_layers": hf.num_hidden_layers,
+        "n_ctx": hf.max_position_embeddings,
+        "d_vocab": hf.vocab_size,
+        "d_mlp": hf.ffn_dim,
+        "act_fn": hf.activation_function,
+        "eps": 1e-5,
+        "normalization_type": "LN",
+    }
+
+
+def _bloom(hf: Any) -> Fields:
+    _require(hf, "apply_residual_connection_post_layernorm", False)
+    return {
+        "d_model": hf.hidden_size,
+        "d_head": hf.hidden_size // hf.n_head,
+        "n_heads": hf.n_head,
+        "n_layers": hf.n_layer,
+        "n_ctx": getattr(hf, "seq_length", 2048),  # ALiBi itself has no limit
+        "d_vocab": hf.vocab_size,
+        "d_mlp": 4 * hf.hidden_size,
+        "act_fn": "gelu_fast",
+        "eps": hf.layer_norm_epsilon,
+        "normalization_type": "LN",
+        "post_embedding_ln": True,
+        "positional_embedding_type": "alibi",
+    }
+
+
+def with_biases(convert: Callable[[Any, Any], StateDict]) -> Callable[[Any, Any], StateDict]:
+    """Add the optional attention biases (``attention_bias=True``) that a conversion drops."""
+
+    def converted(hf_model: Any, cfg: Any) -> StateDict:
+        weights = convert(hf_model, cfg)
+        for layer, block in enumerate(hf_model.model.layers):
+            if block.self_attn.q_proj.bias is not None:
+                weights |= _attention_biases(block.self_attn, layer, cfg)
+        return weights
+
+    return converted
+
+
+def _attention_biases(attention: Any, layer: int, cfg: Any) -> StateDict:
+    grouped = "_" if cfg.n_key_value_heads else ""
+    prefix = f"blocks.{layer}.attn"
+    return {
+        f"{prefix}.b_Q": attention.q_proj.bias.view(-1, cfg.d_head),
+        f"{prefix}.{grouped}b_K": attention.k_proj.bias.view(-1, cfg.d_head),
+        f"{prefix}.{grouped}b_V": attention.v_proj.bias.view(-1, cfg.d_head),
+        f"{prefix}.b_O": attention.o_proj.bias,
+    }
+
+
+def _bloom_weights(hf_model: Any, cfg: Any) -> StateDict:
+    # HookedTransformer has a position table beside ALiBi, which it never reads.
+    unread = torch.zeros(cfg.n_ctx, cfg.d_model, dtype=cfg.dtype)
+    return tl.convert_bloom_weights(hf_model, cfg) | {"pos_embed.W_pos": unread}
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "ApertusForCausalLM": Architecture(_apertus, tl.convert_apertus_weights),
+    "BloomForCausalLM": Architecture(_bloom, _bloom_weights),
+    "GPT2LMHeadModel": Architecture(_gpt2, tl.convert_gpt2_weights),
+    "GPTJForCausalLM": Architecture(_gptj, tl.convert_gptj_weights),
+    "GPTNeoForCausalLM": Architecture(_gpt_neo, tl.convert_neo_weights),
+    "GPTNeoXForCausalLM": Architecture(_neox, tl.convert_neox_weights),
+    "Gemma2ForCausalLM": Architecture(_gemma2, tl.convert_gemma_weights),
+    "Gemma3ForCausalLM": Architecture(_gemma3, tl.convert_gemma_weights),
+    "Gemma3ForConditionalGeneration": Architecture(_gemma3, tl.convert_gemma_weights),
+    "GemmaForCausalLM": Architecture(_grouped, tl.convert_gemma_weights),
+    "GptOssForCausalLM": Architecture(_gpt_oss, tl.convert_gpt_oss_weights),
+    "LlamaForCausalLM": Architecture(_llama, with_biases(tl.convert_llama_weights)),
+    "MistralForCausalLM": Architecture(_grouped, tl.convert_mistral_weights),
+    "MixtralForCausalLM": Architecture(_mixtral, tl.convert_mixtral_weights),
+    "OPTForCausalLM": Architecture(_opt, tl.convert_opt_weights),
+    # OLMo-2's own conversion knows no grouped heads; OLMo-3's names the same modules and does.
+    "Olmo2ForCausalLM": Architecture(_rms_gated, tl.convert_olmo3_weights),
+    "Olmo3ForCausalLM": Architecture(_olmo3, tl.convert_olmo3_weights),
+    "OlmoForCausalLM": Architecture(_olmo, tl.convert_olmo_weights),
+    "OlmoeForCausalLM": Architecture(_olmoe, tl.convert_olmoe_weights),
+    "Phi3ForCausalLM": Architecture(_phi3, tl.convert_phi3_weights),
+    "PhiForCausalLM": Architecture(_phi, tl.convert_phi_weights),
+    "Qwen2ForCausalLM": Architecture(_grouped, tl.convert_qwen2_weights),
+    "Qwen3ForCausalLM": Architecture(_qwen3, with_biases(tl.convert_qwen3_weights)),
+}
+"""Every architecture that loads, by the name in its ``config.json``."""
+
+
+def find_architecture(name: str | None) -> Architecture:
+    """The entry of an architecture.
+
+    Raises:
+        UserError: It has no entry; the sentence names it and every one that does.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"Architecture {str(name)[:80]} cannot be loaded; allowed are "
+            f"{', '.join(ARCHITECTURES)}; use a causal language model of one of these."
+        )
+    return ARCHITECTURES[name]

@@ -1,0 +1,36 @@
+"""Fingerprints: of a model's weights, and of the libraries that compute with them."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+ARITHMETIC_LIBRARIES = ("torch", "transformer-lens")
+"""Another version of these may round, or read a configuration, in another way."""
+
+
+def arithmetic_libraries() -> str:
+    """The versions of the libraries that do the arithmetic."""
+    return ", ".join(f"{name} {version(name)}" for name in ARITHMETIC_LIBRARIES)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over name, shape, type and bytes of every parameter, in order of name."""
+    parameters = sorted(model.named_parameters())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+        digests = pool.map(_tensor_digest, (parameter for _, parameter in parameters))
+    whole = hashlib.sha256()
+    for (name, _), digest in zip(parameters, digests, strict=True):
+        whole.update(name.encode() + b"\0" + digest)
+    return whole.hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+    data = tensor.detach().contiguous().cpu()  # in order first: a GPU does that faster
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

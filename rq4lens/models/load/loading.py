@@ -1,0 +1,219 @@
+"""Load a Hugging Face folder or hub id as a ``HookedTransformer`` with untouched weights.
+
+``HookedTransformer.from_pretrained`` refuses every name that is not on its list, so the parts are
+put together here: the configuration from the folder, the weights from the Hugging Face model
+through TransformerLens' own conversions, the tokenizer from the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
+
+from rq4lens.errors import UserError
+from rq4lens.models.load.adapters import base_of, merge_adapter
+from rq4lens.models.load.checkpoint import Checkpoint, locate
+from rq4lens.models.load.config_check import loadable_architecture
+from rq4lens.models.load.conversion import give_tokenizer, hooked_from
+from rq4lens.models.load.devices import AUTO, Placement, chosen_devices
+from rq4lens.models.load.fingerprint import weights_fingerprint
+from rq4lens.models.load.huggingface import (
+    device_map_of,
+    load_hugging_face,
+    load_tokenizer,
+    require_finite,
+    skeleton_of,
+)
+from rq4lens.models.load.parity import check_tokens, hugging_face_logits, require_same_logits
+from rq4lens.models.load.size import estimate_memory, model_size
+
+HookedModel: TypeAlias = HookedTransformer | TransformerBridge
+"""What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for patching, and where it came from.
+
+    Attributes:
+        model: The model; its weights are those of the checkpoint, never processed.
+        tokenizer: The checkpoint's own tokenizer, unchanged.
+        source: Folder or hub id, or ``"in memory"``.
+        revision: The exact commit of a hub id; None for a folder.
+        dtype: Type of the weights.
+        trust_remote_code: Whether code from the checkpoint was allowed to run.
+        architecture: Name in ``config.json``, as ``LlamaForCausalLM``.
+        adapter_base: Where the base model of a merged adapter came from; None without adapter.
+        logit_check_max_abs_diff: Largest logit difference to the Hugging Face model on
+            ``parity.CHECK_TEXTS``; None when the check was not made.
+    """
+
+    model: HookedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    revision: str | None
+    dtype: torch.dtype
+    trust_remote_code: bool
+    architecture: str
+    logit_check_max_abs_diff: float | None
+    adapter_base: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights' names, shapes, types and bytes; independent of the path."""
+        return weights_fingerprint(self.model)
+
+    @classmethod
+    def wrap(
+        cls,
+        model: HookedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: str = "in memory",
+    ) -> LoadedModel:
+        """Accept a model that is already loaded.
+
+        Args:
+            model: A ``HookedTransformer`` from ``from_pretrained_no_processing``, or a
+                ``TransformerBridge`` as it was booted.
+            tokenizer: Its tokenizer.
+            source: A name for it in results.
+
+        Returns:
+            The model itself, not a copy.
+
+        Raises:
+            UserError: Its weights were processed on load.
+        """
+        _refuse_processed(model)
+        cfg = model.cfg
+        named = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            source=source,
+            revision=None,
+            dtype=cfg.dtype,
+            trust_remote_code=False,
+            architecture=named or "custom",
+            logit_check_max_abs_diff=None,
+        )
+
+
+def load_hooked(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    n_devices: int = 1,
+    device_map: str | Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    check_logits: bool = True,
+) -> LoadedModel:
+    """Load a checkpoint as a ``HookedTransformer`` without processing its weights.
+
+    Args:
+        source: A Hugging Face folder, a hub id, or either of these with a PEFT adapter.
+        revision: Commit, branch or tag of a hub id.
+        device: Where the model goes, as ``"cpu"`` or ``"cuda"``.
+        dtype: Type of the weights.
+        n_devices: Over how many GPUs the layers are spread evenly, in order.
+        device_map: Instead of ``device`` and ``n_devices``: ``"auto"`` for all GPUs, each by what
+            is free on it, or GPUs by name, as ``"cuda:0,cuda:2"``.
+        trust_remote_code: Allow code that the checkpoint brings along to run.
+        check_logits: Compare with the Hugging Face model on two prompts.
+
+    Returns:
+        The model with its tokenizer and provenance.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or its logits differ from Hugging Face.
+    """
+    named = device if device_map is None or device != "cpu" else AUTO  # the default says nothing
+    devices = chosen_devices(named, n_devices, device_map)
+    asked = locate(source, revision)
+    weights = base_of(asked) if asked.is_adapter else asked
+    architecture = loadable_architecture(weights, trust_remote_code=trust_remote_code)
+    skeleton = skeleton_of(weights, trust_remote_code=trust_remote_code)
+    size = model_size(asked, dtype=dtype, trust_remote_code=trust_remote_code)
+    estimate = estimate_memory(size, devices)
+    estimate.require_fit()
+    tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
+    hf_model = load_hugging_face(
+        weights,
+        dtype=dtype,
+        device_map=_hugging_face_places(skeleton, estimate.placement, merged=asked.is_adapter),
+        trust_remote_code=trust_remote_code,
+    )
+    if asked.is_adapter:
+        hf_model = merge_adapter(hf_model, asked)
+    require_finite(hf_model, asked.source)
+    tokens = check_tokens(tokenizer, hf_model.config)
+    expected = hugging_face_logits(hf_model, tokens) if check_logits else None
+    model = hooked_from(hf_model, architecture, dtype=dtype, placement=estimate.placement)
+    del hf_model
+    give_tokenizer(model, tokenizer)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        source=asked.source,
+        revision=asked.revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        architecture=architecture,
+        logit_check_max_abs_diff=(
+            require_same_logits(model, tokens, expected, asked.source) if expected else None
+        ),
+        adapter_base=weights.source if asked.is_adapter else None,
+    )
+
+
+def load_own_tokenizer(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that :func:`load_hooked` would give the model, without the model.
+
+    Raises:
+        UserError: There is no such checkpoint, or its tokenizer cannot be read.
+    """
+    asked = locate(source, revision, with_weights=False)
+    weights = base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked
+    return _tokenizer_of(asked, weights, trust_remote_code)
+
+
+def _tokenizer_of(
+    asked: Checkpoint, weights: Checkpoint, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    chosen = asked if asked.has_tokenizer else weights
+    return load_tokenizer(chosen, trust_remote_code=trust_remote_code)
+
+
+def _hugging_face_places(
+    skeleton: Any, placement: Placement, *, merged: bool
+) -> dict[str, str] | None:
+    """Where Hugging Face reads the weights to; None for the CPU."""
+    if len(placement.devices) == 1:
+        return {"": str(placement.entry)}
+    # PEFT merges on one device; the merged blocks then move one by one.
+    return None if merged else device_map_of(skeleton, placement)
+
+
+def _refuse_processed(model: HookedModel) -> None:
+    """Refuse weights that carry a trace of processing: folded norms, or a bridge's own mark."""
+    converted = getattr(model.cfg, "original_architecture", None) is not None
+    folded = converted and str(model.cfg.normalization_type).endswith("Pre")
+    if folded or getattr(model, "_weights_processed", False):
+        raise UserError(
+            "The weights of this model were processed on load, which changes z; load it with "
+            "rq4lens.load_hooked or HookedTransformer.from_pretrained_no_processing, or use a "
+            "TransformerBridge as it was booted."
+        )

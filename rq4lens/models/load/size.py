@@ -1,0 +1,131 @@
+"""What a model will take in memory, worked out from its configuration before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformer_lens import HookedTransformerConfig
+
+from rq4lens.errors import UserError
+from rq4lens.models.load.adapters import base_of, vocabulary_of
+from rq4lens.models.load.checkpoint import Checkpoint, locate
+from rq4lens.models.load.config_check import loadable_architecture
+from rq4lens.models.load.conversion import hooked_skeleton
+from rq4lens.models.load.devices import Devices, ModelBytes, Placement, free_bytes, place_blocks
+from rq4lens.models.load.huggingface import read_hf_config
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model that was not loaded: its shape, and what its weights will take.
+
+    Attributes:
+        source: The checkpoint.
+        cfg: Its TransformerLens configuration, with the type that it is loaded as.
+        weights: Bytes of its parts, exactly those of the loaded model.
+    """
+
+    source: str
+    cfg: HookedTransformerConfig
+    weights: ModelBytes
+
+
+def model_size(
+    source: str | Path | Checkpoint,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> ModelSize:
+    """The size of a checkpoint's model, from its small files alone.
+
+    Raises:
+        UserError: There is no such checkpoint, or no model can be built from it.
+    """
+    located = isinstance(source, Checkpoint)
+    if isinstance(source, Checkpoint):
+        asked = source
+    else:
+        asked = locate(source, revision, with_weights=False)
+    base = base_of(asked, with_weights=located) if asked.is_adapter else asked
+    architecture = loadable_architecture(
+        base,
+        trust_remote_code=trust_remote_code,
+        with_weights=located or base.revision is None,
+    )
+    hf_config = read_hf_config(base, trust_remote_code=trust_remote_code)
+    if asked.is_adapter and (located or asked.revision is None):
+        text = hf_config.get_text_config()
+        text.vocab_size = vocabulary_of(asked) or text.vocab_size
+    skeleton = hooked_skeleton(hf_config, architecture, dtype)
+    return ModelSize(asked.source, skeleton.cfg, ModelBytes.of(skeleton))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A model's weights against free memory.
+
+    Attributes:
+        size: The model.
+        placement: Which block goes where.
+        free: Bytes free on each device.
+    """
+
+    size: ModelSize
+    placement: Placement
+    free: dict[str, int]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights alone fit, on each device."""
+        held = self.size.weights.on(self.placement)
+        return all(n_bytes <= self.free[device] for device, n_bytes in held.items())
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what is needed, what there is, and what to do if it is too little."""
+        need = (
+            f"{self.size.source} needs {gigabytes(self.size.weights.total)} as "
+            f"{short(self.size.cfg.dtype)} on {', '.join(self.free)}, where "
+            f"{gigabytes(sum(self.free.values()))} are free"
+        )
+        return f"{need}." if self.fits else f"{need}; {self._remedy}."
+
+    @property
+    def _remedy(self) -> str:
+        size, free = self.size.cfg.dtype.itemsize, sum(self.free.values())
+        halves = size > 2 and self.size.weights.total * 2 <= free * size
+        smaller = "load it as bfloat16" if halves else "use a device with more memory"
+        return f"{smaller}, or spread it over more GPUs with n_devices or device_map"
+
+    def require_fit(self) -> None:
+        """Refuse to start what cannot end well.
+
+        Raises:
+            UserError: The weights alone are larger than the free memory.
+        """
+        if not self.fits:
+            raise UserError(self.advice)
+
+
+def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEstimate:
+    """A model's weights against the free memory of its devices.
+
+    Raises:
+        UserError: There are more devices than blocks.
+    """
+    devices = devices or Devices(("cpu",))
+    free = {str(torch.device(name)): free_bytes(name) for name in devices.names}
+    return MemoryEstimate(size, place_blocks(devices, size.weights, list(free.values())), free)
+
+
+def gigabytes(n_bytes: int) -> str:
+    """Bytes as a person reads them; few of them in MB."""
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.3g} MB"
+
+
+def short(dtype: torch.dtype) -> str:
+    """A type as it is written in settings."""
+    return str(dtype).removeprefix("torch.")

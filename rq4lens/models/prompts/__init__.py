@@ -1,0 +1,1 @@
+"""From a file of prompts to tokens cut at the decision token."""

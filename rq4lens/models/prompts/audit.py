@@ -1,0 +1,368 @@
+"""Whether both models read each prompt alike: the same text, decided at the same place.
+
+What a run compares are the distributions behind two decision tokens. They can be compared if both
+models have read the same text up to them, whole, with nothing strange among the tokens.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rq4lens.errors import UserError
+from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.models.prompts.reading import Reading, ReadPrompt, decoded, n_leading_bos, read_prompt
+from rq4lens.models.prompts.record import Prompt
+from rq4lens.models.prompts.rendering import apply_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AuditSide = Literal["base", "tuned"]
+AUDIT_SIDES: tuple[AuditSide, AuditSide] = ("base", "tuned")
+
+ENOUGH_PCT = 95.0
+"""A run whose prompts align less often than this says so in its report."""
+
+N_BEFORE, N_AFTER = 3, 2
+"""How many tokens are shown around the decision token."""
+
+REPLACEMENT, JOINER = "\ufffd", "\u200d"
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+FLAG_LETTERS = range(0x1F1E6, 0x1F200)
+
+
+@dataclass(frozen=True)
+class SideAudit:
+    """How one model reads a prompt.
+
+    Args:
+        before: the tokens before the decision token, as text.
+        decision: the decision token.
+        after: the tokens behind it, which the model does not read.
+        n_tokens: number of tokens that it reads.
+        n_dropped: number of tokens that were cut off on the left.
+        text_end: how many characters of the prompt's text stand before the end of the decision
+            token; None if the tokenizer or the template does not let it be known.
+        in_template: whether it lies in what the chat template adds.
+        problems: what is wrong on this side, a sentence part each.
+    """
+
+    before: tuple[str, ...]
+    decision: str
+    after: tuple[str, ...]
+    n_tokens: int
+    n_dropped: int
+    text_end: int | None
+    in_template: bool | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptAudit:
+    """How both models read a prompt.
+
+    Args:
+        id: the prompt's id.
+        split: its split.
+        sides: each model's reading; a model that cannot read the prompt at all is absent.
+        problems: why its numbers would compare different things; none if the prompt aligns.
+        notes: what differs without harm.
+    """
+
+    id: str
+    split: str
+    sides: Mapping[AuditSide, SideAudit]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether both models decide at the same place of the same text."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How both models read all prompts.
+
+    Args:
+        prompts: a record per prompt, in order.
+        reading: where prompts are decided, in a few words.
+        notes: what holds for the whole set.
+        excluded: the ids of prompts that a run leaves out because they do not align.
+    """
+
+    prompts: tuple[PromptAudit, ...]
+    reading: str
+    notes: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def misaligned(self) -> tuple[str, ...]:
+        """The ids of the prompts that do not align."""
+        return tuple(each.id for each in self.prompts if not each.aligned)
+
+    @property
+    def share_aligned_pct(self) -> float | None:
+        """Share of the prompts that align, in percent; None without prompts."""
+        n_aligned = len(self.prompts) - len(self.misaligned)
+        return 100 * n_aligned / len(self.prompts) if self.prompts else None
+
+    @property
+    def warning(self) -> str | None:
+        """What a report has to say if too few of the prompts that take part align."""
+        n = len(self.prompts) - len(self.excluded)
+        n_aligned = len(self.prompts) - len(self.misaligned)
+        share_pct = 100 * n_aligned / n if n else 100.0
+        if share_pct >= ENOUGH_PCT:
+            return None
+        return (
+            f"WARNING: only {n_aligned} of {n} prompts ({share_pct:.1f}%, less than "
+            f"{ENOUGH_PCT:g}%) are read alike by both models: their numbers compare different "
+            "places; see audit.json or rq4lens audit."
+        )
+
+    def n_cut(self, side: AuditSide) -> int:
+        """How many prompts of a side were cut on the left."""
+        read = (each.sides[side] for each in self.prompts if side in each.sides)
+        return sum(side_audit.n_dropped > 0 for side_audit in read)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The audit in numbers, as plain JSON values."""
+        return {
+            "reading": self.reading,
+            "n": len(self.prompts),
+            "n_misaligned": len(self.misaligned),
+            "share_aligned_pct": self.share_aligned_pct,
+            "n_excluded": len(self.excluded),
+            "warning": self.warning,
+            "n_cut_left": {side: self.n_cut(side) for side in AUDIT_SIDES},
+            "notes": list(self.notes),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``audit.json``."""
+        return {
+            **self.summary,
+            "excluded": list(self.excluded),
+            "prompts": [_record(each) for each in self.prompts],
+        }
+
+
+def audit_prompts(
+    prompts: PromptSet,
+    tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase],
+    reading: Reading | None = None,
+) -> Audit:
+    """Compare how two models read prompts; only their tokenizers are needed.
+
+    Args:
+        prompts: the prompts.
+        tokenizers: each model's own tokenizer.
+        reading: where prompts are decided and how long they may be.
+
+    Returns:
+        What was found, prompt by prompt.
+    """
+    reading = reading or Reading()
+    audited = tuple(_audit(prompt, tokenizers, reading) for prompt in prompts)
+    return Audit(audited, reading.label, tuple(_notes(prompts, tokenizers)))
+
+
+def _audit(
+    prompt: Prompt, tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase], reading: Reading
+) -> PromptAudit:
+    read: dict[AuditSide, ReadPrompt] = {}
+    found: dict[AuditSide, tuple[str, ...]] = {}
+    for side in AUDIT_SIDES:
+        try:
+            read[side] = read_prompt(prompt, tokenizers[side], reading)
+        except UserError as problem:
+            found[side] = (str(problem),)
+    sides = {side: _side(each, tokenizers[side]) for side, each in read.items()}
+    problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
+    notes: list[str] = []
+    if len(sides) == len(AUDIT_SIDES):
+        problems += _disagreements(read, sides)
+        notes += _harmless(sides)
+    return PromptAudit(prompt.id, prompt.split, sides, tuple(problems), tuple(notes))
+
+
+def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
+    """Each problem with the side that has it; what is wrong on both is said once."""
+    base, tuned = problems["base"], problems["tuned"]
+    for what in base:
+        yield f"{'both' if what in tuned else 'base'}: {what}"
+    yield from (f"tuned: {what}" for what in tuned if what not in base)
+
+
+def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:
+    place = read.decision_end
+    start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
+    before, after = (
+        tuple(decoded(tokenizer, token) for token in read.tokens[part])
+        for part in (slice(start, read.decision), slice(behind, behind + N_AFTER))
+    )
+    return SideAudit(
+        before=before,
+        decision=decoded(tokenizer, read.tokens[read.decision]),
+        after=after,
+        n_tokens=len(read.kept),
+        n_dropped=read.n_dropped,
+        text_end=None if place is None else place.end,
+        in_template=None if place is None else place.in_template,
+        problems=tuple(_problems(read, tokenizer)),
+    )
+
+
+def _problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What is wrong with one model's reading."""
+    yield from _special_problems(read, tokenizer)
+    yield from _template_problems(read, tokenizer)
+    yield from _character_problems(read)
+
+
+def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    decision, bos, eos, pad = (
+        read.tokens[read.decision],
+        *(getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")),
+    )
+    if bos is not None and n_leading_bos(read, tokenizer) > 1:
+        yield f"it starts with {n_leading_bos(read, tokenizer)} BOS tokens"
+    if pad is not None and pad not in (bos, eos) and pad in read.kept:
+        trailing = " and is decided at it" if decision == pad else ""
+        yield f"padding {tokenizer.pad_token!r} stands among its tokens{trailing}"
+    elif eos is not None and decision == eos:
+        yield f"it is decided at the end-of-text token {tokenizer.eos_token!r}"
+    if decision == bos != eos:
+        yield f"it is decided at the BOS token {tokenizer.bos_token!r}"
+
+
+def _template_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if read.prompt.messages:
+        if read.rendered.parts is None:
+            yield "its chat template does not hold the messages as they were written"
+        without = apply_template(read.prompt, tokenizer, generation_prompt=False)
+        if read.rendered.text == without:
+            yield "its chat template adds no generation prompt"
+        if read.n_dropped:
+            yield f"the start of its chat template is cut off, {read.n_dropped} tokens in all"
+    elif read.spans is not None and read.n_dropped and _inside_character(read, read.first_kept):
+        yield "the cut on the left goes through a character"
+
+
+def _character_problems(read: ReadPrompt) -> Iterator[str]:
+    if read.spans is None:
+        yield "its tokenizer does not tell the characters of its tokens, so nothing can be compared"
+        return
+    text, span = read.rendered.text, read.spans[read.decision]
+    end = len(text) if span is None else span[1]
+    if _inside_character(read, read.decision + 1) or _inside_cluster(text, end):
+        yield f"the decision token cuts the character {_around(text, end)!r} in two"
+    elif text[max(0, end - 1) : end] == REPLACEMENT:
+        yield "it is decided at half a character (U+FFFD): the text was cut inside it before"
+
+
+def _inside_character(read: ReadPrompt, index: int) -> bool:
+    """Whether a token starts inside a character that the one before it has begun."""
+    spans = read.spans or ()
+    before, span = (spans[at] if 0 <= at < len(spans) else None for at in (index - 1, index))
+    return before is not None and span is not None and span[0] < before[1]
+
+
+def _inside_cluster(text: str, end: int) -> bool:
+    """Whether what is seen as one character, such as a family emoji, goes on behind an index."""
+    if not 0 < end < len(text):
+        return False
+    last, following = text[end - 1], text[end]
+    if unicodedata.category(following) in ("Mn", "Me") or ord(following) in SKIN_TONES:
+        return True
+    flags = len(text[:end]) - len(text[:end].rstrip("".join(map(chr, FLAG_LETTERS))))
+    return JOINER in (last, following) or (ord(following) in FLAG_LETTERS and flags % 2 == 1)
+
+
+def _around(text: str, end: int) -> str:
+    return text[max(0, end - 1) : end + 1]
+
+
+def _disagreements(
+    read: Mapping[AuditSide, ReadPrompt], sides: Mapping[AuditSide, SideAudit]
+) -> Iterator[str]:
+    """Where both readings, each sound by itself, are of different text."""
+    base, tuned = sides["base"], sides["tuned"]
+    if base.text_end is not None and tuned.text_end is not None:
+        if base.text_end != tuned.text_end:
+            yield (
+                f"decided at different places: base after character {base.text_end} at "
+                f"{base.decision!r}, tuned after {tuned.text_end} at {tuned.decision!r}"
+            )
+        elif base.in_template != tuned.in_template:
+            where = {True: "in its chat template", False: "in the text"}
+            yield (
+                f"decided at different places: base {where[bool(base.in_template)]} at "
+                f"{base.decision!r}, tuned {where[bool(tuned.in_template)]} at {tuned.decision!r}"
+            )
+    starts = {side: _text_start(each) for side, each in read.items()}
+    if any(each.n_dropped for each in read.values()) and starts["base"] != starts["tuned"]:
+        yield (
+            f"cut on the left at different places: base reads from character {starts['base']}, "
+            f"tuned from {starts['tuned']}"
+        )
+
+
+def _text_start(read: ReadPrompt) -> int | None:
+    """The first character of the prompt's text that is read."""
+    span = None if read.spans is None else read.spans[read.first_kept]
+    place = None if span is None else read.rendered.place(span[0] + 1)
+    return None if place is None else max(0, place.end - (not place.in_template))
+
+
+def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
+    base, tuned = sides["base"], sides["tuned"]
+    same_place = (base.text_end, base.in_template) == (tuned.text_end, tuned.in_template)
+    if same_place and not base.in_template and _differ(base.decision, tuned.decision):
+        yield (
+            f"the last word is split differently: base ends in {base.decision!r}, tuned in "
+            f"{tuned.decision!r}"
+        )
+
+
+def _differ(token: str, other: str) -> bool:
+    return token.strip() != other.strip()  # whether a token holds its space differs harmlessly
+
+
+def _notes(
+    prompts: PromptSet, tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase]
+) -> Iterator[str]:
+    chats = any(prompt.messages for prompt in prompts)
+    for side, tokenizer in tokenizers.items():
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        if chats and "strftime_now" in template and "date_string" not in template:
+            yield f"the {side} chat template writes today's date: tokens change from day to day"
+
+
+def _record(audit: PromptAudit) -> dict[str, Any]:
+    sides: dict[str, Any] = {
+        side: {
+            "before": list(each.before),
+            "decision": each.decision,
+            "after": list(each.after),
+            "n_tokens": each.n_tokens,
+            "n_dropped": each.n_dropped,
+            "text_end": each.text_end,
+            "in_template": each.in_template,
+        }
+        for side, each in audit.sides.items()
+    }
+    return {
+        "id": audit.id,
+        "split": audit.split,
+        "aligned": audit.aligned,
+        **sides,
+        "problems": list(audit.problems),
+        "notes": list(audit.notes),
+    }

@@ -1,0 +1,183 @@
+"""Prompt files and data sets as plain records, each with the place that it stands at.
+
+What a record must say is checked where prompts are made of them; see ``prompt_record``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rq4lens.disk.files import parse_json, read_regular_file, short_reason
+from rq4lens.errors import UserError
+from rq4lens.models.prompts.record import KEYS
+
+Located = tuple[str, Any]
+"""Where a record stands, and its value."""
+
+NESTED = ("messages", "meta")
+"""What a cell of a CSV file holds as JSON."""
+
+SPLIT_ALIASES = {"validation": "val"}
+"""Names that data sets give to the splits of this package."""
+
+
+def read_records(path: Path) -> Iterator[Located]:
+    """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset.
+
+    Raises:
+        UserError: if nothing is there, or it cannot be read as what it seems to be.
+    """
+    if _is_directory(path):
+        return dataset_records(_load_dataset(path), str(path))
+    return csv_records(path) if path.suffix.lower() == ".csv" else jsonl_records(path)
+
+
+def jsonl_records(path: Path) -> Iterator[Located]:
+    """The objects of a JSONL file, one per line.
+
+    Raises:
+        UserError: if the file is missing, is not UTF-8, or a line is not JSON.
+    """
+    # Not splitlines(): a text may hold a form feed or a Unicode line separator.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parse(line, f"{path}:{number}", "write one object per line")
+
+
+def csv_records(path: Path) -> Iterator[Located]:
+    """The rows of a CSV file whose first line names the columns; an empty cell says nothing.
+
+    Raises:
+        UserError: if the file is missing, is not UTF-8 or not CSV, or lacks a column.
+    """
+    rows = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
+    try:
+        _check_columns(rows.fieldnames or (), str(path))
+        _refuse_repeated(rows.fieldnames or (), str(path))
+        for row in rows:
+            yield f"{path}:{rows.line_num}", _csv_record(row, f"{path}:{rows.line_num}")
+    except csv.Error as problem:
+        raise UserError(
+            f"{path}:{rows.line_num} is not CSV ({short_reason(problem)}): quote texts that hold "
+            "commas, quotes or line breaks, or write JSONL."
+        ) from None
+
+
+def dataset_records(dataset: Any, where: str = "the dataset") -> Iterator[Located]:
+    """The rows of a Hugging Face dataset, or of several splits by name.
+
+    A row of a named split needs no ``split`` of its own, and one without an ``id`` is named by its
+    split and number. Columns that say nothing about the prompt are kept as its ``meta``.
+
+    Raises:
+        UserError: if a column is missing.
+    """
+    if not isinstance(dataset, Mapping):
+        yield from _rows(dataset, None, where)
+        return
+    for name, rows in dataset.items():
+        yield from _rows(rows, SPLIT_ALIASES.get(name, name), f"{where}, split {name!r}")
+
+
+def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Located]:
+    columns = getattr(rows, "column_names", None)
+    if columns is not None:
+        _check_columns((*columns, "id", *(("split",) if split else ())), where)
+        rows = _plain_columns(rows)
+    for number, row in enumerate(rows):
+        place = f"{where}, row {number}"
+        record = {"text": row} if isinstance(row, str) else row
+        if not isinstance(record, Mapping):
+            raise UserError(f"{place} is a {type(row).__name__}: give a string or a dict.")
+        named = {"id": f"{split or 'row'}-{number}"} | ({"split": split} if split else {})
+        given = {key: value for key, value in record.items() if value is not None}
+        yield place, _with_meta(named | given) if columns is not None else named | given
+
+
+def _plain_columns(dataset: Any) -> Any:
+    """A dataset without columns that would be decoded, such as pictures and sounds."""
+    features = getattr(dataset, "features", None)
+    if not features:
+        return dataset
+    plain = [
+        name for name, kind in features.items() if name in KEYS or type(kind).__name__ == "Value"
+    ]
+    return dataset.select_columns(plain)
+
+
+def _with_meta(record: dict[str, Any]) -> dict[str, Any]:
+    known = {key: value for key, value in record.items() if key in KEYS and key != "meta"}
+    other = {key: value for key, value in record.items() if key not in KEYS}
+    return known | {"meta": {**(record.get("meta") or {}), **other}}
+
+
+def _check_columns(columns: Iterable[str], where: str) -> None:
+    present = set(columns)
+    body = () if present & {"text", "messages"} else ("text",)
+    missing = [name for name in ("id", *body, "split") if name not in present]
+    if missing:
+        raise UserError(
+            f"{where} has no column {missing[0]!r}: prompts need the columns id, split, and text "
+            "or messages."
+        )
+
+
+def _refuse_repeated(columns: Sequence[str], where: str) -> None:
+    repeated = [name for name, count in Counter(columns).items() if count > 1]
+    if repeated:
+        raise UserError(f"{where} has column {repeated[0][:60]!r} twice: keep one.")
+
+
+def _csv_record(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    if None in row or None in row.values():
+        raise UserError(f"{where} has more or fewer cells than the first line: give each column.")
+    record: dict[str, Any] = {key: value for key, value in row.items() if value != ""}
+    for key in NESTED:
+        if key in record:
+            record[key] = _parse(record[key], f"{where}, column {key!r},", "write it as JSON")
+    if str(record.get("offset", "")).isdecimal():
+        record["offset"] = int(record["offset"])
+    return record
+
+
+def _load_dataset(path: Path) -> Any:
+    import datasets  # noqa: PLC0415 - only those who bring a dataset wait for it
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as problem:  # every way in which a folder can fail to be a dataset
+        raise UserError(
+            f"folder {str(path)!r} is no Hugging Face dataset ({short_reason(problem)}): give a "
+            "folder written by save_to_disk, or a JSONL or CSV file."
+        ) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_regular_file(path).removeprefix("\ufeff")  # a byte order mark is no content
+    except FileNotFoundError:
+        raise UserError(f"prompt file {str(path)!r} does not exist: check the path.") from None
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"prompt file {str(path)!r} cannot be read as UTF-8 ({short_reason(problem)}): save it "
+            "as a plain UTF-8 file."
+        ) from None
+
+
+def _parse(text: str, where: str, advice: str) -> Any:
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{where} is not JSON ({short_reason(problem)}): {advice}.") from None
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # such as a name that no file system takes
+        return False

@@ -1,0 +1,323 @@
+"""Prompts: reading them, splitting them, and cutting them at the decision token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rq4lens.errors import UserError
+from rq4lens.models.prompts.files import (
+    Located,
+    csv_records,
+    dataset_records,
+    jsonl_records,
+    read_records,
+)
+from rq4lens.models.prompts.record import Prompt, prompt_of_record
+
+PaddingSide = Literal["right", "left"]
+
+FIT_SPLIT = "train"
+MEASURE_SPLIT = "val"
+SIDE_EFFECT_SPLIT = "neutral"
+
+MAX_ID_LENGTH = 200
+"""Ids are names: they stand in error sentences, tables and hover texts."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with their splits, checked when they are made.
+
+    Args:
+        prompts: the prompts, in file order.
+
+    Raises:
+        UserError: for an empty text, characters that UTF-8 cannot hold, a repeated or endless id,
+            and a text or group that stands in both train and val.
+    """
+
+    prompts: tuple[Prompt, ...]
+
+    def __post_init__(self) -> None:
+        _refuse_unreadable(self.prompts)
+        _refuse_empty_texts(self.prompts)
+        _refuse_repeated_ids(self.prompts)
+        _refuse_leaks(self.prompts)
+
+    @classmethod
+    def of(cls, source: Any, split: str | None = None) -> PromptSet:
+        """Prompts from whatever holds them.
+
+        Args:
+            source: the path of a JSONL file, a CSV file or a saved Hugging Face dataset; a
+                ``datasets.Dataset`` or ``DatasetDict``; a list of strings, of objects with the keys
+                of a JSONL line, or of :class:`Prompt`; or such lists by split.
+            split: the split of a list of strings.
+
+        Returns:
+            The prompts, checked.
+
+        Raises:
+            UserError: if something is missing, unknown or of another type.
+        """
+        if isinstance(source, PromptSet):
+            return source
+        if isinstance(source, str | Path):
+            return cls._of_records(read_records(Path(source)))
+        if isinstance(source, list | tuple):
+            return cls._of_list(source, split)
+        return cls.from_dataset(source)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> PromptSet:
+        """Read a JSONL file: one object per line with ``id``, ``split``, ``text`` or ``messages``.
+
+        Optional keys are ``group``, ``answer``, ``offset``, ``marker`` and ``meta``.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The prompts, checked.
+
+        Raises:
+            UserError: if the file is missing, is not UTF-8, or a line is not such an object.
+        """
+        return cls._of_records(jsonl_records(Path(path)))
+
+    @classmethod
+    def from_csv(cls, path: str | Path) -> PromptSet:
+        """Read a CSV file whose columns are the keys of a JSONL line.
+
+        Args:
+            path: the file; ``messages`` and ``meta`` stand in their cells as JSON.
+
+        Returns:
+            The prompts, checked.
+
+        Raises:
+            UserError: if the file is missing, is not UTF-8 or CSV, or lacks a column.
+        """
+        return cls._of_records(csv_records(Path(path)))
+
+    @classmethod
+    def from_dataset(cls, dataset: Any) -> PromptSet:
+        """Take a Hugging Face dataset.
+
+        Args:
+            dataset: a ``Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
+                names are the splits (``validation`` is ``val``).
+
+        Returns:
+            The prompts, checked; other columns are kept as their ``meta``.
+
+        Raises:
+            UserError: if it is no dataset, or lacks a column.
+        """
+        if not isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+            raise UserError(
+                f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
+                "dataset, or a list."
+            )
+        return cls._of_records(dataset_records(dataset))
+
+    @classmethod
+    def _of_list(cls, items: Sequence[Any], split: str | None) -> PromptSet:
+        if all(isinstance(item, Prompt) for item in items):
+            return cls(tuple(items))
+        if any(isinstance(item, str) for item in items):
+            if split is None:
+                raise UserError(
+                    "a list of plain strings says no split: name it with split=..., or give "
+                    '{"train": [...], "val": [...]}.'
+                )
+            return cls._of_records(dataset_records({split: items}, "the list"))
+        return cls._of_records((f"prompt {n} of the list", item) for n, item in enumerate(items))
+
+    @classmethod
+    def _of_records(cls, records: Iterable[Located]) -> PromptSet:
+        return cls(tuple(prompt_of_record(record, where) for where, record in records))
+
+    def without(self, ids: Collection[str]) -> PromptSet:
+        """The prompts but those of these ids."""
+        return PromptSet(tuple(prompt for prompt in self.prompts if prompt.id not in ids))
+
+    def split(self, name: str) -> PromptSet:
+        """The prompts of one split.
+
+        Raises:
+            UserError: if there are none.
+        """
+        chosen = tuple(prompt for prompt in self.prompts if prompt.split == name)
+        if not chosen:
+            raise UserError(
+                f"no prompt has split {name!r}: the splits are {', '.join(self.splits) or 'none'}; "
+                f'mark some prompts with "split": "{name}".'
+            )
+        return PromptSet(chosen)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits, in order of appearance."""
+        return tuple(dict.fromkeys(prompt.split for prompt in self.prompts))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The prompts' ids."""
+        return tuple(prompt.id for prompt in self.prompts)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts' texts."""
+        return tuple(prompt.text for prompt in self.prompts)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The prompts' groups; a prompt without one is a group of its own, named by its id."""
+        return tuple(prompt.group or prompt.id for prompt in self.prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides what the models read, in order."""
+        content = [prompt.content for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """Prompts as one model reads them, each cut at its decision token (its last token).
+
+    What stands behind the decision token cannot change its next-token distribution in a causal
+    model, so it is not kept.
+
+    Args:
+        ids: the prompts' ids.
+        token_ids: the tokens of each prompt, up to and including the decision token.
+        n_dropped: how many tokens of each prompt were cut off on the left; empty where none were.
+    """
+
+    ids: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    n_dropped: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Int[Tensor, "prompt"]:
+        """Number of tokens of each prompt."""
+        return torch.tensor([len(tokens) for tokens in self.token_ids])
+
+    def some(self, rows: Sequence[int]) -> TokenizedPrompts:
+        """Some of the prompts, in the order of their places."""
+        dropped = tuple(self.n_dropped[row] for row in rows) if self.n_dropped else ()
+        token_ids = tuple(self.token_ids[row] for row in rows)
+        return TokenizedPrompts(tuple(self.ids[row] for row in rows), token_ids, dropped)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the ids and tokens, and with them of every decision index."""
+        content = json.dumps([self.ids, self.token_ids])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def batches(self, batch_size: int, padding_side: PaddingSide = "right") -> Iterator[TokenBatch]:
+        """Batches of prompts of similar length."""
+        order = torch.argsort(self.lengths, stable=True)
+        for rows in order.split(batch_size):
+            yield self._batch(rows, padding_side)
+
+    def _batch(self, rows: Int[Tensor, "prompt"], padding_side: PaddingSide) -> TokenBatch:
+        sequences = [torch.tensor(self.token_ids[row]) for row in rows.tolist()]
+        # The padding id is arbitrary: no position that is read can attend to a padded one.
+        tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)
+        ones = [torch.ones_like(sequence) for sequence in sequences]
+        mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, padding_side)
+        return TokenBatch(rows, tokens, mask, padding_side)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A padded batch of prompts.
+
+    Args:
+        rows: which prompts of the :class:`TokenizedPrompts` these are.
+        tokens: the padded tokens.
+        attention_mask: 1 for tokens, 0 for padding.
+        padding_side: where the padding stands.
+    """
+
+    rows: Int[Tensor, "prompt"]
+    tokens: Int[Tensor, "prompt pos"]
+    attention_mask: Int[Tensor, "prompt pos"]
+    padding_side: PaddingSide
+
+    @property
+    def lengths(self) -> Int[Tensor, "prompt"]:
+        """Number of tokens of each prompt."""
+        return self.attention_mask.sum(-1)
+
+    @property
+    def decision(self) -> Int[Tensor, "prompt"]:
+        """Index of the decision token in the padded row."""
+        if self.padding_side == "left":
+            return torch.full_like(self.rows, self.tokens.shape[1] - 1)
+        return self.lengths - 1
+
+
+def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        if not 1 <= len(prompt.id) <= MAX_ID_LENGTH:
+            raise UserError(
+                f"the id of prompt {number} has {len(prompt.id)} characters: give it a name of 1 "
+                f"to {MAX_ID_LENGTH}."
+            )
+        try:
+            json.dumps(prompt.content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            raise UserError(
+                f"prompt {prompt.id!r} holds half a character ({problem.reason}): write the whole "
+                "character, or remove it."
+            ) from None
+
+
+def _refuse_empty_texts(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise UserError(f"prompt {prompt.id!r} has an empty text: give it one or remove it.")
+
+
+def _refuse_repeated_ids(prompts: Sequence[Prompt]) -> None:
+    repeated = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
+    if repeated:
+        raise UserError(f"prompt id {repeated[0]!r} stands more than once: ids must be unique.")
+
+
+def _refuse_leaks(prompts: Iterable[Prompt]) -> None:
+    fitted = [prompt for prompt in prompts if prompt.split == FIT_SPLIT]
+    texts = {prompt.text: prompt.id for prompt in fitted}
+    groups = {prompt.group: prompt.id for prompt in fitted if prompt.group is not None}
+    for prompt in prompts:
+        if prompt.split != MEASURE_SPLIT:
+            continue
+        for what, seen, value in (("text", texts, prompt.text), ("group", groups, prompt.group)):
+            if value in seen:
+                raise UserError(
+                    f"prompts {seen[value]!r} (train) and {prompt.id!r} (val) share their {what}: "
+                    "maps would be fitted on what they are judged by; put both in one split."
+                )

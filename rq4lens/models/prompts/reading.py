@@ -1,0 +1,304 @@
+"""How prompts become tokens: rendered, tokenized once, and cut at the decision token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from rq4lens.errors import UserError
+from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
+from rq4lens.models.prompts.record import Prompt
+from rq4lens.models.prompts.rendering import Place, Rendered, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DecisionRule = Literal["last", "last_content", "before_answer", "marker", "offset"]
+
+Span = tuple[int, int]
+"""First character of a token in the rendered text, and the one behind its last."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read.
+
+    Args:
+        decision_rule: where a prompt is decided: ``"last"`` at its last token, ``"last_content"``
+            at the last one that is not special, ``"before_answer"`` at the token before the
+            prompt's answer, ``"marker"`` at the last character of a marker's last occurrence,
+            ``"offset"`` at the character that the prompt names.
+        marker: the marker of prompts that name none.
+        max_tokens: longer prompts lose tokens on the left, but not their BOS.
+
+    Raises:
+        UserError: if a marker is given that no rule looks for.
+    """
+
+    decision_rule: DecisionRule = "last"
+    marker: str | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.marker is not None and self.decision_rule != "marker":
+            raise UserError(
+                f"marker {self.marker!r} is given, but the decision rule is "
+                f"{self.decision_rule!r}: set it to 'marker', or leave the marker out."
+            )
+        if self.marker == "":
+            raise UserError("the marker is empty: give a string of the prompts' texts.")
+
+    @property
+    def label(self) -> str:
+        """The rule in a few words, with everything that can change a token."""
+        rule = self.decision_rule if self.marker is None else f"marker {self.marker!r}"
+        return rule if self.max_tokens is None else f"{rule}, last {self.max_tokens} tokens"
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """One prompt as one model reads it.
+
+    Args:
+        prompt: the prompt.
+        rendered: what was tokenized.
+        tokens: all tokens, also those behind the decision token.
+        spans: the characters of each token; None for one that the tokenizer added of itself.
+            None altogether if the tokenizer cannot tell.
+        decision: index of the decision token.
+        n_dropped: how many tokens are cut off on the left.
+        has_bos: whether the first token is the tokenizer's BOS, which is not cut off.
+    """
+
+    prompt: Prompt
+    rendered: Rendered
+    tokens: tuple[int, ...]
+    spans: tuple[Span | None, ...] | None
+    decision: int
+    n_dropped: int
+    has_bos: bool
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """What the model reads: up to the decision token, without what is cut off."""
+        head = int(self.has_bos)
+        return self.tokens[:head] + self.tokens[head + self.n_dropped : self.decision + 1]
+
+    @property
+    def first_kept(self) -> int:
+        """Index of the first token behind the BOS that is read."""
+        return int(self.has_bos) + self.n_dropped
+
+    @property
+    def decision_end(self) -> Place | None:
+        """Where the decision token ends in the prompt's text; None if it is not known."""
+        span = None if self.spans is None else self.spans[self.decision]
+        return None if span is None else self.rendered.place(span[1])
+
+
+def tokenize(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, reading: Reading | None = None
+) -> TokenizedPrompts:
+    """Render and tokenize each prompt once and cut it at its decision token.
+
+    Raises:
+        UserError: if a prompt cannot be rendered, has no decision token or two BOS tokens.
+    """
+    read = [read_prompt(prompt, tokenizer, reading or Reading()) for prompt in prompts]
+    for each in read:
+        refuse_second_bos(each, tokenizer)
+    return TokenizedPrompts(
+        prompts.ids, tuple(each.kept for each in read), tuple(each.n_dropped for each in read)
+    )
+
+
+def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:
+    """One prompt as one model reads it.
+
+    Raises:
+        UserError: if it cannot be rendered or has no decision token.
+    """
+    rendered = render(prompt, tokenizer)
+    tokens, spans = _encode(rendered.text, tokenizer)
+    if reading.decision_rule in ("last", "last_content"):
+        decision = _last(prompt, tokens, _skipped(tokenizer, reading))
+    else:
+        decision = _at_character(prompt, rendered, spans, reading)
+    has_bos = bool(tokens) and tokens[0] == tokenizer.bos_token_id
+    most = reading.max_tokens or decision + 1
+    n_dropped = max(0, decision + 1 - max(most, 1 + has_bos))
+    return ReadPrompt(prompt, rendered, tokens, spans, decision, n_dropped, has_bos)
+
+
+def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many BOS tokens a prompt starts with."""
+    others = (n for n, token in enumerate(read.tokens) if token != tokenizer.bos_token_id)
+    return next(others, len(read.tokens))
+
+
+def refuse_second_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a prompt that starts with its BOS twice.
+
+    Raises:
+        UserError: if it does.
+    """
+    if tokenizer.bos_token_id is not None and n_leading_bos(read, tokenizer) > 1:
+        raise UserError(
+            f"prompt {read.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: remove "
+            "it from the text or the chat template; see `rq4lens audit`."
+        )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that the tokenizer calls special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {index for index, token in added.items() if token.special}
+    return frozenset(named | set(tokenizer.all_special_ids))
+
+
+def _encode(
+    text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[Span | None, ...] | None]:
+    rendered = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    encoding: Any = tokenizer(
+        text, add_special_tokens=not rendered, return_offsets_mapping=tokenizer.is_fast
+    )
+    tokens = tuple(encoding["input_ids"])
+    if not tokenizer.is_fast:
+        return tokens, None
+    of_text = (sequence is not None for sequence in encoding.sequence_ids(0))
+    spans = [
+        (span[0], span[1]) if own else None
+        for span, own in zip(encoding["offset_mapping"], of_text, strict=True)
+    ]
+    return tokens, tuple(_with_whitespace(text, tokens, spans, tokenizer))
+
+
+def _with_whitespace(
+    text: str,
+    tokens: Sequence[int],
+    spans: Sequence[Span | None],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Span | None]:
+    """Spans that hold all whitespace of their tokens: some tokenizers leave it out of the span.
+
+    Of the whitespace between two tokens, the later one has as much as it decodes to at its start,
+    and the earlier one as much of the rest as it decodes to at its end.
+    """
+    text_of = cache(partial(decoded, tokenizer))
+    closed, last, end = list(spans), -1, 0
+    for index, span in enumerate([*spans, (len(text), len(text))]):
+        if span is None:
+            continue
+        start, stop = span
+        if (gap := text[end:start]).isspace():
+            if index < len(spans):
+                start -= min(len(gap), _n_leading(text_of(tokens[index])))
+                closed[index] = (start, stop)
+            before = closed[last] if last >= 0 else None
+            if before is not None:
+                trailing = _n_leading(text_of(tokens[last])[::-1])
+                closed[last] = (before[0], before[1] + min(start - end, trailing))
+        last, end = index, max(end, stop)
+    return closed
+
+
+def _n_leading(text: str) -> int:
+    """How many characters of whitespace a text starts with."""
+    return len(text) - len(text.lstrip())
+
+
+def _skipped(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> frozenset[int]:
+    return special_ids(tokenizer) if reading.decision_rule == "last_content" else frozenset()
+
+
+def _last(prompt: Prompt, tokens: tuple[int, ...], skipped: frozenset[int]) -> int:
+    for index in range(len(tokens) - 1, -1, -1):
+        if tokens[index] not in skipped:
+            return index
+    raise _nothing_to_decide_at(prompt)
+
+
+def _nothing_to_decide_at(prompt: Prompt) -> UserError:
+    return UserError(
+        f"prompt {prompt.id!r} has no token to decide at: its text must have at least one token "
+        "outside the special ones."
+    )
+
+
+def _at_character(
+    prompt: Prompt, rendered: Rendered, spans: tuple[Span | None, ...] | None, reading: Reading
+) -> int:
+    """The token that holds the character that the rule names, or the one before the answer's."""
+    if spans is None:
+        raise UserError(
+            f"decision rule {reading.decision_rule!r} needs a tokenizer that tells the characters "
+            "of its tokens: save the fast tokenizer with the model, or use 'last'."
+        )
+    character = _character(prompt, reading)
+    if rendered.parts is None:
+        raise UserError(
+            f"the chat template does not hold the messages of prompt {prompt.id!r} as they were "
+            f"written, so that no character can be found: use the rule 'last' instead of "
+            f"{reading.decision_rule!r}."
+        )
+    at = rendered.index_of(character)
+    if reading.decision_rule == "before_answer":
+        return _before(prompt, at, spans)
+    # The last one: a character of several bytes may be several tokens.
+    holding = [index for index, span in enumerate(spans) if span is not None and span[0] <= at]
+    if not holding:
+        raise _nothing_to_decide_at(prompt)
+    return holding[-1]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of one token, its whitespace included."""
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def _before(prompt: Prompt, at: int, spans: tuple[Span | None, ...]) -> int:
+    """The token before the one in which a character starts."""
+    first = next((n for n, span in enumerate(spans) if span is not None and span[1] > at), 0)
+    if first == 0 or spans[first - 1] is None:
+        raise UserError(
+            f"prompt {prompt.id!r} starts with its answer: there is no token before it to decide "
+            "at."
+        )
+    return first - 1
+
+
+def _character(prompt: Prompt, reading: Reading) -> int:
+    """Index of a character of the prompt's text: where the answer starts, or what decides."""
+    if reading.decision_rule == "offset":
+        return _offset(prompt)
+    if reading.decision_rule == "before_answer":
+        return _find(prompt, "answer", prompt.answer)
+    marker = prompt.marker or reading.marker
+    return _find(prompt, "marker", marker) + len(marker or "") - 1
+
+
+def _offset(prompt: Prompt) -> int:
+    if prompt.offset is None:
+        raise UserError(f"prompt {prompt.id!r} has no offset, which rule 'offset' needs: give one.")
+    if prompt.offset >= len(prompt.text):
+        raise UserError(
+            f"offset {prompt.offset} of prompt {prompt.id!r} lies behind its text of "
+            f"{len(prompt.text)} characters: count from 0."
+        )
+    return prompt.offset
+
+
+def _find(prompt: Prompt, what: str, wanted: str | None) -> int:
+    if wanted is None:
+        rule = "before_answer" if what == "answer" else "marker"
+        raise UserError(f"prompt {prompt.id!r} has no {what}, which rule {rule!r} needs: give one.")
+    at = prompt.text.rfind(wanted)
+    if at < 0:
+        raise UserError(
+            f"the {what} {wanted[:60]!r} does not stand in prompt {prompt.id!r}: give a string of "
+            "its text, letter for letter."
+        )
+    return at

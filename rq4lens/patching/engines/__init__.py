@@ -1,0 +1,1 @@
+"""Engines that measure patches: hooks are the reference, the others must equal them."""

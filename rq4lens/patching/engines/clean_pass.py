@@ -1,0 +1,204 @@
+"""One clean pass of the tuned model that keeps what every condition will need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.components import TransformerBlock
+
+from rq4lens.models.load.devices import Placement, copied_once
+from rq4lens.models.prompts.prompt_set import TokenBatch
+from rq4lens.patching.activations import forward_steps, patched_positions, reader_at, reading
+from rq4lens.patching.engines.attention_row import SharedKeys, attention_bias, turn_to_decision
+from rq4lens.patching.engines.block_row import attention_input
+from rq4lens.patching.engines.layout import Steps
+
+COLUMN_MULTIPLE = 8
+"""Half-precision matrix products are fast when their sides are multiples of this."""
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """What one layer of the clean pass leaves behind.
+
+    Args:
+        resid: the residual stream entering the layer, at the patched positions.
+        z: the head activations there.
+        shared: keys and values of the earlier positions.
+    """
+
+    resid: Float[Tensor, "prompt position d_model"]
+    z: Float[Tensor, "prompt position head d_head"]
+    shared: SharedKeys
+
+    def of_prompts(self, prompts: slice) -> KeptLayer:
+        """The same for some of the prompts."""
+        return KeptLayer(self.resid[prompts], self.z[prompts], self.shared.of_prompts(prompts))
+
+    def to(self, device: torch.device) -> KeptLayer:
+        """The same on another device."""
+        return KeptLayer(self.resid.to(device), self.z.to(device), self.shared.to(device))
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the layer's tensors take."""
+        tensors = (self.resid, self.z, self.shared.keys, self.shared.values)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """A batch of prompts after its clean pass.
+
+    Args:
+        rows: which prompts of the engine these are.
+        layers: what is kept, by layer, where the layer is.
+        entering: the residual stream of two prompts, :func:`shortest_and_longest`, before the
+            lowest kept layer; the start-up check runs native hooks on it.
+    """
+
+    rows: Int[Tensor, "prompt"]
+    layers: dict[int, KeptLayer]
+    entering: Float[Tensor, "end pos d_model"]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the batch takes."""
+        return sum(layer.n_bytes for layer in self.layers.values())
+
+    def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of a layer."""
+        return self.layers[layer].z
+
+    def to(self, placement: Placement) -> KeptBatch:
+        """The batch with each layer on its device."""
+        layers = {index: kept.to(placement.layers[index]) for index, kept in self.layers.items()}
+        return KeptBatch(self.rows, layers, self.entering.to(placement.layers[min(layers)]))
+
+
+def clean_pass(
+    model: HookedTransformer, batch: TokenBatch, first_layer: int, n_positions: int
+) -> Steps[KeptBatch]:
+    """Run the model once over right-padded prompts and keep what a patched row will look at.
+
+    A step is a block, so that several batches can be under way on several devices.
+
+    Of the last block only the attention is run: its MLP and the unembedding are read at the
+    decision token alone, where the engine's own clean row computes them.
+    """
+    placement = Placement.of(model)
+    read = reader_at(patched_positions(batch, n_positions))
+    layers: dict[int, KeptLayer] = {}
+    bias = _bias_of_layers(batch, n_positions)
+    position_mask = copied_once(_aligned_right(batch.lengths))
+    resid = yield from forward_steps(model, batch, first_layer, readers={})
+    entering = resid[shortest_and_longest(len(resid))].clone()
+    for layer in range(first_layer, model.cfg.n_layers):
+        device = placement.layers[layer]
+        yield device
+        resid = resid.to(device)
+        block, kept = model.blocks[layer], _KeptKeys(resid)
+        at_positions = read(resid)
+        z: list[Tensor] = []
+        with reading(block.attn.hook_z, _into(z, read)):
+            if layer < model.cfg.n_layers - 1:
+                resid = block(resid, past_kv_cache_entry=kept)
+            else:
+                _run_attention(block, resid, kept)
+        bias_here = bias(block.attn, device)
+        shared = kept.share(block.attn, n_positions, bias_here, position_mask(device))
+        layers[layer] = KeptLayer(at_positions, z[0], shared)
+    return KeptBatch(batch.rows, layers, entering)
+
+
+def shortest_and_longest(n_prompts: int) -> slice:
+    """The ends of a batch, whose prompts are sorted by length; padding matters for one of them."""
+    return slice(0, n_prompts, max(1, n_prompts - 1))
+
+
+def _run_attention(block: TransformerBlock, resid: Tensor, kept: _KeptKeys) -> None:
+    read = attention_input(block, resid)
+    block.attn(read, read, read, past_kv_cache_entry=kept)
+
+
+class _KeptKeys(TransformerLensKeyValueCacheEntry):
+    """A cache entry that starts empty and keeps what the attention appends, without copying it."""
+
+    def __init__(self, resid: Float[Tensor, "prompt pos d_model"]) -> None:
+        nothing = resid.new_empty(len(resid), 0, 1, 1)
+        super().__init__(past_keys=nothing, past_values=nothing)
+
+    def append(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        self.past_keys, self.past_values = new_keys, new_values
+        return new_keys, new_values
+
+    def share(
+        self,
+        attn: Any,
+        n_positions: int,
+        bias: Tensor | None,
+        position_mask: Int[Tensor, "prompt pos"],
+    ) -> SharedKeys:
+        """Keys and values in the layout of the decision row, the row's own columns left empty."""
+        rotary = attn.cfg.positional_embedding_type == "rotary"
+        keys = attn.apply_rotary(self.past_keys) if rotary else self.past_keys
+        shared = SharedKeys(
+            _by_head(keys, n_positions),
+            _by_head(self.past_values, n_positions),
+            bias,
+            position_mask,
+        )
+        # Several patched positions are rotated differently: their queries turn one by one.
+        one_rotation = rotary and n_positions == 1
+        return turn_to_decision(attn, shared) if one_rotation else shared
+
+
+def _by_head(
+    heads: Float[Tensor, "prompt pos kv_head d_head"], n_positions: int
+) -> Float[Tensor, "prompt kv_head key d_head"]:
+    n_prompts, n_pos, n_heads, d_head = heads.shape
+    columns = heads.new_zeros(n_prompts, n_heads, n_columns(n_pos), d_head)
+    earlier = heads[:, : n_pos - n_positions]
+    columns[:, :, : n_pos - n_positions] = rearrange(
+        earlier, "prompt pos kv_head d_head -> prompt kv_head pos d_head"
+    )
+    return columns
+
+
+def n_columns(n_pos: int) -> int:
+    """Key columns for prompts of this padded length."""
+    return -(-n_pos // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+
+
+def _bias_of_layers(
+    batch: TokenBatch, n_positions: int
+) -> Callable[[Any, torch.device], Tensor | None]:
+    """The score bias of an attention module; layers of one kind on one device share it."""
+    made: dict[tuple[str, torch.device], Tensor | None] = {}
+
+    def bias(attn: Any, device: torch.device) -> Tensor | None:
+        key = (attn.attn_type, device)
+        if key not in made:
+            columns = n_columns(batch.tokens.shape[1])
+            found = attention_bias(attn, batch.lengths, n_positions, columns)
+            made[key] = None if found is None else found.to(device)
+        return made[key]
+
+    return bias
+
+
+def _aligned_right(lengths: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt pos"]:
+    longest = int(lengths.max())
+    return (torch.arange(longest) >= longest - lengths[:, None]).long()
+
+
+def _into(found: list[Tensor], read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    return lambda value: found.append(read(value))

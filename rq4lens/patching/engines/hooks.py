@@ -1,0 +1,206 @@
+"""The reference: native ``hook_z`` patches, one full forward pass per condition.
+
+Slow and simple on purpose. Every faster engine must give the numbers of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from rq4lens.errors import UserError
+from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
+from rq4lens.patching.activations import (
+    capture_z,
+    check_layers,
+    forward_batch,
+    patched_positions,
+    z_site,
+)
+from rq4lens.patching.engines.rows import check_source, used_sources
+from rq4lens.patching.patch import (
+    Advance,
+    Effects,
+    Intervention,
+    KLDirection,
+    Patch,
+    Sources,
+    answer_logprob_change,
+    blend,
+    head_mask,
+    next_token_kl,
+)
+
+
+@contextmanager
+def patched_heads(
+    model: HookedModel,
+    intervention: Intervention,
+    sources: Sources,
+    batch: TokenBatch,
+    k_positions: int = 1,
+) -> Iterator[HookedModel]:
+    """The model with its heads patched while the context lasts; no hook stays behind.
+
+    Args:
+        model: the tuned model.
+        intervention: the patches, at most one per layer.
+        sources: the activations that are blended in, for all prompts.
+        batch: the prompts that will be run.
+        k_positions: how many positions, ending at the decision token, are patched.
+
+    Yields:
+        The model, to be run on ``batch.tokens``.
+
+    Raises:
+        UserError: if a source does not have the shape of the site it is patched into.
+    """
+    positions = patched_positions(batch, k_positions)
+    hooks = [
+        (
+            z_site(patch.layer),
+            _patch_hook(patch, sources[patch.layer, patch.source], batch, positions),
+        )
+        for patch in intervention
+    ]
+    with model.hooks(fwd_hooks=hooks):
+        yield model
+
+
+def _patch_hook(
+    patch: Patch,
+    source: Float[Tensor, "prompt position head d_head"],
+    batch: TokenBatch,
+    positions: Tensor,
+) -> Callable[[Tensor, HookPoint], Tensor]:
+    # TransformerLens passes the hook point by its name.
+    def write(z: Float[Tensor, "prompt pos head d_head"], hook: HookPoint) -> Tensor:  # noqa: ARG001
+        rows = torch.arange(len(z), device=z.device)[:, None]
+        at = positions.to(z.device)
+        current = z[rows, at]
+        # An engine checks the number of prompts; here only a batch of them is known.
+        n_prompts = max(len(source), int(batch.rows.max()) + 1)
+        check_source((patch.layer, patch.source), source, (n_prompts, *current.shape[1:]))
+        incoming = source[batch.rows].to(z.device)
+        z = z.clone()
+        z[rows, at] = blend(current, incoming, head_mask(patch.heads, z.device), patch.alpha)
+        return z
+
+    return write
+
+
+class HookEngine:
+    """Measures each intervention by a full forward pass of the tuned model.
+
+    Args:
+        model: the tuned model.
+        prompts: the measured prompts, tokenized for the tuned model.
+        k_positions: how many positions, ending at the decision token, are patched.
+        batch_size: prompts per forward pass.
+        padding_side: where shorter prompts are filled up; it changes no number.
+        kl_direction: which way the divergence is taken.
+    """
+
+    name = "hooks"
+
+    def __init__(
+        self,
+        model: HookedModel,
+        prompts: TokenizedPrompts,
+        *,
+        k_positions: int = 1,
+        batch_size: int = 32,
+        padding_side: PaddingSide = "right",
+        kl_direction: KLDirection = "patched||clean",
+    ) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.k_positions = k_positions
+        self.batch_size = batch_size
+        self.padding_side: PaddingSide = padding_side
+        self.kl_direction: KLDirection = kl_direction
+        self.fallback_reason: str | None = None
+
+    @property
+    def memory_report(self) -> dict[str, Any]:
+        """What memory was asked for and used, for the record of a run."""
+        return {"batch_size": self.batch_size}
+
+    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations of the tuned model at the patched positions of a layer."""
+        captured = capture_z(
+            self.model,
+            self.prompts,
+            [layer],
+            k_positions=self.k_positions,
+            batch_size=self.batch_size,
+            padding_side=self.padding_side,
+        )
+        return captured[layer]
+
+    @torch.no_grad()
+    def effects(
+        self,
+        interventions: Sequence[Intervention],
+        sources: Sources,
+        advance: Advance | None = None,
+    ) -> Effects:
+        """Effect of each intervention on each prompt.
+
+        Raises:
+            UserError: if a layer, head set or source does not fit the model.
+        """
+        check_interventions(interventions, self.model)
+        cfg = self.model.cfg
+        for key, source in used_sources(interventions, sources):
+            site = (len(self.prompts), self.k_positions, cfg.n_heads, cfg.d_head)
+            check_source(key, source, site)
+        kl, change = np.empty((2, len(interventions), len(self.prompts)))
+        for batch in self.prompts.batches(self.batch_size, self.padding_side):
+            clean = self._decision_logits(batch)
+            for index, intervention in enumerate(interventions):
+                with patched_heads(self.model, intervention, sources, batch, self.k_positions):
+                    patched = self._decision_logits(batch)
+                kl[index, batch.rows] = next_token_kl(patched, clean, self.kl_direction).cpu()
+                change[index, batch.rows] = answer_logprob_change(patched, clean).cpu()
+                if advance is not None:
+                    advance(len(batch.rows))
+        return Effects(kl, change)
+
+    def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:
+        logits = forward_batch(self.model, batch)
+        return logits[torch.arange(len(logits)), batch.decision]
+
+
+def check_interventions(interventions: Sequence[Intervention], model: HookedModel) -> None:
+    """Refuse interventions that the model cannot take.
+
+    Raises:
+        UserError: for a layer the model does not have, a head set made for another number of heads,
+            or two patches of one layer in one intervention.
+    """
+    patches = {patch for intervention in interventions for patch in intervention}
+    if patches:
+        check_layers([patch.layer for patch in patches], model.cfg.n_layers)
+    for patch in patches:
+        if patch.heads.n_heads != model.cfg.n_heads:
+            raise UserError(
+                f"head set {patch.heads} is made for {patch.heads.n_heads} heads, but "
+                f"{z_site(patch.layer)} has {model.cfg.n_heads}: parse it with n_heads="
+                f"{model.cfg.n_heads}."
+            )
+    for intervention in interventions:
+        layers = [patch.layer for patch in intervention]
+        if len(set(layers)) < len(layers):
+            raise UserError(
+                f"one intervention patches layer {max(layers, key=layers.count)} twice: join its "
+                "head sets, or measure the patches one by one."
+            )

@@ -1,0 +1,120 @@
+"""A model's layers as the engines run them: norms, weights, and batches on several devices."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformer_lens.components import AbstractAttention, GatedMLP, LayerNorm, RMSNorm, Unembed
+
+
+@contextmanager
+def fused_norms(part: nn.Module, *, half_only: bool = False) -> Iterator[None]:
+    """Let norm modules compute by torch's fused kernel of the same function when they are called.
+
+    TransformerLens' own forward passes over the rows nine times: 0.79 ms against 0.08 ms for 14,700
+    rows of 4,096 bf16 values on an H200, where norms would take a tenth of a scan over all heads.
+    A module that someone listens to, or of another kind, runs as it is.
+    """
+    chosen = [
+        module
+        for module in part.modules()
+        if _is_plain(module) and (_is_half(module) or not half_only)
+    ]
+    for norm in chosen:
+        norm.forward = partial(_fused, norm)
+    try:
+        yield
+    finally:
+        for norm in chosen:
+            del norm.forward
+
+
+def _is_plain(norm: Any) -> bool:
+    # A forward of its own: an outer context has seen to it, or somebody else has.
+    if type(norm) not in {RMSNorm, LayerNorm} or "forward" in vars(norm):
+        return False
+    points = (norm.hook_scale, norm.hook_normalized)
+    return not any(point.fwd_hooks or point.bwd_hooks for point in points)
+
+
+def _is_half(norm: Any) -> bool:
+    return norm.cfg.dtype in {torch.float16, torch.bfloat16}
+
+
+def _fused(norm: Any, rows: Float[Tensor, "*rows d_model"]) -> Tensor:
+    if isinstance(norm, RMSNorm):
+        return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps)
+    return functional.layer_norm(rows, norm.w.shape, norm.w, norm.b, norm.eps)
+
+
+_HEADS_LAST = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
+
+
+def store_for_products(parts: Iterable[nn.Module]) -> None:
+    """Reorder weights in memory so that no forward pass has to copy them.
+
+    TransformerLens' submodules transpose their weights with ``.T.contiguous()`` or einops at every
+    call, a copy of the whole weight. A weight that already lies in memory in that order is used as
+    it is. Values, shapes, names and results stay the same to the bit; only strides change.
+    """
+    for module in chain.from_iterable(part.modules() for part in parts):
+        if isinstance(module, AbstractAttention):
+            _store_attention(module)
+        elif isinstance(module, GatedMLP):
+            for weight in (module.W_gate, module.W_in, module.W_out):
+                _store(weight, (1, 0))
+        elif isinstance(module, Unembed):
+            _store(module.W_U, (1, 0))
+
+
+def _store_attention(attn: AbstractAttention) -> None:
+    weights = dict(attn.named_parameters(recurse=False))
+    for name in _HEADS_LAST:
+        if name in weights:
+            _store(weights[name], (0, 2, 1))
+    _store(weights["W_O"], (2, 0, 1))
+
+
+def _store(weight: nn.Parameter | Tensor, order: tuple[int, ...]) -> None:
+    """Let the axes lie in memory in the given order, outermost first."""
+    if weight.ndim == len(order):
+        inverse = tuple(order.index(axis) for axis in range(len(order)))
+        weight.data = weight.data.permute(order).contiguous().permute(inverse)
+
+
+T = TypeVar("T")
+
+Steps = Generator[torch.device, None, T]
+"""Work that stops before each block to say which device computes it, and ends with its result."""
+
+
+def side_by_side(works: Iterable[Steps[T]]) -> Iterator[T]:
+    """Do works so that every device has something to do.
+
+    A device can be told about a thousand kernels ahead; then whoever tells it waits. Telling one
+    all blocks of a batch would let the others run dry meanwhile. So works that are under way take
+    turns, block by block, and the next one begins when the last one has left the first device. On a
+    single device they come one after the other.
+    """
+    waiting, under_way = deque(works), deque[tuple[Steps[T], torch.device]]()
+    entry: torch.device | None = None
+    while waiting or under_way:
+        if waiting and (not under_way or under_way[-1][1] != entry):
+            work = waiting.popleft()
+            entry = next(work)
+            under_way.append((work, entry))
+        for _ in range(len(under_way)):
+            work, _ = under_way.popleft()
+            try:
+                under_way.append((work, next(work)))
+            except StopIteration as end:
+                yield end.value

@@ -1,0 +1,1 @@
+"""Linear maps from base to tuned activations."""

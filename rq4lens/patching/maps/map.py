@@ -1,0 +1,250 @@
+"""Maps from base to tuned head activations: frozen, callable, kept as safetensors and JSON.
+
+A map's **source** is the base model's z, its **target** the tuned model's z. It is affine,
+``ẑ = z W + b``, either one per head or one over all heads of the layer jointly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import einops
+import torch
+from jaxtyping import Float
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
+
+from rq4lens.disk.files import (
+    make_directory,
+    read_json,
+    read_regular_bytes,
+    short_reason,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from rq4lens.disk.store import content_key
+from rq4lens.errors import UserError
+
+MapKind = Literal[
+    "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
+]
+MapScope = Literal["head", "layer"]
+MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
+MAP_SCOPES: tuple[MapScope, ...] = get_args(MapScope)
+DEFAULT_KIND: MapKind = "procrustes_scaled"
+
+
+@dataclass(frozen=True)
+class FitQuality:
+    """How well a predictor meets the tuned activations of one head on held-out prompts.
+
+    Args:
+        r2: share of the variance around the held-out mean that is explained; at most 1, negative
+            when the mean would do better; None when the target does not vary.
+        cosine: mean cosine between predicted and true activation; None when one of them is zero.
+        cka: linear centred kernel alignment in [0, 1]; None when one of them does not vary.
+    """
+
+    r2: float | None
+    cosine: float | None
+    cka: float | None
+
+
+@dataclass(frozen=True)
+class HeadDiagnostics:
+    """Held-out fit of one head, beside what simpler predictors reach.
+
+    Args:
+        head: the head.
+        fitted: the map itself.
+        mean: always the train mean of the target.
+        identity: the base activation itself.
+        shuffled: a map of the same kind fitted with the prompts of the two models unpaired.
+    """
+
+    head: int
+    fitted: FitQuality
+    mean: FitQuality
+    identity: FitQuality
+    shuffled: FitQuality
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The fitted map of one layer, from base z (source) to tuned z (target).
+
+    Args:
+        layer: the layer.
+        kind: how it was fitted.
+        scope: one map per head, or one over all heads jointly.
+        weight: ``W``; ``block`` is the head for scope ``"head"`` and 1 for scope ``"layer"``.
+        bias: ``b``.
+        n_heads: heads of the layer.
+        ingredients: everything the fit depends on.
+        diagnostics: held-out fit per head; empty when none was measured.
+        details: what the fit chose by itself, such as the ridge strength.
+    """
+
+    layer: int
+    kind: MapKind
+    scope: MapScope
+    weight: Float[Tensor, "block d_block d_block"]
+    bias: Float[Tensor, "block d_block"]
+    n_heads: int
+    ingredients: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: tuple[HeadDiagnostics, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows head d_head"]:
+        """Map base activations into the tuned model's space.
+
+        Args:
+            z: base activations of every head.
+
+        Returns:
+            The predicted tuned activations, in float32 or better.
+
+        Raises:
+            UserError: if the activations have another number of heads or another width.
+        """
+        blocks = to_blocks(z.to(torch.promote_types(z.dtype, torch.float32)), self.scope)
+        if blocks.shape[-2:] != self.bias.shape or z.shape[-2] != self.n_heads:
+            raise UserError(
+                f"the map of layer {self.layer} takes {self.n_heads} heads of width "
+                f"{self.weight.numel() // self.weight.shape[-1] // self.n_heads}, but the "
+                f"activations are {tuple(z.shape[-2:])} [head d_head]; use a map of this model."
+            )
+        weight, bias = self.weight.to(blocks), self.bias.to(blocks)
+        mapped = einops.einsum(blocks, weight, "... block i, block i j -> ... block j") + bias
+        return from_blocks(mapped, self.n_heads)
+
+    @property
+    def mean_cka(self) -> float | None:
+        """Mean calibration CKA over heads; None when no head has one."""
+        return _mean([row.fitted.cka for row in self.diagnostics])
+
+    @property
+    def mean_r2(self) -> float | None:
+        """Mean held-out R² over heads; None when no head has one."""
+        return _mean([row.fitted.r2 for row in self.diagnostics])
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the bytes of ``W`` and ``b``."""
+        digest = hashlib.sha256()
+        for tensor in (self.weight, self.bias):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the map was fitted on and of what came out."""
+        return content_key({"ingredients": self.ingredients, "weights": self.weights_sha256})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain JSON values."""
+        return {
+            "layer": self.layer,
+            "kind": self.kind,
+            "scope": self.scope,
+            "n_heads": self.n_heads,
+            "source": "base z",
+            "target": "tuned z",
+            "ingredients": dict(self.ingredients),
+            "details": dict(self.details),
+            "diagnostics": [asdict(row) for row in self.diagnostics],
+            "weights_sha256": self.weights_sha256,
+        }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def to_blocks(
+    z: Float[Tensor, "*rows head d_head"], scope: MapScope
+) -> Float[Tensor, "*rows block d_block"]:
+    """Heads as the map's blocks: each by itself, or all in one."""
+    if scope == "head":
+        return z
+    return einops.rearrange(z, "... head d_head -> ... 1 (head d_head)")
+
+
+def from_blocks(
+    blocks: Float[Tensor, "*rows block d_block"], n_heads: int
+) -> Float[Tensor, "*rows head d_head"]:
+    """The inverse of :func:`to_blocks`."""
+    return einops.rearrange(
+        blocks,
+        "... block (inner d_head) -> ... (block inner) d_head",
+        inner=n_heads // blocks.shape[-2],
+    )
+
+
+def save_map(layer_map: LayerMap, path: Path) -> None:
+    """Write ``path`` (safetensors) and the JSON file of the same name beside it."""
+    tensors = {"weight": layer_map.weight.contiguous(), "bias": layer_map.bias.contiguous()}
+    make_directory(path.parent)
+    # The tensors come last: whoever finds them finds a complete map.
+    write_json_atomic(path.with_suffix(".json"), layer_map.to_dict())
+    write_bytes_atomic(path, safetensors_save(tensors))
+
+
+def load_map(path: Path) -> LayerMap:
+    """Read a map back and check it.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the tensors are not finite, do not have the
+            shapes that the JSON file promises, or are not the ones that were written with it.
+    """
+    try:
+        record = read_json(path.with_suffix(".json"))
+        tensors = safetensors_load(read_regular_bytes(path))
+        diagnostics = tuple(_diagnostics(row) for row in record["diagnostics"])
+        layer_map = LayerMap(
+            layer=record["layer"],
+            kind=record["kind"],
+            scope=record["scope"],
+            weight=tensors["weight"],
+            bias=tensors["bias"],
+            n_heads=record["n_heads"],
+            ingredients=record["ingredients"],
+            diagnostics=diagnostics,
+            details=record["details"],
+        )
+    except Exception as problem:  # every way in which a file can be damaged ends in one sentence
+        raise UserError(
+            f"map file {str(path)!r} cannot be read ({type(problem).__name__}: "
+            f"{short_reason(problem)}): delete it, and the run fits it again."
+        ) from problem
+    _check_tensors(layer_map, path)
+    if layer_map.weights_sha256 != record.get("weights_sha256"):
+        raise UserError(f"map file {str(path)!r} does not match its checksum: delete it.")
+    return layer_map
+
+
+def _diagnostics(row: Mapping[str, Any]) -> HeadDiagnostics:
+    fits = {name: FitQuality(**row[name]) for name in ("fitted", "mean", "identity", "shuffled")}
+    return HeadDiagnostics(head=row["head"], **fits)
+
+
+def _check_tensors(layer_map: LayerMap, path: Path) -> None:
+    weight, bias, n_heads = layer_map.weight, layer_map.bias, layer_map.n_heads
+    blocks = n_heads if layer_map.scope == "head" else 1
+    square = weight.ndim == 3 and weight.shape[1] == weight.shape[2]
+    fits = square and weight.shape[0] == blocks and bias.shape == weight.shape[:2]
+    floats = weight.dtype == bias.dtype == torch.float32
+    if not fits or not floats or layer_map.kind not in MAP_KINDS:
+        raise UserError(
+            f"map file {str(path)!r} holds {weight.dtype} weight {tuple(weight.shape)} and "
+            f"{bias.dtype} bias {tuple(bias.shape)} for {n_heads} heads: not a map; delete it."
+        )
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise UserError(f"map file {str(path)!r} holds numbers that are not finite: delete it.")

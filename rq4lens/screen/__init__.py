@@ -1,0 +1,1 @@
+"""What a terminal asks and shows."""

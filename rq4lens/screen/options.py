@@ -1,0 +1,155 @@
+"""Command-line options made from the configuration, so that both say the same."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from rq4lens.config import RunConfig, config_from, preset, read_config
+from rq4lens.errors import UserError
+
+LISTS = ("k", "random_seeds")
+FLAGS = ("keep_both", "trust_remote_code", "exclude_misaligned")
+
+RankingFiles = Annotated[
+    list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
+]
+RankOut = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Also write a file per ranking and the table."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="answer_logprob|logit_difference",
+        help="What the gradients of grad_act, attribution and integrated_gradients follow: the "
+        "log-probability of the tuned model's own most likely token, or its logit minus the "
+        "runner-up's. [default: answer_logprob]",
+    ),
+]
+IgSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Points on the path of integrated_gradients at which the gradient is taken. "
+        "[default: 8]",
+    ),
+]
+
+
+def takes_config(
+    *names: str, config_file: bool = False, default_pair: str | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command one option per setting, and call it with the finished :class:`RunConfig`.
+
+    The command's first parameter is the configuration; its other parameters stay options of their
+    own. Values are checked by the configuration itself, so that the error sentences are the same
+    everywhere.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        parameters = [_file_parameter()] if config_file else []
+        parameters += [_parameter(name) for name in names]
+        parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> Any:
+            settings = {name: values.pop(name) for name in names}
+            file = values.pop("config", None)
+            return command(_assemble(file, settings, default_pair), **values)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
+        del wrapper.__wrapped__  # else the original signature would be read
+        return wrapper
+
+    return decorate
+
+
+def _assemble(
+    file: Path | None, settings: dict[str, Any], default_pair: str | None = None
+) -> RunConfig:
+    given = {name: _plain(name, value) for name, value in settings.items() if value is not None}
+    if file is not None:
+        start = read_config(file).model_dump(exclude_unset=True)
+    elif "base" in given and ("tuned" in given or "tuned" not in settings):
+        start = {}
+    elif (name := given.get("pair", default_pair)) is not None:
+        start = preset(name).model_dump(exclude_unset=True)
+    elif "base" in given or "tuned" in given:
+        one, other = ("base", "tuned") if "base" in given else ("tuned", "base")
+        raise UserError(
+            f"--{one} {given[one]!r} is given without --{other}: a pair is both; name the other "
+            "model too."
+        )
+    else:
+        raise UserError(
+            "no pair is named: give --pair NAME (see `rq4lens pairs`), --base and --tuned, or a "
+            "TOML file."
+        )
+    return config_from({**start, **given}, "the command line" if file is None else str(file))
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name not in LISTS:
+        return value
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--{name.replace('_', '-')} {value!r} is not a list of numbers: write it as '1,2,4'."
+        ) from None
+
+
+def _file_parameter() -> inspect.Parameter:
+    annotation = Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="TOML file, or the run.json of a run to repeat."),
+    ]
+    return inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field, flag = RunConfig.model_fields[name], f"--{name.replace('_', '-')}"
+    said = field.description or name
+    text = f"{said[:1].upper()}{said[1:]}.{_default_note(name)}"
+    option = (
+        typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
+        if name in FLAGS
+        else typer.Option(flag, help=text, metavar=_metavar(name))
+    )
+    value_type: Any = bool | None if name in FLAGS else str | None
+    annotation = Annotated[value_type, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _default_note(name: str) -> str:
+    default = RunConfig.model_fields[name].default
+    if default is None or default == "" or name == "pair":
+        return ""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f" [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
+
+
+def _metavar(name: str) -> str:
+    choices = [
+        each
+        for part in (RunConfig.model_fields[name].annotation, *_parts(name))
+        for each in get_args(part)
+        if isinstance(each, str)
+    ]
+    return "|".join(dict.fromkeys(choices)) or ("LIST" if name in LISTS else "VALUE")
+
+
+def _parts(name: str) -> tuple[Any, ...]:
+    return get_args(RunConfig.model_fields[name].annotation)

@@ -1,0 +1,1 @@
+"""Study files: many cells in one table."""

@@ -1,0 +1,179 @@
+"""What a study will take, before it is run: pieces, model loads, seconds from a probe, disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rq4lens.cluster.pieces import pieces_of
+from rq4lens.config import RunConfig
+from rq4lens.heads import HeadSet
+from rq4lens.jobs.progress import Stage, silent
+from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.pair import ModelPair
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.memory import activation_bytes
+from rq4lens.patching.patch import RAW, Patch, Sources
+from rq4lens.studies.cost_model import (
+    KINDS,
+    Machine,
+    Measured,
+    Shape,
+    Work,
+    map_bytes,
+    store_bytes,
+)
+from rq4lens.studies.file import Cell, StudyPlan
+
+PROBE_PROMPTS = 64
+"""Prompts of the largest probe point, where there are as many."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a short measurement said about a model on this machine.
+
+    Args:
+        shape: the model's shape.
+        machine: its constants.
+        load_seconds: of loading it.
+        n_tokens: mean length of the measured prompts.
+        seconds: what the probe took.
+    """
+
+    shape: Shape
+    machine: Machine
+    load_seconds: float
+    n_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one cell will take.
+
+    Args:
+        pieces: its pieces.
+        seconds: on this machine, from loading both models to the numbers.
+        disk_bytes: of its conditions and maps.
+    """
+
+    pieces: int
+    seconds: float
+    disk_bytes: int
+
+
+def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
+    """Estimate a study and say what it will take.
+
+    One pair per base model is loaded and probed; nothing is written.
+
+    Raises:
+        UserError: if a pair cannot be loaded, or its layers do not exist.
+    """
+    probes: dict[str, Probe] = {}
+    estimates = []
+    for cell in plan.cells:
+        pair = pair_from_config(cell.request.config.updated(keep_both=False))
+        source = _base_of(cell.request.config)
+        if source not in probes:
+            with stage(f"probe of {cell.pair}", None):
+                probes[source] = probe(cell.request.config, pair)
+        estimates.append(estimate(cell, pair, probes[source]))
+    return _text(plan, estimates, list(probes.values()))
+
+
+def probe(config: RunConfig, pair: ModelPair) -> Probe:
+    """Load a pair's tuned model and time a few small measurements of it."""
+    started = time.perf_counter()
+    model: Any = pair.use("tuned").model
+    load_seconds = time.perf_counter() - started
+    prompts = pair.tokens("tuned", config.split)
+    shape = Shape.of(model.cfg)
+    points = list(_points(model, prompts, shape, config))
+    n_tokens = int(prompts.lengths.float().mean())
+    return Probe(
+        shape,
+        Machine.calibrated(shape, points),
+        load_seconds,
+        n_tokens,
+        time.perf_counter() - started,
+    )
+
+
+def _points(
+    model: Any, prompts: TokenizedPrompts, shape: Shape, config: RunConfig
+) -> Iterator[Measured]:
+    """Few and many prompts, one and all heads, the top and the middle layer."""
+    top, middle = shape.n_layers - 1, shape.n_layers // 2
+    many = min(PROBE_PROMPTS, len(prompts))
+    few = max(1, many // 8)
+    _point(model, prompts, few, top, 1, config)  # the first time also loads kernels
+    for n_prompts in (few, many):
+        for layer, n_heads in ((top, shape.n_heads), (middle, 1), (middle, shape.n_heads)):
+            yield _point(model, prompts, n_prompts, layer, n_heads, config)
+
+
+def _point(
+    model: Any,
+    prompts: TokenizedPrompts,
+    n_prompts: int,
+    layer: int,
+    n_heads: int,
+    config: RunConfig,
+) -> Measured:
+    some = TokenizedPrompts(prompts.ids[:n_prompts], prompts.token_ids[:n_prompts])
+    started = time.perf_counter()
+    engine = make_engine(model, some, first_layer=layer, batch_size=config.batch_size)
+    sources = Sources({(layer, RAW): torch.zeros_like(engine.tuned_z(layer))})
+    passed = time.perf_counter()
+    heads = [HeadSet.of([head], model.cfg.n_heads) for head in range(n_heads)]
+    engine.effects([(Patch(layer, each, 0.3, RAW),) for each in heads], sources)
+    finished = time.perf_counter()
+    n_tokens = int(some.lengths.float().mean())
+    work = Work.grid(n_prompts, n_tokens, n_heads, [layer])
+    return Measured(work, passed - started, finished - passed)
+
+
+def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
+    """What a cell will take, from the probe of a model of the same shape."""
+    config, shape = cell.request.config, probed.shape
+    plans = cell.request.plans(pair)
+    layers = [plan.layer for plan in plans]
+    n_prompts = len(pair.prompts.split(config.split))
+    n_train = len(pair.prompts.split(FIT_SPLIT))
+    pieces = pieces_of(plans, config.alpha)
+    # The best head is measured among the single ones; larger top-k sets are measured besides.
+    n_top = KINDS * sum(k > 1 for k in config.k)
+    n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)
+    work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
+    seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds
+    disk = store_bytes(n_patches, n_prompts) + map_bytes(shape, len(layers), config.map_scope)
+    site_bytes = shape.width * shape.bytes_per_number
+    disk += activation_bytes(site_bytes, n_prompts + n_train, len(layers), config.k_positions)
+    return Estimate(len(pieces), seconds, disk)
+
+
+def _base_of(config: RunConfig) -> str:
+    return f"{config.base or config.pair} {config.base_revision} {config.dtype}"
+
+
+def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe]) -> str:
+    seconds = sum(each.seconds for each in estimates)
+    disk = sum(each.disk_bytes for each in estimates)
+    took = sum(each.seconds for each in probes)
+    return (
+        f"{plan.name}: {len(plan.cells)} sweeps of {len({cell.pair for cell in plan.cells})} "
+        f"pairs, {sum(each.pieces for each in estimates)} pieces, {2 * len(plan.cells)} model "
+        "loads\n"
+        f"about {seconds:,.0f} device-seconds in all on a device like this one (probed for "
+        f"{took:.1f} s), fitting maps and resampling aside\n"
+        f"about {disk / 2**20:,.1f} MiB of conditions, maps and activations\n"
+        f"compared by {', '.join(metric.name for metric in plan.metrics)}; single heads ranked by "
+        f"{' and '.join(sorted({cell.request.config.rank_by for cell in plan.cells}))}\n"
+    )

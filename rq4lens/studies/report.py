@@ -1,0 +1,209 @@
+"""The report of a study: pairs and layers side by side, in one file that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment
+from markupsafe import Markup
+from plotly.io import to_html
+
+from rq4lens.analysis.effects.table import bootstrap_of
+from rq4lens.analysis.structure.layers import Metric
+from rq4lens.disk.files import write_json_atomic, write_text_atomic
+from rq4lens.disk.run import SavedLayers, read_layers
+from rq4lens.errors import UserError
+from rq4lens.figures.cost import study_layers
+from rq4lens.figures.export import CONFIG
+from rq4lens.screen.tables import study_text
+from rq4lens.studies.file import CELLS, Cell, StudyPlan
+
+REPORT = "study.html"
+ROWS = "study.json"
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tr.main { font-weight: 600; }
+</style>
+</head>
+<body>
+<h1>{{ name }}</h1>
+{{ figure }}
+<h2>Proposed layers</h2>
+<div class="wide"><table>
+<tr><th>sweep</th><th>main</th><th>control</th><th>{{ lead.label }}(ALL), {{ lead.unit }}</th>
+<th>95% CI</th><th>best head</th><th>prompts</th></tr>
+{% for each in cells %}<tr><td><a href="{{ each.link }}">{{ each.cell }}</a></td>
+<td>{{ each.main }}</td><td>{{ each.control }}</td><td>{{ each | value(lead) }}</td>
+<td>{{ each | bounds(lead) }}</td><td>{{ each.best }}</td><td>{{ each.n_prompts }}</td></tr>
+{% endfor %}</table></div>
+<h2>Every layer</h2>
+<div class="wide"><table>
+<tr><th>sweep</th><th>layer</th>{% for metric in metrics %}<th>{{ metric.label }}(ALL)</th>
+<th>95% CI</th>{% endfor %}<th>k90</th><th>Gini</th></tr>
+{% for row in rows %}<tr{% if row.is_main %} class="main"{% endif %}><td>{{ row.cell }}</td>
+<td>{{ row.layer }}</td>{% for metric in metrics %}<td>{{ row | value(metric) }}</td>
+<td>{{ row | bounds(metric) }}</td>{% endfor %}<td>{{ row.k90 | count }}</td>
+<td>{{ row.gini | share }}</td></tr>
+{% endfor %}</table></div>
+<p>{% for metric in metrics %}{{ metric.label }}: {{ metric.meaning }}, in {{ metric.unit }}.
+{% endfor %}The best head is the one with the largest {{ lead.label }} of all single heads. Main and
+control layers are proposed by ΔKL(ALL), whatever is compared; k90 is of the coverage curve of the
+layer's own ranking, Gini of its single-head |ΔKL|. Bold: the proposed main layer of its sweep.
+Head indices mean nothing across layers or pairs: layers are compared by the effect of all their
+heads, and by how concentrated it is.</p>
+</body>
+</html>
+"""
+
+
+def write_study_report(plan: StudyPlan, directory: Path) -> str:
+    """Write the page and its numbers.
+
+    Raises:
+        UserError: if a cell has no results, or they are damaged.
+    """
+    found = {cell: _read(cell, directory) for cell in plan.cells}
+    rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
+    cells = [_summary(cell, saved, plan.metrics, rows) for cell, saved in found.items()]
+    record = {
+        "name": plan.name,
+        "metrics": [metric.name for metric in plan.metrics],
+        "cells": cells,
+        "layers": rows,
+    }
+    write_json_atomic(directory / ROWS, record)
+    setting = _setting(plan, list(found.values()))
+    write_text_atomic(directory / REPORT, _page(plan, setting, rows, cells))
+    return study_text(plan.name, cells, plan.metrics[0])
+
+
+def _read(cell: Cell, directory: Path) -> SavedLayers:
+    saved = read_layers(cell.directory(directory))
+    if saved is None:
+        raise UserError(f"{cell.name!r} has no results yet: run the study again to finish it.")
+    return saved
+
+
+def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    config, any_grid = cell.request.config, next(iter(saved.grids.values()))
+    bootstrap = bootstrap_of(any_grid, n_resamples=config.resamples, seed=config.seed)
+    rows: list[dict[str, Any]] = []
+    for row in saved.comparison["rows"]:
+        grid = saved.grids[row["layer"]]
+        values = [metric.of_layer(row, grid, bootstrap) for metric in metrics]
+        rows.append(
+            {
+                "cell": cell.name,
+                "layer": row["layer"],
+                "n_layers": any_grid.settings.n_layers,
+                **{name: value for each in values for name, value in each.items()},
+                "k90": (row["curve"] or {}).get("k90"),
+                "gini": row["concentration"]["gini"],
+                "is_main": row["layer"] == saved.choice["main"],
+            }
+        )
+    return rows
+
+
+def _summary(
+    cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    own = next((row for row in rows if row["cell"] == cell.name and row["is_main"]), {})
+    best = metrics[0].best_head(saved.grids)
+    return {
+        "cell": cell.name,
+        "main": saved.choice["main"],
+        "control": saved.choice["control"],
+        **{
+            name: own.get(name)
+            for metric in metrics
+            for name in (metric.name, f"{metric.name}_ci95")
+        },
+        "best": None if best is None else best.label,
+        "n_prompts": next(iter(saved.grids.values())).n_prompts,
+        "reasons": list(saved.choice["reasons"]),
+    }
+
+
+def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
+    settings = [grid.settings for saved in found for grid in saved.grids.values()]
+    kinds = sorted({each.map_kind for each in settings})
+    alphas = sorted({each.alpha for each in settings})
+    return [
+        plan.name,
+        f"{len(found)} sweeps",
+        f"α = {', '.join(f'{alpha:g}' for alpha in alphas)}",
+        f"map {', '.join(kinds)}",
+        f"KL({', '.join(sorted({each.kl_direction for each in settings}))}) in nats",
+        ", ".join(sorted({each.dtype for each in settings})),
+    ]
+
+
+def _page(
+    plan: StudyPlan,
+    setting: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+) -> str:
+    # Everything that is not the drawing is escaped; the drawing escapes its own texts.
+    environment = Environment(autoescape=True)
+    environment.filters |= {
+        "value": _value,
+        "bounds": _bounds,
+        "count": lambda value: "—" if value is None else f"{value:.0f}",
+        "share": lambda value: "—" if value is None else f"{value:.2f}",
+    }
+    figure = to_html(
+        study_layers(rows, setting, plan.metrics),
+        config=CONFIG,
+        full_html=False,
+        include_plotlyjs=True,
+        include_mathjax=False,
+        div_id="study_layers",
+    )
+    return environment.from_string(_PAGE).render(
+        name=plan.name,
+        figure=Markup(figure),
+        rows=rows,
+        cells=list(map(_shown, cells)),
+        metrics=plan.metrics,
+        lead=plan.metrics[0],
+    )
+
+
+def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's row of the first table, as text where it is no metric."""
+    return {
+        **cell,
+        "link": quote(f"{CELLS}/{cell['cell']}/"),
+        **{name: _or_none(cell[name]) for name in ("main", "control", "best")},
+    }
+
+
+def _value(row: Mapping[str, Any], metric: Metric) -> str:
+    value = row[metric.name]
+    return "undefined" if value is None else metric.text(value)
+
+
+def _bounds(row: Mapping[str, Any], metric: Metric) -> str:
+    bounds = row[f"{metric.name}_ci95"]
+    return "—" if bounds is None else f"{metric.text(bounds[0])} to {metric.text(bounds[1])}"
+
+
+def _or_none(value: object) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,398 @@
+"""Planted pairs: a tuned copy of any model whose changed heads are known.
+
+A method that localises changes is tested by what it was told nowhere: which heads were changed.
+Rotating or scaling a head's value space changes its activations and nothing else; rewiring and
+shifting change what the head does; drift changes everything a little and is what a fine-tune
+does besides.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+from zlib import crc32
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import ortho_group
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from rq4lens.errors import UserError
+from rq4lens.heads import Head, HeadSet
+from rq4lens.models.load.loading import LoadedModel
+from rq4lens.validation.attended import AttendedInputs, ContentChange, layer_inputs
+
+ChangeKind = Literal["rotated", "scaled", "rewired", "shifted"]
+WeightName = Literal["W_Q", "W_K", "W_V", "W_O"]
+CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
+WEIGHTS: tuple[WeightName, ...] = get_args(WeightName)
+SHARED_WEIGHTS = ("W_K", "W_V")
+"""Weights that the query heads of a group share in a model with grouped-query attention."""
+
+SIZES, DRAWS = (1.0, 2.0, 4.0), 6
+"""Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
+
+
+@dataclass(frozen=True)
+class PlantedChange:
+    """One change, and every head whose activations it changes.
+
+    Attributes:
+        kind: what was done.
+        heads: the changed heads: one, or all that share the changed key or value head.
+        rotation: ``R`` of a rotated head; its activations become ``z R``.
+        scale: ``s`` of a scaled head; its activations become ``s z``.
+        shift: ``v`` of a shifted head; its activations become ``z + v``.
+        weights: which weights of a rewired head have new content.
+        content: how the activations of a rewired head changed, where that was looked at.
+    """
+
+    kind: ChangeKind
+    heads: tuple[Head, ...]
+    rotation: Float[Tensor, "d_head d_head"] | None = None
+    scale: float | None = None
+    shift: Float[Tensor, " d_head"] | None = None
+    weights: tuple[WeightName, ...] = ()
+    content: ContentChange | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The change as JSON; matrices follow from the seed."""
+        return {
+            "kind": self.kind,
+            "heads": [head.label for head in self.heads],
+            "scale": self.scale,
+            "weights": list(self.weights),
+            "content": None if self.content is None else asdict(self.content),
+        }
+
+
+@dataclass(frozen=True)
+class PlantedPair:
+    """A base model, its tuned copy, and the truth about their difference.
+
+    Attributes:
+        base: the model that was given, untouched.
+        tuned: the changed copy.
+        changes: what was changed.
+        drift: relative size of the change of every parameter.
+        strength: size of the changes.
+        seed: what the random numbers follow from.
+    """
+
+    base: HookedTransformer
+    tuned: HookedTransformer
+    changes: tuple[PlantedChange, ...]
+    drift: float
+    strength: float
+    seed: int
+
+    @property
+    def truth(self) -> Mapping[Head, ChangeKind]:
+        """What happened to each changed head."""
+        return {head: change.kind for change in self.changes for head in change.heads}
+
+    def changed_heads(self, layer: int) -> HeadSet:
+        """The changed heads of a layer."""
+        indices = [head.index for head in self.truth if head.layer == layer]
+        return HeadSet.of(indices, self.base.cfg.n_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The truth as JSON."""
+        return {
+            "changes": [change.to_dict() for change in self.changes],
+            "drift": self.drift,
+            "strength": self.strength,
+            "seed": self.seed,
+        }
+
+    def loaded(self, base: LoadedModel) -> LoadedModel:
+        """The tuned copy as a loaded model, for a pair with the model it was made from.
+
+        Args:
+            base: the loaded model whose ``model`` was given to :func:`plant`.
+        """
+        source = f"{base.source} (planted, seed {self.seed})"
+        return replace(base, model=self.tuned, source=source, logit_check_max_abs_diff=None)
+
+
+@torch.no_grad()
+def plant(
+    base: HookedTransformer,
+    *,
+    rotated: Iterable[Head] = (),
+    scaled: Iterable[Head] = (),
+    rewired: Iterable[Head] = (),
+    shifted: Iterable[Head] = (),
+    drift: float = 0.0,
+    strength: float = 1.0,
+    weights: Sequence[WeightName] = WEIGHTS,
+    rank: int | None = None,
+    attended: AttendedInputs | None = None,
+    seed: int = 0,
+) -> PlantedPair:
+    """Make a tuned copy of a model in which chosen heads are changed in known ways.
+
+    With grouped-query attention a change of a value (or key) head changes every query head that
+    shares it, and the truth names them all.
+
+    Args:
+        base: the model; it is copied, never changed.
+        rotated: heads whose value space is rotated by a random orthogonal matrix ``R``:
+            ``W_V R``, ``b_V R``, ``Rᵀ W_O``. The model's function stays the same.
+        scaled: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
+            ``W_O / s``. The model's function stays the same.
+        rewired: heads that get new content in ``weights``: a random matrix, ``strength`` times as
+            large as the old one in Frobenius norm, is added. What changes is partly a linear
+            function of the old activations, unless ``attended`` is given.
+        shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
+            about ``strength`` times the length of a typical value vector.
+        drift: how far every parameter of the model moves, relative to its own norm.
+        strength: size of the changes.
+        weights: which weights of a rewired head get new content.
+        rank: rank of the new content; None is full rank.
+        attended: what the rewired heads' layer attends to in the base model. The new content of
+            their ``W_V`` is then what no linear map of the old activations explains, and varies
+            ``strength`` times as far as they do (:meth:`AttendedInputs.unread`); and content is
+            drawn anew, larger after every ``DRAWS``, until it changes the activations by at least
+            ``LEAST_CHANGE`` and a linear map explains at most ``MOST_EXPLAINED_PCT`` of the change
+            over these prompts. Where no draw does, the one that is explained least is taken; the
+            truth records what came out.
+        seed: every change has its own random numbers, made from this seed, its kind and its head,
+            so planting one more head leaves the others as they are.
+
+    Returns:
+        Both models and the truth.
+
+    Raises:
+        UserError: if a head does not exist, is to be changed twice, or a number is out of range.
+    """
+    _check_numbers(base, drift, strength, weights, rank)
+    wanted = {"rotated": rotated, "scaled": scaled, "rewired": rewired, "shifted": shifted}
+    tuned = copy.deepcopy(base)
+    _drift(tuned, drift, seed)
+    planters: dict[str, Callable[[_Site], PlantedChange]] = {
+        "rotated": _rotate,
+        "scaled": lambda site: _scale(site, 1 + strength),
+        "rewired": lambda site: _rewire(site, strength, tuple(weights), rank, attended),
+        "shifted": lambda site: _shift(site, strength),
+    }
+    changes: list[PlantedChange] = []
+    for kind, heads in wanted.items():
+        shares = kind != "rewired" or bool(set(weights) & set(SHARED_WEIGHTS))
+        for group in _groups(tuned, heads, shares):
+            _refuse_second_change(group, changes)
+            changes.append(planters[kind](_Site(tuned, group, _generator(seed, kind, group[0]))))
+    return PlantedPair(base, tuned, tuple(changes), drift, strength, seed)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Heads that are changed together, and the random numbers of their change."""
+
+    model: HookedTransformer
+    heads: tuple[Head, ...]
+    rng: np.random.Generator
+
+    def weight(self, name: str, head: Head) -> Tensor:
+        """The stored weight of one head, a view that can be written to."""
+        attention = self.model.blocks[head.layer].attn
+        if name.removeprefix("_")[-1] in "KV" and hasattr(attention, f"_{name}"):
+            return getattr(attention, f"_{name}")[head.index // _heads_per_group(self.model)]
+        return getattr(attention, name)[head.index]
+
+    def shared(self, name: str) -> Tensor:
+        """The stored weight that all of these heads share."""
+        return self.weight(name, self.heads[0])
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers in float64."""
+        return torch.from_numpy(self.rng.standard_normal(shape))
+
+
+def _rotate(site: _Site) -> PlantedChange:
+    width = site.model.cfg.d_head
+    rotation = torch.from_numpy(
+        np.atleast_2d(ortho_group.rvs(width, random_state=site.rng) if width > 1 else -1.0)
+    )
+    for name in ("W_V", "b_V"):
+        site.shared(name).copy_(_exact(site.shared(name)) @ rotation)
+    for head in site.heads:
+        site.weight("W_O", head).copy_(rotation.T @ _exact(site.weight("W_O", head)))
+    return PlantedChange("rotated", site.heads, rotation=rotation)
+
+
+def _scale(site: _Site, scale: float) -> PlantedChange:
+    for name in ("W_V", "b_V"):
+        site.shared(name).mul_(scale)
+    for head in site.heads:
+        site.weight("W_O", head).div_(scale)
+    return PlantedChange("scaled", site.heads, scale=scale)
+
+
+def _rewire(
+    site: _Site,
+    strength: float,
+    weights: tuple[WeightName, ...],
+    rank: int | None,
+    attended: AttendedInputs | None,
+) -> PlantedChange:
+    old = {
+        (name, head): site.weight(name, head).clone()
+        for name in weights
+        for head in (site.heads[:1] if name in SHARED_WEIGHTS else site.heads)
+    }
+
+    def draw(size: float) -> dict[tuple[WeightName, Head], Tensor]:
+        return {
+            key: _with_new_content(site, key[0], weight, (strength, size), rank, attended)
+            for key, weight in old.items()
+        }
+
+    def write(new: Mapping[tuple[WeightName, Head], Tensor]) -> None:
+        for key, weight in new.items():
+            site.weight(*key).copy_(weight)
+
+    if attended is None:
+        write(draw(1.0))
+        return PlantedChange("rewired", site.heads, weights=weights)
+    indices = tuple(head.index for head in site.heads)
+    inputs = layer_inputs(site.model, attended.prompts, attended.layer)
+    best = None
+    for size in (size for size in SIZES for _ in range(DRAWS)):
+        new = draw(size)
+        write(new)
+        content = attended.change_in(site.model, indices, inputs)
+        if best is None or content.shortfall < best[1].shortfall:
+            best = new, content
+        if content.is_rewired:
+            break
+    assert best is not None
+    write(best[0])
+    return PlantedChange("rewired", site.heads, weights=weights, content=best[1])
+
+
+def _with_new_content(
+    site: _Site,
+    name: WeightName,
+    weight: Tensor,
+    sizes: tuple[float, float],
+    rank: int | None,
+    attended: AttendedInputs | None,
+) -> Tensor:
+    strength, size = sizes
+    content = _random_matrix(site, weight, rank)
+    if name == "W_V" and attended is not None:
+        return _exact(weight) + _unread(attended, site.heads, strength, content)
+    return _added(weight, content, size * strength)
+
+
+def _unread(
+    attended: AttendedInputs, heads: tuple[Head, ...], strength: float, mixing: Tensor
+) -> Tensor:
+    if heads[0].layer != attended.layer:
+        raise UserError(
+            f"head {heads[0]} is not of layer {attended.layer}, whose attended inputs were given: "
+            "give those of the layer that is rewired."
+        )
+    return attended.unread(tuple(head.index for head in heads), strength, mixing)
+
+
+def _shift(site: _Site, strength: float) -> PlantedChange:
+    direction = site.normal(site.model.cfg.d_head)
+    length = strength * _exact(site.shared("W_V")).norm()
+    shift = length * direction / direction.norm()
+    site.shared("b_V").copy_(_exact(site.shared("b_V")) + shift)
+    return PlantedChange("shifted", site.heads, shift=shift)
+
+
+def _drift(model: HookedTransformer, drift: float, seed: int) -> None:
+    if drift == 0:
+        return
+    rng = np.random.default_rng([seed, crc32(b"drift")])
+    for _, parameter in sorted(model.named_parameters()):
+        noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)))
+        parameter.copy_(_added(parameter, noise, drift))
+
+
+def _exact(weight: Tensor) -> Tensor:
+    """The weight in float64 on the CPU: the same arithmetic on every machine."""
+    return weight.double().cpu()
+
+
+def _added(weight: Tensor, content: Tensor, strength: float) -> Tensor:
+    """The weight plus content of ``strength`` times its norm."""
+    old = _exact(weight)
+    return old + strength * old.norm() / content.norm() * content
+
+
+def _random_matrix(site: _Site, like: Tensor, rank: int | None) -> Float[Tensor, "row column"]:
+    rows, columns = like.shape
+    if rank is None:
+        return site.normal(rows, columns)
+    return site.normal(rows, rank) @ site.normal(rank, columns)
+
+
+def _generator(seed: int, kind: str, head: Head) -> np.random.Generator:
+    return np.random.default_rng([seed, crc32(kind.encode()), head.layer, head.index])
+
+
+def _heads_per_group(model: HookedTransformer) -> int:
+    return model.cfg.n_heads // (model.cfg.n_key_value_heads or model.cfg.n_heads)
+
+
+def _groups(
+    model: HookedTransformer, heads: Iterable[Head], shares: bool
+) -> list[tuple[Head, ...]]:
+    """The heads that are changed together, in order and without repetition."""
+    width = _heads_per_group(model) if shares else 1
+    firsts = {Head(h.layer, h.index // width * width) for h in map(_existing(model), heads)}
+    return [
+        tuple(Head(first.layer, first.index + step) for step in range(width))
+        for first in sorted(firsts)
+    ]
+
+
+def _existing(model: HookedTransformer) -> Callable[[Head], Head]:
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+
+    def check(head: Head) -> Head:
+        if not (0 <= head.layer < n_layers and 0 <= head.index < n_heads):
+            raise UserError(
+                f"head {head} does not exist: the model has layers 0 to {n_layers - 1} with heads "
+                f"0 to {n_heads - 1}; plant in those."
+            )
+        return head
+
+    return check
+
+
+def _refuse_second_change(group: tuple[Head, ...], changes: Sequence[PlantedChange]) -> None:
+    for change in changes:
+        for head in group:
+            if head in change.heads:
+                raise UserError(
+                    f"head {head} is to be changed twice (it is {change.kind} already, perhaps "
+                    "through the value head it shares): plant each head once."
+                )
+
+
+def _check_numbers(
+    model: HookedTransformer,
+    drift: float,
+    strength: float,
+    weights: Sequence[WeightName],
+    rank: int | None,
+) -> None:
+    for name, value in (("drift", drift), ("strength", strength)):
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} {value} is not a size: give a number of at least 0.")
+    for weight in weights:
+        if weight not in WEIGHTS:
+            raise UserError(f"weight {weight!r} cannot be rewired: choose from {WEIGHTS}.")
+    if rank is not None and not 1 <= rank <= model.cfg.d_head:
+        raise UserError(f"rank {rank} does not fit: give a number from 1 to {model.cfg.d_head}.")

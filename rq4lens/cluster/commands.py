@@ -100,12 +100,13 @@ def by_many(
     Raises:
         UserError: if no directory is named, or the work cannot be done.
     """
-    from rq4lens.cluster.pieces import Request  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.launch import measure_shared  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.pieces import Request  # noqa: PLC0415
 
     directory = _shared(out)
     request = Request(command, config, None if layers is None else tuple(layers))
     with kept_when_stopped(directory):
-        said = many.measure(request, directory, fresh=fresh, stage=watched)
+        said = measure_shared(many, request, directory, fresh=fresh, stage=watched)
     output.print(said, end="")
     output.print(f"written to {directory}")
 

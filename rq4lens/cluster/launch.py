@@ -9,12 +9,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.many import Cluster, Division, environment
-from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.many import Cluster, Division, Many, environment
+from rq4lens.cluster.pieces import Request, Shard
+from rq4lens.cluster.shards import run_shard
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.validation.request import ValidationRequest
 from rq4lens.validation.results import Validation
+
+
+def measure_shared(
+    many: Many, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
+) -> str:
+    """Measure one share, or everything on a cluster, as the command line asked for it."""
+    shared: dict[str, Any] = {"division": many.division, "fresh": fresh, "stage": stage}
+    if many.shard is not None:
+        return run_shard(request, directory, Shard.parse(many.shard), **shared)
+    return run_on_cluster(request, directory, many.where, **shared)
 
 
 def run_on_cluster(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from rq4lens.errors import UserError
-from rq4lens.jobs.progress import Stage, silent
 
 LOCAL = "local"
 AUTO = "auto"
@@ -87,10 +85,6 @@ def divides_prompts(division: Division, n_pieces: int, n_workers: int, n_parts: 
     return division == "prompts" and n_parts > 1
 
 
-if TYPE_CHECKING:  # the rest imports torch, which the command line's help must not wait for
-    from rq4lens.cluster.pieces import Request
-
-
 @dataclass(frozen=True)
 class Many:
     """How the work is shared out, if at all.
@@ -141,20 +135,3 @@ class Many:
     def where(self) -> Cluster:
         """The cluster that was asked for; this machine if none was."""
         return Cluster(self.cluster or LOCAL, self.workers, self.gpus_per_worker)
-
-    def measure(
-        self, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
-    ) -> str:
-        """Measure one share, or everything on a cluster."""
-        from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - see above
-        from rq4lens.cluster.pieces import Shard  # noqa: PLC0415
-        from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
-
-        if self.shard is not None:
-            shard = Shard.parse(self.shard)
-            return run_shard(
-                request, directory, shard, division=self.division, fresh=fresh, stage=stage
-            )
-        return run_on_cluster(
-            request, directory, self.where, division=self.division, fresh=fresh, stage=stage
-        )

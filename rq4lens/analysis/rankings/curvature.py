@@ -66,7 +66,7 @@ class Curvature:
 
 
 def rank_by_kl_curvature(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by ``½ δᵀ F δ``, raw minus mapped: single-head ``ΔKL`` to second order in alpha."""
+    """Rank heads by ``½ δᵀ F δ``, raw minus mapped: ``ΔKL`` to second order in alpha."""
     scores = curvature(measured).delta_nats(measured.singles, measured.alpha)
     return per_prompt_ranking("kl_curvature", measured, scores)
 

@@ -74,7 +74,7 @@ class Rendered:
         return part.rendered + min(character - part.text, max(part.length - 1, 0))
 
     def place(self, end: int) -> Place | None:
-        """Where an index of the rendered text lies in the prompt's text; None if it is not known."""
+        """Where an index of the rendered text lies in the prompt's text; None if unknown."""
         if self.parts is None:
             return None
         before = [part for part in self.parts if part.rendered < end]

@@ -69,7 +69,9 @@ def read(settings, *, fresh=False):
     config = config_from(settings)
     cache = cache_of(config)
     layers = [config.patching.layer, config.patching.control_layer]
-    pair = catalog.pair_from_config(config, kept_in=None if fresh else cache)
+    pair = catalog.pair_from(
+        config.pair, config.reading, config.place, cache=None if fresh else cache
+    )
     activations = capture(config, pair, layers, Clock(silent), cache=cache, fresh=fresh)
     keep_base(config, pair, activations, cache)
     wanted = [("base", "train"), ("base", "val"), ("tuned", "train")]

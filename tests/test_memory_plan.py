@@ -17,7 +17,7 @@ from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require
 from rq4lens.models import catalog
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
@@ -74,7 +74,7 @@ def test_weights_and_activations_are_those_of_the_loaded_pair(settings, dtype):
     """The estimate's bytes are the bytes of both models and of everything captured."""
     config = config_from({**settings, "dtype": dtype})
     memory = plan_memory(config)
-    pair = pair_from_config(config)
+    pair = pair_from(config.pair, config.reading, config.place)
     for side in ("base", "tuned"):
         parameters = pair.member(side).model.parameters()
         assert memory.weights[side] == sum(each.nbytes for each in parameters)
@@ -163,7 +163,7 @@ def test_a_spread_model_is_counted_on_each_device(settings, monkeypatch):
     monkeypatch.setattr(catalog, "resolve_device", lambda device: device)
     memory = plan_memory(config)
     assert set(memory.needed) == {"cuda:1", "cuda:0", MAIN}
-    parts = catalog.size_of(config, "tuned").weights
+    parts = catalog.size_of(config.pair, "tuned", config.place).weights
     lower = parts.before + sum(parts.blocks[:2])
     assert memory.largest_model == {"cuda:1": lower, "cuda:0": parts.total - lower}
     assert memory.held == {place: 2 * n for place, n in memory.largest_model.items()}

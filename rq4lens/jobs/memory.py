@@ -18,7 +18,7 @@ from rq4lens.models.catalog import (
     holds_both,
     prompts_left_in,
     size_of,
-    tokens_from_config,
+    tokens_of,
 )
 from rq4lens.models.load.devices import Placement, free_bytes
 from rq4lens.models.load.size import ModelSize, estimate_memory, gigabytes
@@ -169,11 +169,12 @@ def plan_memory(config: RunConfig) -> RunMemory:
         UserError: if a model, its tokenizer or the prompts cannot be read, or the models do not
             belong together, or a layer or k does not fit them.
     """
-    devices, prompts = devices_of(config), prompts_left_in(config)
-    sizes = {side: size_of(config, side) for side in SIDES}
+    source, reading, place = config.pair, config.reading, config.place
+    devices, prompts = devices_of(place), prompts_left_in(source, reading)
+    sizes = {side: size_of(source, side, place) for side in SIDES}
     cfg = sizes["tuned"].cfg
     require_same_heads(sizes["base"].cfg, cfg)
-    plan, keep_both = plan_for(config, cfg.n_layers, cfg.n_heads), holds_both(config)
+    plan, keep_both = plan_for(config, cfg.n_layers, cfg.n_heads), holds_both(source, place)
     estimates = {side: estimate_memory(size, devices) for side, size in sizes.items()}
     on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
     tuned = estimates["tuned"]
@@ -184,21 +185,21 @@ def plan_memory(config: RunConfig) -> RunMemory:
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]
     work = work_memory(
         cfg,
-        tokens_from_config(config, "tuned", prompts.split(config.patching.split)),
+        tokens_of(source, "tuned", prompts.split(config.patching.split), reading),
         tuned.placement,
         layers=plan.layers,
         n_train=len(prompts.split(FIT_SPLIT)),
         max_bytes=int(FREE_SHARE_OF_GPU * min(left)) if left else CPU_BUDGET_BYTES,
         n_conditions=plan.n_patches if config.effort.analysis == "grid" else None,
         k_positions=config.patching.k_positions,
-        batch_size=config.place.batch_size,
+        batch_size=place.batch_size,
         joint_maps=config.patching.map_scope == "layer",
-        by_hooks=config.place.engine == "hooks",
+        by_hooks=place.engine == "hooks",
     )
     return RunMemory(
         weights={side: size.weights.total for side, size in sizes.items()},
         keep_both=keep_both,
-        dtype=config.place.dtype,
+        dtype=place.dtype,
         devices=tuple(dict.fromkeys(map(_place, devices.names))),
         held=dict(held),
         largest_model=dict(largest),

@@ -13,7 +13,7 @@ from rq4lens.cluster.pieces import pieces_of
 from rq4lens.config import RunConfig
 from rq4lens.heads import HeadSet
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
@@ -79,11 +79,12 @@ def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
     probes: dict[str, Probe] = {}
     estimates = []
     for cell in plan.cells:
-        pair = pair_from_config(cell.request.config.updated(keep_both=False))
-        source = _base_of(cell.request.config)
+        config = cell.request.config
+        pair = pair_from(config.pair, config.reading, config.place.but(keep_both=False))
+        source = _base_of(config)
         if source not in probes:
             with stage(f"probe of {cell.pair}", None):
-                probes[source] = probe(cell.request.config, pair)
+                probes[source] = probe(config, pair)
         estimates.append(estimate(cell, pair, probes[source]))
     return _text(plan, estimates, list(probes.values()))
 

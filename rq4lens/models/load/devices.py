@@ -165,6 +165,8 @@ def _gpus(names: Sequence[str], device_map: str | Sequence[str]) -> tuple[str, .
 
 def _counted(device: str, n_devices: int) -> Devices:
     n_gpus = torch.cuda.device_count()
+    if device == AUTO:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chip = torch.device(device)
     except RuntimeError:

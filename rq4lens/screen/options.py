@@ -57,7 +57,7 @@ def takes_config(
     names = [
         name
         for part in parts
-        for name in ([part] if isinstance(part, str) else part.file_keys())
+        for name in ([part] if isinstance(part, str) else _keys(part))
         if name not in (*NO_OPTION, *without)
     ]
 
@@ -79,6 +79,10 @@ def takes_config(
         return wrapper
 
     return decorate
+
+
+def _keys(part: type[Settings]) -> list[str]:
+    return [field.alias or name for name, field in part.model_fields.items()]
 
 
 def _assemble(

@@ -16,6 +16,7 @@ from pair_on_disk import write_pair
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require
+from rq4lens.jobs.run import run as run_job
 from rq4lens.models import catalog
 from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.devices import Placement
@@ -101,7 +102,7 @@ def test_a_run_records_the_estimate_beside_what_was_used(settings, tmp_path, cap
 
 def with_free(monkeypatch, n_bytes):
     """A machine with so much free memory."""
-    for module in ("memory_plan", "models.memory", "models.catalog"):
+    for module in ("jobs.memory", "models.load.size", "models.catalog"):
         monkeypatch.setattr(f"rq4lens.{module}.free_bytes", lambda *_: n_bytes)
 
 

@@ -54,7 +54,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CellCost:
     """What one cell will take.
 
     Args:
@@ -141,7 +141,7 @@ def _point(
     return Measured(work, passed - started, finished - passed)
 
 
-def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
+def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     """What a cell will take, from the probe of a model of the same shape."""
     config, shape = cell.request.config, probed.shape
     plans = cell.request.plans(pair)
@@ -161,7 +161,7 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
     disk += activation_bytes(
         site_bytes, n_prompts + n_train, len(layers), config.patching.k_positions
     )
-    return Estimate(len(pieces), seconds, disk)
+    return CellCost(len(pieces), seconds, disk)
 
 
 def _base_of(config: RunConfig) -> str:
@@ -170,7 +170,7 @@ def _base_of(config: RunConfig) -> str:
     )
 
 
-def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe]) -> str:
+def _text(plan: StudyPlan, estimates: Sequence[CellCost], probes: Sequence[Probe]) -> str:
     seconds = sum(each.seconds for each in estimates)
     disk = sum(each.disk_bytes for each in estimates)
     took = sum(each.seconds for each in probes)

@@ -18,10 +18,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from rq4lens.disk.store import Store
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.patching.maps.map import put_map
 from rq4lens.validation.planting import plant
 
 WORDS = (
@@ -206,3 +208,21 @@ def half_precision(model: HookedTransformer) -> HookedTransformer:
     """The model in bfloat16, in place."""
     model.cfg.dtype = torch.bfloat16
     return model.to(torch.bfloat16)
+
+
+class Address:
+    """What a map is stored under that no recipe made."""
+
+    label = "map"
+
+    def __init__(self, layer_map):
+        self.layer_map = layer_map
+
+    def to_dict(self):
+        """Its own ingredients."""
+        return dict(self.layer_map.ingredients)
+
+
+def stored_map(folder, layer_map):
+    """The record of a map that lies in a folder, its tensors beside it."""
+    return put_map(Store(folder), Address(layer_map), layer_map)

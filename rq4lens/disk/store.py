@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 FORMAT = "rq4lens record 1"
 TENSORS = ".safetensors"
-TENSORS_SHA256 = "tensors_sha256"
-"""Name in the payload of a record that has tensors beside it."""
+SHA256 = "sha256"
+"""Name of the checksum of the tensors in the payload of their record."""
 
 NUMERICS_VERSION = "2"
 """Raised whenever a change of the code changes a stored number; older records are then unused."""
@@ -224,7 +224,7 @@ class Store:
         make_directory(self.directory)
         # The record comes last: whoever finds it finds whole tensors.
         write_bytes_atomic(self.path(ingredients).with_suffix(TENSORS), data)
-        return self.put(ingredients, {**payload, TENSORS_SHA256: hashlib.sha256(data).hexdigest()})
+        return self.put(ingredients, {**payload, SHA256: hashlib.sha256(data).hexdigest()})
 
     def _believed(self, path: Path, read: Callable[[], T]) -> T | None:
         if self.fresh:
@@ -236,16 +236,17 @@ class Store:
             log.info("computing %s: no record yet", path.name)
             return None
         except DamagedTensorsError as problem:
-            self._set_aside(path.with_suffix(TENSORS), str(problem))
+            self.set_aside(path.with_suffix(TENSORS), str(problem))
             return None
         except (OSError, ValueError, RecursionError) as problem:
-            self._set_aside(path, short_reason(problem))
+            self.set_aside(path, short_reason(problem))
             return None
         self.counters.reused += 1
         log.info("reused %s: checksum and ingredients agree", path.name)
         return found
 
-    def _set_aside(self, path: Path, reason: str) -> None:
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Rename a file that cannot be believed, and say so."""
         self.counters.set_aside.append((path.name, reason))
         log.warning("set aside %s and computing it again: %s", path.name, reason)
         set_aside(path)
@@ -305,7 +306,7 @@ def read_tensors(path: Path, record: Record) -> dict[str, Tensor]:
         if path.is_symlink():
             raise ValueError("a symlink instead of tensors")
         data = read_regular_bytes(path)
-        if hashlib.sha256(data).hexdigest() != record.payload[TENSORS_SHA256]:
+        if hashlib.sha256(data).hexdigest() != record.payload[SHA256]:
             raise ValueError("the checksum does not match")
         return dict(load(data))
     except Exception as problem:  # a disk, a header, a number format: every damage is one error

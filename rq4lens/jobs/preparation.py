@@ -10,6 +10,7 @@ import torch
 
 from rq4lens.config import RunConfig
 from rq4lens.disk.run import ACTIVATIONS
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Clock
 from rq4lens.models.catalog import keep_base_card, resolve_device
@@ -19,7 +20,8 @@ from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.kept_activations import KeptActivations
-from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.fitting import fit_maps, maps_from
+from rq4lens.patching.maps.map import DEFAULT_KIND, LayerMap
 
 log = logging.getLogger(__name__)
 
@@ -96,29 +98,32 @@ def keep_base(
         keep_base_card(config, pair, cache)
 
 
+def maps_of(
+    config: RunConfig,
+    activations: PairActivations,
+    layers: Sequence[int],
+    store: Store | None = None,
+) -> dict[int, LayerMap]:
+    """The maps of a configuration, from a store if there is one."""
+    kind, scope, seed = config.map_kind or DEFAULT_KIND, config.map_scope, config.seed
+    if store is not None:
+        return maps_from(store, activations, layers, kind, scope=scope, seed=seed)
+    return fit_maps(activations.pair, layers, kind, scope=scope, seed=seed, activations=activations)
+
+
 def prepare_experiment(
     config: RunConfig,
     activations: PairActivations,
     layers: Sequence[int],
     clock: Clock,
     *,
-    maps_directory: Path | None = None,
-    fresh: bool = False,
+    store: Store | None = None,
     rows: Sequence[int] | None = None,
 ) -> Experiment:
-    """Fit or reuse the maps, and set the tuned model behind an engine."""
+    """Fit the maps or take them from a store, and set the tuned model behind an engine."""
     pair = activations.pair
     with clock("maps"):
-        maps = fit_maps(
-            pair,
-            layers,
-            config.map_kind,
-            scope=config.map_scope,
-            seed=config.seed,
-            activations=activations,
-            directory=maps_directory,
-            fresh=fresh,
-        )
+        maps = maps_of(config, activations, layers, store)
     with clock("prepare"):
         return prepare(
             pair,

@@ -189,7 +189,7 @@ def run_study(
     store = Store(directory / CONDITIONS, fresh=fresh)
     keep_base(config, pair, activations, cache)
     experiment = prepare_experiment(
-        config, activations, plan.layers, clock, maps_directory=directory / MAPS, fresh=fresh
+        config, activations, plan.layers, clock, store=Store(directory / MAPS, fresh=fresh)
     )
     rows = 2 * (len(plan.fixed()) + len(plan.ks)) * len(experiment.prompts)
     with clock("grid", rows) as advance:

@@ -99,11 +99,9 @@ def sweep_layers(
         plan = GridPlan(pair.n_heads, chosen[0], None, config.k, config.random_seeds)
     activations = capture(config, pair, chosen, clock, cache=cache, fresh=fresh)
     keep_base(config, pair, activations, cache)
-    maps_directory = None if directory is None else directory / MAPS
+    maps = None if directory is None else Store(directory / MAPS, fresh=fresh)
     store = None if directory is None else Store(directory / CONDITIONS, fresh=fresh)
-    experiment = prepare_experiment(
-        config, activations, chosen, clock, maps_directory=maps_directory, fresh=fresh
-    )
+    experiment = prepare_experiment(config, activations, chosen, clock, store=maps)
     patches = 2 * (len(plan.fixed()) + len(plan.ks))
     with clock("sweep", len(chosen) * patches * len(experiment.prompts)) as advance:
         grids = run_sweep(

@@ -16,14 +16,13 @@ from rq4lens.cluster.pieces import Piece, Request, divided
 from rq4lens.disk.run import CONDITIONS, JOB, MAPS, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.jobs.preparation import cache_of, capture, keep_base, prepare_experiment
+from rq4lens.jobs.preparation import cache_of, capture, keep_base, maps_of, prepare_experiment
 from rq4lens.jobs.progress import Advance, Clock, Stage, silent
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.prompt_parts import prompt_parts
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.measured import Recorder
 
 log = logging.getLogger(__name__)
@@ -107,16 +106,7 @@ class Workbench:
 
     def fit(self, layers: Sequence[int]) -> None:
         """Fit the maps of some layers into the directory, or find them there."""
-        config = self.request.config
-        fit_maps(
-            self.pair,
-            layers,
-            config.map_kind,
-            scope=config.map_scope,
-            seed=config.seed,
-            activations=self.activations,
-            directory=self.directory / MAPS,
-        )
+        maps_of(self.request.config, self.activations, layers, Store(self.directory / MAPS))
 
     def prepare(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Experiment:
         """Make some layers ready to be measured; what was prepared last is kept."""
@@ -129,8 +119,10 @@ class Workbench:
                 self.activations,
                 wanted,
                 self.clock,
-                maps_directory=self.directory / MAPS,
-                fresh=self.fresh and not self._fitted.issuperset(wanted),
+                store=Store(
+                    self.directory / MAPS,
+                    fresh=self.fresh and not self._fitted.issuperset(wanted),
+                ),
                 rows=self._rows_of(prompts) if prompts else None,
             )
             self._fitted.update(wanted)

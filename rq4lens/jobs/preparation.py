@@ -19,7 +19,6 @@ from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan
-from rq4lens.patching.kept_activations import KeptActivations
 from rq4lens.patching.maps.fitting import fit_maps, maps_from
 from rq4lens.patching.maps.map import DEFAULT_KIND, LayerMap
 
@@ -73,7 +72,8 @@ def capture(
         pair,
         k_positions=config.k_positions,
         batch_size=config.batch_size,
-        kept=None if cache is None else KeptActivations(cache, device, fresh=fresh),
+        store=None if cache is None else Store(cache, fresh=fresh),
+        device=device,
     )
     with clock("capture"):
         # All of base before any of tuned: the models may not fit into memory together.

@@ -73,50 +73,26 @@ class ConditionIngredients:
     """Everything that can change the numbers of one condition.
 
     Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-
-    Attributes:
-        base_weights: fingerprint of the base model's weights.
-        tuned_weights: fingerprint of the tuned model's weights.
-        base_config: fingerprint of the base model's configuration (the same weights under another
-            rotary base or activation function are another model).
-        tuned_config: fingerprint of the tuned model's configuration.
-        base_tokenizer: fingerprint of the base model's tokenizer.
-        tuned_tokenizer: fingerprint of the tuned model's tokenizer.
-        template: the chat template the prompts were rendered with, or its fingerprint.
-        base_token_ids: fingerprint of the prompts' token ids on the base side, in order.
-        tuned_token_ids: the same on the tuned side.
-        base_decision: decision index of each prompt on the base side, or their fingerprint.
-        tuned_decision: the same on the tuned side.
-        split: name of the measured split.
-        map_fingerprint: fingerprint of the fitted map; None where no map takes part.
-        layer: the patched layer.
-        heads: the patched heads, ascending.
-        n_heads: heads of the layer.
-        alpha: blend strength.
-        kind: source kind, such as ``"raw"``, ``"mapped"`` or ``"self"``.
-        dtype: number format of the models.
-        device: kind of device, such as ``"cpu"`` or ``"cuda"``; they round differently.
-        weight_processing: how the weights were processed on loading, ``"none"`` by default.
-        k_positions: how many positions were patched.
-        kl_direction: which way the divergence is taken.
-        raw_baseline: what the raw patch inserts.
-        libraries: versions of the libraries that do the arithmetic.
-        numerics_version: version of this package's own arithmetic.
+    Names of what a model or prompts are stand for fingerprints.
     """
 
     base_weights: str
     tuned_weights: str
     base_config: str
     tuned_config: str
+    """The same weights under another rotary base or activation function are another model."""
     base_tokenizer: str
     tuned_tokenizer: str
     template: str
+    """The chat template that the prompts were rendered with."""
     base_token_ids: str
     tuned_token_ids: str
     base_decision: str | tuple[int, ...]
     tuned_decision: str | tuple[int, ...]
+    """Decision index of each prompt, or what it follows from."""
     split: str
     map_fingerprint: str | None
+    """None where no map takes part."""
     layer: int
     heads: tuple[int, ...]
     n_heads: int
@@ -124,6 +100,7 @@ class ConditionIngredients:
     kind: str
     dtype: str
     device: str
+    """Kind of device; they round differently."""
     weight_processing: str
     k_positions: int
     kl_direction: str
@@ -145,17 +122,12 @@ class ConditionIngredients:
 
 @dataclass
 class StoreCounters:
-    """What a store did so far.
-
-    Attributes:
-        reused: records that were found and verified.
-        computed: records that were written.
-        set_aside: file name and reason of each record that could not be believed.
-    """
+    """What a store did so far."""
 
     reused: int = 0
     computed: int = 0
     set_aside: list[tuple[str, str]] = field(default_factory=list)
+    """File name and reason of each file that could not be believed."""
 
 
 class Store:

@@ -16,7 +16,7 @@ from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.effects.table import bootstrap_of, ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.config import RunConfig
-from rq4lens.disk.files import write_json_atomic
+from rq4lens.disk.files import remove_leftovers, write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
     CONDITIONS,
@@ -176,6 +176,7 @@ def run_study(
             something cannot be read or written.
     """
     refuse_foreign(directory)
+    remove_leftovers(directory)
     clock = Clock(stage)
     with clock("load"):
         cache = cache_of(config, directory)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rq4lens.analysis.structure.layers import LayerComparison, LayerRow, compare_layers
 from rq4lens.config import RunConfig
+from rq4lens.disk.files import remove_leftovers
 from rq4lens.disk.run import CONDITIONS, MAPS, refuse_foreign, write_layers
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -90,6 +91,7 @@ def sweep_layers(
     """
     if directory is not None:
         refuse_foreign(directory)
+        remove_leftovers(directory)
     clock = Clock(stage)
     with clock("load"):
         cache = cache_of(config, directory)

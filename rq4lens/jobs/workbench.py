@@ -13,6 +13,7 @@ from typing import Any
 from rq4lens.cluster.job import PIECES, Job
 from rq4lens.cluster.many import Division, divides_prompts
 from rq4lens.cluster.pieces import Piece, Request, divided
+from rq4lens.disk.files import remove_leftovers
 from rq4lens.disk.run import CONDITIONS, JOB, MAPS, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -46,6 +47,7 @@ class Workbench:
         self, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
     ) -> None:
         refuse_foreign(directory)
+        remove_leftovers(directory)
         self.request = request
         self.directory = directory
         self.fresh = fresh

@@ -407,6 +407,53 @@ def test_tensors_of_a_record_that_cannot_be_believed_are_not_used(store, damage)
     assert [name for name, _ in store.counters.set_aside] == [path.name]
 
 
+def write_tensors_often(directory: str, n: int) -> None:
+    store = Store(Path(directory))
+    for _ in range(n):
+        store.put_tensors(INGREDIENTS, TENSORS)
+
+
+@pytest.mark.fault
+def test_two_processes_may_write_the_same_tensors(store):
+    """Whoever reads meanwhile gets whole tensors, and finds nothing to set aside."""
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_tensors_often, args=(str(store.directory), 60))
+        for _ in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        found = store.get_tensors(INGREDIENTS)
+        assert found is None or torch.equal(found["z"], TENSORS["z"])
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert store.counters.set_aside == []
+    assert len(list(store.directory.iterdir())) == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_between_tensors_and_record_leaves_nothing_half_written(store, monkeypatch, moment):
+    """Nothing stands under a final name that is not whole, and what is missing is made again."""
+    replace_file, calls = os.replace, iter((1, 2))
+
+    def killed(source, target):
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.put_tensors(INGREDIENTS, TENSORS)
+    assert store.get_tensors(INGREDIENTS) is None
+    assert store.counters.set_aside == []
+    store.put_tensors(INGREDIENTS, TENSORS)
+    assert torch.equal(store.get_tensors(INGREDIENTS)["z"], TENSORS["z"])
+
+
 @pytest.mark.fault
 def test_tensors_without_their_record_are_not_there(store):
     """A process was killed between the two files: computed again, and nothing is wrong."""

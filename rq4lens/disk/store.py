@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,6 @@ from rq4lens.disk.files import (
     parse_json,
     read_regular_bytes,
     read_regular_file,
-    refuse_no_directory,
     remove_leftovers,
     set_aside,
     short_reason,
@@ -138,14 +138,15 @@ class Store:
         fresh: do not use any record that is there; new ones replace them.
 
     Raises:
-        UserError: if something else than a directory lies there.
+        UserError: if a file lies there instead of a directory.
     """
 
     def __init__(self, directory: Path, fresh: bool = False) -> None:
         self.directory = Path(directory)
         self.fresh = fresh
         self.counters = StoreCounters()
-        refuse_no_directory(self.directory)
+        if os.path.lexists(self.directory):
+            make_directory(self.directory)  # refuses a file that lies there
         remove_leftovers(self.directory)
 
     def path(self, ingredients: Ingredients) -> Path:

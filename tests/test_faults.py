@@ -130,7 +130,7 @@ def of_a_killed_process() -> str:
 
 @pytest.mark.usefixtures("no_pages")
 def test_what_killed_writes_left_is_gone_after_the_run_that_resumes(pair, undisturbed, tmp_path):
-    """In the run directory and in every folder of it."""
+    """What killed writes left in a run directory is gone after the run that resumes."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         (place / of_a_killed_process()).write_text("half a fi")

@@ -40,7 +40,7 @@ FORKS = """
 import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
 import torch
 import rq4lens.jobs.run
-from rq4lens import files
+from rq4lens.disk import files
 from rq4lens.cli import main
 from rq4lens.config import RunConfig, preset
 from rq4lens.models.catalog import pair_from_config

@@ -385,7 +385,7 @@ TENSOR_DAMAGE = {
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", TENSOR_DAMAGE.values(), ids=TENSOR_DAMAGE.keys())
 def test_tensors_that_cannot_be_believed_are_set_aside(store, damage, caplog):
-    """As records are: renamed, said, and computed again."""
+    """Damaged, truncated and foreign tensors are renamed, said, and computed again."""
     path = store.put_tensors(INGREDIENTS, TENSORS).with_suffix(".safetensors")
     damage(path)
     assert store.get_tensors(INGREDIENTS) is None
@@ -400,7 +400,7 @@ def test_tensors_that_cannot_be_believed_are_set_aside(store, damage, caplog):
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_tensors_of_a_record_that_cannot_be_believed_are_not_used(store, damage):
-    """However whole the tensors are."""
+    """Whole tensors are not used where their record cannot be believed."""
     path = store.put_tensors(INGREDIENTS, TENSORS, PAYLOAD)
     damage(path)
     assert store.get_tensors(INGREDIENTS) is None
@@ -415,7 +415,7 @@ def write_tensors_often(directory: str, n: int) -> None:
 
 @pytest.mark.fault
 def test_two_processes_may_write_the_same_tensors(store):
-    """Whoever reads meanwhile gets whole tensors, and finds nothing to set aside."""
+    """Whoever reads while two processes write gets whole tensors, and sets nothing aside."""
     context = multiprocessing.get_context("fork")
     writers = [
         context.Process(target=write_tensors_often, args=(str(store.directory), 60))
@@ -436,7 +436,7 @@ def test_two_processes_may_write_the_same_tensors(store):
 @pytest.mark.fault
 @pytest.mark.parametrize("moment", [1, 2])
 def test_a_kill_between_tensors_and_record_leaves_nothing_half_written(store, monkeypatch, moment):
-    """Nothing stands under a final name that is not whole, and what is missing is made again."""
+    """A kill between tensors and record leaves whole files; what is missing is made again."""
     replace_file, calls = os.replace, iter((1, 2))
 
     def killed(source, target):
@@ -456,7 +456,7 @@ def test_a_kill_between_tensors_and_record_leaves_nothing_half_written(store, mo
 
 @pytest.mark.fault
 def test_tensors_without_their_record_are_not_there(store):
-    """A process was killed between the two files: computed again, and nothing is wrong."""
+    """Tensors whose record was never written are computed again."""
     store.put_tensors(INGREDIENTS, TENSORS).unlink()
     assert store.get_tensors(INGREDIENTS) is None
     assert store.counters.set_aside == []

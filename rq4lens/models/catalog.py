@@ -24,13 +24,9 @@ from rq4lens.config import (
     preset,
     preset_names,
 )
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.models.cards import (
-    CardIngredients,
-    checkpoint_fingerprint,
-    keep_card,
-    kept_card,
-)
+from rq4lens.models.cards import CardIngredients, checkpoint_fingerprint, kept_card
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
@@ -299,7 +295,7 @@ def keep_base_card(source: PairSource, place: Place, pair: ModelPair, directory:
     """
     if pair.base.was_loaded:
         ingredients = _card_ingredients(_origin(source, "base"), place)
-        keep_card(directory, ingredients, pair.base.card)
+        Store(directory).put(ingredients, pair.base.card.to_dict())
 
 
 def _members(source: PairSource, place: Place, cache: Path | None = None) -> dict[Side, PairMember]:
@@ -315,7 +311,7 @@ def _members(source: PairSource, place: Place, cache: Path | None = None) -> dic
 def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | None:
     if not directory.is_dir():
         return None  # spares the reading of the whole checkpoint
-    card = kept_card(directory, _card_ingredients(origin, place))
+    card = kept_card(Store(directory), _card_ingredients(origin, place))
     # The same files may lie elsewhere by now.
     return None if card is None else replace(card, source=origin.name)
 

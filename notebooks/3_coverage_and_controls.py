@@ -25,7 +25,8 @@ pd.options.display.max_colwidth = None
 pair = rq.load_pair("etiquette")
 maps = rq.fit_maps(pair, layers=[0, 1, 2])
 experiment = rq.prepare(pair, maps)
-run = rq.measure_grid(experiment, rq.Patching(layer=1, control_layer=2, alpha=0.3))
+settings = rq.Patching(layer=1, control_layer=2, alpha=0.3)
+run = rq.measure_grid(experiment, settings, rq.Effort(resamples=2000))
 
 # %% [markdown]
 # ## Coverage

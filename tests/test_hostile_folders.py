@@ -20,9 +20,7 @@ from transformers import AutoTokenizer
 
 from rq4lens.cli import main
 from rq4lens.errors import UserError
-from rq4lens.models.load import adapters as patterns
 from rq4lens.models.load.loading import load_hooked, load_own_tokenizer
-from rq4lens.models.prompts import bounds
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.models.prompts.record import Message, Prompt
 from rq4lens.models.prompts.rendering import render
@@ -540,8 +538,6 @@ def base_is_itself(folder: Path) -> None:
     lora(base_model_name_or_path=str(folder))(folder)
 
 
-BACKTRACKING = "(([a-z._0-9]+)+)+!"
-
 WRONG_ADAPTERS = {
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "an object"),
@@ -566,23 +562,14 @@ WRONG_ADAPTERS = {
     "half a rank": (lora(r=2.5), "r=2.5"),
     "rank as text": (lora(r="2"), "r='2'"),
     "another rank": (lora(r=3), "cannot be merged"),
-    "a huge rank": (lora(r=10**9), "r=1000000000"),
-    "a huge rank of a module": (lora(rank_pattern={"q_proj": 10**9}), "rank_pattern"),
     "alpha as text": (lora(lora_alpha="much"), "cannot be merged"),
     "no target": (lora(target_modules=[]), "cannot be merged"),
     "unknown target": (lora(target_modules=["evil_proj"]), "cannot be merged"),
     "targets of numbers": (lora(target_modules=[7]), "target_modules"),
     "a number for targets": (lora(target_modules=7), "target_modules"),
     "a broken pattern": (lora(target_modules="("), "target_modules"),
-    "a pattern without end": (lora(target_modules=BACKTRACKING), "target_modules"),
-    "an exclusion without end": (lora(exclude_modules=BACKTRACKING), "exclude_modules"),
-    "a rank pattern without end": (lora(rank_pattern={BACKTRACKING: 2}), "rank_pattern"),
-    "an alpha pattern without end": (lora(alpha_pattern={BACKTRACKING: 2}), "alpha_pattern"),
-    "a layer pattern without end": (
-        lora(layers_to_transform=[0], layers_pattern=BACKTRACKING),
-        "layers_pattern",
-    ),
-    "a saved module without end": (lora(modules_to_save=[BACKTRACKING]), "modules_to_save"),
+    "a broken exclusion": (lora(exclude_modules="["), "exclude_modules"),
+    "a broken rank pattern": (lora(rank_pattern={"(": 2}), "rank_pattern"),
     "layers twice": (lora(layer_replication=[[0, 3], [0, 10**6]]), "layer_replication"),
     "code by name": (lora(megatron_config={"a": 1}, megatron_core="evil"), "megatron"),
     "another layer": (lora(layers_to_transform=[0]), "cannot be merged"),
@@ -607,9 +594,8 @@ WRONG_ADAPTERS = {
 
 
 @pytest.mark.parametrize(("change", "said"), WRONG_ADAPTERS.values(), ids=WRONG_ADAPTERS.keys())
-def test_a_wrong_adapter_is_refused_in_one_sentence(adapter, monkeypatch, change, said):
-    """An adapter is merged whole, into the base it names, in bounded time, or not at all."""
-    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.5)
+def test_a_wrong_adapter_is_refused_in_one_sentence(adapter, change, said):
+    """An adapter is merged whole, into the base it names, or not at all."""
     change(adapter)
     refused(adapter, said)
 
@@ -821,28 +807,9 @@ def with_template(llama, template):
     return tokenizer
 
 
-LOOP = "{% for _ in range(99999) %}"
 HOSTILE_TEMPLATES = {
-    "an endless loop": LOOP * 4 + "x" + "{% endfor %}" * 4,
-    "an endless silent loop": LOOP * 4 + "{% set x = 1 %}" + "{% endfor %}" * 4,
-    "endless filters": LOOP * 3 + "{{ range(9999) | map('string') | join | length }}"
-    + "{% endfor %}" * 3,
-    "endless random text": "{{ lipsum(n=99999, min=99999, max=999999) }}",
     "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "endless loop in a macro": "{% macro f(n) %}" + LOOP + "{{ f(n) }}{% endfor %}{% endmacro %}"
-    "{{ f(1) }}",
-    "a range without end": "{% for _ in range(10 ** 12) %}{% endfor %}",
     "a range beyond the sandbox": "{% for _ in range(999999999) %}{% endfor %}",
-    "a power without end": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "a power of variables": "{% set n = 9 %}{{ n ** n ** n ** n }}",
-    "a text without end": "{{ 'x' * 99999999999 }}",
-    "a doubling text": "{% set ns = namespace(x='xxxxxxxx') %}" + LOOP
-    + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "a doubling number": "{% set ns = namespace(x=9) %}" + LOOP
-    + "{% set ns.x = ns.x * ns.x %}{% endfor %}",
-    "a wide format": "{{ '%99999999999s' % 'x' }}",
-    "a wide centre": "{{ 'x' | center(99999999999) }}",
-    "a list without end": "{{ ([0] * 99999999999) | length }}",
     "the class of a message": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
     "the class by a filter": "{{ (messages | attr('__class__')).__mro__ }}",
     "globals of a function": "{{ raise_exception.__globals__['__builtins__'] }}",
@@ -863,28 +830,14 @@ HOSTILE_TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES.keys())
-def test_a_hostile_template_is_refused_in_one_sentence(folders, monkeypatch, template):
-    """A template reaches nothing but the messages, and is stopped when it takes too long or too
-    much.
-    """
-    monkeypatch.setattr(bounds, "MAX_SECONDS", 0.3)
-    monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 28)
+def test_a_hostile_template_is_refused_in_one_sentence(folders, template):
+    """A template reaches nothing but the messages; one that fails is said with its prompt."""
     tokenizer = with_template(folders("llama"), template)
     refused(CHAT, "chat template", lambda prompt: render(prompt, tokenizer))
 
 
-def test_an_honest_template_is_within_bounds_and_leaves_no_trace(folders):
-    """Bounds change no text, and the debugger that watched before watches again."""
-    tokenizer = AutoTokenizer.from_pretrained(folders("llama"))
-    expected = "<s><|user|>hello</s><|assistant|>"
-    watcher = lambda *_: None  # noqa: E731
-    before = sys.gettrace()
-    sys.settrace(watcher)
-    try:
-        assert render(CHAT, tokenizer).text == expected
-        assert sys.gettrace() is watcher
-    finally:
-        sys.settrace(before)
+def test_an_honest_template_may_use_stars(folders):
+    """Stars that unpack or repeat are no power, and no reason to refuse."""
     star = "{{ '=' * 3 }}{{ dict(**messages[0])['content'] }}"
     assert render(CHAT, with_template(folders("llama"), star)).text == "===hello"
 

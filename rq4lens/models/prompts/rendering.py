@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from jinja2 import Environment
 
 from rq4lens.disk.files import short_reason
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.bounds import OutOfBoundsError, within_bounds
 from rq4lens.models.prompts.record import Message, Prompt
 
 if TYPE_CHECKING:
@@ -21,10 +16,6 @@ if TYPE_CHECKING:
 DATE = "26 Jul 2024"
 """What a template is told the date is (the one that Llama 3.1's writes of itself): with today's, a
 run could not be repeated tomorrow."""
-
-
-_STOPPED: set[str] = set()
-"""Templates that took too long on some prompt: a thousand prompts are not to wait for each."""
 
 
 class Part(NamedTuple):
@@ -114,40 +105,17 @@ def apply_template(
             f"{str(tokenizer.name_or_path) or 'the model'} has no chat template: give plain text, "
             "or save a template with the tokenizer."
         )
-    template = str(tokenizer.chat_template)
     chat = [{"role": m.role, "content": m.content} for m in messages or prompt.messages]
     try:
-        _refuse_endless(template)
-        with within_bounds():
-            text: Any = tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=generation_prompt, date_string=DATE
-            )
+        text: Any = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generation_prompt, date_string=DATE
+        )
     except Exception as problem:  # templates are code of the checkpoint and can fail in any way
-        if isinstance(problem, OutOfBoundsError):
-            _STOPPED.add(template)
         raise UserError(
             f"the chat template of {str(tokenizer.name_or_path) or 'the model'} refuses prompt "
             f"{prompt.id!r} ({short_reason(problem)}): change its messages."
         ) from None
     return str(text)
-
-
-def _refuse_endless(template: str) -> None:
-    """Refuse what was stopped on an earlier prompt, or is known not to end."""
-    if template in _STOPPED:
-        raise OutOfBoundsError("it took too long on an earlier prompt")
-    if _computes_powers(template):
-        raise ValueError("it computes powers")
-
-
-@cache
-def _computes_powers(template: str) -> bool:
-    """A power of whole numbers may take for ever in one step, which nothing can stop."""
-    tokens = [token for token in Environment().lex(template) if token[1] != "whitespace"]
-    return any(
-        kind == "operator" and value == "**" and before not in ("(", ",")  # but for f(**arguments)
-        for (_, _, before), (_, kind, value) in pairwise(tokens)
-    )
 
 
 def _parts(

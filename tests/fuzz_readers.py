@@ -35,7 +35,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.adapters import base_of, check_adapter
 from rq4lens.models.load.checkpoint import locate
-from rq4lens.models.load.config_check import loadable_architecture
+from rq4lens.models.load.huggingface import loadable_architecture
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.maps.map import LayerMap, load_map, save_map

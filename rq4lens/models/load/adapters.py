@@ -113,6 +113,13 @@ NOT_MERGED = ("XLORA",)
 """Mixes adapters that it fetches from elsewhere."""
 
 
+PATTERNS = (
+    "target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+"""Settings that PEFT reads as regular expressions, as lists of them, or as objects by them."""
+
+
 def check_adapter(adapter: Checkpoint) -> None:
     """Refuse an adapter that is no change of weights, or whose patterns are broken.
 
@@ -155,12 +162,9 @@ def _check_type(settings: Mapping[str, Any], source: str) -> None:
 
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every value that PEFT reads as a regular expression."""
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    for name in PATTERNS:
         value = settings.get(name) or []
-        yield from ((name, each) for each in (value if isinstance(value, list) else [value]))
-    for name in ("rank_pattern", "alpha_pattern"):
-        yield from ((name, each) for each in settings.get(name) or {})
+        yield from ((name, each) for each in (value if isinstance(value, list | dict) else [value]))
 
 
 def _wrong(name: str, value: Any, source: str, allowed: str) -> UserError:

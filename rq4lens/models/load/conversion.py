@@ -86,17 +86,12 @@ def hooked_config(
     )
 
 
-def hooked_skeleton(hf_config: Any, architecture: str, dtype: torch.dtype) -> HookedTransformer:
-    """The model that :func:`hooked_from` would make, without memory for its weights.
-
-    Raises:
-        UserError: TransformerLens has no counterpart for this variant of the architecture.
-    """
-    cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
+def hooked_skeleton(cfg: HookedTransformerConfig) -> HookedTransformer:
+    """A model without memory for its weights."""
     with torch.device("meta"):
         model = HookedTransformer(cfg, move_to_device=False)
     for parameter in model.parameters():  # some are made in float32, and later filled in this type
-        parameter.data = _as_type(parameter.data, dtype)
+        parameter.data = _as_type(parameter.data, cfg.dtype)
     return model
 
 

@@ -9,16 +9,101 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.utilities.quantization import quantization_method
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from rq4lens.disk.files import short_reason, short_value
 from rq4lens.errors import UserError
+from rq4lens.models.load.architectures import ARCHITECTURES, find_architecture
 from rq4lens.models.load.checkpoint import LEFTOVER, Checkpoint
 from rq4lens.models.load.devices import Placement
+from rq4lens.models.load.rotary import require_known_scaling
 
-MODEL_SLACK = 1_000_000
-"""How many values more than twice its files a model may have; buffers are not in files."""
+SIZES = (
+    "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads",
+    "n_head", "num_heads", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size",
+    "max_position_embeddings", "n_positions", "n_ctx",
+)  # fmt: skip
+"""Sizes by the names that architectures give to them; null leaves one to the architecture."""
+
+POSITIVE = ("rope_theta", "factor")
+"""Rotary settings that would make every number infinite, were they zero."""
+
+
+def loadable_architecture(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
+    """The name of a checkpoint's architecture, after what ``config.json`` says was checked.
+
+    Raises:
+        UserError: No model can be loaded from it.
+    """
+    config, architecture = checkpoint.config, checkpoint.architecture
+    find_architecture(architecture)
+    _refuse_quantized(checkpoint)
+    _check_model_type(checkpoint, trust_remote_code)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in SIZES:
+            value: Any = part.get(name)
+            if value is not None and not (isinstance(value, int) and 1 <= value < 2**31):
+                raise _wrong(checkpoint, name, value, f"a whole number from 1 to {2**31 - 1}")
+        for name, value in _rotary_settings(part):
+            if name in POSITIVE and not (isinstance(value, int | float) and value > 0):
+                raise _wrong(checkpoint, name, value, "a number above 0")
+            if name == "rope_type":
+                require_known_scaling(value)
+    return str(architecture)
+
+
+def _rotary_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings of rotary positions, also where each type of layer has its own."""
+    yield from config.items()
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(settings := config.get(name), dict):
+            yield from settings.items()
+            for each in settings.values():
+                yield from each.items() if isinstance(each, dict) else ()
+
+
+def _wrong(checkpoint: Checkpoint, name: str, value: Any, allowed: str) -> UserError:
+    return UserError(
+        f"{name}={short_value(value)} in config.json of {checkpoint.source} must be {allowed}; "
+        "restore the file that save_pretrained wrote."
+    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are stored packed or apart from their scales."""
+    settings = checkpoint.config.get("quantization_config")
+    if settings:
+        named = quantization_method(checkpoint.config) if isinstance(settings, dict) else None
+        raise UserError(
+            f"{checkpoint.source} is quantized with {named or 'an unnamed method'}; head patching "
+            "needs the plain weights: use the full-precision checkpoint, or save a dequantized "
+            "copy."
+        )
+
+
+def _check_model_type(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a configuration that names two different models: one reads it, one is converted."""
+    config, source = checkpoint.config, checkpoint.source
+    own_code = config.get("auto_map")
+    if own_code is not None and not isinstance(own_code, dict):
+        raise _wrong(checkpoint, "auto_map", own_code, "an object that names classes")
+    named = config.get("model_type")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(named) if isinstance(named, str) else None
+    if known is None and own_code:
+        return  # transformers asks for trust_remote_code, or has been given it
+    same = known in ARCHITECTURES and (
+        find_architecture(checkpoint.architecture) == ARCHITECTURES[known]
+    )
+    if not same and not (own_code and trust_remote_code):
+        raise UserError(
+            f"config.json of {source} says model_type={short_value(named)} and the architecture "
+            f"{short_value(checkpoint.architecture)}, which do not belong together; write the "
+            "model_type that save_pretrained writes for this architecture."
+        )
 
 
 def load_tokenizer(
@@ -56,16 +141,14 @@ def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     """The Hugging Face model that a configuration describes, without memory for its weights.
 
     Raises:
-        UserError: There is no such model, or it is larger than the checkpoint's files.
+        UserError: There is no such model.
     """
     config = read_hf_config(checkpoint, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a stranger's folder makes it fail in any way
         raise _unreadable(checkpoint, "model", error) from error
-    _refuse_larger_than_files(checkpoint, model)
-    return model
 
 
 def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
@@ -98,10 +181,6 @@ def _blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _n_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def load_hugging_face(
     checkpoint: Checkpoint,
     *,
@@ -112,8 +191,9 @@ def load_hugging_face(
     """The checkpoint as a Hugging Face model, from safetensors alone.
 
     Raises:
-        UserError: The weights are pickled, incomplete, or cannot be read.
+        UserError: The weights are pickled, packed, incomplete, or cannot be read.
     """
+    _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
     try:
         with _quiet_unless_terminal():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -148,19 +228,6 @@ def require_finite(hf_model: Any, source: str) -> None:
                 f"{source} has weights that are not finite, in {name}; save the fine-tune again "
                 "from a step before it broke."
             )
-
-
-def _refuse_larger_than_files(checkpoint: Checkpoint, skeleton: Any) -> None:
-    """Refuse a configuration whose model would be filled up with random numbers, or the memory."""
-    asked = _n_weights(skeleton)
-    held = sum(tensor.n_values for tensor in checkpoint.tensors.values())
-    if asked > 2 * held + MODEL_SLACK:
-        name, largest = max(skeleton.named_parameters(), key=lambda each: each[1].numel())
-        raise UserError(
-            f"config.json of {checkpoint.source} describes {asked:,} weights, as {name} of shape "
-            f"{list(largest.shape)}, and its files hold {held:,}; restore the file that "
-            "save_pretrained wrote."
-        )
 
 
 def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:

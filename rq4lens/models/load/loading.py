@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from transformer_lens import HookedTransformer
@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, merge_adapter
 from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.config_check import loadable_architecture
 from rq4lens.models.load.conversion import give_tokenizer, hooked_from
 from rq4lens.models.load.devices import AUTO, Placement, chosen_devices
 from rq4lens.models.load.fingerprint import weights_fingerprint
@@ -142,8 +141,6 @@ def load_hooked(
     devices = chosen_devices(named, n_devices, device_map)
     asked = locate(source, revision)
     weights = base_of(asked) if asked.is_adapter else asked
-    architecture = loadable_architecture(weights, trust_remote_code=trust_remote_code)
-    skeleton = skeleton_of(weights, trust_remote_code=trust_remote_code)
     size = model_size(asked, dtype=dtype, trust_remote_code=trust_remote_code)
     estimate = estimate_memory(size, devices)
     estimate.require_fit()
@@ -151,7 +148,9 @@ def load_hooked(
     hf_model = load_hugging_face(
         weights,
         dtype=dtype,
-        device_map=_hugging_face_places(skeleton, estimate.placement, merged=asked.is_adapter),
+        device_map=_hugging_face_places(
+            weights, estimate.placement, trust_remote_code, merged=asked.is_adapter
+        ),
         trust_remote_code=trust_remote_code,
     )
     if asked.is_adapter:
@@ -159,7 +158,7 @@ def load_hooked(
     require_finite(hf_model, asked.source)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
-    model = hooked_from(hf_model, architecture, dtype=dtype, placement=estimate.placement)
+    model = hooked_from(hf_model, size.architecture, dtype=dtype, placement=estimate.placement)
     del hf_model
     give_tokenizer(model, tokenizer)
     return LoadedModel(
@@ -169,7 +168,7 @@ def load_hooked(
         revision=asked.revision,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        architecture=architecture,
+        architecture=size.architecture,
         logit_check_max_abs_diff=(
             require_same_logits(model, tokens, expected, asked.source) if expected else None
         ),
@@ -198,13 +197,14 @@ def _tokenizer_of(
 
 
 def _hugging_face_places(
-    skeleton: Any, placement: Placement, *, merged: bool
+    weights: Checkpoint, placement: Placement, trust_remote_code: bool, *, merged: bool
 ) -> dict[str, str] | None:
     """Where Hugging Face reads the weights to; None for the CPU."""
     if len(placement.devices) == 1:
         return {"": str(placement.entry)}
-    # PEFT merges on one device; the merged blocks then move one by one.
-    return None if merged else device_map_of(skeleton, placement)
+    if merged:
+        return None  # PEFT merges on one device; the merged blocks then move one by one
+    return device_map_of(skeleton_of(weights, trust_remote_code=trust_remote_code), placement)
 
 
 def _refuse_processed(model: HookedModel) -> None:

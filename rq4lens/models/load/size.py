@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,25 +12,23 @@ from transformer_lens import HookedTransformerConfig
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, vocabulary_of
 from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.config_check import loadable_architecture
-from rq4lens.models.load.conversion import hooked_skeleton
+from rq4lens.models.load.conversion import hooked_config, hooked_skeleton
 from rq4lens.models.load.devices import Devices, ModelBytes, Placement, free_bytes, place_blocks
-from rq4lens.models.load.huggingface import read_hf_config
+from rq4lens.models.load.huggingface import loadable_architecture, read_hf_config
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model that was not loaded: its shape, and what its weights will take.
-
-    Attributes:
-        source: The checkpoint.
-        cfg: Its TransformerLens configuration, with the type that it is loaded as.
-        weights: Bytes of its parts, exactly those of the loaded model.
-    """
+    """A model that was not loaded; ``weights`` are exactly those of the loaded one."""
 
     source: str
+    architecture: str
     cfg: HookedTransformerConfig
     weights: ModelBytes
+
+
+_MEASURED: dict[str, ModelBytes] = {}
+"""Bytes by configuration: the plan of a run and both loads ask for the same."""
 
 
 def model_size(
@@ -45,22 +44,20 @@ def model_size(
         UserError: There is no such checkpoint, or no model can be built from it.
     """
     located = isinstance(source, Checkpoint)
-    if isinstance(source, Checkpoint):
-        asked = source
-    else:
-        asked = locate(source, revision, with_weights=False)
-    base = base_of(asked, with_weights=located) if asked.is_adapter else asked
-    architecture = loadable_architecture(
-        base,
-        trust_remote_code=trust_remote_code,
-        with_weights=located or base.revision is None,
+    asked = (
+        source if isinstance(source, Checkpoint) else locate(source, revision, with_weights=False)
     )
+    base = base_of(asked, with_weights=located) if asked.is_adapter else asked
+    architecture = loadable_architecture(base, trust_remote_code=trust_remote_code)
     hf_config = read_hf_config(base, trust_remote_code=trust_remote_code)
     if asked.is_adapter and (located or asked.revision is None):
         text = hf_config.get_text_config()
         text.vocab_size = vocabulary_of(asked) or text.vocab_size
-    skeleton = hooked_skeleton(hf_config, architecture, dtype)
-    return ModelSize(asked.source, skeleton.cfg, ModelBytes.of(skeleton))
+    cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
+    key = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    if key not in _MEASURED:
+        _MEASURED[key] = ModelBytes.of(hooked_skeleton(cfg))
+    return ModelSize(asked.source, architecture, cfg, _MEASURED[key])
 
 
 @dataclass(frozen=True)

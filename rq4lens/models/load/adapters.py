@@ -18,20 +18,12 @@ SHARED = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 
 
 def adapter_settings(adapter: Checkpoint) -> dict[str, Any]:
-    """What an adapter's ``adapter_config.json`` says.
-
-    Raises:
-        UserError: It is no JSON object.
-    """
+    """What an adapter's ``adapter_config.json`` says."""
     return read_json(adapter.folder / "adapter_config.json", adapter.source)
 
 
 def base_of(adapter: Checkpoint, *, with_weights: bool = True) -> Checkpoint:
-    """The base model that an adapter names.
-
-    Raises:
-        UserError: It names none, or the named one cannot be found or is an adapter too.
-    """
+    """The base model that an adapter names."""
     settings = adapter_settings(adapter)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
@@ -57,11 +49,7 @@ def base_of(adapter: Checkpoint, *, with_weights: bool = True) -> Checkpoint:
 
 
 def merge_adapter(base_model: Any, adapter: Checkpoint) -> Any:
-    """Add an adapter's change to the weights of its base model, in place.
-
-    Raises:
-        UserError: PEFT is not installed, or the adapter is damaged or does not fit the base.
-    """
+    """Add an adapter's change to the weights of its base model, in place."""
     try:
         from peft import PeftModel  # noqa: PLC0415 - an optional extra
     except ImportError:
@@ -121,11 +109,7 @@ PATTERNS = (
 
 
 def check_adapter(adapter: Checkpoint) -> None:
-    """Refuse an adapter that is no change of weights, or whose patterns are broken.
-
-    Raises:
-        UserError: Its type, or one of its settings, cannot be merged.
-    """
+    """Refuse an adapter that is no change of weights, or whose patterns are broken."""
     settings = adapter_settings(adapter)
     _check_type(settings, adapter.source)
     for name in REFUSED:

@@ -27,11 +27,7 @@ from rq4lens.errors import UserError
 
 
 def read_json(path: Path, source: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        UserError: The file is missing, or is not one strict JSON object.
-    """
+    """A JSON object of a checkpoint."""
     try:
         value = parse_json(read_regular_file(path), unique_keys=True)
     except FileNotFoundError:
@@ -102,20 +98,12 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``.
-
-        Raises:
-            UserError: The folder has none.
-        """
+        """The content of ``config.json``."""
         return read_json(self.folder / "config.json", self.source)
 
     @property
     def architecture(self) -> str | None:
-        """The architecture's name, from ``config.json`` or its model type; None if neither says.
-
-        Raises:
-            UserError: ``config.json`` cannot be read, or names it in no readable way.
-        """
+        """The architecture's name, from ``config.json`` or its model type; None if neither says."""
         config = self.config
         stated = config.get("architectures") or [None]
         if not isinstance(stated, list) or not isinstance(stated[0], str | None):
@@ -127,11 +115,7 @@ class Checkpoint:
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """File names of the weights as the small files name them, in transformers' own order.
-
-        Raises:
-            UserError: The index is damaged, or names anything but safetensors files beside it.
-        """
+        """File names of the weights as the small files name them, in transformers' own order."""
         if self.is_adapter:
             return ("adapter_model.safetensors",)
         if (self.folder / WEIGHTS).is_file() or not (self.folder / INDEX).is_file():
@@ -151,11 +135,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files of the weights.
-
-        Raises:
-            UserError: There are none, or a shard that the index lists is missing.
-        """
+        """The safetensors files of the weights."""
         files = tuple(self.folder / name for name in self.weight_names)
         missing = [file.name for file in files if not file.is_file()]
         if not missing:
@@ -174,12 +154,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the weights by name, from the headers of their files.
-
-        Raises:
-            UserError: A file is missing or damaged, holds no plain weights, or a tensor that
-                another one holds too.
-        """
+        """Every tensor of the weights by name, from the headers of their files."""
         found: dict[str, StoredTensor] = {}
         headers = map(_header, self.weight_files)
         for name, tensor in chain.from_iterable(header.items() for header in headers):
@@ -216,11 +191,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 def locate(
     source: str | Path, revision: str | None = None, *, with_weights: bool = True
 ) -> Checkpoint:
-    """The folder of a checkpoint, fetched from the hub if it is a hub id.
-
-    Raises:
-        UserError: No such folder or hub id, no access, or no network.
-    """
+    """The folder of a checkpoint, fetched from the hub if it is a hub id."""
     path = _possible_path(source)
     if path.is_dir():
         _refuse_what_is_no_file(path)

@@ -29,11 +29,7 @@ from rq4lens.models.load.rotary import write_longrope_tables
 def hooked_from(
     hf_model: Any, architecture: str, *, dtype: torch.dtype, placement: Placement
 ) -> HookedTransformer:
-    """Convert a Hugging Face model; the result takes over its memory.
-
-    Raises:
-        UserError: TransformerLens has no counterpart for this variant of the architecture.
-    """
+    """Convert a Hugging Face model; the result takes over its memory."""
     entry = find_architecture(architecture)
     here = str(hf_model.get_input_embeddings().weight.device)
     cfg = hooked_config(
@@ -59,11 +55,7 @@ def hooked_from(
 def hooked_config(
     hf_config: Any, architecture: str, *, dtype: torch.dtype, device: str, n_devices: int = 1
 ) -> HookedTransformerConfig:
-    """The configuration that a Hugging Face configuration means in TransformerLens.
-
-    Raises:
-        UserError: TransformerLens has no counterpart for this variant of the architecture.
-    """
+    """The configuration that a Hugging Face configuration means in TransformerLens."""
     try:
         fields = find_architecture(architecture).config(hf_config)
     except UserError:

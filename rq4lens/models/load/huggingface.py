@@ -33,11 +33,7 @@ POSITIVE = ("rope_theta", "factor")
 
 
 def loadable_architecture(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
-    """The name of a checkpoint's architecture, after what ``config.json`` says was checked.
-
-    Raises:
-        UserError: No model can be loaded from it.
-    """
+    """The name of a checkpoint's architecture, after what ``config.json`` says was checked."""
     config, architecture = checkpoint.config, checkpoint.architecture
     find_architecture(architecture)
     _refuse_quantized(checkpoint)
@@ -109,11 +105,7 @@ def _check_model_type(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
 def load_tokenizer(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
+    """The checkpoint's own tokenizer."""
     if not checkpoint.has_tokenizer:
         raise UserError(
             f"{checkpoint.source} has no tokenizer; save the fine-tune's own tokenizer into the "
@@ -126,11 +118,7 @@ def load_tokenizer(
 
 
 def read_hf_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint as transformers reads it.
-
-    Raises:
-        UserError: It cannot be read.
-    """
+    """The configuration of a checkpoint as transformers reads it."""
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a stranger's folder makes it fail in any way
@@ -138,11 +126,7 @@ def read_hf_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
 
 
 def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The Hugging Face model that a configuration describes, without memory for its weights.
-
-    Raises:
-        UserError: There is no such model.
-    """
+    """The Hugging Face model that a configuration describes, without memory for its weights."""
     config = read_hf_config(checkpoint, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
@@ -188,11 +172,7 @@ def load_hugging_face(
     device_map: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The checkpoint as a Hugging Face model, from safetensors alone.
-
-    Raises:
-        UserError: The weights are pickled, packed, incomplete, or cannot be read.
-    """
+    """The checkpoint as a Hugging Face model, from safetensors alone."""
     _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
     try:
         with _quiet_unless_terminal():
@@ -216,11 +196,7 @@ def load_hugging_face(
 
 
 def require_finite(hf_model: Any, source: str) -> None:
-    """Refuse weights that are not numbers: one of them, in a token that no check reads, is enough.
-
-    Raises:
-        UserError: A weight is NaN or infinite.
-    """
+    """Refuse weights that are not numbers, also in tokens that no check reads."""
     for name, weight in hf_model.named_parameters():
         # The extremes are NaN if any number is, and need no copy of the tensor.
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():

@@ -179,11 +179,7 @@ def load_hooked(
 def load_own_tokenizer(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that :func:`load_hooked` would give the model, without the model.
-
-    Raises:
-        UserError: There is no such checkpoint, or its tokenizer cannot be read.
-    """
+    """The tokenizer that :func:`load_hooked` would give the model, without the model."""
     asked = locate(source, revision, with_weights=False)
     weights = base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked
     return _tokenizer_of(asked, weights, trust_remote_code)

@@ -27,11 +27,7 @@ def head_width(hf: Any) -> int:
 
 
 def rotary_fields(hf: Any, *, partial: bool = False, layer_type: str | None = None) -> Fields:
-    """Rotary fields of ``HookedTransformerConfig``.
-
-    Raises:
-        UserError: A scaling kind that TransformerLens cannot compute.
-    """
+    """Rotary fields of ``HookedTransformerConfig``."""
     rope = rope_of(hf, layer_type)
     share = rope.get("partial_rotary_factor", 1.0) if partial else 1.0
     return {
@@ -49,11 +45,7 @@ def _scaling_of(rope: Mapping[str, Any]) -> Callable[[Any, Mapping[str, Any]], F
 
 
 def require_known_scaling(kind: Any) -> None:
-    """Refuse a kind of rotary scaling that TransformerLens cannot compute.
-
-    Raises:
-        UserError: It is none of those that can be computed.
-    """
+    """Refuse a kind of rotary scaling that TransformerLens cannot compute."""
     if str(kind or "default") not in _SCALINGS:
         raise UserError(
             f"rope_type {short_value(kind)} of this checkpoint cannot be computed by "

@@ -38,11 +38,7 @@ def model_size(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> ModelSize:
-    """The size of a checkpoint's model, from its small files alone.
-
-    Raises:
-        UserError: There is no such checkpoint, or no model can be built from it.
-    """
+    """The size of a checkpoint's model, from its small files alone."""
     located = isinstance(source, Checkpoint)
     asked = (
         source if isinstance(source, Checkpoint) else locate(source, revision, with_weights=False)
@@ -62,13 +58,7 @@ def model_size(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A model's weights against free memory.
-
-    Attributes:
-        size: The model.
-        placement: Which block goes where.
-        free: Bytes free on each device.
-    """
+    """Which block of a model goes where, and the bytes that are free on each device."""
 
     size: ModelSize
     placement: Placement
@@ -80,39 +70,22 @@ class MemoryEstimate:
         held = self.size.weights.on(self.placement)
         return all(n_bytes <= self.free[device] for device, n_bytes in held.items())
 
-    @property
-    def advice(self) -> str:
-        """One sentence: what is needed, what there is, and what to do if it is too little."""
-        need = (
-            f"{self.size.source} needs {gigabytes(self.size.weights.total)} as "
-            f"{short(self.size.cfg.dtype)} on {', '.join(self.free)}, where "
-            f"{gigabytes(sum(self.free.values()))} are free"
-        )
-        return f"{need}." if self.fits else f"{need}; {self._remedy}."
-
-    @property
-    def _remedy(self) -> str:
-        size, free = self.size.cfg.dtype.itemsize, sum(self.free.values())
-        halves = size > 2 and self.size.weights.total * 2 <= free * size
-        smaller = "load it as bfloat16" if halves else "use a device with more memory"
-        return f"{smaller}, or spread it over more GPUs with n_devices or device_map"
-
     def require_fit(self) -> None:
-        """Refuse to start what cannot end well.
-
-        Raises:
-            UserError: The weights alone are larger than the free memory.
-        """
-        if not self.fits:
-            raise UserError(self.advice)
+        """Refuse weights that alone are larger than the free memory."""
+        if self.fits:
+            return
+        dtype, needed, free = self.size.cfg.dtype, self.size.weights.total, sum(self.free.values())
+        halves = dtype.itemsize > 2 and needed * 2 <= free * dtype.itemsize
+        raise UserError(
+            f"{self.size.source} needs {gigabytes(needed)} as {str(dtype).removeprefix('torch.')} "
+            f"on {', '.join(self.free)}, where {gigabytes(free)} are free; "
+            f"{'load it as bfloat16' if halves else 'use a device with more memory'}, or spread it "
+            "over more GPUs with n_devices or device_map."
+        )
 
 
 def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEstimate:
-    """A model's weights against the free memory of its devices.
-
-    Raises:
-        UserError: There are more devices than blocks.
-    """
+    """A model's weights against the free memory of its devices."""
     devices = devices or Devices(("cpu",))
     free = {str(torch.device(name)): free_bytes(name) for name in devices.names}
     return MemoryEstimate(size, place_blocks(devices, size.weights, list(free.values())), free)
@@ -121,8 +94,3 @@ def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEs
 def gigabytes(n_bytes: int) -> str:
     """Bytes as a person reads them; few of them in MB."""
     return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.3g} MB"
-
-
-def short(dtype: torch.dtype) -> str:
-    """A type as it is written in settings."""
-    return str(dtype).removeprefix("torch.")

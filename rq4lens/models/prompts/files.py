@@ -27,22 +27,14 @@ SPLIT_ALIASES = {"validation": "val"}
 
 
 def read_records(path: Path) -> Iterator[Located]:
-    """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset.
-
-    Raises:
-        UserError: if nothing is there, or it cannot be read as what it seems to be.
-    """
+    """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset."""
     if _is_directory(path):
         return dataset_records(_load_dataset(path), str(path))
     return csv_records(path) if path.suffix.lower() == ".csv" else jsonl_records(path)
 
 
 def jsonl_records(path: Path) -> Iterator[Located]:
-    """The objects of a JSONL file, one per line.
-
-    Raises:
-        UserError: if the file is missing, is not UTF-8, or a line is not JSON.
-    """
+    """The objects of a JSONL file, one per line."""
     # Not splitlines(): a text may hold a form feed or a Unicode line separator.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
@@ -50,11 +42,7 @@ def jsonl_records(path: Path) -> Iterator[Located]:
 
 
 def csv_records(path: Path) -> Iterator[Located]:
-    """The rows of a CSV file whose first line names the columns; an empty cell says nothing.
-
-    Raises:
-        UserError: if the file is missing, is not UTF-8 or not CSV, or lacks a column.
-    """
+    """The rows of a CSV file whose first line names the columns; an empty cell says nothing."""
     rows = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
     try:
         _check_columns(rows.fieldnames or (), str(path))
@@ -73,9 +61,6 @@ def dataset_records(dataset: Any, where: str = "the dataset") -> Iterator[Locate
 
     A row of a named split needs no ``split`` of its own, and one without an ``id`` is named by its
     split and number. Columns that say nothing about the prompt are kept as its ``meta``.
-
-    Raises:
-        UserError: if a column is missing.
     """
     if not isinstance(dataset, Mapping):
         yield from _rows(dataset, None, where)

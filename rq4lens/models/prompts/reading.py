@@ -101,11 +101,7 @@ class ReadPrompt:
 def tokenize(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, reading: Reading | None = None
 ) -> TokenizedPrompts:
-    """Render and tokenize each prompt once and cut it at its decision token.
-
-    Raises:
-        UserError: if a prompt cannot be rendered, has no decision token or two BOS tokens.
-    """
+    """Render and tokenize each prompt once and cut it at its decision token."""
     read = [read_prompt(prompt, tokenizer, reading or Reading()) for prompt in prompts]
     for each in read:
         refuse_second_bos(each, tokenizer)
@@ -115,11 +111,7 @@ def tokenize(
 
 
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:
-    """One prompt as one model reads it.
-
-    Raises:
-        UserError: if it cannot be rendered or has no decision token.
-    """
+    """One prompt as one model reads it."""
     rendered = render(prompt, tokenizer)
     tokens, spans = _encode(rendered.text, tokenizer)
     if reading.decision_rule in ("last", "last_content"):
@@ -139,11 +131,7 @@ def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def refuse_second_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a prompt that starts with its BOS twice.
-
-    Raises:
-        UserError: if it does.
-    """
+    """Refuse a prompt that starts with its BOS twice."""
     if tokenizer.bos_token_id is not None and n_leading_bos(read, tokenizer) > 1:
         raise UserError(
             f"prompt {read.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: remove "

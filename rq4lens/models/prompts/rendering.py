@@ -76,11 +76,7 @@ class Rendered:
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The prompt's text, or its messages in the tokenizer's own chat template.
-
-    Raises:
-        UserError: if the tokenizer has no template, or it refuses the messages.
-    """
+    """The prompt's text, or its messages in the tokenizer's own chat template."""
     if not prompt.messages:
         return Rendered(prompt.text, (Part(0, 0, len(prompt.text)),))
     text = apply_template(prompt, tokenizer)
@@ -94,11 +90,7 @@ def apply_template(
     *,
     generation_prompt: bool = True,
 ) -> str:
-    """The messages as the template writes them.
-
-    Raises:
-        UserError: if there is no template, or it refuses the messages.
-    """
+    """The messages as the template writes them."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             f"prompt {prompt.id!r} is a chat, but the tokenizer of "

@@ -22,7 +22,7 @@ def adapter_settings(adapter: Checkpoint) -> dict[str, Any]:
     return read_json(adapter.folder / "adapter_config.json", adapter.source)
 
 
-def base_of(adapter: Checkpoint, *, with_weights: bool = True) -> Checkpoint:
+def base_of(adapter: Checkpoint) -> Checkpoint:
     """The base model that an adapter names."""
     settings = adapter_settings(adapter)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
@@ -37,7 +37,12 @@ def base_of(adapter: Checkpoint, *, with_weights: bool = True) -> Checkpoint:
             f"adapter_config.json of {adapter.source} must be text; restore the file."
         )
     try:
-        found = locate(base, revision, with_weights=with_weights)
+        found = locate(
+            base,
+            revision,
+            with_weights=adapter.with_weights,
+            trust_remote_code=adapter.trust_remote_code,
+        )
     except UserError as error:
         raise UserError(f"The base model of the adapter {adapter.source}: {error}") from error
     if found.is_adapter:

@@ -73,17 +73,20 @@ SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face folder on this machine.
+    """A Hugging Face folder on this machine, with what may be done with it.
 
     Attributes:
         source: What the user asked for: a folder or a hub id.
-        folder: Where its files lie.
         revision: The commit of a hub id; None for a folder.
+        with_weights: Whether weights on the hub are fetched too, also those of an adapter's base.
+        trust_remote_code: Whether code that it brings along may run.
     """
 
     source: str
     folder: Path
     revision: str | None
+    with_weights: bool = True
+    trust_remote_code: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -96,7 +99,7 @@ class Checkpoint:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         return any((self.folder / name).is_file() for name in names)
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
         return read_json(self.folder / "config.json", self.source)
@@ -189,20 +192,24 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def locate(
-    source: str | Path, revision: str | None = None, *, with_weights: bool = True
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    with_weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """The folder of a checkpoint, fetched from the hub if it is a hub id."""
     path = _possible_path(source)
     if path.is_dir():
         _refuse_what_is_no_file(path)
-        return Checkpoint(source=str(source), folder=path, revision=None)
+        return Checkpoint(str(source), path, None, with_weights, trust_remote_code)
     if _is_path(source):
         raise UserError(
             f"There is no folder {source}; give an existing Hugging Face folder "
             "or a hub id as org/name."
         )
     folder = _download(str(source), revision, SMALL_FILES)
-    found = Checkpoint(source=str(source), folder=folder, revision=folder.name)
+    found = Checkpoint(str(source), folder, folder.name, with_weights, trust_remote_code)
     if with_weights:
         _download(str(source), revision, found.weight_names)
     return found

@@ -32,12 +32,12 @@ POSITIVE = ("rope_theta", "factor")
 """Rotary settings that would make every number infinite, were they zero."""
 
 
-def loadable_architecture(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
+def loadable_architecture(checkpoint: Checkpoint) -> str:
     """The name of a checkpoint's architecture, after what ``config.json`` says was checked."""
     config, architecture = checkpoint.config, checkpoint.architecture
     find_architecture(architecture)
     _refuse_quantized(checkpoint)
-    _check_model_type(checkpoint, trust_remote_code)
+    _check_model_type(checkpoint)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name in SIZES:
@@ -81,7 +81,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_model_type(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+def _check_model_type(checkpoint: Checkpoint) -> None:
     """Refuse a configuration that names two different models: one reads it, one is converted."""
     config, source = checkpoint.config, checkpoint.source
     own_code = config.get("auto_map")
@@ -94,7 +94,7 @@ def _check_model_type(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     same = known in ARCHITECTURES and (
         find_architecture(checkpoint.architecture) == ARCHITECTURES[known]
     )
-    if not same and not (own_code and trust_remote_code):
+    if not same and not (own_code and checkpoint.trust_remote_code):
         raise UserError(
             f"config.json of {source} says model_type={short_value(named)} and the architecture "
             f"{short_value(checkpoint.architecture)}, which do not belong together; write the "
@@ -102,37 +102,34 @@ def _check_model_type(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
         )
 
 
-def load_tokenizer(
-    checkpoint: Checkpoint, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer."""
     if not checkpoint.has_tokenizer:
         raise UserError(
             f"{checkpoint.source} has no tokenizer; save the fine-tune's own tokenizer into the "
             "folder with tokenizer.save_pretrained."
         )
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "tokenizer", error) from error
+    with _reading("tokenizer", checkpoint):
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
-def read_hf_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+def read_hf_config(checkpoint: Checkpoint) -> Any:
     """The configuration of a checkpoint as transformers reads it."""
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "model", error) from error
+    with _reading("model", checkpoint):
+        return AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
-def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+def skeleton_of(checkpoint: Checkpoint) -> Any:
     """The Hugging Face model that a configuration describes, without memory for its weights."""
-    config = read_hf_config(checkpoint, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "model", error) from error
+    config = read_hf_config(checkpoint)
+    with _reading("model", checkpoint), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
 def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
@@ -166,31 +163,22 @@ def _blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
 
 
 def load_hugging_face(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    device_map: Mapping[str, str] | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device_map: Mapping[str, str] | None = None
 ) -> Any:
     """The checkpoint as a Hugging Face model, from safetensors alone."""
     _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
-    try:
-        with _quiet_unless_terminal():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
-                device_map=dict(device_map or {"": "cpu"}),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                attn_implementation="eager",  # soft caps and sinks are exact in this one
-                experts_implementation="eager",  # and this one knows every type
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "model", error) from error
+    with _reading("model", checkpoint), _quiet_unless_terminal():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            device_map=dict(device_map or {"": "cpu"}),
+            use_safetensors=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            attn_implementation="eager",  # soft caps and sinks are exact in this one
+            experts_implementation="eager",  # and this one knows every type
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     _refuse_other_weights(checkpoint, report)
     return model.eval()
 
@@ -228,17 +216,23 @@ def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> 
         )
 
 
-def _unreadable(checkpoint: Checkpoint, part: str, error: Exception) -> UserError:
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"The {part} of {checkpoint.source} needs code that it brings along; read that code, "
-            "and if you trust it pass trust_remote_code=True."
-        )
-    first_line = short_reason(error)
-    return UserError(
-        f"The {part} of {checkpoint.source} cannot be read ({type(error).__name__}: {first_line}); "
-        "restore the folder, or save it again with save_pretrained."
-    )
+@contextmanager
+def _reading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn whatever transformers raises on a folder of another's into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"The {part} of {checkpoint.source} needs code that it brings along; read that "
+                "code, and if you trust it pass trust_remote_code=True."
+            ) from error
+        raise UserError(
+            f"The {part} of {checkpoint.source} cannot be read ({type(error).__name__}: "
+            f"{short_reason(error)}); restore the folder, or save it again with save_pretrained."
+        ) from error
 
 
 @contextmanager

@@ -32,21 +32,22 @@ _MEASURED: dict[str, ModelBytes] = {}
 
 
 def model_size(
-    source: str | Path | Checkpoint,
+    source: str | Path,
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> ModelSize:
     """The size of a checkpoint's model, from its small files alone."""
-    located = isinstance(source, Checkpoint)
-    asked = (
-        source if isinstance(source, Checkpoint) else locate(source, revision, with_weights=False)
-    )
-    base = base_of(asked, with_weights=located) if asked.is_adapter else asked
-    architecture = loadable_architecture(base, trust_remote_code=trust_remote_code)
-    hf_config = read_hf_config(base, trust_remote_code=trust_remote_code)
-    if asked.is_adapter and (located or asked.revision is None):
+    asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
+    return checkpoint_size(asked, dtype)
+
+
+def checkpoint_size(asked: Checkpoint, dtype: torch.dtype) -> ModelSize:
+    """The size of a model that was found; an adapter's is that of its merged model."""
+    base = base_of(asked) if asked.is_adapter else asked
+    architecture, hf_config = loadable_architecture(base), read_hf_config(base)
+    if asked.is_adapter and (asked.with_weights or asked.revision is None):
         text = hf_config.get_text_config()
         text.vocab_size = vocabulary_of(asked) or text.vocab_size
     cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")

@@ -31,21 +31,31 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+@contextlib.contextmanager
+def readable(what: str, fault: str, advice: str) -> Iterator[None]:
+    """Say why something cannot be read, as ``WHAT FAULT (reason): ADVICE``.
+
+    Raises:
+        UserError: if a file is missing or cannot be opened, or its content cannot be parsed.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist: check the path.") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{what} {fault} ({short_reason(problem)}): {advice}.") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a strict JSON file.
 
     Raises:
         UserError: if the file is missing, is no regular file, or does not hold strict JSON.
     """
-    try:
+    with readable(
+        repr(str(path)), "cannot be read as JSON", "restore it, or remove it and run again"
+    ):
         return parse_json(read_regular_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(
-            f"{str(path)!r} cannot be read as JSON ({short_reason(problem)}): restore it, or "
-            "remove it and run again."
-        ) from None
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rq4lens.errors import UserError
@@ -346,18 +346,9 @@ def _notes(
 
 
 def _record(audit: PromptAudit) -> dict[str, Any]:
-    sides: dict[str, Any] = {
-        side: {
-            "before": list(each.before),
-            "decision": each.decision,
-            "after": list(each.after),
-            "n_tokens": each.n_tokens,
-            "n_dropped": each.n_dropped,
-            "text_end": each.text_end,
-            "in_template": each.in_template,
-        }
-        for side, each in audit.sides.items()
-    }
+    sides: dict[str, Any] = {side: asdict(each) for side, each in audit.sides.items()}
+    for side in sides.values():
+        del side["problems"]  # they stand beside both sides
     return {
         "id": audit.id,
         "split": audit.split,

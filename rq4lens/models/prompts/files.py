@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rq4lens.disk.files import parse_json, read_regular_file, short_reason
+from rq4lens.disk.files import parse_json, read_regular_file, readable, short_reason
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.record import KEYS
 
@@ -45,8 +45,11 @@ def csv_records(path: Path) -> Iterator[Located]:
     """The rows of a CSV file whose first line names the columns; an empty cell says nothing."""
     rows = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
     try:
-        _check_columns(rows.fieldnames or (), str(path))
-        _refuse_repeated(rows.fieldnames or (), str(path))
+        columns = rows.fieldnames or ()
+        _check_columns(columns, str(path))
+        repeated = [name for name, count in Counter(columns).items() if count > 1]
+        if repeated:
+            raise UserError(f"{path} has column {repeated[0][:60]!r} twice: keep one.")
         for row in rows:
             yield f"{path}:{rows.line_num}", _csv_record(row, f"{path}:{rows.line_num}")
     except csv.Error as problem:
@@ -86,36 +89,28 @@ def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Locate
 
 def _plain_columns(dataset: Any) -> Any:
     """A dataset without columns that would be decoded, such as pictures and sounds."""
-    features = getattr(dataset, "features", None)
-    if not features:
-        return dataset
+    features = getattr(dataset, "features", None) or {}
     plain = [
         name for name, kind in features.items() if name in KEYS or type(kind).__name__ == "Value"
     ]
-    return dataset.select_columns(plain)
+    return dataset.select_columns(plain) if features else dataset
 
 
 def _with_meta(record: dict[str, Any]) -> dict[str, Any]:
-    known = {key: value for key, value in record.items() if key in KEYS and key != "meta"}
     other = {key: value for key, value in record.items() if key not in KEYS}
+    known = {key: value for key, value in record.items() if key in KEYS}
     return known | {"meta": {**(record.get("meta") or {}), **other}}
 
 
 def _check_columns(columns: Iterable[str], where: str) -> None:
     present = set(columns)
-    body = () if present & {"text", "messages"} else ("text",)
+    body = () if "messages" in present else ("text",)
     missing = [name for name in ("id", *body, "split") if name not in present]
     if missing:
         raise UserError(
             f"{where} has no column {missing[0]!r}: prompts need the columns id, split, and text "
             "or messages."
         )
-
-
-def _refuse_repeated(columns: Sequence[str], where: str) -> None:
-    repeated = [name for name, count in Counter(columns).items() if count > 1]
-    if repeated:
-        raise UserError(f"{where} has column {repeated[0][:60]!r} twice: keep one.")
 
 
 def _csv_record(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
@@ -143,22 +138,14 @@ def _load_dataset(path: Path) -> Any:
 
 
 def _read(path: Path) -> str:
-    try:
+    advice = "save it as a plain UTF-8 file"
+    with readable(f"prompt file {str(path)!r}", "cannot be read as UTF-8", advice):
         return read_regular_file(path).removeprefix("\ufeff")  # a byte order mark is no content
-    except FileNotFoundError:
-        raise UserError(f"prompt file {str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"prompt file {str(path)!r} cannot be read as UTF-8 ({short_reason(problem)}): save it "
-            "as a plain UTF-8 file."
-        ) from None
 
 
 def _parse(text: str, where: str, advice: str) -> Any:
-    try:
+    with readable(where, "is not JSON", advice):
         return parse_json(text)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{where} is not JSON ({short_reason(problem)}): {advice}.") from None
 
 
 def _is_directory(path: Path) -> bool:

@@ -19,13 +19,7 @@ run could not be repeated tomorrow."""
 
 
 class Part(NamedTuple):
-    """A piece of the prompt's text inside the rendered one.
-
-    Args:
-        rendered: index of its first character in the rendered text.
-        text: index of its first character in the prompt's text.
-        length: number of characters.
-    """
+    """A piece of the prompt's text inside the rendered one: both its starts, and its length."""
 
     rendered: int
     text: int
@@ -33,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A place of the rendered text, told by the prompt's text, so that two models can be compared.
+    """A place of the rendered text in terms of the prompt's text, so that models can be compared.
 
     Args:
         end: how many characters of the prompt's text stand before it.
@@ -49,7 +43,6 @@ class Rendered:
     """A prompt as one model is given it.
 
     Args:
-        text: what is tokenized.
         parts: the pieces of the prompt's text in it; plain text is one piece. None if the template
             does not hold every message as it was written.
     """

@@ -205,15 +205,18 @@ def locate(
     if path.is_dir():
         _refuse_what_is_no_file(path)
         return Checkpoint(str(source), path, None, with_weights, trust_remote_code)
-    if _is_path(source):
+    # Hub ids are NAME or ORG/NAME; anything else can only be meant as a path.
+    text = str(source)
+    spelled = text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text
+    if spelled or isinstance(source, Path) or path.is_absolute() or path.exists():
         raise UserError(
             f"There is no folder {source}; give an existing Hugging Face folder "
             "or a hub id as org/name."
         )
-    folder = _download(str(source), revision, SMALL_FILES)
-    found = Checkpoint(str(source), folder, folder.name, with_weights, trust_remote_code)
+    folder = _download(text, revision, SMALL_FILES)
+    found = Checkpoint(text, folder, folder.name, with_weights, trust_remote_code)
     if with_weights:
-        _download(str(source), revision, found.weight_names)
+        _download(text, revision, found.weight_names)
     return found
 
 
@@ -240,14 +243,6 @@ def _refuse_what_is_no_file(folder: Path) -> None:
                     f"{path} is not a regular file (a link that leads nowhere, a folder, a pipe or "
                     "a device); fetch or save the checkpoint again."
                 )
-
-
-def _is_path(source: str | Path) -> bool:
-    """Whether a source can only be meant as a path: hub ids are ``name`` or ``org/name``."""
-    text = str(source)
-    path = Path(source)
-    spelled = text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text
-    return isinstance(source, Path) or path.is_absolute() or spelled or path.exists()
 
 
 def _download(source: str, revision: str | None, names: tuple[str, ...]) -> Path:

@@ -131,21 +131,15 @@ def _assign(model: HookedTransformer, weights: StateDict) -> None:
             f"TransformerLens' conversion leaves out {lost or 'nothing'} and leaves over "
             f"{surplus or 'nothing'} of this checkpoint; use one of the usual form."
         )
-    for name in empty:
-        _set_zero(model, name)
+    for name in empty:  # a bias that the conversion does not mention is none: it is 0
+        path, _, leaf = name.rpartition(".")
+        zero = torch.zeros_like(model.get_parameter(name), device="cpu")
+        setattr(model.get_submodule(path), leaf, torch.nn.Parameter(zero))
 
 
 def _is_bias(name: str) -> bool:
     leaf = name.rpartition(".")[2].lstrip("_")
     return leaf == "b" or leaf.startswith("b_")
-
-
-def _set_zero(model: HookedTransformer, name: str) -> None:
-    """A bias that the conversion does not mention does not exist in the checkpoint: it is 0."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    shape, dtype = getattr(module, leaf).shape, getattr(module, leaf).dtype
-    setattr(module, leaf, torch.nn.Parameter(torch.zeros(shape, dtype=dtype)))
 
 
 def _place(model: HookedTransformer, placement: Placement) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
@@ -122,28 +123,24 @@ def chosen_devices(
             )
         return Devices(_every_gpu(), by_free_memory=True)
     names = device_map.split(",") if isinstance(device_map, str) else device_map
-    return Devices(_named([name.strip() for name in names], _shown(device_map)))
+    names = tuple(name.strip() for name in names)
+    for name in names:
+        if name not in _every_gpu():
+            have = f"has {', '.join(_every_gpu())}" if _every_gpu() else "has no GPU"
+            raise UserError(
+                f"device_map={_shown(device_map)} names {name!r}, which is not there (this machine "
+                f"{have}); write 'auto', or GPUs that exist as 'cuda:0,cuda:1'."
+            )
+        if names.count(name) > 1:
+            raise UserError(
+                f"device_map={_shown(device_map)} names {name!r} twice; name each GPU once, in the "
+                "order of the layers."
+            )
+    return Devices(names)
 
 
 def _shown(device_map: str | Sequence[str]) -> str:
     return repr(device_map if isinstance(device_map, str) else ",".join(device_map))
-
-
-def _named(names: Sequence[str], shown: str) -> tuple[str, ...]:
-    there = _every_gpu()
-    for name in names:
-        if name not in there:
-            have = f"has {', '.join(there)}" if there else "has no GPU"
-            raise UserError(
-                f"device_map={shown} names {name!r}, which is not there (this machine {have}); "
-                "write 'auto', or GPUs that exist as 'cuda:0,cuda:1'."
-            )
-        if names.count(name) > 1:
-            raise UserError(
-                f"device_map={shown} names {name!r} twice; name each GPU once, in the order of "
-                "the layers."
-            )
-    return tuple(names)
 
 
 def _every_gpu() -> tuple[str, ...]:
@@ -262,13 +259,6 @@ def bring_inputs(block: nn.Module) -> None:
     """Let a block bring what it is given to its own device before it computes."""
 
     def bring(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        here = next(module.parameters()).device
-        return tuple(_at(here, each) for each in args), {
-            name: _at(here, each) for name, each in kwargs.items()
-        }
+        return send_to_device((args, kwargs), next(module.parameters()).device)
 
     block.register_forward_pre_hook(bring, with_kwargs=True)
-
-
-def _at(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

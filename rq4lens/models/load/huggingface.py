@@ -19,7 +19,6 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.architectures import ARCHITECTURES, find_architecture
 from rq4lens.models.load.checkpoint import LEFTOVER, Checkpoint
 from rq4lens.models.load.devices import Placement
-from rq4lens.models.load.rotary import require_known_scaling
 
 SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads",
@@ -27,9 +26,6 @@ SIZES = (
     "max_position_embeddings", "n_positions", "n_ctx",
 )  # fmt: skip
 """Sizes by the names that architectures give to them; null leaves one to the architecture."""
-
-POSITIVE = ("rope_theta", "factor")
-"""Rotary settings that would make every number infinite, were they zero."""
 
 
 def loadable_architecture(checkpoint: Checkpoint) -> str:
@@ -44,22 +40,7 @@ def loadable_architecture(checkpoint: Checkpoint) -> str:
             value: Any = part.get(name)
             if value is not None and not (isinstance(value, int) and 1 <= value < 2**31):
                 raise _wrong(checkpoint, name, value, f"a whole number from 1 to {2**31 - 1}")
-        for name, value in _rotary_settings(part):
-            if name in POSITIVE and not (isinstance(value, int | float) and value > 0):
-                raise _wrong(checkpoint, name, value, "a number above 0")
-            if name == "rope_type":
-                require_known_scaling(value)
     return str(architecture)
-
-
-def _rotary_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings of rotary positions, also where each type of layer has its own."""
-    yield from config.items()
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(settings := config.get(name), dict):
-            yield from settings.items()
-            for each in settings.values():
-                yield from each.items() if isinstance(each, dict) else ()
 
 
 def _wrong(checkpoint: Checkpoint, name: str, value: Any, allowed: str) -> UserError:

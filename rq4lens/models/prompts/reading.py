@@ -198,7 +198,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def _at_character(
     prompt: Prompt, rendered: Rendered, spans: tuple[Span | None, ...] | None, reading: Reading
-) -> Sequence[int]:
+) -> list[int]:
     """The tokens that hold the character that the rule names, or the one before the answer's."""
     if spans is None:
         raise UserError(

@@ -163,7 +163,7 @@ WRONG_CONFIGS = {
 
 @pytest.mark.parametrize(("change", "said"), WRONG_CONFIGS.values(), ids=WRONG_CONFIGS.keys())
 def test_a_wrong_configuration_is_refused_in_one_sentence(llama, change, said):
-    """No configuration shows a traceback, hangs, fills the memory or loads as another model."""
+    """No configuration shows a traceback or loads as another model."""
     change(llama)
     refused(llama, said)
 
@@ -438,7 +438,7 @@ WRONG_INDEXES = {
 
 @pytest.mark.parametrize(("change", "said"), WRONG_INDEXES.values(), ids=WRONG_INDEXES.keys())
 def test_a_wrong_index_is_refused_in_one_sentence(sharded, change, said):
-    """No file outside the folder is read, and each tensor comes from the one shard that has it."""
+    """No file outside the folder is read, and no tensor stands in two shards."""
     change(sharded)
     refused(sharded, said)
 
@@ -825,12 +825,6 @@ def test_a_hostile_template_is_refused_in_one_sentence(folders, template):
     """A template reaches nothing but the messages; one that fails is said with its prompt."""
     tokenizer = with_template(folders("llama"), template)
     refused(CHAT, "chat template", lambda prompt: render(prompt, tokenizer))
-
-
-def test_an_honest_template_may_use_stars(folders):
-    """Stars that unpack or repeat are no power, and no reason to refuse."""
-    star = "{{ '=' * 3 }}{{ dict(**messages[0])['content'] }}"
-    assert render(CHAT, with_template(folders("llama"), star)).text == "===hello"
 
 
 # The command line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,14 +110,15 @@ class Checkpoint:
     @property
     def architecture(self) -> str | None:
         """The architecture's name, from ``config.json`` or its model type; None if neither says."""
-        config = self.config
-        stated = config.get("architectures") or [None]
+        stated = self.config.get("architectures") or [None]
         if not isinstance(stated, list) or not isinstance(stated[0], str | None):
             raise UserError(
                 f"architectures={short_value(stated)} in config.json of {self.source} must be a "
                 "list of one name, as ['LlamaForCausalLM']; restore the file."
             )
-        return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+        return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(
+            str(self.config.get("model_type"))
+        )
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -201,16 +203,16 @@ def locate(
     trust_remote_code: bool = False,
 ) -> Checkpoint:
     """The folder of a checkpoint, fetched from the hub if it is a hub id."""
-    path = _possible_path(source)
-    if path.is_dir():
-        _refuse_what_is_no_file(path)
-        return Checkpoint(str(source), path, None, with_weights, trust_remote_code)
-    # Hub ids are NAME or ORG/NAME; anything else can only be meant as a path.
     text = str(source)
-    spelled = text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text
-    if spelled or isinstance(source, Path) or path.is_absolute() or path.exists():
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - leaves an unknown home as it is
+    if os.path.isdir(path):  # noqa: PTH112 - False for what no file system can have, too
+        _refuse_what_is_no_file(path)
+        return Checkpoint(text, path, None, with_weights, trust_remote_code)
+    # Hub ids are NAME or ORG/NAME; anything else can only be meant as a path.
+    spelled = text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text
+    if spelled or isinstance(source, Path) or path.is_absolute() or os.path.exists(path):  # noqa: PTH110
         raise UserError(
-            f"There is no folder {source}; give an existing Hugging Face folder "
+            f"There is no folder {text[:200]}; give an existing Hugging Face folder "
             "or a hub id as org/name."
         )
     folder = _download(text, revision, SMALL_FILES)
@@ -218,20 +220,6 @@ def locate(
     if with_weights:
         _download(text, revision, found.weight_names)
     return found
-
-
-def _possible_path(source: str | Path) -> Path:
-    """The source as a path, if any file system could have it."""
-    try:
-        path = Path(source).expanduser()
-        path.exists()
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(
-            f"{short_value(str(source))} can be neither a folder nor a hub id "
-            f"({short_reason(problem)}); give an existing Hugging Face folder or a hub id as "
-            "org/name."
-        ) from None
-    return path
 
 
 def _refuse_what_is_no_file(folder: Path) -> None:
@@ -272,4 +260,4 @@ def _download(source: str, revision: str | None, names: tuple[str, ...]) -> Path
             f"is not a folder here, and the hub could not be reached ({type(error).__name__}); "
             "check the path or the network, or fetch it first with `hf download`"
         )
-    raise UserError(f"{source} {reason}.")
+    raise UserError(f"{source[:200]} {reason}.")

@@ -227,10 +227,8 @@ def _problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    decision, bos, eos, pad = (
-        read.tokens[read.decision],
-        *(getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")),
-    )
+    decision = read.tokens[read.decision]
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if bos is not None and n_leading_bos(read, tokenizer) > 1:
         yield f"it starts with {n_leading_bos(read, tokenizer)} BOS tokens"
     if pad is not None and pad not in (bos, eos) and pad in read.kept:
@@ -262,7 +260,7 @@ def _character_problems(read: ReadPrompt) -> Iterator[str]:
     text, span = read.rendered.text, read.spans[read.decision]
     end = len(text) if span is None else span[1]
     if _inside_character(read, read.decision + 1) or _inside_cluster(text, end):
-        yield f"the decision token cuts the character {_around(text, end)!r} in two"
+        yield f"the decision token cuts the character {text[max(0, end - 1) : end + 1]!r} in two"
     elif text[max(0, end - 1) : end] == REPLACEMENT:
         yield "it is decided at half a character (U+FFFD): the text was cut inside it before"
 
@@ -283,10 +281,6 @@ def _inside_cluster(text: str, end: int) -> bool:
         return True
     flags = len(text[:end]) - len(text[:end].rstrip("".join(map(chr, FLAG_LETTERS))))
     return JOINER in (last, following) or (ord(following) in FLAG_LETTERS and flags % 2 == 1)
-
-
-def _around(text: str, end: int) -> str:
-    return text[max(0, end - 1) : end + 1]
 
 
 def _disagreements(
@@ -324,15 +318,13 @@ def _text_start(read: ReadPrompt) -> int | None:
 def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
     base, tuned = sides["base"], sides["tuned"]
     same_place = (base.text_end, base.in_template) == (tuned.text_end, tuned.in_template)
-    if same_place and not base.in_template and _differ(base.decision, tuned.decision):
+    # Whether a token holds its space differs harmlessly.
+    same_token = base.decision.strip() == tuned.decision.strip()
+    if same_place and not base.in_template and not same_token:
         yield (
             f"the last word is split differently: base ends in {base.decision!r}, tuned in "
             f"{tuned.decision!r}"
         )
-
-
-def _differ(token: str, other: str) -> bool:
-    return token.strip() != other.strip()  # whether a token holds its space differs harmlessly
 
 
 def _notes(

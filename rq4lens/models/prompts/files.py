@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ SPLIT_ALIASES = {"validation": "val"}
 
 def read_records(path: Path) -> Iterator[Located]:
     """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset."""
-    if _is_directory(path):
+    if os.path.isdir(path):  # noqa: PTH112 - False for a name that no file system takes, too
         return dataset_records(_load_dataset(path), str(path))
     return csv_records(path) if path.suffix.lower() == ".csv" else jsonl_records(path)
 
@@ -146,10 +147,3 @@ def _read(path: Path) -> str:
 def _parse(text: str, where: str, advice: str) -> Any:
     with readable(where, "is not JSON", advice):
         return parse_json(text)
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # such as a name that no file system takes
-        return False

@@ -33,10 +33,10 @@ def main(out: Path = HERE) -> None:
     # Sums in one order: more threads may add the same numbers in another.
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
-        study = rq.run_study(preset(PAIR), Path(folder))
+        study = rq.run(preset(PAIR), Path(folder))
     pair = study.experiment.pair
     every_layer = rq.prepare(pair, rq.fit_maps(pair, range(pair.n_layers)))
-    layers = run_sweep(every_layer, study.grid.settings.alpha)
+    layers = run_sweep(every_layer, study.grid.settings.patching.alpha)
     drawn = rq.figures.run_figures(
         study.grid,
         study.analysis,

@@ -58,5 +58,5 @@ print({name: f"{value:.1f}%" for name, value in share.items()})
 rq.figures.coverage_curve(run)
 
 # %% [markdown]
-# `rq.run_study(...)` and `rq4lens run` do all of this in one step and write a report. Next: how far the
+# `rq.run(...)` and `rq4lens run` do all of this in one step and write a report. Next: how far the
 # ranking can be trusted (notebook 2), and every definition in `docs/method.md`.

@@ -46,7 +46,7 @@ pd.DataFrame(
             for s in (0, 1, 2)
         },
     }
-    for k in run.settings.ks
+    for k in run.settings.patching.k
 ).set_index("k")
 
 # %% [markdown]

@@ -145,7 +145,7 @@ print(sweep.summary.replace(str(folder), "FOLDER"))
 
 # %%
 job = config.updated(layer=1, control_layer=3, analysis="grid")
-study = rq.run_study(job, folder / "run")
+study = rq.run(job, folder / "run")
 print(study.summary.replace(str(folder), "FOLDER"))
 print(sorted(path.name for path in (folder / "run").iterdir()))
 
@@ -169,7 +169,7 @@ rq.figures.head_plane(study.grid)
 
 # %%
 try:
-    rq.run_study(config.updated(layer=7), folder / "no-such-layer")
+    rq.run(config.updated(layer=7), folder / "no-such-layer")
 except rq.UserError as problem:
     print(problem)
 

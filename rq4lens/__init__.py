@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from rq4lens import figures as figures
     from rq4lens.analysis.analyse import analyse as analyse
     from rq4lens.analysis.structure.layers import compare_layers as compare_layers
+    from rq4lens.config import Effort as Effort
+    from rq4lens.config import Patching as Patching
+    from rq4lens.config import Place as Place
+    from rq4lens.config import Reading as Reading
     from rq4lens.config import RunConfig as RunConfig
+    from rq4lens.config import config_from as config_from
     from rq4lens.config import preset as preset
     from rq4lens.config import preset_names as preset_names
     from rq4lens.config import read_config as read_config
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
     from rq4lens.errors import UserError as UserError
     from rq4lens.heads import Head as Head
     from rq4lens.heads import HeadSet as HeadSet
-    from rq4lens.jobs.run import run_study as run_study
+    from rq4lens.jobs.run import run as run
     from rq4lens.jobs.sweep import sweep_layers as sweep_layers
     from rq4lens.models.catalog import load_pair as load_pair
     from rq4lens.models.load.loading import load_hooked as load_hooked
@@ -32,12 +37,12 @@ if TYPE_CHECKING:
     from rq4lens.models.pair import PairMember as PairMember
     from rq4lens.models.prompts.audit import audit_prompts as audit_prompts
     from rq4lens.models.prompts.prompt_set import PromptSet as PromptSet
-    from rq4lens.models.prompts.reading import Reading as Reading
     from rq4lens.models.prompts.record import Message as Message
     from rq4lens.models.prompts.record import Prompt as Prompt
     from rq4lens.patching.engines.hooks import patched_heads as patched_heads
     from rq4lens.patching.experiment import Experiment as Experiment
     from rq4lens.patching.experiment import prepare as prepare
+    from rq4lens.patching.grid import measure_grid as measure_grid
     from rq4lens.patching.grid import run_grid as run_grid
     from rq4lens.patching.grid import run_sweep as run_sweep
     from rq4lens.patching.maps.fitting import fit_maps as fit_maps
@@ -52,7 +57,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyse": "rq4lens.analysis.analyse",
     "compare_layers": "rq4lens.analysis.structure.layers",
+    "Effort": "rq4lens.config",
+    "Patching": "rq4lens.config",
+    "Place": "rq4lens.config",
+    "Reading": "rq4lens.config",
     "RunConfig": "rq4lens.config",
+    "config_from": "rq4lens.config",
     "preset": "rq4lens.config",
     "preset_names": "rq4lens.config",
     "read_config": "rq4lens.config",
@@ -68,10 +78,10 @@ _HOMES = {
     "Message": "rq4lens.models.prompts.record",
     "Prompt": "rq4lens.models.prompts.record",
     "PromptSet": "rq4lens.models.prompts.prompt_set",
-    "Reading": "rq4lens.models.prompts.reading",
     "Experiment": "rq4lens.patching.experiment",
     "prepare": "rq4lens.patching.experiment",
     "fit_maps": "rq4lens.patching.maps.fitting",
+    "measure_grid": "rq4lens.patching.grid",
     "run_grid": "rq4lens.patching.grid",
     "run_sweep": "rq4lens.patching.grid",
     "patched_heads": "rq4lens.patching.engines.hooks",
@@ -79,7 +89,7 @@ _HOMES = {
     "GridResult": "rq4lens.results",
     "HeadRanking": "rq4lens.results",
     "read_run": "rq4lens.disk.run",
-    "run_study": "rq4lens.jobs.run",
+    "run": "rq4lens.jobs.run",
     "sweep_layers": "rq4lens.jobs.sweep",
     "validate": "rq4lens.validation.suite",
 }

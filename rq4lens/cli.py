@@ -357,21 +357,21 @@ def pairs(
         output.print(preset_text(name), end="")
         return
     for each in preset_names():
-        output.print(f"{each:<12}{preset(each).about}")
+        output.print(f"{each:<12}{preset(each).pair.about}")
 
 
 def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
-    from rq4lens.jobs.run import run_study  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs import run as job  # noqa: PLC0415 - keeps --help fast
 
     with kept_when_stopped(directory):
-        study = run_study(config, directory, fresh=fresh, stage=watched)
-    output.print(study.summary, end="")
+        finished = job.run(config, directory, fresh=fresh, stage=watched)
+    output.print(finished.summary, end="")
     output.print(f"written to {directory}")
 
 
 def _default_directory(config: RunConfig) -> Path:
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair)
-    return Path("runs") / f"{name}_L{config.layer}"
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair.name)
+    return Path("runs") / f"{name}_L{config.patching.layer}"
 
 
 def main() -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
@@ -18,102 +26,168 @@ from rq4lens.errors import UserError
 SUPPLY = "SUPPLY"
 """Start of a preset's ``prompts`` entry when the user has to bring the file."""
 
-NUMBERS = (
-    *("layer", "control_layer", "alpha", "k", "random_seeds", "k_positions", "batch_size"),
-    *("resamples", "seed", "max_tokens", "n_devices"),
-)
+
+S = TypeVar("S", bound="Settings")
 
 
-class RunConfig(BaseModel):
-    """Everything that decides a run. Field names are the keys of the TOML file."""
+class Settings(BaseModel):
+    """One part of a configuration: frozen, and checked where it is made.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    Raises:
+        UserError: for an unknown key or a value that is not allowed.
+    """
 
-    about: str = Field("", description="what the pair is")
-    pair: str = Field("custom", description="name of the pair; one of `rq4lens pairs` or your own")
-    base: str | None = Field(None, description="base model: hub id or folder")
-    tuned: str | None = Field(None, description="fine-tuned model: hub id or folder")
-    base_revision: str | None = Field(None, description="revision of the base hub id")
-    tuned_revision: str | None = Field(None, description="revision of the tuned hub id")
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def __init__(self, **values: Any) -> None:
+        self._fill(values, type(self).__name__)
+
+    def _fill(self, values: Mapping[str, Any], where: str) -> None:
+        known = dict.fromkeys((*self.file_keys(), *type(self).model_fields))
+        _refuse_unknown(values, known, where)
+        _refuse_truth(values, where)
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise UserError(_sentence(problem, where)) from None
+
+    @classmethod
+    def checked(cls: type[S], values: Mapping[str, Any], where: str) -> S:
+        """Settings from values by key; an error sentence starts with where they come from."""
+        settings = cls.__new__(cls)
+        settings._fill({key: values[key] for key in cls.file_keys() if key in values}, where)
+        return settings
+
+    @classmethod
+    def file_keys(cls) -> tuple[str, ...]:
+        """What the settings are called in a TOML file."""
+        return tuple(field.alias or name for name, field in cls.model_fields.items())
+
+    def but(self: S, **changes: Any) -> S:
+        """The same settings with some values replaced and checked again."""
+        return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
+
+
+class PairSource(Settings):
+    """Which pair of models, on which prompts."""
+
+    about: str = Field(default="", description="what the pair is")
+    name: str = Field(
+        default="custom",
+        alias="pair",
+        description="name of the pair; one of `rq4lens pairs` or your own",
+    )
+    base: str | None = Field(default=None, description="base model: hub id or folder")
+    tuned: str | None = Field(default=None, description="fine-tuned model: hub id or folder")
+    base_revision: str | None = Field(default=None, description="revision of the base hub id")
+    tuned_revision: str | None = Field(default=None, description="revision of the tuned hub id")
     prompts: str | None = Field(
-        None, description="JSONL or CSV file, or folder of a saved Hugging Face dataset"
+        default=None, description="JSONL or CSV file, or folder of a saved Hugging Face dataset"
     )
-    layer: int | None = Field(None, ge=0, description="layer whose heads are patched")
-    control_layer: int | None = Field(None, ge=0, description="the control layer")
-    alpha: float = Field(0.3, ge=0, le=1, description="blend strength, from 0 to 1")
-    k: tuple[int, ...] = Field((1, 2, 4, 8), description="sizes of top-k and of random sets")
-    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), description="seeds of the random-k sets"
-    )
-    rank_by: Literal["delta", "drop_pct"] = Field("delta", description="score of single heads")
-    map_kind: (
-        Literal[
-            "identity",
-            "mean_shift",
-            "moments",
-            "procrustes",
-            "procrustes_scaled",
-            "ridge",
-            "low_rank",
-        ]
-        | None
-    ) = Field(
-        None,
-        description="kind of map; left out, the best one kept in RUN/maps, else procrustes_scaled",
-    )
-    map_scope: Literal["head", "layer"] = Field("head", description="map per head or joint")
-    split: str = Field("val", description="split of the prompts that are measured")
-    k_positions: int = Field(1, ge=1, description="patched positions, the decision token last")
-    raw_baseline: Literal["identity", "moments"] = Field(
-        "identity", description="raw patch: base z itself, or matched in mean and spread"
-    )
-    kl_direction: Literal["patched||clean", "clean||patched"] = Field(
-        "patched||clean", description="which way the divergence is taken"
-    )
+    trust_remote_code: bool = Field(default=False, description="let a checkpoint run its own code")
+
+
+class Reading(Settings):
+    """How prompts are read: where they are decided, and how long they may be.
+
+    Args:
+        decision_rule: ``"last"`` decides a prompt at its last token, ``"last_content"`` at the
+            last one that is not special, ``"before_answer"`` at the token before the prompt's
+            answer, ``"marker"`` at the last character of a marker's last occurrence, ``"offset"``
+            at the character that the prompt names.
+        marker: the marker of prompts that name none.
+        max_tokens: longer prompts lose tokens on the left, but not their BOS.
+        exclude_misaligned: leave out prompts that the two models do not read alike.
+
+    Raises:
+        UserError: if a value is not allowed, or a marker is given that no rule looks for.
+    """
+
     decision_rule: Literal["last", "last_content", "before_answer", "marker", "offset"] = Field(
-        "last", description="at which token of a prompt the next one is compared"
+        default="last", description="at which token of a prompt the next one is compared"
     )
-    marker: str | None = Field(None, description="string that rule marker decides at the end of")
+    marker: str | None = Field(
+        default=None, description="string that rule marker decides at the end of"
+    )
     max_tokens: int | None = Field(
-        None, ge=1, description="longer prompts lose tokens on the left, but not their BOS"
+        default=None, ge=1, description="longer prompts lose tokens on the left, but not their BOS"
     )
     exclude_misaligned: bool = Field(
-        False, description="leave out prompts that the models do not read alike"
+        default=False, description="leave out prompts that the models do not read alike"
     )
-    engine: Literal["suffix", "hooks"] = Field("suffix", description="fast engine, or reference")
-    device: str = Field("auto", description="cpu, cuda, cuda:1 and so on, mps, or auto")
-    n_devices: int = Field(1, ge=1, description="over how many GPUs each model is spread")
-    device_map: str | None = Field(
-        None, description="GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="number format of the models"
-    )
-    batch_size: int = Field(32, ge=1, description="prompts per forward pass")
-    keep_both: bool | None = Field(
-        None, description="hold both models at once; decided by free memory when left out"
-    )
-    cache: str | None = Field(
-        None, description="folder of base activations that runs share; the run's own if left out"
-    )
-    trust_remote_code: bool = Field(False, description="let a checkpoint run its own code")
-    analysis: Literal["full", "grid"] = Field(
-        "full", description="full, or grid: only what the grid's own conditions support"
-    )
-    random_sizes: Literal["affordable", "every", "k"] = Field(
-        "affordable",
-        description="where random sets are measured: as many k as can be afforded, every k, or k",
-    )
-    resamples: int = Field(10_000, ge=100, le=1_000_000, description="bootstrap resamples")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of folds, resamples, planted heads")
 
-    @field_validator(*NUMBERS, mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any) -> Any:
-        parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(part, bool) for part in parts):
-            raise ValueError("true and false are no numbers")
-        return value
+    @model_validator(mode="after")
+    def _marker_has_its_rule(self) -> Reading:
+        if self.marker is not None and self.decision_rule != "marker":
+            raise UserError(
+                f"marker {self.marker!r} is given, but the decision rule is "
+                f"{self.decision_rule!r}: set it to 'marker', or leave the marker out."
+            )
+        if self.marker == "":
+            raise UserError("the marker is empty: give a string of the prompts' texts.")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The rule in a few words, with everything that can change a token."""
+        rule = self.decision_rule if self.marker is None else f"marker {self.marker!r}"
+        return rule if self.max_tokens is None else f"{rule}, last {self.max_tokens} tokens"
+
+
+RankBy = Literal["delta", "drop_pct", "kl_raw"]
+MapKind = Literal[
+    "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
+]
+MapScope = Literal["head", "layer"]
+RawBaseline = Literal["identity", "moments"]
+KLDirection = Literal["patched||clean", "clean||patched"]
+EngineName = Literal["suffix", "cached", "hooks"]
+
+
+class Patching(Settings):
+    """How base activations are patched into the tuned model, and what is measured of it.
+
+    Args:
+        layer: the main layer.
+        control_layer: the control layer, if any.
+        alpha: blend strength, in [0, 1].
+        k: sizes of the top-k and random-k head sets.
+        random_seeds: seeds of the random-k head sets.
+        rank_by: the score that orders single heads.
+        map_kind: kind of the map from base to tuned activations.
+        map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
+        split: the prompts that are measured.
+        k_positions: how many positions are patched, the decision token last.
+        raw_baseline: what the raw patch inserts: ``"identity"`` base z itself, ``"moments"`` base
+            z matched in mean and spread (fitted on train).
+        kl_direction: which way the divergence is taken.
+
+    Raises:
+        UserError: if a value is not allowed.
+    """
+
+    layer: int | None = Field(default=None, ge=0, description="layer whose heads are patched")
+    control_layer: int | None = Field(default=None, ge=0, description="the control layer")
+    alpha: float = Field(default=0.3, ge=0, le=1, description="blend strength, from 0 to 1")
+    k: tuple[int, ...] = Field(
+        default=(1, 2, 4, 8), description="sizes of top-k and of random sets"
+    )
+    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 1, 2), description="seeds of the random-k sets"
+    )
+    rank_by: RankBy = Field(default="delta", description="score of single heads")
+    map_kind: MapKind = Field(default="procrustes_scaled", description="kind of map")
+    map_scope: MapScope = Field(default="head", description="map per head or joint")
+    split: str = Field(default="val", description="split of the prompts that are measured")
+    k_positions: int = Field(
+        default=1, ge=1, description="patched positions, the decision token last"
+    )
+    raw_baseline: RawBaseline = Field(
+        default="identity", description="raw patch: base z itself, or matched in mean and spread"
+    )
+    kl_direction: KLDirection = Field(
+        default="patched||clean", description="which way the divergence is taken"
+    )
 
     @field_validator("k", "random_seeds", mode="after")
     @classmethod
@@ -122,25 +196,112 @@ class RunConfig(BaseModel):
             raise ValueError("a number stands twice in the list")
         return values
 
+
+class Place(Settings):
+    """Where models and their work are: engine, devices, number format, memory."""
+
+    engine: EngineName = Field(
+        default="suffix", description="fast engines, or hooks, the reference"
+    )
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1 and so on, mps, or auto")
+    n_devices: int = Field(default=1, ge=1, description="over how many GPUs each model is spread")
+    device_map: str | None = Field(
+        default=None, description="GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32", description="number format of the models"
+    )
+    batch_size: int = Field(default=32, ge=1, description="prompts per forward pass")
+    keep_both: bool | None = Field(
+        default=None, description="hold both models at once; decided by free memory when left out"
+    )
+    cache: str | None = Field(
+        default=None,
+        description="folder of base activations that runs share; the run's own if left out",
+    )
+
+
+class Effort(Settings):
+    """How much is measured and drawn beyond the grid, and from which seed."""
+
+    analysis: Literal["full", "grid"] = Field(
+        default="full", description="full, or grid: only what the grid's own conditions support"
+    )
+    random_sizes: Literal["affordable", "every", "k"] = Field(
+        default="affordable",
+        description="where random sets are measured: as many k as can be afforded, every k, or k",
+    )
+    resamples: int = Field(default=10_000, ge=100, le=1_000_000, description="bootstrap resamples")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="seed of folds, resamples, planted heads"
+    )
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run, part by part.
+
+    The keys of a TOML file are flat; :func:`config_from` sorts them into the parts.
+
+    Args:
+        pair: which models, on which prompts.
+        reading: how the prompts are read.
+        patching: how heads are patched and measured.
+        place: where the models are.
+        effort: how much is measured and drawn.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pair: PairSource = Field(default_factory=PairSource)
+    reading: Reading = Field(default_factory=Reading)
+    patching: Patching = Field(default_factory=Patching)
+    place: Place = Field(default_factory=Place)
+    effort: Effort = Field(default_factory=Effort)
+
+    def flat(self, *, defaults: bool = False) -> dict[str, Any]:
+        """What was set, by the keys of a TOML file, as plain JSON values; or every setting."""
+        flat: dict[str, Any] = {}
+        for part in PARTS:
+            settings: Settings = getattr(self, part)
+            flat |= settings.model_dump(mode="json", by_alias=True, exclude_unset=not defaults)
+        return flat
+
     def updated(self, **changes: Any) -> RunConfig:
         """The configuration with some values replaced and checked again."""
-        return config_from({**self.model_dump(exclude_unset=True), **changes})
+        return config_from({**self.flat(), **changes})
+
+
+PARTS: dict[str, type[Settings]] = {
+    "pair": PairSource,
+    "reading": Reading,
+    "patching": Patching,
+    "place": Place,
+    "effort": Effort,
+}
+
+SETTINGS: dict[str, FieldInfo] = {
+    field.alias or name: field
+    for part in PARTS.values()
+    for name, field in part.model_fields.items()
+}
+"""Every setting by its key in a TOML file."""
 
 
 def config_from(values: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
-    """Check plain values.
+    """A configuration from plain values by key; the error sentence calls their origin ``where``.
 
     Raises:
         UserError: for an unknown key (the nearest known one is named) or a value that is not
             allowed.
     """
-    for key in values:
-        if key not in RunConfig.model_fields:
-            raise UserError(f"{where} has unknown key {key!r}: {_nearest(key)}")
-    try:
-        return RunConfig(**values)
-    except ValidationError as problem:
-        raise UserError(_sentence(problem, where)) from None
+    _refuse_unknown(values, SETTINGS, where)
+    return RunConfig(
+        pair=PairSource.checked(values, where),
+        reading=Reading.checked(values, where),
+        patching=Patching.checked(values, where),
+        place=Place.checked(values, where),
+        effort=Effort.checked(values, where),
+    )
 
 
 def read_config(path: Path) -> RunConfig:
@@ -222,20 +383,32 @@ def preset_text(name: str) -> str:
     return files("rq4lens.models").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
 
 
-def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-    return (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"allowed are {', '.join(RunConfig.model_fields)}."
-    )
+def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}."
+            raise UserError(f"{where} has unknown key {key!r}: {meant}")
+
+
+def _refuse_truth(values: Mapping[str, Any], where: str) -> None:
+    """True would pass for the number 1."""
+    for key, value in values.items():
+        field = SETTINGS["pair" if key == "name" else key]
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(each, bool) for each in parts) and "bool" not in str(field.annotation):
+            raise UserError(_not_allowed(where, key, value, "true and false are no numbers"))
 
 
 def _sentence(problem: ValidationError, where: str) -> str:
     first = problem.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:1])
-    given = first.get("input")
-    value = (",".join(map(str, given)) if isinstance(given, list | tuple) else str(given))[:80]
+    if not first["loc"]:  # of several settings together; it says which
+        return str(first["ctx"]["error"])
     message = first["msg"].removeprefix("Value error, ")
-    meaning = RunConfig.model_fields[key].description if key in RunConfig.model_fields else ""
+    return _not_allowed(where, str(first["loc"][0]), first.get("input"), message)
+
+
+def _not_allowed(where: str, key: str, given: Any, message: str) -> str:
+    value = (",".join(map(str, given)) if isinstance(given, list | tuple) else str(given))[:80]
+    meaning = SETTINGS[key].description
     return f"{where}: {key} = {value!r} is not allowed ({message}); it means: {meaning}."

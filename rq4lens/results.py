@@ -8,20 +8,19 @@ the prompts of the split.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 from pydantic import TypeAdapter
 
+from rq4lens.config import Effort, Patching, RankBy
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
 
 HOOK = "hook_z"
-
-RankBy = Literal["delta", "drop_pct"]
 
 
 @dataclass(frozen=True)
@@ -32,61 +31,44 @@ class GridSettings:
         pair: name of the pair.
         base: where the base model came from.
         tuned: where the tuned model came from.
-        layer: the main layer.
-        control_layer: the control layer, or None when the grid has none.
-        alpha: blend strength, in [0, 1].
-        ks: sizes of the top-k and random-k head sets.
-        random_seeds: seeds of the random-k head sets.
-        rank_by: the score that orders single heads.
-        map_kind: kind of the fitted map.
-        map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
-        split: the prompts that were measured.
-        k_positions: how many positions were patched, the decision token last.
         n_layers: layers of the models.
         n_heads: heads per layer.
-        kl_direction: which way the divergence is taken.
-        raw_baseline: what the raw patch inserts: ``"identity"`` is the base activation itself.
         decision_rule: how the decision token was found.
         dtype: number format of the models.
-        seed: seed of the run.
         engine: the engine that computed the numbers.
+        patching: how heads were patched and measured.
+        effort: resamples and seed of everything that is drawn.
     """
 
     pair: str
     base: str
     tuned: str
-    layer: int
-    control_layer: int | None
-    alpha: float
-    ks: tuple[int, ...]
-    random_seeds: tuple[int, ...]
-    rank_by: RankBy
-    map_kind: str
-    map_scope: str
-    split: str
-    k_positions: int
     n_layers: int
     n_heads: int
-    kl_direction: str
-    raw_baseline: str
     decision_rule: str
     dtype: str
-    seed: int
     engine: str
+    patching: Patching
+    effort: Effort = field(default_factory=Effort)
+
+    @property
+    def layer(self) -> int:
+        """The main layer."""
+        if self.patching.layer is None:
+            raise UserError("a grid has a main layer: name it in Patching(layer=...).")
+        return self.patching.layer
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """The settings as flat JSON values, the sizes of head sets as ``ks``."""
+        parts = {"patching", "effort"}
+        patching = self.patching.model_dump(mode="json")
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
+            **{name: value for name, value in vars(self).items() if name not in parts},
+            "ks": patching.pop("k"),
+            **patching,
+            "seed": self.effort.seed,
+            "resamples": self.effort.resamples,
         }
-
-    def comparable_to(self, other: GridSettings) -> bool:
-        """Whether two grids differ at most in layers, head sets and seeds."""
-        free = ("layer", "control_layer", "ks", "random_seeds", "rank_by", "seed", "engine")
-        return all(
-            value == getattr(other, name) for name, value in vars(self).items() if name not in free
-        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GridSettings:
@@ -95,7 +77,19 @@ class GridSettings:
         Raises:
             ValueError: if one is missing or of another type.
         """
-        return TypeAdapter(cls).validate_python(dict(values))
+        flat = {**values, "k": values.get("ks")}
+        own = {name: flat[name] for name in cls.__dataclass_fields__ if name in flat}
+        parts = {
+            "patching": Patching.checked(flat, "the settings of the grid"),
+            "effort": Effort.checked(flat, "the settings of the grid"),
+        }
+        return TypeAdapter(cls).validate_python({**own, **parts})
+
+    def comparable_to(self, other: GridSettings) -> bool:
+        """Whether two grids differ at most in layers, head sets and seeds."""
+        free = {"layer", "control_layer", "ks", "random_seeds", "rank_by", "seed", "resamples"}
+        mine, others = self.to_dict(), other.to_dict()
+        return all(mine[name] == others[name] for name in mine.keys() - free - {"engine"})
 
 
 @dataclass(frozen=True)
@@ -308,8 +302,8 @@ class GridResult:
 
     @property
     def ranking(self) -> HeadRanking:
-        """Single heads ranked by ``settings.rank_by``."""
-        return self.ranking_by(self.settings.rank_by)
+        """Single heads ranked by ``settings.patching.rank_by``."""
+        return self.ranking_by(self.settings.patching.rank_by)
 
     def ranking_by(self, rank_by: RankBy) -> HeadRanking:
         """Single heads ranked by ``"delta"`` or ``"drop_pct"``."""
@@ -321,11 +315,20 @@ class GridResult:
 
 
 def rank_single_heads(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
-    """Rank the heads of one layer by their own single-head effect."""
-    scores = [single.delta if rank_by == "delta" else single.drop_pct for single in singles]
-    per_prompt = np.stack([single.delta_nats for single in singles]) if rank_by == "delta" else None
+    """Rank the heads of one layer by their own single-head effect.
+
+    Args:
+        singles: the single-head conditions of the layer, in head order.
+        rank_by: ``"delta"`` for ``ΔKL``, ``"drop_pct"`` for ``100 ΔKL / KL_raw``, ``"kl_raw"`` for
+            ``KL_raw``.
+
+    Returns:
+        The ranking, with per-prompt values where the score is their mean.
+    """
+    name = {"delta": "delta_nats", "kl_raw": "kl_raw_nats", "drop_pct": None}[rank_by]
+    per_prompt = None if name is None else np.stack([getattr(each, name) for each in singles])
     return HeadRanking.from_scores(
-        scores,
+        [each.drop_pct for each in singles] if per_prompt is None else per_prompt.mean(-1).tolist(),
         method=rank_by,
         layer=singles[0].layer,
         alpha=singles[0].alpha,

@@ -13,7 +13,9 @@ from tiny import (
     MAIN,
     MicroFormula,
     fine_tuned,
+    grid_of,
     pair_of,
+    prepared,
     random_prompts,
     tiny_model,
 )
@@ -21,8 +23,6 @@ from tiny import (
 from rq4lens.jobs import run as run_job
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.prompts.reading import tokenize
-from rq4lens.patching.experiment import prepare
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -114,13 +114,13 @@ def tiny_maps(tiny_pair):
 @pytest.fixture(scope="session", params=["suffix", "hooks"])
 def tiny_experiment(tiny_pair, tiny_maps, request):
     """The tiny pair ready to be measured, by the fast engine and by the reference."""
-    return prepare(tiny_pair, tiny_maps, engine=request.param)
+    return prepared(tiny_pair, tiny_maps, engine=request.param)
 
 
 @pytest.fixture(scope="session")
 def tiny_grid(tiny_pair, tiny_maps):
     """The main job's grid of the tiny pair."""
-    return run_grid(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4))
+    return grid_of(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4))
 
 
 @pytest.fixture(scope="session")

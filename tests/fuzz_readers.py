@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from model_zoo import ZOO, save, train_tokenizer
 from peft import LoraConfig, get_peft_model
+from synthetic import resampled
 
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.file import read_ranking
-from rq4lens.config import config_from, read_config
+from rq4lens.config import Patching, config_from, read_config
 from rq4lens.disk.files import read_json
 from rq4lens.disk.run import read_run, write_grid, write_run
 from rq4lens.disk.store import ConditionIngredients, Store
@@ -248,7 +249,7 @@ def finished_run(rng: random.Random, count: int, folder: Path) -> tuple[Reader, 
     directory = folder / "run"
     directory.mkdir()
     grid = small_grid()
-    write_grid(directory, grid, records(grid, n_resamples=100))
+    write_grid(directory, grid, records(resampled(grid, 100)))
     write_run(directory, analysis={}, run=small_run(grid), summary="")
     names = ["rq4_results.json", "per_prompt.parquet", "analysis.json", "run.json"]
     valid = {name: (directory / name).read_bytes() for name in names}
@@ -348,11 +349,10 @@ def small_grid() -> GridResult:
         name: ConditionResult(name, 1, HeadSet.parse(spec, 2), 0.3, *draw.random((4, 3)))
         for name, spec in names.items()
     }
-    values = dict.fromkeys(GridSettings.__dataclass_fields__, "x") | {
-        "layer": 1, "control_layer": None, "alpha": 0.3, "ks": (), "random_seeds": (),
-        "rank_by": "delta", "k_positions": 1, "n_layers": 3, "n_heads": 2, "seed": 0,
-    }  # fmt: skip
-    return GridResult(GridSettings(**values), ("a", "b", "c"), ("a", "b", "c"), conditions, 0.0)
+    settings = GridSettings(
+        "x", "x", "x", 3, 2, "x", "x", "x", Patching(layer=1, k=(), random_seeds=())
+    )
+    return GridResult(settings, ("a", "b", "c"), ("a", "b", "c"), conditions, 0.0)
 
 
 def small_run(grid: GridResult) -> dict[str, object]:

@@ -17,6 +17,7 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.config import Effort, Patching
 from rq4lens.heads import HeadSet
 from rq4lens.patching.experiment import HeadSetEffects
 from rq4lens.results import ConditionResult, GridResult, GridSettings
@@ -99,29 +100,24 @@ class Game:
         )
 
 
-def settings(n_heads, ks=(1, 2), random_seeds=(0, 1, 2), rank_by="delta"):
+def settings(n_heads, ks=(1, 2), random_seeds=(0, 1, 2), rank_by="delta", resamples=10_000):
     return GridSettings(
         pair="game",
         base="base",
         tuned="tuned",
-        layer=1,
-        control_layer=0,
-        alpha=0.3,
-        ks=tuple(ks),
-        random_seeds=tuple(random_seeds),
-        rank_by=rank_by,
-        map_kind="procrustes_scaled",
-        map_scope="head",
-        split="val",
-        k_positions=1,
         n_layers=2,
         n_heads=n_heads,
-        kl_direction="patched||clean",
-        raw_baseline="identity",
         decision_rule="last",
         dtype="float32",
-        seed=0,
         engine="formula",
+        patching=Patching(
+            layer=1,
+            control_layer=0,
+            k=tuple(ks),
+            random_seeds=tuple(random_seeds),
+            rank_by=rank_by,
+        ),
+        effort=Effort(resamples=resamples),
     )
 
 

@@ -1,9 +1,11 @@
 """A grid that no model computed: seeded numbers with a known shape, for tests of drawings."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
+from rq4lens.config import Effort
 from rq4lens.heads import HeadSet
 from rq4lens.results import ConditionResult, GridResult, GridSettings
 
@@ -34,7 +36,13 @@ def synthetic_settings(**changes) -> GridSettings:
         "seed": 0,
         "engine": "suffix",
     }
-    return GridSettings(**{**values, **changes})
+    return GridSettings.from_dict({**values, **changes})
+
+
+def resampled(grid: GridResult, resamples: int, seed: int = 0) -> GridResult:
+    """The grid with fewer bootstrap resamples."""
+    effort = Effort(resamples=resamples, seed=seed)
+    return replace(grid, settings=replace(grid.settings, effort=effort))
 
 
 def head_strengths(n_heads: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +71,14 @@ def synthetic_grid(seed: int = 0, n_prompts: int = 150, **changes) -> GridResult
         jitter *= rng.lognormal(sigma=0.3, size=n_prompts)
         kl_mapped = scale * (mapped[chosen] @ weight[chosen]) * jitter
         conditions[cond] = ConditionResult(
-            cond, layer, heads, settings.alpha, kl_raw, kl_mapped, -2 * kl_raw, -2 * kl_mapped
+            cond,
+            layer,
+            heads,
+            settings.patching.alpha,
+            kl_raw,
+            kl_mapped,
+            -2 * kl_raw,
+            -2 * kl_mapped,
         )
 
     n = settings.n_heads
@@ -71,14 +86,14 @@ def synthetic_grid(seed: int = 0, n_prompts: int = 150, **changes) -> GridResult
     for head in range(n):
         add(f"head{head}", settings.layer, HeadSet.of([head], n))
     order = sorted(range(n), key=lambda head: -conditions[f"head{head}"].delta)
-    for k in settings.ks:
+    for k in settings.patching.k:
         add(f"top{k}", settings.layer, HeadSet.of(order[:k], n))
-    for k in settings.ks:
-        for s in settings.random_seeds:
+    for k in settings.patching.k:
+        for s in settings.patching.random_seeds:
             chosen = sorted(random.Random(s).sample(range(n), k))
             add(f"rand{k}_s{s}", settings.layer, HeadSet.of(chosen, n))
-    if settings.control_layer is not None:
-        add("ctrl_full", settings.control_layer, HeadSet.all(n), 0.3)
+    if settings.patching.control_layer is not None:
+        add("ctrl_full", settings.patching.control_layer, HeadSet.all(n), 0.3)
     add("none", settings.layer, HeadSet.none(n))
     add("self", settings.layer, HeadSet.all(n), 0.0)
     return GridResult(

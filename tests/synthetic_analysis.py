@@ -97,7 +97,7 @@ def coverage_rows(grid: GridResult) -> tuple[CoverageRow, ...]:
             best_heads=grid.ranking.top(k),
             best_coverage_pct=100 * grid[f"top{k}"].delta / grid.full.delta,
         )
-        for k in grid.settings.ks
+        for k in grid.settings.patching.k
     )
 
 
@@ -227,7 +227,7 @@ def rankings(grid: GridResult) -> list[dict]:
             {
                 "method": name,
                 "layer": grid.settings.layer,
-                "alpha": grid.settings.alpha,
+                "alpha": grid.settings.patching.alpha,
                 "heads": order,
                 "scores": scores[order].tolist(),
                 "standard_errors": None,

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from games import Game, noisy_game
+from synthetic import resampled
+from tiny import grid_of, prepared
 
 from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.claims import amount_of, claims, decisive_row, number, spread_of
@@ -15,8 +17,6 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, exact
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
-from rq4lens.patching.experiment import prepare
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 
 TAU = "Kendall's tau with their order by ΔKL is"
@@ -29,9 +29,8 @@ ROW = {
 
 def analysed(game, ks=(1, 2), measure=True, **kwargs) -> Analysis:
     return analyse(
-        game.grid(ks=ks),
+        resampled(game.grid(ks=ks), 200),
         game if measure else None,
-        n_resamples=200,
         n_random_sets=60,
         n_splits=2,
         **kwargs,
@@ -41,9 +40,9 @@ def analysed(game, ks=(1, 2), measure=True, **kwargs) -> Analysis:
 @pytest.fixture(scope="module")
 def of_pair(tiny_pair, tiny_maps):
     """The whole analysis of the tiny pair, with every method and control."""
-    experiment = prepare(tiny_pair, tiny_maps)
-    grid = run_grid(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(1, 2, 4), experiment=experiment)
-    return analyse(grid, experiment, n_resamples=300, n_random_sets=50, neutral=experiment)
+    experiment = prepared(tiny_pair, tiny_maps)
+    grid = grid_of(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(1, 2, 4), experiment=experiment)
+    return analyse(resampled(grid, 300), experiment, n_random_sets=50, neutral=experiment)
 
 
 def test_analysis_of_a_pair_has_every_part(of_pair):
@@ -162,11 +161,11 @@ def test_shapley_values_use_the_random_sets_that_are_measured():
 
 def test_analysis_repeats_itself(tiny_pair, tiny_maps):
     """The same grid, experiment and seed give the same analysis, timings aside."""
-    experiment = prepare(tiny_pair, tiny_maps)
-    grid = run_grid(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(2,), experiment=experiment)
+    experiment = prepared(tiny_pair, tiny_maps)
+    grid = grid_of(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(2,), experiment=experiment)
     records = []
     for _ in range(2):
-        found = analyse(grid, experiment, n_resamples=100, n_random_sets=20, methods=["shapley"])
+        found = analyse(resampled(grid, 100), experiment, n_random_sets=20, methods=["shapley"])
         records.append(found.to_dict() | {"seconds": None, "methods": None})
     assert records[0] == records[1]
 
@@ -345,9 +344,9 @@ def test_numbers_in_sentences():
 def layer_grids(tiny_pair):
     """The grids of all layers of the tiny pair on one experiment."""
     maps = fit_maps(tiny_pair, [0, 1, 2])
-    experiment = prepare(tiny_pair, maps)
+    experiment = prepared(tiny_pair, maps)
     grids = {
-        layer: run_grid(tiny_pair, maps, layer, ks=(1,), experiment=experiment)
+        layer: grid_of(tiny_pair, maps, layer, ks=(1,), experiment=experiment)
         for layer in (0, 1, 2)
     }
     return grids, experiment
@@ -356,7 +355,9 @@ def layer_grids(tiny_pair):
 def test_layers_are_ranked_together(layer_grids):
     """The planted rotations of layer 1 are the best heads of all layers; the matrices agree."""
     grids, experiment = layer_grids
-    found = compare_layers(grids, experiment, n_resamples=200)
+    found = compare_layers(
+        {layer: resampled(grid, 200) for layer, grid in grids.items()}, experiment
+    )
     assert {ranked.head.label for ranked in found.ranking[:2]} == {"L1H2", "L1H3"}
     assert found.delta == pytest.approx(found.KL_raw - found.KL_mapped)
     assert found.delta[1, 2] == pytest.approx(grids[1].single(2).delta)
@@ -368,7 +369,9 @@ def test_layers_are_ranked_together(layer_grids):
 def test_layers_have_their_own_curves(layer_grids):
     """Every layer with a usable full effect has a curve that ends at 100."""
     grids, experiment = layer_grids
-    for row in compare_layers(grids, experiment, n_resamples=200).rows:
+    for row in compare_layers(
+        {layer: resampled(grid, 200) for layer, grid in grids.items()}, experiment
+    ).rows:
         last = row.curve.coverage_pct[-1]
         assert (last.value == 100) == (row.full.undefined_because is None)
         assert row.delta.value == pytest.approx(row.KL_raw.value - row.KL_mapped.value)
@@ -376,7 +379,7 @@ def test_layers_have_their_own_curves(layer_grids):
 
 def test_index_comparison_says_what_it_cannot_mean(layer_grids):
     """Rankings of two layers are compared index by index only with the note beside them."""
-    found = compare_layers(layer_grids[0], n_resamples=100)
+    found = compare_layers({layer: resampled(grid, 100) for layer, grid in layer_grids[0].items()})
     assert [(a.first, a.second) for a in found.by_index] == [
         ("layer 0", "layer 1"),
         ("layer 1", "layer 2"),
@@ -392,6 +395,8 @@ def test_layers_of_different_sweeps_are_refused(layer_grids):
         compare_layers({})
     with pytest.raises(UserError, match="is one of layer 1"):
         compare_layers({0: grids[1]})
-    other = replace(grids[1], settings=replace(grids[1].settings, alpha=0.9))
+    settings = grids[1].settings
+    stronger = replace(settings, patching=settings.patching.but(alpha=0.9))
+    other = replace(grids[1], settings=stronger)
     with pytest.raises(UserError, match="another alpha"):
         compare_layers({0: grids[0], 1: other})

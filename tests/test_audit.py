@@ -7,9 +7,10 @@ import pytest
 from model_zoo import CORPUS, KAZAKH, train_tokenizer
 from tokenizers import processors
 
+from rq4lens.config import Reading
 from rq4lens.models.prompts.audit import audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
-from rq4lens.models.prompts.reading import Reading, tokenize
+from rq4lens.models.prompts.reading import tokenize
 from rq4lens.models.prompts.record import Message, chat_text
 from rq4lens.screen.audit import audit_text
 
@@ -87,7 +88,7 @@ def test_another_vocabulary_and_template_still_decide_at_one_place(bpe, kazakh):
 
 def test_the_tokens_shown_are_those_that_are_read(bpe, kazakh):
     """Length, decision token and what is cut agree with the tokens that the models are given."""
-    reading = Reading("marker", "library", max_tokens=6)
+    reading = Reading(decision_rule="marker", marker="library", max_tokens=6)
     prompts = PromptSet(plain(TEXTS[0]))
     audit = only(audited(prompts, bpe, kazakh, reading))
     for side, tokenizer in (("base", bpe), ("tuned", kazakh)):
@@ -125,7 +126,7 @@ def test_a_different_split_of_the_last_word_is_found(kazakh):
     """Where the tokens end apart the prompt does not align; where they end together it is noted."""
     (prompt,) = plain("the old library")
     words = train_tokenizer(vocabulary=600)
-    apart = only(audited([prompt], words, kazakh, Reading("marker", "lib")))
+    apart = only(audited([prompt], words, kazakh, Reading(decision_rule="marker", marker="lib")))
     assert not apart.aligned
     assert "decided at different places: base after character 15 at ' library'" in apart.problems[0]
     together = only(audited([prompt], words, kazakh))
@@ -144,7 +145,9 @@ def test_a_trailing_pad_is_found(bpe, where):
     said = only(audited(plain(text), bpe, tokenizer)).problems
     whose = "both" if where == "text" else "tuned"
     assert f"{whose}: padding '<pad>' stands among its tokens and is decided at it" in said
-    assert audited(plain(text), bpe, tokenizer, Reading("last_content")).misaligned == ()
+    assert (
+        audited(plain(text), bpe, tokenizer, Reading(decision_rule="last_content")).misaligned == ()
+    )
 
 
 def test_a_missing_generation_prompt_is_found(bpe):
@@ -166,7 +169,7 @@ def test_a_missing_generation_prompt_is_found(bpe):
 )
 def test_an_emoji_cut_in_two_is_found(bpe, kazakh, text, reading, said):
     """Inside a joined emoji, before a skin tone, between the letters of a flag, or cut before."""
-    rule = Reading("offset") if reading else None
+    rule = Reading(decision_rule="offset") if reading else None
     problems = only(audited(plain(text, **(reading or {})), bpe, kazakh, rule)).problems
     assert sum(each.startswith("both: ") and said in each for each in problems) == 1
 
@@ -185,7 +188,7 @@ def test_whole_emoji_align(bpe, kazakh):
     texts = (f"a {FAMILY}", "a 👍🏽", "two flags 🇰🇿🇫🇷", "a 🙂", "e\u0301")
     assert audited(plain(*texts), bpe, kazakh).misaligned == ()
     flags = plain("🇰🇿🇫🇷 mill", offset=1)
-    assert audited(flags, bpe, kazakh, Reading("offset")).misaligned == ()
+    assert audited(flags, bpe, kazakh, Reading(decision_rule="offset")).misaligned == ()
 
 
 # --- what else can go wrong
@@ -196,7 +199,9 @@ def test_text_and_template_are_different_places(bpe, kazakh):
     other = with_template(
         kazakh, "{{ bos_token }}{{ messages[0].content }}\n{{ messages[1].content }}: answer"
     )
-    (problem,) = only(audited(CHATS[:1], bpe, other, Reading("last_content"))).problems[1:]
+    (problem,) = only(
+        audited(CHATS[:1], bpe, other, Reading(decision_rule="last_content"))
+    ).problems[1:]
     assert "base in the text" in problem
     assert "tuned in its chat template" in problem
 
@@ -209,7 +214,7 @@ def test_cuts_on_the_left_must_meet(bpe, kazakh):
 
 def test_prompts_that_cannot_be_read_are_named(bpe):
     """A prompt without its marker is a finding with its reason, not the end of the audit."""
-    audit = audited(plain(*TEXTS), bpe, bpe, Reading("marker", "library"))
+    audit = audited(plain(*TEXTS), bpe, bpe, Reading(decision_rule="marker", marker="library"))
     assert audit.misaligned == ("p1",)
     assert "the marker 'library' does not stand in prompt 'p1'" in audit.prompts[1].problems[0]
     assert audit.share_aligned_pct == 50.0

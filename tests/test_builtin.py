@@ -25,6 +25,7 @@ from etiquette_world import (
 )
 from safetensors.torch import load_file
 from scipy.stats import chisquare
+from tiny import grid_of
 from train_etiquette import Phase, Recipe
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -32,7 +33,6 @@ from rq4lens.config import preset
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import builtin_manifest, load_pair
 from rq4lens.models.load.loading import load_hooked
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 
 FOLDER = Path(str(files("rq4lens.models") / "builtin/etiquette"))
@@ -64,7 +64,7 @@ def grid():
     settings = preset("etiquette")
     pair = load_pair("etiquette")
     maps = fit_maps(pair, [settings.layer, settings.control_layer])
-    return run_grid(pair, maps, settings.layer, settings.control_layer, settings.alpha)
+    return grid_of(pair, maps, settings.layer, settings.control_layer, settings.alpha)
 
 
 @pytest.mark.parametrize("world", [base_world(), tuned_world()], ids=SIDES)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rq4lens.config import (
+    SETTINGS,
     RunConfig,
     config_from,
     preset,
@@ -61,14 +62,14 @@ def test_a_key_like_no_other_is_answered_with_all():
         ({"k": [2, 2]}, "a number stands twice"),
         ({"random_seeds": [0, 0]}, "a number stands twice"),
         ({"random_seeds": [-1]}, "random_seeds = '-1'"),
-        ({"rank_by": "size"}, "rank_by = 'size'.*'delta' or 'drop_pct'"),
+        ({"rank_by": "size"}, "rank_by = 'size'.*'delta', 'drop_pct' or 'kl_raw'"),
         ({"map_kind": "magic"}, "map_kind = 'magic'.*'procrustes_scaled'"),
         ({"map_scope": "model"}, "map_scope = 'model'.*'head' or 'layer'"),
         ({"k_positions": 0}, "k_positions = '0'"),
         ({"raw_baseline": "zero"}, "raw_baseline = 'zero'"),
         ({"kl_direction": "both"}, "kl_direction = 'both'"),
         ({"decision_rule": "first"}, "decision_rule = 'first'"),
-        ({"engine": "warp"}, "engine = 'warp'.*'suffix' or 'hooks'"),
+        ({"engine": "warp"}, "engine = 'warp'.*'suffix', 'cached' or 'hooks'"),
         ({"dtype": "fp8"}, "dtype = 'fp8'.*'float32'"),
         ({"batch_size": 0}, "batch_size = '0'"),
         ({"keep_both": "maybe"}, "keep_both = 'maybe'"),
@@ -95,37 +96,38 @@ def test_a_value_that_is_not_allowed_is_one_sentence(values, said):
 
 def test_every_setting_says_what_it_is():
     """Help texts and error sentences are made from these descriptions."""
-    for name, field in RunConfig.model_fields.items():
+    for name, field in SETTINGS.items():
         assert field.description, name
 
 
 def test_the_defaults_are_those_of_the_method():
     """Alpha 0.3, k 1, 2, 4 and 8, seeds 0, 1 and 2, the decision token alone, on val, per head."""
-    config = RunConfig()
-    assert (config.alpha, config.k, config.random_seeds) == (0.3, (1, 2, 4, 8), (0, 1, 2))
-    assert (config.split, config.k_positions, config.map_scope) == ("val", 1, "head")
-    assert (config.kl_direction, config.raw_baseline) == ("patched||clean", "identity")
-    assert (config.engine, config.rank_by, config.map_kind) == ("suffix", "delta", None)
+    patching = RunConfig().patching
+    assert (patching.alpha, patching.k, patching.random_seeds) == (0.3, (1, 2, 4, 8), (0, 1, 2))
+    assert (patching.split, patching.k_positions, patching.map_scope) == ("val", 1, "head")
+    assert (patching.kl_direction, patching.raw_baseline) == ("patched||clean", "identity")
+    assert (patching.rank_by, patching.map_kind) == ("delta", "procrustes_scaled")
+    assert RunConfig().place.engine == "suffix"
 
 
 @pytest.mark.parametrize("kind", MAP_KINDS)
 def test_every_kind_of_map_can_be_configured(kind):
     """The configuration and the maps know the same kinds."""
-    assert config_from({"map_kind": kind}).map_kind == kind
+    assert config_from({"map_kind": kind}).patching.map_kind == kind
 
 
 @pytest.mark.parametrize("scope", MAP_SCOPES)
 def test_every_scope_of_map_can_be_configured(scope):
     """The configuration and the maps know the same scopes."""
-    assert config_from({"map_scope": scope}).map_scope == scope
+    assert config_from({"map_scope": scope}).patching.map_scope == scope
 
 
 def test_a_changed_configuration_is_checked_again():
     """`updated` replaces values and refuses what `config_from` refuses."""
     config = config_from({"layer": 1, "alpha": 0.5})
-    assert config.updated(alpha=0.1).alpha == 0.1
-    assert config.updated(k=[]).layer == 1
-    assert config.alpha == 0.5
+    assert config.updated(alpha=0.1).patching.alpha == 0.1
+    assert config.updated(k=[]).patching.layer == 1
+    assert config.patching.alpha == 0.5
     with pytest.raises(UserError, match="alpha = '2'"):
         config.updated(alpha=2)
 
@@ -138,7 +140,12 @@ def test_a_toml_file_is_a_configuration(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('layer = 2\nk = [1, 3]\nbase = "a"\ntuned = "b"\nkeep_both = false\n')
     config = read_config(path)
-    assert (config.layer, config.k, config.base, config.keep_both) == (2, (1, 3), "a", False)
+    assert (config.patching.layer, config.patching.k, config.pair.base, config.place.keep_both) == (
+        2,
+        (1, 3),
+        "a",
+        False,
+    )
 
 
 def test_the_run_json_of_a_finished_run_is_one_too(tmp_path):
@@ -146,8 +153,8 @@ def test_the_run_json_of_a_finished_run_is_one_too(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"config": {"layer": 3, "trust_remote_code": True}, "more": 1}))
     config = read_config(path)
-    assert config.layer == 3
-    assert not config.trust_remote_code
+    assert config.patching.layer == 3
+    assert not config.pair.trust_remote_code
 
 
 @pytest.mark.parametrize(
@@ -189,9 +196,9 @@ def test_the_built_in_pair_comes_first():
 def test_every_preset_is_a_configuration_of_that_name(name):
     """Presets pass the same checks as anything else, and say what they are."""
     config = preset(name)
-    assert config.pair == name
-    assert config.about
-    assert config.layer != config.control_layer
+    assert config.pair.name == name
+    assert config.pair.about
+    assert config.patching.layer != config.patching.control_layer
     assert f'pair = "{name}"' in preset_text(name)
 
 

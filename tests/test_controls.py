@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from games import noisy_game
-from tiny import TINY_HEADS, pair_of, random_prompts, tiny_model
+from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.coverage.table import CoverageStudy, coverage
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import bootstrap_of, full_effect
+from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap
 from rq4lens.analysis.structure.controls import (
@@ -31,8 +31,6 @@ from rq4lens.analysis.structure.controls import (
 )
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.experiment import prepare
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.validation.planting import plant
 
@@ -47,20 +45,18 @@ def planted():
     pair = pair_of(base, plant(base, rotated=heads).tuned, random_prompts(n_train=96, n_val=24))
     maps = fit_maps(pair, [LAYER, CONTROL])
     activations = PairActivations(pair)
-    return prepare(pair, maps), activations
+    return prepared(pair, maps), activations
 
 
 @pytest.fixture(scope="module")
 def table(planted):
     experiment, activations = planted
-    grid = run_grid(
-        experiment.pair, experiment.maps, LAYER, CONTROL, experiment=experiment, ks=(1,)
-    )
+    grid = grid_of(experiment.pair, experiment.maps, LAYER, CONTROL, experiment=experiment, ks=(1,))
     study = ControlStudy(
         experiment=experiment,
         measured=MeasuredSets.of_grid(grid, experiment),
         control_layer=CONTROL,
-        bootstrap=bootstrap_of(grid, n_resamples=500),
+        bootstrap=Bootstrap(grid.groups, 500),
         activations=activations,
         neutral=experiment,
         seed=0,
@@ -95,8 +91,8 @@ def test_identical_models_survive_nothing():
     base = tiny_model()
     pair = pair_of(base, base, random_prompts())
     maps = fit_maps(pair, [LAYER, CONTROL])
-    grid = run_grid(pair, maps, LAYER, CONTROL, ks=(1,))
-    for row in grid_controls(grid, bootstrap_of(grid, n_resamples=200)):
+    grid = grid_of(pair, maps, LAYER, CONTROL, ks=(1,))
+    for row in grid_controls(grid, Bootstrap(grid.groups, 200)):
         assert row.survives is not True
 
 
@@ -132,7 +128,7 @@ def test_grid_without_control_layer_says_so():
     grid = noisy_game([1.0, 2.0], 10).grid(ks=(1,))
     without = {name: c for name, c in grid.conditions.items() if name != "ctrl_full"}
     bare = type(grid)(grid.settings, grid.prompt_ids, grid.groups, without, 0.0)
-    row = grid_controls(bare, bootstrap_of(bare, n_resamples=50))[0]
+    row = grid_controls(bare, Bootstrap(bare.groups, 50))[0]
     assert row.survives is None
     assert "no control layer" in row.reason
 

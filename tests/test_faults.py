@@ -19,7 +19,6 @@ from pair_on_disk import command, write_config, write_pair
 from rq4lens.config import config_from, read_config
 from rq4lens.disk import files
 from rq4lens.errors import UserError
-from rq4lens.jobs.run import run_study
 from rq4lens.jobs.verify import verify_run
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.measured import Recorder
@@ -38,7 +37,7 @@ def pair(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def undisturbed(pair, one_thread, tmp_path_factory) -> Path:  # noqa: ARG001 - for its order
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     return folder
 
 
@@ -64,7 +63,7 @@ def test_a_finished_run_measures_nothing_again(pair, undisturbed, tmp_path, monk
     """Running a finished run again asks no engine for any effect, and writes the same bytes."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     monkeypatch.setattr(RowEngine, "effects", refuses_to_measure)
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert numbers(folder) == numbers(undisturbed)
     assert counters(folder)["computed"] == 0
     assert counters(folder)["reused"] == records_in(undisturbed)
@@ -78,7 +77,7 @@ def refuses_to_measure(*_arguments, **_settings):
 def test_fresh_measures_everything_again(pair, undisturbed, tmp_path):
     """`--fresh` uses nothing that is there, and comes to the same bytes."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    run_study(config_from(pair), folder, fresh=True)
+    run_job(config_from(pair), folder, fresh=True)
     assert numbers(folder) == numbers(undisturbed)
     assert counters(folder)["reused"] == 0
 
@@ -148,7 +147,7 @@ def test_whatever_lies_in_the_directory_the_numbers_are_the_same(
     """Damaged, stale and foreign files are set aside or ignored; the run ends in the same bytes."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     damage(folder)
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert numbers(folder) == numbers(undisturbed)
     for foreign in (folder / "conditions").glob("newer_*"):
         assert not verify_run(folder, sample=0).passed  # what does not belong there is said
@@ -161,10 +160,10 @@ def test_results_of_another_pair_in_the_same_directory_are_not_used(pair, undist
     """The trap of reporting one model's numbers as another's: a swapped pair shares no record."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     swapped = pair | {"base": pair["tuned"], "tuned": pair["base"]}
-    run_study(config_from(swapped), folder)
+    run_job(config_from(swapped), folder)
     assert counters(folder)["reused"] == 0
     alone = tmp_path / "alone"
-    run_study(config_from(swapped), alone)
+    run_job(config_from(swapped), alone)
     assert numbers(folder) == numbers(alone)
     assert numbers(folder) != numbers(undisturbed)
 
@@ -190,8 +189,8 @@ def test_a_changed_setting_never_meets_old_numbers(pair, undisturbed, tmp_path, 
     (an unchanged control layer), because it was measured among other conditions there.
     """
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    here = run_study(config_from(pair | change), folder).grid.conditions
-    alone = run_study(config_from(pair | change), tmp_path / "alone").grid.conditions
+    here = run_job(config_from(pair | change), folder).grid.conditions
+    alone = run_job(config_from(pair | change), tmp_path / "alone").grid.conditions
     assert list(here) == list(alone)
     allowed = 1e-6 if counters(folder)["reused"] else 0
     for cond, condition in here.items():
@@ -205,12 +204,12 @@ def test_other_train_prompts_never_meet_old_numbers(pair, undisturbed, tmp_path)
     """Maps and matched baselines follow the train prompts: changing these changes both."""
     moments = pair | {"raw_baseline": "moments"}
     folder = tmp_path / "run"
-    run_study(config_from(moments), folder)
+    run_job(config_from(moments), folder)
     lines = Path(pair["prompts"]).read_text().splitlines()
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("\n".join(lines[8:]))
-    run_study(config_from(moments | {"prompts": str(fewer)}), folder)
-    run_study(config_from(moments | {"prompts": str(fewer)}), tmp_path / "alone")
+    run_job(config_from(moments | {"prompts": str(fewer)}), folder)
+    run_job(config_from(moments | {"prompts": str(fewer)}), tmp_path / "alone")
     assert numbers(folder) == numbers(tmp_path / "alone")
     assert undisturbed.exists()
 
@@ -239,10 +238,10 @@ def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=f"cannot write .*{os.strerror(problem)}"):
-            run_study(config_from(pair), folder)
+            run_job(config_from(pair), folder)
     assert not (folder / "run.json").exists()
     assert not list(folder.rglob("*.tmp"))
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert numbers(folder) == numbers(undisturbed)
 
 
@@ -259,13 +258,13 @@ def test_a_really_full_disk_is_survived(pair, undisturbed, tmp_path):
         pytest.skip("mounting a small file system is not allowed here")
     try:
         with pytest.raises(UserError, match="No space left on device"):
-            run_study(config_from(pair), small / "run")
+            run_job(config_from(pair), small / "run")
         kept = records_in(small / "run")
         shutil.copytree(small / "run", tmp_path / "run")
     finally:
         subprocess.run(["umount", str(small)], check=True)
     assert kept > 0
-    run_study(config_from(pair), tmp_path / "run")
+    run_job(config_from(pair), tmp_path / "run")
     assert counters(tmp_path / "run")["reused"] == kept
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
@@ -280,7 +279,7 @@ def test_a_read_only_directory_is_said(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", refused)
     monkeypatch.setattr(RowEngine, "effects", refuses_to_measure)
     with pytest.raises(UserError, match=r"cannot make the directory .*Read-only"):
-        run_study(config_from(pair), folder)
+        run_job(config_from(pair), folder)
 
 
 def test_a_finished_run_on_a_read_only_disk_is_verified(undisturbed, monkeypatch):
@@ -312,10 +311,10 @@ def test_out_of_memory_at_any_batch_keeps_what_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "_chunk", exhausted)
         with pytest.raises(torch.OutOfMemoryError):
-            run_study(config_from(pair), folder)
+            run_job(config_from(pair), folder)
     kept = records_in(folder)
     assert (kept > 0) == (at > 0)
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert counters(folder)["reused"] == kept
     assert numbers(folder) == numbers(undisturbed)
 
@@ -327,7 +326,7 @@ def test_a_jumping_clock_changes_no_number(pair, undisturbed, tmp_path, monkeypa
     true_time = time.time
     ticks = iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: true_time() + jump * (next(ticks) % 2))
-    run_study(config_from(pair), tmp_path / "run")
+    run_job(config_from(pair), tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
@@ -338,7 +337,7 @@ def test_a_moved_run_directory_is_resumed(pair, undisturbed, tmp_path):
     for path in every_record(moved)[::2]:
         path.unlink()
     (moved / "run.json").unlink()
-    run_study(config_from(pair), moved)
+    run_job(config_from(pair), moved)
     assert numbers(moved) == numbers(undisturbed)
     assert counters(moved)["reused"] == records_in(undisturbed) // 2
 
@@ -359,7 +358,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(pair, undisturbed, tmp_
     assert "Traceback" not in said
     assert f"go on with: rq4lens run {config} --out {folder}" in said
     assert not list(folder.rglob("*.tmp"))
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert numbers(folder) == numbers(undisturbed)
 
 
@@ -391,7 +390,7 @@ def test_two_processes_on_one_directory_and_one_of_them_killed(pair, undisturbed
 def test_the_same_run_twice_is_the_same_bytes(pair, undisturbed, tmp_path):
     """Same seed, same machine: identical tables, whatever random numbers were drawn before."""
     torch.manual_seed(12345)
-    run_study(config_from(pair), tmp_path / "run")
+    run_job(config_from(pair), tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
@@ -400,7 +399,7 @@ def test_repeating_a_run_from_its_own_record_is_the_same_bytes(pair, undisturbed
     """`rq4lens run RUN/run.json` repeats the run."""
     again = read_config(undisturbed / "run.json")
     assert again == config_from(pair)
-    run_study(again, tmp_path / "run")
+    run_job(again, tmp_path / "run")
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
@@ -414,5 +413,5 @@ def test_the_numerics_version_makes_old_records_unused(pair, undisturbed, tmp_pa
         return replace(ingredients(self, patch), numerics_version="another")
 
     monkeypatch.setattr(Recorder, "_ingredients", of_another_version)
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert counters(folder)["reused"] == 0

@@ -310,7 +310,7 @@ def test_layer_curves_of_grids_alone_have_intervals_too(layers):
     """Without a comparison, hover has the coverage of the measured sets with its interval."""
     bootstrap = Bootstrap(layers[1].groups, 200)
     line = trace_named(figures.layer_curves(layers, bootstrap=bootstrap), "layer 1")
-    conditions = [layers[1][f"top{k}"] for k in layers[1].settings.ks]
+    conditions = [layers[1][f"top{k}"] for k in layers[1].settings.patching.k]
     numbers = numbers_of(layers[1], conditions, ["" for _ in conditions], bootstrap)
     for each in numbers:
         at = list(line.x).index(len(each.condition.heads))

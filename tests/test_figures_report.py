@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from synthetic import synthetic_grid
+from synthetic import resampled, synthetic_grid
 from synthetic_analysis import synthetic_analysis
 
 from rq4lens import figures
@@ -57,7 +57,7 @@ def test_an_analysis_adds_its_sections(grid):
 
 def test_heads_have_the_p_values_of_the_runs_own_alpha(grid):
     """Heads are tested at several alphas; the table of one alpha shows its own tests."""
-    analysis = analyse(grid, n_resamples=100).to_dict()
+    analysis = analyse(resampled(grid, 100)).to_dict()
     tests = analysis["tests"]["tests"]
     own = [{**test, "p_max_t": 0.0123} for test in tests]
     other = [{**test, "alpha": 1.0, "p_max_t": 0.0987} for test in tests]
@@ -85,7 +85,7 @@ def test_layers_stand_side_by_side(grid):
 
 def test_a_real_analysis_of_a_grid_is_reported(grid):
     """What analyse() makes of a grid goes into the report as it is."""
-    analysis = analyse(grid, n_resamples=200)
+    analysis = analyse(resampled(grid, 200))
     page = figures.report_page(grid, analysis, provenance={})
     assert {"controls", "rankings", "structure"} <= set(sections_of(page))
     assert analysis.kinds.rule.split(":")[0] in page

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from model_zoo import CORPUS, KAZAKH, ZOO, random_model, save, train_tokenizer
-from tiny import random_prompts
+from tiny import prepared, random_prompts
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -22,7 +22,6 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import load_pair
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
 
 ARCHITECTURES = ("gpt2", "pythia", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
@@ -241,7 +240,7 @@ def test_padding_on_the_left_changes_no_number(small):
             for padding in ("right", "left")
         )
         torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
-    experiment = prepare(pair, fit_maps(pair, [LAYER], "mean_shift"))
+    experiment = prepared(pair, fit_maps(pair, [LAYER], "mean_shift"))
     engine = HookEngine(
         experiment.tuned_model, experiment.prompts, batch_size=3, padding_side="left"
     )

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from tiny import MicroFormula, fine_tuned, half_precision, pair_of, random_prompts, tiny_model
+from tiny import (
+    MicroFormula,
+    fine_tuned,
+    half_precision,
+    pair_of,
+    prepared,
+    random_prompts,
+    tiny_model,
+)
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.curvature import curvature, rank_by_kl_curvature
@@ -20,7 +28,6 @@ from rq4lens.analysis.rankings.methods import METHODS, rank_heads
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import MAPPED, RAW, SELF
 
@@ -36,7 +43,7 @@ def double():
         model.cfg.dtype = torch.float64
         model.double()
     pair = pair_of(base, tuned, random_prompts())
-    return prepare(pair, fit_maps(pair, [LAYER]))
+    return prepared(pair, fit_maps(pair, [LAYER]))
 
 
 def logits_at(experiment, z):
@@ -143,7 +150,7 @@ def test_curvature_of_the_micro_model_is_the_formula(micro):
     """In the micro model's last layer the Gram matrix is that of ``δ W_O W_U`` in plain numpy."""
     _, tuned, pair = micro
     maps = fit_maps(pair, [1])
-    experiment = prepare(pair, maps)
+    experiment = prepared(pair, maps)
     found = curvature(MeasuredSets.of(experiment, 1, 0.3)).raw
     for row, tokens in enumerate(experiment.prompts.token_ids):
         z_tuned, z_base = tuned.z(tokens, 1), experiment.z(1, RAW)[row].numpy()
@@ -158,7 +165,7 @@ def test_engines_give_the_same_approximate_rankings(tiny_pair, tiny_maps):
     """Rows over kept keys and full passes through hooks give the same scores."""
     scores = []
     for engine in ("suffix", "hooks"):
-        measured = MeasuredSets.of(prepare(tiny_pair, tiny_maps, engine=engine), LAYER, 0.3)
+        measured = MeasuredSets.of(prepared(tiny_pair, tiny_maps, engine=engine), LAYER, 0.3)
         rankings = (
             rank_by_grad_act(measured),
             rank_by_attribution(measured),
@@ -176,7 +183,7 @@ def test_every_method_ranks_a_half_precision_model(method):
     for precision in (lambda model: model, half_precision):
         base = tiny_model()
         pair = pair_of(precision(base), precision(fine_tuned(tiny_model())), random_prompts())
-        measured = MeasuredSets.of(prepare(pair, fit_maps(pair, [LAYER])), LAYER, 0.3)
+        measured = MeasuredSets.of(prepared(pair, fit_maps(pair, [LAYER])), LAYER, 0.3)
         found.append(rank_heads(method, measured).heads)
     exact, rounded = found
     assert exact[0] in rounded[:2]
@@ -186,7 +193,7 @@ def test_more_than_one_position_counts(tiny_pair):
     """With two patched positions, contributions cover both and stay complete."""
     activations = PairActivations(tiny_pair, k_positions=2)
     maps = fit_maps(tiny_pair, [LAYER], activations=activations)
-    experiment = prepare(tiny_pair, maps, activations=activations)
+    experiment = prepared(tiny_pair, maps, activations=activations)
     measured = MeasuredSets.of(experiment, LAYER, 0.5)
     contributions = attributions(measured, [RAW], "answer_logprob", 10)[0]
     effects = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.5)

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import ALPHA, CONTROL, MAIN, TINY_HEADS
+from tiny import ALPHA, CONTROL, MAIN, TINY_HEADS, grid_of, prepared
 
+from rq4lens.config import Patching
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.experiment import prepare
-from rq4lens.patching.grid import GridPlan, run_condition, run_grid
+from rq4lens.patching.grid import GridPlan, measure_condition
 from rq4lens.patching.maps.fitting import fit_maps
 
 
@@ -86,16 +86,16 @@ class Noisy:
 
 def test_the_noise_floor_is_the_larger_of_both_checks(tiny_pair, tiny_maps):
     """What patching nothing leaves is reported, whichever of the two ways shows more of it."""
-    exact = prepare(tiny_pair, tiny_maps)
+    exact = prepared(tiny_pair, tiny_maps)
     noisy = replace(exact, engine=Noisy(exact.engine))
-    grid = run_grid(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), experiment=noisy)
+    grid = grid_of(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), experiment=noisy)
     assert grid.noise_floor_nats == pytest.approx(3e-7)
     assert grid["none"].KL_raw == pytest.approx(1e-7)
 
 
 def test_the_settings_say_how_it_was_made(tiny_pair, tiny_maps):
     """Everything that could be set otherwise stands in the result."""
-    grid = run_grid(
+    grid = grid_of(
         tiny_pair,
         tiny_maps,
         MAIN,
@@ -111,12 +111,30 @@ def test_the_settings_say_how_it_was_made(tiny_pair, tiny_maps):
         kl_direction="clean||patched",
     )
     settings = grid.settings
-    assert (settings.layer, settings.control_layer, settings.alpha) == (MAIN, None, 0.5)
-    assert (settings.ks, settings.random_seeds, settings.rank_by) == ((3,), (7,), "drop_pct")
-    assert (settings.split, settings.engine, settings.seed) == ("train", "hooks", 4)
-    assert (settings.raw_baseline, settings.kl_direction) == ("moments", "clean||patched")
-    assert (settings.map_kind, settings.map_scope) == ("procrustes_scaled", "head")
-    assert (settings.n_heads, settings.n_layers, settings.k_positions) == (TINY_HEADS, 3, 1)
+    assert (settings.layer, settings.patching.control_layer, settings.patching.alpha) == (
+        MAIN,
+        None,
+        0.5,
+    )
+    assert (settings.patching.k, settings.patching.random_seeds, settings.patching.rank_by) == (
+        (3,),
+        (7,),
+        "drop_pct",
+    )
+    assert (settings.patching.split, settings.engine, settings.effort.seed) == ("train", "hooks", 4)
+    assert (settings.patching.raw_baseline, settings.patching.kl_direction) == (
+        "moments",
+        "clean||patched",
+    )
+    assert (settings.patching.map_kind, settings.patching.map_scope) == (
+        "procrustes_scaled",
+        "head",
+    )
+    assert (settings.n_heads, settings.n_layers, settings.patching.k_positions) == (
+        TINY_HEADS,
+        3,
+        1,
+    )
     assert (settings.base, settings.tuned) == ("base in memory", "tuned in memory")
     assert grid.prompt_ids == tiny_pair.prompts.split("train").ids
     assert grid.groups == tiny_pair.prompts.split("train").groups
@@ -127,7 +145,7 @@ def test_the_settings_say_how_it_was_made(tiny_pair, tiny_maps):
 def test_top_sets_follow_the_chosen_score(tiny_pair, tiny_maps):
     """`rank_by` decides which heads `top{k}` holds."""
     for rank_by in ("delta", "drop_pct"):
-        grid = run_grid(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1, 2), rank_by=rank_by)
+        grid = grid_of(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1, 2), rank_by=rank_by)
         scores = [getattr(single, rank_by) for single in grid.singles]
         order = sorted(range(TINY_HEADS), key=lambda head: -scores[head])
         assert grid.ranking.heads == tuple(order)
@@ -136,14 +154,12 @@ def test_top_sets_follow_the_chosen_score(tiny_pair, tiny_maps):
 
 def test_the_moments_baseline_changes_the_raw_column_alone(tiny_pair, tiny_maps, tiny_grid):
     """Raw is then the base activation matched in mean and spread; mapped stays what it was."""
-    grid = run_grid(
-        tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4), raw_baseline="moments"
-    )
+    grid = grid_of(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4), raw_baseline="moments")
     for single, before in zip(grid.singles, tiny_grid.singles, strict=True):
         np.testing.assert_allclose(single.kl_mapped_nats, before.kl_mapped_nats, atol=1e-12)
         assert np.abs(single.kl_raw_nats - before.kl_raw_nats).max() > 1e-5
     moments = fit_maps(tiny_pair, [MAIN], "moments")
-    as_map = run_grid(tiny_pair, moments, MAIN, alpha=ALPHA, ks=(1,))
+    as_map = grid_of(tiny_pair, moments, MAIN, alpha=ALPHA, ks=(1,))
     np.testing.assert_allclose(grid.full.kl_raw_nats, as_map.full.kl_mapped_nats, atol=1e-12)
 
 
@@ -151,7 +167,7 @@ def test_a_stored_grid_is_the_same_grid(tiny_pair, tiny_maps, tiny_grid, tmp_pat
     """From an empty, a full and a half-empty store come the very same numbers."""
 
     def run(store):
-        return run_grid(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4), store=store)
+        return grid_of(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4), store=store)
 
     stored = [run(Store(tmp_path))]
     paths = sorted(tmp_path.glob("*.json"))
@@ -174,7 +190,7 @@ def test_a_store_serves_its_own_experiment_alone(tiny_pair, tiny_maps, tmp_path,
 
     Raw and self patches pass through no map, so they are kept when the map changes.
     """
-    run_grid(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), store=Store(tmp_path))
+    grid_of(tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), store=Store(tmp_path))
     settings = {
         "direction": {"kl_direction": "clean||patched"},
         "split": {"split": "train"},
@@ -187,8 +203,8 @@ def test_a_store_serves_its_own_experiment_alone(tiny_pair, tiny_maps, tmp_path,
         settings = {"activations": activations}
     store = Store(tmp_path)
     alpha = 0.4 if change == "alpha" else ALPHA
-    grid = run_grid(tiny_pair, maps, MAIN, alpha=alpha, ks=(1,), store=store, **settings)
-    fresh = run_grid(tiny_pair, maps, MAIN, alpha=alpha, ks=(1,), **settings)
+    grid = grid_of(tiny_pair, maps, MAIN, alpha=alpha, ks=(1,), store=store, **settings)
+    fresh = grid_of(tiny_pair, maps, MAIN, alpha=alpha, ks=(1,), **settings)
     for name, condition in grid.conditions.items():
         np.testing.assert_allclose(columns(condition), columns(fresh[name]), atol=1e-9)
     if change == "nothing":
@@ -202,8 +218,10 @@ def test_a_store_serves_its_own_experiment_alone(tiny_pair, tiny_maps, tmp_path,
 
 def test_one_condition_is_what_it_is_in_the_grid(tiny_pair, tiny_maps, tiny_grid):
     """`patch` measures one head set with the whole layer and the checks beside it."""
-    experiment = prepare(tiny_pair, tiny_maps)
-    grid = run_condition(experiment, MAIN, HeadSet.of([2, 1], TINY_HEADS), ALPHA)
+    experiment = prepared(tiny_pair, tiny_maps)
+    grid = measure_condition(
+        experiment, Patching(layer=MAIN, alpha=ALPHA), HeadSet.of([2, 1], TINY_HEADS)
+    )
     assert list(grid.conditions) == ["patch", "full", "none", "self"]
     np.testing.assert_allclose(columns(grid["patch"]), columns(tiny_grid["rand2_s1"]), atol=1e-9)
     np.testing.assert_allclose(columns(grid.full), columns(tiny_grid.full), atol=1e-9)
@@ -213,8 +231,8 @@ def test_one_condition_is_what_it_is_in_the_grid(tiny_pair, tiny_maps, tiny_grid
 def test_progress_counts_no_row_twice(tiny_pair, tiny_maps):
     """Rows reported are prompts times the different patches of the grid."""
     counted = []
-    grid = run_grid(
-        tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), random_seeds=(0,), advance=counted.append
+    grid = grid_of(
+        tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), random_seeds=(0,), progress=counted.append
     )
     different = {(c.heads, kind) for c in grid.conditions.values() for kind in ("raw", "mapped")}
     different.discard((HeadSet.all(TINY_HEADS), "self"))
@@ -225,15 +243,15 @@ def test_progress_counts_no_row_twice(tiny_pair, tiny_maps):
     ("changes", "said"),
     [
         ({"control_layer": MAIN}, "layer 1 cannot be its own control"),
-        ({"ks": (0,)}, "k 0 does not fit: a layer has 4 heads; choose 1 to 4"),
-        ({"ks": (5,)}, "k 5 does not fit"),
+        ({"k": (0,)}, "k 0 does not fit: a layer has 4 heads; choose 1 to 4"),
+        ({"k": (5,)}, "k 5 does not fit"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(changes, said):
     """The sentence names the value and what is allowed."""
-    plan = GridPlan(TINY_HEADS, MAIN, CONTROL, (1, 2), (0,))
+    settings = Patching(layer=MAIN, control_layer=CONTROL, k=(1, 2), random_seeds=(0,))
     with pytest.raises(UserError, match=said):
-        replace(plan, **changes)
+        GridPlan(TINY_HEADS, settings.but(**changes))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +259,7 @@ def test_a_plan_that_does_not_fit_is_refused(changes, said):
     [
         ({"layer": 2, "ks": (1,)}, r"layer 2 has no map: maps are fitted for \[0, 1\]"),
         ({"layer": MAIN, "control_layer": 2, "ks": (1,)}, "layer 2 has no map"),
-        ({"layer": MAIN, "alpha": 1.5, "ks": (1,)}, "alpha 1.5 is not a blend strength"),
+        ({"layer": MAIN, "alpha": 1.5, "ks": (1,)}, "alpha = '1.5' is not allowed"),
         ({"layer": MAIN, "split": "test", "ks": (1,)}, "no prompt has split 'test'"),
         ({"layer": MAIN}, "k 8 does not fit"),
     ],
@@ -249,4 +267,4 @@ def test_a_plan_that_does_not_fit_is_refused(changes, said):
 def test_a_grid_that_cannot_be_is_refused(tiny_pair, tiny_maps, arguments, said):
     """A layer without map, a strength, split or size that does not exist: one sentence."""
     with pytest.raises(UserError, match=said):
-        run_grid(tiny_pair, tiny_maps, **arguments)
+        grid_of(tiny_pair, tiny_maps, **arguments)

@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 import torch
 from games import Game, measured, study_of
-from tiny import fine_tuned, pair_of, random_prompts, tiny_model
+from synthetic import resampled
+from tiny import fine_tuned, grid_of, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve, half_splits
@@ -18,8 +19,6 @@ from rq4lens.analysis.structure.controls import FitData, refit
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.experiment import prepare
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 
 N_NULLS = 200
@@ -161,7 +160,7 @@ def wrong_predictions():
     """
     base = tiny_model()
     pair = pair_of(base, fine_tuned(base), random_prompts(n_val=24))
-    experiment = prepare(pair, fit_maps(pair, [1]))
+    experiment = prepared(pair, fit_maps(pair, [1]))
     activations = PairActivations(pair)
     data, own = FitData.of(activations, 1), experiment.maps[1]
     z_base = activations.z("base", experiment.split, 1)
@@ -199,11 +198,14 @@ def test_identical_models_have_no_p_value():
     base = tiny_model()
     pair = pair_of(base, base, random_prompts())
     maps = fit_maps(pair, [0, 1])
-    experiment = prepare(pair, maps)
-    grids = {layer: run_grid(pair, maps, layer, ks=(1,), experiment=experiment) for layer in (0, 1)}
-    found = analyse(grids[1], experiment, n_resamples=100, n_random_sets=20)
+    experiment = prepared(pair, maps)
+    grids = {layer: grid_of(pair, maps, layer, ks=(1,), experiment=experiment) for layer in (0, 1)}
+    found = analyse(resampled(grids[1], 100), experiment, n_random_sets=20)
     assert len(found.tests.tests) == 20
-    for tests in (found.tests, compare_layers(grids, n_resamples=100).tests):
+    for tests in (
+        found.tests,
+        compare_layers({layer: resampled(grid, 100) for layer, grid in grids.items()}).tests,
+    ):
         assert {test.p_value for test in tests.tests} == {None}
         assert tests.n_tests == 0
     assert found.full.undefined_because is not None

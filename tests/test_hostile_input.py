@@ -15,6 +15,7 @@ from fuzz_readers import small_grid, small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from synthetic import resampled
 from tiny import pair_of, tiny_model, word_tokenizer
 
 from rq4lens.analysis.effects.table import records
@@ -347,7 +348,7 @@ configurations = st.fixed_dictionaries(
 def test_a_configuration_survives_the_trip(values):
     """What `run.json` says is the configuration that ran."""
     config = config_from(values)
-    written = json.loads(json.dumps(config.model_dump(mode="json", exclude_unset=True)))
+    written = json.loads(json.dumps(config.flat()))
     assert config_from(written) == config
 
 
@@ -502,7 +503,7 @@ def run(tmp_path):
     grid = small_grid()
     folder = tmp_path / "run"
     folder.mkdir()
-    write_grid(folder, grid, records(grid, n_resamples=100))
+    write_grid(folder, grid, records(resampled(grid, 100)))
     write_run(folder, analysis={}, run=small_run(grid), summary="")
     return folder
 

@@ -12,9 +12,8 @@ from pair_on_disk import write_pair
 from safetensors.torch import load_file, save_file
 
 from rq4lens.config import config_from
-from rq4lens.jobs.preparation import cache_of, capture, keep_base
-from rq4lens.jobs.progress import Clock, silent
-from rq4lens.jobs.run import run_study
+from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
 from rq4lens.models.cards import checkpoint_fingerprint
@@ -40,7 +39,7 @@ def first(tmp_path_factory):
     """A pair on disk whose first run has kept what it captured; tests work on copies."""
     folder = tmp_path_factory.mktemp("first")
     settings = write_pair(folder) | {"cache": str(folder / "cache"), "random_seeds": [0]}
-    run_study(config_from(settings), folder / "run")
+    run_job(config_from(settings), folder / "run")
     return folder, settings
 
 
@@ -60,18 +59,15 @@ def numbers(directory):
 
 def run(settings, directory):
     """The main job; what it says of itself."""
-    run_study(config_from(settings), directory)
+    run_job(config_from(settings), directory)
     return json.loads((directory / "run.json").read_text())
 
 
 def read(settings, *, fresh=False):
     """What a run reads before it measures anything: activations by side, split and layer."""
     config = config_from(settings)
-    cache = cache_of(config)
-    layers = [config.layer, config.control_layer]
-    pair = catalog.pair_from_config(config, kept_in=None if fresh else cache)
-    activations = capture(config, pair, layers, Clock(silent), cache=cache, fresh=fresh)
-    keep_base(config, pair, activations, cache)
+    layers = [config.patching.layer, config.patching.control_layer]
+    activations = Bench(config, fresh=fresh).capture(layers)
     wanted = [("base", "train"), ("base", "val"), ("tuned", "train")]
     return {(*each, layer): activations.z(*each, layer) for each in wanted for layer in layers}
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from synthetic import resampled
 from tiny import (
     ALPHA,
     CONTROL,
@@ -15,8 +16,10 @@ from tiny import (
     TINY_HEADS,
     TINY_LAYERS,
     fine_tuned,
+    grid_of,
     kl_nats,
     pair_of,
+    prepared,
     random_prompts,
     tiny_model,
 )
@@ -30,8 +33,6 @@ from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, forward_batch
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
-from rq4lens.patching.experiment import prepare
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import MAPPED, RAW, SELF, Patch, Sources
 from rq4lens.validation.planting import plant
@@ -49,7 +50,7 @@ SETS = [HeadSet.of(heads, TINY_HEADS) for heads in ([0], [2], [1, 3], [0, 1, 2, 
 @pytest.fixture(scope="module", params=ENGINES)
 def micro_experiment(micro, request):
     pair = micro[2]
-    return prepare(pair, fit_maps(pair, [0, 1]), engine=request.param)
+    return prepared(pair, fit_maps(pair, [0, 1]), engine=request.param)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -76,7 +77,7 @@ def test_the_direction_of_the_divergence_is_the_named_one(micro, direction):
     """`clean||patched` is `KL(p_clean || p_patched)`, and the two differ."""
     base, tuned, pair = micro
     maps = fit_maps(pair, [1])
-    measured = prepare(pair, maps, kl_direction=direction).measure(1, [HeadSet.all(2)], 1.0)
+    measured = prepared(pair, maps, kl_direction=direction).measure(1, [HeadSet.all(2)], 1.0)
     for index, tokens in enumerate(pair.tokens("tuned", "val").token_ids):
         patched, clean = tuned.logits(tokens, {1: base.z(tokens, 1)}), tuned.logits(tokens)
         order = (patched, clean) if direction == "patched||clean" else (clean, patched)
@@ -86,7 +87,7 @@ def test_the_direction_of_the_divergence_is_the_named_one(micro, direction):
 def test_the_answer_is_the_clean_models_most_likely_token(micro):
     """The log-probability change is that of the clean top token, patched minus clean."""
     base, tuned, pair = micro
-    measured = prepare(pair, fit_maps(pair, [1])).measure(1, [HeadSet.of([0], 2)], 1.0)
+    measured = prepared(pair, fit_maps(pair, [1])).measure(1, [HeadSet.of([0], 2)], 1.0)
     for index, tokens in enumerate(pair.tokens("tuned", "val").token_ids):
         z = tuned.z(tokens, 1)
         z[0] = base.z(tokens, 1)[0]
@@ -162,11 +163,11 @@ def test_identical_models_differ_nowhere(tiny_pair, engine):
     """With base = tuned every `KL_raw` and `ΔKL` of the grid is 0, and coverage is undefined."""
     same = pair_of(tiny_pair.base.model, tiny_pair.base.model, tiny_pair.prompts)
     maps = fit_maps(same, [MAIN, CONTROL])
-    grid = run_grid(same, maps, MAIN, CONTROL, ALPHA, ks=(1, 2), engine=engine)
+    grid = grid_of(same, maps, MAIN, CONTROL, ALPHA, ks=(1, 2), engine=engine)
     for condition in grid.conditions.values():
         np.testing.assert_allclose(condition.kl_raw_nats, 0, atol=1e-12)
         np.testing.assert_allclose(condition.delta_nats, 0, atol=1e-12)
-    for record in records(grid, n_resamples=100):
+    for record in records(resampled(grid, 100)):
         assert record["coverage_pct"] is None
         assert record["coverage_pct_reason"]
 
@@ -185,7 +186,7 @@ def test_order_and_repetition_in_a_spec_do_not_matter(tiny_experiment):
 
 def test_all_covers_everything_and_none_covers_nothing(tiny_grid):
     """`coverage(ALL) = 100` and `coverage(NONE) = 0`; every top-H set is the full set."""
-    by_name = {record["cond"]: record for record in records(tiny_grid, n_resamples=200)}
+    by_name = {record["cond"]: record for record in records(resampled(tiny_grid, 200))}
     assert by_name["full"]["coverage_pct"] == 100
     assert by_name["top4"]["coverage_pct"] == pytest.approx(100, abs=1e-9)
     assert by_name["none"]["coverage_pct"] == 0
@@ -205,7 +206,7 @@ def test_the_patch_adds_what_the_law_says(micro, tiny_pair, which, padding_side,
     """`attn_out' - attn_out = α Σ_{h∈S} (ẑ_h - z_h) W_O[h]` at the decision token, 0 elsewhere."""
     pair = micro[2] if which == "micro" else tiny_pair
     heads = HeadSet.of([1] if which == "micro" else [0, 3], pair.n_heads)
-    experiment = prepare(pair, fit_maps(pair, [MAIN]), engine="hooks")
+    experiment = prepared(pair, fit_maps(pair, [MAIN]), engine="hooks")
     (batch,) = experiment.prompts.batches(64, padding_side)
     before = attention_output(pair.tuned.model, batch)
     with patched_heads(
@@ -270,7 +271,7 @@ def assert_gauge_law(planted, pair, layer, control_layer, engine):
         for head in change.heads:
             found = maps[layer].weight[head.index].double()
             torch.testing.assert_close(found, change.rotation, atol=1e-4, rtol=0)
-    grid = run_grid(pair, maps, layer, control_layer, ALPHA, ks=(len(rotated),), engine=engine)
+    grid = grid_of(pair, maps, layer, control_layer, ALPHA, ks=(len(rotated),), engine=engine)
     assert set(grid.ranking.top(len(rotated))) == set(rotated)
     for head, single in enumerate(grid.singles):
         if head in rotated:
@@ -300,7 +301,7 @@ def reference(pair_and_tolerance):
     """All prompts in one batch through the reference engine, and how to compare with it."""
     pair, tolerance = pair_and_tolerance
     maps = fit_maps(pair, [MAIN])
-    experiment = prepare(pair, maps, engine="hooks", batch_size=64)
+    experiment = prepared(pair, maps, engine="hooks", batch_size=64)
     expected = experiment.measure(MAIN, SETS, ALPHA)
 
     def compare(found, rows=slice(None)):
@@ -319,7 +320,7 @@ def columns(measured):
 def test_batch_size_does_not_matter(reference, engine, batch_size):
     """Prompts of different lengths give the same numbers alone, in twos and in sevens."""
     pair, maps, _, compare = reference
-    experiment = prepare(pair, maps, engine=engine, batch_size=batch_size)
+    experiment = prepared(pair, maps, engine=engine, batch_size=batch_size)
     compare(columns(experiment.measure(MAIN, SETS, ALPHA)))
 
 
@@ -346,7 +347,7 @@ def shuffled(pair):
 def test_prompt_order_does_not_matter(reference, engine):
     """Shuffled prompts give the same number for each prompt, under its own id."""
     pair, maps, before, compare = reference
-    experiment = prepare(shuffled(pair), maps, engine=engine, batch_size=5)
+    experiment = prepared(shuffled(pair), maps, engine=engine, batch_size=5)
     rows = [before.prompt_ids.index(name) for name in experiment.prompt_ids]
     assert rows != sorted(rows)
     compare(columns(experiment.measure(MAIN, SETS, ALPHA)), rows)
@@ -364,7 +365,7 @@ def test_prompt_order_does_not_change_a_map(reference):
 def test_chunking_does_not_matter(reference, engine):
     """Conditions measured one by one, last first, give the numbers of all at once."""
     pair, maps, _, compare = reference
-    experiment = prepare(pair, maps, engine=engine)
+    experiment = prepared(pair, maps, engine=engine)
     parts = [experiment.measure(MAIN, [heads], ALPHA) for heads in reversed(SETS)][::-1]
     compare(np.concatenate([columns(part) for part in parts], axis=1))
 
@@ -379,7 +380,9 @@ def test_the_fast_engine_equals_the_hooks(pair_and_tolerance, layer, k_positions
     pair, tolerance = pair_and_tolerance
     activations = PairActivations(pair, k_positions=k_positions)
     maps = fit_maps(pair, [layer], activations=activations)
-    fast, slow = (prepare(pair, maps, engine=engine, activations=activations) for engine in ENGINES)
+    fast, slow = (
+        prepared(pair, maps, engine=engine, activations=activations) for engine in ENGINES
+    )
     assert (fast.engine.name, slow.engine.name) == ENGINES
     found, expected = (columns(each.measure(layer, SETS, ALPHA)) for each in (fast, slow))
     np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
@@ -394,7 +397,7 @@ def test_the_fast_engine_equals_the_hooks_on_joint_patches(pair_and_tolerance):
     interventions = [(Patch(0, SETS[1], 0.3, RAW), late), (late,)]
     fast, slow = (
         experiment.engine.effects(interventions, experiment.sources).kl_nats
-        for experiment in (prepare(pair, maps, engine=engine) for engine in ENGINES)
+        for experiment in (prepared(pair, maps, engine=engine) for engine in ENGINES)
     )
     np.testing.assert_allclose(fast, slow, atol=tolerance, rtol=0)
     assert np.abs(slow[0] - slow[1]).max() > 1e-4
@@ -417,7 +420,7 @@ def test_shuffled_pairs_destroy_the_maps_advantage(tiny_pair, tiny_maps):
     unpaired = fit_maps(tiny_pair, [MAIN], activations=Unpaired(tiny_pair))
     everything = [HeadSet.all(TINY_HEADS)]
     true, shuffled = (
-        prepare(tiny_pair, maps).measure(MAIN, everything, ALPHA).delta_nats.mean()
+        prepared(tiny_pair, maps).measure(MAIN, everything, ALPHA).delta_nats.mean()
         for maps in ({MAIN: tiny_maps[MAIN]}, unpaired)
     )
     assert true > 0
@@ -432,7 +435,7 @@ def test_alpha_is_applied_once(tiny_pair, tiny_maps):
 
     Were mapped vectors multiplied by alpha before they are blended, the two would differ.
     """
-    experiment = prepare(tiny_pair, {MAIN: tiny_maps[MAIN]})
+    experiment = prepared(tiny_pair, {MAIN: tiny_maps[MAIN]})
     blends = {
         (MAIN, f"{source} blended"): torch.lerp(
             experiment.sources[MAIN, SELF], experiment.sources[MAIN, source], ALPHA
@@ -448,7 +451,7 @@ def test_alpha_is_applied_once(tiny_pair, tiny_maps):
 
 def test_sources_are_what_their_names_say(tiny_pair, tiny_maps):
     """`raw` is the base z itself, `mapped` is `M(z_b)`, `self` is the tuned z: none is scaled."""
-    experiment = prepare(tiny_pair, tiny_maps)
+    experiment = prepared(tiny_pair, tiny_maps)
     activations = PairActivations(tiny_pair)
     for layer in tiny_maps:
         z_b = activations.z("base", "val", layer)
@@ -465,7 +468,7 @@ def test_raw_is_never_reported_as_mapped(tiny_pair, tiny_maps, tiny_grid):
 
     The same head set and alpha stand in both; only `none` and `self` may agree.
     """
-    experiment = prepare(tiny_pair, tiny_maps, engine="hooks")
+    experiment = prepared(tiny_pair, tiny_maps, engine="hooks")
     for condition in tiny_grid.conditions.values():
         sources = (SELF, SELF) if condition.cond == "self" else (RAW, MAPPED)
         patches = [(Patch(condition.layer, condition.heads, ALPHA, name),) for name in sources]
@@ -481,7 +484,7 @@ def test_raw_is_never_reported_as_mapped(tiny_pair, tiny_maps, tiny_grid):
 def test_another_map_changes_the_mapped_column_alone(tiny_pair, tiny_grid):
     """`KL_raw` does not depend on the map; with the identity map both columns are the same."""
     maps = fit_maps(tiny_pair, [MAIN, CONTROL], "identity")
-    grid = run_grid(tiny_pair, maps, MAIN, CONTROL, ALPHA, ks=(1,))
+    grid = grid_of(tiny_pair, maps, MAIN, CONTROL, ALPHA, ks=(1,))
     for single, before in zip(grid.singles, tiny_grid.singles, strict=True):
         np.testing.assert_allclose(single.kl_raw_nats, before.kl_raw_nats, atol=1e-12)
         np.testing.assert_allclose(single.kl_mapped_nats, single.kl_raw_nats, atol=1e-12)
@@ -492,8 +495,8 @@ def test_a_head_that_does_nothing_scores_nothing():
     """A head whose activations are the same in both models covers 0%, not 100%."""
     base = tiny_model()
     planted, pair = gauge_pair(base, MAIN, [1, 2], random_prompts())
-    grid = run_grid(pair, fit_maps(pair, [MAIN]), MAIN, alpha=ALPHA, ks=(1,))
-    by_name = {record["cond"]: record for record in records(grid, n_resamples=200)}
+    grid = grid_of(pair, fit_maps(pair, [MAIN]), MAIN, alpha=ALPHA, ks=(1,))
+    by_name = {record["cond"]: record for record in records(resampled(grid, 200))}
     for head in range(TINY_HEADS):
         if head not in planted.changed_heads(MAIN):
             assert abs(by_name[f"head{head}"]["coverage_pct"]) < 0.1
@@ -526,7 +529,7 @@ def two_heads():
     planted = plant(base, rotated=[Head(MAIN, 0)], rewired=[Head(MAIN, 2)], strength=0.5)
     pair = pair_of(base, planted.tuned, random_prompts())
     maps = fit_maps(pair, [MAIN])
-    return lambda store: run_grid(pair, maps, MAIN, alpha=ALPHA, ks=(1, 2), store=store)
+    return lambda store: grid_of(pair, maps, MAIN, alpha=ALPHA, ks=(1, 2), store=store)
 
 
 def numbers(grid):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from games import Game, noisy_game
+from synthetic import resampled
 
 from rq4lens.analysis.effects.table import (
     bootstrap_of,
@@ -21,13 +22,13 @@ FIELDS = [
 
 
 def by_cond(grid, **kwargs):
-    return {record["cond"]: record for record in records(grid, n_resamples=400, **kwargs)}
+    return {record["cond"]: record for record in records(resampled(grid, 400), **kwargs)}
 
 
 def test_records_have_the_fields_of_the_results_file():
     """Every condition gives one record with the documented fields and a pair per number."""
     grid = noisy_game([1.0, 0.5, 0.0], 30).grid()
-    rows = records(grid, n_resamples=100)
+    rows = records(resampled(grid, 100))
     assert [row["cond"] for row in rows] == list(grid.conditions)
     for row in rows:
         assert set(FIELDS) <= set(row)
@@ -116,7 +117,7 @@ def test_a_full_effect_away_from_zero_is_a_denominator(delta_nats):
 )
 def test_records_are_strict_json_whatever_happens(game):
     """Degenerate grids give nulls with reasons, never NaN."""
-    rows = records(game.grid(ks=(1, 3)), n_resamples=300)
+    rows = records(resampled(game.grid(ks=(1, 3)), 300))
     json.dumps(rows, allow_nan=False)
     for row in rows:
         for name in ("drop_pct", "coverage_pct"):

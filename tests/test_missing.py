@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from explained import check_explained, unexplained
 from games import Game, measured, noisy_game
+from synthetic import resampled
 from test_analyse import analysed
+from tiny import grid_of
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
@@ -16,7 +18,6 @@ from rq4lens.analysis.rankings.methods import (
 )
 from rq4lens.analysis.statistics.plain import explained
 from rq4lens.analysis.structure.layers import compare_layers
-from rq4lens.patching.grid import run_grid
 
 DEGENERATE = {
     "one prompt": Game(np.array([[2.0], [1.0]])),
@@ -67,7 +68,7 @@ def test_analyses_explain_their_nulls(game, measure):
 def test_tables_and_rankings_explain_their_nulls(game):
     """So do the table of conditions and the ranking files of every method."""
     grid = game.grid(ks=(1,))
-    check_explained(records(grid, n_resamples=100))
+    check_explained(records(resampled(grid, 100)))
     check_explained(ranking_rows(grid))
     for method in METHODS:
         if method not in GRADIENT_METHODS:
@@ -78,13 +79,13 @@ def test_tables_and_rankings_explain_their_nulls(game):
 def test_layers_explain_their_nulls(game):
     """So do layers side by side, with and without their own curves."""
     for experiment in (None, game):
-        found = compare_layers({1: game.grid(ks=(1,))}, experiment, n_resamples=100)
+        found = compare_layers({1: resampled(game.grid(ks=(1,)), 100)}, experiment)
         check_explained(found.to_dict())
 
 
 def test_a_run_without_control_layer_explains_its_nulls(tiny_pair, tiny_maps):
     """Its settings and its controls say that there is none."""
-    grid = run_grid(tiny_pair, tiny_maps, 1, ks=(1,))
-    record = analyse(grid, n_resamples=100).to_dict()
+    grid = grid_of(tiny_pair, tiny_maps, 1, ks=(1,))
+    record = analyse(resampled(grid, 100)).to_dict()
     check_explained(record)
     assert record["settings"]["control_layer_reason"] == "the run has no control layer"

@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from rq4lens.cli import METHOD_SETTINGS, PAIR_SETTINGS, PLACE_SETTINGS, RUN_SETTINGS
-from rq4lens.config import RunConfig, preset
+from rq4lens.config import SETTINGS, RunConfig, config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.screen.options import takes_config
 
@@ -29,7 +29,7 @@ def test_a_pair_brings_its_settings_and_options_replace_them():
     """The preset is the start; what is given beside it wins; the rest stays."""
     config, own = read("--pair", "cultural", "--alpha", "0.5", "--k", "3,1", "--own", "mine")
     assert own == "mine"
-    assert (config.alpha, config.k) == (0.5, (3, 1))
+    assert (config.patching.alpha, config.patching.k) == (0.5, (3, 1))
     expected = preset("cultural").updated(alpha=0.5, k=[3, 1])
     assert config == expected
 
@@ -39,13 +39,13 @@ def test_a_file_is_the_start_too(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('base = "a"\ntuned = "b"\nlayer = 3\nalpha = 0.1\n')
     config, _ = read(path, "--layer", "4", config_file=True)
-    assert (config.base, config.layer, config.alpha) == ("a", 4, 0.1)
+    assert (config.pair.base, config.patching.layer, config.patching.alpha) == ("a", 4, 0.1)
 
 
 def test_ones_own_pair_starts_from_the_defaults():
     """`--base` and `--tuned` name a pair that no preset knows."""
     config, _ = read("--base", "a", "--tuned", "b")
-    assert config == RunConfig(base="a", tuned="b")
+    assert config == config_from({"base": "a", "tuned": "b"})
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_ones_own_pair_starts_from_the_defaults():
 )
 def test_switches_have_both_ways(flag, kept):
     """A switch that is left out keeps the setting as it was."""
-    assert read("--base", "a", "--tuned", "b", *flag)[0].keep_both is kept
+    assert read("--base", "a", "--tuned", "b", *flag)[0].place.keep_both is kept
 
 
 @pytest.mark.parametrize("value", ["1,x", "", "1;2", "1.5"])
@@ -72,7 +72,7 @@ def test_nothing_named_is_nothing_to_run():
 def test_every_option_is_a_setting():
     """No option goes by another name than its setting, and none stands twice."""
     for names in (RUN_SETTINGS, (*PAIR_SETTINGS, *METHOD_SETTINGS, *PLACE_SETTINGS)):
-        assert set(names) <= set(RunConfig.model_fields)
+        assert set(names) <= set(SETTINGS)
         assert len(set(names)) == len(names)
 
 

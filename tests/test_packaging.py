@@ -46,7 +46,8 @@ def test_the_wheel_works_elsewhere_built_in_pair_included(installed, tmp_path):
         "import rq4lens as rq\n"
         "assert rq.__file__.startswith({site!r}), rq.__file__\n"
         "pair = rq.load_pair('etiquette')\n"
-        "run = rq.run_grid(pair, rq.fit_maps(pair, [1]), layer=1, ks=(1,), random_seeds=(0,))\n"
+        "few = rq.Patching(k=(1,), random_seeds=(0,))\n"
+        "run = rq.run_grid(pair, rq.fit_maps(pair, [1]), layer=1, settings=few)\n"
         "print(len(run.conditions), run.ranking.top(1))\n"
     ).replace("{site!r}", repr(str(installed)))
     assert _python(installed, tmp_path, "-c", script).startswith("21 (")

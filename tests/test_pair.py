@@ -10,6 +10,7 @@ from tiny import (
     TINY_HEADS,
     TINY_LAYERS,
     fine_tuned,
+    grid_of,
     pair_of,
     random_prompts,
     tiny_model,
@@ -17,10 +18,9 @@ from tiny import (
 )
 from transformer_lens import HookedTransformer
 
-from rq4lens.config import config_from
+from rq4lens.config import Reading, config_from
 from rq4lens.errors import UserError
-from rq4lens.jobs.preparation import capture, prepare_experiment
-from rq4lens.jobs.progress import Clock, silent
+from rq4lens.jobs.bench import Bench
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import (
     ModelCard,
@@ -29,8 +29,6 @@ from rq4lens.models.pair import (
     config_fingerprint,
     tokenizer_fingerprint,
 )
-from rq4lens.models.prompts.reading import Reading
-from rq4lens.patching.grid import run_grid
 from rq4lens.patching.maps.fitting import fit_maps
 
 
@@ -65,7 +63,7 @@ def test_a_vocabulary_of_its_own_is_no_obstacle(tiny_pair):
     ]
     pair = ModelPair("vocabularies", *members, tiny_pair.prompts)
     assert pair.tokens("base", "val").token_ids != pair.tokens("tuned", "val").token_ids
-    grid = run_grid(pair, fit_maps(pair, [1]), 1, ks=(1,))
+    grid = grid_of(pair, fit_maps(pair, [1]), 1, ks=(1,))
     assert grid.full.KL_raw > 0
 
 
@@ -139,7 +137,11 @@ def test_another_decision_rule_is_another_token_fingerprint():
     loaded = LoadedModel.wrap(tiny_model(), tokenizer)
     fingerprints = [
         ModelPair(
-            "x", PairMember.of(loaded), PairMember.of(loaded), prompts, reading=Reading(rule)
+            "x",
+            PairMember.of(loaded),
+            PairMember.of(loaded),
+            prompts,
+            reading=Reading(decision_rule=rule),
         ).token_fingerprint("base", "val")
         for rule in ("last", "last_content")
     ]
@@ -183,7 +185,7 @@ def shelf_pair(keep_both):
 def test_models_that_may_not_stay_together_never_do(tiny_grid):
     """With `keep_both=False` one model is alive at a time, and no number changes."""
     shelf, pair = shelf_pair(keep_both=False)
-    grid = run_grid(pair, fit_maps(pair, [1, 0]), 1, 0, 0.3, ks=(1, 2, 4))
+    grid = grid_of(pair, fit_maps(pair, [1, 0]), 1, 0, 0.3, ks=(1, 2, 4))
     assert shelf.most_alive == 1
     for name, condition in tiny_grid.conditions.items():
         assert grid[name].KL_raw == pytest.approx(condition.KL_raw, abs=1e-9)
@@ -193,18 +195,17 @@ def test_models_that_may_not_stay_together_never_do(tiny_grid):
 def test_a_run_loads_each_model_once_even_when_they_may_not_stay():
     """The stages of a run ask for all of base before any of tuned."""
     shelf, pair = shelf_pair(keep_both=False)
-    clock = Clock(silent)
-    config = config_from({"layer": 1, "control_layer": 0})
-    activations = capture(config, pair, [1, 0], clock)
-    experiment = prepare_experiment(config, activations, [1, 0], clock)
-    run_grid(pair, experiment.maps, 1, 0, ks=(1, 2), experiment=experiment)
+    bench = Bench(config_from({"layer": 1, "control_layer": 0}))
+    bench.pair = pair
+    experiment = bench.experiment([1, 0])
+    grid_of(pair, experiment.maps, 1, 0, ks=(1, 2), experiment=experiment)
     assert shelf.loads == ["base", "tuned"]
 
 
 def test_models_that_may_stay_are_loaded_once():
     """With `keep_both=True` each model is loaded once, whatever is done with the pair."""
     shelf, pair = shelf_pair(keep_both=True)
-    run_grid(pair, fit_maps(pair, [1, 0]), 1, 0, 0.3, ks=(1, 2))
+    grid_of(pair, fit_maps(pair, [1, 0]), 1, 0, 0.3, ks=(1, 2))
     assert sorted(shelf.loads) == ["base", "tuned"]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
-from tiny import TINY_HEADS, TINY_LAYERS, pair_of, random_prompts, tiny_model
+from tiny import TINY_HEADS, TINY_LAYERS, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
@@ -11,7 +11,6 @@ from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS, rank_he
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.heads import Head
-from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.validation.planting import plant
 
@@ -28,7 +27,7 @@ def planted(seed, n_rewired=0, drift=0.002):
         base, rotated=heads[:2], rewired=heads[2 : 2 + n_rewired], drift=drift, seed=seed
     ).tuned
     pair = pair_of(base, tuned, random_prompts(n_train=96, n_val=24, seed=seed))
-    measured = MeasuredSets.of(prepare(pair, fit_maps(pair, [layer])), layer, 0.3)
+    measured = MeasuredSets.of(prepared(pair, fit_maps(pair, [layer])), layer, 0.3)
     return measured, [head.index for head in heads[:2]], [h.index for h in heads[2:]][:n_rewired]
 
 

@@ -7,9 +7,10 @@ import torch
 from model_zoo import train_tokenizer
 from tiny import random_prompts, word_tokenizer
 
+from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import Reading, tokenize
+from rq4lens.models.prompts.reading import tokenize
 
 
 def prompt(name="a", text="apple date", split="train", group=None):
@@ -162,7 +163,9 @@ def test_the_last_token_decides():
 def test_the_last_content_token_decides(bpe):
     """`last_content` cuts after the last token that is no special one."""
     texts = PromptSet((prompt(text="a library</s></s>"), prompt("b", "a mill")))
-    last, content = (tokenize(texts, bpe, Reading(rule)) for rule in ("last", "last_content"))
+    last, content = (
+        tokenize(texts, bpe, Reading(decision_rule=rule)) for rule in ("last", "last_content")
+    )
     assert last.token_ids[0][-2:] == (bpe.eos_token_id,) * 2
     assert content.token_ids[0] == last.token_ids[0][:-2]
     assert content.token_ids[1] == last.token_ids[1]
@@ -171,7 +174,7 @@ def test_the_last_content_token_decides(bpe):
 def test_a_prompt_of_special_tokens_alone_is_refused(bpe):
     """There is nothing to decide at."""
     with pytest.raises(UserError, match="prompt 'a' has no token to decide at"):
-        tokenize(PromptSet((prompt(text="<s></s>"),)), bpe, Reading("last_content"))
+        tokenize(PromptSet((prompt(text="<s></s>"),)), bpe, Reading(decision_rule="last_content"))
 
 
 def test_a_rendered_prompt_is_not_given_a_second_bos(bpe):

@@ -9,9 +9,10 @@ from tiny import word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
-from rq4lens.models.prompts.reading import Reading, read_prompt, tokenize
+from rq4lens.models.prompts.reading import read_prompt, tokenize
 from rq4lens.models.prompts.record import Message, chat_text
 
 TEXT = "A small library opened at the edge of the town."
@@ -73,7 +74,9 @@ KINDS = ("english", "kazakh", "spans without spaces", "spaces as letters")
 
 
 def read(text, tokenizer, rule, shared=None, **asked):
-    return read_prompt(Prompt("a", text, "val", **asked), tokenizer, Reading(rule, shared))
+    return read_prompt(
+        Prompt("a", text, "val", **asked), tokenizer, Reading(decision_rule=rule, marker=shared)
+    )
 
 
 def read_text(each):
@@ -149,7 +152,7 @@ def test_a_template_that_changes_a_message_has_no_places(bpe):
     prompt = chat("x", "the river", marker="river")
     assert read_prompt(prompt, shouting, Reading()).decision_end is None
     with pytest.raises(UserError, match="does not hold the messages of prompt 'a'"):
-        read_prompt(prompt, shouting, Reading("marker"))
+        read_prompt(prompt, shouting, Reading(decision_rule="marker"))
 
 
 # --- decision rules
@@ -212,7 +215,7 @@ def test_markers_of_a_chat_are_found_in_its_messages(bpe):
     other = with_template(bpe, "[{{ messages[0].content }}] ({{ messages[1].content }}) user:")
     prompt = chat("the user reads", "the river and the mill")
     for tokenizer in (bpe, other):
-        each = read_prompt(prompt, tokenizer, Reading("marker", "user"))
+        each = read_prompt(prompt, tokenizer, Reading(decision_rule="marker", marker="user"))
         assert read_text(each).endswith("the user")
         assert each.decision_end == (8, False)
 
@@ -238,9 +241,9 @@ def test_what_cannot_be_decided_is_one_sentence(bpe, rule, asked, said):
 def test_a_marker_without_its_rule_is_refused():
     """A marker that nothing looks for would be silently ignored."""
     with pytest.raises(UserError, match="marker 'x' is given, but the decision rule is 'last'"):
-        Reading("last", "x")
+        Reading(decision_rule="last", marker="x")
     with pytest.raises(UserError, match="the marker is empty"):
-        Reading("marker", "")
+        Reading(decision_rule="marker", marker="")
 
 
 def test_a_slow_tokenizer_has_no_characters():
@@ -261,7 +264,7 @@ def test_a_slow_tokenizer_has_no_characters():
 def test_every_special_token_is_outside_the_content(bpe):
     """`last_content` passes over role tokens too, not only BOS and EOS."""
     prompt = chat("Be brief.", "the river")
-    each = read_prompt(prompt, bpe, Reading("last_content"))
+    each = read_prompt(prompt, bpe, Reading(decision_rule="last_content"))
     assert read_text(each).endswith("the river")
     assert each.decision_end == (len(prompt.text), False)
 
@@ -285,7 +288,9 @@ def test_long_prompts_lose_their_start_but_not_their_bos(bpe, most):
 def test_the_cut_is_made_before_the_decision_token(bpe):
     """What stands behind the decision token takes no room."""
     each = read_prompt(
-        Prompt("a", TEXT, "val"), bpe, Reading("marker", marker="library", max_tokens=4)
+        Prompt("a", TEXT, "val"),
+        bpe,
+        Reading(decision_rule="marker", marker="library", max_tokens=4),
     )
     assert len(each.kept) == 4
     assert each.kept[-1] == each.tokens[each.decision]
@@ -295,10 +300,10 @@ def test_the_label_tells_every_reading_apart():
     """Rule, marker and length are in what results call the rule."""
     readings = [
         Reading(),
-        Reading("last_content"),
-        Reading("marker"),
-        Reading("marker", "x"),
-        Reading("marker", "y"),
+        Reading(decision_rule="last_content"),
+        Reading(decision_rule="marker"),
+        Reading(decision_rule="marker", marker="x"),
+        Reading(decision_rule="marker", marker="y"),
         Reading(max_tokens=3),
         Reading(max_tokens=4),
     ]

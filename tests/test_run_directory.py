@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from explained import check_explained
-from synthetic import synthetic_grid
+from synthetic import resampled, synthetic_grid
 
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.disk.files import write_json_atomic
@@ -42,9 +42,9 @@ def grid():
 
 def write(directory, grid):
     """A finished run of a grid, as the main job writes it."""
-    table = records(grid, n_resamples=100)
+    table = records(resampled(grid, 100))
     write_grid(directory, grid, table)
-    ranking = directory / ranking_file(grid.settings.layer, grid.settings.alpha)
+    ranking = directory / ranking_file(grid.settings.layer, grid.settings.patching.alpha)
     write_json_atomic(ranking, ranking_rows(grid))
     run = {
         "format": FORMAT,

@@ -20,7 +20,6 @@ from rq4lens.config import config_from
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.jobs.run import run_study
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.patching.engines.row_engine import RowEngine
 
@@ -45,7 +44,7 @@ def alone(settings, tmp_path_factory, one_thread):  # noqa: ARG001 - for its ord
     """The directories of a run and of a sweep by a single process."""
     config = config_from(settings)
     folders = {name: tmp_path_factory.mktemp(name) for name in RESULTS}
-    run_study(config, folders["run"])
+    run_job(config, folders["run"])
     sweep_layers(config, folders["sweep"])
     return folders
 
@@ -231,7 +230,7 @@ def test_parts_that_nobody_joined_are_joined_by_the_merge(divided, alone, tmp_pa
         path.unlink()
     merge_job(folder)
     computed = json.loads((folder / "run.json").read_text())["store"]["computed"]
-    assert computed <= 2 * len(job.request.config.k)
+    assert computed <= 2 * len(job.request.config.patching.k)
     after = {path.name: path.read_bytes() for path in (folder / "conditions").iterdir()}
     assert {name: after[name] for name in before} == before
     assert results(folder, "run") == results(alone["run"], "run")
@@ -302,7 +301,7 @@ def test_a_job_file_cannot_let_code_run(shared):
     record = json.loads(before)
     record["config"]["trust_remote_code"] = True
     path.write_text(json.dumps(record))
-    assert read_job(shared).request.config.trust_remote_code is False
+    assert read_job(shared).request.config.pair.trust_remote_code is False
     path.write_text(before)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine_cases import N_LAYERS, all_kinds_of_interventions, ragged_prompts, random_sources
 from engine_cases import tiny_model as rotary_model
-from tiny import fine_tuned, pair_of, random_prompts, tiny_model
+from tiny import fine_tuned, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.methods import METHODS, rank_heads
@@ -16,7 +16,6 @@ from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.layout import side_by_side
 from rq4lens.patching.engines.memory import MemoryPlan, kept_bytes_per_prompt
-from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -76,7 +75,7 @@ def test_every_method_ranks_a_model_on_two_gpus(method):
     apart = pair_of(spread(tiny_model()), spread(fine_tuned(tiny_model())), prompts)
     scores = []
     for each in (pair, apart):
-        measured = MeasuredSets.of(prepare(each, fit_maps(each, [1])), 1, 0.3)
+        measured = MeasuredSets.of(prepared(each, fit_maps(each, [1])), 1, 0.3)
         scores.append(rank_heads(method, measured).scores)
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-2, atol=1e-5)
 

@@ -14,7 +14,6 @@ from rq4lens.config import config_from, preset, read_config
 from rq4lens.disk.run import ranking_file, read_run
 from rq4lens.errors import UserError
 from rq4lens.jobs.patch import patch_once
-from rq4lens.jobs.run import run_study
 
 KEPT = {"train": 160, "val": 24, "neutral": 0}
 
@@ -39,7 +38,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "demo"
-    return run_study(config, directory)
+    return run_job(config, directory)
 
 
 def numbers(directory):
@@ -66,7 +65,7 @@ def test_the_run_directory_has_the_documented_files(config, finished):
     """Results, ranking, conditions, per-prompt table, analysis, maps, summary, run, pages."""
     names = {path.name for path in finished.directory.iterdir()}
     assert names >= {
-        *("rq4_results.json", ranking_file(config.layer, 0.3), "conditions"),
+        *("rq4_results.json", ranking_file(config.patching.layer, 0.3), "conditions"),
         *("per_prompt.parquet", "analysis.json", "maps", "summary.txt", "run.json", "figures"),
         "report.html",
     }
@@ -113,7 +112,7 @@ def test_the_provenance_says_everything(config, finished):
     assert {len(run["models"][side]["weights_fingerprint"]) for side in ("base", "tuned")} == {64}
     assert run["models"]["base"] != run["models"]["tuned"]
     assert run["prompts"]["splits"] == {"train": 160, "val": 24}
-    for layer in (config.layer, config.control_layer):
+    for layer in (config.patching.layer, config.patching.control_layer):
         record = run["maps"][str(layer)]
         assert record["fingerprint"] == finished.experiment.maps[layer].fingerprint
         assert len(record["diagnostics"]) == 16
@@ -132,7 +131,7 @@ def test_running_again_elsewhere_gives_the_same_numbers(finished, tmp_path):
     The configuration that the finished run recorded is all that the second run is given.
     """
     config = read_config(finished.directory / "run.json")
-    run_study(config, tmp_path / "again")
+    run_job(config, tmp_path / "again")
     assert_same_numbers(finished.directory, tmp_path / "again")
 
 
@@ -163,13 +162,13 @@ def test_an_interrupted_run_goes_on(config, finished, tmp_path):
     """What was finished before the interruption is not measured again; the numbers are the same."""
     directory = tmp_path / "run"
     with pytest.raises(Stopped):
-        run_study(config, directory, stage=stopping_after(24 * 40))
+        run_job(config, directory, stage=stopping_after(24 * 40))
     kept = len(list((directory / "conditions").glob("*.json")))
     assert 0 < kept < len(list((finished.directory / "conditions").glob("*.json")))
     assert not (directory / "run.json").exists()
     with pytest.raises(UserError, match="holds no finished run"):
         read_run(directory)
-    run_study(config, directory)
+    run_job(config, directory)
     store = json.loads((directory / "run.json").read_text())["store"]
     assert store["reused"] == kept
     assert_same_numbers(finished.directory, directory)
@@ -179,11 +178,11 @@ def test_an_interrupted_run_goes_on(config, finished, tmp_path):
 def test_a_finished_run_is_not_measured_again(config, finished, tmp_path):
     """Running into a finished directory reuses every condition; `fresh` reuses none."""
     directory = shutil.copytree(finished.directory, tmp_path / "run")
-    run_study(config, directory)
+    run_job(config, directory)
     store = json.loads((directory / "run.json").read_text())["store"]
     assert (store["computed"], store["set_aside"]) == (0, [])
     assert_same_numbers(finished.directory, directory)
-    run_study(config, directory, fresh=True)
+    run_job(config, directory, fresh=True)
     store = json.loads((directory / "run.json").read_text())["store"]
     assert store["reused"] == 0
     assert_same_numbers(finished.directory, directory)
@@ -193,7 +192,7 @@ def test_a_finished_run_is_not_measured_again(config, finished, tmp_path):
 def test_another_alpha_in_the_same_folder_takes_nothing_over(config, finished, tmp_path):
     """A folder may hold two runs' conditions: each run has its own numbers."""
     directory = shutil.copytree(finished.directory, tmp_path / "run")
-    other = run_study(config.updated(alpha=0.6), directory)
+    other = run_job(config.updated(alpha=0.6), directory)
     store = json.loads((directory / "run.json").read_text())["store"]
     assert store["reused"] == 0
     assert other.grid.full.KL_raw > 1.5 * finished.grid.full.KL_raw
@@ -232,12 +231,12 @@ def test_patch_once_is_the_same_condition(config, finished, tmp_path, engine):
 def test_what_does_not_fit_is_said_before_anything_is_written(config, tmp_path, changes, said):
     """One sentence, and no folder is made."""
     with pytest.raises(UserError, match=said):
-        run_study(config.updated(**changes), tmp_path / "run")
+        run_job(config.updated(**changes), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pair_without_prompts_is_said(tmp_path):
     """The sentence says which option is missing."""
     with pytest.raises(UserError, match="needs your prompts"):
-        run_study(config_from({"base": "a", "tuned": "b", "layer": 1}), tmp_path / "run")
+        run_job(config_from({"base": "a", "tuned": "b", "layer": 1}), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

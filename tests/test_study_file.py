@@ -17,7 +17,6 @@ from rq4lens.cluster.many import Many
 from rq4lens.config import read_config
 from rq4lens.errors import UserError
 from rq4lens.figures.cost import study_layers
-from rq4lens.jobs.run import run_study
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.studies.cost_model import Machine
 from rq4lens.studies.file import read_study
@@ -77,8 +76,8 @@ def test_cells_are_all_combinations_pair_by_pair(study):
     ]
     for cell in study.cells:
         assert cell.request.layers == (1, 2)
-        assert cell.request.config.k == (1, 2)
-        assert cell.request.config.resamples == 100
+        assert cell.request.config.patching.k == (1, 2)
+        assert cell.request.config.effort.resamples == 100
 
 
 def test_a_pair_of_the_package_brings_its_settings(tmp_path):
@@ -87,7 +86,7 @@ def test_a_pair_of_the_package_brings_its_settings(tmp_path):
     (cell,) = read_study(written(text, tmp_path)).cells
     assert cell.pair == "etiquette"
     assert cell.request.layers == (3,)
-    assert (cell.request.config.batch_size, cell.request.config.seed) == (7, 5)
+    assert (cell.request.config.place.batch_size, cell.request.config.effort.seed) == (7, 5)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_a_pair_of_the_package_brings_its_settings(tmp_path):
 def test_the_first_metric_that_can_rank_heads_ranks_them(text, ranked, tmp_path):
     """Unless the settings say otherwise; KL of one kind alone ranks none."""
     (cell,) = read_study(written(f'{text}\n[[pairs]]\npair = "etiquette"', tmp_path)).cells
-    assert cell.request.config.rank_by == ranked
+    assert cell.request.config.patching.rank_by == ranked
 
 
 @pytest.mark.parametrize(
@@ -298,8 +297,8 @@ def test_a_main_job_is_added_to_a_cell_by_its_own_settings(finished, tmp_path):
     (own,) = (finished[0] / "cells").glob("*a0.6_mean_shift*")
     copy = shutil.copytree(own, tmp_path / "cell")
     config = read_config(copy / "cell.json").updated(layer=1, control_layer=2, analysis="grid")
-    assert (config.alpha, config.map_kind) == (0.6, "mean_shift")
-    store = json.loads((run_study(config, copy).directory / "run.json").read_text())["store"]
+    assert (config.patching.alpha, config.patching.map_kind) == (0.6, "mean_shift")
+    store = json.loads((run_job(config, copy).directory / "run.json").read_text())["store"]
     assert store["reused"] > store["computed"]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sources, tiny_model
-from tiny import fine_tuned, half_precision, pair_of, random_prompts
+from tiny import fine_tuned, half_precision, pair_of, prepared, random_prompts
 from tiny import tiny_model as normalised_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
@@ -15,7 +15,6 @@ from rq4lens.patching.engines import row_engine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.difference_sums import summed_by_tensors
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
 
 if torch.cuda.is_available():
@@ -128,5 +127,5 @@ def test_every_method_ranks_a_half_precision_model(method):
     pair = pair_of(
         base, half_precision(fine_tuned(normalised_model())).to("cuda"), random_prompts()
     )
-    measured = MeasuredSets.of(prepare(pair, fit_maps(pair, [1])), 1, 0.3)
+    measured = MeasuredSets.of(prepared(pair, fit_maps(pair, [1])), 1, 0.3)
     assert sorted(rank_heads(method, measured).heads) == list(range(measured.n_heads))

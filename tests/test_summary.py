@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from synthetic import synthetic_grid, synthetic_settings
+from synthetic import resampled, synthetic_grid, synthetic_settings
 
 from rq4lens.analysis.effects.table import records
 from rq4lens.screen.tables import condition_text, control_line, full_line, summary_text
@@ -16,7 +16,7 @@ def grid():
 
 @pytest.fixture(scope="module")
 def rows(grid):
-    return records(grid, n_resamples=300)
+    return records(resampled(grid, 300))
 
 
 def table_of(text):
@@ -69,7 +69,7 @@ def test_a_summary_is_text_in_a_notebook_too(grid, rows, monkeypatch):
 def test_undefined_coverage_is_called_undefined_and_why(grid):
     """No number stands where there is none; the reason is printed once."""
     dead = {name: replace(c, kl_mapped_nats=c.kl_raw_nats) for name, c in grid.conditions.items()}
-    rows = records(replace(grid, conditions=dead), n_resamples=100)
+    rows = records(resampled(replace(grid, conditions=dead), 100))
     text = summary_text(grid.settings, rows)
     assert text.count("undefined") == len(table_of(text)) - 1 + 1
     assert "coverage is undefined: ΔKL(ALL) is 0 nats, within the noise" in " ".join(text.split())

@@ -18,7 +18,6 @@ from rq4lens.disk.run import LAYERS, read_layers
 from rq4lens.errors import UserError
 from rq4lens.jobs.pages import draw_run, write_report_of
 from rq4lens.jobs.rank import rank_layer
-from rq4lens.jobs.run import run_study
 from rq4lens.jobs.sweep import choose_layers, parse_layers, sweep_layers
 
 
@@ -37,7 +36,7 @@ def swept(config, tmp_path_factory):
 def test_sweep_agrees_with_a_run_of_each_layer(config, swept, tmp_path):
     """A layer's grid in a sweep holds the numbers of a run of that layer alone."""
     _, sweep = swept
-    run = run_study(config.updated(analysis="grid"), tmp_path / "run")
+    run = run_job(config.updated(analysis="grid"), tmp_path / "run")
     of_sweep = sweep.grids[run.grid.settings.layer]
     for cond in ("full", "head0", "top2", "rand2_s1"):
         np.testing.assert_allclose(
@@ -73,7 +72,7 @@ def test_a_directory_without_a_sweep_has_no_layers(tmp_path):
 
 def test_report_and_figures_take_the_layers_that_lie_beside_the_run(config, tmp_path):
     """A sweep into a run directory puts the layers into its report and figures."""
-    run_study(config.updated(analysis="grid"), tmp_path)
+    run_job(config.updated(analysis="grid"), tmp_path)
     draw_run(tmp_path, tmp_path / "before", static=False)
     sweep_layers(config, tmp_path)
     draw_run(tmp_path, tmp_path / "after", static=False)
@@ -86,7 +85,7 @@ def test_report_and_figures_take_the_layers_that_lie_beside_the_run(config, tmp_
 
 def test_layers_of_another_alpha_stay_out_of_a_run(config, tmp_path):
     """Layers measured in another way are not shown beside the run."""
-    run_study(config.updated(analysis="grid"), tmp_path)
+    run_job(config.updated(analysis="grid"), tmp_path)
     sweep_layers(config.updated(alpha=0.5), tmp_path)
     draw_run(tmp_path, tmp_path / "out", static=False)
     assert not (tmp_path / "out" / "layers.html").exists()

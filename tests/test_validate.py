@@ -14,12 +14,11 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
 from rq4lens.cluster.many import Cluster
 from rq4lens.cluster.validation import run_validation
-from rq4lens.config import config_from
+from rq4lens.config import Reading, config_from
 from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
-from rq4lens.models.prompts.reading import Reading
 from rq4lens.results import HeadRanking
 from rq4lens.validation.request import ValidationRequest, base_of
 from rq4lens.validation.suite import Suite, validate
@@ -264,7 +263,10 @@ def test_a_scenario_of_ones_own():
         ({"methods": ["luck"]}, "'luck' does not exist"),
         ({"methods": ["delta"], "pairs": 0}, "at least 1"),
         ({"methods": ["delta"], "layers": [99]}, "layer 99"),
-        ({"reading": Reading("marker", "nowhere")}, "marker 'nowhere' does not stand in prompt"),
+        (
+            {"reading": Reading(decision_rule="marker", marker="nowhere")},
+            "marker 'nowhere' does not stand in prompt",
+        ),
     ],
 )
 def test_what_cannot_be_validated_is_said(settings, said):

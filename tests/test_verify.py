@@ -19,7 +19,7 @@ from rq4lens.disk.files import canonical_json
 from rq4lens.disk.run import file_sha256
 from rq4lens.disk.store import read_record
 from rq4lens.errors import UserError
-from rq4lens.jobs.run import run_study
+from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.verify import verify_run
 
 pytestmark = pytest.mark.fault
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.fault
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     settings = write_pair(folder)
-    run_study(config_from(settings), folder / "run")
+    run_job(config_from(settings), folder / "run")
     return folder / "run"
 
 
@@ -241,7 +241,7 @@ def test_a_strangers_run_cannot_make_checkpoints_run_code(run, monkeypatch):
     asked = []
 
     def load(config):
-        asked.append(config.trust_remote_code)
+        asked.append(config.pair.trust_remote_code)
         raise UserError("no models in this test")
 
     monkeypatch.setattr("rq4lens.jobs.verify.pair_from_config", load)
@@ -261,7 +261,7 @@ def test_what_is_no_run_is_said(tmp_path):
 def test_other_number_formats_pass_within_their_rounding(tmp_path, dtype):
     """The allowance follows the models' number format."""
     settings = write_pair(tmp_path) | {"dtype": dtype}
-    run_study(config_from(settings), tmp_path / "run")
+    run_job(config_from(settings), tmp_path / "run")
     torch.set_num_threads(1)
     verification = verify_run(tmp_path / "run", sample=1000)
     assert verification.passed, verification.text

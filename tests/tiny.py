@@ -18,10 +18,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from rq4lens.config import Effort, Patching, Place
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.grid import measure_grid
+from rq4lens.patching.measured import Recorder
 from rq4lens.validation.planting import plant
 
 WORDS = (
@@ -206,3 +210,22 @@ def half_precision(model: HookedTransformer) -> HookedTransformer:
     """The model in bfloat16, in place."""
     model.cfg.dtype = torch.bfloat16
     return model.to(torch.bfloat16)
+
+
+def prepared(pair, maps, *, engine="suffix", batch_size=32, activations=None, **patching):
+    """An experiment, its settings by name."""
+    place = Place(engine=engine, batch_size=batch_size)
+    return prepare(pair, maps, Patching(**patching), place, activations=activations)
+
+
+def grid_of(pair, maps, layer, control_layer=None, alpha=0.3, *, ks=(1, 2, 4, 8), **settings):
+    """The main job's grid, its settings by name; ``experiment`` and ``store`` are used if given."""
+    effort = Effort(seed=settings.pop("seed", 0))
+    names = ("experiment", "store", "progress", "activations")
+    experiment, store, progress, activations = (settings.pop(name, None) for name in names)
+    place = Place(
+        **{name: settings.pop(name) for name in ("engine", "batch_size") if name in settings}
+    )
+    patching = Patching(layer=layer, control_layer=control_layer, alpha=alpha, k=ks, **settings)
+    experiment = experiment or prepare(pair, maps, patching, place, activations=activations)
+    return measure_grid(Recorder(experiment, alpha, store, progress), patching, effort)

@@ -83,11 +83,9 @@ def analyse(
     grid: GridResult,
     experiment: MeasuresHeadSets | None = None,
     *,
-    n_resamples: int = 10_000,
     n_random_sets: int = N_RANDOM_SETS,
     random_ks: Sequence[int] | None = None,
     n_splits: int = N_SPLITS,
-    seed: int = 0,
     methods: Sequence[str] | None = None,
     alphas: Sequence[float] = ALPHAS,
     activations: PairActivations | None = None,
@@ -103,12 +101,10 @@ def analyse(
     Args:
         grid: the measured grid.
         experiment: the experiment behind it.
-        n_resamples: bootstrap resamples.
         n_random_sets: random sets drawn of each size that has more.
         random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
             afforded, see :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
         n_splits: random half splits behind the cross-fitted numbers.
-        seed: seed of all draws.
         methods: ranking methods to compare; all of them when left out.
         alphas: blend strengths of the sweep.
         activations: already captured activations of the pair, for the controls.
@@ -124,10 +120,10 @@ def analyse(
     work = _Work(
         grid=grid,
         measured=MeasuredSets.of_grid(grid, experiment),
-        bootstrap=bootstrap_of(grid, n_resamples=n_resamples, seed=seed),
+        bootstrap=bootstrap_of(grid),
         n_random_sets=n_random_sets,
         random_ks=random_sizes(
-            grid.n_heads, grid.settings.ks, grid.n_prompts, n_random_sets, random_ks
+            grid.n_heads, grid.settings.patching.k, grid.n_prompts, n_random_sets, random_ks
         ),
         n_splits=n_splits,
         methods=tuple(METHODS if methods is None else methods),
@@ -193,8 +189,8 @@ class _Work:
         grid = self.grid
         return AnalysisSettings(
             layer=grid.settings.layer,
-            control_layer=grid.settings.control_layer,
-            alpha=grid.settings.alpha,
+            control_layer=grid.settings.patching.control_layer,
+            alpha=grid.settings.patching.alpha,
             ranking=self.ranking.method,
             ks=self.ks,
             n_heads=grid.n_heads,
@@ -209,7 +205,7 @@ class _Work:
 
     @property
     def ks(self) -> tuple[int, ...]:
-        return self.grid.settings.ks
+        return self.grid.settings.patching.k
 
     @property
     def can_measure(self) -> bool:
@@ -231,7 +227,7 @@ class _Work:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        return single_ranking(self.measured, self.grid.settings.rank_by)
+        return single_ranking(self.measured, self.grid.settings.patching.rank_by)
 
     @cached_property
     def full(self) -> FullEffect:
@@ -247,7 +243,7 @@ class _Work:
         """What the coverage table is made from."""
         return CoverageStudy(
             ranking=self.ranking,
-            rank_by=self.grid.settings.rank_by,
+            rank_by=self.grid.settings.patching.rank_by,
             ks=self.ks,
             random_ks=self.random_ks,
             seed_sets=seed_sets(self.grid),
@@ -344,7 +340,7 @@ class _Work:
             study = ControlStudy(
                 experiment=self.experiment,
                 measured=self.measured,
-                control_layer=self.grid.settings.control_layer,
+                control_layer=self.grid.settings.patching.control_layer,
                 bootstrap=self.bootstrap,
                 activations=self.activations,
                 neutral=self.neutral,
@@ -390,7 +386,7 @@ class _Work:
 
     @cached_property
     def stability(self) -> RankStability:
-        rank_by = self.grid.settings.rank_by
+        rank_by = self.grid.settings.patching.rank_by
         return rank_stability(self.ranking, *self.singles, rank_by, self.ks, self.bootstrap)
 
     @cached_property

@@ -56,7 +56,8 @@ class Job:
     def of(cls, request: Request, pair: ModelPair, n_shards: int = 1) -> Job:
         """The job of a request, once both models were loaded; its prompts are not divided."""
         config, plans = request.config, request.plans(pair)
-        settings = config.model_dump(mode="json", exclude=ELSEWHERE)
+        every = config.flat(defaults=True)
+        settings = {key: value for key, value in every.items() if key not in ELSEWHERE}
         cards = {side: pair.member(side).card for side in SIDES}
         layers = tuple((plan.layer, plan.control_layer) for plan in plans)
         identity = {
@@ -66,9 +67,9 @@ class Job:
             "weights": {side: card.weights_fingerprint for side, card in cards.items()},
             "configs": {side: card.config_fingerprint for side, card in cards.items()},
             "prompts": pair.prompts.fingerprint,
-            "device": kind_of_device(config.device),
+            "device": kind_of_device(config.place.device),
         }
-        n_prompts = len(pair.prompts.split(config.split))
+        n_prompts = len(pair.prompts.split(config.patching.split))
         return cls(request, identity, pair.n_heads, n_prompts, layers, n_shards)
 
     @property
@@ -84,10 +85,10 @@ class Job:
         """Its conditions in pieces that cover all prompts."""
         config = self.request.config
         plans = [
-            GridPlan(self.n_heads, layer, control, config.k, config.random_seeds)
+            GridPlan(self.n_heads, config.patching.but(layer=layer, control_layer=control))
             for layer, control in self.layers
         ]
-        return pieces_of(plans, config.alpha, self.key)
+        return pieces_of(plans, config.patching.alpha, self.key)
 
     def rows(self, piece: Piece) -> int:
         """How many rows (prompt x patch) a piece has."""
@@ -116,7 +117,7 @@ class Job:
         if not path.exists():
             make_directory(directory)
             write_json_atomic(path, self.to_dict())
-        other = read_job(directory, trust_remote_code=self.request.config.trust_remote_code)
+        other = read_job(directory, trust_remote_code=self.request.config.pair.trust_remote_code)
         if other.identity != self.identity:
             what = ", ".join(sorted(_differences(other.identity, self.identity)))
             raise UserError(
@@ -131,7 +132,7 @@ class Job:
         return {
             "format": FORMAT,
             "command": request.command,
-            "config": request.config.model_dump(mode="json", exclude_unset=True),
+            "config": request.config.flat(),
             "asked_layers": None if request.layers is None else list(request.layers),
             "identity": dict(self.identity),
             "n_heads": self.n_heads,

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from rq4lens.config import RunConfig
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
-from rq4lens.jobs.preparation import plan_of
+from rq4lens.jobs.bench import plan_for
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan
@@ -46,12 +46,11 @@ class Request:
             UserError: if a layer or k does not fit the models, or a run names no layer.
         """
         if self.command == "run":
-            return [plan_of(self.config, pair)]
+            return [plan_for(self.config, pair.n_layers, pair.n_heads)]
         layers = tuple(range(pair.n_layers)) if self.layers is None else self.layers
         check_layers(layers, pair.n_layers)
-        config = self.config
         return [
-            GridPlan(pair.n_heads, layer, None, config.k, config.random_seeds)
+            GridPlan(pair.n_heads, self.config.patching.but(layer=layer, control_layer=None))
             for layer in inward(sorted(set(layers)))
         ]
 

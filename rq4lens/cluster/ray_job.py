@@ -19,13 +19,14 @@ from rq4lens.cluster.many import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
 from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
+from rq4lens.cluster.workbench import Workbench
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import made_directory, make_directory
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Clock, Stage, silent
-from rq4lens.jobs.workbench import Workbench
 
 CONNECT_SECONDS = 10.0
 
@@ -110,16 +111,15 @@ class Worker:
     def measure(self, place: int) -> int:
         """Measure a piece, or find it done."""
         piece = self._pieces[place]
-        experiment = self.bench.prepare(self.bench.layers, piece.prompts)
+        experiment = self.bench.experiment(self.bench.layers, piece.prompts)
         self.bench.measure(piece, self._job, experiment)
         return self._job.rows(piece)
 
     def finish(self, request: Request) -> str:
-        """Write the results; the pair is let go first, for the command loads it itself."""
+        """Write the results, with the settings that were asked for rather than this worker's."""
         self.bench.join(self._job)
-        self._bench = None
-        gc.collect()
-        return finish(request, self.directory)
+        self.bench.config = request.config
+        return finish(request, self.bench)
 
 
 class Finisher:
@@ -146,7 +146,7 @@ class Finisher:
         request, directory = self.jobs[place]
         if not Path(directory).is_dir():
             raise UserError(not_shared(directory))
-        finish(request, Path(directory), fresh=self.fresh)
+        finish(request, Bench(request.config, Path(directory), fresh=self.fresh))
         gc.collect()
         return place
 
@@ -346,8 +346,8 @@ def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
         for name in ("base", "tuned", "prompts")
         if (value := getattr(config, name)) is not None and Path(value).exists()
     }
-    if config.cache is not None:
-        changes["cache"] = str(Path(config.cache).resolve())
-    if (cluster.gpus_per_worker or 0) > 1 and config.device_map is None:
+    if config.place.cache is not None:
+        changes["cache"] = str(Path(config.place.cache).resolve())
+    if (cluster.gpus_per_worker or 0) > 1 and config.place.device_map is None:
         changes["n_devices"] = int(cluster.gpus_per_worker or 1)
     return config.updated(**changes) if changes else config

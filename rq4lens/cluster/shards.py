@@ -8,12 +8,13 @@ from pathlib import Path
 from rq4lens.cluster.job import PIECES, Job, kind_of_device, read_job
 from rq4lens.cluster.many import Division
 from rq4lens.cluster.pieces import Request, Shard, Share
+from rq4lens.cluster.workbench import Workbench
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.jobs.run import run_study
-from rq4lens.jobs.sweep import sweep_layers
-from rq4lens.jobs.workbench import Workbench
+from rq4lens.jobs.run import run_on
+from rq4lens.jobs.sweep import sweep_on
 
 MAX_NAMED = 6
 """Missing pieces that an error sentence names."""
@@ -63,7 +64,7 @@ def run_shard(
                 # The layers of the whole share, done or not: a kill changes no product.
                 own = [piece for piece in pieces if piece.prompts == prompts]
                 layers = [layer for piece in own for layer in piece.layers]
-                experiment = bench.prepare(layers, prompts)
+                experiment = bench.experiment(layers, prompts)
                 for piece in together:
                     bench.measure(piece, job, experiment, advance)
     n_missing = len(job.missing(bench.marks))
@@ -102,14 +103,14 @@ def merge_job(
     if job.unjoined(Store(directory / PIECES)):
         Workbench(job.request, directory, stage=stage).join(job)
         _refuse_incomplete(job, directory, place, n_lists)
-    return finish(job.request, directory, stage=stage)
+    return finish(job.request, Bench(job.request.config, directory, stage=stage))
 
 
-def finish(request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent) -> str:
-    """Run the ordinary command, which takes from the directory what is measured already."""
+def finish(request: Request, bench: Bench) -> str:
+    """Write a request's results at a bench, which takes from its directory what is measured."""
     if request.command == "run":
-        return run_study(request.config, directory, fresh=fresh, stage=stage).summary
-    return sweep_layers(request.config, directory, request.layers, fresh=fresh, stage=stage).summary
+        return run_on(bench).summary
+    return sweep_on(bench, request.layers).summary
 
 
 def _refuse_incomplete(job: Job, directory: Path, place: int, n_lists: int) -> None:
@@ -123,7 +124,7 @@ def _refuse_incomplete(job: Job, directory: Path, place: int, n_lists: int) -> N
             "is finished is not measured twice."
         )
     wanted = job.identity["device"]
-    if kind_of_device(job.request.config.device) != wanted:
+    if kind_of_device(job.request.config.place.device) != wanted:
         raise UserError(
             f"the shares were measured on {wanted}, which rounds differently from what is here: "
             f"merge on a machine with {wanted}."

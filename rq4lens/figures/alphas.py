@@ -31,7 +31,9 @@ def alpha_sweep(grid: GridResult, points: Sequence[Record], *, dark: bool = Fals
         The figure: a line per quantity.
     """
     figure = go.Figure([_line(points, *style) for style in _LINES])
-    figure.add_vline(x=grid.settings.alpha, line={"color": theme.GREY, "dash": "dot", "width": 1})
+    figure.add_vline(
+        x=grid.settings.patching.alpha, line={"color": theme.GREY, "dash": "dot", "width": 1}
+    )
     figure.update_xaxes(title_text="blend strength α", nticks=8)
     if is_wide(lows(estimate(point, name) for point in points for name in _NAMES)):
         figure.update_yaxes(
@@ -45,7 +47,7 @@ def alpha_sweep(grid: GridResult, points: Sequence[Record], *, dark: bool = Fals
         title=f"All heads of layer {grid.settings.layer} against α",
         setting=grid_setting(
             grid,
-            f"dotted: the run's own α = {grid.settings.alpha:g}",
+            f"dotted: the run's own α = {grid.settings.patching.alpha:g}",
             "bars: 95% bootstrap intervals over prompts",
             alpha=span,
         ),

@@ -26,17 +26,21 @@ def setting_parts(
     notes: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Everything a reader needs to know about how the numbers came about."""
-    baseline = settings.raw_baseline
+    baseline = settings.patching.raw_baseline
     return (
         settings.pair,
         where or f"layer {settings.layer} of {settings.n_layers}",
-        f"α = {alpha or format(settings.alpha, 'g')}",
-        f"{settings.split}, n = {n_prompts}",
-        f"map {settings.map_kind} per {settings.map_scope}",
-        f"KL({settings.kl_direction.replace('||', ' ‖ ')}) in nats",
+        f"α = {alpha or format(settings.patching.alpha, 'g')}",
+        f"{settings.patching.split}, n = {n_prompts}",
+        f"map {settings.patching.map_kind} per {settings.patching.map_scope}",
+        f"KL({settings.patching.kl_direction.replace('||', ' ‖ ')}) in nats",
         settings.dtype.removeprefix("torch."),
         *((f"raw baseline {baseline}",) if baseline != "identity" else ()),
-        *((f"last {settings.k_positions} positions",) if settings.k_positions != 1 else ()),
+        *(
+            (f"last {settings.patching.k_positions} positions",)
+            if settings.patching.k_positions != 1
+            else ()
+        ),
         *notes,
     )
 

@@ -264,7 +264,7 @@ def _label(grid: GridResult, head: int, across_layers: bool) -> str:
 
 def _effects(grid: GridResult, bootstrap: Bootstrap | None) -> list[str]:
     """A line of the hover for each head: its effect at the grid's own alpha."""
-    alpha = f"at α = {grid.settings.alpha:g}"
+    alpha = f"at α = {grid.settings.patching.alpha:g}"
     numbers = single_head_numbers(grid, bootstrap)
     return [f"<br>ΔKL alone {alpha}: {shown(each.delta, 'nats')}" for each in numbers]
 

@@ -12,7 +12,7 @@ import torch
 
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
-from rq4lens.jobs.preparation import plan_for
+from rq4lens.jobs.bench import plan_for
 from rq4lens.models.catalog import (
     devices_of,
     holds_both,
@@ -184,21 +184,21 @@ def plan_memory(config: RunConfig) -> RunMemory:
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]
     work = work_memory(
         cfg,
-        tokens_from_config(config, "tuned", prompts.split(config.split)),
+        tokens_from_config(config, "tuned", prompts.split(config.patching.split)),
         tuned.placement,
         layers=plan.layers,
         n_train=len(prompts.split(FIT_SPLIT)),
         max_bytes=int(FREE_SHARE_OF_GPU * min(left)) if left else CPU_BUDGET_BYTES,
-        n_conditions=2 * (len(plan.fixed()) + len(plan.ks)) if config.analysis == "grid" else None,
-        k_positions=config.k_positions,
-        batch_size=config.batch_size,
-        joint_maps=config.map_scope == "layer",
-        by_hooks=config.engine == "hooks",
+        n_conditions=plan.n_patches if config.effort.analysis == "grid" else None,
+        k_positions=config.patching.k_positions,
+        batch_size=config.place.batch_size,
+        joint_maps=config.patching.map_scope == "layer",
+        by_hooks=config.place.engine == "hooks",
     )
     return RunMemory(
         weights={side: size.weights.total for side, size in sizes.items()},
         keep_both=keep_both,
-        dtype=config.dtype,
+        dtype=config.place.dtype,
         devices=tuple(dict.fromkeys(map(_place, devices.names))),
         held=dict(held),
         largest_model=dict(largest),

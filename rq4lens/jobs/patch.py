@@ -10,10 +10,9 @@ from rq4lens.analysis.effects.table import records
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.heads import HeadSet
-from rq4lens.jobs.preparation import capture, plan_of, prepare_experiment
-from rq4lens.jobs.progress import Clock, Stage, silent
-from rq4lens.models.catalog import pair_from_config
-from rq4lens.patching.grid import run_condition
+from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.progress import Stage, silent
+from rq4lens.patching.grid import measure_condition
 from rq4lens.screen.tables import condition_text
 
 
@@ -42,21 +41,16 @@ def patch_once(
         UserError: if the head set or the configuration does not fit the pair.
     """
     refuse_no_file(out)
-    config = config.updated(control_layer=None, k=[], random_seeds=[])
-    clock = Clock(stage)
-    with clock("load"):
-        pair = pair_from_config(config)
-        layers = plan_of(config, pair).layers
-        chosen = HeadSet.parse(heads, pair.n_heads)
-    activations = capture(config, pair, layers, clock)
-    experiment = prepare_experiment(config, activations, layers, clock)
-    with clock("patch"):
-        grid = run_condition(experiment, layers[0], chosen, config.alpha)
-        record = next(
-            each
-            for each in records(grid, n_resamples=config.resamples, seed=config.seed)
-            if each["cond"] == "patch"
+    bench = Bench(config.updated(control_layer=None, k=[], random_seeds=[]), stage=stage)
+    with bench.clock("load"):
+        plan = bench.plan
+        chosen = HeadSet.parse(heads, bench.pair.n_heads)
+    experiment = bench.experiment(plan.layers)
+    with bench.clock("patch"):
+        grid = measure_condition(
+            bench.recorder(experiment), bench.config.patching, chosen, config.effort
         )
+        record = next(each for each in records(grid) if each["cond"] == "patch")
     if out is not None:
         write_json_atomic(out, record)
     return SinglePatch(record, condition_text(grid.settings, record))

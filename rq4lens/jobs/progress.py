@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-Advance = Callable[[int], None]
+Progress = Callable[[int], None]
 """Told how many rows were just finished."""
 
-Stage = Callable[[str, int | None], AbstractContextManager[Advance | None]]
+Stage = Callable[[str, int | None], AbstractContextManager[Progress | None]]
 """Opens a stage of the work: its name and its number of rows; gives what reports progress."""
 
 
@@ -26,7 +26,7 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def __call__(self, name: str, rows: int | None = None) -> Iterator[Advance | None]:
+    def __call__(self, name: str, rows: int | None = None) -> Iterator[Progress | None]:
         """Time a stage."""
         started = time.perf_counter()
         with self.stage(name, rows) as advance:
@@ -34,6 +34,6 @@ class Clock:
         self.seconds[name] = round(time.perf_counter() - started, 4)
 
 
-def silent(_name: str, _rows: int | None) -> AbstractContextManager[Advance | None]:
+def silent(_name: str, _rows: int | None) -> AbstractContextManager[Progress | None]:
     """A stage that nobody watches."""
     return nullcontext()

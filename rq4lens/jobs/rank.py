@@ -21,10 +21,9 @@ from rq4lens.config import RunConfig
 from rq4lens.disk.files import make_directory, write_json_atomic
 from rq4lens.disk.run import ranking_file
 from rq4lens.errors import UserError
-from rq4lens.jobs.preparation import capture, plan_of, prepare_experiment
-from rq4lens.jobs.progress import Clock, Stage, silent
-from rq4lens.models.catalog import pair_from_config
-from rq4lens.patching.grid import run_grid
+from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.progress import Stage, silent
+from rq4lens.patching.grid import measure_grid
 from rq4lens.results import HOOK, GridSettings, HeadRanking
 from rq4lens.screen.tables import ranking_text
 
@@ -52,7 +51,7 @@ def write_table(
         for ranking, row in zip(rankings, rows, strict=True)
     ]
     made = explained(settings.to_dict(), lambda _: NO_CONTROL_LAYER)
-    path = directory / f"rank_table_L{settings.layer}_{HOOK}_alpha{settings.alpha:g}.json"
+    path = directory / f"rank_table_L{settings.layer}_{HOOK}_alpha{settings.patching.alpha:g}.json"
     write_json_atomic(path, {"settings": made, "n_prompts": n_prompts, "table": table})
     return path
 
@@ -91,37 +90,27 @@ def rank_layer(
             a setting has no method to go to, or the configuration does not fit the pair.
     """
     names = _methods(methods, files)
-    settings = _settings(names, config.seed, target, ig_steps)
-    config = config.updated(control_layer=None, k=list(config.k), random_seeds=[])
-    clock = Clock(stage)
-    with clock("load"):
-        pair = pair_from_config(config)
-        plan = plan_of(config, pair)
+    settings = _settings(names, config.effort.seed, target, ig_steps)
+    config = config.updated(control_layer=None, random_seeds=[])
+    bench = Bench(config, stage=stage)
+    with bench.clock("load"):
+        plan = bench.plan
     read = [
-        read_ranking(path, n_heads=pair.n_heads, layer=plan.layer, alpha=config.alpha)
+        read_ranking(path, n_heads=plan.n_heads, layer=plan.layer, alpha=config.patching.alpha)
         for path in files
     ]
-    activations = capture(config, pair, plan.layers, clock)
-    experiment = prepare_experiment(config, activations, plan.layers, clock)
-    with clock("grid"):
-        grid = run_grid(
-            pair,
-            experiment.maps,
-            plan.layer,
-            alpha=config.alpha,
-            ks=plan.ks,
-            random_seeds=(),
-            experiment=experiment,
-        )
-    bootstrap = bootstrap_of(grid, n_resamples=config.resamples, seed=config.seed)
+    experiment = bench.experiment(plan.layers)
+    with bench.clock("grid"):
+        grid = measure_grid(bench.recorder(experiment), config.patching, config.effort)
+    bootstrap, ks = bootstrap_of(grid), config.patching.k
     measured, full = MeasuredSets.of_grid(grid, experiment), grid_full_effect(grid, bootstrap)
     exact = Scored.of_prompts("delta", measured.delta_nats(measured.singles), bootstrap)
     timed: list[tuple[HeadRanking, float | None]] = [(ranking, None) for ranking in read]
     for name in names:
-        with clock(name):
+        with bench.clock(name):
             timed.append(timed_ranking(name, measured, **settings[name]))
     rows = tuple(
-        describe_ranking(ranking, exact, measured, full, plan.ks, bootstrap, seconds)[0]
+        describe_ranking(ranking, exact, measured, full, ks, bootstrap, seconds)[0]
         for ranking, seconds in timed
     )
     rankings = tuple(ranking for ranking, _ in timed)
@@ -130,7 +119,7 @@ def rank_layer(
         make_directory(out)
         written = [write_ranking(out, ranking) for ranking in rankings]
         written.append(write_table(out, grid.settings, grid.n_prompts, rankings, rows))
-    text = ranking_text(grid.settings, grid.n_prompts, rankings, rows, plan.ks)
+    text = ranking_text(grid.settings, grid.n_prompts, rankings, rows, ks)
     return RankingJob(rankings, rows, text, tuple(written))
 
 

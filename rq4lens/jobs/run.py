@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,74 +13,67 @@ from typing import Any
 import torch
 
 from rq4lens.analysis.analyse import PARTS, analyse
-from rq4lens.analysis.effects.table import bootstrap_of, ranking_rows, records
+from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
-    CONDITIONS,
     FORMAT,
-    MAPS,
     PROMPTS,
     ranking_file,
-    refuse_foreign,
     remove_other_rankings,
     write_grid,
     write_run,
 )
-from rq4lens.disk.store import Store
+from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import write_pages
-from rq4lens.jobs.preparation import cache_of, capture, keep_base, plan_of, prepare_experiment
-from rq4lens.jobs.progress import Advance, Clock, Stage, silent
-from rq4lens.models.catalog import pair_from_config, resolve_device
+from rq4lens.jobs.progress import Progress, Stage, silent
+from rq4lens.models.catalog import resolve_device
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
-from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
-from rq4lens.patching.grid import GridPlan, run_grid
+from rq4lens.patching.grid import measure_grid
 from rq4lens.results import GridResult
 from rq4lens.screen.tables import summary_text
 
 LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
 
 
-def provenance(
-    config: RunConfig,
-    experiment: Experiment,
-    grid: GridResult,
-    store: Store,
-    timings_seconds: Mapping[str, float],
-) -> dict[str, Any]:
+def provenance(bench: Bench, experiment: Experiment, grid: GridResult) -> dict[str, Any]:
     """Everything that says how a run was made; the content of ``run.json``."""
-    pair = experiment.pair
+    config, pair, counters = bench.config, bench.pair, bench.store and bench.store.counters
     return {
         "format": FORMAT,
         "rq4lens": _version("rq4lens"),
-        "config": config.model_dump(mode="json", exclude_unset=True),
+        "config": config.flat(),
         "settings": grid.settings.to_dict(),
         "noise_floor_nats": grid.noise_floor_nats,
         "models": {side: pair.member(side).card.to_dict() for side in SIDES},
         "prompts": {
             "fingerprint": pair.prompts.fingerprint,
             "splits": {name: len(pair.prompts.split(name)) for name in pair.prompts.splits},
-            "tokens": {side: pair.token_fingerprint(side, grid.settings.split) for side in SIDES},
+            "tokens": {
+                side: pair.token_fingerprint(side, grid.settings.patching.split) for side in SIDES
+            },
         },
         "maps": {
             str(layer): {**each.to_dict(), "fingerprint": each.fingerprint}
             for layer, each in experiment.maps.items()
         },
         "engine": _engine(experiment),
-        "device": resolve_device(config.device),
+        "device": resolve_device(config.place.device),
+        "base_loaded": pair.base.was_loaded,
         "blocks_on": _blocks_on(pair),
         "peak_device_bytes": _peak_device_bytes(),
-        "store": {
-            "reused": store.counters.reused,
-            "computed": store.counters.computed,
-            "set_aside": [list(entry) for entry in store.counters.set_aside],
+        "store": counters
+        and {
+            "reused": counters.reused,
+            "computed": counters.computed,
+            "set_aside": [list(entry) for entry in counters.set_aside],
         },
         "libraries": {name: _version(name) for name in LIBRARIES},
         "machine": {
@@ -89,7 +82,6 @@ def provenance(
             "processor": platform.machine(),
             "torch_threads": torch.get_num_threads(),
         },
-        "timings_seconds": dict(timings_seconds),
     }
 
 
@@ -132,8 +124,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Study:
-    """A finished main job.
+class Run:
+    """A finished run of the main job.
 
     Args:
         directory: the run directory.
@@ -154,9 +146,7 @@ class Study:
     timings_seconds: Mapping[str, float]
 
 
-def run_study(
-    config: RunConfig, directory: Path, *, fresh: bool = False, stage: Stage = silent
-) -> Study:
+def run(config: RunConfig, directory: Path, *, fresh: bool = False, stage: Stage = silent) -> Run:
     """Run the main job and write its run directory.
 
     A run that was interrupted goes on where it stopped: finished conditions are taken from the
@@ -169,55 +159,48 @@ def run_study(
         stage: opens a stage of the work, for progress bars.
 
     Returns:
-        The finished study.
+        The finished run.
 
     Raises:
         UserError: if the configuration does not fit the pair, the directory holds other files, or
             something cannot be read or written.
     """
-    refuse_foreign(directory)
-    clock = Clock(stage)
+    return run_on(Bench(config, directory, fresh=fresh, stage=stage))
+
+
+def run_on(bench: Bench) -> Run:
+    """Run the main job at a bench with a run directory; see :func:`run`."""
+    config, clock, directory = bench.config, bench.clock, bench.run_directory
     with clock("load"):
-        cache = cache_of(config, directory)
         memory = plan_memory(config)
         say_and_require(memory)
-        pair = pair_from_config(config, kept_in=None if fresh else cache)
-        plan = plan_of(config, pair)
-        audit = pair.audit()
-    # Prompts that do not fit the models are said before anything is written.
-    activations = capture(config, pair, plan.layers, clock, cache=cache, fresh=fresh)
-    store = Store(directory / CONDITIONS, fresh=fresh)
-    keep_base(config, pair, activations, cache)
-    experiment = prepare_experiment(
-        config, activations, plan.layers, clock, maps_directory=directory / MAPS, fresh=fresh
-    )
-    rows = 2 * (len(plan.fixed()) + len(plan.ks)) * len(experiment.prompts)
-    with clock("grid", rows) as advance:
-        grid = _grid(config, plan, experiment, store, advance)
-        bootstrap = bootstrap_of(grid, n_resamples=config.resamples, seed=config.seed)
-        table = records(grid, bootstrap)
+        plan = bench.plan
+        audit = bench.pair.audit()
+    experiment = bench.experiment(plan.layers)
+    with clock("grid", plan.n_patches * len(experiment.prompts)) as progress:
+        grid = measure_grid(bench.recorder(experiment, progress), config.patching, config.effort)
+        table = records(grid)
         write_grid(directory, grid, table)
-        ranking = directory / ranking_file(plan.layer, config.alpha)
+        ranking = directory / ranking_file(plan.layer, config.patching.alpha)
         write_json_atomic(ranking, ranking_rows(grid))
         remove_other_rankings(ranking)
-    with clock("analysis", len(PARTS)) as advance:
-        analysis = _analyse(config, grid, experiment, activations, advance)
-    activations.keep()  # those of prompts that only the analysis asked for
+    with clock("analysis", len(PARTS)) as progress:
+        analysis = _analyse(bench, grid, experiment, progress)
+    bench.activations.keep()  # those of prompts that only the analysis asked for
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
     write_json_atomic(directory / AUDIT, audit.to_dict())
     if audit.warning is not None:
         log.warning(audit.warning)
     summary = summary_text(grid.settings, table, analysis.claims)
-    run = provenance(config, experiment, grid, store, clock.seconds)
+    run = provenance(bench, experiment, grid)
     run["audit"] = audit.summary
-    run["base_loaded"] = pair.base.was_loaded
     run["memory_estimate"] = memory.to_dict()
     with clock("pages"):
         write_pages(directory, grid, analysis.to_dict(), texts, run)
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis=analysis.to_dict(), run=run, summary=summary)
-    return Study(directory, grid, experiment, table, analysis, summary, clock.seconds)
+    return Run(directory, grid, experiment, table, analysis, summary, clock.seconds)
 
 
 def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -226,14 +209,11 @@ def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _analyse(
-    config: RunConfig,
-    grid: GridResult,
-    experiment: Experiment,
-    activations: PairActivations,
-    advance: Advance | None,
+    bench: Bench, grid: GridResult, experiment: Experiment, progress: Progress | None
 ) -> Analysis:
-    if config.analysis == "grid":
-        return analyse(grid, n_resamples=config.resamples, seed=config.seed, advance=advance)
+    config = bench.config
+    if config.effort.analysis == "grid":
+        return analyse(grid, advance=progress)
     if not isinstance(experiment.engine, RowEngine):
         log.warning(
             "the full analysis measures thousands of head sets, and engine %s runs the whole model "
@@ -241,53 +221,20 @@ def _analyse(
             experiment.engine.name,
         )
     neutral = None
-    if SIDE_EFFECT_SPLIT in experiment.pair.prompts.splits and experiment.pair.keep_both:
+    if SIDE_EFFECT_SPLIT in bench.pair.prompts.splits and bench.pair.keep_both:
         neutral = prepare(
-            experiment.pair,
+            bench.pair,
             experiment.maps,
-            split=SIDE_EFFECT_SPLIT,
-            raw_baseline=config.raw_baseline,
-            kl_direction=config.kl_direction,
-            engine=config.engine,
-            batch_size=config.batch_size,
-            activations=activations,
+            config.patching.but(split=SIDE_EFFECT_SPLIT),
+            config.place,
+            activations=bench.activations,
         )
+    every = range(1, grid.n_heads + 1)
     return analyse(
         grid,
         experiment,
-        n_resamples=config.resamples,
-        random_ks=_random_ks(config, grid),
-        seed=config.seed,
-        activations=activations,
+        random_ks={"affordable": None, "every": every, "k": ()}[config.effort.random_sizes],
+        activations=bench.activations,
         neutral=neutral,
-        advance=advance,
-    )
-
-
-def _random_ks(config: RunConfig, grid: GridResult) -> Sequence[int] | None:
-    """Named sizes of random sets; None leaves the choice to the analysis."""
-    every = range(1, grid.n_heads + 1)
-    return {"affordable": None, "every": every, "k": ()}[config.random_sizes]
-
-
-def _grid(
-    config: RunConfig,
-    plan: GridPlan,
-    experiment: Experiment,
-    store: Store,
-    advance: Advance | None,
-) -> GridResult:
-    return run_grid(
-        experiment.pair,
-        experiment.maps,
-        plan.layer,
-        plan.control_layer,
-        config.alpha,
-        ks=plan.ks,
-        random_seeds=plan.random_seeds,
-        rank_by=config.rank_by,
-        seed=config.seed,
-        store=store,
-        experiment=experiment,
-        advance=advance,
+        advance=progress,
     )

@@ -10,12 +10,10 @@ from typing import Any
 
 from rq4lens.analysis.structure.layers import LayerComparison, LayerRow, compare_layers
 from rq4lens.config import RunConfig
-from rq4lens.disk.run import CONDITIONS, MAPS, refuse_foreign, write_layers
-from rq4lens.disk.store import Store
+from rq4lens.disk.run import write_layers
 from rq4lens.errors import UserError
-from rq4lens.jobs.preparation import cache_of, capture, keep_base, prepare_experiment
-from rq4lens.jobs.progress import Clock, Stage, silent
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.progress import Stage, silent
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
 from rq4lens.results import GridResult
@@ -88,38 +86,22 @@ def sweep_layers(
         UserError: if a layer does not exist, the directory holds other files, or something cannot
             be read or written.
     """
-    if directory is not None:
-        refuse_foreign(directory)
-    clock = Clock(stage)
+    return sweep_on(Bench(config, directory, fresh=fresh, stage=stage), layers)
+
+
+def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
+    """Sweep at a bench; see :func:`sweep_layers`."""
+    config, clock, directory = bench.config, bench.clock, bench.directory
     with clock("load"):
-        cache = cache_of(config, directory)
-        pair = pair_from_config(config, kept_in=None if fresh else cache)
-        chosen = list(range(pair.n_layers)) if layers is None else sorted(set(layers))
-        check_layers(chosen, pair.n_layers)
-        plan = GridPlan(pair.n_heads, chosen[0], None, config.k, config.random_seeds)
-    activations = capture(config, pair, chosen, clock, cache=cache, fresh=fresh)
-    keep_base(config, pair, activations, cache)
-    maps_directory = None if directory is None else directory / MAPS
-    store = None if directory is None else Store(directory / CONDITIONS, fresh=fresh)
-    experiment = prepare_experiment(
-        config, activations, chosen, clock, maps_directory=maps_directory, fresh=fresh
-    )
-    patches = 2 * (len(plan.fixed()) + len(plan.ks))
-    with clock("sweep", len(chosen) * patches * len(experiment.prompts)) as advance:
-        grids = run_sweep(
-            experiment,
-            config.alpha,
-            ks=config.k,
-            random_seeds=config.random_seeds,
-            rank_by=config.rank_by,
-            seed=config.seed,
-            store=store,
-            advance=advance,
-        )
+        chosen = list(range(bench.pair.n_layers)) if layers is None else sorted(set(layers))
+        check_layers(chosen, bench.pair.n_layers)
+    patching = config.patching.but(layer=chosen[0], control_layer=None)
+    experiment = bench.experiment(chosen)
+    n_patches = GridPlan(experiment.n_heads, patching).n_patches
+    with clock("sweep", len(chosen) * n_patches * len(experiment.prompts)) as progress:
+        grids = run_sweep(bench.recorder(experiment, progress), patching, config.effort)
     with clock("compare"):
-        comparison = compare_layers(
-            grids, experiment, n_resamples=config.resamples, seed=config.seed
-        )
+        comparison = compare_layers(grids, experiment)
     choice = choose_layers(comparison.rows)
     if directory is not None:
         write_layers(directory, grids, comparison.to_dict(), choice.to_dict())

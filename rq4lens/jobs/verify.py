@@ -32,13 +32,12 @@ from rq4lens.disk.store import Record, content_key, read_record
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.pair import SIDES, ModelPair
-from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.measured import Planned, Recorder
 from rq4lens.patching.patch import MAPPED, SELF
-from rq4lens.results import ConditionResult, GridSettings, rank_single_heads
+from rq4lens.results import ConditionResult, rank_single_heads
 
 
 def compare_with_store(saved: SavedRun) -> tuple[int, list[str]]:
@@ -100,11 +99,11 @@ def _known_ingredients(saved: SavedRun, layer: int, source: str) -> dict[str, An
     run, settings = saved.run, saved.grid.settings
     known = {
         "n_heads": settings.n_heads,
-        "split": settings.split,
+        "split": settings.patching.split,
         "dtype": settings.dtype,
-        "k_positions": settings.k_positions,
-        "kl_direction": settings.kl_direction,
-        "raw_baseline": settings.raw_baseline,
+        "k_positions": settings.patching.k_positions,
+        "kl_direction": settings.patching.kl_direction,
+        "raw_baseline": settings.patching.raw_baseline,
     }
     for side in SIDES:
         for part in ("weights", "config", "tokenizer"):
@@ -233,27 +232,17 @@ def _check_conditions(saved: SavedRun) -> Check:
 def _check_plan(saved: SavedRun) -> Check:
     """Every condition patches the heads that its name promises."""
     grid = saved.grid
-    plan = _plan_of(grid.settings)
+    plan = GridPlan(grid.settings.n_heads, grid.settings.patching)
     singles = [grid.single(head) for head in range(grid.n_heads)]
-    ranking = rank_single_heads(singles, grid.settings.rank_by)
+    ranking = rank_single_heads(singles, grid.settings.patching.rank_by)
     promised = {each.cond: each for each in [*plan.fixed(), *plan.top(ranking)]}
     differences = [
         f"{name} is not {each.heads} of layer {each.layer}"
         for name, each in promised.items()
-        if not _is_planned(grid.conditions.get(name), each, grid.settings.alpha)
+        if not _is_planned(grid.conditions.get(name), each, grid.settings.patching.alpha)
     ]
     differences += [f"{name} was not planned" for name in grid.conditions if name not in promised]
     return _verdict("plan", differences, f"{len(promised)} conditions patch what their names say")
-
-
-def _plan_of(settings: GridSettings) -> GridPlan:
-    return GridPlan(
-        settings.n_heads,
-        settings.layer,
-        settings.control_layer,
-        settings.ks,
-        settings.random_seeds,
-    )
 
 
 def _is_planned(condition: ConditionResult | None, planned: Planned, alpha: float) -> bool:
@@ -264,9 +253,9 @@ def _is_planned(condition: ConditionResult | None, planned: Planned, alpha: floa
 
 
 def _check_table(saved: SavedRun) -> Check:
-    grid, config = saved.grid, _config(saved)
-    again = records(grid, n_resamples=config.resamples, seed=config.seed)
-    ranking = ranking_file(grid.settings.layer, grid.settings.alpha)
+    grid = saved.grid
+    again = records(grid)
+    ranking = ranking_file(grid.settings.layer, grid.settings.patching.alpha)
     checks = [grid["none"], grid["self"]]
     noise = max(abs(kl) for check in checks for kl in (check.KL_raw, check.KL_mapped))
     differences = [
@@ -347,7 +336,7 @@ def _check_again(
 
 
 def _other_models(saved: SavedRun, pair: ModelPair) -> list[str]:
-    split = saved.grid.settings.split
+    split = saved.grid.settings.patching.split
     differences = []
     for side in SIDES:
         card, then = pair.member(side).card.to_dict(), saved.run["models"][side]
@@ -374,16 +363,10 @@ def _distance(
     experiment = prepare(
         pair,
         maps,
-        split=settings.split,
-        raw_baseline=config.raw_baseline,
-        kl_direction=config.kl_direction,
-        engine="hooks",
-        batch_size=config.batch_size,
-        activations=PairActivations(
-            pair, k_positions=settings.k_positions, batch_size=config.batch_size
-        ),
+        settings.patching,
+        config.place.but(engine="hooks"),
     )
-    again = Recorder(experiment, settings.alpha).measure(
+    again = Recorder(experiment, settings.patching.alpha).measure(
         [
             Planned(each.cond, each.layer, each.heads, SELF if each.cond == SELF else None)
             for each in chosen

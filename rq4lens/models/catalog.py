@@ -29,7 +29,7 @@ from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import Reading, tokenize
+from rq4lens.models.prompts.reading import tokenize
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
     Raises:
         UserError: if the pair is unknown, something is missing or a model cannot be loaded.
     """
-    start = {} if name is None else preset(name).model_dump(exclude_unset=True)
+    start = {} if name is None else preset(name).flat()
     prompts = settings.get("prompts")
     in_memory = None if isinstance(prompts, str | Path | None) else PromptSet.of(prompts)
     if in_memory is not None or isinstance(prompts, Path):
@@ -73,17 +73,19 @@ def pair_from_config(
     """
     devices_of(config)  # refuses those that are not there
     prompts = prompts_from_config(config) if prompts is None else prompts
-    reading, members = reading_of(config), _members(config, kept_in)
+    reading, members = config.reading, _members(config, kept_in)
     kept = _left_in(config, prompts, members)
     return ModelPair(
-        config.pair,
+        config.pair.name,
         members["base"],
         members["tuned"],
         kept,
-        layer=config.layer,
-        control_layer=config.control_layer,
+        layer=config.patching.layer,
+        control_layer=config.patching.control_layer,
         reading=reading,
-        keep_both=_fit_together(config) if config.keep_both is None else config.keep_both,
+        keep_both=_fit_together(config)
+        if config.place.keep_both is None
+        else config.place.keep_both,
         excluded=prompts.without(kept.ids).prompts,
     )
 
@@ -100,9 +102,9 @@ def prompts_left_in(config: RunConfig) -> PromptSet:
 def _left_in(
     config: RunConfig, prompts: PromptSet, members: Mapping[Side, PairMember]
 ) -> PromptSet:
-    if not config.exclude_misaligned:
+    if not config.reading.exclude_misaligned:
         return prompts
-    audit = audit_prompts(prompts, _tokenizers(members), reading_of(config))
+    audit = audit_prompts(prompts, _tokenizers(members), config.reading)
     kept = prompts.without(audit.misaligned)
     if not len(kept):
         raise UserError(
@@ -119,13 +121,8 @@ def audit_from_config(config: RunConfig) -> Audit:
         UserError: if prompts or tokenizers cannot be read.
     """
     prompts, members = prompts_from_config(config), _members(config)
-    audit = audit_prompts(prompts, _tokenizers(members), reading_of(config))
-    return replace(audit, excluded=audit.misaligned) if config.exclude_misaligned else audit
-
-
-def reading_of(config: RunConfig) -> Reading:
-    """How the configuration wants prompts to be read."""
-    return Reading(config.decision_rule, config.marker, config.max_tokens)
+    audit = audit_prompts(prompts, _tokenizers(members), config.reading)
+    return replace(audit, excluded=audit.misaligned) if config.reading.exclude_misaligned else audit
 
 
 def prompts_from_config(config: RunConfig) -> PromptSet:
@@ -134,14 +131,14 @@ def prompts_from_config(config: RunConfig) -> PromptSet:
     Raises:
         UserError: if there are none, or they cannot be read.
     """
-    if is_builtin(config) and config.prompts is None:
-        return PromptSet.from_jsonl(_builtin_folder(config.pair) / "prompts.jsonl")
+    if is_builtin(config) and config.pair.prompts is None:
+        return PromptSet.from_jsonl(_builtin_folder(config.pair.name) / "prompts.jsonl")
     return PromptSet.of(_required_prompts(config))
 
 
 def is_builtin(config: RunConfig) -> bool:
     """Whether the models are those of a pair in the box."""
-    return config.pair in BUILTIN and config.base is None and config.tuned is None
+    return config.pair.name in BUILTIN and config.pair.base is None and config.pair.tuned is None
 
 
 class _Source(NamedTuple):
@@ -154,8 +151,8 @@ class _Source(NamedTuple):
 
 def _source(config: RunConfig, side: Side) -> _Source:
     if is_builtin(config):
-        folder = _builtin_folder(config.pair) / side
-        return _Source(str(folder), None, f"{config.pair}/{side} (built in)")
+        folder = _builtin_folder(config.pair.name) / side
+        return _Source(str(folder), None, f"{config.pair.name}/{side} (built in)")
     path = _required(config, side)
     return _Source(path, getattr(config, f"{side}_revision"), path)
 
@@ -170,8 +167,8 @@ def size_of(config: RunConfig, side: Side) -> ModelSize:
     return model_size(
         path,
         revision=revision,
-        dtype=getattr(torch, config.dtype),
-        trust_remote_code=config.trust_remote_code,
+        dtype=getattr(torch, config.place.dtype),
+        trust_remote_code=config.pair.trust_remote_code,
     )
 
 
@@ -182,13 +179,13 @@ def tokens_from_config(config: RunConfig, side: Side, prompts: PromptSet) -> Tok
         UserError: if its tokenizer or a prompt cannot be read.
     """
     tokenizer = _load_tokenizer(_source(config, side), config)
-    return tokenize(prompts, tokenizer, reading_of(config))
+    return tokenize(prompts, tokenizer, config.reading)
 
 
 def holds_both(config: RunConfig) -> bool:
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
-    if config.keep_both is not None:
-        return config.keep_both
+    if config.place.keep_both is not None:
+        return config.place.keep_both
     needed, free = _needed_and_free(config)
     return needed <= SHARE_FOR_WEIGHTS * free
 
@@ -247,8 +244,8 @@ def devices_of(config: RunConfig) -> Devices:
     Raises:
         UserError: if one does not exist here, or the settings do not go together.
     """
-    device = config.device if config.device_map else resolve_device(config.device)
-    return chosen_devices(device, config.n_devices, config.device_map)
+    device = config.place.device if config.place.device_map else resolve_device(config.place.device)
+    return chosen_devices(device, config.place.n_devices, config.place.device_map)
 
 
 def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
@@ -285,9 +282,9 @@ def _find_card(source: _Source, config: RunConfig, directory: Path) -> ModelCard
 def _card_ingredients(source: _Source, config: RunConfig) -> CardIngredients:
     return CardIngredients(
         checkpoint=checkpoint_fingerprint(source.path, source.revision),
-        dtype=config.dtype,
-        device=torch.device(resolve_device(config.device)).type,
-        trust_remote_code=config.trust_remote_code,
+        dtype=config.place.dtype,
+        device=torch.device(resolve_device(config.place.device)).type,
+        trust_remote_code=config.pair.trust_remote_code,
         libraries=arithmetic_libraries(),
     )
 
@@ -298,7 +295,7 @@ def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedToke
 
 def _load_tokenizer(source: _Source, config: RunConfig) -> PreTrainedTokenizerBase:
     return load_own_tokenizer(
-        source.path, revision=source.revision, trust_remote_code=config.trust_remote_code
+        source.path, revision=source.revision, trust_remote_code=config.pair.trust_remote_code
     )
 
 
@@ -306,11 +303,13 @@ def _load(source: _Source, config: RunConfig) -> LoadedModel:
     loaded = load_hooked(
         source.path,
         revision=source.revision,
-        device=config.device if config.device_map else resolve_device(config.device),
-        dtype=getattr(torch, config.dtype),
-        n_devices=config.n_devices,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
+        device=config.place.device
+        if config.place.device_map
+        else resolve_device(config.place.device),
+        dtype=getattr(torch, config.place.dtype),
+        n_devices=config.place.n_devices,
+        device_map=config.place.device_map,
+        trust_remote_code=config.pair.trust_remote_code,
     )
     return replace(loaded, source=source.name)
 
@@ -332,11 +331,11 @@ def _required(config: RunConfig, what: str) -> str:
 
 
 def _required_prompts(config: RunConfig) -> Path:
-    if config.prompts is None or config.prompts.startswith(SUPPLY):
-        wish = (config.prompts or "").removeprefix(SUPPLY).strip(": ")
+    if config.pair.prompts is None or config.pair.prompts.startswith(SUPPLY):
+        wish = (config.pair.prompts or "").removeprefix(SUPPLY).strip(": ")
         raise UserError(
-            f"pair {config.pair!r} needs your prompts"
+            f"pair {config.pair.name!r} needs your prompts"
             + (f" ({wish})" if wish else "")
             + ": give a JSONL file with --prompts FILE."
         )
-    return Path(config.prompts)
+    return Path(config.pair.prompts)

@@ -13,11 +13,12 @@ import torch
 from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
+from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.load.loading import HookedModel, LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import Reading, tokenize
+from rq4lens.models.prompts.reading import tokenize
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import einops
 from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from rq4lens.errors import UserError
+from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair
-from rq4lens.models.prompts.prompt_set import MEASURE_SPLIT, TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, check_layers
-from rq4lens.patching.engines.choice import EngineChoice, make_engine
+from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.patch import (
@@ -26,13 +25,9 @@ from rq4lens.patching.patch import (
     SELF,
     Advance,
     Engine,
-    KLDirection,
     Patch,
     Sources,
 )
-
-RawBaseline = Literal["identity", "moments"]
-RAW_BASELINES: tuple[RawBaseline, ...] = get_args(RawBaseline)
 
 
 @dataclass(frozen=True)
@@ -70,30 +65,34 @@ class Experiment:
 
     Args:
         pair: the pair.
-        split: the measured prompts.
-        prompts: these prompts as the tuned model reads them.
+        settings: how the pair is patched and measured.
+        prompts: the measured prompts as the tuned model reads them.
         groups: the group of each prompt.
         maps: the maps by layer.
         sources: what can be blended in: ``"raw"``, ``"mapped"`` and ``"self"`` of each layer.
         engine: measures interventions on the tuned model.
-        raw_baseline: what ``"raw"`` inserts.
-        kl_direction: which way the divergence is taken.
-        k_positions: how many positions are patched, the decision token last.
         source_maps: the map that a source went through, by ``(layer, source)``; a source without
             one is the activation itself.
     """
 
     pair: ModelPair
-    split: str
+    settings: Patching
     prompts: TokenizedPrompts
     groups: tuple[str, ...]
     maps: Mapping[int, LayerMap]
     sources: Sources
     engine: Engine
-    raw_baseline: RawBaseline
-    kl_direction: KLDirection
-    k_positions: int
     source_maps: Mapping[tuple[int, str], LayerMap] = field(default_factory=dict)
+
+    @property
+    def split(self) -> str:
+        """The split of the measured prompts."""
+        return self.settings.split
+
+    @property
+    def k_positions(self) -> int:
+        """How many positions are patched, the decision token last."""
+        return self.settings.k_positions
 
     @property
     def tuned_model(self) -> HookedModel:
@@ -176,12 +175,9 @@ class Experiment:
 def prepare(
     pair: ModelPair,
     maps: Mapping[int, LayerMap],
+    settings: Patching | None = None,
+    place: Place | None = None,
     *,
-    split: str = MEASURE_SPLIT,
-    raw_baseline: RawBaseline = "identity",
-    kl_direction: KLDirection = "patched||clean",
-    engine: EngineChoice = "suffix",
-    batch_size: int = 32,
     activations: PairActivations | None = None,
     rows: Sequence[int] | None = None,
 ) -> Experiment:
@@ -190,13 +186,9 @@ def prepare(
     Args:
         pair: the pair.
         maps: the maps by layer, as :func:`rq4lens.fit_maps` returns them.
-        split: the prompts to measure.
-        raw_baseline: what the raw patch inserts: ``"identity"`` the base activation itself,
-            ``"moments"`` the base activation matched in mean and spread (fitted on train).
-        kl_direction: which way the divergence is taken.
-        engine: ``"suffix"`` for the exact fast engine, ``"hooks"`` for one forward pass per
-            condition.
-        batch_size: prompts per forward pass.
+        settings: which split is measured, at how many positions, what the raw patch inserts and
+            which way the divergence is taken.
+        place: the engine, and how many prompts a forward pass takes.
         activations: already captured activations of this pair.
         rows: places of the split's prompts that are measured, in the order in which they are; all
             of them when left out.
@@ -205,23 +197,31 @@ def prepare(
         The experiment.
 
     Raises:
-        UserError: if a setting is unknown or a layer does not exist.
+        UserError: if a layer does not exist.
     """
+    settings, place = settings or Patching(), place or Place()
+    split = settings.split
     check_layers(list(maps), pair.n_layers)
-    _check_baseline(raw_baseline)
-    activations = activations or PairActivations(pair, batch_size=batch_size)
+    activations = activations or PairActivations(
+        pair, k_positions=settings.k_positions, batch_size=place.batch_size
+    )
+    settings = settings.but(k_positions=activations.k_positions)
     activations.capture("base", split, list(maps))
-    raw_maps = _raw_maps(pair, list(maps), raw_baseline, activations)
+    raw_maps = (
+        {}
+        if settings.raw_baseline == "identity"
+        else fit_maps(pair, list(maps), "moments", activations=activations)
+    )
     every, groups = pair.tokens("tuned", split), pair.prompts.split(split).groups
     chosen = slice(None) if rows is None else list(rows)
     prompts = every if rows is None else every.some(rows)
     tuned_engine = make_engine(
         pair.use("tuned").model,
         prompts,
-        prefer=engine,
-        k_positions=activations.k_positions,
-        batch_size=batch_size,
-        kl_direction=kl_direction,
+        prefer=place.engine,
+        k_positions=settings.k_positions,
+        batch_size=place.batch_size if rows is None else len(rows),
+        kl_direction=settings.kl_direction,
         first_layer=min(maps),
     )
     tensors: dict[tuple[int, str], Tensor] = {}
@@ -233,30 +233,12 @@ def prepare(
         tensors[layer, SELF] = tuned_engine.tuned_z(layer)
     return Experiment(
         pair=pair,
-        split=split,
+        settings=settings,
         prompts=prompts,
         groups=groups if rows is None else tuple(groups[row] for row in rows),
         maps=dict(maps),
         sources=Sources(tensors),
         engine=tuned_engine,
-        raw_baseline=raw_baseline,
-        kl_direction=kl_direction,
-        k_positions=activations.k_positions,
         source_maps={(layer, MAPPED): each for layer, each in maps.items()}
         | {(layer, RAW): each for layer, each in raw_maps.items()},
     )
-
-
-def _raw_maps(
-    pair: ModelPair, layers: list[int], raw_baseline: RawBaseline, activations: PairActivations
-) -> dict[int, LayerMap]:
-    if raw_baseline == "identity":
-        return {}
-    return fit_maps(pair, layers, "moments", activations=activations)
-
-
-def _check_baseline(raw_baseline: str) -> None:
-    if raw_baseline not in RAW_BASELINES:
-        raise UserError(
-            f"raw baseline {raw_baseline!r} does not exist: choose 'identity' or 'moments'."
-        )

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from rq4lens.disk.store import Store
+from rq4lens.config import Effort, Patching
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Planned, Recorder
-from rq4lens.patching.patch import SELF, Advance
+from rq4lens.patching.patch import SELF
 from rq4lens.results import (
     ConditionResult,
     GridResult,
     GridSettings,
     HeadRanking,
-    RankBy,
     rank_single_heads,
 )
 
-DEFAULT_KS = (1, 2, 4, 8)
-DEFAULT_RANDOM_SEEDS = (0, 1, 2)
-DEFAULT_ALPHA = 0.3
+PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
+"""Settings that are decided when an experiment is prepared."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +32,23 @@ class GridPlan:
 
     Args:
         n_heads: heads per layer.
-        layer: the main layer.
-        control_layer: the control layer, or None.
-        ks: sizes of the top-k and random-k head sets.
-        random_seeds: seeds of the random-k head sets.
+        settings: names the layers, the sizes of head sets and the random seeds.
 
     Raises:
-        UserError: if a layer is its own control, or a k does not fit.
+        UserError: if no layer is named, a layer is its own control, or a k does not fit.
     """
 
     n_heads: int
-    layer: int
-    control_layer: int | None
-    ks: tuple[int, ...]
-    random_seeds: tuple[int, ...]
+    settings: Patching
 
     def __post_init__(self) -> None:
+        if self.settings.layer is None:
+            raise UserError("no layer is named: give the one whose heads are patched.")
         if self.layer == self.control_layer:
             raise UserError(
                 f"layer {self.layer} cannot be its own control: choose another control layer."
             )
-        for k in self.ks:
+        for k in self.settings.k:
             if not 1 <= k <= self.n_heads:
                 raise UserError(
                     f"k {k} does not fit: a layer has {self.n_heads} heads; choose 1 to "
@@ -63,9 +56,24 @@ class GridPlan:
                 )
 
     @property
+    def layer(self) -> int:
+        """The main layer."""
+        return int(self.settings.layer or 0)
+
+    @property
+    def control_layer(self) -> int | None:
+        """The control layer, if there is one."""
+        return self.settings.control_layer
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layers that need a map."""
         return (self.layer,) if self.control_layer is None else (self.layer, self.control_layer)
+
+    @property
+    def n_patches(self) -> int:
+        """How many patches it measures, raw and mapped, if no two head sets are the same."""
+        return 2 * (len(self.fixed()) + len(self.settings.k))
 
     def fixed(self) -> list[Planned]:
         """Every condition whose head set is known before anything is measured."""
@@ -75,8 +83,8 @@ class GridPlan:
         ]
         planned += [
             Planned(f"rand{k}_s{seed}", self.layer, random_heads(k, seed, n_heads))
-            for k in self.ks
-            for seed in self.random_seeds
+            for k in self.settings.k
+            for seed in self.settings.random_seeds
         ]
         if self.control_layer is not None:
             planned.append(Planned("ctrl_full", self.control_layer, HeadSet.all(n_heads)))
@@ -93,14 +101,14 @@ class GridPlan:
 
     def top(self, ranking: HeadRanking) -> list[Planned]:
         """The top-k conditions, once the single heads are ranked."""
-        return [Planned(f"top{k}", self.layer, ranking.top_set(k)) for k in self.ks]
+        return [Planned(f"top{k}", self.layer, ranking.top_set(k)) for k in self.settings.k]
 
     @property
     def table_order(self) -> list[str]:
         """The names of all conditions in the order in which they are listed."""
         names = ["full", *(f"head{head}" for head in range(self.n_heads))]
-        for k in self.ks:
-            names += [f"top{k}", *(f"rand{k}_s{seed}" for seed in self.random_seeds)]
+        for k in self.settings.k:
+            names += [f"top{k}", *(f"rand{k}_s{seed}" for seed in self.settings.random_seeds)]
         control = [] if self.control_layer is None else ["ctrl_full"]
         return [*names, *control, "none", "self"]
 
@@ -118,16 +126,10 @@ def run_grid(
     maps: Mapping[int, LayerMap],
     layer: int,
     control_layer: int | None = None,
-    alpha: float = DEFAULT_ALPHA,
+    alpha: float = 0.3,
     *,
-    ks: Sequence[int] = DEFAULT_KS,
-    random_seeds: Sequence[int] = DEFAULT_RANDOM_SEEDS,
-    rank_by: RankBy = "delta",
-    seed: int = 0,
-    store: Store | None = None,
-    experiment: Experiment | None = None,
-    advance: Advance | None = None,
-    **settings: Any,
+    settings: Patching | None = None,
+    effort: Effort | None = None,
 ) -> GridResult:
     """Measure every condition of the main job.
 
@@ -140,14 +142,8 @@ def run_grid(
         layer: the main layer.
         control_layer: the control layer, or None.
         alpha: blend strength, in [0, 1].
-        ks: sizes of the top-k and random-k head sets.
-        random_seeds: seeds of the random-k head sets.
-        rank_by: the score that orders single heads, ``"delta"`` or ``"drop_pct"``.
-        seed: seed of the run, recorded with the result.
-        store: where finished conditions are kept and looked up.
-        experiment: an experiment that is prepared already; otherwise one is prepared here.
-        advance: called with the number of rows (prompt x patch) just finished.
-        **settings: passed on to :func:`prepare`.
+        settings: everything else that decides what is patched and measured.
+        effort: resamples and seed of what is drawn later, recorded with the result.
 
     Returns:
         The grid's results, with every prompt's own numbers.
@@ -155,82 +151,100 @@ def run_grid(
     Raises:
         UserError: if a layer has no map, a k does not fit or alpha is outside [0, 1].
     """
-    plan = GridPlan(pair.n_heads, layer, control_layer, tuple(ks), tuple(random_seeds))
-    _check_maps(plan, maps)
-    experiment = experiment or prepare(pair, maps, **settings)
-    recorder = Recorder(experiment, alpha, store, advance)
+    named = (settings or Patching()).but(layer=layer, control_layer=control_layer, alpha=alpha)
+    return measure_grid(Recorder(prepare(pair, maps, named), named.alpha), named, effort)
+
+
+def measure_grid(
+    recorder: Recorder | Experiment, settings: Patching, effort: Effort | None = None
+) -> GridResult:
+    """Every condition of the main job, from an experiment that is prepared.
+
+    Raises:
+        UserError: if a layer has no map or a k does not fit.
+    """
+    recorder = recording(recorder, settings)
+    experiment = recorder.experiment
+    plan = GridPlan(experiment.n_heads, settings)
+    _check_maps(plan, experiment.maps)
     fixed = recorder.measure(plan.fixed())
     singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
-    results = fixed | recorder.measure(plan.top(rank_single_heads(singles, rank_by)))
+    results = fixed | recorder.measure(plan.top(rank_single_heads(singles, settings.rank_by)))
     conditions = {name: results[name] for name in plan.table_order}
-    described = _settings(experiment, plan, alpha=alpha, rank_by=rank_by, seed=seed)
-    return _result(experiment, described, conditions)
+    return _result(experiment, settings, effort, conditions)
 
 
-def run_condition(
-    experiment: Experiment, layer: int, heads: HeadSet, alpha: float = DEFAULT_ALPHA
+def measure_condition(
+    recorder: Recorder | Experiment,
+    settings: Patching,
+    heads: HeadSet,
+    effort: Effort | None = None,
 ) -> GridResult:
-    """Measure one head set (``patch``), with the whole layer and the two checks beside it.
+    """One head set (``patch``), with the whole layer and the two checks beside it.
 
     Coverage is a share of the whole layer's effect and is only defined above the noise floor, so
     these are measured along with it.
+
+    Returns:
+        A grid of the conditions ``full``, ``patch``, ``none`` and ``self``.
     """
-    plan = GridPlan(experiment.n_heads, layer, None, (), ())
-    wanted = [Planned("patch", layer, heads), *plan.checks()]
-    conditions = Recorder(experiment, alpha).measure(wanted)
-    settings = _settings(experiment, plan, alpha=alpha, rank_by="delta", seed=0)
-    return _result(experiment, settings, conditions)
+    recorder = recording(recorder, settings)
+    settings = settings.but(control_layer=None, k=(), random_seeds=())
+    plan = GridPlan(recorder.experiment.n_heads, settings)
+    conditions = recorder.measure([Planned("patch", plan.layer, heads), *plan.checks()])
+    return _result(recorder.experiment, settings, effort, conditions)
 
 
 def run_sweep(
-    experiment: Experiment,
-    alpha: float = DEFAULT_ALPHA,
-    *,
-    ks: Sequence[int] = DEFAULT_KS,
-    random_seeds: Sequence[int] = DEFAULT_RANDOM_SEEDS,
-    rank_by: RankBy = "delta",
-    seed: int = 0,
-    store: Store | None = None,
-    advance: Advance | None = None,
+    recorder: Recorder | Experiment, settings: Patching, effort: Effort | None = None
 ) -> dict[int, GridResult]:
     """The grid of every prepared layer, without control layers, from one clean pass.
 
     Args:
-        experiment: the prepared pair; its layers are the ones that are swept.
-        alpha: blend strength, in [0, 1].
-        ks: sizes of the top-k and random-k head sets.
-        random_seeds: seeds of the random-k head sets.
-        rank_by: the score that orders single heads of a layer.
-        seed: seed of the run, recorded with the results.
-        store: where finished conditions are kept and looked up.
-        advance: called with the number of rows (prompt x patch) just finished.
+        recorder: the prepared pair, or what records its effects; its layers are swept.
+        settings: what is patched and measured in each layer.
+        effort: resamples and seed of what is drawn later, recorded with the results.
 
     Returns:
         One grid per layer.
     """
+    recorder = recording(recorder, settings)
     return {
-        layer: run_grid(
-            experiment.pair,
-            experiment.maps,
-            layer,
-            alpha=alpha,
-            ks=ks,
-            random_seeds=random_seeds,
-            rank_by=rank_by,
-            seed=seed,
-            store=store,
-            experiment=experiment,
-            advance=advance,
-        )
-        for layer in experiment.layers
+        layer: measure_grid(recorder, settings.but(layer=layer, control_layer=None), effort)
+        for layer in recorder.experiment.layers
     }
 
 
+def recording(recorder: Recorder | Experiment, settings: Patching) -> Recorder:
+    """What records an experiment's effects."""
+    return recorder if isinstance(recorder, Recorder) else Recorder(recorder, settings.alpha)
+
+
 def _result(
-    experiment: Experiment, settings: GridSettings, conditions: Mapping[str, ConditionResult]
+    experiment: Experiment,
+    settings: Patching,
+    effort: Effort | None,
+    conditions: Mapping[str, ConditionResult],
 ) -> GridResult:
+    pair, layer_map = experiment.pair, experiment.maps[int(settings.layer or 0)]
     return GridResult(
-        settings=settings,
+        settings=GridSettings(
+            pair=pair.name,
+            base=pair.base.card.source,
+            tuned=pair.tuned.card.source,
+            n_layers=pair.n_layers,
+            n_heads=pair.n_heads,
+            decision_rule=pair.decision_rule,
+            dtype=pair.tuned.card.dtype,
+            engine=experiment.engine.name,
+            # What was measured, whatever was asked for.
+            patching=settings.but(
+                map_kind=layer_map.kind,
+                map_scope=layer_map.scope,
+                **experiment.settings.model_dump(include=PREPARED),
+            ),
+            effort=effort or Effort(),
+        ),
         prompt_ids=experiment.prompt_ids,
         groups=experiment.groups,
         conditions=conditions,
@@ -250,32 +264,3 @@ def _check_maps(plan: GridPlan, maps: Mapping[int, LayerMap]) -> None:
                 f"layer {needed} has no map: maps are fitted for {sorted(maps)}; fit it with "
                 f"fit_maps(pair, layers=[..., {needed}])."
             )
-
-
-def _settings(
-    experiment: Experiment, plan: GridPlan, *, alpha: float, rank_by: RankBy, seed: int
-) -> GridSettings:
-    pair, layer_map = experiment.pair, experiment.maps[plan.layer]
-    return GridSettings(
-        pair=pair.name,
-        base=pair.base.card.source,
-        tuned=pair.tuned.card.source,
-        layer=plan.layer,
-        control_layer=plan.control_layer,
-        alpha=alpha,
-        ks=plan.ks,
-        random_seeds=plan.random_seeds,
-        rank_by=rank_by,
-        map_kind=layer_map.kind,
-        map_scope=layer_map.scope,
-        split=experiment.split,
-        k_positions=experiment.k_positions,
-        n_layers=pair.n_layers,
-        n_heads=pair.n_heads,
-        kl_direction=experiment.kl_direction,
-        raw_baseline=experiment.raw_baseline,
-        decision_rule=pair.decision_rule,
-        dtype=pair.tuned.card.dtype,
-        seed=seed,
-        engine=experiment.engine.name,
-    )

@@ -185,8 +185,8 @@ class Recorder:
             "device": device_of(experiment.tuned_model).type,
             "weight_processing": "none",
             "k_positions": experiment.k_positions,
-            "kl_direction": experiment.kl_direction,
-            "raw_baseline": experiment.raw_baseline,
+            "kl_direction": experiment.settings.kl_direction,
+            "raw_baseline": experiment.settings.raw_baseline,
             "libraries": arithmetic_libraries(),
         }
 

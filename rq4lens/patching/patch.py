@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import einops
 import torch
@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
+from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.engines.difference_sums import difference_sums
-
-KLDirection = Literal["patched||clean", "clean||patched"]
 
 RAW = "raw"
 MAPPED = "mapped"
@@ -80,6 +79,18 @@ def blend(
     return torch.lerp(z, source.to(z.dtype), weight)
 
 
+def patched_first(direction: KLDirection) -> bool:
+    """Whether the divergence is ``KL(p_patched || p_clean)``.
+
+    Raises:
+        UserError: if there is no such direction.
+    """
+    if direction not in get_args(KLDirection):
+        allowed = " or ".join(get_args(KLDirection))
+        raise UserError(f"kl_direction {direction!r} does not exist: choose {allowed}.")
+    return direction == "patched||clean"
+
+
 def next_token_kl(
     patched_logits: Float[Tensor, "*rows vocab"],
     clean_logits: Float[Tensor, "*#rows vocab"],
@@ -105,7 +116,7 @@ def next_token_effects(
     patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
-    first, second = (patched, clean) if direction == "patched||clean" else (clean, patched)
+    first, second = (patched, clean) if patched_first(direction) else (clean, patched)
     terms = first.exp() * (first - second)
     # A logit of minus infinity gives 0 * (-inf - x), which is NaN where the limit is 0.
     terms = torch.where(first == -torch.inf, 0.0, terms)
@@ -131,7 +142,7 @@ def effects_by_difference(
     digits in float32, and equal logits give exactly 0.
     """
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
-    tilted = direction == "patched||clean"
+    tilted = patched_first(direction)
     excess, moment = difference_sums(
         patched_logits,
         clean,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from rq4lens.config import RunConfig, config_from, preset, read_config
+from rq4lens.config import SETTINGS, RunConfig, config_from, preset, read_config
 from rq4lens.errors import UserError
 
 LISTS = ("k", "random_seeds")
@@ -77,11 +77,11 @@ def _assemble(
 ) -> RunConfig:
     given = {name: _plain(name, value) for name, value in settings.items() if value is not None}
     if file is not None:
-        start = read_config(file).model_dump(exclude_unset=True)
+        start = read_config(file).flat()
     elif "base" in given and ("tuned" in given or "tuned" not in settings):
         start = {}
     elif (name := given.get("pair", default_pair)) is not None:
-        start = preset(name).model_dump(exclude_unset=True)
+        start = preset(name).flat()
     elif "base" in given or "tuned" in given:
         one, other = ("base", "tuned") if "base" in given else ("tuned", "base")
         raise UserError(
@@ -118,7 +118,7 @@ def _file_parameter() -> inspect.Parameter:
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    field, flag = RunConfig.model_fields[name], f"--{name.replace('_', '-')}"
+    field, flag = SETTINGS[name], f"--{name.replace('_', '-')}"
     said = field.description or name
     text = f"{said[:1].upper()}{said[1:]}.{_default_note(name)}"
     option = (
@@ -134,7 +134,7 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 def _default_note(name: str) -> str:
-    default = RunConfig.model_fields[name].default
+    default = SETTINGS[name].default
     if default is None or default == "" or name == "pair":
         return ""
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -144,7 +144,7 @@ def _default_note(name: str) -> str:
 def _metavar(name: str) -> str:
     choices = [
         each
-        for part in (RunConfig.model_fields[name].annotation, *_parts(name))
+        for part in (SETTINGS[name].annotation, *_parts(name))
         for each in get_args(part)
         if isinstance(each, str)
     ]
@@ -152,4 +152,4 @@ def _metavar(name: str) -> str:
 
 
 def _parts(name: str) -> tuple[Any, ...]:
-    return get_args(RunConfig.model_fields[name].annotation)
+    return get_args(SETTINGS[name].annotation)

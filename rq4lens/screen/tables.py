@@ -72,11 +72,12 @@ def condition_text(settings: GridSettings, record: Record) -> str:
 def setting_line(settings: GridSettings, n_prompts: int, where: str | None = None) -> str:
     """Two lines that say what was measured and how."""
     where = where or f"layer {settings.layer} of {settings.n_layers}"
+    patching = settings.patching
     return (
         f"{settings.pair}, {where}, "
-        f"{settings.n_heads} heads, alpha {settings.alpha:g}, "
-        f"{settings.split} split (n={n_prompts}),\n"
-        f"map {settings.map_kind} per {settings.map_scope}, KL({settings.kl_direction}) in nats, "
+        f"{settings.n_heads} heads, alpha {patching.alpha:g}, "
+        f"{patching.split} split (n={n_prompts}),\n"
+        f"map {patching.map_kind} per {patching.map_scope}, KL({patching.kl_direction}) in nats, "
         f"{settings.dtype}"
     )
 

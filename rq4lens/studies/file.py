@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rq4lens.analysis.structure.layers import COMPARED, METRICS, Metric, rank_by_of
 from rq4lens.cluster.pieces import Request
-from rq4lens.config import RunConfig, config_from, preset, preset_names
+from rq4lens.config import SETTINGS, config_from, preset, preset_names
 from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
 from rq4lens.jobs.sweep import parse_layers
@@ -63,7 +63,7 @@ class Cell:
         """Name of its folder."""
         config = self.request.config
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.pair)
-        return f"{safe}_a{config.alpha:g}_{config.map_kind}"
+        return f"{safe}_a{config.patching.alpha:g}_{config.patching.map_kind}"
 
     def directory(self, study: Path) -> Path:
         """Its run directory in the study's."""
@@ -150,7 +150,7 @@ def _metrics(names: Sequence[str], where: str) -> tuple[Metric, ...]:
 
 def _shared_settings() -> list[str]:
     own = {"alpha", "map_kind", *NOT_SHARED}
-    return [name for name in RunConfig.model_fields if name not in own]
+    return [name for name in SETTINGS if name not in own]
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
@@ -170,11 +170,11 @@ def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell
     name = str(values.pop("name", None) or values.get("pair") or "")
     if not name:
         raise UserError(f"{where}: a table of [[pairs]] has no name: give it one.")
-    known = [*RunConfig.model_fields, "name", "layers"]
+    known = [*SETTINGS, "name", "layers"]
     _refuse_unknown(values, known, f"pair {name!r} of {where}")
     start = {}
     if "base" not in values and values.get("pair") in preset_names():
-        start = preset(values["pair"]).model_dump(exclude_unset=True)
+        start = preset(values["pair"]).flat()
     ranking = rank_by_of(file.metrics) if "metrics" in file.model_fields_set else None
     ranked = {} if ranking is None else {"rank_by": ranking}
     settings = {**start, **ranked, **file.settings, **values}

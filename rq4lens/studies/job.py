@@ -19,6 +19,7 @@ from rq4lens.disk.files import (
 from rq4lens.disk.run import CELL, JOB, LAYERS
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.studies.file import STUDY, Cell, StudyPlan, read_study
 from rq4lens.studies.report import write_study_report
@@ -97,7 +98,7 @@ def run_study_file(
     else:
         for place, (own, cell) in enumerate(left.items(), start=1):
             named = _named(f"{place}/{len(left)} {cell.name}", stage)
-            finish(cell.request, own, fresh=fresh, stage=named)
+            finish(cell.request, Bench(cell.request.config, own, fresh=fresh, stage=named))
             done(own)
     return write_study_report(plan, directory)
 
@@ -129,7 +130,7 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
         own = cell.directory(directory)
         if part == WHOLE:
             if not _is_finished(cell, own, marks):
-                finish(cell.request, own, fresh=fresh, stage=stage)
+                finish(cell.request, Bench(cell.request.config, own, fresh=fresh, stage=stage))
                 marks.put(_Finished(cell), {})
             said.append(f"{cell.name}: finished\n")
             continue
@@ -197,5 +198,5 @@ def _join(plan: StudyPlan, directory: Path) -> None:
     for cell in plan.cells:
         own = cell.directory(directory)
         make_directory(own)
-        settings = cell.request.config.model_dump(mode="json", exclude_unset=True)
+        settings = cell.request.config.flat()
         write_json_atomic(own / CELL, {"config": settings})

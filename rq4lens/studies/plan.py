@@ -93,7 +93,7 @@ def probe(config: RunConfig, pair: ModelPair) -> Probe:
     started = time.perf_counter()
     model: Any = pair.use("tuned").model
     load_seconds = time.perf_counter() - started
-    prompts = pair.tokens("tuned", config.split)
+    prompts = pair.tokens("tuned", config.patching.split)
     shape = Shape.of(model.cfg)
     points = list(_points(model, prompts, shape, config))
     n_tokens = int(prompts.lengths.float().mean())
@@ -129,7 +129,7 @@ def _point(
 ) -> Measured:
     some = TokenizedPrompts(prompts.ids[:n_prompts], prompts.token_ids[:n_prompts])
     started = time.perf_counter()
-    engine = make_engine(model, some, first_layer=layer, batch_size=config.batch_size)
+    engine = make_engine(model, some, first_layer=layer, batch_size=config.place.batch_size)
     sources = Sources({(layer, RAW): torch.zeros_like(engine.tuned_z(layer))})
     passed = time.perf_counter()
     heads = [HeadSet.of([head], model.cfg.n_heads) for head in range(n_heads)]
@@ -145,22 +145,28 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
     config, shape = cell.request.config, probed.shape
     plans = cell.request.plans(pair)
     layers = [plan.layer for plan in plans]
-    n_prompts = len(pair.prompts.split(config.split))
+    n_prompts = len(pair.prompts.split(config.patching.split))
     n_train = len(pair.prompts.split(FIT_SPLIT))
-    pieces = pieces_of(plans, config.alpha)
+    pieces = pieces_of(plans, config.patching.alpha)
     # The best head is measured among the single ones; larger top-k sets are measured besides.
-    n_top = KINDS * sum(k > 1 for k in config.k)
+    n_top = KINDS * sum(k > 1 for k in config.patching.k)
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)
     work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
     seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds
-    disk = store_bytes(n_patches, n_prompts) + map_bytes(shape, len(layers), config.map_scope)
+    disk = store_bytes(n_patches, n_prompts) + map_bytes(
+        shape, len(layers), config.patching.map_scope
+    )
     site_bytes = shape.width * shape.bytes_per_number
-    disk += activation_bytes(site_bytes, n_prompts + n_train, len(layers), config.k_positions)
+    disk += activation_bytes(
+        site_bytes, n_prompts + n_train, len(layers), config.patching.k_positions
+    )
     return Estimate(len(pieces), seconds, disk)
 
 
 def _base_of(config: RunConfig) -> str:
-    return f"{config.base or config.pair} {config.base_revision} {config.dtype}"
+    return (
+        f"{config.pair.base or config.pair.name} {config.pair.base_revision} {config.place.dtype}"
+    )
 
 
 def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe]) -> str:
@@ -175,5 +181,5 @@ def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe
         f"{took:.1f} s), fitting maps and resampling aside\n"
         f"about {disk / 2**20:,.1f} MiB of conditions, maps and activations\n"
         f"compared by {', '.join(metric.name for metric in plan.metrics)}; single heads ranked by "
-        f"{' and '.join(sorted({cell.request.config.rank_by for cell in plan.cells}))}\n"
+        f"{' and '.join(sorted({cell.request.config.patching.rank_by for cell in plan.cells}))}\n"
     )

@@ -100,8 +100,8 @@ def _read(cell: Cell, directory: Path) -> SavedLayers:
 
 
 def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    config, any_grid = cell.request.config, next(iter(saved.grids.values()))
-    bootstrap = bootstrap_of(any_grid, n_resamples=config.resamples, seed=config.seed)
+    any_grid = next(iter(saved.grids.values()))
+    bootstrap = bootstrap_of(any_grid)
     rows: list[dict[str, Any]] = []
     for row in saved.comparison["rows"]:
         grid = saved.grids[row["layer"]]
@@ -142,14 +142,14 @@ def _summary(
 
 def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
     settings = [grid.settings for saved in found for grid in saved.grids.values()]
-    kinds = sorted({each.map_kind for each in settings})
-    alphas = sorted({each.alpha for each in settings})
+    kinds = sorted({each.patching.map_kind for each in settings})
+    alphas = sorted({each.patching.alpha for each in settings})
     return [
         plan.name,
         f"{len(found)} sweeps",
         f"α = {', '.join(f'{alpha:g}' for alpha in alphas)}",
         f"map {', '.join(kinds)}",
-        f"KL({', '.join(sorted({each.kl_direction for each in settings}))}) in nats",
+        f"KL({', '.join(sorted({each.patching.kl_direction for each in settings}))}) in nats",
         ", ".join(sorted({each.dtype for each in settings})),
     ]
 

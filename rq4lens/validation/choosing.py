@@ -22,11 +22,11 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.structure.heads import IDLE_SHARE, idle_line
+from rq4lens.config import Reading
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
-from rq4lens.models.prompts.reading import Reading
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Engine, Patch, Sources
 from rq4lens.validation.attended import AttendedInputs

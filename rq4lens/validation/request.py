@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import RunConfig
-from rq4lens.models.catalog import pair_from_config, reading_of
+from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.validation.suite import Suite
@@ -43,11 +43,11 @@ class ValidationRequest:
             prompts,
             methods=self.methods,
             layers=None if self.layer is None else [self.layer],
-            alpha=self.config.alpha,
+            alpha=self.config.patching.alpha,
             pairs=self.pairs,
             drift=self.drift,
-            seed=self.config.seed,
-            reading=reading_of(self.config),
+            seed=self.config.effort.seed,
+            reading=self.config.reading,
         )
 
     @property
@@ -67,5 +67,7 @@ def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:
     Raises:
         UserError: if something is missing or the model cannot be loaded.
     """
-    pair = pair_from_config(config.updated(tuned=config.tuned or config.base, keep_both=False))
+    pair = pair_from_config(
+        config.updated(tuned=config.pair.tuned or config.pair.base, keep_both=False)
+    )
     return pair.use("base").loaded, pair.prompts

@@ -17,13 +17,13 @@ from typing import Any
 from transformer_lens import HookedTransformer
 
 from rq4lens.analysis.rankings.methods import METHODS, RankingMethod
+from rq4lens.config import Reading
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelCard, PairMember
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
-from rq4lens.models.prompts.reading import Reading
 from rq4lens.patching.activations import check_layers, device_of
 from rq4lens.validation.results import (
     FalseAlarms,

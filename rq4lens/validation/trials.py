@@ -19,11 +19,11 @@ from rq4lens.analysis.rankings.methods import RankingMethod, rank_heads
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
 from rq4lens.analysis.structure.heads import head_kinds, idle_line
+from rq4lens.config import Patching, Reading
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
-from rq4lens.models.prompts.reading import Reading
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.maps.fitting import fit_maps
@@ -177,7 +177,7 @@ class Trial:
 
         def ready(split: str, n_prompts: int | None = None) -> Experiment:
             rows = range(len(pair.prompts.split(split)))[:n_prompts]
-            return prepare(pair, maps, split=split, activations=activations, rows=rows)
+            return prepare(pair, maps, Patching(split=split), activations=activations, rows=rows)
 
         experiments = ready(MEASURE_SPLIT, n_val), ready(MEASURE_SPLIT), ready(FIT_SPLIT)
         few, every, train = (MeasuredSets.of(each, layer, alpha) for each in experiments)

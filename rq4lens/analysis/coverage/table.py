@@ -120,10 +120,10 @@ class CoverageStudy:
 
 def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
     """The grid's own random sets, by size and seed."""
-    seeds = grid.settings.random_seeds
+    seeds = grid.settings.patching.random_seeds
     return {
         k: {seed: grid[f"rand{k}_s{seed}"].heads.indices for seed in seeds}
-        for k in grid.settings.ks
+        for k in grid.settings.patching.k
     }
 
 

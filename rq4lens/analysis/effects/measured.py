@@ -115,7 +115,7 @@ class MeasuredSets:
         measured = cls(
             experiment,
             settings.layer,
-            settings.alpha,
+            settings.patching.alpha,
             n_heads=grid.n_heads,
             groups=grid.groups,
             advance=advance,

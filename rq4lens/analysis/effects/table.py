@@ -26,8 +26,8 @@ def single_scores(
 ) -> Float64[ndarray, "*rows head"]:
     """The score that orders single heads, from their mean KLs."""
     delta = raw - mapped
-    if rank_by == "delta":
-        return delta
+    if rank_by != "drop_pct":
+        return delta if rank_by == "delta" else raw
     return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
 
 
@@ -40,9 +40,9 @@ QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pc
 NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
 
 
-def bootstrap_of(grid: GridResult, *, n_resamples: int = 10_000, seed: int = 0) -> Bootstrap:
-    """The resampling plan of a grid: its prompts, by group."""
-    return Bootstrap(grid.groups, n_resamples, seed)
+def bootstrap_of(grid: GridResult) -> Bootstrap:
+    """The resamples of a grid: its prompts, by group, as often as its settings say."""
+    return Bootstrap(grid.groups, grid.settings.effort.resamples, grid.settings.effort.seed)
 
 
 @dataclass(frozen=True)
@@ -108,22 +108,15 @@ def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
     return full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
 
 
-def records(
-    grid: GridResult,
-    bootstrap: Bootstrap | None = None,
-    *,
-    n_resamples: int = 10_000,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
+def records(grid: GridResult) -> list[dict[str, Any]]:
     """The records of ``rq4_results.json``, one per condition, in the order of the grid.
 
     The denominator of every ``coverage_pct`` is ``ΔKL(ALL)`` of the main layer. That holds for
     ``ctrl_full`` too: its coverage says how much the control layer's map repairs, as a share of
-    what the main layer's map repairs.
+    what the main layer's map repairs. Undefined values are null, with the reason beside them.
     """
-    bootstrap = bootstrap or bootstrap_of(grid, n_resamples=n_resamples, seed=seed)
     conditions = list(grid.conditions.values())
-    estimates = condition_estimates(grid, conditions, bootstrap)
+    estimates = condition_estimates(grid, conditions, bootstrap_of(grid))
     return [
         _record(grid, condition, row) for condition, row in zip(conditions, estimates, strict=True)
     ]
@@ -176,8 +169,8 @@ def _record(
         "alpha": condition.alpha,
         "heads": list(condition.heads),
         "head_mask": list(condition.heads.mask),
-        "split": grid.settings.split,
-        "k_positions": grid.settings.k_positions,
+        "split": grid.settings.patching.split,
+        "k_positions": grid.settings.patching.k_positions,
         "n": grid.n_prompts,
     }
     for name in QUANTITIES:

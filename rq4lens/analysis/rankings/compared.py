@@ -121,7 +121,7 @@ def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimat
 
     It is undefined, as coverage is, when the repair under the full patch cannot be told from 0.
     """
-    ks = grid.settings.ks
+    ks = grid.settings.patching.k
     repair = np.stack(
         [answer_repair_nats(grid[f"top{k}"]) for k in ks] + [answer_repair_nats(grid.full)]
     )

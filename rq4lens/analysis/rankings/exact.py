@@ -62,8 +62,9 @@ def rank_by_leave_one_out(measured: MeasuredSets) -> HeadRanking:
 
 
 def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
-    """The study's own ranking: by ``delta`` or ``drop_pct``."""
-    return rank_by_delta(measured) if rank_by == "delta" else rank_by_drop_pct(measured)
+    """The run's own ranking."""
+    by = {"delta": rank_by_delta, "drop_pct": rank_by_drop_pct, "kl_raw": rank_by_kl_raw}
+    return by[rank_by](measured)
 
 
 def per_prompt_ranking(

@@ -210,18 +210,12 @@ class LayerComparison:
 def compare_layers(
     grids: Mapping[int, GridResult],
     experiment: MeasuresHeadSets | None = None,
-    *,
-    n_resamples: int = 10_000,
-    seed: int = 0,
 ) -> LayerComparison:
     """Compare the layers that were measured on the same prompts.
 
     Args:
         grids: the grid of each layer; full and single-head conditions are enough.
         experiment: measures the rest of each layer's curve.
-        n_resamples: bootstrap resamples; the sign-flip tests have as many flips or, where there
-            are many heads, more.
-        seed: their seed.
 
     Returns:
         The comparison.
@@ -232,15 +226,19 @@ def compare_layers(
     _check(grids)
     layers = tuple(sorted(grids))
     any_grid = grids[layers[0]]
-    bootstrap = bootstrap_of(any_grid, n_resamples=n_resamples, seed=seed)
+    bootstrap = bootstrap_of(any_grid)
     singles = np.stack([_singles(grids[layer]) for layer in layers])
     delta = singles[:, 0] - singles[:, 1]
     raw, mapped = singles.mean(-1).swapaxes(0, 1)
     heads = [Head(layer, head) for layer in layers for head in range(any_grid.n_heads)]
-    alpha = any_grid.settings.alpha
+    alpha = any_grid.settings.patching.alpha
     of_heads = delta.reshape(len(heads), -1)
     tests = head_tests(
-        [(h, alpha) for h in heads], of_heads, any_grid.groups, n_flips=n_resamples, seed=seed
+        [(head, alpha) for head in heads],
+        of_heads,
+        any_grid.groups,
+        n_flips=bootstrap.n_resamples,
+        seed=bootstrap.seed,
     )
     return LayerComparison(
         layers=layers,
@@ -252,7 +250,7 @@ def compare_layers(
         rows=_rows(grids, experiment, bootstrap, float(_threshold(delta))),
         ranking=_global_ranking(heads, of_heads, bootstrap),
         tests=tests,
-        by_index=_by_index(layers, delta, any_grid.settings.ks, bootstrap),
+        by_index=_by_index(layers, delta, any_grid.settings.patching.k, bootstrap),
     )
 
 
@@ -265,7 +263,10 @@ def _check(grids: Mapping[int, GridResult]) -> None:
             raise UserError(
                 f"the grid given for layer {layer} is one of layer {grid.settings.layer}."
             )
-        if grid.prompt_ids != first.prompt_ids or grid.settings.alpha != first.settings.alpha:
+        if (
+            grid.prompt_ids != first.prompt_ids
+            or grid.settings.patching.alpha != first.settings.patching.alpha
+        ):
             raise UserError(
                 f"layer {layer} was measured on other prompts or at another alpha than layer "
                 f"{first.settings.layer}: compare layers of one sweep."
@@ -310,7 +311,7 @@ def _row(
     curve = None
     if experiment is not None:
         measured = MeasuredSets.of_grid(grid, experiment)
-        ranking = single_ranking(measured, grid.settings.rank_by)
+        ranking = single_ranking(measured, grid.settings.patching.rank_by)
         curve = ranking_curve(ranking, measured, full, bootstrap)
     return LayerRow(
         layer=grid.settings.layer,

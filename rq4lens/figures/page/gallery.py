@@ -113,7 +113,7 @@ def _of_alphas(grid: GridResult, record: Record, bootstrap: Bootstrap, *, dark: 
             what="blend strengths",
             alpha=f"{alphas[0]['alpha']:g} to {alphas[-1]['alpha']:g}",
             # At every strength heads are ranked by ΔKL; the run's own ranking may be another.
-            rank_ranges={_at(grid.settings.alpha): rank_ranges(record, "delta")},
+            rank_ranges={_at(grid.settings.patching.alpha): rank_ranges(record, "delta")},
             bootstrap=bootstrap,
             dark=dark,
         ),

@@ -141,7 +141,7 @@ def heads(material: Material) -> Section:
     """Every head of the main layer."""
     grid, analysis = material.grid, material.analysis
     kinds, rule = head_kinds(grid, analysis, material.bootstrap)
-    tested, alpha = analysis.get("tests", {}), grid.settings.alpha
+    tested, alpha = analysis.get("tests", {}), grid.settings.patching.alpha
     tests = {row["head"]: row for row in tested.get("tests", ()) if row["alpha"] == alpha}
     table = Table(
         "Single heads, best first; effects in nats; p: sign-flip test at this alpha, corrected for "

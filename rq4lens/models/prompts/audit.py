@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import PromptSet
-from rq4lens.models.prompts.reading import Reading, ReadPrompt, decoded, n_leading_bos, read_prompt
+from rq4lens.models.prompts.reading import ReadPrompt, decoded, n_leading_bos, read_prompt
 from rq4lens.models.prompts.record import Prompt
 from rq4lens.models.prompts.rendering import apply_template
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.record import Prompt
@@ -15,46 +16,8 @@ from rq4lens.models.prompts.rendering import Place, Rendered, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DecisionRule = Literal["last", "last_content", "before_answer", "marker", "offset"]
-
 Span = tuple[int, int]
 """First character of a token in the rendered text, and the one behind its last."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How prompts are read.
-
-    Args:
-        decision_rule: where a prompt is decided: ``"last"`` at its last token, ``"last_content"``
-            at the last one that is not special, ``"before_answer"`` at the token before the
-            prompt's answer, ``"marker"`` at the last character of a marker's last occurrence,
-            ``"offset"`` at the character that the prompt names.
-        marker: the marker of prompts that name none.
-        max_tokens: longer prompts lose tokens on the left, but not their BOS.
-
-    Raises:
-        UserError: if a marker is given that no rule looks for.
-    """
-
-    decision_rule: DecisionRule = "last"
-    marker: str | None = None
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.marker is not None and self.decision_rule != "marker":
-            raise UserError(
-                f"marker {self.marker!r} is given, but the decision rule is "
-                f"{self.decision_rule!r}: set it to 'marker', or leave the marker out."
-            )
-        if self.marker == "":
-            raise UserError("the marker is empty: give a string of the prompts' texts.")
-
-    @property
-    def label(self) -> str:
-        """The rule in a few words, with everything that can change a token."""
-        rule = self.decision_rule if self.marker is None else f"marker {self.marker!r}"
-        return rule if self.max_tokens is None else f"{rule}, last {self.max_tokens} tokens"
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rq4lens.config import EngineName, KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
@@ -20,9 +21,7 @@ from rq4lens.patching.engines.clean_pass import shortest_and_longest
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.engines.kept import Kept
 from rq4lens.patching.engines.row_engine import RowEngine
-from rq4lens.patching.patch import Engine, Intervention, KLDirection, Patch, Sources
-
-EngineChoice = Literal["suffix", "cached", "hooks"]
+from rq4lens.patching.patch import Engine, Intervention, Patch, Sources
 
 logger = logging.getLogger("rq4lens")
 
@@ -51,7 +50,7 @@ def make_engine(
     model: HookedModel,
     prompts: TokenizedPrompts,
     *,
-    prefer: EngineChoice = "suffix",
+    prefer: EngineName = "suffix",
     k_positions: int = 1,
     batch_size: int = 32,
     kl_direction: KLDirection = "patched||clean",
@@ -72,6 +71,10 @@ def make_engine(
         "batch_size": batch_size,
         "kl_direction": kl_direction,
     }
+    if prefer not in get_args(EngineName):
+        raise UserError(
+            f"engine {prefer!r} does not exist: choose from {', '.join(get_args(EngineName))}."
+        )
     order = list(_FAST_ENGINES)
     engine: Engine | None = None
     reasons: list[str] = []

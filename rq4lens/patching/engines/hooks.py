@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
@@ -30,7 +31,6 @@ from rq4lens.patching.patch import (
     Advance,
     Effects,
     Intervention,
-    KLDirection,
     Patch,
     Sources,
     answer_logprob_change,

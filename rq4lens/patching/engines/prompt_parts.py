@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from transformer_lens import HookedTransformer
 
+from rq4lens.config import EngineName
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.engines.choice import EngineChoice
 from rq4lens.patching.engines.memory import MemoryPlan, even_parts
 
 
 def prompt_parts(
-    model: HookedModel, prompts: TokenizedPrompts, engine: EngineChoice, batch_size: int
+    model: HookedModel, prompts: TokenizedPrompts, engine: EngineName, batch_size: int
 ) -> list[tuple[int, ...]]:
     """The batches of the clean pass. Nothing passes between them, but rounding depends on them.
 

@@ -15,6 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from rq4lens.config import KLDirection
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
@@ -26,7 +27,6 @@ from rq4lens.patching.patch import (
     Advance,
     Effects,
     Intervention,
-    KLDirection,
     Sources,
     effects_by_difference,
     next_token_effects,

@@ -1,0 +1,181 @@
+"""The bench that every job works at: a pair, its activations, maps and experiments, made once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rq4lens.config import RunConfig
+from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, refuse_foreign
+from rq4lens.disk.store import Store
+from rq4lens.errors import UserError
+from rq4lens.jobs.progress import Clock, Progress, Stage, silent
+from rq4lens.models.catalog import keep_base_card, pair_from_config, resolve_device
+from rq4lens.models.pair import ModelPair
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT
+from rq4lens.patching.activations import PairActivations, check_layers
+from rq4lens.patching.experiment import Experiment, prepare
+from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.kept_activations import KeptActivations
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.measured import Recorder
+
+log = logging.getLogger(__name__)
+
+
+class Bench:
+    """A pair and what is measured of it, each part made when it is first needed.
+
+    Args:
+        config: the pair, and how it is read, patched and measured.
+        directory: the run directory that keeps conditions, maps and activations, if any.
+        fresh: make everything again, whatever the directory holds.
+        stage: opens a stage of the work, for progress bars.
+
+    Raises:
+        UserError: if the directory holds other files.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path | None = None,
+        *,
+        fresh: bool = False,
+        stage: Stage = silent,
+    ) -> None:
+        if directory is not None:
+            refuse_foreign(directory)
+        self.config = config
+        self.directory = directory
+        self.fresh = fresh
+        self.clock = Clock(stage)
+        self._experiments: dict[tuple[Any, ...], Experiment] = {}
+        self._fitted: set[int] = set()
+
+    @property
+    def run_directory(self) -> Path:
+        """The run directory of a job that has one."""
+        if self.directory is None:
+            raise UserError("this job writes a run: give it a directory.")
+        return self.directory
+
+    @cached_property
+    def pair(self) -> ModelPair:
+        """The pair; the base model is not loaded while its cached activations do."""
+        return pair_from_config(self.config, kept_in=None if self.fresh else self.cache)
+
+    @property
+    def plan(self) -> GridPlan:
+        """The grid of the configuration, checked against the pair."""
+        return plan_for(self.config, self.pair.n_layers, self.pair.n_heads)
+
+    @property
+    def cache(self) -> Path | None:
+        """Where activations of the base model are cached, if anywhere."""
+        if self.config.place.cache is not None:
+            return Path(self.config.place.cache)
+        return None if self.directory is None else self.directory / ACTIVATIONS
+
+    @cached_property
+    def store(self) -> Store | None:
+        """The measured conditions on disk, if there is a run directory."""
+        return None if self.directory is None else Store(self.directory / CONDITIONS, self.fresh)
+
+    @cached_property
+    def activations(self) -> PairActivations:
+        """What the forward passes of both models give; filled by :meth:`capture`."""
+        device = torch.device(resolve_device(self.config.place.device)).type
+        return PairActivations(
+            self.pair,
+            k_positions=self.config.patching.k_positions,
+            batch_size=self.config.place.batch_size,
+            kept=None
+            if self.cache is None
+            else KeptActivations(self.cache, device, fresh=self.fresh),
+        )
+
+    def capture(self, layers: Sequence[int]) -> PairActivations:
+        """Read both models' activations at some layers, and cache those of base."""
+        split = self.config.patching.split
+        with self.clock("capture"):
+            # All of base before any of tuned: the models may not fit into memory together.
+            self.activations.capture("base", FIT_SPLIT, layers)
+            self.activations.capture("base", split, layers)
+            self.activations.capture("tuned", FIT_SPLIT, layers)
+        if not self.pair.base.was_loaded:
+            log.info("the base model was not loaded: its activations are cached in %s", self.cache)
+        elif self.cache is not None:
+            self.activations.keep()
+            keep_base_card(self.config, self.pair, self.cache)
+        return self.activations
+
+    def fit(self, layers: Sequence[int]) -> dict[int, Any]:
+        """The maps of some layers, fitted now or before."""
+        patching = self.config.patching
+        maps = fit_maps(
+            self.pair,
+            layers,
+            patching.map_kind,
+            scope=patching.map_scope,
+            seed=self.config.effort.seed,
+            activations=self.activations,
+            directory=self.directory and self.directory / MAPS,
+            fresh=self.fresh and not self._fitted.issuperset(layers),
+        )
+        self._fitted.update(layers)
+        return maps
+
+    def experiment(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Experiment:
+        """Some layers ready to be measured; the one that was made last stays.
+
+        Args:
+            layers: the layers.
+            prompts: ids of the prompts; all measured prompts when empty.
+        """
+        wanted = (tuple(layers), tuple(prompts))
+        if wanted not in self._experiments:
+            self._experiments = {}  # lets the memory of the one before go first
+            self.capture(layers)
+            with self.clock("maps"):
+                maps = self.fit(layers)
+            with self.clock("prepare"):
+                self._experiments[wanted] = prepare(
+                    self.pair,
+                    maps,
+                    self.config.patching,
+                    self.config.place,
+                    activations=self.activations,
+                    rows=self._rows_of(prompts) if prompts else None,
+                )
+        return self._experiments[wanted]
+
+    def _rows_of(self, prompts: Sequence[str]) -> list[int]:
+        ids = self.pair.tokens("tuned", self.config.patching.split).ids
+        places = {each: place for place, each in enumerate(ids)}
+        return [places[each] for each in prompts]
+
+    def recorder(self, experiment: Experiment, progress: Progress | None = None) -> Recorder:
+        """Measures with an experiment, or takes from the store what is there."""
+        return Recorder(experiment, self.config.patching.alpha, self.store, progress)
+
+
+def plan_for(config: RunConfig, n_layers: int, n_heads: int) -> GridPlan:
+    """The grid of a configuration, checked against models of so many layers and heads.
+
+    Raises:
+        UserError: if no layer is named, or a layer or k does not fit the models.
+    """
+    if config.patching.layer is None:
+        raise UserError(
+            f"no layer is named for pair {config.pair.name!r}: give one from 0 to {n_layers - 1} "
+            "with --layer."
+        )
+    plan = GridPlan(n_heads, config.patching)
+    check_layers(plan.layers, n_layers)
+    return plan

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,37 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-@contextlib.contextmanager
-def readable(what: str, fault: str, advice: str) -> Iterator[None]:
-    """Say why something cannot be read, as ``WHAT FAULT (reason): ADVICE``.
+def read_text(
+    path: Path,
+    what: str,
+    *,
+    parse: Callable[[str], Any] = str,
+    form: str = "UTF-8",
+    missing: str = "check the path",
+    fix: str = "save it as a plain UTF-8 file",
+) -> Any:
+    """What the text of a file says.
+
+    Args:
+        path: the file.
+        what: what it is, for the sentence, such as ``"prompt file"``.
+        parse: from its text to what it says; raises ``ValueError`` where it says nothing.
+        form: what it should be written in.
+        missing: what to do when it is not there.
+        fix: what to do when it cannot be read.
 
     Raises:
-        UserError: if a file is missing or cannot be opened, or its content cannot be parsed.
+        UserError: if the file is missing, is no regular file, or cannot be parsed.
     """
+    name = f"{what} {str(path)!r}".lstrip()
     try:
-        yield
+        return parse(read_regular_file(path))
     except FileNotFoundError:
-        raise UserError(f"{what} does not exist: check the path.") from None
+        raise UserError(f"{name} does not exist: {missing}.") from None
     except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{what} {fault} ({short_reason(problem)}): {advice}.") from None
+        raise UserError(
+            f"{name} cannot be read as {form} ({short_reason(problem)}): {fix}."
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -52,10 +70,8 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: if the file is missing, is no regular file, or does not hold strict JSON.
     """
-    with readable(
-        repr(str(path)), "cannot be read as JSON", "restore it, or remove it and run again"
-    ):
-        return parse_json(read_regular_file(path))
+    fix = "restore it, or remove it and run again"
+    return read_text(path, "", parse=parse_json, form="JSON", fix=fix)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

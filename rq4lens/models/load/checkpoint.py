@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rq4lens.disk.files import (
     parse_json,
     read_regular_file,
-    readable,
     short_reason,
     short_value,
 )
@@ -35,13 +34,17 @@ from rq4lens.errors import UserError
 
 def read_json(path: Path, source: str) -> dict[str, Any]:
     """A JSON object of a checkpoint."""
-    if not path.exists():
+    try:
+        value = parse_json(read_regular_file(path), unique_keys=True)
+    except FileNotFoundError:
         raise UserError(
             f"{source} has no {path.name}; give a folder written by save_pretrained, "
             "or a hub id as org/name."
-        )
-    with readable(str(path), "is not valid JSON", "restore the file"):
-        value = parse_json(read_regular_file(path), unique_keys=True)
+        ) from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"{path} is not valid JSON ({short_reason(problem)}); restore the file."
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold an object, as {{...}}; restore the file.")
     return value

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rq4lens.disk.files import parse_json, read_regular_file, readable, short_reason
+from rq4lens.disk.files import parse_json, read_text, short_reason
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.record import KEYS
 
@@ -139,11 +139,11 @@ def _load_dataset(path: Path) -> Any:
 
 
 def _read(path: Path) -> str:
-    advice = "save it as a plain UTF-8 file"
-    with readable(f"prompt file {str(path)!r}", "cannot be read as UTF-8", advice):
-        return read_regular_file(path).removeprefix("\ufeff")  # a byte order mark is no content
+    return str(read_text(path, "prompt file")).removeprefix("\ufeff")  # a BOM is no content
 
 
 def _parse(text: str, where: str, advice: str) -> Any:
-    with readable(where, "is not JSON", advice):
+    try:
         return parse_json(text)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{where} is not JSON ({short_reason(problem)}): {advice}.") from None

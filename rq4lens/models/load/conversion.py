@@ -60,7 +60,7 @@ def hooked_config(
         fields = find_architecture(architecture).config(hf_config)
     except UserError:
         raise
-    except Exception as error:  # a configuration of a stranger may say anything
+    except Exception as error:  # a configuration may say anything
         raise _foreign(architecture, error) from error
     if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
         raise UserError(

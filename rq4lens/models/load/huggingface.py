@@ -199,7 +199,7 @@ def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> 
 
 @contextmanager
 def _reading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn whatever transformers raises on a folder of another's into one sentence."""
+    """Turn what transformers raises on a damaged folder into one sentence."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -45,7 +45,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int
     where = f"The tokenizer of {tokenizer.name_or_path}"
     try:
         rows = [tokenizer(text)["input_ids"][:n_tokens] for text in CHECK_TEXTS]
-    except Exception as problem:  # what it was told to do may fail in any way
+    except Exception as problem:  # its settings may make it fail in any way
         raise UserError(
             f"{where} fails on a plain sentence ({short_reason(problem)}); restore its files."
         ) from problem

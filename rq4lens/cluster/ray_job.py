@@ -105,7 +105,7 @@ class Worker:
 
     def fit(self, layer: int) -> int:
         """Fit the map of a layer into the run directory."""
-        self.bench.fit([layer])
+        self.bench.maps([layer])
         return layer
 
     def measure(self, place: int) -> int:
@@ -344,7 +344,7 @@ def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
     changes: dict[str, Any] = {
         name: str(Path(value).resolve())
         for name in ("base", "tuned", "prompts")
-        if (value := getattr(config, name)) is not None and Path(value).exists()
+        if (value := getattr(config.pair, name)) is not None and Path(value).exists()
     }
     if config.place.cache is not None:
         changes["cache"] = str(Path(config.place.cache).resolve())

@@ -15,13 +15,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.models.cards import (
-    CardIngredients,
-    checkpoint_fingerprint,
-    keep_card,
-    kept_card,
-)
+from rq4lens.models.cards import CardIngredients, checkpoint_fingerprint, kept_card
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
@@ -154,7 +150,7 @@ def _source(config: RunConfig, side: Side) -> _Source:
         folder = _builtin_folder(config.pair.name) / side
         return _Source(str(folder), None, f"{config.pair.name}/{side} (built in)")
     path = _required(config, side)
-    return _Source(path, getattr(config, f"{side}_revision"), path)
+    return _Source(path, getattr(config.pair, f"{side}_revision"), path)
 
 
 def size_of(config: RunConfig, side: Side) -> ModelSize:
@@ -256,7 +252,7 @@ def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
     """
     if pair.base.was_loaded:
         ingredients = _card_ingredients(_source(config, "base"), config)
-        keep_card(directory, ingredients, pair.base.card)
+        Store(directory).put(ingredients, pair.base.card.to_dict())
 
 
 def _members(config: RunConfig, kept_in: Path | None = None) -> dict[Side, PairMember]:
@@ -274,7 +270,7 @@ def _members(config: RunConfig, kept_in: Path | None = None) -> dict[Side, PairM
 def _find_card(source: _Source, config: RunConfig, directory: Path) -> ModelCard | None:
     if not directory.is_dir():
         return None  # spares the reading of the whole checkpoint
-    card = kept_card(directory, _card_ingredients(source, config))
+    card = kept_card(Store(directory), _card_ingredients(source, config))
     # The same files may lie elsewhere by now.
     return None if card is None else replace(card, source=source.name)
 
@@ -321,7 +317,7 @@ def _builtin_folder(name: str) -> Path:
 
 
 def _required(config: RunConfig, what: str) -> str:
-    value = getattr(config, what)
+    value = getattr(config.pair, what)
     if value is None:
         raise UserError(
             f"no {what} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "

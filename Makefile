@@ -40,7 +40,7 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quick: lint
-	$(BIN)/python -m pytest --numprocesses 2 -m "not slow" $(QUICK)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(QUICK)
 
 figures: $(INSTALLED)
 	$(BIN)/python figures/make.py

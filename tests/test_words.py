@@ -70,6 +70,6 @@ def test_no_two_public_classes_share_a_name():
 
 
 def test_a_study_is_a_study_file():
-    """The job of `rq4lens run` is a run; studies have a room of their own."""
+    """The job of `rq4lens run` is a run; what is called a study is in the room of study files."""
     named = [(name, file) for name, file in public_classes() if "Study" in WORD.findall(name)]
     assert [each for each in named if not each[1].startswith("studies/")] == []

@@ -238,17 +238,17 @@ def _fit_together(source: PairSource, place: Place) -> bool:
     """Whether both models leave room for the work, by what their configurations say."""
     if is_builtin(source):
         return True
-    fit = holds_both(source, place)
-    if not fit:
-        needed, free = _needed_and_free(source, place)
-        log.warning(
-            "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
-            "(--keep-both holds both all the same)",
-            needed / 1e9,
-            free / 1e9,
-            devices_of(place),
-        )
-    return fit
+    needed, free = _needed_and_free(source, place)
+    if needed <= SHARE_FOR_WEIGHTS * free:
+        return True
+    log.warning(
+        "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
+        "(--keep-both holds both all the same)",
+        needed / 1e9,
+        free / 1e9,
+        devices_of(place),
+    )
+    return False
 
 
 def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH
 
+from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import capture_z, forward_batch, patched_positions, z_site
@@ -12,9 +13,9 @@ from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.patch import (
     Patch,
     Sources,
-    answer_logprob_change,
     blend,
     head_mask,
+    next_token_effects,
     next_token_kl,
 )
 
@@ -297,11 +298,13 @@ def test_the_answers_change_is_that_of_the_clean_top_token():
     clean, patched = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
     p = torch.tensor([2.0, 0.0]).softmax(-1)
     expected = float((p[1] / p[0]).log())
-    assert float(answer_logprob_change(patched, clean)) == pytest.approx(expected)
+    assert float(next_token_effects(patched, clean)[1]) == pytest.approx(expected)
 
 
 def test_progress_counts_every_row(model, prompts):
     """The rows that are reported add up to prompts times interventions."""
     counted = []
-    HookEngine(model, prompts, batch_size=5).effects([PATCH, ()], sources(), counted.append)
+    HookEngine(model, prompts, place=Place(batch_size=5)).effects(
+        [PATCH, ()], sources(), counted.append
+    )
     assert sum(counted) == 2 * len(prompts)

@@ -54,6 +54,7 @@ class Bench:
         self.config = config
         self.directory = directory
         self.fresh = fresh
+        self.keep_both = config.place.keep_both
         self.clock = Clock(stage)
         self._experiments: dict[tuple[Any, ...], Experiment] = {}
         self._fitted: set[int] = set()
@@ -68,7 +69,9 @@ class Bench:
     @cached_property
     def pair(self) -> ModelPair:
         """The pair; the base model is not loaded while its cached activations do."""
-        return pair_from_config(self.config, kept_in=None if self.fresh else self.cache)
+        return pair_from_config(
+            self.config, kept_in=None if self.fresh else self.cache, keep_both=self.keep_both
+        )
 
     @property
     def plan(self) -> GridPlan:

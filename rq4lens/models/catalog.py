@@ -64,9 +64,13 @@ def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
 
 
 def pair_from_config(
-    config: RunConfig, prompts: PromptSet | None = None, *, kept_in: Path | None = None
+    config: RunConfig,
+    prompts: PromptSet | None = None,
+    *,
+    kept_in: Path | None = None,
+    keep_both: bool | None = None,
 ) -> ModelPair:
-    """Load the pair that a configuration names.
+    """Load the pair that a configuration names; ``keep_both`` may be decided already.
 
     Raises:
         UserError: if something is missing or a model cannot be loaded.
@@ -83,9 +87,7 @@ def pair_from_config(
         layer=config.patching.layer,
         control_layer=config.patching.control_layer,
         reading=reading,
-        keep_both=_fit_together(config)
-        if config.place.keep_both is None
-        else config.place.keep_both,
+        keep_both=holds_both(config) if keep_both is None else keep_both,
         excluded=prompts.without(kept.ids).prompts,
     )
 
@@ -184,30 +186,19 @@ def tokens_from_config(config: RunConfig, side: Side, prompts: PromptSet) -> Tok
 
 def holds_both(config: RunConfig) -> bool:
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
-    if config.place.keep_both is not None:
-        return config.place.keep_both
-    needed, free = _needed_and_free(config)
-    return needed <= SHARE_FOR_WEIGHTS * free
-
-
-def _needed_and_free(config: RunConfig) -> tuple[int, int]:
+    if config.place.keep_both is not None or is_builtin(config):
+        return config.place.keep_both is not False
+    devices = devices_of(config)
     needed = sum(size_of(config, side).weights.total for side in SIDES)
-    return needed, sum(map(free_bytes, devices_of(config).names))
-
-
-def _fit_together(config: RunConfig) -> bool:
-    """Whether both models leave room for the work, by what their configurations say."""
-    if is_builtin(config):
-        return True
-    fit = holds_both(config)
+    free = sum(map(free_bytes, devices.names))
+    fit = needed <= SHARE_FOR_WEIGHTS * free
     if not fit:
-        needed, free = _needed_and_free(config)
         log.warning(
             "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
             "(--keep-both holds both all the same)",
             needed / 1e9,
             free / 1e9,
-            devices_of(config),
+            devices,
         )
     return fit
 

@@ -218,10 +218,8 @@ def prepare(
     tuned_engine = make_engine(
         pair.use("tuned").model,
         prompts,
-        prefer=place.engine,
-        k_positions=settings.k_positions,
-        batch_size=place.batch_size if rows is None else len(rows),
-        kl_direction=settings.kl_direction,
+        settings,
+        place if rows is None else place.but(batch_size=len(rows)),
         first_layer=min(maps),
     )
     tensors: dict[tuple[int, str], Tensor] = {}

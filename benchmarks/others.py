@@ -16,7 +16,7 @@ from transformer_lens import patching
 from rq4lens.config import Place
 from rq4lens.patching.activations import device_of, forward_batch, z_site
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.patch import Sources, next_token_kl
+from rq4lens.patching.patch import Sources, next_token_effects
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -54,7 +54,7 @@ def library_per_condition(case: Case, seconds: Timer, n_sampled: int = 2) -> flo
         clean = forward_batch(case.tuned, batch)[:, -1]
 
         def divergence(logits: Tensor) -> Tensor:
-            return next_token_kl(logits[:, -1], clean).mean()
+            return next_token_effects(logits[:, -1], clean)[0].mean()
 
         def run() -> None:
             patching.get_act_patch_attn_head_out_by_pos(

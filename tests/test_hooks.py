@@ -16,7 +16,6 @@ from rq4lens.patching.patch import (
     blend,
     head_mask,
     next_token_effects,
-    next_token_kl,
 )
 
 PATCH = (Patch(MAIN, HeadSet.of([1], TINY_HEADS), ALPHA, "raw"),)
@@ -262,8 +261,8 @@ def test_the_divergence_is_the_textbook_sum():
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(2, 3, 7))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (one, other))
-    forward = next_token_kl(torch.tensor(one), torch.tensor(other))
-    backward = next_token_kl(torch.tensor(one), torch.tensor(other), "clean||patched")
+    forward = next_token_effects(torch.tensor(one), torch.tensor(other))[0]
+    backward = next_token_effects(torch.tensor(one), torch.tensor(other), "clean||patched")[0]
     np.testing.assert_allclose(forward, (p * np.log(p / q)).sum(-1), atol=1e-12)
     np.testing.assert_allclose(backward, (q * np.log(q / p)).sum(-1), atol=1e-12)
 
@@ -271,9 +270,9 @@ def test_the_divergence_is_the_textbook_sum():
 def test_the_divergence_of_one_distribution_from_itself_is_zero():
     """Equal logits, and logits that differ by a constant, diverge by nothing."""
     logits = torch.randn(4, 9)
-    assert (next_token_kl(logits, logits) == 0).all()
+    assert (next_token_effects(logits, logits)[0] == 0).all()
     torch.testing.assert_close(
-        next_token_kl(logits + 3, logits), torch.zeros(4).double(), atol=1e-6, rtol=0
+        next_token_effects(logits + 3, logits)[0], torch.zeros(4).double(), atol=1e-6, rtol=0
     )
 
 
@@ -281,7 +280,7 @@ def test_a_masked_word_adds_nothing():
     """A logit of minus infinity on both sides leaves the divergence of the other words."""
     one, other = torch.randn(2, 5)
     masked = [torch.cat([x, torch.tensor([-torch.inf])]) for x in (one, other)]
-    torch.testing.assert_close(next_token_kl(*masked), next_token_kl(one, other))
+    torch.testing.assert_close(next_token_effects(*masked)[0], next_token_effects(one, other)[0])
 
 
 def test_tiny_divergences_are_not_lost_to_rounding():
@@ -290,7 +289,7 @@ def test_tiny_divergences_are_not_lost_to_rounding():
     patched = clean.clone()
     patched[0] = 1e-4
     expected = 0.5 * 0.25 * 0.75 * 1e-8
-    assert float(next_token_kl(patched, clean)) == pytest.approx(expected, rel=1e-3)
+    assert float(next_token_effects(patched, clean)[0]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_answers_change_is_that_of_the_clean_top_token():

@@ -91,28 +91,15 @@ def patched_first(direction: KLDirection) -> bool:
     return direction == "patched||clean"
 
 
-def next_token_kl(
-    patched_logits: Float[Tensor, "*rows vocab"],
-    clean_logits: Float[Tensor, "*#rows vocab"],
-    direction: KLDirection = "patched||clean",
-) -> Float[Tensor, "*rows"]:
-    """Divergence between two next-token distributions."""
-    return next_token_effects(patched_logits, clean_logits, direction)[0]
-
-
-def answer_logprob_change(
-    patched_logits: Float[Tensor, "*rows vocab"], clean_logits: Float[Tensor, "*#rows vocab"]
-) -> Float[Tensor, "*rows"]:
-    """Log-probability of the clean model's most likely token, patched minus clean."""
-    return next_token_effects(patched_logits, clean_logits)[1]
-
-
 def next_token_effects(
     patched_logits: Float[Tensor, "*rows vocab"],
     clean_logits: Float[Tensor, "*#rows vocab"],
     direction: KLDirection = "patched||clean",
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """Both measures of :class:`Effects`, from one softmax of each side."""
+    """Divergence of the next-token distributions, and the answer's change of log-probability.
+
+    Both measures of :class:`Effects`, from one softmax of each side.
+    """
     patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)

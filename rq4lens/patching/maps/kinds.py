@@ -17,7 +17,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
-from rq4lens.patching.maps.map import MapKind
+from rq4lens.config import MapKind
 
 RIDGE_STRENGTHS = np.logspace(-6, 6, 25)
 LOW_RANK = 4
@@ -25,13 +25,7 @@ LOW_RANK = 4
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted affine map of one block.
-
-    Args:
-        weight: ``W``.
-        bias: ``b``.
-        details: what the fit chose by itself.
-    """
+    """A fitted affine map of one block; ``details`` is what the fit chose by itself."""
 
     weight: Float64[ndarray, "d d"]
     bias: Float64[ndarray, "d"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import einops
 import torch
@@ -20,6 +20,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
+from rq4lens.config import MapKind, MapScope, Patching
 from rq4lens.disk.files import (
     make_directory,
     read_json,
@@ -31,13 +32,9 @@ from rq4lens.disk.files import (
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
 
-MapKind = Literal[
-    "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
-]
-MapScope = Literal["head", "layer"]
 MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
 MAP_SCOPES: tuple[MapScope, ...] = get_args(MapScope)
-DEFAULT_KIND: MapKind = "procrustes_scaled"
+DEFAULT_KIND = Patching().map_kind
 
 
 @dataclass(frozen=True)

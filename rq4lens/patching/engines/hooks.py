@@ -152,10 +152,8 @@ class HookEngine:
         Raises:
             UserError: if a layer, head set or source does not fit the model.
         """
-        check_interventions(interventions, self.model)
-        cfg, k_positions = self.model.cfg, self.settings.k_positions
-        for key, source in used_sources(interventions, sources):
-            check_source(key, source, (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head))
+        k_positions = self.settings.k_positions
+        used_sources(interventions, sources, self.model, (len(self.prompts), k_positions))
         kl, change = np.empty((2, len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
             clean = self._decision_logits(batch)
@@ -200,11 +198,23 @@ def check_interventions(interventions: Sequence[Intervention], model: HookedMode
 
 
 def used_sources(
-    interventions: Sequence[Intervention], sources: Sources
-) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """The sources that some intervention names, by layer and name."""
+    interventions: Sequence[Intervention],
+    sources: Sources,
+    model: HookedModel,
+    shape: tuple[int, int],
+) -> dict[tuple[int, str], Tensor]:
+    """The sources that interventions name, if the model can take both.
+
+    ``shape`` is the number of prompts and of patched positions.
+
+    Raises:
+        UserError: if a layer, head set or source does not fit the model.
+    """
+    check_interventions(interventions, model)
     keys = {(patch.layer, patch.source) for group in interventions for patch in group}
-    return ((key, sources[key]) for key in sorted(keys))
+    for key in sorted(keys):
+        check_source(key, sources[key], (*shape, model.cfg.n_heads, model.cfg.d_head))
+    return {key: sources[key] for key in sorted(keys)}
 
 
 def check_source(key: tuple[int, str], source: Tensor, shape: tuple[int, ...]) -> None:

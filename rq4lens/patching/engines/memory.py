@@ -54,19 +54,9 @@ class Block:
     conditions: slice
 
     @property
-    def n_prompts(self) -> int:
-        """Number of prompts."""
-        return self.prompts.stop - self.prompts.start
-
-    @property
-    def n_conditions(self) -> int:
-        """Number of conditions."""
-        return self.conditions.stop - self.conditions.start
-
-    @property
     def n_rows(self) -> int:
         """Number of rows."""
-        return self.n_prompts * self.n_conditions
+        return _size(self.prompts) * _size(self.conditions)
 
     def split(self, max_rows: int) -> list[Block]:
         """Blocks of at most ``max_rows`` rows; conditions are divided first.
@@ -75,16 +65,20 @@ class Block:
         its products are large at all of them. Below a few conditions, the clean reference that
         each part brings along would be felt, and prompts are divided instead.
         """
-        per_part = max(max_rows // self.n_prompts, min(max_rows, FEWEST_CONDITIONS))
+        per_part = max(max_rows // _size(self.prompts), min(max_rows, FEWEST_CONDITIONS))
         conditions = even_parts(self.conditions, per_part)
-        widest = max(part.stop - part.start for part in conditions)
+        widest = max(map(_size, conditions))
         prompts = even_parts(self.prompts, max(1, max_rows // widest))
         return [Block(some, part) for part in conditions for some in prompts]
 
 
+def _size(part: slice) -> int:
+    return part.stop - part.start
+
+
 def even_parts(whole: slice, largest: int) -> list[slice]:
     """The slice in parts of nearly equal size, none above ``largest``."""
-    size = whole.stop - whole.start
+    size = _size(whole)
     n_parts = max(1, -(-size // largest))
     edges = [whole.start + size * part // n_parts for part in range(n_parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]

@@ -22,7 +22,7 @@ from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
-from rq4lens.patching.engines.hooks import check_interventions, check_source, used_sources
+from rq4lens.patching.engines.hooks import used_sources
 from rq4lens.patching.engines.memory import Block, MemoryPlan
 from rq4lens.patching.patch import (
     Advance,
@@ -51,18 +51,12 @@ def entry_layer(intervention: Intervention, default: int) -> int:
 class RowGroup:
     """Rows that enter at one layer: a clean reference first, then the interventions.
 
-    ``start`` is the reference's index among the rows, ``conditions`` are the interventions' places
-    in the sorted list.
+    ``conditions`` are the interventions' places in the sorted list.
     """
 
     layer: int
-    start: int
+    rows: slice
     conditions: slice
-
-    @property
-    def stop(self) -> int:
-        """One past the group's last row."""
-        return self.start + 1 + self.conditions.stop - self.conditions.start
 
 
 @dataclass(frozen=True)
@@ -100,18 +94,21 @@ class Rows:
         for layer, members in groupby(chosen, key=lambda each: entry_layer(each, last)):
             start = len(rows)
             rows += [(), *members]
-            groups.append(RowGroup(layer, start, slice(at, at + len(rows) - start - 1)))
-            at = groups[-1].conditions.stop
+            stop = at + len(rows) - start - 1
+            groups.append(RowGroup(layer, slice(start, len(rows)), slice(at, stop)))
+            at = stop
         return cls(tuple(rows), tuple(groups), placement)
 
     def only(self, group: RowGroup) -> Rows:
         """The rows of one group."""
-        chosen = self.interventions[group.start : group.stop]
-        return Rows(chosen, (RowGroup(group.layer, 0, group.conditions),), self.placement)
+        chosen = self.interventions[group.rows]
+        alone = RowGroup(group.layer, slice(0, len(chosen)), group.conditions)
+        return Rows(chosen, (alone,), self.placement)
 
     def entering(self, layer: int) -> int:
         """How many rows enter at a layer."""
-        return sum(group.stop - group.start for group in self.groups if group.layer == layer)
+        rows = [group.rows for group in self.groups if group.layer == layer]
+        return sum(each.stop - each.start for each in rows)
 
     @cached_property
     def patches(self) -> dict[tuple[int, str], LayerPatch]:
@@ -235,19 +232,16 @@ class RowEngine(ABC):
         stored = sum(layer.n_bytes for batch in self._clean for layer in batch.layers.values())
         return {"kept_bytes": stored, **self._memory.report()}
 
-    @property
-    def _site_shape(self) -> tuple[int, int, int, int]:
-        cfg = self.model.cfg
-        return len(self.prompts), self.settings.k_positions, cfg.n_heads, cfg.d_head
-
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of the tuned model at the patched positions of a layer.
 
         Raises:
             UserError: if the model has no such layer.
         """
-        check_layers([layer], self.model.cfg.n_layers)
-        z = torch.empty(self._site_shape, dtype=self.model.cfg.dtype)
+        cfg, k_positions = self.model.cfg, self.settings.k_positions
+        check_layers([layer], cfg.n_layers)
+        shape = (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head)
+        z = torch.empty(shape, dtype=cfg.dtype)
         for clean in self.clean_batches(layer):
             z[clean.rows] = clean.layers[layer].z.cpu()
         return z
@@ -286,7 +280,8 @@ class RowEngine(ABC):
         effects_of: Callable[[Tensor, Tensor, KLDirection], tuple[Tensor, Tensor]],
     ) -> Float64[ndarray, "measure condition prompt"]:
         """Both measures of interventions that are sorted by entry layer, in chunks that fit."""
-        check_interventions(interventions, self.model)
+        shape = (len(self.prompts), self.settings.k_positions)
+        used = used_sources(interventions, sources, self.model, shape)
 
         @lru_cache
         def arrange(start: int, stop: int) -> Rows:
@@ -294,10 +289,15 @@ class RowEngine(ABC):
 
         lowest = entry_layer(interventions[0], self.model.cfg.n_layers - 1) if interventions else 0
         batches = self.clean_batches(lowest)
-        every = self._sources_of(interventions, sources)
-        shape = (2, len(interventions), len(self.prompts))
+        # A batch's prompts are picked beside its layer: picking many of them one by one in main
+        # memory wakes all threads of a processor, which slows down several processes at once.
+        every = {key: self._beside_layer(key, source) for key, source in used.items()}
         # Numbers stay on the device until all are there: fetching one would stop the queue.
-        found = torch.empty(shape, dtype=torch.float64, device=self.placement.exit)
+        found = torch.empty(
+            (2, len(interventions), len(self.prompts)),
+            dtype=torch.float64,
+            device=self.placement.exit,
+        )
         for clean, into in zip(
             batches, found.split([len(b.rows) for b in batches], -1), strict=True
         ):
@@ -321,7 +321,7 @@ class RowEngine(ABC):
 
             whole = Block(slice(0, len(clean.rows)), slice(0, len(interventions)))
             self._memory.rows.run(whole, work)
-        measured = np.empty(shape)
+        measured = np.empty(found.shape)
         measured[:, :, torch.cat([clean.rows for clean in batches]).numpy()] = found.cpu().numpy()
         return measured
 
@@ -338,17 +338,6 @@ class RowEngine(ABC):
         here = {key: self._beside_layer(key, source) for key, source in sources.items()}
         groups = self._group_logits(clean.to(self.placement), prompts, rows, here)
         return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
-
-    def _sources_of(self, interventions: Sequence[Intervention], sources: Sources) -> SourceTensors:
-        """What is blended in, of all prompts, beside its layers.
-
-        A batch's prompts are picked there: picking many of them one by one in main memory wakes all
-        of the processor's threads, which then slow each other down when several processes do it.
-        """
-        chosen = dict(used_sources(interventions, sources))
-        for key, source in chosen.items():
-            check_source(key, source, self._site_shape)
-        return {key: self._beside_layer(key, source) for key, source in chosen.items()}
 
     def _beside_layer(self, key: tuple[int, str], source: Tensor) -> Tensor:
         """A source where the layer is that it is blended into."""

@@ -85,7 +85,7 @@ class SuffixEngine(RowEngine):
         with fused_norms(self.model.blocks):
             resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
-            yield group, self._unembed(resid[:, group.start : group.stop])
+            yield group, self._unembed(resid[:, group.rows])
 
     def _walk(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors

@@ -17,7 +17,7 @@ from rq4lens.config import Patching, Place, config_from
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import plan_for
 from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require, work_memory
-from rq4lens.jobs.run import run
+from rq4lens.jobs.run import run as run_job
 from rq4lens.models import catalog
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.load.devices import Placement
@@ -94,7 +94,7 @@ def test_weights_and_activations_are_those_of_the_loaded_pair(settings, dtype):
 def test_a_run_records_the_estimate_beside_what_was_used(settings, tmp_path, caplog):
     """run.json holds both, the kept bytes agree, and a run that fits says one line."""
     with caplog.at_level(logging.INFO, "rq4lens"):
-        run(config_from(settings), tmp_path / "run")
+        run_job(config_from(settings), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["memory_estimate"]["work_kept"] == record["engine"]["memory"]["kept_bytes"]
     assert record["memory_estimate"]["fits"] is True
@@ -146,7 +146,7 @@ def test_what_cannot_start_is_refused_before_a_weight_is_read(settings, monkeypa
     monkeypatch.setattr(catalog, "load_hooked", pytest.fail)
     with_free(monkeypatch, largest + memory.work.smallest - 1)
     with pytest.raises(UserError, match=r"do not fit in the .* free on main memory: --dtype bf"):
-        run(config, tmp_path / "run")
+        run_job(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -180,5 +180,5 @@ def test_models_of_other_heads_are_refused_before_a_weight_is_read(settings, mon
     edit_config(other, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
     monkeypatch.setattr(catalog, "load_hooked", pytest.fail)
     with pytest.raises(UserError, match="n_heads is 8 in the base and 4 in the tuned model"):
-        run(config_from({**settings, "tuned": str(other), "k": [8]}), tmp_path / "run")
+        run_job(config_from({**settings, "tuned": str(other), "k": [8]}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from rq4lens.models.load.devices import Placement
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.layout import side_by_side
-from rq4lens.patching.engines.memory import MemoryPlan, kept_bytes_per_prompt
+from rq4lens.patching.engines.memory import MemoryPlan, stored_bytes_per_prompt
 from rq4lens.patching.maps.fitting import fit_maps
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -98,7 +98,7 @@ def test_each_device_keeps_its_own_layers():
     halves = Placement((cpu, cpu, other, other), other)
     both = MemoryPlan.of(cfg, prompts, halves, max_bytes=2**30)
     saved = alone.passes.bytes_per_row - both.passes.bytes_per_row
-    assert saved == kept_bytes_per_prompt(cfg, 9) // 2
+    assert saved == stored_bytes_per_prompt(cfg, 9) // 2
 
 
 @pytest.mark.parametrize("n_works", [0, 1, 2, 5])

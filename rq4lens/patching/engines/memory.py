@@ -170,7 +170,7 @@ class MemoryPlan:
         if max_bytes is None:
             max_bytes = min(default_budget_bytes(device) for device in devices)
         longest = int(prompts.lengths.max())
-        keys = int(kept_bytes_per_prompt(cfg, longest) * placement.largest_share)
+        keys = int(stored_bytes_per_prompt(cfg, longest) * placement.largest_share)
         shares_memory = all(is_main_memory(device) for device in devices)
         keep_on_device = shares_memory or keys * len(prompts) <= max_bytes // 2
         # What is stored in main memory is not what the budget is about.
@@ -192,7 +192,7 @@ class MemoryPlan:
         }
 
 
-def kept_bytes_per_prompt(cfg: HookedTransformerConfig, n_pos: int) -> int:
+def stored_bytes_per_prompt(cfg: HookedTransformerConfig, n_pos: int) -> int:
     """Memory of one prompt's keys and values over all layers."""
     return cfg.n_layers * key_bytes(cfg, n_pos)
 

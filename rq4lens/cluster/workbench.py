@@ -79,11 +79,11 @@ class Workbench(Bench):
         return Store(self.run_directory / PIECES)
 
     def measure(
-        self, piece: Piece, job: Job, experiment: Experiment, advance: Progress | None = None
+        self, piece: Piece, job: Job, experiment: Experiment, progress: Progress | None = None
     ) -> None:
         """Measure a piece, or find it done; it is marked when its last number is on disk."""
         started = time.perf_counter()
-        recorder = Recorder(experiment, piece.alpha, self.store, advance)
+        recorder = Recorder(experiment, piece.alpha, self.store, progress)
         part: dict[str, Any] = {}
         if not piece.prompts or recorder.is_stored(piece.conditions):
             recorder.measure(piece.conditions)

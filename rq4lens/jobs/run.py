@@ -214,7 +214,7 @@ def _analyse(
 ) -> Analysis:
     config = bench.config
     if config.effort.analysis == "grid":
-        return analyse(grid, advance=progress)
+        return analyse(grid, progress=progress)
     if not isinstance(experiment.engine, RowEngine):
         log.warning(
             "the full analysis measures thousands of head sets, and engine %s runs the whole model "
@@ -237,5 +237,5 @@ def _analyse(
         random_ks={"affordable": None, "every": every, "k": ()}[config.effort.random_sizes],
         activations=bench.activations,
         neutral=neutral,
-        advance=progress,
+        progress=progress,
     )

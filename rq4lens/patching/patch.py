@@ -50,8 +50,8 @@ class Patch:
             )
 
 
-Advance = Callable[[int], None]
-"""Told how many rows (prompt x intervention) were just finished; feeds progress bars."""
+Progress = Callable[[int], None]
+"""Called with the number of rows (prompt x intervention) just finished; feeds progress bars."""
 
 Intervention = tuple[Patch, ...]
 """Patches that are applied in the same forward pass; at most one per layer."""
@@ -222,6 +222,6 @@ class Engine(Protocol):
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt."""

@@ -27,10 +27,10 @@ from rq4lens.patching.activations import (
     z_site,
 )
 from rq4lens.patching.patch import (
-    Advance,
     Effects,
     Intervention,
     Patch,
+    Progress,
     Sources,
     blend,
     head_mask,
@@ -145,7 +145,7 @@ class HookEngine:
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt.
 
@@ -162,8 +162,8 @@ class HookEngine:
                     patched = self._decision_logits(batch)
                 found = next_token_effects(patched, clean, self.settings.kl_direction)
                 kl[index, batch.rows], change[index, batch.rows] = (each.cpu() for each in found)
-                if advance is not None:
-                    advance(len(batch.rows))
+                if progress is not None:
+                    progress(len(batch.rows))
         return Effects(kl, change)
 
     def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:

@@ -25,10 +25,10 @@ from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
 from rq4lens.patching.engines.hooks import used_sources
 from rq4lens.patching.engines.memory import Block, MemoryPlan
 from rq4lens.patching.patch import (
-    Advance,
     Effects,
     Intervention,
     Patch,
+    Progress,
     Sources,
     blend,
     effects_by_difference,
@@ -250,7 +250,7 @@ class RowEngine(ABC):
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt.
 
@@ -264,7 +264,7 @@ class RowEngine(ABC):
         in_order = [interventions[i] for i in order]
         n_logits = len(interventions) * len(self.prompts) * self.model.cfg.d_vocab_out
         difference = partial(effects_by_difference, by_kernel=n_logits >= KERNEL_MIN_LOGITS)
-        measured = self._measure(in_order, sources, advance, difference)
+        measured = self._measure(in_order, sources, progress, difference)
         if not np.isfinite(measured).all():
             measured = self._measure(in_order, sources, None, next_token_effects)
         both = np.empty_like(measured)
@@ -276,7 +276,7 @@ class RowEngine(ABC):
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None,
+        progress: Progress | None,
         effects_of: Callable[[Tensor, Tensor, KLDirection], tuple[Tensor, Tensor]],
     ) -> Float64[ndarray, "measure condition prompt"]:
         """Both measures of interventions that are sorted by entry layer, in chunks that fit."""
@@ -316,8 +316,8 @@ class RowEngine(ABC):
                     effects = effects_of(logits, logits[:, :1], self.settings.kl_direction)
                     for measure, values in zip(into, effects, strict=True):
                         measure[group.conditions, block.prompts] = values[:, 1:].mT
-                if advance is not None:
-                    advance(block.n_rows)
+                if progress is not None:
+                    progress(block.n_rows)
 
             whole = Block(slice(0, len(clean.rows)), slice(0, len(interventions)))
             self._memory.rows.run(whole, work)

@@ -210,7 +210,8 @@ def plan_memory(config: RunConfig) -> RunMemory:
     sizes = {side: size_of(config, side) for side in SIDES}
     cfg = sizes["tuned"].cfg
     require_same_heads(sizes["base"].cfg, cfg)
-    plan, keep_both = plan_for(config, cfg.n_layers, cfg.n_heads), holds_both(config)
+    plan = plan_for(config, cfg.n_layers, cfg.n_heads)
+    keep_both = holds_both(config, sizes.values())
     estimates = {side: estimate_memory(size, devices) for side, size in sizes.items()}
     on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
     tuned = estimates["tuned"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -180,12 +180,13 @@ def tokens_from_config(config: RunConfig, side: Side, prompts: PromptSet) -> Tok
     return tokenize(prompts, tokenizer, config.reading)
 
 
-def holds_both(config: RunConfig) -> bool:
+def holds_both(config: RunConfig, sizes: Iterable[ModelSize] | None = None) -> bool:
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
     if config.place.keep_both is not None or is_builtin(config):
         return config.place.keep_both is not False
     devices = devices_of(config)
-    needed = sum(size_of(config, side).weights.total for side in SIDES)
+    sizes = [size_of(config, side) for side in SIDES] if sizes is None else sizes
+    needed = sum(size.weights.total for size in sizes)
     free = sum(map(free_bytes, devices.names))
     fit = needed <= SHARE_FOR_WEIGHTS * free
     if not fit:

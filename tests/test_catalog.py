@@ -9,9 +9,9 @@ from pair_on_disk import write_pair
 from rq4lens.config import PairSource, Patching, Place, Reading, preset
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import (
-    _fit_together,
     _over,
     builtin_manifest,
+    holds_both,
     load_pair,
     resolve_device,
 )
@@ -62,13 +62,13 @@ def test_short_memory_holds_one_model_at_a_time(own, monkeypatch, caplog, free_g
     monkeypatch.setattr("rq4lens.models.catalog.free_bytes", lambda *_: free)
     needed = sum(model_size(own[side]).weights.total for side in ("base", "tuned"))
     assert (needed <= 0.7 * free) is both
-    assert _fit_together(PairSource(**own), Place()) is both
+    assert holds_both(PairSource(**own), Place()) is both
     assert ("one is held at a time" in caplog.text) is not both
 
 
 def test_what_was_asked_for_is_kept(own, monkeypatch):
     """`keep_both` is obeyed whatever is free."""
-    monkeypatch.setattr("rq4lens.models.catalog._fit_together", pytest.fail)
+    monkeypatch.setattr("rq4lens.models.catalog.size_of", pytest.fail)
     assert load_pair(**own, place=Place(keep_both=True)).keep_both
     assert not load_pair(**own, place=Place(keep_both=False)).keep_both
 

@@ -56,6 +56,7 @@ class Bench:
         self.config = config
         self.directory = directory
         self.fresh = fresh
+        self.keep_both = config.place.keep_both
         self.clock = Clock(stage)
         self._experiments: dict[tuple[Any, ...], Experiment] = {}
         self._maps: dict[int, LayerMap] = {}
@@ -72,7 +73,8 @@ class Bench:
         """The pair; the base model is not loaded while its cached activations do."""
         config = self.config
         cache = None if self.fresh else self.cache
-        return pair_from(config.pair, config.reading, config.place, cache=cache)
+        place = config.place.but(keep_both=self.keep_both)
+        return pair_from(config.pair, config.reading, place, cache=cache)
 
     @property
     def plan(self) -> GridPlan:

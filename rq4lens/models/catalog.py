@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -114,7 +114,7 @@ def pair_from(
         members["tuned"],
         aligned,
         reading=reading,
-        keep_both=_fit_together(source, place) if place.keep_both is None else place.keep_both,
+        keep_both=holds_both(source, place),
         excluded=prompts.without(aligned.ids).prompts,
     )
 
@@ -221,34 +221,24 @@ def tokens_of(
     return tokenize(prompts, _load_tokenizer(_origin(source, side)), reading)
 
 
-def holds_both(source: PairSource, place: Place) -> bool:
+def holds_both(source: PairSource, place: Place, sizes: Iterable[ModelSize] | None = None) -> bool:
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
-    if place.keep_both is not None:
-        return place.keep_both
-    needed, free = _needed_and_free(source, place)
-    return needed <= SHARE_FOR_WEIGHTS * free
-
-
-def _needed_and_free(source: PairSource, place: Place) -> tuple[int, int]:
-    needed = sum(size_of(source, side, place).weights.total for side in SIDES)
-    return needed, sum(map(free_bytes, devices_of(place).names))
-
-
-def _fit_together(source: PairSource, place: Place) -> bool:
-    """Whether both models leave room for the work, by what their configurations say."""
-    if is_builtin(source):
-        return True
-    needed, free = _needed_and_free(source, place)
-    if needed <= SHARE_FOR_WEIGHTS * free:
-        return True
-    log.warning(
-        "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
-        "(--keep-both holds both all the same)",
-        needed / 1e9,
-        free / 1e9,
-        devices_of(place),
-    )
-    return False
+    if place.keep_both is not None or is_builtin(source):
+        return place.keep_both is not False
+    devices = devices_of(place)
+    sizes = [size_of(source, side, place) for side in SIDES] if sizes is None else sizes
+    needed = sum(size.weights.total for size in sizes)
+    free = sum(map(free_bytes, devices.names))
+    fit = needed <= SHARE_FOR_WEIGHTS * free
+    if not fit:
+        log.warning(
+            "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
+            "(--keep-both holds both all the same)",
+            needed / 1e9,
+            free / 1e9,
+            devices,
+        )
+    return fit
 
 
 def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:

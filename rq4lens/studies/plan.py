@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from rq4lens.cluster.pieces import pieces_of
-from rq4lens.config import RunConfig
+from rq4lens.config import Place, RunConfig
 from rq4lens.heads import HeadSet
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
-from rq4lens.patching.engines.memory import activation_bytes
 from rq4lens.patching.patch import RAW, Patch, Sources
 from rq4lens.studies.cost_model import (
     KINDS,
@@ -130,7 +129,9 @@ def _point(
 ) -> Measured:
     some = TokenizedPrompts(prompts.ids[:n_prompts], prompts.token_ids[:n_prompts])
     started = time.perf_counter()
-    engine = make_engine(model, some, first_layer=layer, batch_size=config.place.batch_size)
+    engine = make_engine(
+        model, some, place=Place(batch_size=config.place.batch_size), first_layer=layer
+    )
     sources = Sources({(layer, RAW): torch.zeros_like(engine.tuned_z(layer))})
     passed = time.perf_counter()
     heads = [HeadSet.of([head], model.cfg.n_heads) for head in range(n_heads)]
@@ -157,10 +158,8 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     disk = store_bytes(n_patches, n_prompts) + map_bytes(
         shape, len(layers), config.patching.map_scope
     )
-    site_bytes = shape.width * shape.bytes_per_number
-    disk += activation_bytes(
-        site_bytes, n_prompts + n_train, len(layers), config.patching.k_positions
-    )
+    n_sites = (n_prompts + n_train) * len(layers) * config.patching.k_positions
+    disk += n_sites * shape.width * shape.bytes_per_number
     return CellCost(len(pieces), seconds, disk)
 
 

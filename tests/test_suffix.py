@@ -36,7 +36,7 @@ from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.engines.layout import fused_norms, store_for_products
-from rq4lens.patching.engines.memory import Block, RowBudget
+from rq4lens.patching.engines.memory import RowBlock, RowBudget
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.patch import (
     Effects,
@@ -349,12 +349,12 @@ def test_pieces_cover_every_row_once_and_none_is_too_large(n_prompts, n_conditio
     """Chunking is a partition within the budget."""
     seen = np.zeros((n_prompts, n_conditions), dtype=int)
 
-    def work(block: Block) -> None:
+    def work(block: RowBlock) -> None:
         assert block.n_rows <= max_rows
         seen[block.prompts, block.conditions] += 1
 
     budget = RowBudget(budget_bytes=max_rows, bytes_per_row=1)
-    budget.run(Block(slice(0, n_prompts), slice(0, n_conditions)), work)
+    budget.run(RowBlock(slice(0, n_prompts), slice(0, n_conditions)), work)
     assert (seen == 1).all()
 
 

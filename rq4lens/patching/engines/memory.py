@@ -47,7 +47,7 @@ def default_budget_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Some prompts by some conditions: the rows that are computed together."""
 
     prompts: slice
@@ -58,7 +58,7 @@ class Block:
         """Number of rows."""
         return _size(self.prompts) * _size(self.conditions)
 
-    def split(self, max_rows: int) -> list[Block]:
+    def split(self, max_rows: int) -> list[RowBlock]:
         """Blocks of at most ``max_rows`` rows; conditions are divided first.
 
         They are sorted by the layer at which they enter, so a part of them starts at few layers and
@@ -69,7 +69,7 @@ class Block:
         conditions = even_parts(self.conditions, per_part)
         widest = max(map(_size, conditions))
         prompts = even_parts(self.prompts, max(1, max_rows // widest))
-        return [Block(some, part) for part in conditions for some in prompts]
+        return [RowBlock(some, part) for part in conditions for some in prompts]
 
 
 def _size(part: slice) -> int:
@@ -102,7 +102,7 @@ class RowBudget:
     def __post_init__(self) -> None:
         self.max_rows = max(1, self.budget_bytes // self.bytes_per_row)
 
-    def run(self, whole: Block, work: Callable[[Block], None]) -> None:
+    def run(self, whole: RowBlock, work: Callable[[RowBlock], None]) -> None:
         """Work through a block in pieces that fit, halving the pieces when memory runs out.
 
         What is finished stays finished: only the piece that failed is divided and tried again.
@@ -119,7 +119,7 @@ class RowBudget:
                 self._shrink(block)
                 pending.append(block)
 
-    def _fits(self, block: Block, work: Callable[[Block], None]) -> bool:
+    def _fits(self, block: RowBlock, work: Callable[[RowBlock], None]) -> bool:
         try:
             work(block)
         except torch.OutOfMemoryError:
@@ -128,7 +128,7 @@ class RowBudget:
         self.largest_chunk_rows = max(self.largest_chunk_rows, block.n_rows)
         return True
 
-    def _shrink(self, block: Block) -> None:
+    def _shrink(self, block: RowBlock) -> None:
         # Outside the handler of the error, which would keep the failed tensors alive.
         if block.n_rows == 1:
             raise UserError(

@@ -23,7 +23,7 @@ from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, Tokenized
 from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
 from rq4lens.patching.engines.hooks import used_sources
-from rq4lens.patching.engines.memory import Block, MemoryPlan
+from rq4lens.patching.engines.memory import MemoryPlan, RowBlock
 from rq4lens.patching.patch import (
     Effects,
     Intervention,
@@ -305,7 +305,7 @@ class RowEngine(ABC):
             incoming = {key: source[rows_on(source.device)] for key, source in every.items()}
 
             def work(
-                block: Block,
+                block: RowBlock,
                 into: Tensor = into,
                 here: CleanBatch = here,
                 incoming: SourceTensors = incoming,
@@ -319,7 +319,7 @@ class RowEngine(ABC):
                 if progress is not None:
                     progress(block.n_rows)
 
-            whole = Block(slice(0, len(clean.rows)), slice(0, len(interventions)))
+            whole = RowBlock(slice(0, len(clean.rows)), slice(0, len(interventions)))
             self._memory.rows.run(whole, work)
         measured = np.empty(found.shape)
         measured[:, :, torch.cat([clean.rows for clean in batches]).numpy()] = found.cpu().numpy()
@@ -356,10 +356,10 @@ class RowEngine(ABC):
         made: list[CleanBatch] = []
         main_memory = Placement.all_on(torch.device("cpu"), self.model.cfg.n_layers)
 
-        def work(block: Block) -> None:
+        def work(block: RowBlock) -> None:
             batches = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
             on_device = self._memory.keep_on_device
             made.extend(clean if on_device else clean.to(main_memory) for clean in batches)
 
-        self._memory.passes.run(Block(slice(0, len(self.prompts)), slice(0, 1)), work)
+        self._memory.passes.run(RowBlock(slice(0, len(self.prompts)), slice(0, 1)), work)
         return made

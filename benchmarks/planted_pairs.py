@@ -22,7 +22,8 @@ from sklearn.metrics import average_precision_score
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
-from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.heads import Head
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.pair import ModelPair, PairMember

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.cluster.commands import (
     Divide,
     GpusPerWorker,
@@ -68,10 +69,8 @@ RUN_SETTINGS = (
 
 VERBOSE = ("-v", "--verbose")
 
-METHOD_HELP = (
-    "delta, drop_pct, kl_raw, leave_one_out, greedy_forward, greedy_backward, shapley, grad_act, "
-    "attribution, integrated_gradients or kl_curvature; several with commas, or ALL."
-)
+*_others, _last = METHODS
+METHOD_HELP = f"{', '.join(_others)} or {_last}; several with commas, or ALL."
 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]

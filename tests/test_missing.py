@@ -10,12 +10,9 @@ from tiny import grid_of
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
-from rq4lens.analysis.rankings.methods import (
-    GRADIENT_METHODS,
-    METHODS,
-    rank_heads,
-    ranking_file_rows,
-)
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.file import ranking_file_rows
+from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
 from rq4lens.analysis.statistics.plain import explained
 from rq4lens.analysis.structure.layers import compare_layers
 

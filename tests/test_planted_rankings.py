@@ -7,7 +7,8 @@ from tiny import TINY_HEADS, TINY_LAYERS, pair_of, prepared, random_prompts, tin
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
-from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS, rank_heads
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.heads import Head

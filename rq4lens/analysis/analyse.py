@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
 from rq4lens.analysis.claims import claims
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
@@ -17,13 +15,13 @@ from rq4lens.analysis.coverage.cross_fitted import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
 from rq4lens.analysis.coverage.table import (
     Coverage,
-    CoverageStudy,
+    CoverageInputs,
     coverage,
     coverage_of_grid,
     seed_sets,
 )
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.effects.table import FullEffect, bootstrap_of, grid_full_effect
 from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.rankings.compared import (
     Methods,
@@ -35,8 +33,7 @@ from rq4lens.analysis.rankings.compared import (
     seed_agreement,
 )
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.methods import METHODS
-from rq4lens.analysis.rankings.shapley import Orders
+from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
 from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.records import (
     Agreement,
@@ -49,13 +46,11 @@ from rq4lens.analysis.records import (
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
 from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
 from rq4lens.analysis.structure.alphas import ALPHAS, alpha_sweep
 from rq4lens.analysis.structure.controls import (
-    ControlStudy,
-    FitData,
+    ControlInputs,
     grid_controls,
     measured_controls,
     random_controls,
@@ -64,10 +59,9 @@ from rq4lens.analysis.structure.heads import Alignment, alignment, head_kinds
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.patch import Advance
 from rq4lens.results import GridResult, HeadRanking
-
-PerPrompt = Float64[ndarray, "head prompt"]
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "controls", "alignment"),
@@ -119,8 +113,7 @@ def analyse(
     """
     work = _Work(
         grid=grid,
-        measured=MeasuredSets.of_grid(grid, experiment),
-        bootstrap=bootstrap_of(grid),
+        layer=MeasuredLayer.of_grid(grid, experiment),
         n_random_sets=n_random_sets,
         random_ks=random_sizes(
             grid.n_heads, grid.settings.patching.k, grid.n_prompts, n_random_sets, random_ks
@@ -140,8 +133,7 @@ class _Work:
     """One analysis under way: its parts, each computed once. See :func:`analyse`."""
 
     grid: GridResult
-    measured: MeasuredSets
-    bootstrap: Bootstrap
+    layer: MeasuredLayer
     n_random_sets: int
     random_ks: tuple[int, ...]
     n_splits: int
@@ -156,11 +148,10 @@ class _Work:
         seconds = {name: self._seconds(name) for name in PARTS}
         analysis = Analysis(
             settings=self.settings,
-            full=self.full,
+            full=self.layer.full,
             coverage=self.table.rows,
             curves=self.curves,
             random=self.coverage.random,
-            plain_random_p_value=self.coverage.plain_random_p_value,
             rankings=self.rankings,
             methods=self.compared.rows,
             stability=self.stability,
@@ -192,29 +183,25 @@ class _Work:
             control_layer=grid.settings.patching.control_layer,
             alpha=grid.settings.patching.alpha,
             ranking=self.ranking.method,
-            ks=self.ks,
+            ks=self.layer.ks,
             n_heads=grid.n_heads,
             n_prompts=grid.n_prompts,
-            n_groups=self.bootstrap.n_groups,
-            n_resamples=self.bootstrap.n_resamples,
+            n_groups=self.layer.bootstrap.n_groups,
+            n_resamples=self.layer.bootstrap.n_resamples,
             n_random_sets=self.n_random_sets,
             random_ks=tuple(sets.k for sets in self.coverage.random),
             n_splits=self.n_splits,
-            seed=self.bootstrap.seed,
+            seed=self.layer.bootstrap.seed,
         )
 
     @property
-    def ks(self) -> tuple[int, ...]:
-        return self.grid.settings.patching.k
-
-    @property
     def can_measure(self) -> bool:
-        return self.measured.experiment is not None
+        return self.layer.measured.experiment is not None
 
     @property
     def experiment(self) -> Experiment | None:
         """The experiment with its models and maps; None for anything that only measures."""
-        experiment = self.measured.experiment
+        experiment = self.layer.measured.experiment
         return experiment if isinstance(experiment, Experiment) else None
 
     @cached_property
@@ -227,38 +214,24 @@ class _Work:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        return single_ranking(self.measured, self.grid.settings.patching.rank_by)
+        return single_ranking(self.layer.measured, self.layer.rank_by)
 
     @cached_property
-    def full(self) -> FullEffect:
-        return grid_full_effect(self.grid, self.bootstrap)
-
-    @cached_property
-    def singles(self) -> tuple[PerPrompt, PerPrompt]:
-        """``KL_raw`` and ``KL_mapped`` of single heads."""
-        return self.measured.kl_nats(self.measured.singles)
-
-    @cached_property
-    def study(self) -> CoverageStudy:
+    def inputs(self) -> CoverageInputs:
         """What the coverage table is made from."""
-        return CoverageStudy(
+        return CoverageInputs(
+            layer=self.layer,
             ranking=self.ranking,
-            rank_by=self.grid.settings.patching.rank_by,
-            ks=self.ks,
             random_ks=self.random_ks,
             seed_sets=seed_sets(self.grid),
-            measured=self.measured,
-            full=self.full,
-            bootstrap=self.bootstrap,
             n_random_sets=self.n_random_sets,
             n_splits=self.n_splits,
-            seed=self.bootstrap.seed,
         )
 
     @cached_property
     def coverage(self) -> Coverage:
-        found = coverage(self.study) if self.can_measure else coverage_of_grid(self.study)
-        by_answer = answer_coverage(self.grid, self.bootstrap)
+        found = coverage(self.inputs) if self.can_measure else coverage_of_grid(self.inputs)
+        by_answer = answer_coverage(self.grid, self.layer.bootstrap)
         rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
         return replace(found, rows=rows)
 
@@ -266,27 +239,23 @@ class _Work:
     def compared(self) -> Methods:
         if not self.can_measure:
             return Methods((), (), ())
-        return compare_methods(
-            self.methods,
-            self.measured,
-            self.full,
-            self.ks,
-            self.bootstrap,
-            self.bootstrap.seed,
-            self.orders,
-        )
+        return compare_methods(self.methods, self.layer, self.ranking_settings)
+
+    @property
+    def ranking_settings(self) -> RankingSettings:
+        return RankingSettings(seed=self.layer.bootstrap.seed, orders=self.orders)
 
     @cached_property
     def orders(self) -> Orders | None:
         """Random orders of the heads along which every head set is measured, if there are any."""
-        pairs = self.study.rankings.pairs
+        pairs = self.inputs.rankings.pairs
         every_size = len(self.random_ks) == self.grid.n_heads
         return pairs if every_size and len(pairs) > 1 else None
 
     @cached_property
     def best(self) -> CoverageCurve | None:
         """The envelope of all head sets that were measured."""
-        return best_subsets(self.measured, self.full, self.bootstrap) if self.can_measure else None
+        return best_subsets(self.layer) if self.can_measure else None
 
     @property
     def table(self) -> Coverage:
@@ -307,95 +276,79 @@ class _Work:
 
     @cached_property
     def interactions(self) -> Interactions | None:
-        if not self.can_measure:
-            return None
-        defined = self.full.undefined_because is None
-        return interactions(self.measured, self.bootstrap, defined=defined)
+        return interactions(self.layer) if self.can_measure else None
 
     @cached_property
     def alphas(self) -> tuple[tuple[AlphaPoint, ...], tuple[MeasuredSets, ...]]:
         """The sweep over blend strengths, and the measurements behind it."""
         if not self.can_measure:
-            return (), (self.measured,)
-        points, measured = alpha_sweep(self.measured, self.sweep_alphas, self.ks, self.bootstrap)
+            return (), (self.layer.measured,)
+        points, measured = alpha_sweep(self.layer, self.sweep_alphas)
         return tuple(points), tuple(measured)
 
     @cached_property
     def tests(self) -> HeadTests:
         """All heads at all blend strengths that were tried."""
-        layer, heads = self.measured.layer, range(self.grid.n_heads)
+        layer, heads = self.layer.measured.layer, range(self.grid.n_heads)
         at_alpha = self.alphas[1]
         return head_tests(
             [(Head(layer, head), each.alpha) for each in at_alpha for head in heads],
             np.concatenate([each.delta_nats(each.singles) for each in at_alpha]),
             self.grid.groups,
-            n_flips=self.bootstrap.n_resamples,
-            seed=self.bootstrap.seed,
+            n_flips=self.layer.bootstrap.n_resamples,
+            seed=self.layer.bootstrap.seed,
         )
 
     @cached_property
     def controls(self) -> tuple[Control, ...]:
-        rows = grid_controls(self.grid, self.bootstrap)
+        rows = grid_controls(self.grid, self.layer.bootstrap)
         if self.experiment is not None and self.activations is not None:
-            study = ControlStudy(
-                experiment=self.experiment,
-                measured=self.measured,
-                control_layer=self.grid.settings.patching.control_layer,
-                bootstrap=self.bootstrap,
-                activations=self.activations,
-                neutral=self.neutral,
-                seed=self.bootstrap.seed,
+            control_layer = self.grid.settings.patching.control_layer
+            rows += measured_controls(
+                ControlInputs(
+                    self.layer, self.experiment, self.activations, control_layer, self.neutral
+                )
             )
-            rows += measured_controls(study)
-        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads, self.full))
+        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads, self.layer.full))
 
     @cached_property
     def alignment(self) -> Alignment | None:
         if self.activations is None:
             return None
-        data = FitData.of(self.activations, self.measured.layer)
-        return alignment(data, self._scored_delta, self.bootstrap)
-
-    @cached_property
-    def _scored_delta(self) -> Scored:
-        raw, mapped = self.singles
-        return Scored.of_prompts("delta", raw - mapped, self.bootstrap)
+        data = FitData.of(self.activations, self.layer.measured.layer)
+        return alignment(data, Scored.of_singles(self.layer), self.layer.bootstrap)
 
     @cached_property
     def agreements(self) -> tuple[Agreement, ...]:
         """Rankings of the same heads across metrics, folds, seeds, kinds of maps and alphas."""
-        found = [metric_agreement(self.grid, self._scored_delta, self.ks, self.bootstrap)]
+        compared = [metric_agreement(self.grid, self.layer)]
         if self.experiment is not None and self.activations is not None:
-            found += map_kind_agreement(
-                self.experiment, self.measured, self.activations, self.ks, self.bootstrap
-            )
+            compared += map_kind_agreement(self.layer, self.experiment, self.activations)
         at_alphas = (point.agreement for point in self.alphas[0] if point.agreement is not None)
-        return (*found, *self._resampled, *at_alphas)
+        return (*compared, *self._resampled, *at_alphas)
 
     @property
     def _resampled(self) -> Iterator[Agreement]:
         """The same heads ranked on other prompts, and from other random permutations."""
-        halves = half_splits(self.grid.groups, 1, self.bootstrap.seed)
+        halves = half_splits(self.grid.groups, 1, self.layer.bootstrap.seed)
         if len(halves):
-            yield fold_agreement(self.measured, halves[0], self.ks, self.bootstrap)
+            yield fold_agreement(self.layer, halves[0])
         for ranking in self.compared.rankings:
             if ranking.method == "shapley" and not ranking.settings["exact"]:
-                yield seed_agreement(
-                    self.measured, self.bootstrap.seed, self.orders, self.ks, self.bootstrap
-                )
+                yield seed_agreement(self.layer, self.ranking_settings)
 
     @cached_property
     def stability(self) -> RankStability:
-        rank_by = self.grid.settings.patching.rank_by
-        return rank_stability(self.ranking, *self.singles, rank_by, self.ks, self.bootstrap)
+        return rank_stability(self.ranking, self.layer)
 
     @cached_property
     def kinds(self) -> HeadKinds:
         full, floor = self.grid.full.KL_raw, self.grid.noise_floor_nats
-        return head_kinds(*self.singles, full, floor, self.bootstrap)
+        return head_kinds(*self.layer.singles, full, floor, self.layer.bootstrap)
 
     @cached_property
     def concentration(self) -> tuple[Concentration, ...]:
-        raw, mapped = self.singles
-        scores = {"|ΔKL|": raw - mapped, "KL_raw": raw}
-        return tuple(concentration(name, each, self.bootstrap) for name, each in scores.items())
+        scores = {"|ΔKL|": self.layer.single_deltas, "KL_raw": self.layer.singles[0]}
+        return tuple(
+            concentration(name, each, self.layer.bootstrap) for name, each in scores.items()
+        )

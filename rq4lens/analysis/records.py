@@ -71,10 +71,6 @@ class RandomSets:
         p_value: of the test that the k heads ranked first on one half of the prompts do no better
             on the other half than the average random set; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
-        plain_p_value: share of these sets whose effect reaches that of the run's own top k. The top
-            k were chosen on the same prompts, so it is small even where no head is better than
-            another: it describes, and is no test.
-        plain_p_value_min: smallest value ``plain_p_value`` can take.
     """
 
     k: int
@@ -89,8 +85,6 @@ class RandomSets:
     band_high_pct: float | None = None
     p_value: float | None = None
     p_value_min: float | None = None
-    plain_p_value: float | None = None
-    plain_p_value_min: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,11 +103,7 @@ class CoverageRow:
         p_value: of the test that the top k heads of one half do no better on the other half than
             the average random set of k heads; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
-        plain_p_value: share of random sets of this size whose effect on the same prompts reaches
-            that of the top k. They were chosen on these prompts, so it is small even where no head
-            is better than another: it describes, and is no test.
-        plain_p_value_min: smallest value ``plain_p_value`` can take.
-        n_subsets: how many random sets stand behind ``plain_p_value``.
+        n_subsets: how many random sets of this size were measured.
         exhaustive: whether these are all sets of that size.
         random_mean_pct: their mean coverage.
         random_low_pct: 2.5% quantile of their coverage.
@@ -134,8 +124,6 @@ class CoverageRow:
     optimism_pct: Estimate
     p_value: float | None
     p_value_min: float | None
-    plain_p_value: float | None
-    plain_p_value_min: float | None
     n_subsets: int
     exhaustive: bool
     random_mean_pct: float | None

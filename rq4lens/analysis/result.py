@@ -9,7 +9,7 @@ from typing import Any
 from rq4lens.analysis.coverage.cross_fitted import TOO_FEW_GROUPS
 from rq4lens.analysis.coverage.random_sets import FEWEST_GROUPS, TOO_FEW_TO_TEST
 from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.rankings.methods import why_null
+from rq4lens.analysis.rankings.file import why_null
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
@@ -91,9 +91,6 @@ class Analysis:
         curves: coverage curves of every ranking method, the run's own first, then cross-fitted
             (``"<method> (cross-fitted)"``) and the envelope (``"best subset"``).
         random: random head sets by size.
-        plain_random_p_value: probability that a random ranking leaves the band as far as the run's
-            own does, over all sizes at once. The run's own was chosen on the same prompts, so this
-            is small even where no head is better than another: it describes, and is no test.
         rankings: every ranking, the run's own first.
         methods: each method beside exact single-head ``ΔKL``.
         stability: stability of the run's own ranking.
@@ -114,7 +111,6 @@ class Analysis:
     coverage: tuple[CoverageRow, ...]
     curves: tuple[CoverageCurve, ...]
     random: tuple[RandomSets, ...]
-    plain_random_p_value: float | None
     rankings: tuple[HeadRanking, ...]
     methods: tuple[MethodRow, ...]
     stability: RankStability
@@ -142,11 +138,7 @@ class Analysis:
 
     def _why_missing(self, name: str) -> str:
         """Why a whole part is null."""
-        if name == "alignment":
-            return NO_MODELS
-        return (
-            self._why_no_coverage("random_pct") if name == "plain_random_p_value" else NOT_MEASURED
-        )
+        return NO_MODELS if name == "alignment" else NOT_MEASURED
 
     def _why_no_coverage(self, name: str) -> str:
         """Why a number of the coverage table or of random sets is null.

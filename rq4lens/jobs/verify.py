@@ -37,7 +37,7 @@ from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.measured import Planned, Recorder
 from rq4lens.patching.patch import MAPPED, SELF
-from rq4lens.results import ConditionResult, rank_single_heads
+from rq4lens.results import ConditionResult, rank_conditions
 
 
 def compare_with_store(saved: SavedRun) -> tuple[int, list[str]]:
@@ -234,7 +234,7 @@ def _check_plan(saved: SavedRun) -> Check:
     grid = saved.grid
     plan = GridPlan(grid.settings.n_heads, grid.settings.patching)
     singles = [grid.single(head) for head in range(grid.n_heads)]
-    ranking = rank_single_heads(singles, grid.settings.patching.rank_by)
+    ranking = rank_conditions(singles, grid.settings.patching.rank_by)
     promised = {each.cond: each for each in [*plan.fixed(), *plan.top(ranking)]}
     differences = [
         f"{name} is not {each.heads} of layer {each.layer}"

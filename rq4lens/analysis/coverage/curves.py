@@ -8,12 +8,11 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
-from rq4lens.analysis.effects.table import FullEffect
+from rq4lens.analysis.effects.layer import MeasuredLayer
+from rq4lens.analysis.effects.measured import Indices, prefixes
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import (
     LEVEL,
-    Bootstrap,
     Estimate,
     Resampled,
     exact,
@@ -27,33 +26,30 @@ CARRIED = 0.9
 Curves = Float64[ndarray, "*rows k"]
 
 
-def ranking_curve(
-    ranking: HeadRanking, measured: MeasuredSets, full: FullEffect, bootstrap: Bootstrap
-) -> CoverageCurve:
+def ranking_curve(ranking: HeadRanking, layer: MeasuredLayer) -> CoverageCurve:
     """Coverage of the top k heads of a ranking, for k = 0 to H."""
     sets = prefixes(ranking.heads)
-    return curve_of(ranking.method, sets, measured.delta_nats(sets), full, bootstrap)
+    return curve_of(ranking.method, sets, layer.measured.delta_nats(sets), layer)
 
 
 def curve_of(
     name: str,
     sets: Sequence[Indices],
     delta_nats: Float64[ndarray, "k prompt"],
-    full: FullEffect,
-    bootstrap: Bootstrap,
+    layer: MeasuredLayer,
     exhaustive: tuple[bool, ...] | None = None,
 ) -> CoverageCurve:
     """The curve of one head set for each k."""
-    means = bootstrap.resampled(delta_nats)
+    means = layer.bootstrap.resampled(delta_nats)
     shares = means.apply(share_of_full)
-    usable = full.undefined_because is None
-    low, high = simultaneous_band(shares) if usable else (np.empty(0), np.empty(0))
-    areas = _areas(shares, full.undefined_because)
+    reason = layer.full.undefined_because
+    low, high = simultaneous_band(shares) if reason is None else (np.empty(0), np.empty(0))
+    areas = _areas(shares, reason)
     return CoverageCurve(
         ranking=name,
         head_sets=tuple(sets),
         delta_nats=tuple(means.estimates()),
-        coverage_pct=tuple(_coverage(shares, full.undefined_because)),
+        coverage_pct=tuple(_coverage(shares, reason)),
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
         area_pct=areas[0],

@@ -18,23 +18,7 @@ from rq4lens.analysis.statistics.bootstrap import (
     exact,
     undefined,
 )
-from rq4lens.results import HOOK, ConditionResult, GridResult, HeadRanking, RankBy
-
-
-def single_scores(
-    raw: Float64[ndarray, "*rows head"], mapped: Float64[ndarray, "*rows head"], rank_by: RankBy
-) -> Float64[ndarray, "*rows head"]:
-    """The score that orders single heads, from their mean KLs."""
-    delta = raw - mapped
-    if rank_by != "drop_pct":
-        return delta if rank_by == "delta" else raw
-    return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
-
-
-def order_of(scores: Float64[ndarray, "*rows head"]) -> ndarray:
-    """Heads by descending score; ties break by head index."""
-    return np.argsort(-scores, axis=-1, kind="stable")
-
+from rq4lens.results import HOOK, ConditionResult, GridResult, HeadRanking
 
 QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct")
 NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"

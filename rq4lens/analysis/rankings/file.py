@@ -1,4 +1,4 @@
-"""Rankings read from a file, for instance ``attr_L26_attn.json``: a list of heads and scores."""
+"""Rankings in files, for instance ``attr_L26_attn.json``: a list of heads and scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rq4lens.analysis.effects.table import NO_RAW_EFFECT
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP
+from rq4lens.analysis.statistics.plain import explained
 from rq4lens.disk.files import parse_json, read_regular_file, short_reason
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
@@ -106,3 +109,27 @@ def _shown(value: Any, limit: int = 60) -> str:
     except ValueError:  # a whole number with more digits than Python converts
         return "a number with too many digits"
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:
+    """The rows of a method's ranking file, best first: ``head, rank, score, se``."""
+    errors = ranking.standard_errors or (None,) * ranking.n_heads
+    rows = (
+        {"head": head, "rank": rank, "score": score, "se": error}
+        for rank, (head, score, error) in enumerate(
+            zip(ranking.heads, ranking.scores, errors, strict=True), 1
+        )
+    )
+    return [explained(row, lambda name: why_null(ranking, name)) for row in rows]
+
+
+def why_null(ranking: HeadRanking, name: str) -> str:
+    """Why a ranking lacks its alpha, scores or standard errors."""
+    if name == "alpha":
+        return "the scores do not depend on alpha"
+    if name in ("score", "scores"):
+        return NO_RAW_EFFECT
+    if ranking.per_prompt is None:
+        return "the scores are not means over prompts"
+    alone = not any(ranking.standard_errors or ()) and any(s is not None for s in ranking.scores)
+    return ONE_GROUP if alone else NO_RAW_EFFECT

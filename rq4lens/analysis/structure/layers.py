@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
 from rq4lens.analysis.effects.table import (
     NO_RAW_EFFECT,
@@ -23,7 +24,6 @@ from rq4lens.analysis.effects.table import (
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.stability import ranks_of
 from rq4lens.analysis.records import Agreement, Concentration, CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap, Estimate
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
@@ -31,7 +31,7 @@ from rq4lens.analysis.statistics.plain import NOT_MEASURED, ONE_SET, explained, 
 from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
-from rq4lens.results import ConditionResult, GridResult, RankBy
+from rq4lens.results import ConditionResult, GridResult, RankBy, ranks_of
 
 
 @dataclass(frozen=True)
@@ -310,9 +310,9 @@ def _row(
     raw, mapped = _singles(grid)
     curve = None
     if experiment is not None:
-        measured = MeasuredSets.of_grid(grid, experiment)
-        ranking = single_ranking(measured, grid.settings.patching.rank_by)
-        curve = ranking_curve(ranking, measured, full, bootstrap)
+        measured, patching = MeasuredSets.of_grid(grid, experiment), grid.settings.patching
+        layer = MeasuredLayer(measured, full, bootstrap, patching.k, patching.rank_by)
+        curve = ranking_curve(single_ranking(measured, patching.rank_by), layer)
     return LayerRow(
         layer=grid.settings.layer,
         KL_raw=estimates["KL_raw_mean"],

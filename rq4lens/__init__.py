@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from rq4lens.results import ConditionResult as ConditionResult
     from rq4lens.results import GridResult as GridResult
     from rq4lens.results import HeadRanking as HeadRanking
+    from rq4lens.validation.planting import Planting as Planting
     from rq4lens.validation.planting import plant as plant
+    from rq4lens.validation.suite import ValidationSettings as ValidationSettings
     from rq4lens.validation.suite import validate as validate
 
 # Where each public name lives. Importing rq4lens loads none of them: torch and TransformerLens
@@ -70,6 +72,7 @@ _HOMES = {
     "Head": "rq4lens.heads",
     "HeadSet": "rq4lens.heads",
     "audit_prompts": "rq4lens.models.prompts.audit",
+    "Planting": "rq4lens.validation.planting",
     "plant": "rq4lens.validation.planting",
     "load_pair": "rq4lens.models.catalog",
     "load_hooked": "rq4lens.models.load.loading",
@@ -91,6 +94,7 @@ _HOMES = {
     "read_run": "rq4lens.disk.run",
     "run": "rq4lens.jobs.run",
     "sweep_layers": "rq4lens.jobs.sweep",
+    "ValidationSettings": "rq4lens.validation.suite",
     "validate": "rq4lens.validation.suite",
 }
 

@@ -337,7 +337,7 @@ def validate(
     Copies of it are made whose changed heads are known; nothing else is needed.
     """
     from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
-    from rq4lens.validation.request import ValidationRequest, methods_of  # noqa: PLC0415
+    from rq4lens.validation.suite import ValidationRequest, methods_of  # noqa: PLC0415
 
     many = Many(None, cluster, workers, gpus_per_worker)
     request = ValidationRequest(config, methods_of(method), layer, pairs, drift)

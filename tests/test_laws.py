@@ -35,7 +35,7 @@ from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import MAPPED, RAW, SELF, Patch, Sources
-from rq4lens.validation.planting import plant
+from rq4lens.validation.planting import Planting, plant
 
 ENGINES = ("suffix", "hooks")
 ROUNDING_NATS = 1e-6
@@ -526,7 +526,9 @@ def test_the_top_sets_are_the_best_single_heads(tiny_grid):
 def two_heads():
     """Two heads whose effects differ much: one rotated, one rewired; and their grid."""
     base = tiny_model()
-    planted = plant(base, rotated=[Head(MAIN, 0)], rewired=[Head(MAIN, 2)], strength=0.5)
+    planted = plant(
+        base, rotated=[Head(MAIN, 0)], rewired=[Head(MAIN, 2)], how=Planting(strength=0.5)
+    )
     pair = pair_of(base, planted.tuned, random_prompts())
     maps = fit_maps(pair, [MAIN])
     return lambda store: grid_of(pair, maps, MAIN, alpha=ALPHA, ks=(1, 2), store=store)

@@ -27,7 +27,7 @@ from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.studies.file import read_study
 from rq4lens.studies.job import run_study_file
 from rq4lens.studies.report import ROWS
-from rq4lens.validation.request import ValidationRequest
+from rq4lens.validation.suite import ValidationRequest
 
 os.environ[LOOPBACK_SWITCH] = "0"  # before Ray is imported, as the package does it
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

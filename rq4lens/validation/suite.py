@@ -325,7 +325,8 @@ def _check(base: LoadedModel, settings: ValidationSettings) -> None:
             f"{base.source!r} has fewer than 4 value heads in a layer: too few to plant some and "
             "leave others."
         )
-    check_layers(settings.layers or (), model.cfg.n_layers)
+    if settings.layers:
+        check_layers(settings.layers, model.cfg.n_layers)
 
 
 def _name(method: str | RankingMethod) -> str:

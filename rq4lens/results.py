@@ -326,16 +326,8 @@ def rank_single_heads(
 ) -> HeadRanking:
     """Rank the heads of one layer, each by its effect when it alone is patched.
 
-    Args:
-        kl_raw_nats: KL of the raw patch of each head.
-        kl_mapped_nats: KL of the mapped patch of each head.
-        rank_by: ``"delta"`` for ``ΔKL``, ``"drop_pct"`` for ``100 ΔKL / KL_raw``, ``"kl_raw"`` for
-            ``KL_raw``.
-        layer: the layer.
-        alpha: blend strength.
-
-    Returns:
-        The ranking, with its scores per prompt.
+    The score is ``ΔKL`` by ``"delta"``, ``100 ΔKL / KL_raw`` by ``"drop_pct"`` and ``KL_raw`` by
+    ``"kl_raw"``.
     """
     delta_nats = kl_raw_nats - kl_mapped_nats
     scores = single_scores(kl_raw_nats.mean(-1), delta_nats.mean(-1), rank_by)

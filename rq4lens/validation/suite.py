@@ -9,7 +9,7 @@ tests by how often they find something where nothing is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -111,12 +111,11 @@ def validate(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one planted pair said.
+    """What one planted pair said, method by method, head by head and null by null experiment.
 
     Args:
         recoveries: average precision and AUROC of each method.
         kinds: scenario, truth and verdict of each head.
-        alarms: of each null experiment, whether some head was significant.
         planted: the scenario, which heads were chosen and why, and the truth.
     """
 
@@ -424,10 +423,10 @@ def validation_text(validation: Validation) -> str:
     """The result as Markdown tables, which a terminal shows as well."""
     parts = [
         _setting(validation),
-        "\n".join(_recovery_table(validation.recoveries, "average_precision")),
+        _recovery_table(validation.recoveries, "average_precision"),
         "Area under the ROC curve: the probability that a planted head is ranked before another.",
-        "\n".join(_recovery_table(validation.recoveries, "auroc")),
-        "\n".join(_kinds_table(validation)),
+        _recovery_table(validation.recoveries, "auroc"),
+        _kinds_table(validation),
         _alarms(validation.false_alarms),
     ]
     return "\n\n".join(parts) + "\n"
@@ -444,28 +443,28 @@ def _setting(validation: Validation) -> str:
     )
 
 
-def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> Iterator[str]:
+def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> str:
     scenarios = list(dict.fromkeys(each.scenario for each in recoveries))
-    methods = list(dict.fromkeys(each.method for each in recoveries))
-    cells = {
-        (each.method, each.scenario): _mean_and_worst(getattr(each, measure)) for each in recoveries
-    }
-    yield _row("method", *scenarios)
-    yield _row(*["---"] * (1 + len(scenarios)))
-    for method in methods:
-        yield _row(method, *(cells[method, scenario] for scenario in scenarios))
+    rows: dict[str, list[str]] = {}
+    for each in recoveries:
+        values = getattr(each, measure)
+        cell = f"{sum(values) / len(values):.2f} ({min(values):.2f})"
+        rows.setdefault(each.method, [each.method]).append(cell)
+    return _table(["method", *scenarios], rows.values())
 
 
-def _mean_and_worst(values: tuple[float, ...]) -> str:
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f})"
+def _kinds_table(validation: Validation) -> str:
+    kinds = validation.kinds
+    rows = [
+        [scenario, truth, *(str(kinds.get((scenario, truth, verdict), 0)) for verdict in VERDICTS)]
+        for scenario, truth in dict.fromkeys(key[:2] for key in sorted(kinds))
+    ]
+    return _table(["scenario", "truth", *(f"called {verdict}" for verdict in VERDICTS)], rows)
 
 
-def _kinds_table(validation: Validation) -> Iterator[str]:
-    yield _row("scenario", "truth", *(f"called {verdict}" for verdict in VERDICTS))
-    yield _row(*["---"] * (2 + len(VERDICTS)))
-    for scenario, truth in dict.fromkeys(key[:2] for key in sorted(validation.kinds)):
-        counts = [validation.kinds.get((scenario, truth, verdict), 0) for verdict in VERDICTS]
-        yield _row(scenario, truth, *map(str, counts))
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _alarms(alarms: FalseAlarms) -> str:
@@ -476,10 +475,6 @@ def _alarms(alarms: FalseAlarms) -> str:
         f"{100 * alarms.rate:.1f}% "
         f"[{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%."
     )
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)

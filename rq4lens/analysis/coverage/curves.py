@@ -106,23 +106,12 @@ def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
 def simultaneous_band(
     curves: Resampled, level: float = LEVEL
 ) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
-    """A band that holds the whole curve at once with the given confidence."""
-    width = max_deviation_width(curves.draws - curves.point, curves.draws.std(0), level)
+    """A band that holds the whole curve at once with the given confidence.
+
+    Its half-width is a number of standard deviations, the same at every k.
+    """
+    spread = curves.draws.std(0)
+    varies = spread > 1e-12 * spread.max(initial=0.0)
+    deviations = np.abs(curves.draws - curves.point)[:, varies] / spread[varies]
+    width = spread * np.quantile(deviations.max(-1, initial=0.0), level)
     return curves.point - width, curves.point + width
-
-
-def max_deviation_width(
-    deviations: Float64[ndarray, "draw k"], spread: Float64[ndarray, "k"], level: float
-) -> Float64[ndarray, "k"]:
-    """Half-width per k such that a share ``level`` of the draws stays within it at every k."""
-    return spread * np.quantile(largest_deviation(deviations, spread), level)
-
-
-def largest_deviation(
-    deviations: Float64[ndarray, "draw k"], spread: Float64[ndarray, "k"]
-) -> Float64[ndarray, "draw"]:
-    """Largest deviation over k of each draw, in standard deviations; 0 where nothing varies."""
-    varies = spread > 1e-12 * np.abs(spread).max(initial=0.0)
-    if not varies.any():
-        return np.zeros(len(deviations))
-    return (np.abs(deviations[:, varies]) / spread[varies]).max(-1)

@@ -92,11 +92,7 @@ def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
 
 
 class MeanGains:
-    """What heads add when they are added in random orders, on average.
-
-    Args:
-        measured: the head sets measured so far; what is missing is measured.
-    """
+    """What heads add when they are added in random orders, on average."""
 
     def __init__(self, measured: MeasuredSets) -> None:
         self._measured = measured

@@ -167,15 +167,7 @@ def exact(value: float) -> Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Paired resampling of prompts, whole groups at a time.
-
-    Args:
-        groups: the group of each prompt; prompts of a group are drawn together.
-        n_resamples: number of resamples.
-        seed: seed of the draws.
-
-    Raises:
-        UserError: if there is no prompt or no resample.
+    """Paired resampling of prompts; those of a group are drawn together.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 and 14.
@@ -246,13 +238,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Resampled:
-    """Quantities on all prompts, in every resample, and with each group left out.
-
-    Args:
-        point: the quantities on all prompts.
-        draws: the quantities in each resample.
-        jackknife: the quantities with one group left out.
-    """
+    """Quantities on all prompts, in every resample, and with each group left out."""
 
     point: Float64[ndarray, "quantity"]
     draws: Float64[ndarray, "resample quantity"]

@@ -15,6 +15,7 @@ from rq4lens.analysis.coverage.random_sets import cross_fitted_p_value, untestab
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.config import AnalysisEffort
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
@@ -185,7 +186,7 @@ def test_identical_models_have_no_p_value():
     maps = fit_maps(pair, [0, 1])
     experiment = prepared(pair, maps)
     grids = {layer: grid_of(pair, maps, layer, ks=(1,), experiment=experiment) for layer in (0, 1)}
-    found = analyse(resampled(grids[1], 100), experiment, n_random_sets=20)
+    found = analyse(resampled(grids[1], 100), experiment, AnalysisEffort(n_random_sets=20))
     assert len(found.tests.tests) == 20
     for tests in (
         found.tests,

@@ -106,7 +106,6 @@ def cross_fitted_curve(name: str, cross_fit: CrossFit, layer: MeasuredLayer) -> 
         band_low_pct=low,
         band_high_pct=high,
         area_pct=across_splits(mean.area_pct, [split.area_pct for split in splits]),
-        cpr=across_splits(mean.cpr, [split.cpr for split in splits]),
         cmd=across_splits(mean.cmd, [split.cmd for split in splits]),
         k90=_whole_heads(k90, cross_fit.measured.n_heads),
     )

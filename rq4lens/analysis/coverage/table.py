@@ -21,11 +21,12 @@ from rq4lens.analysis.coverage.random_sets import (
 )
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices
-from rq4lens.analysis.records import CoverageCurve, CoverageRow, RandomSets
+from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, RandomSets
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
-from rq4lens.analysis.statistics.plain import NOT_MEASURED
 from rq4lens.results import GridResult, HeadRanking
 
+RANDOM_SHARES = ("mean_pct", "band_low_pct", "band_high_pct")
+ROW_SHARES = ("random_mean_pct", "random_low_pct", "random_high_pct", "best_coverage_pct")
 FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
 
@@ -88,6 +89,12 @@ class CoverageInputs:
         layer = self.layer
         return RandomRankings.draw(layer.measured, self.n_random_sets, layer.bootstrap.seed)
 
+    def absent(self, *shares: str) -> dict[str, str]:
+        """Why shares of the full effect and p-values are missing, where they are."""
+        no_share = self.layer.full.undefined_because or NOT_MEASURED
+        p_values = dict.fromkeys(("p_value", "p_value_min"), self.untested_because or "")
+        return {**dict.fromkeys(shares, no_share), **p_values}
+
     @property
     def untested_because(self) -> str | None:
         """Why cross-fitted numbers or p-values are missing; None when they are not."""
@@ -109,7 +116,10 @@ def coverage_of_grid(inputs: CoverageInputs) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
     layer = inputs.layer
     random = {
-        k: sets_of_seeds(layer.measured, k, layer.full_delta, inputs.seed_sets[k])
+        k: replace(
+            sets_of_seeds(layer.measured, k, layer.full_delta, inputs.seed_sets[k]),
+            reasons=inputs.absent(*RANDOM_SHARES),
+        )
         for k in layer.ks
         if inputs.seed_sets.get(k)
     }
@@ -154,7 +164,8 @@ def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
     """Random sets of one size, and how the top k does beside them."""
     seeds = inputs.seed_sets.get(k, {})
     random = random_sets(inputs.rankings, k, inputs.layer.full_delta, seeds)
-    if untestable_because(inputs.cross_fit) is not None:
+    random = replace(random, reasons=inputs.absent(*RANDOM_SHARES))
+    if inputs.untested_because is not None:
         return random
     tested = cross_fitted_p_value(inputs.cross_fit, k, inputs.rankings.average_nats(k))
     return replace(random, p_value=tested.value, p_value_min=tested.smallest)
@@ -215,6 +226,7 @@ def _row(
         ranking=inputs.ranking.method,
         heads=inputs.ranking.top(k),
         reason=inputs.untested_because,
+        reasons=inputs.absent(*ROW_SHARES),
         **selection._asdict(),
         **_beside(random),
     )

@@ -9,7 +9,8 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.effects.table import FullEffect, bootstrap_of, grid_full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
 from rq4lens.results import GridResult, RankBy
 

@@ -93,6 +93,7 @@ def describe_ranking(
         k90=curve.k90,
         seconds=seconds,
         agreement_reason=THE_SAME if itself else None,
+        reasons={"seconds": "the ranking was read from a file"},
     )
     return row, curve
 

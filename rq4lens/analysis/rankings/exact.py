@@ -11,8 +11,8 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.statistics.bootstrap import group_membership
-from rq4lens.results import HeadRanking, RankBy, rank_single_heads
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
+from rq4lens.results import NO_RAW_EFFECT, HeadRanking, RankBy, rank_single_heads
 
 
 def rank_by_delta(measured: MeasuredSets) -> HeadRanking:
@@ -40,7 +40,12 @@ def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
         if rank_by != "drop_pct"
         else _errors_of_shares(scores, raw - mapped, raw, measured.groups)
     )
-    return replace(ranking, standard_errors=tuple(errors[head] for head in ranking.heads))
+    missing = ONE_GROUP if len(set(measured.groups)) == 1 else NO_RAW_EFFECT
+    return replace(
+        ranking,
+        standard_errors=tuple(errors[head] for head in ranking.heads),
+        reasons={"standard_errors": missing},
+    )
 
 
 def _errors_of_shares(
@@ -81,7 +86,7 @@ def per_prompt_ranking(
         standard_errors=standard_errors(per_prompt, measured.groups) if errors is None else errors,
         settings=settings,
     )
-    return replace(ranking, per_prompt=per_prompt)
+    return replace(ranking, per_prompt=per_prompt, reasons={"standard_errors": ONE_GROUP})
 
 
 def standard_errors(

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow
+from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow, FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment

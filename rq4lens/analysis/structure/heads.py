@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.rankings.agreement import Scored, agreement
-from rq4lens.analysis.records import HeadKind, HeadKinds
+from rq4lens.analysis.records import Alignment, HeadKind, HeadKinds
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
 from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.maps.kinds import fit_block
@@ -92,24 +90,6 @@ def rule(idle_below: float) -> str:
 
 
 NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How the first direction of a joint low-rank map lies on the heads.
-
-    Args:
-        share: share of the direction's squared length that lies on each head, in head order; sums
-            to 1.
-        spearman: rank correlation with single-head ``ΔKL``.
-        kendall: the same by Kendall's tau-b.
-        reason: why it is missing, if it is.
-    """
-
-    share: tuple[float, ...]
-    spearman: Estimate
-    kendall: Estimate
-    reason: str | None = None
 
 
 def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:

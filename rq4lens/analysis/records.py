@@ -24,6 +24,43 @@ NOT_MEASURED = "only the grid was given: new head sets would have to be measured
 
 
 @dataclass(frozen=True)
+class ConditionRecord:
+    """One condition of the grid with its intervals: a record of ``rq4_results.json``.
+
+    Args:
+        layer: the patched layer.
+        hook: the patched activation.
+        cond: name of the condition.
+        alpha: blend strength.
+        heads: the patched heads.
+        head_mask: 1 for each patched head of the layer, else 0.
+        split: the prompts that were measured.
+        k_positions: how many positions were patched.
+        n: how many prompts were measured.
+        KL_raw_mean: KL of the raw patch, in nats.
+        KL_mapped_mean: KL of the mapped patch, in nats.
+        delta: ``ΔKL``, in nats.
+        drop_pct: share of the raw damage that the map repairs.
+        coverage_pct: ``ΔKL`` as a share of ``ΔKL(ALL)`` of the main layer.
+    """
+
+    layer: int
+    hook: str
+    cond: str
+    alpha: float
+    heads: tuple[int, ...]
+    head_mask: tuple[int, ...]
+    split: str
+    k_positions: int
+    n: int
+    KL_raw_mean: Estimate
+    KL_mapped_mean: Estimate
+    delta: Estimate
+    drop_pct: Estimate
+    coverage_pct: Estimate
+
+
+@dataclass(frozen=True)
 class FullEffect:
     """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from rq4lens.analysis.rankings.methods import METHODS
+from rq4lens.analysis.rankings.methods import METHODS, methods_of
 from rq4lens.cluster.commands import (
     Divide,
     GpusPerWorker,
@@ -178,9 +178,14 @@ def rank(
     """
     from rq4lens.jobs.rank import rank_layer  # noqa: PLC0415 - keeps --help fast
 
-    methods = [name.strip() for name in method.split(",")]
     job = rank_layer(
-        config, methods, files=file or (), target=target, ig_steps=ig_steps, out=out, stage=watched
+        config,
+        methods_of(method),
+        files=file or (),
+        target=target,
+        ig_steps=ig_steps,
+        out=out,
+        stage=watched,
     )
     output.print(job.summary, end="")
     for path in job.files:
@@ -337,7 +342,7 @@ def validate(
     Copies of it are made whose changed heads are known; nothing else is needed.
     """
     from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
-    from rq4lens.validation.suite import ValidationRequest, methods_of  # noqa: PLC0415
+    from rq4lens.validation.suite import ValidationRequest  # noqa: PLC0415
 
     many = Many(None, cluster, workers, gpus_per_worker)
     request = ValidationRequest(config, methods_of(method), layer, pairs, drift)

@@ -218,7 +218,7 @@ def test_gradients_leave_nothing_behind(tiny_experiment):
 
 def test_unknown_target_is_refused():
     """The error names the scalars there are."""
-    with pytest.raises(UserError, match="'loss' does not exist: choose 'answer_logprob'"):
+    with pytest.raises(UserError, match="'loss' does not exist: choose answer_logprob"):
         RankingSettings(target="loss")
 
 

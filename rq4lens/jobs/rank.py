@@ -10,7 +10,7 @@ from typing import Any
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.rankings.compared import describe_ranking, timed_ranking
 from rq4lens.analysis.rankings.file import ranking_file_rows, read_ranking
-from rq4lens.analysis.rankings.methods import METHODS, RankingSettings, refuse_unread
+from rq4lens.analysis.rankings.methods import RankingSettings, method_of, methods_of, refuse_unread
 from rq4lens.analysis.records import MethodRow
 from rq4lens.analysis.statistics.plain import NO_CONTROL_LAYER, explained, plain
 from rq4lens.config import RunConfig
@@ -116,13 +116,9 @@ def rank_layer(
 
 def _methods(methods: Sequence[str], files: Sequence[Path]) -> list[str]:
     """The methods asked for, each once; no file may have the name of another ranking."""
-    everything = [name.upper() for name in methods] == ["ALL"]
-    names = list(METHODS) if everything else list(dict.fromkeys(methods))
+    names = list(dict.fromkeys(methods_of(",".join(methods)) if methods else ()))
     for name in names:
-        if name not in METHODS:
-            raise UserError(
-                f"ranking method {name!r} does not exist: choose from {', '.join(METHODS)}, or ALL."
-            )
+        method_of(name)
     taken = set(names)
     for path in files:
         if path.stem in taken:

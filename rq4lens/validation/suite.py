@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from scipy.stats import binomtest
 from transformer_lens import HookedTransformer
 
-from rq4lens.analysis.rankings.methods import METHODS, RankingMethod
+from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
 from rq4lens.config import Reading, RunConfig
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
@@ -74,10 +74,8 @@ class ValidationSettings:
         if self.pairs < 1:
             raise UserError(f"{self.pairs} planted pairs say nothing: make at least 1.")
         for method in self.methods:
-            if isinstance(method, str) and method not in METHODS:
-                raise UserError(
-                    f"ranking method {method!r} does not exist: choose from {', '.join(METHODS)}."
-                )
+            if isinstance(method, str):
+                method_of(method)
 
 
 DEFAULTS = ValidationSettings()
@@ -226,7 +224,9 @@ class Suite:
         }
         return Validation(
             settings=settings,
-            recoveries=tuple(Recovery.of(*key, values) for key, values in scores.items()),
+            recoveries=tuple(
+                Recovery(*key, *zip(*values, strict=True)) for key, values in scores.items()
+            ),
             kinds=dict(Counter(kind for outcome in outcomes for kind in outcome.kinds)),
             false_alarms=FalseAlarms.of(
                 [alarm for outcome in outcomes for alarm in outcome.alarms], LEVEL
@@ -347,12 +347,6 @@ class Recovery:
     method: str
     average_precision: tuple[float, ...]
     auroc: tuple[float, ...]
-
-    @classmethod
-    def of(cls, scenario: str, method: str, scores: Sequence[tuple[float, float]]) -> Recovery:
-        """From average precision and AUROC of each planted pair."""
-        precisions, aurocs = zip(*scores, strict=True)
-        return cls(scenario, method, average_precision=precisions, auroc=aurocs)
 
 
 @dataclass(frozen=True)
@@ -516,11 +510,6 @@ class ValidationRequest:
     def n_planted(self) -> int:
         """How many planted pairs there are."""
         return self.pairs * len(SCENARIOS)
-
-
-def methods_of(text: str) -> tuple[str, ...]:
-    """Ranking methods as a user writes them, separated by commas; ``"ALL"`` are all of them."""
-    return tuple(METHODS) if text.upper() == "ALL" else tuple(text.split(","))
 
 
 def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:

@@ -15,7 +15,7 @@ from rq4lens.analysis.effects.layer import MeasuredLayer, PerPrompt
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
-from rq4lens.analysis.rankings.methods import DEFAULTS, METHODS, RankingSettings
+from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of
 from rq4lens.analysis.rankings.shapley import rank_by_shapley, shapley_of_orders
 from rq4lens.analysis.records import Agreement, CoverageCurve, MethodRow
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
@@ -35,11 +35,7 @@ def rank_heads(
     Raises:
         UserError: if there is no such method, or it needs an experiment and none was given.
     """
-    if method not in METHODS:
-        raise UserError(
-            f"ranking method {method!r} does not exist: choose one of {', '.join(METHODS)}."
-        )
-    return METHODS[method].rank(measured, settings)
+    return method_of(method).rank(measured, settings)
 
 
 def timed_ranking(

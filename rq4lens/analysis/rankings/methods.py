@@ -44,7 +44,7 @@ class RankingSettings:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UserError(
-                f"target {self.target!r} does not exist: choose {' or '.join(map(repr, TARGETS))}."
+                f"target {self.target!r} does not exist: choose {' or '.join(TARGETS)}."
             )
         if self.ig_steps < 1:
             raise UserError(
@@ -98,6 +98,25 @@ METHODS: Mapping[str, Method] = {
 
 GRADIENT_METHODS = tuple(name for name, method in METHODS.items() if method.needs_models)
 """Methods that need the tuned model itself and no patched measurement."""
+
+
+def method_of(name: str) -> Method:
+    """A ranking method by its name.
+
+    Raises:
+        UserError: if it does not exist.
+    """
+    if name not in METHODS:
+        raise UserError(
+            f"ranking method {name!r} does not exist: choose one of {', '.join(METHODS)}."
+        )
+    return METHODS[name]
+
+
+def methods_of(text: str) -> tuple[str, ...]:
+    """Names of ranking methods as a user writes them, with commas between, or ``ALL``."""
+    everything = text.strip().upper() == "ALL"
+    return tuple(METHODS if everything else (name.strip() for name in text.split(",")))
 
 
 def refuse_unread(given: Iterable[tuple[str, object]], methods: Sequence[str]) -> None:

@@ -239,7 +239,7 @@ def test_cross_fitted_intervals_hold_however_halves_depend(noise, strengths):
         game = Game(strengths[:, None] + (1.0 if np.ptp(strengths) == 0 else 0.3) * values)
         inputs = inputs_of(game, n_splits=5, seed=seed, n_resamples=200)
         curve = cross_fitted_curve("", inputs.cross_fit, inputs.layer)
-        chosen = strengths[study.cross_fit.orders].cumsum(-1).mean((0, 1)) / strengths.sum()
+        chosen = strengths[inputs.cross_fit.orders].cumsum(-1).mean((0, 1)) / strengths.sum()
         shares = np.concatenate([[0.0], chosen])[None]
         true_k90 = float(fewest_heads(shares - 1e-9)[0])
         hits.append(

@@ -233,7 +233,7 @@ class _Work:
         """Random orders of the heads along which every head set is measured, if there are any."""
         pairs = self.inputs.rankings.pairs
         every_size = len(self.effort.random_ks or ()) == self.grid.n_heads
-        return pairs if every_size and len(pairs) > 1 else None
+        return pairs.tolist() if every_size and len(pairs) > 1 else None
 
     @cached_property
     def best(self) -> CoverageCurve | None:

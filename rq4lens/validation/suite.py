@@ -87,7 +87,7 @@ def validate(
     settings: ValidationSettings = DEFAULTS,
     *,
     store: Store | None = None,
-    advance: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Validation:
     """Judge ranking methods on planted pairs made from a base model.
 
@@ -96,7 +96,7 @@ def validate(
         prompts: prompts with the splits train and val.
         settings: what is planted, and which methods are judged.
         store: where planted pairs that are done are kept and looked up, if anywhere.
-        advance: called with 1 after each planted pair.
+        progress: called with 1 after each planted pair.
 
     Returns:
         What each method made of them.
@@ -104,7 +104,7 @@ def validate(
     Raises:
         UserError: if the model cannot be planted in.
     """
-    return Suite(base, prompts, settings).run(store, advance)
+    return Suite(base, prompts, settings).run(store, progress)
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,14 @@ class Suite:
         return len(self.settings.scenarios) * self.settings.pairs
 
     def run(
-        self, store: Store | None = None, advance: Callable[[int], None] | None = None
+        self, store: Store | None = None, progress: Callable[[int], None] | None = None
     ) -> Validation:
         """Judge the methods on every planted pair; see :func:`validate`."""
         outcomes = []
         for place in range(len(self)):
             outcomes.append(self.outcome(place, store))
-            if advance is not None:
-                advance(1)
+            if progress is not None:
+                progress(1)
         return self.result(outcomes)
 
     def outcome(self, place: int, store: Store | None = None) -> Outcome:

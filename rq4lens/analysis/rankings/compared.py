@@ -35,7 +35,8 @@ def rank_heads(
     Raises:
         UserError: if there is no such method, or it needs an experiment and none was given.
     """
-    return method_of(method).rank(measured, settings)
+    ranking: HeadRanking = method_of(method).rank(measured, settings)
+    return ranking
 
 
 def timed_ranking(
@@ -175,12 +176,13 @@ def _on_some(
 
 def seed_agreement(layer: MeasuredLayer, settings: RankingSettings) -> Agreement:
     """Compare rankings by sampled Shapley values from different random permutations."""
-    measured, orders = layer.measured, settings.orders
-    if orders is None:
+    measured = layer.measured
+    if settings.orders is None:
         both = [replace(settings, seed=seed) for seed in (settings.seed, settings.seed + 1)]
         names = [f"shapley, seed {each.seed}" for each in both]
         rankings = [rank_by_shapley(measured, each) for each in both]
     else:
+        orders = np.array(settings.orders)
         half = len(orders) // 2
         names = ["shapley, one half of the orders", "shapley, the other half"]
         rankings = [shapley_of_orders(measured, part) for part in (orders[:half], orders[half:])]

@@ -1,25 +1,22 @@
-"""The registry of ranking methods, and what they can be told."""
+"""The registry of ranking methods, and what they can be told; it loads no method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-
-from jaxtyping import Int64
-from numpy import ndarray
+from typing import Any
 
 from rq4lens.errors import UserError
-from rq4lens.results import HeadRanking
 
 TARGETS = ("answer_logprob", "logit_difference")
 """The scalars that a gradient can follow."""
 
-Orders = Int64[ndarray, "pair 2 head"]
+Orders = Sequence[Sequence[Sequence[int]]]
 """Pairs of orders of the heads; pairs are independent of each other."""
 
-RankingMethod = Callable[..., HeadRanking]
-"""Ranks the heads of the layer of its :class:`MeasuredSets`, and measures what it lacks."""
+RankingMethod = Callable[..., Any]
+"""From :class:`MeasuredSets`, to which it adds what it lacks, to a :class:`HeadRanking`."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
 from rq4lens.analysis.rankings.exact import per_prompt_ranking
-from rq4lens.analysis.rankings.methods import DEFAULTS, Orders, RankingSettings
+from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.results import HeadRanking
 
 TOLERANCE = 0.02
@@ -28,6 +28,8 @@ MAX_PAIRS = 32
 
 PAIRS_PER_ROUND = 4
 
+Pairs = Int64[ndarray, "pair 2 head"]
+
 
 def rank_by_shapley(measured: MeasuredSets, settings: RankingSettings = DEFAULTS) -> HeadRanking:
     """Rank heads by their Shapley value; small layers are enumerated, others sampled."""
@@ -35,7 +37,7 @@ def rank_by_shapley(measured: MeasuredSets, settings: RankingSettings = DEFAULTS
     if 2**measured.n_heads <= max(n_sampled, measured.n_measured + 1):
         return exact_shapley(measured)
     if settings.orders is not None:
-        return shapley_of_orders(measured, settings.orders)
+        return shapley_of_orders(measured, np.array(settings.orders))
     return sampled_shapley(measured, tolerance=TOLERANCE, max_pairs=MAX_PAIRS, seed=settings.seed)
 
 
@@ -79,7 +81,7 @@ def sampled_shapley(
     return mean.ranking(settings)
 
 
-def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
+def shapley_of_orders(measured: MeasuredSets, orders: Pairs) -> HeadRanking:
     """Shapley values from given permutations, whose head sets may have been measured already."""
     mean = MeanGains(measured)
     mean.add(orders)
@@ -99,7 +101,7 @@ class MeanGains:
         self._total = np.zeros((measured.n_heads, len(measured.groups)))
         self._of_pairs: list[Float64[ndarray, "head"]] = []
 
-    def add(self, orders: Orders) -> None:
+    def add(self, orders: Pairs) -> None:
         """Add heads in more orders."""
         every = orders.reshape(-1, self._measured.n_heads).tolist()
         self._measured.require(heads for order in every for heads in prefixes(order))
@@ -131,7 +133,7 @@ class MeanGains:
         return per_prompt_ranking("shapley", self._measured, self.per_prompt, settings, errors)
 
 
-def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Orders]:
+def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Pairs]:
     """Permutations and their reverses, a few pairs at a time; at least two pairs in all."""
     rng = np.random.default_rng(seed)
     left = max(2, max_pairs)

@@ -22,7 +22,8 @@ from sklearn.metrics import average_precision_score
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
-from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.heads import Head
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.pair import ModelPair, PairMember
@@ -30,8 +31,8 @@ from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import MapKind
-from rq4lens.validation.choosing import BaseHeads, Chosen, damages_add
-from rq4lens.validation.planting import PlantedPair, plant
+from rq4lens.validation.planting import PlantedPair, Planting, plant
+from rq4lens.validation.scenarios import BaseHeads, Chosen, damages_add
 
 ALPHA = 0.3
 N_TRAIN, N_VAL = 240, 64
@@ -47,7 +48,7 @@ class Suite:
         name: its name.
         rewired: how many heads are rewired beside three rotated ones.
         adding: whether heads are drawn anew until their raw patches do not undo one another, see
-            :func:`rq4lens.validation.choosing.damages_add`; they always are heads that matter to
+            :func:`rq4lens.validation.scenarios.damages_add`; they always are heads that matter to
             the base model, of a layer that has enough of them.
     """
 
@@ -146,10 +147,12 @@ class Bench:
             self.base_pair.use("base").model,
             rotated=chosen.heads["rotated"],
             rewired=chosen.heads.get("rewired", ()),
-            weights=("W_V",),
-            attended=self.heads.attended(chosen.layer),
-            drift=drift,
-            seed=1000 * seed[1] + seed[0],
+            how=Planting(
+                weights=("W_V",),
+                attended=self.heads.attended(chosen.layer),
+                drift=drift,
+                seed=1000 * seed[1] + seed[0],
+            ),
         )
 
     def measured(

@@ -27,7 +27,10 @@ given = rq.load_pair("etiquette")
 base = given.base.loaded
 rotated, rewired = [rq.Head(1, 3), rq.Head(1, 9)], [rq.Head(1, 6)]
 planted = rq.plant(
-    base.model, rotated=rotated, rewired=rewired, weights=("W_Q", "W_K"), drift=0.02, seed=1
+    base.model,
+    rotated=rotated,
+    rewired=rewired,
+    how=rq.Planting(weights=("W_Q", "W_K"), drift=0.02, seed=1),
 )
 print({head.label: kind for head, kind in planted.truth.items()})
 
@@ -42,7 +45,7 @@ print({head.label: kind for head, kind in planted.truth.items()})
 # First the claim that rotation leaves the function alone, on a copy that only has rotations:
 
 # %%
-only_rotated = rq.plant(base.model, rotated=rotated, seed=1).tuned
+only_rotated = rq.plant(base.model, rotated=rotated, how=rq.Planting(seed=1)).tuned
 tokens = given.tokens("base", "val").token_ids[0]
 with torch.no_grad():
     before, after = (model(torch.tensor([tokens])) for model in (base.model, only_rotated))
@@ -117,7 +120,9 @@ def by_index(measured):
 
 methods = ("delta", "drop_pct", "kl_raw", "attribution", by_index)
 found = rq.validate(
-    base, given.prompts, methods=methods, layers=[1], pairs=2, n_train=160, n_val=32
+    base,
+    given.prompts,
+    rq.ValidationSettings(methods=methods, layers=[1], pairs=2, n_train=160, n_val=32),
 )
 table = pd.DataFrame(
     {

@@ -2,7 +2,9 @@
 
 from . import figures as figures
 from .analysis.analyse import analyse as analyse
+from .analysis.saved import read_run as read_run
 from .analysis.structure.layers import compare_layers as compare_layers
+from .config import AnalysisEffort as AnalysisEffort
 from .config import Effort as Effort
 from .config import Patching as Patching
 from .config import Place as Place
@@ -12,7 +14,6 @@ from .config import config_from as config_from
 from .config import preset as preset
 from .config import preset_names as preset_names
 from .config import read_config as read_config
-from .disk.run import read_run as read_run
 from .errors import UserError as UserError
 from .heads import Head as Head
 from .heads import HeadSet as HeadSet
@@ -36,5 +37,7 @@ from .patching.maps.fitting import fit_maps as fit_maps
 from .results import ConditionResult as ConditionResult
 from .results import GridResult as GridResult
 from .results import HeadRanking as HeadRanking
+from .validation.planting import Planting as Planting
 from .validation.planting import plant as plant
+from .validation.suite import ValidationSettings as ValidationSettings
 from .validation.suite import validate as validate

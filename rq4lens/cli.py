@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from rq4lens.analysis.rankings.methods import METHODS, methods_of
 from rq4lens.cluster.commands import (
     Divide,
     Fresh,
@@ -49,10 +50,8 @@ ANALYSIS = ("analysis", "random_sizes")
 
 VERBOSE = ("-v", "--verbose")
 
-METHOD_HELP = (
-    "delta, drop_pct, kl_raw, leave_one_out, greedy_forward, greedy_backward, shapley, grad_act, "
-    "attribution, integrated_gradients or kl_curvature; several with commas, or ALL."
-)
+*_others, _last = METHODS
+METHOD_HELP = f"{', '.join(_others)} or {_last}; several with commas, or ALL."
 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
@@ -161,9 +160,14 @@ def rank(
     """
     from rq4lens.jobs.rank import rank_layer  # noqa: PLC0415 - keeps --help fast
 
-    methods = [name.strip() for name in method.split(",")]
     job = rank_layer(
-        config, methods, files=file or (), target=target, ig_steps=ig_steps, out=out, stage=watched
+        config,
+        methods_of(method),
+        files=file or (),
+        target=target,
+        ig_steps=ig_steps,
+        out=out,
+        stage=watched,
     )
     output.print(job.summary, end="")
     for path in job.files:
@@ -311,7 +315,7 @@ def validate(
     Copies of it are made whose changed heads are known; nothing else is needed.
     """
     from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
-    from rq4lens.validation.request import ValidationRequest, methods_of  # noqa: PLC0415
+    from rq4lens.validation.suite import ValidationRequest  # noqa: PLC0415
 
     many = Many(None, cluster, workers, gpus_per_worker)
     request = ValidationRequest(config, methods_of(method), layer, pairs, drift)

@@ -8,11 +8,11 @@ the prompts of the split.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 from pydantic import TypeAdapter
 
@@ -21,6 +21,32 @@ from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
 
 HOOK = "hook_z"
+NO_CONTROL_LAYER = "the run has no control layer"
+NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record whose undefined values are None, and why.
+
+    Args:
+        reasons: why a field is None, or holds one, by the field's name. Reasons of fields that
+            hold no None are dropped, so that they can be given before it is known.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {}
+    """What None means in a field unless another reason is given."""
+
+    reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        reasons = {**self.BECAUSE, **self.reasons}
+        needed = {n: reason for n, reason in reasons.items() if _has_none(getattr(self, n))}
+        object.__setattr__(self, "reasons", needed)
+
+
+def _has_none(value: Any) -> bool:
+    return value is None or (isinstance(value, tuple) and any(map(_has_none, value)))
 
 
 @dataclass(frozen=True)
@@ -62,6 +88,8 @@ class GridSettings:
         """The settings as flat JSON values, the sizes of head sets as ``ks``."""
         parts = {"patching", "effort"}
         patching = self.patching.model_dump(mode="json")
+        if self.patching.control_layer is None:
+            patching["control_layer_reason"] = NO_CONTROL_LAYER
         return {
             **{name: value for name, value in vars(self).items() if name not in parts},
             "ks": patching.pop("k"),
@@ -87,9 +115,12 @@ class GridSettings:
 
     def comparable_to(self, other: GridSettings) -> bool:
         """Whether two grids differ at most in layers, head sets and seeds."""
-        free = {"layer", "control_layer", "ks", "random_seeds", "rank_by", "seed", "resamples"}
-        mine, others = self.to_dict(), other.to_dict()
-        return all(mine[name] == others[name] for name in mine.keys() - free - {"engine"})
+        same = {"layer": 0, "control_layer": None, "k": (), "random_seeds": (), "rank_by": "delta"}
+        first, second = (
+            replace(each, engine="", effort=Effort(), patching=each.patching.but(**same))
+            for each in (self, other)
+        )
+        return first == second
 
 
 @dataclass(frozen=True)
@@ -145,7 +176,7 @@ class ConditionResult:
 
 
 @dataclass(frozen=True)
-class HeadRanking:
+class HeadRanking(Record):
     """Heads of one layer, best first.
 
     Args:
@@ -162,14 +193,20 @@ class HeadRanking:
         settings: the method's own settings.
     """
 
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "alpha": "the scores do not depend on alpha",
+        "scores": NO_RAW_EFFECT,
+        "standard_errors": "the scores are not means over prompts",
+    }
+
     method: str
     layer: int
     alpha: float | None
     heads: tuple[int, ...]
     scores: tuple[float | None, ...]
     standard_errors: tuple[float | None, ...] | None = None
-    per_prompt: Float64[ndarray, "head prompt"] | None = None
-    share_of: Float64[ndarray, "head prompt"] | None = None
+    per_prompt: Float64[ndarray, "head prompt"] | None = field(default=None, compare=False)
+    share_of: Float64[ndarray, "head prompt"] | None = field(default=None, compare=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -181,8 +218,6 @@ class HeadRanking:
         layer: int,
         alpha: float | None,
         standard_errors: Sequence[float | None] | None = None,
-        per_prompt: Float64[ndarray, "head prompt"] | None = None,
-        share_of: Float64[ndarray, "head prompt"] | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> HeadRanking:
         """Rank heads by descending score; ties break by head index, undefined scores come last.
@@ -193,19 +228,13 @@ class HeadRanking:
             layer: the layer whose heads these are.
             alpha: blend strength, or None.
             standard_errors: standard error of head 0, 1, 2, ...
-            per_prompt: scores of head 0, 1, 2, ... on each prompt.
-            share_of: what they are a share of on each prompt.
             settings: the method's own settings.
 
         Returns:
-            The ranking.
+            The ranking; per-prompt scores are added with :func:`dataclasses.replace`.
         """
-
-        def key(head: int) -> tuple[bool, float, int]:
-            score = scores[head]
-            return (score is None, 0.0 if score is None else -score, head)
-
-        order = tuple(sorted(range(len(scores)), key=key))
+        values = np.array([-np.inf if score is None else score for score in scores], dtype=float)
+        order = tuple(order_of(values).tolist())
         errors = None if standard_errors is None else tuple(standard_errors[head] for head in order)
         return cls(
             method=method,
@@ -214,8 +243,6 @@ class HeadRanking:
             heads=order,
             scores=tuple(scores[head] for head in order),
             standard_errors=errors,
-            per_prompt=per_prompt,
-            share_of=share_of,
             settings=dict(settings or {}),
         )
 
@@ -306,32 +333,68 @@ class GridResult:
         return self.ranking_by(self.settings.patching.rank_by)
 
     def ranking_by(self, rank_by: RankBy) -> HeadRanking:
-        """Single heads ranked by ``"delta"`` or ``"drop_pct"``."""
-        return rank_single_heads(self.singles, rank_by)
+        """Single heads ranked by ``"delta"``, ``"drop_pct"`` or ``"kl_raw"``."""
+        return rank_conditions(self.singles, rank_by)
 
     def label(self, head: int) -> str:
         """Name of a head of the main layer, for instance ``L26H3``."""
         return Head(self.settings.layer, head).label
 
 
-def rank_single_heads(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
-    """Rank the heads of one layer by their own single-head effect.
-
-    Args:
-        singles: the single-head conditions of the layer, in head order.
-        rank_by: ``"delta"`` for ``ΔKL``, ``"drop_pct"`` for ``100 ΔKL / KL_raw``, ``"kl_raw"`` for
-            ``KL_raw``.
-
-    Returns:
-        The ranking, with per-prompt values where the score is their mean.
-    """
-    name = {"delta": "delta_nats", "kl_raw": "kl_raw_nats", "drop_pct": None}[rank_by]
-    per_prompt = None if name is None else np.stack([getattr(each, name) for each in singles])
-    return HeadRanking.from_scores(
-        [each.drop_pct for each in singles] if per_prompt is None else per_prompt.mean(-1).tolist(),
-        method=rank_by,
-        layer=singles[0].layer,
-        alpha=singles[0].alpha,
-        per_prompt=per_prompt,
-        settings={"metric": "kl"},
+def rank_conditions(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
+    """Rank the heads of one layer from their single-head conditions, in head order."""
+    raw, mapped = (
+        np.stack([getattr(single, name) for single in singles])
+        for name in ("kl_raw_nats", "kl_mapped_nats")
     )
+    ranking = rank_single_heads(
+        raw, mapped, rank_by, layer=singles[0].layer, alpha=singles[0].alpha
+    )
+    return replace(ranking, settings={"metric": "kl"})
+
+
+def rank_single_heads(
+    kl_raw_nats: Float64[ndarray, "head prompt"],
+    kl_mapped_nats: Float64[ndarray, "head prompt"],
+    rank_by: RankBy,
+    *,
+    layer: int,
+    alpha: float,
+) -> HeadRanking:
+    """Rank the heads of one layer, each by its effect when it alone is patched.
+
+    The score is ``ΔKL`` by ``"delta"``, ``100 ΔKL / KL_raw`` by ``"drop_pct"`` and ``KL_raw`` by
+    ``"kl_raw"``.
+    """
+    delta_nats = kl_raw_nats - kl_mapped_nats
+    scores = single_scores(kl_raw_nats.mean(-1), delta_nats.mean(-1), rank_by)
+    ranking = HeadRanking.from_scores(
+        [float(score) if np.isfinite(score) else None for score in scores],
+        method=rank_by,
+        layer=layer,
+        alpha=alpha,
+    )
+    return replace(
+        ranking,
+        per_prompt=kl_raw_nats if rank_by == "kl_raw" else delta_nats,
+        share_of=kl_raw_nats if rank_by == "drop_pct" else None,
+    )
+
+
+def single_scores(
+    raw: Float64[ndarray, "*rows head"], delta: Float64[ndarray, "*rows head"], rank_by: RankBy
+) -> Float64[ndarray, "*rows head"]:
+    """The score that orders single heads, from their mean ``KL_raw`` and ``ΔKL``."""
+    if rank_by != "drop_pct":
+        return delta if rank_by == "delta" else raw
+    return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
+
+
+def order_of(scores: Float64[ndarray, "*rows head"]) -> Int64[ndarray, "*rows head"]:
+    """Heads by descending score; ties break by head index."""
+    return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def ranks_of(scores: Float64[ndarray, "*rows head"]) -> Int64[ndarray, "*rows head"]:
+    """Rank of each head, 1 for the best; ties break by head index."""
+    return np.argsort(order_of(scores), axis=-1, kind="stable") + 1

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rq4lens.analysis.coverage.table import CoverageStudy
+from rq4lens.analysis.coverage.table import CoverageInputs
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.exact import rank_by_delta
@@ -135,21 +136,24 @@ def noisy_game(means, n_prompts, seed=0, noise=0.1, **kwargs) -> Game:
     return Game(single, **kwargs)
 
 
-def study_of(game, ks=(1, 2), random_ks=(), n_random_sets=200, n_splits=3, seed=0, n_resamples=300):
-    """What the coverage table of a game is made from."""
+def layer_of(game, ks=(1, 2), n_resamples=300, seed=0, rank_by="delta") -> MeasuredLayer:
+    """A game's main layer as the tables of its analysis read it."""
     sets = measured(game)
     bootstrap = Bootstrap(game.groups, n_resamples, seed)
     full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
-    return CoverageStudy(
-        ranking=rank_by_delta(sets),
-        rank_by="delta",
-        ks=ks,
+    return MeasuredLayer(sets, full, bootstrap, ks, rank_by)
+
+
+def inputs_of(
+    game, ks=(1, 2), random_ks=(), n_random_sets=200, n_splits=3, seed=0, n_resamples=300
+):
+    """What the coverage table of a game is made from."""
+    layer = layer_of(game, ks, n_resamples, seed)
+    return CoverageInputs(
+        layer=layer,
+        ranking=rank_by_delta(layer.measured),
         random_ks=tuple(sorted({*ks, *random_ks})),
         seed_sets={k: {0: tuple(range(k))} for k in ks},
-        measured=sets,
-        full=full,
-        bootstrap=bootstrap,
         n_random_sets=n_random_sets,
         n_splits=n_splits,
-        seed=seed,
     )

@@ -17,7 +17,7 @@ from rq4lens.analysis.records import (
     RandomSets,
 )
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
-from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.results import GridResult
 
 METHODS = (
@@ -50,7 +50,6 @@ def curve(name: str, grid: GridResult, scale: float) -> CoverageCurve:
         band_low_pct=tuple(values - 6),
         band_high_pct=tuple(values + 6),
         area_pct=about(values.mean(), 2),
-        cpr=about(values.mean() / 100, 0.02),
         cmd=about(1 - values.mean() / 100, 0.02),
         k90=Estimate(float(np.argmax(values >= 90))),
     )
@@ -87,8 +86,6 @@ def coverage_rows(grid: GridResult) -> tuple[CoverageRow, ...]:
             optimism_pct=about(5 * grid[f"top{k}"].delta / grid.full.delta, 2),
             p_value=0.001,
             p_value_min=0.001,
-            plain_p_value=0.001,
-            plain_p_value_min=0.001,
             n_subsets=1000,
             exhaustive=False,
             random_mean_pct=100 * k / grid.n_heads,
@@ -245,7 +242,7 @@ def synthetic_analysis(grid: GridResult) -> dict:
         curve("delta (cross-fitted)", grid, 0.93),
         curve("best subset", grid, 1.02),
     ]
-    record = plain(
+    record = to_json(
         {
             "settings": {"n_resamples": 10_000, "n_groups": len(set(grid.groups)), "seed": 0},
             "coverage": coverage_rows(grid),

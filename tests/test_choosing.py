@@ -11,7 +11,7 @@ from tiny import random_prompts, tiny_model, word_tokenizer
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.patching.experiment import HeadSetEffects
-from rq4lens.validation.choosing import BaseHeads, LayerCost, damages_add, fitted
+from rq4lens.validation.scenarios import BaseHeads, LayerCost, damages_add, fitted
 
 SILENT, DEAD_LAYER = 3, 2
 

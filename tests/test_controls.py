@@ -1,14 +1,15 @@
 """The table "does the claim survive", on planted pairs and on numbers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from games import noisy_game
+from games import layer_of, noisy_game
 from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_model
 
-from rq4lens.analysis.coverage.table import CoverageStudy, coverage
-from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import full_effect
+from rq4lens.analysis.coverage.table import CoverageInputs, coverage
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap
 from rq4lens.analysis.structure.controls import (
@@ -17,21 +18,19 @@ from rq4lens.analysis.structure.controls import (
     SHUFFLED,
     TUNED_MEAN,
     WRONG_LAYER,
-    ControlStudy,
-    FitData,
+    ControlInputs,
     control_sources,
     grid_controls,
     measured_controls,
     paired,
     random_controls,
     random_rotations,
-    refit,
     rotated,
     unpaired,
 )
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
 from rq4lens.validation.planting import plant
 
 LAYER, CONTROL = 1, 0
@@ -52,16 +51,9 @@ def planted():
 def table(planted):
     experiment, activations = planted
     grid = grid_of(experiment.pair, experiment.maps, LAYER, CONTROL, experiment=experiment, ks=(1,))
-    study = ControlStudy(
-        experiment=experiment,
-        measured=MeasuredSets.of_grid(grid, experiment),
-        control_layer=CONTROL,
-        bootstrap=Bootstrap(grid.groups, 500),
-        activations=activations,
-        neutral=experiment,
-        seed=0,
-    )
-    rows = [*grid_controls(grid, study.bootstrap), *measured_controls(study)]
+    layer = replace(MeasuredLayer.of_grid(grid, experiment), bootstrap=Bootstrap(grid.groups, 500))
+    inputs = ControlInputs(layer, experiment, activations, CONTROL, neutral=experiment)
+    rows = [*grid_controls(grid, layer.bootstrap), *measured_controls(inputs)]
     return {row.name: row for row in rows}
 
 
@@ -139,14 +131,10 @@ def test_grid_without_control_layer_says_so():
 def test_random_heads_are_judged_on_other_prompts(effects, survives):
     """Heads that differ reliably beat random heads; equal heads do not."""
     game = noisy_game(effects, 40, noise=0.5, seed=3)
-    sets = MeasuredSets.of(game, 1, 0.3)
-    bootstrap = Bootstrap(game.groups, 200)
-    full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
-    ranking = rank_by_delta(sets)
-    study = CoverageStudy(
-        ranking, "delta", (4, 12), (4, 12), {}, sets, full, bootstrap, n_random_sets=100
-    )
-    rows = random_controls(coverage(study).rows, 12, full)
+    layer = layer_of(game, (4, 12), n_resamples=200)
+    ranking = rank_by_delta(layer.measured)
+    inputs = CoverageInputs(layer, ranking, (4, 12), {}, n_random_sets=100)
+    rows = random_controls(coverage(inputs).rows, 12, layer.full)
     assert [row.name for row in rows] == ["random heads, k=4"]
     assert rows[0].survives is survives
 

@@ -5,21 +5,21 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from games import Game, measured, noisy_game, study_of
+from games import Game, inputs_of, layer_of, measured, noisy_game
 
 from rq4lens.analysis.coverage.best_sets import best_subsets, interaction_matrix
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, half_means, half_splits
 from rq4lens.analysis.coverage.curves import area, fewest_heads, ranking_curve, share_of_full
 from rq4lens.analysis.coverage.table import coverage, coverage_of_grid, seed_sets
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
-from rq4lens.analysis.effects.table import bootstrap_of, full_effect, single_scores
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.errors import UserError
+from rq4lens.results import single_scores
 
 
 def curve_of_game(game, n_resamples=300):
-    study = study_of(game, n_resamples=n_resamples)
-    return ranking_curve(study.ranking, study.measured, study.full, study.bootstrap)
+    inputs = inputs_of(game, n_resamples=n_resamples)
+    return ranking_curve(inputs.ranking, inputs.layer)
 
 
 def test_curve_of_an_additive_game_is_the_cumulative_share():
@@ -67,10 +67,10 @@ def test_curve_is_never_clipped():
 
 def test_band_is_wider_than_every_interval_of_its_kind():
     """A band that holds the whole curve holds each point with more than its nominal rate."""
-    study = study_of(noisy_game([2.0, 1.5, 1.0, 0.5], 60, noise=1.0), n_resamples=4000)
-    sets = prefixes(study.ranking.heads)
-    draws = study.bootstrap.resampled(study.measured.delta_nats(sets)).apply(share_of_full).draws
-    curve = ranking_curve(study.ranking, study.measured, study.full, study.bootstrap)
+    inputs = inputs_of(noisy_game([2.0, 1.5, 1.0, 0.5], 60, noise=1.0), n_resamples=4000)
+    layer, sets = inputs.layer, prefixes(inputs.ranking.heads)
+    draws = layer.bootstrap.resampled(layer.measured.delta_nats(sets)).apply(share_of_full).draws
+    curve = ranking_curve(inputs.ranking, layer)
     inside = (100 * draws >= curve.band_low_pct) & (100 * draws <= curve.band_high_pct)
     assert inside.all(1).mean() == pytest.approx(0.95, abs=0.002)
     assert inside[:, 1:-1].mean(0).min() > 0.95
@@ -94,7 +94,7 @@ def test_negative_full_effect_is_a_share_of_harm():
 
 def test_a_reliable_ranking_has_a_small_cross_fitted_p_value():
     """Heads that are best on every prompt do better as firmly as the prompts can show."""
-    row = coverage(study_of(noisy_game(np.arange(12) ** 2 / 10, 60), ks=(1,))).rows[0]
+    row = coverage(inputs_of(noisy_game(np.arange(12) ** 2 / 10, 60), ks=(1,))).rows[0]
     assert row.p_value == pytest.approx(row.p_value_min)
     # 30 prompts in a half: under the null, all gains positive have probability 2^-30.
     assert row.p_value_min == 2.0**-30
@@ -103,7 +103,7 @@ def test_a_reliable_ranking_has_a_small_cross_fitted_p_value():
 
 def test_optimism_is_plain_minus_cross_fitted():
     """Heads that are all noise look better on the prompts that ranked them."""
-    row = coverage(study_of(noisy_game(np.ones(10), 30, noise=1.0), ks=(3,))).rows[0]
+    row = coverage(inputs_of(noisy_game(np.ones(10), 30, noise=1.0), ks=(3,))).rows[0]
     gap = row.coverage_pct.value - row.cross_fitted_coverage_pct.value
     assert row.optimism_pct.value == pytest.approx(gap)
     assert gap > 0
@@ -111,42 +111,38 @@ def test_optimism_is_plain_minus_cross_fitted():
 
 def test_k_equal_to_all_heads_is_certain():
     """With k = H: coverage 100, no optimism, p-value 1."""
-    row = coverage(study_of(noisy_game([1.0, 2.0, 3.0], 30), ks=(3,))).rows[0]
+    row = coverage(inputs_of(noisy_game([1.0, 2.0, 3.0], 30), ks=(3,))).rows[0]
     assert (row.coverage_pct.value, row.cross_fitted_coverage_pct.value) == (100, 100)
-    assert (row.optimism_pct.value, row.p_value, row.plain_p_value) == (0, 1, 1)
+    assert (row.optimism_pct.value, row.p_value) == (0, 1)
 
 
 def test_all_ties_give_p_value_one():
     """Heads that are all the same are never better than random ones."""
-    row = coverage(study_of(Game(np.ones((5, 8))), ks=(2,))).rows[0]
-    assert (row.p_value, row.plain_p_value) == (1, 1)
+    row = coverage(inputs_of(Game(np.ones((5, 8))), ks=(2,))).rows[0]
+    assert row.p_value == 1
 
 
 def test_a_single_prompt_has_no_cross_fitted_numbers():
     """One prompt cannot be split: what needs a split is missing and says so."""
-    row = coverage(study_of(Game(np.array([[2.0], [1.0]])), ks=(1,))).rows[0]
+    row = coverage(inputs_of(Game(np.array([[2.0], [1.0]])), ks=(1,))).rows[0]
     assert row.p_value is None
     assert "cannot be split" in row.reason
     assert row.cross_fitted_coverage_pct.value is None
     assert row.cross_fitted_coverage_pct.reason is not None
 
 
-def test_grid_alone_gives_the_table_of_the_study():
+def test_grid_alone_gives_the_table_of_the_grid():
     """Without an experiment the table has plain coverage and the grid's own random sets."""
     game = noisy_game([3.0, 2.0, 1.0, 0.0], 30)
     grid = game.grid(ks=(1, 2))
-    study = study_of(game, ks=(1, 2))
-    own = MeasuredSets.of_grid(grid)
-    seeds = seed_sets(grid)
-    table = coverage_of_grid(
-        replace(study, seed_sets=seeds, measured=own, bootstrap=bootstrap_of(grid))
-    )
+    own = MeasuredLayer.of_grid(grid)
+    inputs = replace(inputs_of(game, ks=(1, 2)), seed_sets=seed_sets(grid), layer=own)
+    table = coverage_of_grid(inputs)
     assert [row.n_subsets for row in table.rows] == [3, 3]
     assert table.rows[0].coverage_pct.value == pytest.approx(50, abs=3)
-    assert table.rows[0].plain_p_value_min == pytest.approx(1 / 4)
     assert "only the grid" in table.rows[0].reason
     with pytest.raises(UserError, match="was not measured"):
-        own.delta([(0, 1, 2)])
+        own.measured.delta([(0, 1, 2)])
 
 
 def test_halves_keep_groups_together_and_are_balanced():
@@ -178,7 +174,7 @@ def test_cross_fitting_scores_each_half_with_the_other_halfs_heads():
 
 def test_drop_pct_without_raw_effect_ranks_last():
     """A head without a raw effect has no relative drop and comes last."""
-    scores = single_scores(np.array([0.0, 2.0]), np.array([0.0, 1.9]), "drop_pct")
+    scores = single_scores(np.array([0.0, 2.0]), np.array([0.0, 0.1]), "drop_pct")
     assert scores[0] == -np.inf
     assert scores[1] == pytest.approx(5)
 
@@ -192,14 +188,12 @@ def test_best_sets_are_the_best_by_enumeration(offset):
         np.repeat(offset + rng.normal(size=(8, 1)), 3, axis=1),
         pairs=np.triu(pairs, 1) + np.triu(pairs, 1).T,
     )
-    sets = measured(game)
-    bootstrap = Bootstrap(game.groups, 50)
-    full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
-    assert full.is_harm == (offset < 0)
-    envelope = best_subsets(sets, full, bootstrap)
+    layer = layer_of(game, n_resamples=50)
+    assert layer.full.is_harm == (offset < 0)
+    envelope = best_subsets(layer)
     for k in range(1, 9):
         effects = game.delta(game.masks(list(combinations(range(8), k)))).mean(1)
-        best = max(100 * effects / full.delta.value)
+        best = max(100 * effects / layer.full.delta.value)
         assert envelope.coverage_pct[k].value == pytest.approx(best)
     assert envelope.exhaustive[:3] == (True, True, True)
 

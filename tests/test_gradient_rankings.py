@@ -14,6 +14,7 @@ from tiny import (
 )
 
 from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.curvature import curvature, rank_by_kl_curvature
 from rq4lens.analysis.rankings.gradients import (
     as_rows,
@@ -24,7 +25,7 @@ from rq4lens.analysis.rankings.gradients import (
     rank_by_integrated_gradients,
     target_of,
 )
-from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.analysis.rankings.methods import METHODS, RankingSettings
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
@@ -79,7 +80,7 @@ def test_decision_function_is_what_the_engine_measures(tiny_experiment):
 def test_gradient_is_the_slope_of_finite_differences(double):
     """``z · ∇ℓ`` of a head is how fast ℓ grows when the head is scaled up."""
     measured = MeasuredSets.of(double, LAYER, 0.3)
-    ranking = rank_by_grad_act(measured, target="logit_difference")
+    ranking = rank_by_grad_act(measured, RankingSettings(target="logit_difference"))
     z = double.sources[LAYER, SELF]
     step, head = 1e-5, 2
     moved = [z.clone(), z.clone()]
@@ -169,7 +170,7 @@ def test_engines_give_the_same_approximate_rankings(tiny_pair, tiny_maps):
         rankings = (
             rank_by_grad_act(measured),
             rank_by_attribution(measured),
-            rank_by_integrated_gradients(measured, steps=3),
+            rank_by_integrated_gradients(measured, RankingSettings(ig_steps=3)),
             rank_by_kl_curvature(measured),
         )
         scores.append(np.stack([ranking.per_prompt for ranking in rankings]))
@@ -217,8 +218,8 @@ def test_gradients_leave_nothing_behind(tiny_experiment):
 
 def test_unknown_target_is_refused():
     """The error names the scalars there are."""
-    with pytest.raises(UserError, match="'loss' does not exist: choose 'answer_logprob'"):
-        target_of(torch.zeros(1, 1, 3), "loss")
+    with pytest.raises(UserError, match="'loss' does not exist: choose answer_logprob"):
+        RankingSettings(target="loss")
 
 
 def test_micro_formula_is_the_model(micro):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from games import Game, measured, study_of
+from games import Game, inputs_of, measured
 from synthetic import resampled
 from tiny import fine_tuned, grid_of, pair_of, prepared, random_prompts, tiny_model
 
@@ -12,14 +12,13 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve, half_splits
 from rq4lens.analysis.coverage.curves import area, fewest_heads
 from rq4lens.analysis.coverage.random_sets import cross_fitted_p_value, untestable_because
-from rq4lens.analysis.coverage.table import coverage
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
-from rq4lens.analysis.structure.controls import FitData, refit
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.config import AnalysisEffort
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
 
 N_NULLS = 200
 
@@ -101,19 +100,6 @@ def test_p_values_claim_no_more_than_groups_can_show():
     assert found.value == pytest.approx(found.smallest) == 2.0**-3
     three = CrossFit.of(measured(Game(single[:, :6], groups=groups[:6])), "delta", 5, 0)
     assert "fewer than four groups" in untestable_because(three)
-
-
-def test_plain_p_values_of_null_heads_are_not():
-    """Ranked and scored on the same prompts, heads that mean nothing look significant.
-
-    So does their whole ranking among random rankings: both are called plain, and are no tests.
-    """
-    plain = []
-    for seed in range(50):
-        game = null_game(seed, mean=1.0)
-        found = coverage(study_of(game, (3,), range(1, 11), 100, 1, seed, n_resamples=50))
-        plain.append((found.rows[0].plain_p_value, found.plain_random_p_value))
-    assert (np.mean(np.array(plain) <= 0.05, axis=0) > 0.9).all()
 
 
 def test_cross_fitted_coverage_is_unbiased_where_plain_coverage_is_not():
@@ -200,7 +186,7 @@ def test_identical_models_have_no_p_value():
     maps = fit_maps(pair, [0, 1])
     experiment = prepared(pair, maps)
     grids = {layer: grid_of(pair, maps, layer, ks=(1,), experiment=experiment) for layer in (0, 1)}
-    found = analyse(resampled(grids[1], 100), experiment, n_random_sets=20)
+    found = analyse(resampled(grids[1], 100), experiment, AnalysisEffort(n_random_sets=20))
     assert len(found.tests.tests) == 20
     for tests in (
         found.tests,
@@ -251,9 +237,9 @@ def test_cross_fitted_intervals_hold_however_halves_depend(noise, strengths):
     for seed in range(100):
         values = NOISE[noise](np.random.default_rng(seed), (10, 40))
         game = Game(strengths[:, None] + (1.0 if np.ptp(strengths) == 0 else 0.3) * values)
-        study = study_of(game, n_splits=5, seed=seed, n_resamples=200)
-        curve = cross_fitted_curve("", study.cross_fit, study.full, study.bootstrap)
-        chosen = strengths[study.cross_fit.orders].cumsum(-1).mean((0, 1)) / strengths.sum()
+        inputs = inputs_of(game, n_splits=5, seed=seed, n_resamples=200)
+        curve = cross_fitted_curve("", inputs.cross_fit, inputs.layer)
+        chosen = strengths[inputs.cross_fit.orders].cumsum(-1).mean((0, 1)) / strengths.sum()
         shares = np.concatenate([[0.0], chosen])[None]
         true_k90 = float(fewest_heads(shares - 1e-9)[0])
         hits.append(

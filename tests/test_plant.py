@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.validation.attended import LEAST_CHANGE, MOST_EXPLAINED_PCT, AttendedInputs
-from rq4lens.validation.planting import CHANGE_KINDS, WEIGHTS, plant
+from rq4lens.validation.planting import CHANGE_KINDS, WEIGHTS, Planting, plant
 
 N_HEADS, N_LAYERS, D_HEAD = 4, 3, 5
 LAYER = 1
@@ -91,7 +91,7 @@ def test_a_rotated_head_reads_as_the_recorded_rotation(base, tokens):
 
 def test_a_scaled_head_reads_as_the_recorded_scale(base, tokens):
     """`z_t = s z_b` with `s = 1 + strength`."""
-    pair = plant(base, scaled=of_layer(2), strength=0.5)
+    pair = plant(base, scaled=of_layer(2), how=Planting(strength=0.5))
     assert pair.changes[0].scale == 1.5
     heads = list(pair.changed_heads(LAYER))
     expected = 1.5 * z(base, tokens)[:, :, heads]
@@ -100,7 +100,7 @@ def test_a_scaled_head_reads_as_the_recorded_scale(base, tokens):
 
 def test_a_shifted_head_reads_as_the_recorded_shift(base, tokens):
     """`z_t = z_b + v`: attention rows sum to one. `|v| = strength |W_V|`."""
-    pair = plant(base, shifted=of_layer(2), strength=0.25)
+    pair = plant(base, shifted=of_layer(2), how=Planting(strength=0.25))
     shift = pair.changes[0].shift
     head = 2
     expected = z(base, tokens)[:, :, head] + shift.float()
@@ -136,7 +136,7 @@ def test_the_truth_names_exactly_the_heads_that_read_differently(base, tokens, k
 
 def test_new_queries_belong_to_one_head_alone(base, tokens):
     """Rewiring only `W_Q` of a head leaves the heads that share its value head alone."""
-    pair = plant(base, rewired=of_layer(2), weights=["W_Q"])
+    pair = plant(base, rewired=of_layer(2), how=Planting(weights=["W_Q"]))
     assert pair.truth == {Head(LAYER, 2): "rewired"}
     moved = (z(pair.tuned, tokens) - z(base, tokens)).abs().amax(dim=(0, 1, 3)) > 1e-4
     assert moved.tolist() == [False, False, True, False]
@@ -146,7 +146,7 @@ def test_new_queries_belong_to_one_head_alone(base, tokens):
 def test_new_content_has_the_stated_size_and_rank(weight):
     """`|W' - W| = strength |W|` in Frobenius norm, with the stated rank."""
     base = model_of(None)
-    pair = plant(base, rewired=of_layer(2), weights=[weight], strength=0.5, rank=2)
+    pair = plant(base, rewired=of_layer(2), how=Planting(weights=[weight], strength=0.5, rank=2))
     old, new = (getattr(m.blocks[LAYER].attn, weight)[2].double() for m in (base, pair.tuned))
     torch.testing.assert_close((new - old).norm(), 0.5 * old.norm(), rtol=1e-5, atol=0)
     singular = torch.linalg.svdvals(new - old)
@@ -156,7 +156,7 @@ def test_new_content_has_the_stated_size_and_rank(weight):
 
 def test_drift_moves_every_parameter_by_its_share(base):
     """Each parameter moves by `drift` times its own norm."""
-    pair = plant(base, drift=0.01)
+    pair = plant(base, how=Planting(drift=0.01))
     tuned = dict(pair.tuned.named_parameters())
     for name, old in base.named_parameters():
         moved = (tuned[name] - old).double().norm()
@@ -167,7 +167,7 @@ def test_drift_moves_every_parameter_by_its_share(base):
 def test_the_base_model_is_never_changed(base):
     """Planting works on a copy."""
     before = {name: value.clone() for name, value in base.named_parameters()}
-    plant(base, rotated=of_layer(0), rewired=of_layer(2, layer=2), drift=0.1)
+    plant(base, rotated=of_layer(0), rewired=of_layer(2, layer=2), how=Planting(drift=0.1))
     assert all(torch.equal(before[name], value) for name, value in base.named_parameters())
 
 
@@ -180,7 +180,9 @@ def test_nothing_planted_is_a_null_pair(base, tokens):
 
 def test_the_seed_decides_everything(base):
     """Equal seeds give equal models; different seeds do not."""
-    models = [plant(base, rotated=of_layer(1), drift=0.1, seed=s).tuned for s in (3, 3, 4)]
+    models = [
+        plant(base, rotated=of_layer(1), how=Planting(drift=0.1, seed=s)).tuned for s in (3, 3, 4)
+    ]
     same, again, other = (m.blocks[LAYER].attn.W_O for m in models)
     assert torch.equal(same, again)
     assert not torch.equal(same, other)
@@ -205,7 +207,9 @@ def test_order_and_repetition_of_heads_do_not_matter(base):
 
 def test_the_truth_is_json():
     """The record of a planted pair can be written with every result."""
-    pair = plant(model_of(2), rotated=of_layer(0), scaled=of_layer(2), strength=0.5, seed=9)
+    pair = plant(
+        model_of(2), rotated=of_layer(0), scaled=of_layer(2), how=Planting(strength=0.5, seed=9)
+    )
     none = {"weights": [], "content": None}
     assert pair.to_dict() == {
         "changes": [
@@ -236,7 +240,8 @@ def test_the_truth_is_json():
 def test_what_cannot_be_planted_is_said(asked, said):
     """Bad input is one clear sentence; heads 0 and 1 share a value head here."""
     with pytest.raises(UserError, match=said):
-        plant(model_of(2), **asked)
+        heads = {kind: asked.pop(kind) for kind in CHANGE_KINDS if kind in asked}
+        plant(model_of(2), **heads, how=Planting(**asked))
 
 
 # Rewired so that no linear map explains it
@@ -280,14 +285,18 @@ def test_new_values_are_what_no_linear_map_explains(n_key_value_heads, prompts):
     attended = attended_of(base, prompts)
     found = {}
     for given in (attended, None):
-        pair = plant(base, rewired=of_layer(2), weights=["W_V", "W_O"], attended=given)
+        pair = plant(
+            base, rewired=of_layer(2), how=Planting(weights=["W_V", "W_O"], attended=given)
+        )
         new = attended_of(pair.tuned, prompts).z
         for head in pair.changed_heads(LAYER):
             found[given is None, head] = explained_pct(attended.z[:, head], new[:, head])
     assert all(pct < 0.1 for (random, _), pct in found.items() if not random)
     assert all(pct > 25 for (random, _), pct in found.items() if random)
     content = (
-        plant(base, rewired=of_layer(2), weights=["W_V"], attended=attended).changes[0].content
+        plant(base, rewired=of_layer(2), how=Planting(weights=["W_V"], attended=attended))
+        .changes[0]
+        .content
     )
     assert content.explained_pct < 0.1
     assert 0.5 < content.size < 2
@@ -297,7 +306,9 @@ def test_new_attention_is_drawn_until_no_map_explains_it(prompts):
     """The record says how far activations moved and how much of that a map explains: the truth."""
     base = tiny_model()
     attended = attended_of(base, prompts)
-    pair = plant(base, rewired=of_layer(0, 3), weights=["W_Q", "W_K"], attended=attended)
+    pair = plant(
+        base, rewired=of_layer(0, 3), how=Planting(weights=["W_Q", "W_K"], attended=attended)
+    )
     new = attended_of(pair.tuned, prompts).z
     for change in pair.changes:
         (head,) = (each.index for each in change.heads)
@@ -315,7 +326,7 @@ def test_attended_inputs_of_another_layer_are_refused(prompts):
     """What another layer attends to says nothing of this one."""
     base = tiny_model()
     with pytest.raises(UserError, match="not of layer 0"):
-        plant(base, rewired=of_layer(1), attended=attended_of(base, prompts, layer=0))
+        plant(base, rewired=of_layer(1), how=Planting(attended=attended_of(base, prompts, layer=0)))
 
 
 def test_a_head_that_reads_the_same_everywhere_cannot_be_rewired_by_its_values(prompts):
@@ -324,4 +335,8 @@ def test_a_head_that_reads_the_same_everywhere_cannot_be_rewired_by_its_values(p
     with torch.no_grad():
         base.blocks[0].attn.W_V[1] = 0
     with pytest.raises(UserError, match="read the same on every prompt"):
-        plant(base, rewired=[Head(0, 1)], weights=["W_V"], attended=attended_of(base, prompts, 0))
+        plant(
+            base,
+            rewired=[Head(0, 1)],
+            how=Planting(weights=["W_V"], attended=attended_of(base, prompts, 0)),
+        )

@@ -7,12 +7,13 @@ from tiny import TINY_HEADS, TINY_LAYERS, pair_of, prepared, random_prompts, tin
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
-from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS, rank_heads
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.heads import Head
 from rq4lens.patching.maps.fitting import fit_maps
-from rq4lens.validation.planting import plant
+from rq4lens.validation.planting import Planting, plant
 
 EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
 
@@ -24,7 +25,10 @@ def planted(seed, n_rewired=0, drift=0.002):
     heads = [Head(layer, int(head)) for head in rng.permutation(TINY_HEADS)]
     base = tiny_model(seed)
     tuned = plant(
-        base, rotated=heads[:2], rewired=heads[2 : 2 + n_rewired], drift=drift, seed=seed
+        base,
+        rotated=heads[:2],
+        rewired=heads[2 : 2 + n_rewired],
+        how=Planting(drift=drift, seed=seed),
     ).tuned
     pair = pair_of(base, tuned, random_prompts(n_train=96, n_val=24, seed=seed))
     measured = MeasuredSets.of(prepared(pair, fit_maps(pair, [layer])), layer, 0.3)

@@ -5,23 +5,21 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from games import Game, measured, noisy_game
+from games import Game, layer_of, measured, noisy_game
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME
-from rq4lens.analysis.rankings.compared import compare_methods
+from rq4lens.analysis.rankings.compared import compare_methods, rank_heads
 from rq4lens.analysis.rankings.exact import rank_by_delta, standard_errors
+from rq4lens.analysis.rankings.file import ranking_file_rows
 from rq4lens.analysis.rankings.methods import (
     GRADIENT_METHODS,
     METHODS,
-    rank_heads,
-    ranking_file_rows,
+    refuse_unread,
 )
 from rq4lens.analysis.rankings.shapley import exact_shapley, rank_by_shapley, sampled_shapley
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.errors import UserError
-from rq4lens.results import rank_single_heads
 
 SET_METHODS = [method for method in METHODS if method not in GRADIENT_METHODS]
 
@@ -61,9 +59,29 @@ def test_study_ranking_is_that_of_the_grid():
     game = noisy_game([1.0, 3.0, 2.0], 20)
     grid = game.grid(ks=(1,))
     ours = rank_by_delta(MeasuredSets.of_grid(grid))
-    theirs = rank_single_heads(grid.singles, "delta")
+    theirs = grid.ranking
     assert ours.heads == theirs.heads
     assert ours.scores == pytest.approx(theirs.scores)
+
+
+@pytest.mark.parametrize("rank_by", ["delta", "drop_pct", "kl_raw"])
+def test_a_grid_ranks_by_what_was_asked_for(rank_by):
+    """`rank_by` names the score: `ΔKL`, `100 ΔKL / KL_raw` or `KL_raw`, three orders here."""
+    game = Game(
+        np.array([[1.0, 1.0], [2.0, 2.2], [3.0, 3.1]]),
+        raw=np.array([[9.0] * 2, [2.1, 2.3], [5.0] * 2]),
+    )
+    grid = game.grid(ks=(1,))
+    expected = {
+        "delta": [each.delta for each in grid.singles],
+        "drop_pct": [each.drop_pct for each in grid.singles],
+        "kl_raw": [each.KL_raw for each in grid.singles],
+    }[rank_by]
+    order = {"delta": (2, 1, 0), "drop_pct": (1, 2, 0), "kl_raw": (0, 2, 1)}[rank_by]
+    for ranking in (grid.ranking_by(rank_by), rank_heads(rank_by, MeasuredSets.of_grid(grid))):
+        assert ranking.method == rank_by
+        assert ranking.heads == order
+        assert ranking.by_head == pytest.approx(expected)
 
 
 def test_head_without_raw_effect_has_no_drop():
@@ -193,8 +211,8 @@ def test_unknown_method_and_setting_are_refused():
     sets = measured(Game(np.ones((2, 2))))
     with pytest.raises(UserError, match="'magic' does not exist: choose one of delta, "):
         rank_heads("magic", sets)
-    with pytest.raises(UserError, match="'delta' has no setting 'seed': its settings are none"):
-        rank_heads("delta", sets, seed=3)
+    with pytest.raises(UserError, match="ig_steps 3 has no method to go to: add the method integr"):
+        refuse_unread([("ig_steps", 3)], ["delta", "attribution"])
     with pytest.raises(UserError, match="'grad_act' needs the models"):
         rank_heads("grad_act", sets)
 
@@ -209,10 +227,7 @@ def test_ranking_file_rows():
 def test_methods_are_compared_on_the_same_heads():
     """Methods that agree with exact ΔKL say so; those that cannot run say why."""
     game = noisy_game([3.0, 2.0, 1.0, 0.5], 30)
-    sets = measured(game)
-    bootstrap = Bootstrap(game.groups, 200)
-    full = full_effect(sets.delta_nats([sets.everything])[0], 0.0, bootstrap)
-    compared = compare_methods(list(METHODS), sets, full, (1, 2), bootstrap)
+    compared = compare_methods(list(METHODS), layer_of(game, n_resamples=200))
     rows = {row.method: row for row in compared.rows}
     assert rows["shapley"].agreement.kendall.value == pytest.approx(1)
     assert rows["shapley"].coverage_pct[2].value == pytest.approx(100 * 5 / 6.5, abs=3)

@@ -10,7 +10,7 @@ from synthetic import synthetic_grid, synthetic_settings
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.results import ConditionResult, GridSettings, HeadRanking, rank_single_heads
+from rq4lens.results import ConditionResult, GridSettings, HeadRanking, rank_conditions
 
 
 def condition(raw, mapped, cond="head0", head=0):
@@ -78,10 +78,10 @@ def test_single_heads_are_ranked_by_the_chosen_score(rank_by, best):
         condition([1.0, 1.0], [0.0, 0.0], "head1", 1),
         condition([0.0, 0.0], [0.0, 0.0], "head2", 2),
     ]
-    ranking = rank_single_heads(singles, rank_by)
+    ranking = rank_conditions(singles, rank_by)
     assert ranking.heads[0] == best
     assert ranking.heads[-1] == 2
-    assert (ranking.per_prompt is not None) == (rank_by == "delta")
+    assert (ranking.share_of is None) == (rank_by == "delta")
 
 
 def test_a_grid_knows_its_conditions():

@@ -10,7 +10,8 @@ from engine_cases import tiny_model as rotary_model
 from tiny import fine_tuned, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import Patching
 from rq4lens.models.load.devices import Placement
 from rq4lens.patching.activations import capture_z

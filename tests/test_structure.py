@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from games import Game, measured, noisy_game
+from games import Game, layer_of, noisy_game
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rq4lens.analysis.coverage.best_sets import interactions
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
 from rq4lens.analysis.rankings.exact import rank_by_delta
-from rq4lens.analysis.rankings.stability import rank_stability, ranks_of
+from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.statistics.bootstrap import (
     CONSTANT,
     LEVEL,
@@ -29,9 +29,8 @@ from rq4lens.analysis.statistics.concentration import (
     entropy,
     gini,
 )
-from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.alphas import alpha_sweep
-from rq4lens.analysis.structure.controls import FitData
 from rq4lens.analysis.structure.heads import (
     EXPLAINED_PCT,
     NO_DIRECTION,
@@ -40,15 +39,15 @@ from rq4lens.analysis.structure.heads import (
     head_shares,
     kind_of,
 )
+from rq4lens.patching.maps.fitting import FitData
+from rq4lens.results import ranks_of
 
 NAMES = tuple(map(str, range(30)))
 
 
 def stability_of(game, rank_by="delta", n_resamples=500):
-    sets = measured(game)
-    raw, mapped = sets.kl_nats(sets.singles)
-    bootstrap = Bootstrap(game.groups, n_resamples)
-    return rank_stability(rank_by_delta(sets), raw, mapped, rank_by, (1, 2), bootstrap)
+    layer = layer_of(game, n_resamples=n_resamples, rank_by=rank_by)
+    return rank_stability(rank_by_delta(layer.measured), layer)
 
 
 def test_well_separated_heads_never_change_rank():
@@ -90,7 +89,7 @@ def test_null_heads_have_no_split_half_stability():
 def test_spread_over_splits_is_a_range_around_its_median():
     """What halves give is a range that holds its value, and is not called an interval."""
     stability = stability_of(noisy_game([1.0, 1.05, 1.1, 2.0], 12, noise=0.2))
-    record = plain(stability)
+    record = to_json(stability)
     for name in ("bootstrap_spearman", "split_half_spearman"):
         low, high = record[f"{name}_range95"]
         assert low <= record[name] <= high
@@ -164,7 +163,7 @@ def test_no_score_has_no_concentration():
     found = concentration("KL_raw", np.zeros((3, 30)), Bootstrap(NAMES, 50))
     assert found.gini.value is None
     assert found.gini.reason == NO_SCORE
-    json.dumps(plain(found), allow_nan=False)
+    json.dumps(to_json(found), allow_nan=False)
 
 
 def test_magnitudes_are_taken_of_means():
@@ -176,7 +175,7 @@ def test_magnitudes_are_taken_of_means():
 
 def test_additive_heads_have_no_interactions():
     """When heads add up, every interaction is 0 and singles sum to the joint effect."""
-    found = interactions(measured(noisy_game([1.0, 2.0, 3.0], 30)), Bootstrap(NAMES, 200))
+    found = interactions(layer_of(noisy_game([1.0, 2.0, 3.0], 30), n_resamples=200))
     assert found.matrix_nats == pytest.approx(np.zeros((3, 3)), abs=1e-12)
     assert found.sum_over_joint.value == pytest.approx(1)
     assert found.pairwise_prediction.value == pytest.approx(found.joint.value)
@@ -188,7 +187,7 @@ def test_interactions_of_a_pairwise_game_are_its_bonuses():
     pairs[0, 1] = pairs[1, 0] = -2.0
     pairs[1, 2] = pairs[2, 1] = 0.5
     game = Game(np.random.default_rng(0).normal(3, 1, size=(3, 30)), pairs=pairs)
-    found = interactions(measured(game), Bootstrap(NAMES, 200))
+    found = interactions(layer_of(game, n_resamples=200))
     assert found.matrix_nats == pytest.approx(pairs)
     assert (found.strongest[0].first, found.strongest[0].second) == (0, 1)
     assert found.strongest[0].interaction.value == pytest.approx(-2)
@@ -197,14 +196,14 @@ def test_interactions_of_a_pairwise_game_are_its_bonuses():
 
 def test_one_head_has_no_pairs():
     """A layer of one head has an empty list of pairs, and its sum is the joint effect."""
-    found = interactions(measured(Game(np.ones((1, 30)))), Bootstrap(NAMES, 50))
+    found = interactions(layer_of(Game(np.ones((1, 30))), n_resamples=50))
     assert found.strongest == ()
     assert found.sum_over_joint.value == pytest.approx(1)
 
 
 def test_interactions_without_a_full_effect_have_no_ratio():
     """The ratio to a joint effect that cannot be told from zero is null with a reason."""
-    found = interactions(measured(Game(np.zeros((2, 30)))), Bootstrap(NAMES, 50), defined=False)
+    found = interactions(layer_of(Game(np.zeros((2, 30))), n_resamples=50))
     assert found.sum_over_joint.value is None
     assert found.sum_over_joint.reason is not None
 
@@ -247,8 +246,8 @@ def test_kind_without_an_interval_is_undecided():
 
 def test_alpha_sweep_holds_the_runs_own_alpha():
     """The run's alpha is one of the points and compared with no other one; effects grow as α²."""
-    sets = measured(noisy_game([1.0, 2.0, 3.0], 30))
-    points, at_alpha = alpha_sweep(sets, (0.1, 0.6), (1,), Bootstrap(NAMES, 100))
+    layer = layer_of(noisy_game([1.0, 2.0, 3.0], 30), (1,), n_resamples=100)
+    points, at_alpha = alpha_sweep(layer, (0.1, 0.6))
     assert [point.alpha for point in points] == [0.1, 0.3, 0.6]
     assert points[1].agreement is None
     assert points[1].agreement_reason == THE_SAME
@@ -259,7 +258,7 @@ def test_alpha_sweep_holds_the_runs_own_alpha():
             "alpha 0.3",
         }
     assert points[2].KL_raw.value == pytest.approx(4 * points[1].KL_raw.value)
-    assert at_alpha[1] is sets
+    assert at_alpha[1] is layer.measured
 
 
 def test_head_shares_sum_to_one():
@@ -286,8 +285,8 @@ def test_alignment_finds_the_heads_that_changed():
 def test_numbers_that_are_not_finite_never_reach_a_file():
     """The strict writer refuses them, so no undefined value slips through without a reason."""
     with pytest.raises(ValueError, match="not a JSON number"):
-        plain({"x": np.array([1.0, np.nan])})
-    assert plain({"x": Estimate(None, None, "why")}) == {
+        to_json({"x": np.array([1.0, np.nan])})
+    assert to_json({"x": Estimate(None, None, "why")}) == {
         "x": None,
         "x_ci95": None,
         "x_reason": "why",

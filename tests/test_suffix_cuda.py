@@ -10,7 +10,8 @@ from tiny import fine_tuned, half_precision, pair_of, prepared, random_prompts
 from tiny import tiny_model as normalised_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.analysis.rankings.compared import rank_heads
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import Patching
 from rq4lens.patching.engines import row_engine
 from rq4lens.patching.engines.choice import make_engine

@@ -20,10 +20,15 @@ from rq4lens.errors import UserError
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.results import HeadRanking
-from rq4lens.validation.request import ValidationRequest, base_of
-from rq4lens.validation.suite import Suite, validate
-from rq4lens.validation.text import validation_text
-from rq4lens.validation.trials import LEVEL, SCENARIOS, PlantedTrials, Scenario
+from rq4lens.validation.scenarios import LEVEL, SCENARIOS, Scenario
+from rq4lens.validation.suite import (
+    Suite,
+    ValidationRequest,
+    ValidationSettings,
+    base_of,
+    validate,
+    validation_text,
+)
 
 EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
@@ -37,10 +42,11 @@ def tiny_prompts():
     return random_prompts(n_train=96, n_val=24)
 
 
-def small(methods, scenarios=("rotated",), **settings):
+def small(methods, scenarios=("rotated",), store=None, **settings):
     chosen = [BY_NAME[name] for name in scenarios]
     given = {"pairs": 2, "drift": 0.002} | settings
-    return validate(tiny_base(), tiny_prompts(), methods=methods, scenarios=chosen, **given)
+    asked = ValidationSettings(methods=methods, scenarios=chosen, **given)
+    return validate(tiny_base(), tiny_prompts(), asked, store=store)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +55,9 @@ def built_in(tokenized_once):  # noqa: ARG001 - its prompts are the same for eac
     return validate(
         pair.use("base").loaded,
         pair.prompts,
-        methods=["delta", "kl_raw", "kl_curvature"],
-        n_train=160,
-        n_val=48,
-        pairs=2,
+        ValidationSettings(
+            methods=["delta", "kl_raw", "kl_curvature"], n_train=160, n_val=48, pairs=2
+        ),
     )
 
 
@@ -136,7 +141,9 @@ def test_heads_that_share_a_value_head_are_planted_together(tmp_path):
     base, prompts = base_of(config_from({"base": settings["base"], "prompts": settings["prompts"]}))
     assert base.model.cfg.n_key_value_heads == 4
     validation = validate(
-        base, prompts, methods=["delta"], pairs=2, drift=0.0, scenarios=[BY_NAME["rotated"]]
+        base,
+        prompts,
+        ValidationSettings(methods=["delta"], pairs=2, drift=0.0, scenarios=[BY_NAME["rotated"]]),
     )
     rotated = verdicts(validation, "rotated", "rotated")
     assert sum(rotated.values()) == 2 * 2 * 2  # two pairs, two value heads, two heads on each
@@ -149,7 +156,9 @@ def test_a_change_that_does_nothing_is_listed_apart():
     for block in base.model.blocks:
         block.attn.W_O.data[:3] = 0
     validation = validate(
-        base, tiny_prompts(), methods=["delta"], pairs=3, drift=0.0, scenarios=[BY_NAME["rotated"]]
+        base,
+        tiny_prompts(),
+        ValidationSettings(methods=["delta"], pairs=3, drift=0.0, scenarios=[BY_NAME["rotated"]]),
     )
     assert set(verdicts(validation, "rotated", "rotated, too small")) == {"idle"}
     assert set(verdicts(validation, "rotated", "rotated")) == {"re-coordinated"}
@@ -196,9 +205,9 @@ def test_a_validation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert store.counters.computed == 2
     next(tmp_path.glob("rotated_1_*")).unlink()
     planted = []
-    trial = PlantedTrials.trial
+    trial = Suite.trial
     monkeypatch.setattr(
-        PlantedTrials, "trial", lambda self, s, n: planted.append((s.name, n)) or trial(self, s, n)
+        Suite, "trial", lambda self, s, n: planted.append((s.name, n)) or trial(self, s, n)
     )
     assert small(["delta"], store=store) == whole
     assert planted == [("rotated", 1)]
@@ -222,8 +231,9 @@ def test_planted_pairs_are_addressed_by_all_that_can_change_them():
     base, prompts = tiny_base(), tiny_prompts()
 
     def key(number=0, **settings):
-        suite = Suite(base, prompts, **{"methods": ["delta"], "scenarios": [own]} | settings)
-        return content_key(suite._ingredients(suite.scenarios[0], number).to_dict())
+        asked = ValidationSettings(**{"methods": ["delta"], "scenarios": [own]} | settings)
+        suite = Suite(base, prompts, asked)
+        return content_key(suite._ingredients(asked.scenarios[0], number).to_dict())
 
     keys = [key(), key(1), *(key(**each) for each in others)]
     assert len(set(keys)) == len(keys)
@@ -251,7 +261,9 @@ def test_a_scenario_of_ones_own():
     """Any mixture of changes can be planted."""
     both = Scenario("both", {"rotated": 1, "scaled": 1}, "scaled")
     validation = validate(
-        tiny_base(), tiny_prompts(), methods=["delta"], pairs=1, scenarios=[both], drift=0.0
+        tiny_base(),
+        tiny_prompts(),
+        ValidationSettings(methods=["delta"], pairs=1, scenarios=[both], drift=0.0),
     )
     assert {truth for _, truth, _ in validation.kinds} == {"rotated", "scaled", "untouched"}
     assert "both" in validation_text(validation)
@@ -288,4 +300,4 @@ def test_a_layer_with_too_few_value_heads_is_said():
     """Where two value heads serve all heads, planting one leaves too little to tell it from."""
     base = LoadedModel.wrap(tiny_model(n_key_value_heads=2), word_tokenizer())
     with pytest.raises(UserError, match="fewer than 4 value heads"):
-        validate(base, tiny_prompts(), methods=["delta"])
+        validate(base, tiny_prompts(), ValidationSettings(methods=["delta"]))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
 from rq4lens.analysis.claims import claims
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
@@ -17,13 +15,13 @@ from rq4lens.analysis.coverage.cross_fitted import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
 from rq4lens.analysis.coverage.table import (
     Coverage,
-    CoverageStudy,
+    CoverageInputs,
     coverage,
     coverage_of_grid,
     seed_sets,
 )
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.effects.table import FullEffect, bootstrap_of, grid_full_effect
 from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.rankings.compared import (
     Methods,
@@ -35,39 +33,38 @@ from rq4lens.analysis.rankings.compared import (
     seed_agreement,
 )
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.methods import METHODS
-from rq4lens.analysis.rankings.shapley import Orders
+from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
 from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.records import (
     Agreement,
+    Alignment,
     AlphaPoint,
     Concentration,
     Control,
     CoverageCurve,
     HeadKinds,
+    HeadTests,
     Interactions,
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
-from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
-from rq4lens.analysis.structure.alphas import ALPHAS, alpha_sweep
+from rq4lens.analysis.statistics.sign_flips import head_tests
+from rq4lens.analysis.structure.alphas import alpha_sweep
 from rq4lens.analysis.structure.controls import (
-    ControlStudy,
-    FitData,
+    ControlInputs,
     grid_controls,
     measured_controls,
     random_controls,
 )
-from rq4lens.analysis.structure.heads import Alignment, alignment, head_kinds
+from rq4lens.analysis.structure.heads import alignment, head_kinds
+from rq4lens.config import AnalysisEffort
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.patch import Progress
 from rq4lens.results import GridResult, HeadRanking
-
-PerPrompt = Float64[ndarray, "head prompt"]
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "controls", "alignment"),
@@ -75,19 +72,12 @@ PARTS = (
 )
 """The parts in the order in which they are computed and timed; the best sets are sought last."""
 
-N_SPLITS = 5
-N_RANDOM_SETS = 1000
-
 
 def analyse(
     grid: GridResult,
     experiment: MeasuresHeadSets | None = None,
+    effort: AnalysisEffort | None = None,
     *,
-    n_random_sets: int = N_RANDOM_SETS,
-    random_ks: Sequence[int] | None = None,
-    n_splits: int = N_SPLITS,
-    methods: Sequence[str] | None = None,
-    alphas: Sequence[float] = ALPHAS,
     activations: PairActivations | None = None,
     neutral: Experiment | None = None,
     progress: Progress | None = None,
@@ -101,12 +91,9 @@ def analyse(
     Args:
         grid: the measured grid.
         experiment: the experiment behind it.
-        n_random_sets: random sets drawn of each size that has more.
-        random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
-            afforded, see :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
-        n_splits: random half splits behind the cross-fitted numbers.
-        methods: ranking methods to compare; all of them when left out.
-        alphas: blend strengths of the sweep.
+        effort: what is measured and compared beyond the grid. Without sizes of random sets, there
+            are as many as can be afforded, see
+            :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
         activations: already captured activations of the pair, for the controls.
         neutral: the pair prepared on neutral prompts, for the side effect.
         progress: called with 1 when one of the ``PARTS`` is done.
@@ -117,17 +104,19 @@ def analyse(
     Raises:
         UserError: if a size of random sets does not fit the layer.
     """
+    effort = effort or AnalysisEffort()
+    sizes = random_sizes(
+        grid.n_heads,
+        grid.settings.patching.k,
+        grid.n_prompts,
+        effort.n_random_sets,
+        effort.random_ks,
+    )
+    methods = tuple(METHODS) if effort.methods is None else effort.methods
     work = _Work(
         grid=grid,
-        measured=MeasuredSets.of_grid(grid, experiment),
-        bootstrap=bootstrap_of(grid),
-        n_random_sets=n_random_sets,
-        random_ks=random_sizes(
-            grid.n_heads, grid.settings.patching.k, grid.n_prompts, n_random_sets, random_ks
-        ),
-        n_splits=n_splits,
-        methods=tuple(METHODS if methods is None else methods),
-        sweep_alphas=tuple(alphas),
+        layer=MeasuredLayer.of_grid(grid, experiment),
+        effort=effort.but(random_ks=sizes, methods=methods),
         given_activations=activations,
         neutral=neutral,
         progress=progress,
@@ -140,13 +129,8 @@ class _Work:
     """One analysis under way: its parts, each computed once. See :func:`analyse`."""
 
     grid: GridResult
-    measured: MeasuredSets
-    bootstrap: Bootstrap
-    n_random_sets: int
-    random_ks: tuple[int, ...]
-    n_splits: int
-    methods: tuple[str, ...]
-    sweep_alphas: tuple[float, ...]
+    layer: MeasuredLayer
+    effort: AnalysisEffort
     given_activations: PairActivations | None
     neutral: Experiment | None
     progress: Progress | None
@@ -156,11 +140,10 @@ class _Work:
         seconds = {name: self._seconds(name) for name in PARTS}
         analysis = Analysis(
             settings=self.settings,
-            full=self.full,
+            full=self.layer.full,
             coverage=self.table.rows,
             curves=self.curves,
             random=self.coverage.random,
-            plain_random_p_value=self.coverage.plain_random_p_value,
             rankings=self.rankings,
             methods=self.compared.rows,
             stability=self.stability,
@@ -186,35 +169,22 @@ class _Work:
 
     @property
     def settings(self) -> AnalysisSettings:
-        grid = self.grid
         return AnalysisSettings(
-            layer=grid.settings.layer,
-            control_layer=grid.settings.patching.control_layer,
-            alpha=grid.settings.patching.alpha,
+            grid=self.grid.settings,
+            effort=self.effort.but(random_ks=[sets.k for sets in self.coverage.random]),
             ranking=self.ranking.method,
-            ks=self.ks,
-            n_heads=grid.n_heads,
-            n_prompts=grid.n_prompts,
-            n_groups=self.bootstrap.n_groups,
-            n_resamples=self.bootstrap.n_resamples,
-            n_random_sets=self.n_random_sets,
-            random_ks=tuple(sets.k for sets in self.coverage.random),
-            n_splits=self.n_splits,
-            seed=self.bootstrap.seed,
+            n_prompts=self.grid.n_prompts,
+            n_groups=self.layer.bootstrap.n_groups,
         )
 
     @property
-    def ks(self) -> tuple[int, ...]:
-        return self.grid.settings.patching.k
-
-    @property
     def can_measure(self) -> bool:
-        return self.measured.experiment is not None
+        return self.layer.measured.experiment is not None
 
     @property
     def experiment(self) -> Experiment | None:
         """The experiment with its models and maps; None for anything that only measures."""
-        experiment = self.measured.experiment
+        experiment = self.layer.measured.experiment
         return experiment if isinstance(experiment, Experiment) else None
 
     @cached_property
@@ -227,38 +197,24 @@ class _Work:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        return single_ranking(self.measured, self.grid.settings.patching.rank_by)
+        return single_ranking(self.layer.measured, self.layer.rank_by)
 
     @cached_property
-    def full(self) -> FullEffect:
-        return grid_full_effect(self.grid, self.bootstrap)
-
-    @cached_property
-    def singles(self) -> tuple[PerPrompt, PerPrompt]:
-        """``KL_raw`` and ``KL_mapped`` of single heads."""
-        return self.measured.kl_nats(self.measured.singles)
-
-    @cached_property
-    def study(self) -> CoverageStudy:
+    def inputs(self) -> CoverageInputs:
         """What the coverage table is made from."""
-        return CoverageStudy(
+        return CoverageInputs(
+            layer=self.layer,
             ranking=self.ranking,
-            rank_by=self.grid.settings.patching.rank_by,
-            ks=self.ks,
-            random_ks=self.random_ks,
+            random_ks=self.effort.random_ks or (),
             seed_sets=seed_sets(self.grid),
-            measured=self.measured,
-            full=self.full,
-            bootstrap=self.bootstrap,
-            n_random_sets=self.n_random_sets,
-            n_splits=self.n_splits,
-            seed=self.bootstrap.seed,
+            n_random_sets=self.effort.n_random_sets,
+            n_splits=self.effort.n_splits,
         )
 
     @cached_property
     def coverage(self) -> Coverage:
-        found = coverage(self.study) if self.can_measure else coverage_of_grid(self.study)
-        by_answer = answer_coverage(self.grid, self.bootstrap)
+        found = coverage(self.inputs) if self.can_measure else coverage_of_grid(self.inputs)
+        by_answer = answer_coverage(self.grid, self.layer.bootstrap)
         rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
         return replace(found, rows=rows)
 
@@ -266,27 +222,23 @@ class _Work:
     def compared(self) -> Methods:
         if not self.can_measure:
             return Methods((), (), ())
-        return compare_methods(
-            self.methods,
-            self.measured,
-            self.full,
-            self.ks,
-            self.bootstrap,
-            self.bootstrap.seed,
-            self.orders,
-        )
+        return compare_methods(self.effort.methods or (), self.layer, self.ranking_settings)
+
+    @property
+    def ranking_settings(self) -> RankingSettings:
+        return RankingSettings(seed=self.layer.bootstrap.seed, orders=self.orders)
 
     @cached_property
     def orders(self) -> Orders | None:
         """Random orders of the heads along which every head set is measured, if there are any."""
-        pairs = self.study.rankings.pairs
-        every_size = len(self.random_ks) == self.grid.n_heads
-        return pairs if every_size and len(pairs) > 1 else None
+        pairs = self.inputs.rankings.pairs
+        every_size = len(self.effort.random_ks or ()) == self.grid.n_heads
+        return pairs.tolist() if every_size and len(pairs) > 1 else None
 
     @cached_property
     def best(self) -> CoverageCurve | None:
         """The envelope of all head sets that were measured."""
-        return best_subsets(self.measured, self.full, self.bootstrap) if self.can_measure else None
+        return best_subsets(self.layer) if self.can_measure else None
 
     @property
     def table(self) -> Coverage:
@@ -307,95 +259,79 @@ class _Work:
 
     @cached_property
     def interactions(self) -> Interactions | None:
-        if not self.can_measure:
-            return None
-        defined = self.full.undefined_because is None
-        return interactions(self.measured, self.bootstrap, defined=defined)
+        return interactions(self.layer) if self.can_measure else None
 
     @cached_property
     def alphas(self) -> tuple[tuple[AlphaPoint, ...], tuple[MeasuredSets, ...]]:
         """The sweep over blend strengths, and the measurements behind it."""
         if not self.can_measure:
-            return (), (self.measured,)
-        points, measured = alpha_sweep(self.measured, self.sweep_alphas, self.ks, self.bootstrap)
+            return (), (self.layer.measured,)
+        points, measured = alpha_sweep(self.layer, self.effort.alphas)
         return tuple(points), tuple(measured)
 
     @cached_property
     def tests(self) -> HeadTests:
         """All heads at all blend strengths that were tried."""
-        layer, heads = self.measured.layer, range(self.grid.n_heads)
+        layer, heads = self.layer.measured.layer, range(self.grid.n_heads)
         at_alpha = self.alphas[1]
         return head_tests(
             [(Head(layer, head), each.alpha) for each in at_alpha for head in heads],
             np.concatenate([each.delta_nats(each.singles) for each in at_alpha]),
             self.grid.groups,
-            n_flips=self.bootstrap.n_resamples,
-            seed=self.bootstrap.seed,
+            n_flips=self.layer.bootstrap.n_resamples,
+            seed=self.layer.bootstrap.seed,
         )
 
     @cached_property
     def controls(self) -> tuple[Control, ...]:
-        rows = grid_controls(self.grid, self.bootstrap)
+        rows = grid_controls(self.grid, self.layer.bootstrap)
         if self.experiment is not None and self.activations is not None:
-            study = ControlStudy(
-                experiment=self.experiment,
-                measured=self.measured,
-                control_layer=self.grid.settings.patching.control_layer,
-                bootstrap=self.bootstrap,
-                activations=self.activations,
-                neutral=self.neutral,
-                seed=self.bootstrap.seed,
+            control_layer = self.grid.settings.patching.control_layer
+            rows += measured_controls(
+                ControlInputs(
+                    self.layer, self.experiment, self.activations, control_layer, self.neutral
+                )
             )
-            rows += measured_controls(study)
-        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads, self.full))
+        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads, self.layer.full))
 
     @cached_property
     def alignment(self) -> Alignment | None:
         if self.activations is None:
             return None
-        data = FitData.of(self.activations, self.measured.layer)
-        return alignment(data, self._scored_delta, self.bootstrap)
-
-    @cached_property
-    def _scored_delta(self) -> Scored:
-        raw, mapped = self.singles
-        return Scored.of_prompts("delta", raw - mapped, self.bootstrap)
+        data = FitData.of(self.activations, self.layer.measured.layer)
+        return alignment(data, Scored.of_singles(self.layer), self.layer.bootstrap)
 
     @cached_property
     def agreements(self) -> tuple[Agreement, ...]:
         """Rankings of the same heads across metrics, folds, seeds, kinds of maps and alphas."""
-        found = [metric_agreement(self.grid, self._scored_delta, self.ks, self.bootstrap)]
+        compared = [metric_agreement(self.grid, self.layer)]
         if self.experiment is not None and self.activations is not None:
-            found += map_kind_agreement(
-                self.experiment, self.measured, self.activations, self.ks, self.bootstrap
-            )
+            compared += map_kind_agreement(self.layer, self.experiment, self.activations)
         at_alphas = (point.agreement for point in self.alphas[0] if point.agreement is not None)
-        return (*found, *self._resampled, *at_alphas)
+        return (*compared, *self._resampled, *at_alphas)
 
     @property
     def _resampled(self) -> Iterator[Agreement]:
         """The same heads ranked on other prompts, and from other random permutations."""
-        halves = half_splits(self.grid.groups, 1, self.bootstrap.seed)
+        halves = half_splits(self.grid.groups, 1, self.layer.bootstrap.seed)
         if len(halves):
-            yield fold_agreement(self.measured, halves[0], self.ks, self.bootstrap)
+            yield fold_agreement(self.layer, halves[0])
         for ranking in self.compared.rankings:
             if ranking.method == "shapley" and not ranking.settings["exact"]:
-                yield seed_agreement(
-                    self.measured, self.bootstrap.seed, self.orders, self.ks, self.bootstrap
-                )
+                yield seed_agreement(self.layer, self.ranking_settings)
 
     @cached_property
     def stability(self) -> RankStability:
-        rank_by = self.grid.settings.patching.rank_by
-        return rank_stability(self.ranking, *self.singles, rank_by, self.ks, self.bootstrap)
+        return rank_stability(self.ranking, self.layer)
 
     @cached_property
     def kinds(self) -> HeadKinds:
         full, floor = self.grid.full.KL_raw, self.grid.noise_floor_nats
-        return head_kinds(*self.singles, full, floor, self.bootstrap)
+        return head_kinds(*self.layer.singles, full, floor, self.layer.bootstrap)
 
     @cached_property
     def concentration(self) -> tuple[Concentration, ...]:
-        raw, mapped = self.singles
-        scores = {"|ΔKL|": raw - mapped, "KL_raw": raw}
-        return tuple(concentration(name, each, self.bootstrap) for name, each in scores.items())
+        scores = {"|ΔKL|": self.layer.single_deltas, "KL_raw": self.layer.singles[0]}
+        return tuple(
+            concentration(name, each, self.layer.bootstrap) for name, each in scores.items()
+        )

@@ -14,8 +14,7 @@ from rq4lens.cluster.pieces import Request, Shard
 from rq4lens.cluster.shards import run_shard
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.validation.request import ValidationRequest
-from rq4lens.validation.results import Validation
+from rq4lens.validation.suite import Validation, ValidationRequest
 
 
 def measure_shared(

@@ -10,8 +10,7 @@ from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.validation.request import ValidationRequest
-from rq4lens.validation.text import validation_text
+from rq4lens.validation.suite import ValidationRequest, validation_text
 
 
 def kept_beside(out: Path) -> Path:

@@ -16,9 +16,7 @@ from rq4lens.disk.files import made_directory
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.validation.request import ValidationRequest
-from rq4lens.validation.results import Validation
-from rq4lens.validation.suite import Suite
+from rq4lens.validation.suite import Suite, Validation, ValidationRequest
 
 
 class Planter:

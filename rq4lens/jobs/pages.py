@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from rq4lens import figures
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.saved import SavedLayers, SavedRun, read_layers, read_run
 from rq4lens.disk.files import read_json
-from rq4lens.disk.run import FIGURES, PROMPTS, REPORT, SavedLayers, SavedRun, read_layers, read_run
+from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
 from rq4lens.results import GridResult
 
 
 def write_pages(
     directory: Path,
     grid: GridResult,
-    analysis: Mapping[str, Any],
+    analysis: Analysis,
     texts: Mapping[str, str],
     provenance: Mapping[str, Any],
 ) -> None:

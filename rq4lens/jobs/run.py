@@ -14,8 +14,10 @@ import torch
 
 from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
-from rq4lens.config import RunConfig
+from rq4lens.analysis.saved import write_grid, write_run
+from rq4lens.config import AnalysisEffort, RunConfig
 from rq4lens.disk.files import write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
@@ -23,8 +25,6 @@ from rq4lens.disk.run import (
     PROMPTS,
     ranking_file,
     remove_other_rankings,
-    write_grid,
-    write_run,
 )
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.memory import plan_memory, say_and_require
@@ -140,7 +140,7 @@ class Run:
     directory: Path
     grid: GridResult
     experiment: Experiment
-    records: list[dict[str, Any]]
+    records: tuple[ConditionRecord, ...]
     analysis: Analysis
     summary: str
     timings_seconds: Mapping[str, float]
@@ -198,9 +198,9 @@ def run_on(bench: Bench) -> Run:
     run["audit"] = audit.summary
     run["memory_estimate"] = memory.to_dict()
     with clock("pages"):
-        write_pages(directory, grid, analysis.to_dict(), texts, run)
+        write_pages(directory, grid, analysis, texts, run)
     run["timings_seconds"] = dict(clock.seconds)
-    write_run(directory, analysis=analysis.to_dict(), run=run, summary=summary)
+    write_run(directory, analysis, run, summary)
     return Run(directory, grid, experiment, table, analysis, summary, clock.seconds)
 
 
@@ -230,11 +230,12 @@ def _analyse(
             config.place,
             activations=bench.activations,
         )
-    every = range(1, grid.n_heads + 1)
+    every = tuple(range(1, grid.n_heads + 1))
+    sizes = {"affordable": None, "every": every, "k": ()}
     return analyse(
         grid,
         experiment,
-        random_ks={"affordable": None, "every": every, "k": ()}[config.effort.random_sizes],
+        AnalysisEffort(random_ks=sizes[config.effort.random_sizes]),
         activations=bench.activations,
         neutral=neutral,
         progress=progress,

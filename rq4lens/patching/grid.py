@@ -19,7 +19,7 @@ from rq4lens.results import (
     GridResult,
     GridSettings,
     HeadRanking,
-    rank_single_heads,
+    rank_conditions,
 )
 
 PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
@@ -169,7 +169,7 @@ def measure_grid(
     _check_maps(plan, experiment.maps)
     fixed = recorder.measure(plan.fixed())
     singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
-    results = fixed | recorder.measure(plan.top(rank_single_heads(singles, settings.rank_by)))
+    results = fixed | recorder.measure(plan.top(rank_conditions(singles, settings.rank_by)))
     conditions = {name: results[name] for name in plan.table_order}
     return _result(experiment, settings, effort, conditions)
 

@@ -61,13 +61,7 @@ class ContentChange:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a layer reads of a batch of prompts.
-
-    Args:
-        rows: which prompts these are.
-        decision: index of each one's decision token.
-        residual: the residual stream before the layer.
-    """
+    """What a layer reads of a batch of prompts: the residual stream before it."""
 
     rows: Int[Tensor, " prompt"]
     decision: Int[Tensor, " prompt"]

@@ -34,6 +34,8 @@ WEIGHTS: tuple[WeightName, ...] = get_args(WeightName)
 SHARED_WEIGHTS = ("W_K", "W_V")
 """Weights that the query heads of a group share in a model with grouped-query attention."""
 
+_Weights = dict[tuple[WeightName, Head], Tensor]
+
 SIZES, DRAWS = (1.0, 2.0, 4.0), 6
 """Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
 
@@ -72,6 +74,49 @@ class PlantedChange:
 
 
 @dataclass(frozen=True)
+class Planting:
+    """How much is changed, and how.
+
+    Args:
+        drift: how far every parameter of the model moves, relative to its own norm.
+        strength: size of the changes.
+        weights: which weights of a rewired head get new content.
+        rank: rank of the new content; None is full rank.
+        attended: what the rewired heads' layer attends to in the base model. The new content of
+            their ``W_V`` is then what no linear map of the old activations explains, and varies
+            ``strength`` times as far as they do (:meth:`AttendedInputs.unread`); and content is
+            drawn anew, larger after every ``DRAWS``, until it changes the activations by at least
+            ``LEAST_CHANGE`` and a linear map explains at most ``MOST_EXPLAINED_PCT`` of the change
+            over these prompts. Where no draw does, the one that is explained least is taken; the
+            truth records what came out.
+        seed: every change has random numbers made from this seed, its kind and its head, so
+            planting one more head leaves the others as they are.
+
+    Raises:
+        UserError: if a number is out of range, or a weight cannot be rewired.
+    """
+
+    drift: float = 0.0
+    strength: float = 1.0
+    weights: Sequence[WeightName] = WEIGHTS
+    rank: int | None = None
+    attended: AttendedInputs | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("drift", "strength"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} {value} is not a size: give a number of at least 0.")
+        for weight in self.weights:
+            if weight not in WEIGHTS:
+                raise UserError(f"weight {weight!r} cannot be rewired: choose from {WEIGHTS}.")
+
+
+DEFAULTS = Planting()
+
+
+@dataclass(frozen=True)
 class PlantedPair:
     """A base model, its tuned copy, and the truth about their difference.
 
@@ -79,17 +124,13 @@ class PlantedPair:
         base: the model that was given, untouched.
         tuned: the changed copy.
         changes: what was changed.
-        drift: relative size of the change of every parameter.
-        strength: size of the changes.
-        seed: what the random numbers follow from.
+        how: sizes of the changes, and the seed of their random numbers.
     """
 
     base: HookedTransformer
     tuned: HookedTransformer
     changes: tuple[PlantedChange, ...]
-    drift: float
-    strength: float
-    seed: int
+    how: Planting
 
     @property
     def truth(self) -> Mapping[Head, ChangeKind]:
@@ -105,9 +146,9 @@ class PlantedPair:
         """The truth as JSON."""
         return {
             "changes": [change.to_dict() for change in self.changes],
-            "drift": self.drift,
-            "strength": self.strength,
-            "seed": self.seed,
+            "drift": self.how.drift,
+            "strength": self.how.strength,
+            "seed": self.how.seed,
         }
 
     def loaded(self, base: LoadedModel) -> LoadedModel:
@@ -116,7 +157,7 @@ class PlantedPair:
         Args:
             base: the loaded model whose ``model`` was given to :func:`plant`.
         """
-        source = f"{base.source} (planted, seed {self.seed})"
+        source = f"{base.source} (planted, seed {self.how.seed})"
         return replace(base, model=self.tuned, source=source, logit_check_max_abs_diff=None)
 
 
@@ -128,12 +169,7 @@ def plant(
     scaled: Iterable[Head] = (),
     rewired: Iterable[Head] = (),
     shifted: Iterable[Head] = (),
-    drift: float = 0.0,
-    strength: float = 1.0,
-    weights: Sequence[WeightName] = WEIGHTS,
-    rank: int | None = None,
-    attended: AttendedInputs | None = None,
-    seed: int = 0,
+    how: Planting = DEFAULTS,
 ) -> PlantedPair:
     """Make a tuned copy of a model in which chosen heads are changed in known ways.
 
@@ -151,43 +187,27 @@ def plant(
             function of the old activations, unless ``attended`` is given.
         shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
             about ``strength`` times the length of a typical value vector.
-        drift: how far every parameter of the model moves, relative to its own norm.
-        strength: size of the changes.
-        weights: which weights of a rewired head get new content.
-        rank: rank of the new content; None is full rank.
-        attended: what the rewired heads' layer attends to in the base model. The new content of
-            their ``W_V`` is then what no linear map of the old activations explains, and varies
-            ``strength`` times as far as they do (:meth:`AttendedInputs.unread`); and content is
-            drawn anew, larger after every ``DRAWS``, until it changes the activations by at least
-            ``LEAST_CHANGE`` and a linear map explains at most ``MOST_EXPLAINED_PCT`` of the change
-            over these prompts. Where no draw does, the one that is explained least is taken; the
-            truth records what came out.
-        seed: every change has its own random numbers, made from this seed, its kind and its head,
-            so planting one more head leaves the others as they are.
+        how: drift, strength and seed, and what rewired heads get.
 
     Returns:
         Both models and the truth.
 
     Raises:
-        UserError: if a head does not exist, is to be changed twice, or a number is out of range.
+        UserError: if a head does not exist, is to be changed twice, or the rank does not fit.
     """
-    _check_numbers(base, drift, strength, weights, rank)
+    if how.rank is not None and not 1 <= how.rank <= base.cfg.d_head:
+        raise UserError(f"rank {how.rank} does not fit: give a number from 1 to {base.cfg.d_head}.")
     wanted = {"rotated": rotated, "scaled": scaled, "rewired": rewired, "shifted": shifted}
     tuned = copy.deepcopy(base)
-    _drift(tuned, drift, seed)
-    planters: dict[str, Callable[[_Site], PlantedChange]] = {
-        "rotated": _rotate,
-        "scaled": lambda site: _scale(site, 1 + strength),
-        "rewired": lambda site: _rewire(site, strength, tuple(weights), rank, attended),
-        "shifted": lambda site: _shift(site, strength),
-    }
+    _drift(tuned, how.drift, how.seed)
     changes: list[PlantedChange] = []
     for kind, heads in wanted.items():
-        shares = kind != "rewired" or bool(set(weights) & set(SHARED_WEIGHTS))
+        shares = kind != "rewired" or bool(set(how.weights) & set(SHARED_WEIGHTS))
         for group in _groups(tuned, heads, shares):
             _refuse_second_change(group, changes)
-            changes.append(planters[kind](_Site(tuned, group, _generator(seed, kind, group[0]))))
-    return PlantedPair(base, tuned, tuple(changes), drift, strength, seed)
+            site = _Site(tuned, group, _generator(how.seed, kind, group[0]))
+            changes.append(_PLANTERS[kind](site, how))
+    return PlantedPair(base, tuned, tuple(changes), how)
 
 
 @dataclass(frozen=True)
@@ -214,7 +234,7 @@ class _Site:
         return torch.from_numpy(self.rng.standard_normal(shape))
 
 
-def _rotate(site: _Site) -> PlantedChange:
+def _rotate(site: _Site, _how: Planting) -> PlantedChange:
     width = site.model.cfg.d_head
     rotation = torch.from_numpy(
         np.atleast_2d(ortho_group.rvs(width, random_state=site.rng) if width > 1 else -1.0)
@@ -226,7 +246,8 @@ def _rotate(site: _Site) -> PlantedChange:
     return PlantedChange("rotated", site.heads, rotation=rotation)
 
 
-def _scale(site: _Site, scale: float) -> PlantedChange:
+def _scale(site: _Site, how: Planting) -> PlantedChange:
+    scale = 1 + how.strength
     for name in ("W_V", "b_V"):
         site.shared(name).mul_(scale)
     for head in site.heads:
@@ -234,61 +255,49 @@ def _scale(site: _Site, scale: float) -> PlantedChange:
     return PlantedChange("scaled", site.heads, scale=scale)
 
 
-def _rewire(
-    site: _Site,
-    strength: float,
-    weights: tuple[WeightName, ...],
-    rank: int | None,
-    attended: AttendedInputs | None,
-) -> PlantedChange:
+def _rewire(site: _Site, how: Planting) -> PlantedChange:
+    weights, attended = tuple(how.weights), how.attended
     old = {
         (name, head): site.weight(name, head).clone()
         for name in weights
         for head in (site.heads[:1] if name in SHARED_WEIGHTS else site.heads)
     }
 
-    def draw(size: float) -> dict[tuple[WeightName, Head], Tensor]:
-        return {
-            key: _with_new_content(site, key[0], weight, (strength, size), rank, attended)
-            for key, weight in old.items()
-        }
-
-    def write(new: Mapping[tuple[WeightName, Head], Tensor]) -> None:
-        for key, weight in new.items():
-            site.weight(*key).copy_(weight)
+    def write_new(size: float) -> _Weights:
+        new = {key: _with_new_content(site, how, key[0], old[key], size) for key in old}
+        return _write(site, new)
 
     if attended is None:
-        write(draw(1.0))
+        write_new(1.0)
         return PlantedChange("rewired", site.heads, weights=weights)
     indices = tuple(head.index for head in site.heads)
     inputs = layer_inputs(site.model, attended.prompts, attended.layer)
     best = None
     for size in (size for size in SIZES for _ in range(DRAWS)):
-        new = draw(size)
-        write(new)
+        new = write_new(size)
         content = attended.change_in(site.model, indices, inputs)
         if best is None or content.shortfall < best[1].shortfall:
             best = new, content
         if content.is_rewired:
             break
     assert best is not None
-    write(best[0])
+    _write(site, best[0])
     return PlantedChange("rewired", site.heads, weights=weights, content=best[1])
 
 
+def _write(site: _Site, new: _Weights) -> _Weights:
+    for key, weight in new.items():
+        site.weight(*key).copy_(weight)
+    return new
+
+
 def _with_new_content(
-    site: _Site,
-    name: WeightName,
-    weight: Tensor,
-    sizes: tuple[float, float],
-    rank: int | None,
-    attended: AttendedInputs | None,
+    site: _Site, how: Planting, name: WeightName, weight: Tensor, size: float
 ) -> Tensor:
-    strength, size = sizes
-    content = _random_matrix(site, weight, rank)
-    if name == "W_V" and attended is not None:
-        return _exact(weight) + _unread(attended, site.heads, strength, content)
-    return _added(weight, content, size * strength)
+    content = _random_matrix(site, weight, how.rank)
+    if name == "W_V" and how.attended is not None:
+        return _exact(weight) + _unread(how.attended, site.heads, how.strength, content)
+    return _added(weight, content, size * how.strength)
 
 
 def _unread(
@@ -302,12 +311,20 @@ def _unread(
     return attended.unread(tuple(head.index for head in heads), strength, mixing)
 
 
-def _shift(site: _Site, strength: float) -> PlantedChange:
+def _shift(site: _Site, how: Planting) -> PlantedChange:
     direction = site.normal(site.model.cfg.d_head)
-    length = strength * _exact(site.shared("W_V")).norm()
+    length = how.strength * _exact(site.shared("W_V")).norm()
     shift = length * direction / direction.norm()
     site.shared("b_V").copy_(_exact(site.shared("b_V")) + shift)
     return PlantedChange("shifted", site.heads, shift=shift)
+
+
+_PLANTERS: dict[str, Callable[[_Site, Planting], PlantedChange]] = {
+    "rotated": _rotate,
+    "scaled": _scale,
+    "rewired": _rewire,
+    "shifted": _shift,
+}
 
 
 def _drift(model: HookedTransformer, drift: float, seed: int) -> None:
@@ -350,25 +367,23 @@ def _groups(
 ) -> list[tuple[Head, ...]]:
     """The heads that are changed together, in order and without repetition."""
     width = _heads_per_group(model) if shares else 1
-    firsts = {Head(h.layer, h.index // width * width) for h in map(_existing(model), heads)}
+    firsts = set()
+    for head in heads:
+        _check_exists(model, head)
+        firsts.add(Head(head.layer, head.index // width * width))
     return [
         tuple(Head(first.layer, first.index + step) for step in range(width))
         for first in sorted(firsts)
     ]
 
 
-def _existing(model: HookedTransformer) -> Callable[[Head], Head]:
+def _check_exists(model: HookedTransformer, head: Head) -> None:
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-
-    def check(head: Head) -> Head:
-        if not (0 <= head.layer < n_layers and 0 <= head.index < n_heads):
-            raise UserError(
-                f"head {head} does not exist: the model has layers 0 to {n_layers - 1} with heads "
-                f"0 to {n_heads - 1}; plant in those."
-            )
-        return head
-
-    return check
+    if not (0 <= head.layer < n_layers and 0 <= head.index < n_heads):
+        raise UserError(
+            f"head {head} does not exist: the model has layers 0 to {n_layers - 1} with heads "
+            f"0 to {n_heads - 1}; plant in those."
+        )
 
 
 def _refuse_second_change(group: tuple[Head, ...], changes: Sequence[PlantedChange]) -> None:
@@ -379,20 +394,3 @@ def _refuse_second_change(group: tuple[Head, ...], changes: Sequence[PlantedChan
                     f"head {head} is to be changed twice (it is {change.kind} already, perhaps "
                     "through the value head it shares): plant each head once."
                 )
-
-
-def _check_numbers(
-    model: HookedTransformer,
-    drift: float,
-    strength: float,
-    weights: Sequence[WeightName],
-    rank: int | None,
-) -> None:
-    for name, value in (("drift", drift), ("strength", strength)):
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{name} {value} is not a size: give a number of at least 0.")
-    for weight in weights:
-        if weight not in WEIGHTS:
-            raise UserError(f"weight {weight!r} cannot be rewired: choose from {WEIGHTS}.")
-    if rank is not None and not 1 <= rank <= model.cfg.d_head:
-        raise UserError(f"rank {rank} does not fit: give a number from 1 to {model.cfg.d_head}.")

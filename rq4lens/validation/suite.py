@@ -9,66 +9,37 @@ tests by how often they find something where nothing is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
+import numpy as np
+from pydantic import TypeAdapter
+from scipy.stats import binomtest
 from transformer_lens import HookedTransformer
 
-from rq4lens.analysis.rankings.methods import METHODS, RankingMethod
-from rq4lens.config import Reading
-from rq4lens.disk.store import Store
+from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
+from rq4lens.config import Reading, RunConfig
+from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.load.loading import LoadedModel
-from rq4lens.models.pair import ModelCard, PairMember
+from rq4lens.models.pair import ModelCard, ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.patching.activations import check_layers, device_of
 from rq4lens.patching.patch import Progress
-from rq4lens.validation.results import (
-    FalseAlarms,
-    Outcome,
-    PlantedIngredients,
-    Recovery,
-    Validation,
-)
-from rq4lens.validation.trials import LEVEL, SCENARIOS, PlantedTrials, Scenario
-
-
-def validate(
-    base: LoadedModel,
-    prompts: PromptSet,
-    *,
-    store: Store | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> Validation:
-    """Judge ranking methods on planted pairs made from a base model.
-
-    Args:
-        base: the model that pairs are made from; it is not changed.
-        prompts: prompts with the splits train and val.
-        store: where planted pairs that are done are kept and looked up, if anywhere.
-        progress: called with 1 after each planted pair.
-        **settings: passed on to :class:`Suite`.
-
-    Returns:
-        What each method found.
-
-    Raises:
-        UserError: if a method does not exist, or the model cannot be planted in.
-    """
-    return Suite(base, prompts, **settings).run(store, progress)
+from rq4lens.validation.planting import Planting, plant
+from rq4lens.validation.scenarios import LEVEL, SCENARIOS, BaseHeads, Scenario, Trial
 
 
 @dataclass(frozen=True)
-class Suite:
-    """Planted pairs that can be judged in any order, and by any process.
+class ValidationSettings:
+    """What is planted, and which methods are judged on it.
 
     Args:
-        base: the model that pairs are made from; it is not changed.
-        prompts: prompts with the splits train and val.
         methods: names of ranking methods, or functions that rank :class:`MeasuredSets`.
         layers: the layers that heads are planted in, in turn; None draws one per pair.
         alpha: blend strength.
@@ -84,11 +55,9 @@ class Suite:
         reading: where prompts are decided and how long they may be.
 
     Raises:
-        UserError: if a method does not exist, or the model cannot be planted in.
+        UserError: if a method does not exist, or there would be no pair.
     """
 
-    base: LoadedModel
-    prompts: PromptSet
     methods: Sequence[str | RankingMethod] = tuple(METHODS)
     layers: Sequence[int] | None = None
     alpha: float = 0.3
@@ -103,11 +72,102 @@ class Suite:
     reading: Reading | None = None
 
     def __post_init__(self) -> None:
-        _check(self.base, self.methods, self.pairs, self.layers or ())
+        if self.pairs < 1:
+            raise UserError(f"{self.pairs} planted pairs say nothing: make at least 1.")
+        for method in self.methods:
+            if isinstance(method, str):
+                method_of(method)
+
+
+DEFAULTS = ValidationSettings()
+
+
+def validate(
+    base: LoadedModel,
+    prompts: PromptSet,
+    settings: ValidationSettings = DEFAULTS,
+    *,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> Validation:
+    """Judge ranking methods on planted pairs made from a base model.
+
+    Args:
+        base: the model that pairs are made from; it is not changed.
+        prompts: prompts with the splits train and val.
+        settings: what is planted, and which methods are judged.
+        store: where planted pairs that are done are kept and looked up, if anywhere.
+        progress: called with 1 after each planted pair.
+
+    Returns:
+        What each method made of them.
+
+    Raises:
+        UserError: if the model cannot be planted in.
+    """
+    return Suite(base, prompts, settings).run(store, progress)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one planted pair said, method by method, head by head and null by null experiment.
+
+    Args:
+        recoveries: average precision and AUROC of each method.
+        kinds: scenario, truth and verdict of each head.
+        planted: the scenario, which heads were chosen and why, and the truth.
+    """
+
+    recoveries: tuple[tuple[float, float], ...]
+    kinds: tuple[tuple[str, str, str], ...]
+    alarms: tuple[bool, ...]
+    planted: Mapping[str, Any]
+
+
+_OUTCOME = TypeAdapter(Outcome)
+_INGREDIENTS = TypeAdapter(dict[str, Any])
+
+
+@dataclass(frozen=True)
+class PlantedIngredients:
+    """Everything that can change what a planted pair says, by name."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Scenario and number of the pair."""
+        return f"{self.values['scenario'].name}_{self.values['number']}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name, as JSON values."""
+        values: dict[str, Any] = _INGREDIENTS.dump_python(dict(self.values), mode="json")
+        return values
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Planted pairs that can be judged in any order, and by any process.
+
+    Args:
+        base: the model that pairs are made from; it is not changed.
+        prompts: prompts with the splits train and val.
+        settings: what is planted, and which methods are judged.
+
+    Raises:
+        UserError: if the model cannot be planted in.
+    """
+
+    base: LoadedModel
+    prompts: PromptSet
+    settings: ValidationSettings = DEFAULTS
+
+    def __post_init__(self) -> None:
+        _check(self.base, self.settings)
 
     def __len__(self) -> int:
         """How many planted pairs there are."""
-        return len(self.scenarios) * self.pairs
+        return len(self.settings.scenarios) * self.settings.pairs
 
     def run(self, store: Store | None = None, progress: Progress | None = None) -> Validation:
         """Judge the methods on every planted pair; see :func:`validate`."""
@@ -119,7 +179,7 @@ class Suite:
         return self.result(outcomes)
 
     def outcome(self, place: int, store: Store | None = None) -> Outcome:
-        """Plant one pair and judge the methods on it, or find it done.
+        """Plant one pair and judge the methods on it, or look it up.
 
         Args:
             place: which one, from 0 on.
@@ -128,16 +188,16 @@ class Suite:
         Raises:
             UserError: if it is to be kept, and a method is no named one.
         """
-        which, number = divmod(place, self.pairs)
-        scenario = self.scenarios[which]
+        which, number = divmod(place, self.settings.pairs)
+        scenario = self.settings.scenarios[which]
         if store is None:
             return self._judged(scenario, number)
         ingredients = self._ingredients(scenario, number)
         kept = store.get(ingredients)
         if kept is not None:
-            return Outcome.from_dict(kept)
+            return _OUTCOME.validate_python(kept)
         outcome = self._judged(scenario, number)
-        store.put(ingredients, outcome.to_dict())
+        store.put(ingredients, _OUTCOME.dump_python(outcome, mode="json"))
         return outcome
 
     def result(self, outcomes: Sequence[Outcome]) -> Validation:
@@ -146,25 +206,26 @@ class Suite:
         Args:
             outcomes: of each pair, in order.
         """
-        scenarios = [each.name for each in self.scenarios for _ in range(self.pairs)]
+        given = self.settings
+        scenarios = [each.name for each in given.scenarios for _ in range(given.pairs)]
         scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for scenario, outcome in zip(scenarios, outcomes, strict=True):
-            for method, score in zip(self.methods, outcome.recoveries, strict=True):
+            for method, score in zip(given.methods, outcome.recoveries, strict=True):
                 scores.setdefault((scenario, _name(method)), []).append(score)
-        n_train, n_val = (
-            len(self._planted.prompts.split(each)) for each in (FIT_SPLIT, MEASURE_SPLIT)
-        )
+        n_train, n_val = (len(self._used.split(each)) for each in (FIT_SPLIT, MEASURE_SPLIT))
         settings = {
             "base": self.base.source,
-            **{each: getattr(self, each) for each in ("alpha", "pairs", "drift", "strength")},
+            **{each: getattr(given, each) for each in ("alpha", "pairs", "drift", "strength")},
             "train_prompts": n_train,
-            "val_prompts": min(n_val, self.n_val),
+            "val_prompts": min(n_val, given.n_val),
             "val_prompts_of_kinds": n_val,
-            "seed": self.seed,
+            "seed": given.seed,
         }
         return Validation(
             settings=settings,
-            recoveries=tuple(Recovery.of(*key, values) for key, values in scores.items()),
+            recoveries=tuple(
+                Recovery(*key, *zip(*values, strict=True)) for key, values in scores.items()
+            ),
             kinds=dict(Counter(kind for outcome in outcomes for kind in outcome.kinds)),
             false_alarms=FalseAlarms.of(
                 [alarm for outcome in outcomes for alarm in outcome.alarms], LEVEL
@@ -172,66 +233,85 @@ class Suite:
             planted=tuple(outcome.planted for outcome in outcomes),
         )
 
+    def trial(self, scenario: Scenario, number: int) -> Trial:
+        """Plant one pair and make it ready to measure."""
+        given = self.settings
+        # Every pair of every scenario has random numbers of its own.
+        seed = (given.seed * 1000 + number) * 1000 + crc32(scenario.name.encode()) % 1000
+        layer = given.layers[number % len(given.layers)] if given.layers else None
+        rng = np.random.default_rng(seed)
+        chosen = self._heads.choose(scenario.planted, layer, rng, scenario.among)
+        rewires = "rewired" in chosen.heads
+        how = Planting(
+            drift=given.drift,
+            strength=given.strength,
+            weights=scenario.weights,
+            attended=self._heads.attended(chosen.layer) if rewires else None,
+            seed=seed,
+        )
+        heads = {str(kind): each for kind, each in chosen.heads.items()}
+        planted = plant(self.base.model, **heads, how=how)
+        base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
+        pair = ModelPair("planted", base, tuned, self._used, reading=given.reading)
+        return Trial.of(scenario, planted, chosen, pair, n_val=given.n_val, alpha=given.alpha)
+
     def _judged(self, scenario: Scenario, number: int) -> Outcome:
-        trial = self._planted.trial(scenario, number)
+        trial = self.trial(scenario, number)
         return Outcome(
-            tuple(trial.recovery(method) for method in self.methods),
+            tuple(trial.recovery(method) for method in self.settings.methods),
             tuple(trial.kinds()),
             tuple(trial.null_alarms()),
             trial.record,
         )
 
     @cached_property
-    def _planted(self) -> PlantedTrials:
+    def _used(self) -> PromptSet:
+        """The prompts that are used: few of them may decide how heads are ranked."""
+        given = self.settings
+        return self._first(given.n_train, max(given.n_val, given.n_val_kinds))
+
+    @cached_property
+    def _heads(self) -> BaseHeads:
+        """What is known of the base model's heads, from what ranking methods see."""
+        few = self._first(self.settings.n_train, self.settings.n_val)
+        return BaseHeads(self.base, few, self.settings.reading)
+
+    def _first(self, n_train: int, n_val: int) -> PromptSet:
         train, val = (self.prompts.split(split).prompts for split in (FIT_SPLIT, MEASURE_SPLIT))
-        some = PromptSet((*train[: self.n_train], *val[: max(self.n_val, self.n_val_kinds)]))
-        return PlantedTrials(
-            self.base,
-            some,
-            tuple(self.layers or ()),
-            alpha=self.alpha,
-            drift=self.drift,
-            strength=self.strength,
-            n_val=self.n_val,
-            seed=self.seed,
-            reading=self.reading,
-        )
+        return PromptSet((*train[:n_train], *val[:n_val]))
 
     @cached_property
     def _card(self) -> ModelCard:
         return PairMember.of(self.base).card
 
     def _ingredients(self, scenario: Scenario, number: int) -> PlantedIngredients:
-        own = next((each for each in self.methods if not isinstance(each, str)), None)
+        given = self.settings
+        own = next((each for each in given.methods if not isinstance(each, str)), None)
         if own is not None:
             raise UserError(
                 f"what {_name(own)!r} says cannot be kept, for nothing tells when the function "
                 "changes: validate it without a store."
             )
+        names = ("n_val", "reading", "alpha", "drift", "strength", "seed", "methods")
         return PlantedIngredients(
-            weights=self._card.weights_fingerprint,
-            config=self._card.config_fingerprint,
-            tokenizer=self._card.tokenizer_fingerprint,
-            dtype=self._card.dtype,
-            device=device_of(self.base.model).type,
-            prompts=self._planted.prompts.fingerprint,
-            n_val=self.n_val,
-            reading=None if self.reading is None else asdict(self.reading),
-            scenario=asdict(scenario),
-            layers=self._planted.layers,
-            alpha=self.alpha,
-            drift=self.drift,
-            strength=self.strength,
-            seed=self.seed,
-            number=number,
-            methods=tuple(map(_name, self.methods)),
-            libraries=arithmetic_libraries(),
+            {
+                **{name: getattr(given, name) for name in names},
+                "weights": self._card.weights_fingerprint,
+                "config": self._card.config_fingerprint,
+                "tokenizer": self._card.tokenizer_fingerprint,
+                "dtype": self._card.dtype,
+                "device": device_of(self.base.model).type,
+                "prompts": self._used.fingerprint,
+                "scenario": scenario,
+                "layers": given.layers or (),
+                "number": number,
+                "libraries": arithmetic_libraries(),
+                "numerics_version": NUMERICS_VERSION,
+            }
         )
 
 
-def _check(
-    base: LoadedModel, methods: Sequence[str | RankingMethod], pairs: int, layers: Sequence[int]
-) -> None:
+def _check(base: LoadedModel, settings: ValidationSettings) -> None:
     model = base.model
     if not isinstance(model, HookedTransformer):
         raise UserError(
@@ -243,16 +323,200 @@ def _check(
             f"{base.source!r} has fewer than 4 value heads in a layer: too few to plant some and "
             "leave others."
         )
-    if layers:
-        check_layers(layers, model.cfg.n_layers)
-    if pairs < 1:
-        raise UserError(f"{pairs} planted pairs say nothing: make at least 1.")
-    for method in methods:
-        if isinstance(method, str) and method not in METHODS:
-            raise UserError(
-                f"ranking method {method!r} does not exist: choose from {', '.join(METHODS)}."
-            )
+    if settings.layers:
+        check_layers(settings.layers, model.cfg.n_layers)
 
 
 def _name(method: str | RankingMethod) -> str:
     return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well one method finds the planted heads of one scenario.
+
+    Args:
+        scenario: the scenario.
+        method: the ranking method.
+        average_precision: of each planted pair; 1 when the planted heads come first.
+        auroc: probability that a planted head is ranked before another one, of each pair.
+    """
+
+    scenario: str
+    method: str
+    average_precision: tuple[float, ...]
+    auroc: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FalseAlarms:
+    """How often the corrected sign-flip test of single heads finds something where nothing is.
+
+    Args:
+        n_nulls: how many null experiments were made.
+        n_alarms: in how many of them some head was significant.
+        level: the promised rate.
+        ci95: where the true rate may lie (Clopper and Pearson).
+    """
+
+    n_nulls: int
+    n_alarms: int
+    level: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, alarms: Sequence[bool], level: float) -> FalseAlarms:
+        """From whether each null experiment raised an alarm."""
+        found = binomtest(sum(alarms), len(alarms)).proportion_ci(0.95)
+        return cls(len(alarms), sum(alarms), level, (float(found.low), float(found.high)))
+
+    @property
+    def rate(self) -> float:
+        """Share of the null experiments with an alarm."""
+        return self.n_alarms / self.n_nulls
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a suite of planted pairs said about the methods.
+
+    Args:
+        settings: how the suite was made.
+        recoveries: one per scenario and method.
+        kinds: how often a head that was changed in some way (``"untouched"`` if in none) was told
+            to be of some kind, by scenario, truth and verdict.
+        false_alarms: of the significance tests.
+        planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
+    """
+
+    settings: Mapping[str, Any]
+    recoveries: tuple[Recovery, ...]
+    kinds: Mapping[tuple[str, str, str], int]
+    false_alarms: FalseAlarms
+    planted: tuple[Mapping[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return {
+            "settings": dict(self.settings),
+            "recoveries": [asdict(each) for each in self.recoveries],
+            "kinds": [
+                {"scenario": scenario, "truth": truth, "verdict": verdict, "n": n}
+                for (scenario, truth, verdict), n in sorted(self.kinds.items())
+            ],
+            "false_alarms": {**asdict(self.false_alarms), "rate": self.false_alarms.rate},
+            "planted": [dict(each) for each in self.planted],
+        }
+
+
+VERDICTS = ("idle", "re-coordinated", "rewired", "undecided")
+
+
+def validation_text(validation: Validation) -> str:
+    """The result as Markdown tables, which a terminal shows as well."""
+    parts = [
+        _setting(validation),
+        _recovery_table(validation.recoveries, "average_precision"),
+        "Area under the ROC curve: the probability that a planted head is ranked before another.",
+        _recovery_table(validation.recoveries, "auroc"),
+        _kinds_table(validation),
+        _alarms(validation.false_alarms),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _setting(validation: Validation) -> str:
+    values = validation.settings
+    return (
+        f"{values['base']}: planted pairs per scenario: {values['pairs']}, drift "
+        f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
+        f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
+        f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
+        "Average precision of the planted heads, mean (worst); 1.00 means that they come first."
+    )
+
+
+def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> str:
+    scenarios = list(dict.fromkeys(each.scenario for each in recoveries))
+    rows: dict[str, list[str]] = {}
+    for each in recoveries:
+        values = getattr(each, measure)
+        cell = f"{sum(values) / len(values):.2f} ({min(values):.2f})"
+        rows.setdefault(each.method, [each.method]).append(cell)
+    return _table(["method", *scenarios], rows.values())
+
+
+def _kinds_table(validation: Validation) -> str:
+    kinds = validation.kinds
+    rows = [
+        [scenario, truth, *(str(kinds.get((scenario, truth, verdict), 0)) for verdict in VERDICTS)]
+        for scenario, truth in dict.fromkeys(key[:2] for key in sorted(kinds))
+    ]
+    return _table(["scenario", "truth", *(f"called {verdict}" for verdict in VERDICTS)], rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _alarms(alarms: FalseAlarms) -> str:
+    low, high = (100 * end for end in alarms.ci95)
+    return (
+        f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
+        f"where two equal noises stood for the raw and the mapped activations, "
+        f"{100 * alarms.rate:.1f}% "
+        f"[{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%."
+    )
+
+
+@dataclass(frozen=True)
+class ValidationRequest:
+    """What is to be validated, as any process understands it.
+
+    Args:
+        config: names the base model, the prompts and alpha.
+        methods: names of ranking methods.
+        layer: the layer to plant in; None draws one per pair.
+        pairs: planted pairs per scenario.
+        drift: how far every weight moves, relative to its matrix.
+    """
+
+    config: RunConfig
+    methods: tuple[str, ...] = tuple(METHODS)
+    layer: int | None = None
+    pairs: int = 4
+    drift: float = 0.02
+
+    def suite(self) -> Suite:
+        """Load the base model.
+
+        Raises:
+            UserError: if a method does not exist, or the model cannot be loaded or planted in.
+        """
+        settings = ValidationSettings(
+            methods=self.methods,
+            layers=None if self.layer is None else [self.layer],
+            alpha=self.config.patching.alpha,
+            pairs=self.pairs,
+            drift=self.drift,
+            seed=self.config.effort.seed,
+            reading=self.config.reading,
+        )
+        return Suite(*base_of(self.config), settings)
+
+    @property
+    def n_planted(self) -> int:
+        """How many planted pairs there are."""
+        return self.pairs * len(SCENARIOS)
+
+
+def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:
+    """The base model and the prompts that a configuration names; a tuned model is not loaded.
+
+    Raises:
+        UserError: if something is missing or the model cannot be loaded.
+    """
+    source = config.pair.but(tuned=config.pair.tuned or config.pair.base)
+    pair = pair_from(source, config.reading, config.place.but(keep_both=False))
+    return pair.use("base").loaded, pair.prompts

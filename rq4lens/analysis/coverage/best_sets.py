@@ -9,8 +9,8 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import curve_of
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
 from rq4lens.analysis.records import CoverageCurve, Interactions, PairInteraction
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, Estimate, undefined
 from rq4lens.analysis.statistics.sign_flips import NO_EFFECT, sign_flips
@@ -35,24 +35,21 @@ def interaction_matrix(measured: MeasuredSets) -> Float64[ndarray, "head head pr
     return matrix
 
 
-def best_subsets(measured: MeasuredSets, full: FullEffect, bootstrap: Bootstrap) -> CoverageCurve:
+def best_subsets(layer: MeasuredLayer) -> CoverageCurve:
     """The set of each size with the largest coverage found so far and by a beam search.
 
     It looks at every head set that was measured: let it be the last to measure, so that no curve
     lies above it. The sets were chosen on the prompts they are scored on: this is an upper envelope
     of what any ranking reaches on these prompts, not an estimate of what new prompts would show.
     """
-    sign = _sign(full)
+    measured = layer.measured
+    # Where coverage is a share of harm, the best sets have the lowest effect.
+    sign = -1 if layer.full.is_harm else 1
     search(measured, sign)
     sets = [best_known(measured, k, 1, sign)[0] for k in range(measured.n_heads + 1)]
     exhaustive = tuple(measured.is_exhausted(k) for k in range(measured.n_heads + 1))
     delta_nats = measured.delta_nats(sets)
-    return curve_of("best subset", sets, delta_nats, full, bootstrap, exhaustive)
-
-
-def _sign(full: FullEffect) -> int:
-    """-1 where coverage is a share of harm, so that the best sets have the lowest ``ΔKL``."""
-    return -1 if full.is_harm else 1
+    return curve_of("best subset", sets, delta_nats, layer, exhaustive)
 
 
 def search(measured: MeasuredSets, sign: int) -> None:
@@ -92,10 +89,9 @@ N_STRONGEST = 10
 NO_JOINT_EFFECT = "ΔKL(ALL) cannot be told from zero"
 
 
-def interactions(
-    measured: MeasuredSets, bootstrap: Bootstrap, *, defined: bool = True
-) -> Interactions:
+def interactions(layer: MeasuredLayer) -> Interactions:
     """Pairwise interactions of all heads."""
+    measured, bootstrap = layer.measured, layer.bootstrap
     matrix = interaction_matrix(measured)
     singles = measured.delta_nats(measured.singles).sum(0)
     joint = measured.delta_nats([measured.everything])[0]
@@ -107,7 +103,7 @@ def interactions(
         strongest=_strongest(matrix, measured, bootstrap),
         sum_of_singles=sums[0],
         joint=sums[1],
-        sum_over_joint=ratio if defined else undefined(NO_JOINT_EFFECT),
+        sum_over_joint=ratio if layer.full_delta is not None else undefined(NO_JOINT_EFFECT),
         pairwise_prediction=sums[2],
     )
 

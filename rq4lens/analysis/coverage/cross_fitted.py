@@ -12,17 +12,16 @@ from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import curve_of
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
-from rq4lens.analysis.effects.table import FullEffect, order_of, single_scores
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import (
     CONSTANT,
-    Bootstrap,
     Estimate,
     Interval,
     group_membership,
 )
-from rq4lens.results import RankBy
+from rq4lens.results import RankBy, order_of, single_scores
 
 TOO_FEW_GROUPS = "there are fewer than two groups of prompts, so they cannot be split"
 
@@ -48,13 +47,7 @@ def half_means(
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Rankings made on halves, and where they are scored.
-
-    Args:
-        measured: the head sets measured so far; what is missing is measured.
-        first: the prompts of each split's first half.
-        orders: heads ranked on the first and on the second half of each split.
-    """
+    """Heads ranked on both halves of each split; ``first`` are the prompts of the first half."""
 
     measured: MeasuredSets
     first: Bool[ndarray, "split prompt"]
@@ -64,8 +57,9 @@ class CrossFit:
     def of(cls, measured: MeasuredSets, rank_by: RankBy, n_splits: int, seed: int) -> CrossFit:
         """Rank single heads on each half."""
         first = half_splits(measured.groups, n_splits, seed)
-        raw, mapped = (half_means(kl, first) for kl in measured.kl_nats(measured.singles))
-        return cls(measured, first, order_of(single_scores(raw, mapped, rank_by)))
+        raw_nats, mapped_nats = measured.kl_nats(measured.singles)
+        raw, delta = (half_means(each, first) for each in (raw_nats, raw_nats - mapped_nats))
+        return cls(measured, first, order_of(single_scores(raw, delta, rank_by)))
 
     @property
     def undefined_because(self) -> str | None:
@@ -95,14 +89,12 @@ class CrossFit:
 WIDENED = "{}, mean over splits, times sqrt(2): valid however the halves depend"
 
 
-def cross_fitted_curve(
-    name: str, cross_fit: CrossFit, full: FullEffect, bootstrap: Bootstrap
-) -> CoverageCurve:
+def cross_fitted_curve(name: str, cross_fit: CrossFit, layer: MeasuredLayer) -> CoverageCurve:
     """Coverage of the top k of one half of the prompts on the other half, for k = 0 to H."""
     # The sets differ between halves and splits, so the curve names none.
     sets: list[Indices] = [()] * (cross_fit.measured.n_heads + 1)
     mean, *splits = (
-        curve_of(name, sets, delta_nats, full, bootstrap)
+        curve_of(name, sets, delta_nats, layer)
         for delta_nats in (cross_fit.delta_nats, *cross_fit.split_delta_nats)
     )
     low, high = _band(mean, splits)
@@ -114,7 +106,6 @@ def cross_fitted_curve(
         band_low_pct=low,
         band_high_pct=high,
         area_pct=across_splits(mean.area_pct, [split.area_pct for split in splits]),
-        cpr=across_splits(mean.cpr, [split.cpr for split in splits]),
         cmd=across_splits(mean.cmd, [split.cmd for split in splits]),
         k90=_whole_heads(k90, cross_fit.measured.n_heads),
     )

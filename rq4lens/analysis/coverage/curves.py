@@ -8,12 +8,11 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
-from rq4lens.analysis.effects.table import FullEffect
+from rq4lens.analysis.effects.layer import MeasuredLayer
+from rq4lens.analysis.effects.measured import Indices, prefixes
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import (
     LEVEL,
-    Bootstrap,
     Estimate,
     Resampled,
     exact,
@@ -27,39 +26,35 @@ CARRIED = 0.9
 Curves = Float64[ndarray, "*rows k"]
 
 
-def ranking_curve(
-    ranking: HeadRanking, measured: MeasuredSets, full: FullEffect, bootstrap: Bootstrap
-) -> CoverageCurve:
+def ranking_curve(ranking: HeadRanking, layer: MeasuredLayer) -> CoverageCurve:
     """Coverage of the top k heads of a ranking, for k = 0 to H."""
     sets = prefixes(ranking.heads)
-    return curve_of(ranking.method, sets, measured.delta_nats(sets), full, bootstrap)
+    return curve_of(ranking.method, sets, layer.measured.delta_nats(sets), layer)
 
 
 def curve_of(
     name: str,
     sets: Sequence[Indices],
     delta_nats: Float64[ndarray, "k prompt"],
-    full: FullEffect,
-    bootstrap: Bootstrap,
+    layer: MeasuredLayer,
     exhaustive: tuple[bool, ...] | None = None,
 ) -> CoverageCurve:
     """The curve of one head set for each k."""
-    means = bootstrap.resampled(delta_nats)
+    means = layer.bootstrap.resampled(delta_nats)
     shares = means.apply(share_of_full)
-    usable = full.undefined_because is None
-    low, high = simultaneous_band(shares) if usable else (np.empty(0), np.empty(0))
-    areas = _areas(shares, full.undefined_because)
+    reason = layer.full.undefined_because
+    low, high = simultaneous_band(shares) if reason is None else (np.empty(0), np.empty(0))
+    areas = _areas(shares, reason)
     return CoverageCurve(
         ranking=name,
         head_sets=tuple(sets),
         delta_nats=tuple(means.estimates()),
-        coverage_pct=tuple(_coverage(shares, full.undefined_because)),
+        coverage_pct=tuple(_coverage(shares, reason)),
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
         area_pct=areas[0],
-        cpr=areas[1],
-        cmd=areas[2],
-        k90=areas[3],
+        cmd=areas[1],
+        k90=areas[2],
         exhaustive=exhaustive,
     )
 
@@ -97,10 +92,10 @@ def _coverage(shares: Resampled, undefined_because: str | None) -> list[Estimate
 
 def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
     if undefined_because is not None:
-        return [undefined(undefined_because)] * 4
+        return [undefined(undefined_because)] * 3
 
     def areas(f: Curves) -> ndarray:
-        return np.stack([100 * area(f), area(f), area(np.abs(1 - f))], axis=-1)
+        return np.stack([100 * area(f), area(np.abs(1 - f))], axis=-1)
 
     # k90 takes whole numbers only: a smooth correction of its quantiles would make no sense.
     k90 = shares.apply(lambda f: fewest_heads(f)[..., None]).estimates(method="percentile")
@@ -110,23 +105,12 @@ def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
 def simultaneous_band(
     curves: Resampled, level: float = LEVEL
 ) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
-    """A band that holds the whole curve at once with the given confidence."""
-    width = max_deviation_width(curves.draws - curves.point, curves.draws.std(0), level)
+    """A band that holds the whole curve at once with the given confidence.
+
+    Its half-width is a number of standard deviations, the same at every k.
+    """
+    spread = curves.draws.std(0)
+    varies = spread > 1e-12 * spread.max(initial=0.0)
+    deviations = np.abs(curves.draws - curves.point)[:, varies] / spread[varies]
+    width = spread * np.quantile(deviations.max(-1, initial=0.0), level)
     return curves.point - width, curves.point + width
-
-
-def max_deviation_width(
-    deviations: Float64[ndarray, "draw k"], spread: Float64[ndarray, "k"], level: float
-) -> Float64[ndarray, "k"]:
-    """Half-width per k such that a share ``level`` of the draws stays within it at every k."""
-    return spread * np.quantile(largest_deviation(deviations, spread), level)
-
-
-def largest_deviation(
-    deviations: Float64[ndarray, "draw k"], spread: Float64[ndarray, "k"]
-) -> Float64[ndarray, "draw"]:
-    """Largest deviation over k of each draw, in standard deviations; 0 where nothing varies."""
-    varies = spread > 1e-12 * np.abs(spread).max(initial=0.0)
-    if not varies.any():
-        return np.zeros(len(deviations))
-    return (np.abs(deviations[:, varies]) / spread[varies]).max(-1)

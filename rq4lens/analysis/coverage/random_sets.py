@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import ceil, comb
 from typing import NamedTuple
@@ -96,21 +96,6 @@ def _existing(asked: Sequence[int], n_heads: int) -> Sequence[int]:
 QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
 
 
-def at_least(draws: Float64[ndarray, "draw"], value: float) -> int:
-    """How many draws reach a value; equal up to rounding counts as reaching it."""
-    tolerance = 1e-12 * max(abs(value), float(np.abs(draws).max(initial=0.0)))
-    return int((draws >= value - tolerance).sum())
-
-
-def monte_carlo_p_value(draws: Float64[ndarray, "draw"], value: float) -> float:
-    """P-value of a value among random draws; at least ``1 / (draws + 1)``.
-
-    Source:
-        Phipson and Smyth, Permutation P-values Should Never Be Zero (2010), equation 2.
-    """
-    return (1 + at_least(draws, value)) / (1 + len(draws))
-
-
 class PValue(NamedTuple):
     """A p-value, and the smallest it could have been."""
 
@@ -120,12 +105,7 @@ class PValue(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomRankings:
-    """Random rankings of the heads of one layer; their first k heads are random sets of size k.
-
-    Args:
-        measured: the head sets measured so far.
-        rankings: independent random orders of the heads.
-    """
+    """Random rankings of the heads of one layer; their first k heads are random sets of size k."""
 
     measured: MeasuredSets
     rankings: Int64[ndarray, "ranking head"]
@@ -166,88 +146,60 @@ class RandomRankings:
 
 
 def random_sets(
-    rankings: RandomRankings,
-    k: int,
-    *,
-    full_delta: float | None,
-    seeds: dict[int, Indices],
+    rankings: RandomRankings, k: int, full_delta: float | None, seeds: Mapping[int, Indices]
 ) -> RandomSets:
     """Random head sets of one size: all of them when they are few, draws otherwise."""
-    delta = rankings.measured.delta(rankings.sets(k))
-    own = rankings.measured.delta(seeds.values()).tolist() if seeds else []
-    of_seeds: dict[int, float] = dict(zip(seeds, own, strict=True))
+    measured = rankings.measured
+    delta = measured.delta(rankings.sets(k))
     exhaustive = rankings.is_exhaustive(k)
-    return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
+    return replace(
+        described(k, delta, full_delta, deltas_of(measured, seeds)), exhaustive=exhaustive
+    )
 
 
-def plain_p_value(random: RandomSets, observed: float) -> PValue:
-    """How often random sets reach the effect of a set of their size.
-
-    A set that was chosen on the same prompts has a small one even where no head is better than
-    another: it describes, and is no test.
-
-    Among all sets of a size the judged one is counted already; drawn sets are joined by it.
-    """
-    draws = np.array(random.delta_nats)
-    if random.exhaustive:
-        return PValue(at_least(draws, observed) / len(draws), 1 / len(draws))
-    return PValue(monte_carlo_p_value(draws, observed), 1 / (1 + len(draws)))
+def sets_of_seeds(
+    measured: MeasuredSets, k: int, full_delta: float | None, seeds: Mapping[int, Indices]
+) -> RandomSets:
+    """The run's own random sets as all that is known of random sets of that size."""
+    of_seeds = deltas_of(measured, seeds)
+    return described(k, np.array(list(of_seeds.values())), full_delta, of_seeds)
 
 
-def describe(
+def deltas_of(measured: MeasuredSets, seeds: Mapping[int, Indices]) -> dict[int, float]:
+    """Mean ``ΔKL`` of the run's own random sets, by seed."""
+    return dict(zip(seeds, measured.delta(seeds.values()).tolist(), strict=True))
+
+
+def described(
     k: int,
     delta: Float64[ndarray, "draw"],
-    exhaustive: bool,
-    *,
     full_delta: float | None,
-    of_seeds: dict[int, float],
+    of_seeds: Mapping[int, float],
 ) -> RandomSets:
-    """The record of random sets whose mean ``ΔKL`` is known."""
+    """The record of drawn sets whose mean ``ΔKL`` is known."""
     coverage = np.empty(0) if full_delta is None else 100 * delta / full_delta
     levels = np.quantile(coverage, QUANTILES).tolist() if len(coverage) else []
     return RandomSets(
         k=k,
         n_subsets=len(delta),
-        exhaustive=exhaustive,
+        exhaustive=False,
         delta_nats=tuple(delta.tolist()),
         coverage_pct=tuple(coverage.tolist()),
         mean_pct=float(coverage.mean()) if len(coverage) else None,
         quantiles_pct={f"{q:g}": value for q, value in zip(QUANTILES, levels, strict=False)},
-        seeds_pct=_seeds_pct(of_seeds, full_delta),
+        seeds_pct={}
+        if full_delta is None
+        else {seed: float(100 * value / full_delta) for seed, value in of_seeds.items()},
     )
 
 
-def _seeds_pct(of_seeds: dict[int, float], full_delta: float | None) -> dict[int, float]:
-    if full_delta is None:
-        return {}
-    return {seed: float(100 * value / full_delta) for seed, value in of_seeds.items()}
-
-
-@dataclass(frozen=True)
-class RandomBand:
-    """Where a random ranking stays at all measured k at once.
-
-    Args:
-        low_pct: lower end, by k.
-        high_pct: upper end, by k.
-        p_value: probability that a random ranking is as extreme as the given one, if that was not
-            chosen by looking at the same prompts.
-    """
-
-    low_pct: tuple[float, ...]
-    high_pct: tuple[float, ...]
-    p_value: float
-
-
 def random_band(
-    random_pct: Float64[ndarray, "ranking k"],
-    observed_pct: Float64[ndarray, "k"],
-    level: float = LEVEL,
-) -> RandomBand:
-    """A band that holds a random ranking's coverage at every k with the given probability.
+    random_pct: Float64[ndarray, "ranking k"], level: float = LEVEL
+) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
+    """Lower and upper end of a band that holds a random ranking's coverage at every k at once.
 
-    It is the envelope of the least extreme rankings. How extreme a ranking is, is told by its most
-    extreme place among all at any k, then by its next one, and so on; the band therefore follows
+    It is the envelope of the least extreme rankings. How extreme a ranking is depends on its most
+    extreme place among all at any k, then on its next one, and so on; the band therefore follows
     skewed distributions and never leaves the range of the draws.
 
     Source:
@@ -256,13 +208,7 @@ def random_band(
     """
     places = _by_extremeness(random_pct)
     held = random_pct[places >= np.sort(places)[-ceil(level * len(places))]]
-    extremeness = _by_extremeness(np.concatenate([random_pct, observed_pct[None]]))
-    as_extreme = int((extremeness[:-1] <= extremeness[-1]).sum())
-    return RandomBand(
-        tuple(held.min(0).tolist()),
-        tuple(held.max(0).tolist()),
-        (1 + as_extreme) / (1 + len(random_pct)),
-    )
+    return held.min(0), held.max(0)
 
 
 def _by_extremeness(curves: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking"]:

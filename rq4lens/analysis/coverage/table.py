@@ -1,4 +1,4 @@
-"""The coverage table: top-k heads beside random, cross-fitted and best-found sets."""
+"""The coverage table: top-k heads beside random, cross-fitted and best sets."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import numpy as np
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.coverage.random_sets import (
-    RandomBand,
     RandomRankings,
     cross_fitted_p_value,
-    describe,
-    plain_p_value,
     random_band,
     random_sets,
+    sets_of_seeds,
     untestable_because,
 )
-from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import CoverageCurve, CoverageRow, RandomSets
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
-from rq4lens.analysis.statistics.plain import NOT_MEASURED
-from rq4lens.results import GridResult, HeadRanking, RankBy
+from rq4lens.analysis.effects.layer import MeasuredLayer
+from rq4lens.analysis.effects.measured import Indices
+from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, RandomSets
+from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
+from rq4lens.results import GridResult, HeadRanking
 
+RANDOM_SHARES = ("mean_pct", "band_low_pct", "band_high_pct")
+ROW_SHARES = ("random_mean_pct", "random_low_pct", "random_high_pct", "best_coverage_pct")
 FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
 
@@ -39,17 +38,14 @@ class Coverage:
         rows: the coverage table, a row a k.
         curves: the plain and the cross-fitted curve; empty without an experiment.
         random: random head sets by size, of more sizes than the table has rows.
-        plain_random_p_value: probability that a random ranking strays as far, over all sizes at
-            once; that the ranking was chosen on the same prompts is not accounted for.
     """
 
     rows: tuple[CoverageRow, ...]
     curves: tuple[CoverageCurve, ...]
     random: tuple[RandomSets, ...]
-    plain_random_p_value: float | None
 
     def with_best(self, best: CoverageCurve) -> Coverage:
-        """The same beside the best sets found."""
+        """The same beside the best sets that were measured."""
         rows = tuple(
             replace(
                 row,
@@ -62,60 +58,49 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class CoverageStudy:
+class CoverageInputs:
     """What a coverage table is made from.
 
     Args:
+        layer: the measured layer.
         ranking: the ranking whose top k is shown.
-        rank_by: the score by which halves of the prompts are ranked.
-        ks: the sizes shown.
         random_ks: the sizes of random sets, in ascending order; those shown are among them.
         seed_sets: the run's own random sets, by size and seed.
-        measured: the head sets measured so far.
-        full: the full effect.
-        bootstrap: the resamples.
         n_random_sets: random sets drawn of each size that has more.
         n_splits: random half splits behind the cross-fitted numbers.
-        seed: seed of splits and draws.
     """
 
+    layer: MeasuredLayer
     ranking: HeadRanking
-    rank_by: RankBy
-    ks: tuple[int, ...]
     random_ks: tuple[int, ...]
     seed_sets: Mapping[int, Mapping[int, Indices]]
-    measured: MeasuredSets
-    full: FullEffect
-    bootstrap: Bootstrap
     n_random_sets: int = 1000
     n_splits: int = 5
-    seed: int = 0
-
-    @property
-    def full_delta(self) -> float | None:
-        """``ΔKL(ALL)``, or None when it cannot be a denominator."""
-        return None if self.full.undefined_because else self.full.delta.value
 
     @cached_property
     def cross_fit(self) -> CrossFit:
         """Rankings made on halves of the prompts."""
-        return CrossFit.of(self.measured, self.rank_by, self.n_splits, self.seed)
+        layer = self.layer
+        return CrossFit.of(layer.measured, layer.rank_by, self.n_splits, layer.bootstrap.seed)
 
     @cached_property
     def rankings(self) -> RandomRankings:
         """Random rankings: their first k heads are the random sets of size k, for every k."""
-        return RandomRankings.draw(self.measured, self.n_random_sets, self.seed)
+        layer = self.layer
+        return RandomRankings.draw(layer.measured, self.n_random_sets, layer.bootstrap.seed)
 
-    def top(self, k: int) -> Indices:
-        """The top k heads, best first."""
-        return self.ranking.top(k)
+    def absent(self, *shares: str) -> dict[str, str]:
+        """Why shares of the full effect and p-values are missing, where they are."""
+        no_share = self.layer.full.undefined_because or NOT_MEASURED
+        p_values = dict.fromkeys(("p_value", "p_value_min"), self.untested_because or "")
+        return {**dict.fromkeys(shares, no_share), **p_values}
 
     @property
     def untested_because(self) -> str | None:
         """Why cross-fitted numbers or p-values are missing; None when they are not."""
-        return (
-            NOT_MEASURED if self.measured.experiment is None else untestable_because(self.cross_fit)
-        )
+        if self.layer.measured.experiment is None:
+            return NOT_MEASURED
+        return untestable_because(self.cross_fit)
 
 
 def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
@@ -127,70 +112,75 @@ def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
     }
 
 
-def coverage_of_grid(study: CoverageStudy) -> Coverage:
+def coverage_of_grid(inputs: CoverageInputs) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
-    random = {k: _of_seeds(study, k) for k in study.ks if study.seed_sets.get(k)}
-    sets = study.measured.delta_nats([study.top(k) for k in study.ks])
-    missing = undefined(study.full.undefined_because or NOT_MEASURED)
-    rows = tuple(
-        _row(study, k, Selection(_by_definition(study, k, plain), missing, missing), random.get(k))
-        for k, plain in zip(study.ks, _coverage_of(study, sets), strict=True)
-    )
-    return Coverage(rows, (), tuple(random.values()), None)
-
-
-def _of_seeds(study: CoverageStudy, k: int) -> RandomSets:
-    """The run's own random sets as all that is known of random sets of that size."""
-    sets = study.seed_sets[k]
-    delta = study.measured.delta(sets.values())
-    of_seeds = dict(zip(sets, delta.tolist(), strict=True))
-    random = describe(k, delta, False, full_delta=study.full_delta, of_seeds=of_seeds)
-    return _with_plain_p_value(study, random)
-
-
-def coverage(study: CoverageStudy) -> Coverage:
-    """The coverage table with curves, random sets and cross-fitting."""
-    random = tuple(_judged(study, k) for k in study.random_ks)
-    band = _band(study)
-    if band is not None:
-        random = tuple(
-            replace(sets, band_low_pct=low, band_high_pct=high)
-            for sets, low, high in zip(random, band.low_pct, band.high_pct, strict=True)
+    layer = inputs.layer
+    random = {
+        k: replace(
+            sets_of_seeds(layer.measured, k, layer.full_delta, inputs.seed_sets[k]),
+            reasons=inputs.absent(*RANDOM_SHARES),
         )
-    plain = ranking_curve(study.ranking, study.measured, study.full, study.bootstrap)
-    crossed = _cross_fitted(study)
+        for k in layer.ks
+        if inputs.seed_sets.get(k)
+    }
+    missing = undefined(layer.full.undefined_because or NOT_MEASURED)
+    rows = tuple(
+        _row(inputs, k, Selection(plain, missing, missing), random.get(k))
+        for k, plain in zip(layer.ks, _coverage_of_top(inputs), strict=True)
+    )
+    return Coverage(rows, (), tuple(random.values()))
+
+
+def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
+    """Coverage of the top k, for each k of the table."""
+    layer, measured = inputs.layer, inputs.layer.measured
+    if layer.full.undefined_because is not None:
+        return [undefined(layer.full.undefined_because)] * len(layer.ks)
+    sets = [measured.everything, *(inputs.ranking.top(k) for k in layer.ks)]
+    estimates = layer.bootstrap.estimate(
+        measured.delta_nats(sets), lambda m: 100 * m[..., 1:] / m[..., :1]
+    )
+    # All heads cover everything, however they are ranked.
+    return [
+        exact(100.0) if k == measured.n_heads else estimate
+        for k, estimate in zip(layer.ks, estimates, strict=True)
+    ]
+
+
+def coverage(inputs: CoverageInputs) -> Coverage:
+    """The coverage table with curves, random sets and cross-fitting."""
+    layer = inputs.layer
+    random = _with_band(inputs, tuple(_judged(inputs, k) for k in inputs.random_ks))
+    plain, crossed = ranking_curve(inputs.ranking, layer), _cross_fitted(inputs)
     by_k = {sets.k: sets for sets in random}
     rows = tuple(
-        _row(study, k, selection, by_k[k])
-        for k, selection in zip(study.ks, _selections(study, plain, crossed), strict=True)
+        _row(inputs, k, selection, by_k[k])
+        for k, selection in zip(layer.ks, _selections(inputs, plain, crossed), strict=True)
     )
-    curves = (plain,) if crossed is None else (plain, crossed)
-    return Coverage(rows, curves, random, None if band is None else band.p_value)
+    return Coverage(rows, (plain,) if crossed is None else (plain, crossed), random)
 
 
-def _judged(study: CoverageStudy, k: int) -> RandomSets:
+def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
     """Random sets of one size, and how the top k does beside them."""
-    seeds = dict(study.seed_sets.get(k, {}))
-    random = random_sets(study.rankings, k, full_delta=study.full_delta, seeds=seeds)
-    random = _with_plain_p_value(study, random)
-    if untestable_because(study.cross_fit) is not None:
+    seeds = inputs.seed_sets.get(k, {})
+    random = random_sets(inputs.rankings, k, inputs.layer.full_delta, seeds)
+    random = replace(random, reasons=inputs.absent(*RANDOM_SHARES))
+    if inputs.untested_because is not None:
         return random
-    tested = cross_fitted_p_value(study.cross_fit, k, study.rankings.average_nats(k))
+    tested = cross_fitted_p_value(inputs.cross_fit, k, inputs.rankings.average_nats(k))
     return replace(random, p_value=tested.value, p_value_min=tested.smallest)
 
 
-def _with_plain_p_value(study: CoverageStudy, random: RandomSets) -> RandomSets:
-    plain = plain_p_value(random, float(study.measured.delta([study.top(random.k)])[0]))
-    return replace(random, plain_p_value=plain.value, plain_p_value_min=plain.smallest)
-
-
-def _band(study: CoverageStudy) -> RandomBand | None:
-    if study.full_delta is None or not study.random_ks:
-        return None
-    random_pct = np.stack([study.rankings.delta(k) for k in study.random_ks], axis=1)
-    observed = study.measured.delta([study.top(k) for k in study.random_ks])
-    scale = 100 / study.full_delta
-    return random_band(scale * random_pct, scale * observed)
+def _with_band(inputs: CoverageInputs, random: tuple[RandomSets, ...]) -> tuple[RandomSets, ...]:
+    full_delta = inputs.layer.full_delta
+    if full_delta is None or not random:
+        return random
+    delta = np.stack([inputs.rankings.delta(sets.k) for sets in random], axis=1)
+    low, high = random_band(100 / full_delta * delta)
+    return tuple(
+        replace(sets, band_low_pct=float(low[at]), band_high_pct=float(high[at]))
+        for at, sets in enumerate(random)
+    )
 
 
 class Selection(NamedTuple):
@@ -201,23 +191,24 @@ class Selection(NamedTuple):
     optimism_pct: Estimate
 
 
-def _cross_fitted(study: CoverageStudy) -> CoverageCurve | None:
-    if study.cross_fit.undefined_because is not None:
+def _cross_fitted(inputs: CoverageInputs) -> CoverageCurve | None:
+    if inputs.cross_fit.undefined_because is not None:
         return None
-    name = f"{study.ranking.method} (cross-fitted)"
-    return cross_fitted_curve(name, study.cross_fit, study.full, study.bootstrap)
+    name = f"{inputs.ranking.method} (cross-fitted)"
+    return cross_fitted_curve(name, inputs.cross_fit, inputs.layer)
 
 
 def _selections(
-    study: CoverageStudy, plain: CoverageCurve, crossed: CoverageCurve | None
+    inputs: CoverageInputs, plain: CoverageCurve, crossed: CoverageCurve | None
 ) -> list[Selection]:
     """One for each size of the table."""
+    ks = inputs.layer.ks
     if crossed is None:
-        missing = undefined(study.full.undefined_because or study.cross_fit.undefined_because or "")
-        return [Selection(plain.coverage_pct[k], missing, missing) for k in study.ks]
-    by_k = zip(plain.coverage_pct, crossed.coverage_pct, strict=True)
-    selections = [Selection(*both, _optimism(*both)) for both in by_k]
-    return [selections[k] for k in study.ks]
+        reason = inputs.layer.full.undefined_because or inputs.cross_fit.undefined_because
+        missing = undefined(reason or "")
+        return [Selection(plain.coverage_pct[k], missing, missing) for k in ks]
+    by_k = [(plain.coverage_pct[k], crossed.coverage_pct[k]) for k in ks]
+    return [Selection(*both, _optimism(*both)) for both in by_k]
 
 
 def _optimism(plain: Estimate, crossed: Estimate) -> Estimate:
@@ -228,13 +219,14 @@ def _optimism(plain: Estimate, crossed: Estimate) -> Estimate:
 
 
 def _row(
-    study: CoverageStudy, k: int, selection: Selection, random: RandomSets | None
+    inputs: CoverageInputs, k: int, selection: Selection, random: RandomSets | None
 ) -> CoverageRow:
     return CoverageRow(
         k=k,
-        ranking=study.ranking.method,
-        heads=study.top(k),
-        reason=study.untested_because,
+        ranking=inputs.ranking.method,
+        heads=inputs.ranking.top(k),
+        reason=inputs.untested_because,
+        reasons=inputs.absent(*ROW_SHARES),
         **selection._asdict(),
         **_beside(random),
     )
@@ -243,27 +235,12 @@ def _row(
 def _beside(random: RandomSets | None) -> dict[str, Any]:
     """What a row says of random sets of its size."""
     quantiles = {} if random is None else random.quantiles_pct
-    same = ("p_value", "p_value_min", "plain_p_value", "plain_p_value_min")
     return {
-        **{name: getattr(random, name, None) for name in same},
+        "p_value": None if random is None else random.p_value,
+        "p_value_min": None if random is None else random.p_value_min,
         "n_subsets": 0 if random is None else random.n_subsets,
         "exhaustive": random is not None and random.exhaustive,
         "random_mean_pct": None if random is None else random.mean_pct,
         "random_low_pct": quantiles.get("0.025"),
         "random_high_pct": quantiles.get("0.975"),
     }
-
-
-def _coverage_of(study: CoverageStudy, delta_nats: np.ndarray) -> list[Estimate]:
-    """``ΔKL`` of some sets as a share of the full effect, on the shared resamples."""
-    if study.full.undefined_because is not None:
-        return [undefined(study.full.undefined_because)] * len(delta_nats)
-    full = study.measured.delta_nats([study.measured.everything])
-    values = np.concatenate([full, delta_nats])
-    return study.bootstrap.estimate(values, lambda m: 100 * m[..., 1:] / m[..., :1])
-
-
-def _by_definition(study: CoverageStudy, k: int, estimate: Estimate) -> Estimate:
-    """All heads cover everything, however they are ranked."""
-    whole = k == study.measured.n_heads and estimate.value is not None
-    return exact(100.0) if whole else estimate

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
+from rq4lens.analysis.records import ConditionRecord, FullEffect
 from rq4lens.analysis.statistics.bootstrap import (
     ONE_GROUP,
     Bootstrap,
@@ -18,52 +18,14 @@ from rq4lens.analysis.statistics.bootstrap import (
     exact,
     undefined,
 )
-from rq4lens.results import HOOK, ConditionResult, GridResult, HeadRanking, RankBy
-
-
-def single_scores(
-    raw: Float64[ndarray, "*rows head"], mapped: Float64[ndarray, "*rows head"], rank_by: RankBy
-) -> Float64[ndarray, "*rows head"]:
-    """The score that orders single heads, from their mean KLs."""
-    delta = raw - mapped
-    if rank_by != "drop_pct":
-        return delta if rank_by == "delta" else raw
-    return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
-
-
-def order_of(scores: Float64[ndarray, "*rows head"]) -> ndarray:
-    """Heads by descending score; ties break by head index."""
-    return np.argsort(-scores, axis=-1, kind="stable")
-
+from rq4lens.results import HOOK, NO_RAW_EFFECT, ConditionResult, GridResult, HeadRanking
 
 QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct")
-NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
 
 
 def bootstrap_of(grid: GridResult) -> Bootstrap:
     """The resamples of a grid: its prompts, by group, as often as its settings say."""
     return Bootstrap(grid.groups, grid.settings.effort.resamples, grid.settings.effort.seed)
-
-
-@dataclass(frozen=True)
-class FullEffect:
-    """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
-
-    Args:
-        delta: ``ΔKL(ALL)`` of the main layer, in nats.
-        noise_floor_nats: largest mean KL that patching nothing leaves.
-        undefined_because: why coverage is undefined; None when it is defined.
-    """
-
-    delta: Estimate
-    noise_floor_nats: float
-    undefined_because: str | None
-
-    @property
-    def is_harm(self) -> bool:
-        """Whether the map clearly does harm, so that coverage is a share of harm."""
-        value = self.delta.value
-        return self.undefined_because is None and value is not None and value < 0
 
 
 def full_effect(
@@ -108,7 +70,7 @@ def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
     return full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
 
 
-def records(grid: GridResult) -> list[dict[str, Any]]:
+def records(grid: GridResult) -> tuple[ConditionRecord, ...]:
     """The records of ``rq4_results.json``, one per condition, in the order of the grid.
 
     The denominator of every ``coverage_pct`` is ``ΔKL(ALL)`` of the main layer. That holds for
@@ -117,9 +79,9 @@ def records(grid: GridResult) -> list[dict[str, Any]]:
     """
     conditions = list(grid.conditions.values())
     estimates = condition_estimates(grid, conditions, bootstrap_of(grid))
-    return [
+    return tuple(
         _record(grid, condition, row) for condition, row in zip(conditions, estimates, strict=True)
-    ]
+    )
 
 
 def condition_estimates(
@@ -160,22 +122,20 @@ def _settle(row: dict[str, Estimate], is_full: bool, undefined_because: str | No
 
 
 def _record(
-    grid: GridResult, condition: ConditionResult, estimates: dict[str, Estimate]
-) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "layer": condition.layer,
-        "hook": HOOK,
-        "cond": condition.cond,
-        "alpha": condition.alpha,
-        "heads": list(condition.heads),
-        "head_mask": list(condition.heads.mask),
-        "split": grid.settings.patching.split,
-        "k_positions": grid.settings.patching.k_positions,
-        "n": grid.n_prompts,
-    }
-    for name in QUANTITIES:
-        record.update(estimates[name].fields(name))
-    return record
+    grid: GridResult, condition: ConditionResult, estimates: Mapping[str, Estimate]
+) -> ConditionRecord:
+    return ConditionRecord(
+        layer=condition.layer,
+        hook=HOOK,
+        cond=condition.cond,
+        alpha=condition.alpha,
+        heads=condition.heads.indices,
+        head_mask=tuple(condition.heads.mask),
+        split=grid.settings.patching.split,
+        k_positions=grid.settings.patching.k_positions,
+        n=grid.n_prompts,
+        **estimates,
+    )
 
 
 def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[dict[str, Any]]:

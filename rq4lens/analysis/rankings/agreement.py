@@ -11,10 +11,10 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.stats import rankdata
 
-from rq4lens.analysis.effects.table import single_scores
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.records import Agreement
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
-from rq4lens.results import HeadRanking
+from rq4lens.results import HeadRanking, ranks_of, single_scores
 
 PERSISTENCE = 0.9
 """Weight of depth d in rank-biased overlap falls as this to the d."""
@@ -38,11 +38,9 @@ Measure = Callable[[Scores, Scores], ndarray]
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of the same heads, with their resamples where they come from prompts.
+    """Scores of the same heads in head order, higher is better.
 
     Args:
-        name: what they are.
-        scores: one score per head, in head order; higher is better.
         resampled: the scores on all resamples of the prompts; None for scores that do not come from
             prompts, which then count as fixed.
         no_interval: why scores that do come from prompts have no resamples, if they have none.
@@ -77,12 +75,17 @@ class Scored:
         """Scores that are means over prompts."""
         return cls(name, per_prompt.mean(-1), bootstrap.resampled(per_prompt))
 
+    @classmethod
+    def of_singles(cls, layer: MeasuredLayer, name: str = "delta") -> Scored:
+        """Exact single-head ``ΔKL``, with which other rankings are compared."""
+        return cls(name, layer.single_deltas.mean(-1), layer.resampled_singles)
+
 
 def _shares(means: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows head"]:
     """Shares of means, in percent; minus their ranks where some are undefined."""
     parts, wholes = np.split(means, 2, axis=-1)
-    scores = single_scores(wholes, wholes - parts, "drop_pct")
-    return scores if np.isfinite(scores).all() else -_positions(scores).astype(float)
+    scores = single_scores(wholes, parts, "drop_pct")
+    return scores if np.isfinite(scores).all() else -ranks_of(scores).astype(float)
 
 
 def strengths(ranking: HeadRanking) -> Float64[ndarray, "head"]:
@@ -218,18 +221,12 @@ def rank_biased_overlap(
 
 def _overlap_at_depth(first: Scores, second: Scores) -> Float64[ndarray, "*rows depth"]:
     """How many heads both rankings have among their first d, for d = 1 to H."""
-    deeper = np.maximum(_positions(first), _positions(second))
-    depth = np.arange(first.shape[-1])
+    deeper = np.maximum(ranks_of(first), ranks_of(second))
+    depth = np.arange(1, first.shape[-1] + 1)
     return (deeper[..., None] <= depth).sum(-2).astype(float)
 
 
 def top_jaccard(first: Scores, second: Scores, k: int) -> Float64[ndarray, "*rows"]:
     """``|A ∩ B| / |A ∪ B|`` of the two top-k sets, row by row."""
-    both = ((_positions(first) < k) & (_positions(second) < k)).sum(-1)
+    both = ((ranks_of(first) <= k) & (ranks_of(second) <= k)).sum(-1)
     return np.asarray(both / (2 * k - both))
-
-
-def _positions(scores: Scores) -> ndarray:
-    """Place of each head in its ranking, from 0; ties break by head index."""
-    order = np.argsort(-scores, axis=-1, kind="stable")
-    return np.argsort(order, axis=-1, kind="stable")

@@ -1,39 +1,56 @@
-"""Rankings side by side: by method, metric, kind of map, prompts and seed."""
+"""Ranking by any method, and rankings side by side: by method, metric, map, prompts and seed."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
+from rq4lens.analysis.effects.layer import MeasuredLayer, PerPrompt
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect, full_effect
+from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
-from rq4lens.analysis.rankings.methods import timed_ranking
-from rq4lens.analysis.rankings.shapley import Orders, rank_by_shapley, shapley_of_orders
+from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of
+from rq4lens.analysis.rankings.shapley import rank_by_shapley, shapley_of_orders
 from rq4lens.analysis.records import Agreement, CoverageCurve, MethodRow
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
-from rq4lens.analysis.structure.controls import FitData, refit
 from rq4lens.errors import UserError
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.maps.fitting import FitData, refit
 from rq4lens.patching.maps.map import MapKind
 from rq4lens.results import ConditionResult, GridResult, HeadRanking
 
 
+def rank_heads(
+    method: str, measured: MeasuredSets, settings: RankingSettings = DEFAULTS
+) -> HeadRanking:
+    """Rank the heads of a layer by a method.
+
+    Raises:
+        UserError: if there is no such method, or it needs an experiment and none was given.
+    """
+    ranking: HeadRanking = method_of(method).rank(measured, settings)
+    return ranking
+
+
+def timed_ranking(
+    method: str, measured: MeasuredSets, settings: RankingSettings = DEFAULTS
+) -> tuple[HeadRanking, float]:
+    """A ranking and the seconds it took, measurements included."""
+    start = time.perf_counter()
+    ranking = rank_heads(method, measured, settings)
+    return ranking, time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class Methods:
-    """What the ranking methods gave.
-
-    Args:
-        rows: one row per method.
-        rankings: the rankings of those that worked.
-        curves: their coverage curves.
-    """
+    """A row for every ranking method; rankings and curves for those that worked."""
 
     rows: tuple[MethodRow, ...]
     rankings: tuple[HeadRanking, ...]
@@ -41,25 +58,17 @@ class Methods:
 
 
 def compare_methods(
-    methods: Sequence[str],
-    measured: MeasuredSets,
-    full: FullEffect,
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
-    seed: int = 0,
-    orders: Orders | None = None,
+    methods: Sequence[str], layer: MeasuredLayer, settings: RankingSettings = DEFAULTS
 ) -> Methods:
     """Rank by every method and compare."""
-    exact = Scored.of_prompts("delta", measured.delta_nats(measured.singles), bootstrap)
     rows, rankings, curves = [], [], []
     for method in methods:
-        settings = {"seed": seed, "orders": orders} if method == "shapley" else {}
         try:
-            ranking, seconds = timed_ranking(method, measured, **settings)
+            ranking, seconds = timed_ranking(method, layer.measured, settings)
         except UserError as problem:
             rows.append(_missing(method, str(problem)))
             continue
-        row, curve = describe_ranking(ranking, exact, measured, full, ks, bootstrap, seconds)
+        row, curve = describe_ranking(ranking, layer, seconds)
         rows.append(row)
         rankings.append(ranking)
         curves.append(curve)
@@ -67,26 +76,21 @@ def compare_methods(
 
 
 def describe_ranking(
-    ranking: HeadRanking,
-    exact: Scored,
-    measured: MeasuredSets,
-    full: FullEffect,
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
-    seconds: float | None = None,
+    ranking: HeadRanking, layer: MeasuredLayer, seconds: float | None = None
 ) -> tuple[MethodRow, CoverageCurve]:
     """One ranking beside exact single-head ``ΔKL``, with its coverage curve."""
-    curve = ranking_curve(ranking, measured, full, bootstrap)
+    curve, exact = ranking_curve(ranking, layer), Scored.of_singles(layer)
     itself = ranking.method == exact.name and "file" not in ranking.settings
-    scored = Scored.of(ranking, bootstrap)
+    scored = Scored.of(ranking, layer.bootstrap)
     row = MethodRow(
         method=ranking.method,
-        agreement=None if itself else agreement("method", scored, exact, ks, bootstrap),
-        coverage_pct={k: curve.coverage_pct[k] for k in ks if k <= ranking.n_heads},
+        agreement=None if itself else agreement("method", scored, exact, layer.ks, layer.bootstrap),
+        coverage_pct={k: curve.coverage_pct[k] for k in layer.ks if k <= ranking.n_heads},
         area_pct=curve.area_pct,
         k90=curve.k90,
         seconds=seconds,
         agreement_reason=THE_SAME if itself else None,
+        reasons={"seconds": "the ranking was read from a file"},
     )
     return row, curve
 
@@ -99,16 +103,14 @@ def _missing(method: str, reason: str) -> MethodRow:
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
 
 
-def metric_agreement(
-    grid: GridResult, delta: Scored, ks: Sequence[int], bootstrap: Bootstrap
-) -> Agreement:
+def metric_agreement(grid: GridResult, layer: MeasuredLayer) -> Agreement:
     """Compare the ranking by ``ΔKL`` with one by a metric that is linear in log-probabilities.
 
     That metric is what the map repairs of the log-probability of the tuned model's own answer.
     """
     repair = np.stack([answer_repair_nats(single) for single in grid.singles])
-    by_answer = Scored.of_prompts("answer log-probability", repair, bootstrap)
-    return agreement("metric", by_answer, delta, ks, bootstrap)
+    by_answer = Scored.of_prompts("answer log-probability", repair, layer.bootstrap)
+    return agreement("metric", by_answer, Scored.of_singles(layer), layer.ks, layer.bootstrap)
 
 
 def answer_repair_nats(condition: ConditionResult) -> Float64[ndarray, "prompt"]:
@@ -136,47 +138,34 @@ def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimat
 
 
 def map_kind_agreement(
-    experiment: Experiment,
-    measured: MeasuredSets,
-    activations: PairActivations,
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
+    layer: MeasuredLayer, experiment: Experiment, activations: PairActivations
 ) -> list[Agreement]:
     """Compare the ranking by ``ΔKL`` with those under other kinds of maps."""
-    layer, own = measured.layer, experiment.maps[measured.layer]
-    reference = Scored.of_prompts(own.kind, measured.delta_nats(measured.singles), bootstrap)
-    data = FitData.of(activations, layer)
-    z_base = activations.z("base", experiment.split, layer)
+    measured, own = layer.measured, experiment.maps[layer.measured.layer]
+    reference = Scored.of_singles(layer, own.kind)
+    data = FitData.of(activations, own.layer)
+    z_base = activations.z("base", experiment.split, own.layer)
     kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
     varied = experiment.with_sources(
-        {(layer, kind): refit(own, data, kind)(z_base) for kind in kinds}
+        {(own.layer, kind): refit(own, data, kind)(z_base) for kind in kinds}
     )
-    found = []
+    compared = []
     for kind in kinds:
-        other = MeasuredSets.of(varied, layer, measured.alpha, mapped=kind)
-        scored = Scored.of_prompts(kind, other.delta_nats(other.singles), bootstrap)
-        found.append(agreement("map_kind", scored, reference, ks, bootstrap))
-    return found
+        other = MeasuredSets.of(varied, own.layer, measured.alpha, mapped=kind)
+        scored = Scored.of_prompts(kind, other.delta_nats(other.singles), layer.bootstrap)
+        compared.append(agreement("map_kind", scored, reference, layer.ks, layer.bootstrap))
+    return compared
 
 
-def fold_agreement(
-    measured: MeasuredSets,
-    first: Bool[ndarray, "prompt"],
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
-) -> Agreement:
+def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> Agreement:
     """Compare the rankings by ``ΔKL`` on two halves of the prompts."""
-    per_prompt = measured.delta_nats(measured.singles)
-    one = _on_some("first half", per_prompt, first, bootstrap)
-    other = _on_some("second half", per_prompt, ~first, bootstrap)
-    return agreement("fold", one, other, ks, bootstrap)
+    one = _on_some("first half", layer.single_deltas, first, layer.bootstrap)
+    other = _on_some("second half", layer.single_deltas, ~first, layer.bootstrap)
+    return agreement("fold", one, other, layer.ks, layer.bootstrap)
 
 
 def _on_some(
-    name: str,
-    per_prompt: Float64[ndarray, "head prompt"],
-    prompts: Bool[ndarray, "prompt"],
-    bootstrap: Bootstrap,
+    name: str, per_prompt: PerPrompt, prompts: Bool[ndarray, "prompt"], bootstrap: Bootstrap
 ) -> Scored:
     """Scores that are means over some of the prompts; undefined in a resample without any."""
     chosen = prompts.astype(float)[None]
@@ -185,20 +174,20 @@ def _on_some(
     return Scored(name, means.point, means)
 
 
-def seed_agreement(
-    measured: MeasuredSets,
-    seed: int,
-    orders: Orders | None,
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
-) -> Agreement:
+def seed_agreement(layer: MeasuredLayer, settings: RankingSettings) -> Agreement:
     """Compare rankings by sampled Shapley values from different random permutations."""
-    if orders is None:
-        names = [f"shapley, seed {each}" for each in (seed, seed + 1)]
-        found = [rank_by_shapley(measured, seed=each) for each in (seed, seed + 1)]
+    measured = layer.measured
+    if settings.orders is None:
+        both = [replace(settings, seed=seed) for seed in (settings.seed, settings.seed + 1)]
+        names = [f"shapley, seed {each.seed}" for each in both]
+        rankings = [rank_by_shapley(measured, each) for each in both]
     else:
+        orders = np.array(settings.orders)
         half = len(orders) // 2
         names = ["shapley, one half of the orders", "shapley, the other half"]
-        found = [shapley_of_orders(measured, part) for part in (orders[:half], orders[half:])]
-    one, other = (Scored.of(each, bootstrap, name) for each, name in zip(found, names, strict=True))
-    return agreement("seed", one, other, ks, bootstrap)
+        rankings = [shapley_of_orders(measured, part) for part in (orders[:half], orders[half:])]
+    one, other = (
+        Scored.of(ranking, layer.bootstrap, name)
+        for ranking, name in zip(rankings, names, strict=True)
+    )
+    return agreement("seed", one, other, layer.ks, layer.bootstrap)

@@ -39,12 +39,7 @@ Gram = Float64[ndarray, "prompt head head"]
 
 @dataclass(frozen=True)
 class Curvature:
-    """Second-order approximation of the KL of every head set of a layer, at any alpha.
-
-    Args:
-        raw: Gram matrix of the raw patch at ``α = 1``.
-        mapped: Gram matrix of the mapped patch at ``α = 1``.
-    """
+    """Second-order form of the KL of every head set: Gram matrices of both patches at ``α = 1``."""
 
     raw: Gram
     mapped: Gram

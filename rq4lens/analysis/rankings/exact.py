@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,28 +11,40 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.effects.table import single_scores
-from rq4lens.analysis.statistics.bootstrap import group_membership
-from rq4lens.results import HeadRanking, RankBy
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
+from rq4lens.results import NO_RAW_EFFECT, HeadRanking, RankBy, rank_single_heads
 
 
 def rank_by_delta(measured: MeasuredSets) -> HeadRanking:
     """Rank heads by single-head ``ΔKL``: how much of the head's own raw damage the map repairs."""
-    return per_prompt_ranking("delta", measured, measured.delta_nats(measured.singles))
+    return single_ranking(measured, "delta")
 
 
 def rank_by_drop_pct(measured: MeasuredSets) -> HeadRanking:
     """Rank heads by ``100 ΔKL / KL_raw``; a head without a raw effect has no score."""
+    return single_ranking(measured, "drop_pct")
+
+
+def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by single-head ``KL_raw``: how much swapping the head matters, map or not."""
+    return single_ranking(measured, "kl_raw")
+
+
+def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
+    """Rank heads by their effect alone, with standard errors."""
     raw, mapped = measured.kl_nats(measured.singles)
-    scores = single_scores(raw.mean(-1), mapped.mean(-1), "drop_pct")
-    return HeadRanking.from_scores(
-        [float(score) if np.isfinite(score) else None for score in scores],
-        method="drop_pct",
-        layer=measured.layer,
-        alpha=measured.alpha,
-        standard_errors=_errors_of_shares(scores, raw - mapped, raw, measured.groups),
-        per_prompt=raw - mapped,
-        share_of=raw,
+    ranking = rank_single_heads(raw, mapped, rank_by, layer=measured.layer, alpha=measured.alpha)
+    scores = np.array([np.nan if score is None else score for score in ranking.by_head])
+    errors = (
+        standard_errors(raw if rank_by == "kl_raw" else raw - mapped, measured.groups)
+        if rank_by != "drop_pct"
+        else _errors_of_shares(scores, raw - mapped, raw, measured.groups)
+    )
+    missing = ONE_GROUP if len(set(measured.groups)) == 1 else NO_RAW_EFFECT
+    return replace(
+        ranking,
+        standard_errors=tuple(errors[head] for head in ranking.heads),
+        reasons={"standard_errors": missing},
     )
 
 
@@ -48,11 +62,6 @@ def _errors_of_shares(
     return [error if known else None for error, known in zip(errors, defined, strict=True)]
 
 
-def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by single-head ``KL_raw``: how much swapping the head matters, map or not."""
-    return per_prompt_ranking("kl_raw", measured, measured.kl_nats(measured.singles)[0])
-
-
 def rank_by_leave_one_out(measured: MeasuredSets) -> HeadRanking:
     """Rank heads by ``ΔKL(ALL) - ΔKL(ALL without the head)``."""
     everything = measured.everything
@@ -61,28 +70,23 @@ def rank_by_leave_one_out(measured: MeasuredSets) -> HeadRanking:
     return per_prompt_ranking("leave_one_out", measured, delta_nats[0] - delta_nats[1:])
 
 
-def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
-    """The run's own ranking."""
-    by = {"delta": rank_by_delta, "drop_pct": rank_by_drop_pct, "kl_raw": rank_by_kl_raw}
-    return by[rank_by](measured)
-
-
 def per_prompt_ranking(
     method: str,
     measured: MeasuredSets,
     per_prompt: Float64[ndarray, "head prompt"],
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    errors: Sequence[float] | None = None,
 ) -> HeadRanking:
-    """Rank heads by their mean score over prompts."""
-    return HeadRanking.from_scores(
+    """Rank heads by their mean score over prompts; its standard errors unless others are given."""
+    ranking = HeadRanking.from_scores(
         per_prompt.mean(-1).tolist(),
         method=method,
         layer=measured.layer,
         alpha=measured.alpha,
-        standard_errors=standard_errors(per_prompt, measured.groups),
-        per_prompt=per_prompt,
+        standard_errors=standard_errors(per_prompt, measured.groups) if errors is None else errors,
         settings=settings,
     )
+    return replace(ranking, per_prompt=per_prompt, reasons={"standard_errors": ONE_GROUP})
 
 
 def standard_errors(

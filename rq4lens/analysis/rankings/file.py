@@ -1,4 +1,4 @@
-"""Rankings read from a file, for instance ``attr_L26_attn.json``: a list of heads and scores."""
+"""Rankings in files, for instance ``attr_L26_attn.json``: a list of heads and scores."""
 
 from __future__ import annotations
 
@@ -106,3 +106,25 @@ def _shown(value: Any, limit: int = 60) -> str:
     except ValueError:  # a whole number with more digits than Python converts
         return "a number with too many digits"
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:
+    """The rows of a method's ranking file, best first: ``head, rank, score, se``."""
+    errors = ranking.standard_errors or (None,) * ranking.n_heads
+    return [
+        _row(head, rank, score, error, ranking.reasons)
+        for rank, (head, score, error) in enumerate(
+            zip(ranking.heads, ranking.scores, errors, strict=True), 1
+        )
+    ]
+
+
+def _row(
+    head: int, rank: int, score: float | None, error: float | None, why: Mapping[str, str]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"head": head, "rank": rank, "score": score, "se": error}
+    if score is None:
+        row["score_reason"] = why["scores"]
+    if error is None:
+        row["se_reason"] = why["standard_errors"]
+    return row

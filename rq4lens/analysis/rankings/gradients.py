@@ -18,6 +18,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.exact import per_prompt_ranking
+from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import TokenBatch
@@ -51,14 +52,7 @@ class DecisionFunction(Protocol):
 
 @dataclass(frozen=True)
 class SuffixFunction:
-    """From ``z`` to logits over keys and values kept from the clean pass.
-
-    Args:
-        model: the tuned model.
-        layer: the layer whose ``z`` is the argument.
-        batch: what the clean pass of a batch stored.
-        prompts: which prompts of the batch.
-    """
+    """From ``z`` to logits over keys and values kept from the clean pass."""
 
     model: HookedTransformer
     layer: int
@@ -85,14 +79,7 @@ class SuffixFunction:
 
 @dataclass(frozen=True)
 class NativeFunction:
-    """From ``z`` to logits by full forward passes through a native hook.
-
-    Args:
-        model: the tuned model.
-        layer: the layer whose ``z`` is the argument.
-        batch: the prompts.
-        k_positions: how many positions, ending at the decision token, are replaced.
-    """
+    """From ``z`` to logits by full forward passes through a native hook."""
 
     model: HookedTransformer
     layer: int
@@ -155,39 +142,43 @@ def as_rows(z: Float[Tensor, "prompt position head d_head"]) -> RowsOfZ:
     return rearrange(z, "prompt position head d_head -> prompt 1 position head d_head")
 
 
-TARGETS = ("answer_logprob", "logit_difference")
-"""The scalars that a gradient can follow."""
-
 PerHead = Float64[ndarray, "head prompt"]
 Site = Float[Tensor, "prompt position head d_head"]
 
 
-def rank_by_grad_act(measured: MeasuredSets, *, target: str = "answer_logprob") -> HeadRanking:
+def rank_by_grad_act(measured: MeasuredSets, settings: RankingSettings = DEFAULTS) -> HeadRanking:
     """Rank heads by ``|z · ∇ℓ|``: how much the answer leans on the head as it is.
 
     It looks at the tuned model alone, so it cannot know what the fine-tune changed.
     """
     experiment = experiment_of(measured, "grad_act")
-    z = experiment.sources[measured.layer, SELF]
-    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], CLEAN, target)
+    z, target = experiment.sources[measured.layer, SELF], settings.target
+    gradient = path_gradients(
+        experiment, measured.layer, [torch.zeros_like(z)], CLEAN, settings.target
+    )
     scores = np.abs(_dot(z, gradient[0]))
     return per_prompt_ranking("grad_act", measured, scores, {"target": target})
 
 
 def rank_by_attribution(
-    measured: MeasuredSets, *, target: str = "answer_logprob", steps: int = 0
+    measured: MeasuredSets, settings: RankingSettings = DEFAULTS
 ) -> HeadRanking:
     """Rank heads by ``α (ẑ - z) · ∇ℓ``, mapped minus raw: a first-order estimate of the repair."""
-    name = "attribution" if steps == 0 else "integrated_gradients"
-    raw, mapped = attributions(measured, (RAW, MAPPED), target, steps)
-    return per_prompt_ranking(name, measured, mapped - raw, {"target": target, "steps": steps})
+    return _attribution_ranking("attribution", measured, settings.target, steps=0)
 
 
 def rank_by_integrated_gradients(
-    measured: MeasuredSets, *, target: str = "answer_logprob", steps: int = 8
+    measured: MeasuredSets, settings: RankingSettings = DEFAULTS
 ) -> HeadRanking:
     """Rank heads by attribution along the path; see :func:`rank_by_attribution`."""
-    return rank_by_attribution(measured, target=target, steps=steps)
+    return _attribution_ranking(
+        "integrated_gradients", measured, settings.target, settings.ig_steps
+    )
+
+
+def _attribution_ranking(name: str, measured: MeasuredSets, target: str, steps: int) -> HeadRanking:
+    raw, mapped = attributions(measured, (RAW, MAPPED), target, steps)
+    return per_prompt_ranking(name, measured, mapped - raw, {"target": target, "steps": steps})
 
 
 def attributions(
@@ -262,15 +253,7 @@ def _row_gradients(
 
 
 def target_of(clean: RowsOfLogits, target: str) -> Callable[[RowsOfLogits], Tensor]:
-    """The scalar ``ℓ``, its tokens chosen by the clean logits.
-
-    Raises:
-        UserError: if the target does not exist.
-    """
-    if target not in TARGETS:
-        raise UserError(
-            f"target {target!r} does not exist: choose {' or '.join(map(repr, TARGETS))}."
-        )
+    """The scalar ``ℓ``, its tokens chosen by the clean logits."""
     best = clean.topk(2, dim=-1).indices
 
     def answer_logprob(logits: RowsOfLogits) -> Tensor:

@@ -1,109 +1,131 @@
-"""Every ranking method behind one protocol, and how they compare."""
+"""The registry of ranking methods, and what they can be told; it loads no method."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from inspect import signature
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import NO_RAW_EFFECT
-from rq4lens.analysis.rankings.curvature import rank_by_kl_curvature
-from rq4lens.analysis.rankings.exact import (
-    rank_by_delta,
-    rank_by_drop_pct,
-    rank_by_kl_raw,
-    rank_by_leave_one_out,
-    rank_greedy_backward,
-    rank_greedy_forward,
-)
-from rq4lens.analysis.rankings.gradients import (
-    rank_by_attribution,
-    rank_by_grad_act,
-    rank_by_integrated_gradients,
-)
-from rq4lens.analysis.rankings.shapley import rank_by_shapley
-from rq4lens.analysis.statistics.bootstrap import ONE_GROUP
-from rq4lens.analysis.statistics.plain import explained
 from rq4lens.errors import UserError
-from rq4lens.results import HeadRanking
 
-RankingMethod = Callable[..., HeadRanking]
-"""Ranks the heads of one layer.
+TARGETS = ("answer_logprob", "logit_difference")
+"""The scalars that a gradient can follow."""
 
-A method takes the :class:`MeasuredSets` of the layer and alpha, measures what it lacks, and names
-its own settings as keyword arguments.
-"""
+Orders = Sequence[Sequence[Sequence[int]]]
+"""Pairs of orders of the heads; pairs are independent of each other."""
 
-METHODS: Mapping[str, RankingMethod] = {
-    "delta": rank_by_delta,
-    "drop_pct": rank_by_drop_pct,
-    "kl_raw": rank_by_kl_raw,
-    "leave_one_out": rank_by_leave_one_out,
-    "greedy_forward": rank_greedy_forward,
-    "greedy_backward": rank_greedy_backward,
-    "shapley": rank_by_shapley,
-    "grad_act": rank_by_grad_act,
-    "attribution": rank_by_attribution,
-    "integrated_gradients": rank_by_integrated_gradients,
-    "kl_curvature": rank_by_kl_curvature,
+RankingMethod = Callable[..., Any]
+"""From :class:`MeasuredSets`, to which it adds what it lacks, to a :class:`HeadRanking`."""
+
+
+@dataclass(frozen=True)
+class RankingSettings:
+    """What ranking methods can be told; each reads the settings that it has a use for.
+
+    Args:
+        target: the scalar that a gradient follows, one of ``TARGETS``.
+        ig_steps: points on the path of integrated gradients.
+        seed: seed of the permutations that Shapley values are sampled from.
+        orders: permutations to use instead, whose head sets may have been measured already.
+
+    Raises:
+        UserError: if the target does not exist, or there is no point on the path.
+    """
+
+    target: str = "answer_logprob"
+    ig_steps: int = 8
+    seed: int = 0
+    orders: Orders | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(
+                f"target {self.target!r} does not exist: choose {' or '.join(TARGETS)}."
+            )
+        if self.ig_steps < 1:
+            raise UserError(
+                f"ig_steps {self.ig_steps} is too few: take at least 1 point on the path."
+            )
+
+
+DEFAULTS = RankingSettings()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One ranking method.
+
+    Args:
+        function: module of this folder and name in it; it is imported when heads are ranked, so
+            that the command line can list methods without loading a model library.
+        reads: the fields of :class:`RankingSettings` that it reads; without any, it takes the
+            measured sets alone.
+        needs_models: whether it takes derivatives of the tuned model itself.
+    """
+
+    function: str
+    reads: tuple[str, ...] = ()
+    needs_models: bool = False
+
+    @property
+    def rank(self) -> RankingMethod:
+        """The method as a function of :class:`MeasuredSets` and :class:`RankingSettings`."""
+        module, _, name = self.function.partition(".")
+        function: RankingMethod = getattr(import_module(f"{__package__}.{module}"), name)
+        return function if self.reads else lambda measured, _settings: function(measured)
+
+
+METHODS: Mapping[str, Method] = {
+    "delta": Method("exact.rank_by_delta"),
+    "drop_pct": Method("exact.rank_by_drop_pct"),
+    "kl_raw": Method("exact.rank_by_kl_raw"),
+    "leave_one_out": Method("exact.rank_by_leave_one_out"),
+    "greedy_forward": Method("exact.rank_greedy_forward"),
+    "greedy_backward": Method("exact.rank_greedy_backward"),
+    "shapley": Method("shapley.rank_by_shapley", ("seed", "orders")),
+    "grad_act": Method("gradients.rank_by_grad_act", ("target",), True),
+    "attribution": Method("gradients.rank_by_attribution", ("target",), True),
+    "integrated_gradients": Method(
+        "gradients.rank_by_integrated_gradients", ("target", "ig_steps"), True
+    ),
+    "kl_curvature": Method("curvature.rank_by_kl_curvature", needs_models=True),
 }
 """The ranking methods by name; the first ones are exact, the last four approximate."""
 
-GRADIENT_METHODS = ("grad_act", "attribution", "integrated_gradients", "kl_curvature")
+GRADIENT_METHODS = tuple(name for name, method in METHODS.items() if method.needs_models)
 """Methods that need the tuned model itself and no patched measurement."""
 
 
-def rank_heads(method: str, measured: MeasuredSets, **settings: Any) -> HeadRanking:
-    """Rank the heads of a layer by a method.
+def method_of(name: str) -> Method:
+    """A ranking method by its name.
 
     Raises:
-        UserError: if there is no such method or setting, or the method needs an experiment and none
-            was given.
+        UserError: if it does not exist.
     """
-    if method not in METHODS:
+    if name not in METHODS:
         raise UserError(
-            f"ranking method {method!r} does not exist: choose one of {', '.join(METHODS)}."
+            f"ranking method {name!r} does not exist: choose one of {', '.join(METHODS)}."
         )
-    allowed = [name for name in signature(METHODS[method]).parameters if name != "measured"]
-    for name in settings:
-        if name not in allowed:
+    return METHODS[name]
+
+
+def methods_of(text: str) -> tuple[str, ...]:
+    """Names of ranking methods as a user writes them, with commas between, or ``ALL``."""
+    everything = text.strip().upper() == "ALL"
+    return tuple(METHODS if everything else (name.strip() for name in text.split(",")))
+
+
+def refuse_unread(given: Iterable[tuple[str, object]], methods: Sequence[str]) -> None:
+    """Refuse settings, by name and value, that none of the chosen methods reads.
+
+    Raises:
+        UserError: if there is one.
+    """
+    for setting, value in given:
+        readers = [name for name, method in METHODS.items() if setting in method.reads]
+        if not set(readers) & set(methods):
             raise UserError(
-                f"ranking method {method!r} has no setting {name!r}: "
-                f"its settings are {', '.join(allowed) or 'none'}."
+                f"{setting} {value!r} has no method to go to: add "
+                f"{'the method ' if len(readers) == 1 else 'one of '}{', '.join(readers)}."
             )
-    return METHODS[method](measured, **settings)
-
-
-def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:
-    """The rows of a method's ranking file, best first: ``head, rank, score, se``."""
-    errors = ranking.standard_errors or (None,) * ranking.n_heads
-    rows = (
-        {"head": head, "rank": rank, "score": score, "se": error}
-        for rank, (head, score, error) in enumerate(
-            zip(ranking.heads, ranking.scores, errors, strict=True), 1
-        )
-    )
-    return [explained(row, lambda name: why_null(ranking, name)) for row in rows]
-
-
-def why_null(ranking: HeadRanking, name: str) -> str:
-    """Why a ranking lacks its alpha, scores or standard errors."""
-    if name == "alpha":
-        return "the scores do not depend on alpha"
-    if name in ("score", "scores"):
-        return NO_RAW_EFFECT
-    if ranking.per_prompt is None:
-        return "the scores are not means over prompts"
-    alone = not any(ranking.standard_errors or ()) and any(s is not None for s in ranking.scores)
-    return ONE_GROUP if alone else NO_RAW_EFFECT
-
-
-def timed_ranking(
-    method: str, measured: MeasuredSets, **settings: Any
-) -> tuple[HeadRanking, float]:
-    """A ranking and the seconds it took, measurements included."""
-    start = time.perf_counter()
-    ranking = rank_heads(method, measured, **settings)
-    return ranking, time.perf_counter() - start

@@ -16,6 +16,8 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
+from rq4lens.analysis.rankings.exact import per_prompt_ranking
+from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.results import HeadRanking
 
 TOLERANCE = 0.02
@@ -26,26 +28,17 @@ MAX_PAIRS = 32
 
 PAIRS_PER_ROUND = 4
 
-
-Orders = Int64[ndarray, "pair 2 head"]
-"""Pairs of orders of the heads; pairs are independent of each other."""
+Pairs = Int64[ndarray, "pair 2 head"]
 
 
-def rank_by_shapley(
-    measured: MeasuredSets,
-    *,
-    tolerance: float = TOLERANCE,
-    max_pairs: int = MAX_PAIRS,
-    seed: int = 0,
-    orders: Orders | None = None,
-) -> HeadRanking:
+def rank_by_shapley(measured: MeasuredSets, settings: RankingSettings = DEFAULTS) -> HeadRanking:
     """Rank heads by their Shapley value; small layers are enumerated, others sampled."""
-    n_sampled = 2 * max_pairs * (measured.n_heads - 1)
+    n_sampled = 2 * MAX_PAIRS * (measured.n_heads - 1)
     if 2**measured.n_heads <= max(n_sampled, measured.n_measured + 1):
         return exact_shapley(measured)
-    if orders is not None:
-        return shapley_of_orders(measured, orders)
-    return sampled_shapley(measured, tolerance=tolerance, max_pairs=max_pairs, seed=seed)
+    if settings.orders is not None:
+        return shapley_of_orders(measured, np.array(settings.orders))
+    return sampled_shapley(measured, tolerance=TOLERANCE, max_pairs=MAX_PAIRS, seed=settings.seed)
 
 
 def exact_shapley(measured: MeasuredSets) -> HeadRanking:
@@ -59,7 +52,7 @@ def exact_shapley(measured: MeasuredSets) -> HeadRanking:
         gains = measured.delta_nats([(*heads, head) for heads in sets]) - measured.delta_nats(sets)
         per_prompt[head] = weights @ gains
     settings = {"exact": True, "stopped": "every head set was measured"}
-    return _ranking(measured, per_prompt, np.zeros(n_heads), settings)
+    return per_prompt_ranking("shapley", measured, per_prompt, settings, [0.0] * n_heads)
 
 
 def sampled_shapley(
@@ -85,10 +78,10 @@ def sampled_shapley(
         if mean.standard_errors.max() <= enough
         else "the largest number of permutations was reached",
     }
-    return _ranking(measured, mean.per_prompt, mean.standard_errors, settings)
+    return mean.ranking(settings)
 
 
-def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
+def shapley_of_orders(measured: MeasuredSets, orders: Pairs) -> HeadRanking:
     """Shapley values from given permutations, whose head sets may have been measured already."""
     mean = MeanGains(measured)
     mean.add(orders)
@@ -97,22 +90,18 @@ def shapley_of_orders(measured: MeasuredSets, orders: Orders) -> HeadRanking:
         "exact": False,
         "stopped": "every given permutation was used",
     }
-    return _ranking(measured, mean.per_prompt, mean.standard_errors, settings)
+    return mean.ranking(settings)
 
 
 class MeanGains:
-    """What heads add when they are added in random orders, on average.
-
-    Args:
-        measured: the head sets measured so far; what is missing is measured.
-    """
+    """What heads add when they are added in random orders, on average."""
 
     def __init__(self, measured: MeasuredSets) -> None:
         self._measured = measured
         self._total = np.zeros((measured.n_heads, len(measured.groups)))
         self._of_pairs: list[Float64[ndarray, "head"]] = []
 
-    def add(self, orders: Orders) -> None:
+    def add(self, orders: Pairs) -> None:
         """Add heads in more orders."""
         every = orders.reshape(-1, self._measured.n_heads).tolist()
         self._measured.require(heads for order in every for heads in prefixes(order))
@@ -138,8 +127,13 @@ class MeanGains:
             return np.full(self._measured.n_heads, np.inf)
         return np.std(self._of_pairs, axis=0, ddof=1) / np.sqrt(len(self._of_pairs))
 
+    def ranking(self, settings: Mapping[str, object]) -> HeadRanking:
+        """Heads ranked by their mean gain."""
+        errors = self.standard_errors.tolist()
+        return per_prompt_ranking("shapley", self._measured, self.per_prompt, settings, errors)
 
-def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Orders]:
+
+def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Pairs]:
     """Permutations and their reverses, a few pairs at a time; at least two pairs in all."""
     rng = np.random.default_rng(seed)
     left = max(2, max_pairs)
@@ -156,20 +150,3 @@ def _gains(
     """What each head, in head order, adds when heads are added in the given order."""
     gains = np.diff(measured.delta_nats(prefixes(order.tolist())), axis=0)
     return gains[np.argsort(order)]
-
-
-def _ranking(
-    measured: MeasuredSets,
-    per_prompt: Float64[ndarray, "head prompt"],
-    errors: Float64[ndarray, "head"],
-    settings: Mapping[str, object],
-) -> HeadRanking:
-    return HeadRanking.from_scores(
-        per_prompt.mean(-1).tolist(),
-        method="shapley",
-        layer=measured.layer,
-        alpha=measured.alpha,
-        standard_errors=errors.tolist(),
-        per_prompt=per_prompt,
-        settings=settings,
-    )

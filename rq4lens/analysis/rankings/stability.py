@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.cross_fitted import TOO_FEW_GROUPS, half_means, half_splits
-from rq4lens.analysis.effects.table import order_of, single_scores
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.rankings.agreement import spearman, top_jaccard
 from rq4lens.analysis.records import HeadStability, RankStability
 from rq4lens.analysis.statistics.bootstrap import (
@@ -20,45 +20,33 @@ from rq4lens.analysis.statistics.bootstrap import (
     Resampled,
     Spread,
 )
-from rq4lens.results import HeadRanking, RankBy
+from rq4lens.results import HeadRanking, ranks_of, single_scores
 
 N_HALVES = 500
 """Random half splits behind the split-half numbers."""
 
 SOME_TIED = "in some draws all heads have the same score"
 
-PerPrompt = Float64[ndarray, "head prompt"]
 
-
-def rank_stability(
-    ranking: HeadRanking,
-    kl_raw_nats: PerPrompt,
-    kl_mapped_nats: PerPrompt,
-    rank_by: RankBy,
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
-) -> RankStability:
+def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
     """Stability of the ranking by single-head scores."""
+    bootstrap, ks = layer.bootstrap, [k for k in layer.ks if k <= ranking.n_heads]
 
     def scores_of(means: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows head"]:
-        raw, mapped = np.split(means, 2, axis=-1)
-        return single_scores(raw, mapped, rank_by)
+        raw, delta = np.split(means, 2, axis=-1)
+        return single_scores(raw, delta, layer.rank_by)
 
-    both = np.concatenate([kl_raw_nats, kl_mapped_nats])
+    both = np.concatenate([layer.singles[0], layer.single_deltas])
     scores = bootstrap.resampled(both).apply(scores_of)
     everyone = np.broadcast_to(scores.point, scores.draws.shape)
     halves = half_splits(bootstrap.groups, N_HALVES, bootstrap.seed)
     half_scores = scores_of(half_means(both, halves))
     return RankStability(
         ranking=ranking.method,
-        heads=_heads(ranking, scores, [k for k in ks if k <= ranking.n_heads], bootstrap),
+        heads=_heads(ranking, scores, ks, bootstrap),
         bootstrap_spearman=_of_resamples(spearman(scores.draws, everyone), bootstrap),
         split_half_spearman=_of_halves(spearman, half_scores),
-        split_half_jaccard={
-            k: _of_halves(partial(top_jaccard, k=k), half_scores)
-            for k in ks
-            if k <= ranking.n_heads
-        },
+        split_half_jaccard={k: _of_halves(partial(top_jaccard, k=k), half_scores) for k in ks},
         n_splits=len(halves),
     )
 
@@ -82,11 +70,6 @@ def _heads(
         )
         for rank, head in enumerate(ranking.heads, 1)
     )
-
-
-def ranks_of(scores: Float64[ndarray, "*rows head"]) -> Int64[ndarray, "*rows head"]:
-    """Rank of each head, 1 for the best; ties break by head index."""
-    return np.argsort(order_of(scores), axis=-1, kind="stable") + 1
 
 
 def _of_halves(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -61,6 +61,20 @@ def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "
     return ~(spread > rounding)
 
 
+def number_text(value: float | None, form: str, absent: str = "undefined") -> str:
+    """A number by a format specification and a unit, as in ``".1f%"`` or ``".3g nats"``.
+
+    ``"auto"`` has five decimals, or two digits where these would show nothing.
+    """
+    if value is None:
+        return absent
+    if form == "auto":
+        form = ".5f" if value == 0 or abs(value) >= 1e-4 else ".1e"
+    spec, space, unit = form.partition(" ")
+    percent = "%" if spec.endswith("%") else ""
+    return f"{value:{spec.removesuffix('%')}}{percent}{space}{unit}"
+
+
 IntervalMethod = Literal["bca", "percentile"]
 
 LEVEL = 0.95
@@ -77,13 +91,18 @@ class Interval:
         low: lower end.
         high: upper end.
         level: nominal coverage, in (0, 1).
-        method: how it was made.
+        method: how it was made; files do not keep it.
     """
 
     low: float
     high: float
-    level: float
-    method: str
+    level: float = LEVEL
+    method: str = field(default="saved", compare=False)
+
+    def __format__(self, form: str) -> str:
+        """``[low, high]`` by the form of :func:`number_text`, without its unit."""
+        form = form.partition(" ")[0].removesuffix("%")
+        return f"[{number_text(self.low, form)}, {number_text(self.high, form)}]"
 
     @property
     def pair(self) -> list[float]:
@@ -109,6 +128,14 @@ class Estimate:
     interval: Interval | None = None
     reason: str | None = None
 
+    def __format__(self, form: str) -> str:
+        """Value and interval by the form of :func:`number_text`: ``12.3% [10.0, 15.0]``."""
+        value = number_text(self.value, form)
+        return value if self.interval is None else f"{value} {self.interval:{form}}"
+
+    def __str__(self) -> str:
+        return format(self, ".4g")
+
     def fields(self, name: str) -> dict[str, Any]:
         """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""
         fields: dict[str, Any] = {
@@ -120,6 +147,23 @@ class Estimate:
         if self.reason is not None:
             fields[f"{name}_reason"] = self.reason
         return fields
+
+    @classmethod
+    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Estimate:
+        """The estimate that :meth:`fields` wrote."""
+        value, ends = fields[name], fields[f"{name}_ci95"]
+        interval = None if ends is None else Interval(float(ends[0]), float(ends[1]))
+        reason = fields.get(f"{name}_reason")
+        return cls(None if value is None else float(value), interval, reason)
+
+    def divided_by(self, unit: float) -> Estimate:
+        """The same in another unit."""
+        if self.value is None or self.interval is None:
+            return replace(self, value=None if self.value is None else self.value / unit)
+        low, high = (end / unit for end in self.interval.pair)
+        return replace(
+            self, value=self.value / unit, interval=replace(self.interval, low=low, high=high)
+        )
 
     @property
     def _level(self) -> float:
@@ -154,6 +198,13 @@ class Spread:
         fields: dict[str, Any] = {name: self.value, f"{name}_range{100 * LEVEL:g}": ends}
         return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
 
+    @classmethod
+    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Spread:
+        """The spread that :meth:`fields` wrote."""
+        values = (fields[name], *(fields[f"{name}_range95"] or (None, None)))
+        value, low, high = (None if each is None else float(each) for each in values)
+        return cls(value, low, high, fields.get(f"{name}_reason"))
+
 
 def undefined(reason: str) -> Estimate:
     """An estimate that does not exist, and why."""
@@ -167,15 +218,7 @@ def exact(value: float) -> Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Paired resampling of prompts, whole groups at a time.
-
-    Args:
-        groups: the group of each prompt; prompts of a group are drawn together.
-        n_resamples: number of resamples.
-        seed: seed of the draws.
-
-    Raises:
-        UserError: if there is no prompt or no resample.
+    """Paired resampling of prompts; those of a group are drawn together.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 8 and 14.
@@ -246,13 +289,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Resampled:
-    """Quantities on all prompts, in every resample, and with each group left out.
-
-    Args:
-        point: the quantities on all prompts.
-        draws: the quantities in each resample.
-        jackknife: the quantities with one group left out.
-    """
+    """Quantities on all prompts, in every resample, and with each group left out."""
 
     point: Float64[ndarray, "quantity"]
     draws: Float64[ndarray, "resample quantity"]

@@ -11,15 +11,16 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
-from statsmodels.stats.multitest import fdrcorrection, multipletests
+from statsmodels.stats.multitest import multipletests
 
+from rq4lens.analysis.records import HeadTest, HeadTests
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
 from rq4lens.heads import Head
 
@@ -37,69 +38,8 @@ PerHypothesis = Float64[ndarray, "hypothesis"]
 
 
 @dataclass(frozen=True)
-class HeadTest:
-    """Sign-flip test of one head's ``ΔKL`` against zero.
-
-    Args:
-        head: layer and index.
-        alpha: blend strength.
-        delta: mean ``ΔKL``, in nats.
-        p_value: two-sided, for this head alone.
-        p_max_t: corrected for everything tried, by the largest statistic of each flip.
-        p_holm: corrected by Holm.
-        p_bh: false discovery rate by Benjamini and Hochberg.
-        reason: why the p-values are missing, if they are.
-    """
-
-    head: Head
-    alpha: float
-    delta: float
-    p_value: float | None
-    p_max_t: float | None
-    p_holm: float | None
-    p_bh: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class HeadTests:
-    """Sign-flip tests of everything that was tried.
-
-    Args:
-        tests: one per head (and layer and alpha, where several were tried).
-        family: what is corrected for, in words.
-        n_tests: how many of the tests have a p-value; Holm and BH correct for these.
-        n_flips: number of sign patterns.
-        p_value_min: smallest p-value they can give.
-        p_max_t_min: smallest ``p_max_t``.
-        p_holm_min: smallest ``p_holm``, that of the clearest head.
-        p_bh_min: smallest ``p_bh``, where all heads are as clear as can be.
-        exhaustive: whether these are all sign patterns.
-        n_groups: groups of prompts; their signs flip together.
-    """
-
-    tests: tuple[HeadTest, ...]
-    family: str
-    n_tests: int
-    n_flips: int
-    p_value_min: float
-    p_max_t_min: float
-    p_holm_min: float
-    p_bh_min: float
-    exhaustive: bool
-    n_groups: int
-
-
-@dataclass(frozen=True)
 class SignFlips:
-    """P-values of sign-flip tests.
-
-    Args:
-        p_value: of each hypothesis alone; NaN where the effect is 0 everywhere.
-        p_max_t: corrected by the largest statistic of each flip.
-        n_flips: number of sign patterns.
-        exhaustive: whether these are all sign patterns.
-    """
+    """P-values of sign-flip tests; NaN where the effect is 0 everywhere."""
 
     p_value: Float64[ndarray, "hypothesis"]
     p_max_t: Float64[ndarray, "hypothesis"]
@@ -181,8 +121,8 @@ def head_tests(
     columns = {
         "p_value": flips.p_value,
         "p_max_t": flips.p_max_t,
-        "p_holm": _corrected(flips.p_value, usable, _holm),
-        "p_bh": _corrected(flips.p_value, usable, _benjamini_hochberg),
+        "p_holm": _corrected(flips.p_value, usable, "holm"),
+        "p_bh": _corrected(flips.p_value, usable, "fdr_bh"),
     }
     reason = NO_EFFECT if n_groups > 1 else ONE_GROUP
     tests = tuple(
@@ -220,19 +160,9 @@ def _family(tried: Sequence[tuple[Head, float]]) -> str:
     return " x ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in sizes.items())
 
 
-def _corrected(
-    p_values: PerHypothesis, usable: ndarray, correct: Callable[[PerHypothesis], PerHypothesis]
-) -> PerHypothesis:
+def _corrected(p_values: PerHypothesis, usable: ndarray, method: str) -> PerHypothesis:
     """P-values corrected for their number; hypotheses without one are not counted."""
     result = np.full(p_values.shape, np.nan)
     if usable.any():
-        result[usable] = correct(p_values[usable])
+        result[usable] = multipletests(p_values[usable], method=method)[1]
     return result
-
-
-def _holm(p_values: PerHypothesis) -> PerHypothesis:
-    return multipletests(p_values, method="holm")[1]
-
-
-def _benjamini_hochberg(p_values: PerHypothesis) -> PerHypothesis:
-    return fdrcorrection(p_values)[1]

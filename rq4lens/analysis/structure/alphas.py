@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
 
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import order_of
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.records import AlphaPoint
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
-
-ALPHAS = (0.1, 0.3, 0.5, 0.7, 1.0)
+from rq4lens.results import order_of
 
 
 def alpha_sweep(
-    measured: MeasuredSets, alphas: Sequence[float], ks: Sequence[int], bootstrap: Bootstrap
+    layer: MeasuredLayer, alphas: Sequence[float]
 ) -> tuple[list[AlphaPoint], list[MeasuredSets]]:
     """Measure all heads together and one by one at several blend strengths."""
-    own = Scored.of_prompts(
-        f"alpha {measured.alpha:g}", measured.delta_nats(measured.singles), bootstrap
-    )
+    measured = layer.measured
     at_alpha = [
         measured if alpha == measured.alpha else _at(measured, alpha)
         for alpha in sorted({*alphas, measured.alpha})
     ]
-    points = [_point(each, own, measured.alpha, ks, bootstrap) for each in at_alpha]
-    return points, at_alpha
+    return [_point(each, layer) for each in at_alpha], at_alpha
 
 
 def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
@@ -42,28 +39,12 @@ def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
     )
 
 
-def _point(
-    measured: MeasuredSets,
-    own: Scored,
-    own_alpha: float,
-    ks: Sequence[int],
-    bootstrap: Bootstrap,
-) -> AlphaPoint:
+def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:
+    bootstrap, is_own = layer.bootstrap, measured is layer.measured
     raw, mapped = measured.kl_nats([measured.everything, *measured.singles])
-    full = bootstrap.estimate(
-        np.stack([raw[0], mapped[0]]),
-        lambda m: np.stack(
-            [
-                m[..., 0],
-                m[..., 1],
-                m[..., 0] - m[..., 1],
-                100 * (m[..., 0] - m[..., 1]) / m[..., 0],
-            ],
-            axis=-1,
-        ),
-    )
-    singles, is_own = raw[1:] - mapped[1:], measured.alpha == own_alpha
-    scored = Scored.of_prompts(f"alpha {measured.alpha:g}", singles, bootstrap)
+    full = bootstrap.estimate(np.stack([raw[0], mapped[0]]), _four_numbers)
+    scored = Scored.of_prompts(f"alpha {measured.alpha:g}", raw[1:] - mapped[1:], bootstrap)
+    own = Scored.of_singles(layer, f"alpha {layer.measured.alpha:g}")
     return AlphaPoint(
         alpha=measured.alpha,
         KL_raw=full[0],
@@ -72,6 +53,12 @@ def _point(
         drop_pct=full[3],
         head_delta_nats=tuple(scored.scores.tolist()),
         heads=tuple(order_of(scored.scores).tolist()),
-        agreement=None if is_own else agreement("alpha", scored, own, ks, bootstrap),
+        agreement=None if is_own else agreement("alpha", scored, own, layer.ks, bootstrap),
         agreement_reason=THE_SAME if is_own else None,
     )
+
+
+def _four_numbers(means: Float64[ndarray, "*rows both"]) -> ndarray:
+    """``KL_raw``, ``KL_mapped``, ``ΔKL`` and the share of the damage that is repaired."""
+    raw, mapped = means[..., 0], means[..., 1]
+    return np.stack([raw, mapped, raw - mapped, 100 * (raw - mapped) / raw], axis=-1)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import einops
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Float, Float64
 from numpy import ndarray
 from scipy.stats import ortho_group
 from torch import Tensor
 
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow
+from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow, FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
-from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.maps.fitting import rows_of
-from rq4lens.patching.maps.kinds import fit_block
-from rq4lens.patching.maps.map import LayerMap, MapKind, to_blocks
+from rq4lens.patching.maps.fitting import FitData, refit
 from rq4lens.results import ConditionResult, GridResult
 
 Site = Float[Tensor, "prompt position head d_head"]
@@ -32,50 +29,6 @@ WRONG_LAYER = "wrong layer"
 ROTATED = "random rotation"
 MEAN_ONLY = "mean only"
 TUNED_MEAN = "tuned mean"
-
-
-@dataclass(frozen=True)
-class FitData:
-    """The rows that the map of one layer was fitted on.
-
-    Args:
-        x: base activations.
-        y: tuned activations.
-        groups: the group of each row.
-    """
-
-    x: Float[Tensor, "row head d_head"]
-    y: Float[Tensor, "row head d_head"]
-    groups: Shaped[ndarray, "row"]
-
-    @classmethod
-    def of(cls, activations: PairActivations, layer: int) -> FitData:
-        """The train rows of one layer."""
-        prompts = activations.pair.prompts.split(FIT_SPLIT)
-        x, y = (rows_of(activations.z(side, FIT_SPLIT, layer)) for side in ("base", "tuned"))
-        groups = np.repeat(prompts.groups, activations.k_positions)
-        return cls(x, y, groups)
-
-    def unpaired(self, seed: int) -> FitData:
-        """The same rows, each base row beside the tuned row of another prompt."""
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.y)))
-        return replace(self, y=self.y[order])
-
-
-def refit(layer_map: LayerMap, data: FitData, kind: MapKind | None = None) -> LayerMap:
-    """A map of the same scope on other rows or of another kind; it has no diagnostics."""
-    kind = kind or layer_map.kind
-    x, y = (to_blocks(z, layer_map.scope).numpy() for z in (data.x, data.y))
-    fits = [fit_block(kind, x[:, block], y[:, block], data.groups) for block in range(x.shape[1])]
-    weight, bias = (np.stack([getattr(fit, name) for fit in fits]) for name in ("weight", "bias"))
-    return replace(
-        layer_map,
-        kind=kind,
-        weight=torch.tensor(weight, dtype=torch.float32),
-        bias=torch.tensor(bias, dtype=torch.float32),
-        diagnostics=(),
-        details={},
-    )
 
 
 def rotated(
@@ -196,67 +149,63 @@ def grid_controls(grid: GridResult, bootstrap: Bootstrap) -> list[Control]:
     ]
     itself = grid.conditions.get("self")
     if itself is not None:
-        kl_raw = grid.full.kl_raw_nats
-        self_kl = itself.kl_raw_nats
-        rows.append(paired("self", nothing, self_kl, kl_raw, bootstrap, KL_RAW_NATS))
+        both = itself.kl_raw_nats, grid.full.kl_raw_nats
+        rows.append(paired("self", nothing, *both, bootstrap, KL_RAW_NATS))
     return rows
 
 
 @dataclass(frozen=True)
-class ControlStudy:
+class ControlInputs:
     """What the measured controls are made from.
 
     Args:
+        layer: the main layer.
         experiment: the pair, its maps and its engine.
-        measured: the head sets of the main layer.
-        control_layer: the control layer, or None.
-        bootstrap: the resamples.
         activations: train and measured activations of the pair.
+        control_layer: the control layer, or None.
         neutral: the same pair measured on neutral prompts; None where there are none.
-        seed: seed of shuffling and rotation.
     """
 
+    layer: MeasuredLayer
     experiment: Experiment
-    measured: MeasuredSets
-    control_layer: int | None
-    bootstrap: Bootstrap
     activations: PairActivations
+    control_layer: int | None
     neutral: Experiment | None
-    seed: int
 
 
-def measured_controls(study: ControlStudy) -> list[Control]:
+def measured_controls(inputs: ControlInputs) -> list[Control]:
     """The controls that put something else in the map's place, and the neutral prompts."""
-    measured, experiment = study.measured, study.experiment
+    measured, bootstrap = inputs.layer.measured, inputs.layer.bootstrap
     layer, everything = measured.layer, measured.everything
-    sources = control_sources(experiment, layer, study.control_layer, study.activations, study.seed)
-    varied = experiment.with_sources({(layer, name): z for name, z in sources.items()})
+    sources = control_sources(
+        inputs.experiment, layer, inputs.control_layer, inputs.activations, bootstrap.seed
+    )
+    varied = inputs.experiment.with_sources({(layer, name): z for name, z in sources.items()})
     reference = measured.delta_nats([everything])[0]
     rows = []
     for name, question in QUESTIONS.items():
         if name in sources:
             control = MeasuredSets.of(varied, layer, measured.alpha, mapped=name)
             value = control.delta_nats([everything])[0]
-            rows.append(paired(name, question, value, reference, study.bootstrap))
+            rows.append(paired(name, question, value, reference, bootstrap))
         else:
             rows.append(missing(name, question, "the run has no control layer"))
-    return [*rows, _neutral(study)]
+    return [*rows, _neutral(inputs)]
 
 
-def _neutral(study: ControlStudy) -> Control:
+def _neutral(inputs: ControlInputs) -> Control:
     """Side effect: what the raw patch does to prompts that the fine-tune is not about."""
     name = "neutral prompts"
     question = "Does swapping all heads disturb neutral prompts as much?"
-    if study.neutral is None:
+    if inputs.neutral is None:
         return missing(name, question, "the pair has no neutral prompts", KL_RAW_NATS)
-    measured = study.measured
-    elsewhere = MeasuredSets.of(study.neutral, measured.layer, measured.alpha)
+    measured, bootstrap = inputs.layer.measured, inputs.layer.bootstrap
+    elsewhere = MeasuredSets.of(inputs.neutral, measured.layer, measured.alpha)
     value = elsewhere.kl_nats([measured.everything])[0]
     reference = measured.kl_nats([measured.everything])[0]
-    bootstrap = study.bootstrap
     # Other prompts, so other resamples: the two are independent.
-    own = Bootstrap(elsewhere.groups, bootstrap.n_resamples, bootstrap.seed + 1)
-    return unpaired(name, question, own.resampled(value), bootstrap.resampled(reference))
+    other = Bootstrap(elsewhere.groups, bootstrap.n_resamples, bootstrap.seed + 1)
+    return unpaired(name, question, other.resampled(value), bootstrap.resampled(reference))
 
 
 def unpaired(name: str, question: str, value: Resampled, reference: Resampled) -> Control:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.rankings.agreement import Scored, agreement
-from rq4lens.analysis.records import HeadKind, HeadKinds
+from rq4lens.analysis.records import Alignment, HeadKind, HeadKinds
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
-from rq4lens.analysis.structure.controls import FitData
+from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.maps.kinds import fit_block
 
 IDLE_SHARE = 0.1
@@ -34,10 +32,9 @@ def head_kinds(
     """Tell the kinds of all heads apart."""
     n_heads = len(kl_raw_nats)
     idle_below = idle_line(full_kl_raw, n_heads, noise_floor_nats)
-    means = bootstrap.estimate(np.concatenate([kl_raw_nats, kl_mapped_nats]))
-    drops = bootstrap.estimate(
-        np.concatenate([kl_raw_nats, kl_mapped_nats]), lambda m: _drop_pct(m, n_heads)
-    )
+    resampled = bootstrap.resampled(np.concatenate([kl_raw_nats, kl_mapped_nats]))
+    means = resampled.estimates()
+    drops = resampled.apply(_drop_pct).estimates()
     heads = tuple(
         _kind(head, means[head], means[n_heads + head], drops[head], idle_below)
         for head in range(n_heads)
@@ -50,8 +47,8 @@ def idle_line(full_kl_raw: float, n_heads: int, noise_floor_nats: float = 0.0) -
     return max(IDLE_SHARE * full_kl_raw / n_heads, NOISE_MULTIPLE * noise_floor_nats)
 
 
-def _drop_pct(means: Float64[ndarray, "*rows both"], n_heads: int) -> ndarray:
-    raw, mapped = means[..., :n_heads], means[..., n_heads:]
+def _drop_pct(means: Float64[ndarray, "*rows both"]) -> ndarray:
+    raw, mapped = np.split(means, 2, axis=-1)
     return 100 * (raw - mapped) / raw
 
 
@@ -93,24 +90,6 @@ def rule(idle_below: float) -> str:
 
 
 NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How the first direction of a joint low-rank map lies on the heads.
-
-    Args:
-        share: share of the direction's squared length that lies on each head, in head order; sums
-            to 1.
-        spearman: rank correlation with single-head ``ΔKL``.
-        kendall: the same by Kendall's tau-b.
-        reason: why it is missing, if it is.
-    """
-
-    share: tuple[float, ...]
-    spearman: Estimate
-    kendall: Estimate
-    reason: str | None = None
 
 
 def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from rq4lens.analysis.effects.table import bootstrap_of
 from rq4lens.analysis.rankings.agreement import Scored, agreement, strengths
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
-from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.figures.alphas import alpha_sweep
 from rq4lens.figures.coverage import coverage_curve, method_curves
 from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
@@ -196,6 +196,6 @@ def method_agreements(record: Record, bootstrap: Bootstrap) -> list[Record]:
     ]
     return [
         known.get(frozenset((one.name, other.name)))
-        or plain(agreement("method", one, other, (), bootstrap))
+        or to_json(agreement("method", one, other, (), bootstrap))
         for one, other in combinations(scored, 2)
     ]

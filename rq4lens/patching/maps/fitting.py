@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import einops
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
+from numpy import ndarray
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
@@ -156,6 +157,48 @@ def _fitted(recipes: Sequence[MapRecipe], activations: PairActivations) -> dict[
     return {recipe.layer: _fit(recipe, activations) for recipe in recipes}
 
 
+@dataclass(frozen=True)
+class FitData:
+    """The rows that the map of one layer is fitted on, in float64.
+
+    Args:
+        x: base activations.
+        y: tuned activations.
+        groups: the group of each row.
+    """
+
+    x: Float[Tensor, "row head d_head"]
+    y: Float[Tensor, "row head d_head"]
+    groups: Shaped[ndarray, "row"]
+
+    @classmethod
+    def of(cls, activations: PairActivations, layer: int) -> FitData:
+        """The train rows of one layer: every patched position of every prompt."""
+        groups = activations.pair.prompts.split(FIT_SPLIT).groups
+        x, y = (
+            einops.rearrange(
+                activations.z(side, FIT_SPLIT, layer),
+                "prompt position head d_head -> (prompt position) head d_head",
+            ).double()
+            for side in SIDES
+        )
+        return cls(x, y, np.repeat(groups, activations.k_positions))
+
+    def unpaired(self, seed: int) -> FitData:
+        """The same rows, each base row beside the tuned row of another prompt."""
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.y)))
+        return replace(self, y=self.y[order])
+
+
+def refit(layer_map: LayerMap, data: FitData, kind: MapKind | None = None) -> LayerMap:
+    """A map of the same scope on other rows or of another kind; it has no diagnostics."""
+    kind = kind or layer_map.kind
+    blocks = _fit_blocks(kind, layer_map.scope, data)
+    return replace(
+        layer_map, kind=kind, weight=blocks.weight, bias=blocks.bias, diagnostics=(), details={}
+    )
+
+
 class _Blocks(NamedTuple):
     weight: Float[Tensor, "block d_block d_block"]
     bias: Float[Tensor, "block d_block"]
@@ -163,11 +206,9 @@ class _Blocks(NamedTuple):
 
 
 def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
-    base, tuned = (activations.z(side, FIT_SPLIT, recipe.layer) for side in SIDES)
-    x, y = rows_of(base), rows_of(tuned)
-    groups = np.repeat(recipe.pair.prompts.split(FIT_SPLIT).groups, recipe.k_positions)
-    blocks = _fit_blocks(recipe.kind, recipe.scope, x, y, groups)
-    _warn_if_few(len(x), blocks.weight.shape[-1], recipe.layer)
+    data = FitData.of(activations, recipe.layer)
+    blocks = _fit_blocks(recipe.kind, recipe.scope, data)
+    _warn_if_few(len(data.x), blocks.weight.shape[-1], recipe.layer)
     fitted = LayerMap(
         layer=recipe.layer,
         kind=recipe.kind,
@@ -176,33 +217,22 @@ def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
         bias=blocks.bias,
         n_heads=recipe.pair.n_heads,
         ingredients=recipe.to_dict(),
-        details={"train_rows": len(x), "blocks": blocks.details},
+        details={"train_rows": len(data.x), "blocks": blocks.details},
     )
-    return replace(fitted, diagnostics=_held_out(fitted, x, y, groups, recipe.seed))
+    return replace(fitted, diagnostics=_held_out(fitted, data, recipe.seed))
 
 
-def rows_of(z: Float[Tensor, "prompt position head d_head"]) -> Float[Tensor, "row head d_head"]:
-    """The rows that a map is fitted on, in float64: every patched position of every prompt."""
-    return einops.rearrange(
-        z, "prompt position head d_head -> (prompt position) head d_head"
-    ).double()
-
-
-def _fit_blocks(kind: MapKind, scope: MapScope, x: Tensor, y: Tensor, groups: Any) -> _Blocks:
-    x_blocks, y_blocks = to_blocks(x, scope).numpy(), to_blocks(y, scope).numpy()
-    fits = [
-        fit_block(kind, x_blocks[:, block], y_blocks[:, block], groups)
-        for block in range(x_blocks.shape[1])
-    ]
+def _fit_blocks(kind: MapKind, scope: MapScope, data: FitData) -> _Blocks:
+    x, y = (to_blocks(z, scope).numpy() for z in (data.x, data.y))
+    fits = [fit_block(kind, x[:, block], y[:, block], data.groups) for block in range(x.shape[1])]
     weight = torch.tensor(np.stack([fit.weight for fit in fits]), dtype=torch.float32)
     bias = torch.tensor(np.stack([fit.bias for fit in fits]), dtype=torch.float32)
     details = {str(block): fit.details for block, fit in enumerate(fits) if fit.details}
     return _Blocks(weight, bias, details)
 
 
-def _held_out(
-    fitted: LayerMap, x: Tensor, y: Tensor, groups: Any, seed: int
-) -> tuple[HeadDiagnostics, ...]:
+def _held_out(fitted: LayerMap, data: FitData, seed: int) -> tuple[HeadDiagnostics, ...]:
+    x, y, groups = data.x, data.y, data.groups
     n_groups = len(np.unique(groups))
     if n_groups < MIN_GROUPS:
         warnings.warn(
@@ -216,8 +246,8 @@ def _held_out(
     unpaired = np.random.default_rng(seed).permutation(kept)
 
     def predict(targets: Any) -> Any:
-        blocks = _fit_blocks(fitted.kind, fitted.scope, x[kept], y[targets], groups[kept])
-        return replace(fitted, weight=blocks.weight, bias=blocks.bias)(x[held]).numpy()
+        rows = FitData(x[kept], y[targets], groups[kept])
+        return refit(fitted, rows)(x[held]).numpy()
 
     return diagnose(
         y[held].numpy(),

@@ -288,7 +288,7 @@ def test_a_finished_run_on_a_read_only_disk_is_verified(undisturbed, monkeypatch
     def refused(*_arguments, **_settings):
         raise AssertionError("verify wrote something")
 
-    for name in ("_write_synced", "set_aside", "remove_stale_temporaries"):
+    for name in ("_write_synced", "set_aside", "remove_leftovers"):
         monkeypatch.setattr(files, name, refused)
     assert verify_run(undisturbed, sample=2).passed
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
+import re
 import stat
 import time
 import uuid
@@ -12,13 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rq4lens.errors import UserError
 
 MAX_TEXT_BYTES = 1 << 28
 """Larger text files are refused unread."""
 
-STALE_TEMPORARY_SECONDS = 3600.0
-"""A temporary file that is older was left by a process that died."""
+LEFT_SECONDS = 3600.0
+"""A temporary file of another machine that is older was left by a process that died."""
+
+TEMPORARY = re.compile(r"\.(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-)?[0-9a-f]{32}\.tmp")
+"""Names of temporary files; earlier versions did not name the process."""
 
 
 def canonical_json(value: Any) -> str:
@@ -98,6 +106,19 @@ def make_directory(path: Path) -> None:
             f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place "
             "with --out."
         ) from problem
+
+
+def refuse_no_directory(path: Path) -> None:
+    """Refuse a path where something else than a directory lies.
+
+    Raises:
+        UserError: if it is there and no directory.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(
+            f"cannot make the directory {str(path)!r} (a file lies there): choose another place "
+            "with --out."
+        )
 
 
 @contextlib.contextmanager
@@ -219,12 +240,12 @@ def short_reason(problem: BaseException, most: int = 200) -> str:
 
 def _replace_through_temporary(path: Path, data: bytes, attempts: int = 3) -> None:
     for attempt in range(1, attempts + 1):
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        temporary = _temporary(path)
         try:
             _write_synced(temporary, data)
             os.replace(temporary, path)  # noqa: PTH105 - the atomic rename, by its known name
         except FileNotFoundError:
-            # Another process took our temporary file for a stale one (the clock jumped).
+            # Another machine took our temporary file for one that was left (its clock jumped).
             if attempt == attempts or not path.parent.is_dir():
                 raise
         except BaseException:
@@ -264,13 +285,30 @@ def set_aside(path: Path) -> None:
         os.replace(path, path.with_name(f"{path.name}.damaged"))  # noqa: PTH105
 
 
-def remove_stale_temporaries(directory: Path) -> int:
-    """Remove temporary files that killed processes left behind."""
-    oldest = time.time() - STALE_TEMPORARY_SECONDS
-    removed = 0
-    for path in directory.glob(".*.tmp"):
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files, in a directory and below, that killed processes left behind.
+
+    A file that is taken from a living process by mistake, such as one of another container that
+    goes by the same name, is written again.
+    """
+    for path in directory.rglob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if path.lstat().st_mtime < oldest:
+            if _is_left(path):
                 path.unlink()
-                removed += 1
-    return removed
+
+
+def _is_left(path: Path) -> bool:
+    name = TEMPORARY.fullmatch(path.name)
+    if name is None:
+        return False
+    if name["machine"] == _machine():
+        return not psutil.pid_exists(int(name["pid"]))
+    return path.lstat().st_mtime < time.time() - LEFT_SECONDS
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]

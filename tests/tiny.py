@@ -25,7 +25,7 @@ from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
-from rq4lens.patching.measured import Recorder
+from rq4lens.patching.measured import Measurer
 from rq4lens.validation.planting import plant
 
 WORDS = (
@@ -221,8 +221,10 @@ def prepared(pair, maps, *, engine="suffix", batch_size=32, activations=None, **
 def grid_of(pair, maps, layer, control_layer=None, alpha=0.3, *, ks=(1, 2, 4, 8), **settings):
     """The main job's grid, its settings by name; ``experiment`` and ``store`` are used if given."""
     effort = Effort(seed=settings.pop("seed", 0))
-    experiment, store = settings.pop("experiment", None), settings.pop("store", None)
+    experiment, store, progress = (
+        settings.pop(name, None) for name in ("experiment", "store", "progress")
+    )
     place = {name: settings.pop(name) for name in ("engine", "batch_size") if name in settings}
     patching = Patching(layer=layer, control_layer=control_layer, alpha=alpha, k=ks, **settings)
     experiment = experiment or prepare(pair, maps, patching, Place(**place))
-    return measure_grid(Recorder(experiment, alpha, store), patching, effort)
+    return measure_grid(Measurer(experiment, store), patching, effort, progress)

@@ -22,7 +22,7 @@ from rq4lens.analysis.coverage.table import (
     coverage_of_grid,
     seed_sets,
 )
-from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import FullEffect, bootstrap_of, grid_full_effect
 from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.rankings.compared import (
@@ -64,6 +64,7 @@ from rq4lens.analysis.structure.heads import Alignment, alignment, head_kinds
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.patching.patch import Advance
 from rq4lens.results import GridResult, HeadRanking
 
@@ -81,7 +82,7 @@ N_RANDOM_SETS = 1000
 
 def analyse(
     grid: GridResult,
-    experiment: MeasuresHeadSets | None = None,
+    experiment: MeasuresPatches | None = None,
     *,
     n_random_sets: int = N_RANDOM_SETS,
     random_ks: Sequence[int] | None = None,
@@ -89,7 +90,7 @@ def analyse(
     methods: Sequence[str] | None = None,
     alphas: Sequence[float] = ALPHAS,
     activations: PairActivations | None = None,
-    neutral: Experiment | None = None,
+    neutral: MeasuresPatches | None = None,
     advance: Advance | None = None,
 ) -> Analysis:
     """Analyse a grid.
@@ -100,7 +101,7 @@ def analyse(
 
     Args:
         grid: the measured grid.
-        experiment: the experiment behind it.
+        experiment: the experiment behind it, or a measurer with what it measured before.
         n_random_sets: random sets drawn of each size that has more.
         random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
             afforded, see :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
@@ -148,7 +149,7 @@ class _Work:
     methods: tuple[str, ...]
     sweep_alphas: tuple[float, ...]
     given_activations: PairActivations | None
-    neutral: Experiment | None
+    neutral: MeasuresPatches | None
     advance: Advance | None
 
     def analysis(self) -> Analysis:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -66,81 +66,6 @@ class Ingredients(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Every value that can change the record, by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionIngredients:
-    """Everything that can change the numbers of one condition.
-
-    Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-
-    Attributes:
-        base_weights: fingerprint of the base model's weights.
-        tuned_weights: fingerprint of the tuned model's weights.
-        base_config: fingerprint of the base model's configuration (the same weights under another
-            rotary base or activation function are another model).
-        tuned_config: fingerprint of the tuned model's configuration.
-        base_tokenizer: fingerprint of the base model's tokenizer.
-        tuned_tokenizer: fingerprint of the tuned model's tokenizer.
-        template: the chat template the prompts were rendered with, or its fingerprint.
-        base_token_ids: fingerprint of the prompts' token ids on the base side, in order.
-        tuned_token_ids: the same on the tuned side.
-        base_decision: decision index of each prompt on the base side, or their fingerprint.
-        tuned_decision: the same on the tuned side.
-        split: name of the measured split.
-        map_fingerprint: fingerprint of the fitted map; None where no map takes part.
-        layer: the patched layer.
-        heads: the patched heads, ascending.
-        n_heads: heads of the layer.
-        alpha: blend strength.
-        kind: source kind, such as ``"raw"``, ``"mapped"`` or ``"self"``.
-        dtype: number format of the models.
-        device: kind of device, such as ``"cpu"`` or ``"cuda"``; they round differently.
-        weight_processing: how the weights were processed on loading, ``"none"`` by default.
-        k_positions: how many positions were patched.
-        kl_direction: which way the divergence is taken.
-        raw_baseline: what the raw patch inserts.
-        libraries: versions of the libraries that do the arithmetic.
-        numerics_version: version of this package's own arithmetic.
-    """
-
-    base_weights: str
-    tuned_weights: str
-    base_config: str
-    tuned_config: str
-    base_tokenizer: str
-    tuned_tokenizer: str
-    template: str
-    base_token_ids: str
-    tuned_token_ids: str
-    base_decision: str | tuple[int, ...]
-    tuned_decision: str | tuple[int, ...]
-    split: str
-    map_fingerprint: str | None
-    layer: int
-    heads: tuple[int, ...]
-    n_heads: int
-    alpha: float
-    kind: str
-    dtype: str
-    device: str
-    weight_processing: str
-    k_positions: int
-    kl_direction: str
-    raw_baseline: str
-    libraries: str
-    numerics_version: str = NUMERICS_VERSION
-
-    @property
-    def label(self) -> str:
-        """Layer, heads, strength and kind, short enough for a file name."""
-        heads = "-".join(map(str, self.heads[:4])) or "none"
-        more = f"+{len(self.heads) - 4}" if len(self.heads) > 4 else ""
-        return f"L{self.layer}_heads{heads}{more}_a{float(self.alpha):g}_{self.kind}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name; 0 and 0.0 (and -0.0) are one strength."""
-        return asdict(self) | {"alpha": float(self.alpha) + 0.0, "heads": sorted(set(self.heads))}
 
 
 @dataclass

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from rq4lens.config import RunConfig
-from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, refuse_foreign
+from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, MEASURED, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.jobs.progress import Clock, Progress, Stage, silent
+from rq4lens.jobs.progress import Clock, Stage, silent
 from rq4lens.models.catalog import keep_base_card, pair_from_config, resolve_device
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
@@ -23,7 +23,7 @@ from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.kept_activations import KeptActivations
 from rq4lens.patching.maps.fitting import fit_maps
-from rq4lens.patching.measured import Recorder
+from rq4lens.patching.measured import Measurer
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Bench:
         self.directory = directory
         self.fresh = fresh
         self.clock = Clock(stage)
-        self._experiments: dict[tuple[Any, ...], Experiment] = {}
+        self._measurers: dict[tuple[Any, ...], Measurer] = {}
         self._fitted: set[int] = set()
 
     @property
@@ -86,6 +86,11 @@ class Bench:
     def store(self) -> Store | None:
         """The measured conditions on disk, if there is a run directory."""
         return None if self.directory is None else Store(self.directory / CONDITIONS, self.fresh)
+
+    @cached_property
+    def chunks(self) -> Store | None:
+        """The head sets that an analysis measured, if there is a run directory."""
+        return None if self.directory is None else Store(self.directory / MEASURED, self.fresh)
 
     @cached_property
     def activations(self) -> PairActivations:
@@ -131,7 +136,7 @@ class Bench:
         self._fitted.update(layers)
         return maps
 
-    def experiment(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Experiment:
+    def measurer(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Measurer:
         """Some layers ready to be measured; the one that was made last stays.
 
         Args:
@@ -139,13 +144,13 @@ class Bench:
             prompts: ids of the prompts; all measured prompts when empty.
         """
         wanted = (tuple(layers), tuple(prompts))
-        if wanted not in self._experiments:
-            self._experiments = {}  # lets the memory of the one before go first
+        if wanted not in self._measurers:
+            self._measurers = {}  # lets the memory of the one before go first
             self.capture(layers)
             with self.clock("maps"):
                 maps = self.fit(layers)
             with self.clock("prepare"):
-                self._experiments[wanted] = prepare(
+                experiment = prepare(
                     self.pair,
                     maps,
                     self.config.patching,
@@ -153,16 +158,17 @@ class Bench:
                     activations=self.activations,
                     rows=self._rows_of(prompts) if prompts else None,
                 )
-        return self._experiments[wanted]
+            self._measurers[wanted] = self.measuring(experiment)
+        return self._measurers[wanted]
 
     def _rows_of(self, prompts: Sequence[str]) -> list[int]:
         ids = self.pair.tokens("tuned", self.config.patching.split).ids
         places = {each: place for place, each in enumerate(ids)}
         return [places[each] for each in prompts]
 
-    def recorder(self, experiment: Experiment, progress: Progress | None = None) -> Recorder:
-        """Measures with an experiment, or takes from the store what is there."""
-        return Recorder(experiment, self.config.patching.alpha, self.store, progress)
+    def measuring(self, experiment: Experiment) -> Measurer:
+        """Measures with an experiment what the run directory does not hold."""
+        return Measurer(experiment, self.store, self.chunks)
 
 
 def plan_for(config: RunConfig, n_layers: int, n_heads: int) -> GridPlan:

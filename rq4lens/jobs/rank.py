@@ -99,11 +99,11 @@ def rank_layer(
         read_ranking(path, n_heads=plan.n_heads, layer=plan.layer, alpha=config.patching.alpha)
         for path in files
     ]
-    experiment = bench.experiment(plan.layers)
+    measurer = bench.measurer(plan.layers)
     with bench.clock("grid"):
-        grid = measure_grid(bench.recorder(experiment), config.patching, config.effort)
+        grid = measure_grid(measurer, config.patching, config.effort)
     bootstrap, ks = bootstrap_of(grid), config.patching.k
-    measured, full = MeasuredSets.of_grid(grid, experiment), grid_full_effect(grid, bootstrap)
+    measured, full = MeasuredSets.of_grid(grid, measurer), grid_full_effect(grid, bootstrap)
     exact = Scored.of_prompts("delta", measured.delta_nats(measured.singles), bootstrap)
     timed: list[tuple[HeadRanking, float | None]] = [(ranking, None) for ranking in read]
     for name in names:

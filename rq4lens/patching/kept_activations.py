@@ -14,7 +14,13 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from rq4lens.disk.files import read_regular_bytes, set_aside, short_reason, write_bytes_atomic
+from rq4lens.disk.files import (
+    make_directory,
+    read_regular_bytes,
+    set_aside,
+    short_reason,
+    write_bytes_atomic,
+)
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 
 log = logging.getLogger(__name__)
@@ -103,6 +109,7 @@ class KeptActivations:
         """
         store = Store(self.directory)
         data = safetensors_save({Z: z.contiguous()})
+        make_directory(self.directory)
         # The record comes last: whoever finds it finds complete activations.
         write_bytes_atomic(store.path(ingredients).with_suffix(".safetensors"), data)
         store.put(ingredients, {"sha256": hashlib.sha256(data).hexdigest()})

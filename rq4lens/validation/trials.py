@@ -263,8 +263,9 @@ class Trial:
                 (self.layer, name): z + spread * torch.randn(z.shape, generator=generator)
                 for name in ("one", "other")
             }
-            effects = self.experiment.with_sources(wrong).measure(
+            one, other = self.experiment.with_sources(wrong).measure(
                 self.layer, singles, self.measured.alpha, raw="one", mapped="other"
             )
-            flips = sign_flips(effects.delta_nats, self.experiment.groups, 1000, self.seed)
+            delta_nats = one.kl_nats - other.kl_nats
+            flips = sign_flips(delta_nats, self.experiment.groups, 1000, self.seed)
             yield bool(np.nanmin(flips.p_max_t) <= LEVEL)

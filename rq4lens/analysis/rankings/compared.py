@@ -148,12 +148,9 @@ def map_kind_agreement(
     data = FitData.of(activations, layer)
     z_base = activations.z("base", experiment.split, layer)
     kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
-    varied = experiment.with_sources(
-        {(layer, kind): refit(own, data, kind)(z_base) for kind in kinds}
-    )
+    varied = measured.with_mapped({kind: refit(own, data, kind)(z_base) for kind in kinds})
     found = []
-    for kind in kinds:
-        other = MeasuredSets.of(varied, layer, measured.alpha, mapped=kind)
+    for kind, other in varied.items():
         scored = Scored.of_prompts(kind, other.delta_nats(other.singles), bootstrap)
         found.append(agreement("map_kind", scored, reference, ks, bootstrap))
     return found

@@ -23,23 +23,11 @@ def alpha_sweep(
         f"alpha {measured.alpha:g}", measured.delta_nats(measured.singles), bootstrap
     )
     at_alpha = [
-        measured if alpha == measured.alpha else _at(measured, alpha)
+        measured if alpha == measured.alpha else measured.at(alpha)
         for alpha in sorted({*alphas, measured.alpha})
     ]
     points = [_point(each, own, measured.alpha, ks, bootstrap) for each in at_alpha]
     return points, at_alpha
-
-
-def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
-    return MeasuredSets(
-        measured.experiment,
-        measured.layer,
-        alpha,
-        n_heads=measured.n_heads,
-        groups=measured.groups,
-        mapped=measured.mapped,
-        advance=measured.advance,
-    )
 
 
 def _point(

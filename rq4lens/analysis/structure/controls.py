@@ -23,6 +23,7 @@ from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import rows_of
 from rq4lens.patching.maps.kinds import fit_block
 from rq4lens.patching.maps.map import LayerMap, MapKind, to_blocks
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.results import ConditionResult, GridResult
 
 Site = Float[Tensor, "prompt position head d_head"]
@@ -221,7 +222,7 @@ class ControlStudy:
     control_layer: int | None
     bootstrap: Bootstrap
     activations: PairActivations
-    neutral: Experiment | None
+    neutral: MeasuresPatches | None
     seed: int
 
 
@@ -230,13 +231,12 @@ def measured_controls(study: ControlStudy) -> list[Control]:
     measured, experiment = study.measured, study.experiment
     layer, everything = measured.layer, measured.everything
     sources = control_sources(experiment, layer, study.control_layer, study.activations, study.seed)
-    varied = experiment.with_sources({(layer, name): z for name, z in sources.items()})
+    varied = measured.with_mapped(sources)
     reference = measured.delta_nats([everything])[0]
     rows = []
     for name, question in QUESTIONS.items():
-        if name in sources:
-            control = MeasuredSets.of(varied, layer, measured.alpha, mapped=name)
-            value = control.delta_nats([everything])[0]
+        if name in varied:
+            value = varied[name].delta_nats([everything])[0]
             rows.append(paired(name, question, value, reference, study.bootstrap))
         else:
             rows.append(missing(name, question, "the run has no control layer"))

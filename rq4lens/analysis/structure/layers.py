@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
-from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import (
     NO_RAW_EFFECT,
     FullEffect,
@@ -31,6 +31,7 @@ from rq4lens.analysis.statistics.plain import NOT_MEASURED, ONE_SET, explained, 
 from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.results import ConditionResult, GridResult, RankBy
 
 
@@ -209,7 +210,7 @@ class LayerComparison:
 
 def compare_layers(
     grids: Mapping[int, GridResult],
-    experiment: MeasuresHeadSets | None = None,
+    experiment: MeasuresPatches | None = None,
 ) -> LayerComparison:
     """Compare the layers that were measured on the same prompts.
 
@@ -292,7 +293,7 @@ def _threshold(delta: Float64[ndarray, "layer head prompt"]) -> float:
 
 def _rows(
     grids: Mapping[int, GridResult],
-    experiment: MeasuresHeadSets | None,
+    experiment: MeasuresPatches | None,
     bootstrap: Bootstrap,
     threshold: float,
 ) -> tuple[LayerRow, ...]:
@@ -301,7 +302,7 @@ def _rows(
 
 def _row(
     grid: GridResult,
-    experiment: MeasuresHeadSets | None,
+    experiment: MeasuresPatches | None,
     bootstrap: Bootstrap,
     threshold: float,
 ) -> LayerRow:

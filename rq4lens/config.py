@@ -43,7 +43,8 @@ class Settings(BaseModel):
         self._fill(values, type(self).__name__)
 
     def _fill(self, values: Mapping[str, Any], where: str) -> None:
-        _refuse_unknown(values, [*type(self).model_fields, *self.file_keys()], where)
+        known = dict.fromkeys((*self.file_keys(), *type(self).model_fields))
+        _refuse_unknown(values, known, where)
         _refuse_truth(values, where)
         try:
             super().__init__(**values)
@@ -58,9 +59,9 @@ class Settings(BaseModel):
         return settings
 
     @classmethod
-    def file_keys(cls) -> frozenset[str]:
+    def file_keys(cls) -> tuple[str, ...]:
         """What the settings are called in a TOML file."""
-        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+        return tuple(field.alias or name for name, field in cls.model_fields.items())
 
     def but(self: S, **changes: Any) -> S:
         """The same settings with some values replaced and checked again."""

@@ -395,6 +395,8 @@ def test_layers_of_different_sweeps_are_refused(layer_grids):
         compare_layers({})
     with pytest.raises(UserError, match="is one of layer 1"):
         compare_layers({0: grids[1]})
-    other = replace(grids[1], settings=replace(grids[1].settings, alpha=0.9))
+    settings = grids[1].settings
+    stronger = replace(settings, patching=settings.patching.but(alpha=0.9))
+    other = replace(grids[1], settings=stronger)
     with pytest.raises(UserError, match="another alpha"):
         compare_layers({0: grids[0], 1: other})

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import reduce
 from operator import getitem
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

@@ -221,10 +221,11 @@ def prepared(pair, maps, *, engine="suffix", batch_size=32, activations=None, **
 def grid_of(pair, maps, layer, control_layer=None, alpha=0.3, *, ks=(1, 2, 4, 8), **settings):
     """The main job's grid, its settings by name; ``experiment`` and ``store`` are used if given."""
     effort = Effort(seed=settings.pop("seed", 0))
-    experiment, store, progress = (
-        settings.pop(name, None) for name in ("experiment", "store", "progress")
+    names = ("experiment", "store", "progress", "activations")
+    experiment, store, progress, activations = (settings.pop(name, None) for name in names)
+    place = Place(
+        **{name: settings.pop(name) for name in ("engine", "batch_size") if name in settings}
     )
-    place = {name: settings.pop(name) for name in ("engine", "batch_size") if name in settings}
     patching = Patching(layer=layer, control_layer=control_layer, alpha=alpha, k=ks, **settings)
-    experiment = experiment or prepare(pair, maps, patching, Place(**place))
+    experiment = experiment or prepare(pair, maps, patching, place, activations=activations)
     return measure_grid(Measurer(experiment, store), patching, effort, progress)

@@ -128,6 +128,7 @@ class Measurer:
         other._known = {
             group: rows for group, rows in self._known.items() if (group[0], group[2]) not in extra
         }
+        other._fingerprints = {key: tensor_fingerprint(tensor) for key, tensor in extra.items()}
         return other
 
     def known(self, layer: int, alpha: float, source: str) -> Mapping[Indices, Row]:
@@ -154,8 +155,8 @@ class Measurer:
     def effects(self, patches: Sequence[Patch], progress: Advance | None = None) -> Effects:
         """Effect of each patch by itself on each prompt."""
         self.require(patches, progress)
-        kl_nats, changes = zip(*map(self._row, patches), strict=True)
-        return Effects(np.stack(kl_nats), np.stack(changes))
+        rows = np.array([self._row(patch) for patch in patches]).reshape(-1, 2, len(self.groups))
+        return Effects(rows[:, 0], rows[:, 1])
 
     def _stored(self, patches: Sequence[Patch], progress: Advance | None) -> list[Row]:
         if self.chunks is None:
@@ -256,16 +257,18 @@ class Measurer:
         return [
             patch
             for patch in dict.fromkeys(patches)
-            if patch.heads.indices not in self.known(patch.layer, patch.alpha, patch.source)
+            if patch.heads.indices not in self._beside(patch)
         ]
 
+    def _beside(self, patch: Patch) -> dict[Indices, Row]:
+        return self._known.setdefault((patch.layer, patch.alpha, patch.source), {})
+
     def _row(self, patch: Patch) -> Row:
-        return self.known(patch.layer, patch.alpha, patch.source)[patch.heads.indices]
+        return self._beside(patch)[patch.heads.indices]
 
     def _learn(self, patches: Sequence[Patch], rows: Sequence[Row]) -> None:
         for patch, row in zip(patches, rows, strict=True):
-            known = self._known.setdefault((patch.layer, patch.alpha, patch.source), {})
-            known.setdefault(patch.heads.indices, row)
+            self._beside(patch).setdefault(patch.heads.indices, row)
 
     def _measured(self, patches: Sequence[Patch], progress: Advance | None) -> list[Row]:
         effects = self.source.effects(patches, progress)

@@ -14,6 +14,7 @@ from rq4lens.config import config_from, preset, read_config
 from rq4lens.disk.run import ranking_file, read_run
 from rq4lens.errors import UserError
 from rq4lens.jobs.patch import patch_once
+from rq4lens.jobs.run import run as run_job
 
 KEPT = {"train": 160, "val": 24, "neutral": 0}
 

@@ -18,6 +18,7 @@ from rq4lens.disk.run import LAYERS, read_layers
 from rq4lens.errors import UserError
 from rq4lens.jobs.pages import draw_run, write_report_of
 from rq4lens.jobs.rank import rank_layer
+from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import choose_layers, parse_layers, sweep_layers
 
 

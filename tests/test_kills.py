@@ -39,8 +39,8 @@ COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "1
 FORKS = """
 import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
 import torch
-import rq4lens.jobs.run
-from rq4lens import files
+import rq4lens.jobs.bench, rq4lens.jobs.run
+from rq4lens.disk import files
 from rq4lens.cli import main
 from rq4lens.config import RunConfig, preset
 from rq4lens.models.catalog import pair_from_config
@@ -55,7 +55,7 @@ tokens = {(side, split): pair.tokens(side, split) for side in SIDES for split in
 audit = pair.audit()
 ModelPair.tokens = lambda self, side, split: tokens[side, split]
 ModelPair.audit = lambda self: audit
-rq4lens.jobs.run.pair_from_config = lambda config, kept_in=None: pair
+rq4lens.jobs.bench.pair_from_config = lambda config, kept_in=None: pair
 rq4lens.jobs.run.write_pages = lambda *_: None
 
 def once(place, name):

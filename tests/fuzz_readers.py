@@ -25,6 +25,7 @@ import torch
 from model_zoo import ZOO, save, train_tokenizer
 from peft import LoraConfig, get_peft_model
 from synthetic import resampled
+from tiny import stored_map
 
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.file import read_ranking
@@ -40,7 +41,7 @@ from rq4lens.models.load.config_check import loadable_architecture
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.keys import ConditionIngredients, MeasuredOn
-from rq4lens.patching.maps.map import LayerMap, load_map, save_map
+from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.patch import Patch
 from rq4lens.results import ConditionResult, GridResult, GridSettings
 
@@ -184,9 +185,9 @@ def record(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterat
 
 
 def head_map(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
-    path = folder / "map.safetensors"
     weight, bias = torch.eye(3).repeat(2, 1, 1), torch.zeros(2, 3)
-    save_map(LayerMap(1, "procrustes", "head", weight, bias, 2), path)
+    layer_map = LayerMap(1, "procrustes", "head", weight, bias, 2)
+    path = stored_map(folder / "maps", layer_map).with_suffix(".safetensors")
     tensors, text = path.read_bytes(), path.with_suffix(".json").read_bytes()
     jsons = chain(
         mutants([text], count // 3, rng), json_mutants([json.loads(text)], count // 3, rng)

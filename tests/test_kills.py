@@ -231,6 +231,7 @@ def test_the_demo_killed_at_a_random_moment_goes_on_to_the_very_same_bytes(
         assert counters(folder)["reused"] == kept
         assert counters(folder)["computed"] == undisturbed.n_records - kept
         assert counters(folder)["set_aside"] == []
+        assert not list(folder.rglob("*.tmp"))
     assert verify_run(folder, sample=0).passed
     record_property("kills", KILLS // PARTS)
 

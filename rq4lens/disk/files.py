@@ -11,7 +11,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,47 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def read_text(
+    path: Path,
+    what: str,
+    *,
+    parse: Callable[[str], Any] = str,
+    form: str = "UTF-8",
+    missing: str = "check the path",
+    fix: str = "save it as a plain UTF-8 file",
+) -> Any:
+    """What the text of a file says.
+
+    Args:
+        path: the file.
+        what: what it is, for the sentence, such as ``"prompt file"``.
+        parse: from its text to what it says; raises ``ValueError`` where it says nothing.
+        form: what it should be written in.
+        missing: what to do when it is not there.
+        fix: what to do when it cannot be read.
+
+    Raises:
+        UserError: if the file is missing, is no regular file, or cannot be parsed.
+    """
+    name = f"{what} {str(path)!r}".lstrip()
+    try:
+        return parse(read_regular_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist: {missing}.") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"{name} cannot be read as {form} ({short_reason(problem)}): {fix}."
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """Read a strict JSON file.
 
     Raises:
         UserError: if the file is missing, is no regular file, or does not hold strict JSON.
     """
-    try:
-        return parse_json(read_regular_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(
-            f"{str(path)!r} cannot be read as JSON ({short_reason(problem)}): restore it, or "
-            "remove it and run again."
-        ) from None
+    fix = "restore it, or remove it and run again"
+    return read_text(path, "", parse=parse_json, form="JSON", fix=fix)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from rq4lens.disk.files import (
     parse_json,
     read_regular_bytes,
     read_regular_file,
-    refuse_no_directory,
     remove_leftovers,
     set_aside,
     short_reason,
@@ -40,8 +40,8 @@ T = TypeVar("T")
 
 FORMAT = "rq4lens record 1"
 TENSORS = ".safetensors"
-TENSORS_SHA256 = "tensors_sha256"
-"""Name in the payload of a record that has tensors beside it."""
+SHA256 = "sha256"
+"""Name of the checksum of the tensors in the payload of their record."""
 
 NUMERICS_VERSION = "2"
 """Raised whenever a change of the code changes a stored number; older records are then unused."""
@@ -70,17 +70,12 @@ class Ingredients(Protocol):
 
 @dataclass
 class StoreCounters:
-    """What a store did so far.
-
-    Attributes:
-        reused: records that were found and verified.
-        computed: records that were written.
-        set_aside: file name and reason of each record that could not be believed.
-    """
+    """What a store did so far."""
 
     reused: int = 0
     computed: int = 0
     set_aside: list[tuple[str, str]] = field(default_factory=list)
+    """File name and reason of each file that could not be believed."""
 
 
 class Store:
@@ -91,14 +86,15 @@ class Store:
         fresh: do not use any record that is there; new ones replace them.
 
     Raises:
-        UserError: if something else than a directory lies there.
+        UserError: if a file lies there instead of a directory.
     """
 
     def __init__(self, directory: Path, fresh: bool = False) -> None:
         self.directory = Path(directory)
         self.fresh = fresh
         self.counters = StoreCounters()
-        refuse_no_directory(self.directory)
+        if os.path.lexists(self.directory):
+            make_directory(self.directory)  # refuses a file that lies there
         remove_leftovers(self.directory)
 
     def path(self, ingredients: Ingredients) -> Path:
@@ -149,7 +145,7 @@ class Store:
         make_directory(self.directory)
         # The record comes last: whoever finds it finds whole tensors.
         write_bytes_atomic(self.path(ingredients).with_suffix(TENSORS), data)
-        return self.put(ingredients, {**payload, TENSORS_SHA256: hashlib.sha256(data).hexdigest()})
+        return self.put(ingredients, {**payload, SHA256: hashlib.sha256(data).hexdigest()})
 
     def _believed(self, path: Path, read: Callable[[], T]) -> T | None:
         if self.fresh:
@@ -161,16 +157,17 @@ class Store:
             log.info("computing %s: no record yet", path.name)
             return None
         except DamagedTensorsError as problem:
-            self._set_aside(path.with_suffix(TENSORS), str(problem))
+            self.set_aside(path.with_suffix(TENSORS), str(problem))
             return None
         except (OSError, ValueError, RecursionError) as problem:
-            self._set_aside(path, short_reason(problem))
+            self.set_aside(path, short_reason(problem))
             return None
         self.counters.reused += 1
         log.info("reused %s: checksum and ingredients agree", path.name)
         return found
 
-    def _set_aside(self, path: Path, reason: str) -> None:
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Rename a file that cannot be believed, and say so."""
         self.counters.set_aside.append((path.name, reason))
         log.warning("set aside %s and computing it again: %s", path.name, reason)
         set_aside(path)
@@ -230,7 +227,7 @@ def read_tensors(path: Path, record: Record) -> dict[str, Tensor]:
         if path.is_symlink():
             raise ValueError("a symlink instead of tensors")
         data = read_regular_bytes(path)
-        if hashlib.sha256(data).hexdigest() != record.payload[TENSORS_SHA256]:
+        if hashlib.sha256(data).hexdigest() != record.payload[SHA256]:
             raise ValueError("the checksum does not match")
         return dict(load(data))
     except Exception as problem:  # a disk, a header, a number format: every damage is one error

@@ -393,8 +393,8 @@ def test_repeating_a_strangers_run_does_not_run_a_strangers_code(tmp_path):
     """`trust_remote_code` in a run.json is not obeyed: only who runs can allow it."""
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"config": {"trust_remote_code": True, "base": "evil/model"}}))
-    assert read_config(path).trust_remote_code is False
-    assert RunConfig().trust_remote_code is False
+    assert read_config(path).pair.trust_remote_code is False
+    assert RunConfig().pair.trust_remote_code is False
 
 
 # Ranking files

@@ -64,16 +64,21 @@ def test_all_views_share_what_is_known(asked):
     assert sets.n_measured == 3
 
 
-def test_what_stands_in_place_of_the_map_is_measured_alone(tiny_pair, tiny_maps, asked):
-    """The raw patch does not depend on the map: a control measures its own side only."""
+def test_what_stands_in_place_of_the_map_is_measured_beside_the_raw_patch(
+    tiny_pair, tiny_maps, asked
+):
+    """Both sides of a control go through the same products, so that rounding cancels."""
     sets = MeasuredSets.of(prepared(tiny_pair, tiny_maps), MAIN, ALPHA)
     sets.require([sets.everything])
     z = sets.experiment.sources[MAIN, MAPPED]
-    other = sets.with_mapped({"twice": 2 * z})["twice"]
-    assert not np.array_equal(
-        other.delta_nats([sets.everything]), sets.delta_nats([sets.everything])
+    others = sets.with_mapped({"twice": 2 * z, "again": z})
+    twice, again, own = (
+        each.delta_nats([sets.everything]) for each in (others["twice"], others["again"], sets)
     )
-    assert asked[-1] == patches(range(TINY_HEADS), source="twice")
+    assert np.array_equal(again, own)
+    assert not np.array_equal(twice, own)
+    everything = range(TINY_HEADS)
+    assert asked[1] == [*patches(everything), *patches(everything, source="twice")]
 
 
 def test_a_source_that_was_replaced_is_measured_again(tiny_pair, tiny_maps, tmp_path):

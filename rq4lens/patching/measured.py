@@ -123,11 +123,12 @@ class Measurer:
         return self.source
 
     def with_sources(self, extra: Mapping[tuple[int, str], torch.Tensor]) -> Measurer:
-        """The same with more sources; what is known of all others stays known."""
+        """The same with more sources; nothing is known of it yet.
+
+        So the raw patch is measured again beside what stands in place of the mapped one: both go
+        through the same products, and rounding cancels in their difference.
+        """
         other = Measurer(self.experiment.with_sources(extra), self.records, self.chunks)
-        other._known = {
-            group: rows for group, rows in self._known.items() if (group[0], group[2]) not in extra
-        }
         other._fingerprints = {key: tensor_fingerprint(tensor) for key, tensor in extra.items()}
         return other
 

@@ -83,11 +83,14 @@ class MeasuredSets:
 
     def with_mapped(self, sources: Mapping[str, Site]) -> dict[str, MeasuredSets]:
         """The same layer with something else in place of the mapped activations, by its name."""
-        measurer = self.measurer.with_sources(
-            {(self.layer, name): source for name, source in sources.items()}
-        )
         return {
-            name: MeasuredSets(measurer, self.layer, self.alpha, mapped=name) for name in sources
+            name: MeasuredSets(
+                self.measurer.with_sources({(self.layer, name): source}),
+                self.layer,
+                self.alpha,
+                mapped=name,
+            )
+            for name, source in sources.items()
         }
 
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:

@@ -181,6 +181,7 @@ def _check_table(saved: SavedRun) -> Check:
         *_differences(saved.records, again, RESULTS),
         *_differences(read_json(saved.directory / ranking), ranking_rows(grid), ranking),
         *_differences(saved.run["noise_floor_nats"], noise, "noise floor"),
+        *_differences(_config(saved).effort.seed, grid.settings.effort.seed, "config.seed"),
     ]
     return _verdict("table", differences, f"{len(again)} rows follow from the per-prompt numbers")
 

@@ -118,7 +118,7 @@ def test_halves_of_noise_disagree():
 def test_progress_counts_every_part():
     """The caller hears of each part once."""
     heard = []
-    analysed(noisy_game([1.0, 2.0], 10), advance=heard.append)
+    analysed(noisy_game([1.0, 2.0], 10), progress=heard.append)
     assert heard == [1] * len(PARTS)
 
 

@@ -65,7 +65,7 @@ from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.patching.patch import Advance
+from rq4lens.patching.patch import Progress
 from rq4lens.results import GridResult, HeadRanking
 
 PerPrompt = Float64[ndarray, "head prompt"]
@@ -91,7 +91,7 @@ def analyse(
     alphas: Sequence[float] = ALPHAS,
     activations: PairActivations | None = None,
     neutral: MeasuresPatches | None = None,
-    advance: Advance | None = None,
+    progress: Progress | None = None,
 ) -> Analysis:
     """Analyse a grid.
 
@@ -110,7 +110,7 @@ def analyse(
         alphas: blend strengths of the sweep.
         activations: already captured activations of the pair, for the controls.
         neutral: the pair prepared on neutral prompts, for the side effect.
-        advance: called with 1 when one of the ``PARTS`` is done.
+        progress: called with 1 when one of the ``PARTS`` is done.
 
     Returns:
         The analysis.
@@ -131,7 +131,7 @@ def analyse(
         sweep_alphas=tuple(alphas),
         given_activations=activations,
         neutral=neutral,
-        advance=advance,
+        progress=progress,
     )
     return work.analysis()
 
@@ -150,7 +150,7 @@ class _Work:
     sweep_alphas: tuple[float, ...]
     given_activations: PairActivations | None
     neutral: MeasuresPatches | None
-    advance: Advance | None
+    progress: Progress | None
 
     def analysis(self) -> Analysis:
         """Everything, part by part."""
@@ -181,8 +181,8 @@ class _Work:
     def _seconds(self, part: str) -> float:
         start = time.perf_counter()
         getattr(self, part)
-        if self.advance is not None:
-            self.advance(1)
+        if self.progress is not None:
+            self.progress(1)
         return round(time.perf_counter() - start, 3)
 
     @property

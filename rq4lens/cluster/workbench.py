@@ -17,7 +17,7 @@ from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Progress, Stage, silent
-from rq4lens.patching.engines.prompt_parts import prompt_parts
+from rq4lens.patching.engines.memory import prompt_parts
 from rq4lens.patching.measured import Measurer
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,8 @@ class Workbench(Bench):
         return job
 
     def _prompt_parts(self) -> tuple[tuple[str, ...], ...]:
-        config = self.config
-        prompts = self.pair.tokens("tuned", config.patching.split)
-        model = self.pair.use("tuned").model
-        parts = prompt_parts(model, prompts, config.place.engine, config.place.batch_size)
+        prompts = self.pair.tokens("tuned", self.config.patching.split)
+        parts = prompt_parts(self.pair.use("tuned").model, prompts, self.config.place)
         return tuple(tuple(prompts.ids[row] for row in part) for part in parts)
 
     @cached_property

@@ -175,6 +175,7 @@ def run_on(bench: Bench) -> Run:
     with clock("load"):
         memory = plan_memory(config)
         say_and_require(memory)
+        bench.keep_both = memory.keep_both
         plan = bench.plan
         audit = bench.pair.audit()
     measurer = bench.measurer(plan.layers)
@@ -215,7 +216,7 @@ def _analyse(
 ) -> Analysis:
     config, experiment = bench.config, measurer.experiment
     if config.effort.analysis == "grid":
-        return analyse(grid, advance=progress)
+        return analyse(grid, progress=progress)
     if not isinstance(experiment.engine, RowEngine):
         log.warning(
             "the full analysis measures thousands of head sets, and engine %s runs the whole model "
@@ -240,5 +241,5 @@ def _analyse(
         random_ks={"affordable": None, "every": every, "k": ()}[config.effort.random_sizes],
         activations=bench.activations,
         neutral=neutral,
-        advance=progress,
+        progress=progress,
     )

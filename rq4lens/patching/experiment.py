@@ -21,10 +21,10 @@ from rq4lens.patching.patch import (
     MAPPED,
     RAW,
     SELF,
-    Advance,
     Effects,
     Engine,
     Patch,
+    Progress,
     Sources,
 )
 
@@ -107,7 +107,7 @@ class Experiment:
         """
         return replace(self, sources=Sources({**self.sources, **extra}))
 
-    def effects(self, patches: Sequence[Patch], progress: Advance | None = None) -> Effects:
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
         """Effect of each patch by itself on each prompt.
 
         Args:
@@ -199,10 +199,8 @@ def prepare(
     tuned_engine = make_engine(
         pair.use("tuned").model,
         prompts,
-        prefer=place.engine,
-        k_positions=settings.k_positions,
-        batch_size=place.batch_size if rows is None else len(rows),
-        kl_direction=settings.kl_direction,
+        settings,
+        place if rows is None else place.but(batch_size=len(rows)),
         first_layer=min(maps),
     )
     tensors: dict[tuple[int, str], Tensor] = {}

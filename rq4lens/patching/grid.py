@@ -13,7 +13,7 @@ from rq4lens.models.pair import ModelPair
 from rq4lens.patching.experiment import PREPARED, Experiment, prepare
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer, Planned
-from rq4lens.patching.patch import SELF, Advance
+from rq4lens.patching.patch import SELF, Progress
 from rq4lens.results import (
     ConditionResult,
     GridResult,
@@ -163,7 +163,7 @@ def measure_grid(
     measurer: Measurer | Experiment,
     settings: Patching,
     effort: Effort | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> GridResult:
     """Every condition of the main job, from an experiment that is prepared.
 
@@ -205,7 +205,7 @@ def run_sweep(
     measurer: Measurer | Experiment,
     settings: Patching,
     effort: Effort | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> dict[int, GridResult]:
     """The grid of every prepared layer, without control layers, from one clean pass.
 

@@ -15,7 +15,7 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import tensor_fingerprint
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.keys import ChunkIngredients, ConditionIngredients, MeasuredOn
-from rq4lens.patching.patch import MAPPED, RAW, SELF, Advance, Effects, Patch
+from rq4lens.patching.patch import MAPPED, RAW, SELF, Effects, Patch, Progress
 from rq4lens.results import ConditionResult, GridResult
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class MeasuresPatches(Protocol):
     def n_heads(self) -> int:
         """Heads per layer."""
 
-    def effects(self, patches: Sequence[Patch], progress: Advance | None = None) -> Effects:
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
         """Effect of each patch by itself on each prompt."""
 
 
@@ -147,19 +147,19 @@ class Measurer:
 
     # Effects
 
-    def require(self, patches: Sequence[Patch], progress: Advance | None = None) -> None:
+    def require(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
         """Measure those patches that are not known, or take them from disk."""
         for chunk in _chunks(self._unknown(patches), MEASURED_TOGETHER):
             together = [patch for group in _by_source(chunk) for patch in group]
             self._learn(together, self._stored(together, progress))
 
-    def effects(self, patches: Sequence[Patch], progress: Advance | None = None) -> Effects:
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
         """Effect of each patch by itself on each prompt."""
         self.require(patches, progress)
         rows = np.array([self._row(patch) for patch in patches]).reshape(-1, 2, len(self.groups))
         return Effects(rows[:, 0], rows[:, 1])
 
-    def _stored(self, patches: Sequence[Patch], progress: Advance | None) -> list[Row]:
+    def _stored(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
         if self.chunks is None:
             return self._measured(patches, progress)
         conditions = tuple(map(self._ingredients, patches))
@@ -180,7 +180,7 @@ class Measurer:
     # Conditions of a grid
 
     def conditions(
-        self, planned: Sequence[Planned], progress: Advance | None = None
+        self, planned: Sequence[Planned], progress: Progress | None = None
     ) -> dict[str, ConditionResult]:
         """Results of conditions by name."""
         for chunk in _chunks(self._unknown(_patches(planned)), RECORDED_TOGETHER):
@@ -191,7 +191,7 @@ class Measurer:
         """Whether every patch of some conditions has a record, on all prompts."""
         return all(self._record(patch) is not None for patch in _patches(planned))
 
-    def part(self, planned: Sequence[Planned], progress: Advance | None = None) -> dict[str, Any]:
+    def part(self, planned: Sequence[Planned], progress: Progress | None = None) -> dict[str, Any]:
         """What the experiment's prompts, a part of the split, add to some conditions."""
         patches = _patches(planned)
         rows = [
@@ -222,7 +222,7 @@ class Measurer:
             self.records.put(self._ingredients(patch), _joined(ids, numbers))
         return []
 
-    def _recorded(self, patches: Sequence[Patch], progress: Advance | None) -> list[Row]:
+    def _recorded(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
         records = [self._record(patch) for patch in patches]
         found = [row for row in records if row is not None]
         if len(found) == len(patches):
@@ -271,11 +271,11 @@ class Measurer:
         for patch, row in zip(patches, rows, strict=True):
             self._beside(patch).setdefault(patch.heads.indices, row)
 
-    def _measured(self, patches: Sequence[Patch], progress: Advance | None) -> list[Row]:
+    def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
         effects = self.source.effects(patches, progress)
         return _rows(effects.kl_nats, effects.answer_logprob_change_nats)
 
-    def _report(self, n_patches: int, progress: Advance | None) -> None:
+    def _report(self, n_patches: int, progress: Progress | None) -> None:
         if progress is not None:
             progress(n_patches * len(self.groups))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
-from rq4lens.patching.patch import MAPPED, RAW, Advance, Patch
+from rq4lens.patching.patch import MAPPED, RAW, Patch, Progress
 from rq4lens.results import GridResult
 
 PerPrompt = Float64[ndarray, "condition prompt"]
@@ -29,7 +29,7 @@ class GridAlone:
         self.groups = grid.groups
         self.n_heads = grid.n_heads
 
-    def effects(self, patches: Sequence[Patch], progress: Advance | None = None) -> NoReturn:  # noqa: ARG002
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> NoReturn:  # noqa: ARG002
         """Refuse."""
         raise UserError(
             f"head set {patches[0].heads} was not measured: give the experiment too, so that it "

@@ -34,7 +34,7 @@ from rq4lens.analysis.saved import read_run, write_grid, write_run
 from rq4lens.config import Patching, config_from, read_config
 from rq4lens.disk.files import read_json
 from rq4lens.disk.run import FORMAT
-from rq4lens.disk.store import ConditionIngredients, Store
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.adapters import base_of, check_adapter
@@ -42,7 +42,9 @@ from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.huggingface import loadable_architecture
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.patching.keys import ConditionIngredients, MeasuredOn
 from rq4lens.patching.maps.map import LayerMap, load_map
+from rq4lens.patching.patch import Patch
 from rq4lens.results import ConditionResult, GridResult, GridSettings
 
 Reader = Callable[[bytes], object]
@@ -166,11 +168,11 @@ def plain_json(rng: random.Random, count: int, folder: Path) -> tuple[Reader, It
 
 
 def record(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
-    fields = ConditionIngredients.__dataclass_fields__
-    values = {name: name for name in fields} | {
-        "layer": 1, "heads": (1, 2), "n_heads": 8, "alpha": 0.3, "k_positions": 1
-    }  # fmt: skip
-    ingredients = ConditionIngredients(**values)
+    on = MeasuredOn(
+        models={}, prompts="p", tokens={}, decision_rule="last", patching={}, dtype="float32",
+        device="cpu", libraries="torch 2",
+    )  # fmt: skip
+    ingredients = ConditionIngredients(on, Patch(1, HeadSet.of((1, 2), 8), 0.3, "raw"), None)
     store = Store(folder / "conditions")
     payload = {"kl_nats": [0.25, 1e-9]}
     valid = store.put(ingredients, payload).read_bytes()

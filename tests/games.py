@@ -20,7 +20,8 @@ from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.config import Effort, Patching
 from rq4lens.heads import HeadSet
-from rq4lens.patching.experiment import HeadSetEffects
+from rq4lens.patching.measured import Measurer, Planned
+from rq4lens.patching.patch import RAW, Effects
 from rq4lens.results import ConditionResult, GridResult, GridSettings
 
 
@@ -51,29 +52,25 @@ class Game:
         """Head sets as rows of zeros and ones."""
         return np.array([HeadSet.of(heads, self.n_heads).mask for heads in sets], dtype=float)
 
-    def measure(self, layer, head_sets, alpha, *, mapped="mapped", progress=None):  # noqa: ARG002
-        """Effects of head sets, as an experiment gives them; layer 0 has half the effect."""
-        self.n_measured += len(head_sets)
-        scale = self.scale_by_source.get(mapped, 1.0) * (1.0 if layer == 1 else 0.5)
-        scale *= (alpha / 0.3) ** 2
-        masks = self.masks(head_sets)
-        raw, delta = (alpha / 0.3) ** 2 * masks @ self.raw, scale * self.delta(masks)
-        return HeadSetEffects(layer, alpha, tuple(head_sets), raw, raw - delta, -raw, delta - raw)
+    def effects(self, patches, progress=None):  # noqa: ARG002
+        """Effects of patches, as an experiment gives them; layer 0 has half the repair."""
+        self.n_measured += sum(patch.source != RAW for patch in patches)
+        strength = np.array([(patch.alpha / 0.3) ** 2 for patch in patches])[:, None]
+        share = np.array([[self.scale_of(patch)] for patch in patches])
+        masks = self.masks([patch.heads for patch in patches])
+        kl_nats = strength * (masks @ self.raw) - strength * share * self.delta(masks)
+        return Effects(kl_nats, -kl_nats)
+
+    def scale_of(self, patch):
+        """The share of its ΔKL that a patch repairs."""
+        if patch.source == RAW:
+            return 0.0
+        return self.scale_by_source.get(patch.source, 1.0) * (1.0 if patch.layer == 1 else 0.5)
 
     def condition(self, cond, heads, layer=1, alpha=0.3):
         """One condition of a grid."""
-        head_set = HeadSet.of(heads, self.n_heads)
-        effects = self.measure(layer, [head_set], alpha)
-        return ConditionResult(
-            cond,
-            layer,
-            head_set,
-            alpha,
-            effects.kl_raw_nats[0],
-            effects.kl_mapped_nats[0],
-            effects.answer_logprob_change_raw_nats[0],
-            effects.answer_logprob_change_mapped_nats[0],
-        )
+        planned = Planned(cond, layer, HeadSet.of(heads, self.n_heads), alpha)
+        return Measurer(self).conditions([planned])[cond]
 
     def grid(self, ks=(1, 2), random_seeds=(0, 1, 2), noise_floor_nats=0.0, rank_by="delta"):
         """The main job's grid of this game."""

@@ -10,7 +10,7 @@ from tiny import random_prompts, tiny_model, word_tokenizer
 
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
-from rq4lens.patching.experiment import HeadSetEffects
+from rq4lens.patching.patch import Effects
 from rq4lens.validation.scenarios import BaseHeads, LayerCost, damages_add, fitted
 
 SILENT, DEAD_LAYER = 3, 2
@@ -100,10 +100,10 @@ def test_a_choice_is_recorded(heads):
 class Pushes(Game):
     """``KL_raw`` is the square of what the patched heads push the output by, together."""
 
-    def measure(self, layer, head_sets, alpha, **_):
-        """Effects of head sets on the one prompt."""
-        raw = (self.masks(head_sets) @ self.single) ** 2
-        return HeadSetEffects(layer, alpha, tuple(head_sets), raw, raw, raw, raw)
+    def effects(self, patches, progress=None):  # noqa: ARG002
+        """Effects of patches on the one prompt."""
+        raw = (self.masks([patch.heads for patch in patches]) @ self.single) ** 2
+        return Effects(raw, raw)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from rq4lens.errors import UserError
 from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.verify import verify_run
 from rq4lens.patching.engines.row_engine import RowEngine
-from rq4lens.patching.measured import Recorder
+from rq4lens.patching.measured import Measurer
 
 # Resumed and undisturbed runs compute in the same way: with one thread, as the children do.
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("one_thread")]
@@ -46,7 +46,9 @@ def numbers(folder: Path) -> dict[str, bytes]:
     """The bytes of everything a run says about the pair."""
     names = [*NUMBERS, *(path.name for path in folder.glob("single_head_*.json"))]
     analysis = json.loads((folder / "analysis.json").read_text())
-    del analysis["seconds"]  # the one thing in it that no two runs share
+    del analysis["seconds"]  # no two runs share their timings
+    for row in analysis["methods"]:
+        del row["seconds"]
     return {name: (folder / name).read_bytes() for name in names} | {
         "analysis.json": json.dumps(analysis).encode()
     }
@@ -319,16 +321,16 @@ def test_out_of_memory_at_any_batch_keeps_what_is_done(
 ):
     """Memory runs out in the middle of the grid; the next attempt goes on from there."""
     folder = tmp_path / "run"
-    measure = Recorder._chunk
+    measure = Measurer._recorded
     calls = iter(range(1, 10**9))
 
-    def exhausted(self, patches):
+    def exhausted(self, patches, progress):
         if next(calls) > at:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return measure(self, patches)
+        return measure(self, patches, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "_chunk", exhausted)
+        patch.setattr(Measurer, "_recorded", exhausted)
         with pytest.raises(torch.OutOfMemoryError):
             run_job(config_from(pair), folder)
     kept = records_in(folder)
@@ -336,6 +338,60 @@ def test_out_of_memory_at_any_batch_keeps_what_is_done(
     run_job(config_from(pair), folder)
     assert counters(folder)["reused"] == kept
     assert numbers(folder) == numbers(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def analysed(pair, one_thread, tmp_path_factory) -> Path:  # noqa: ARG001 - for its order
+    """A run with its full analysis, that nothing happened to."""
+    folder = tmp_path_factory.mktemp("analysed")
+    run_job(config_from(pair | {"analysis": "full"}), folder)
+    return folder
+
+
+def chunks_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "measured").glob("*")}
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("at", [1, 5, 12])
+def test_an_interrupted_analysis_goes_on_where_it_stopped(
+    pair, analysed, tmp_path, monkeypatch, at
+):
+    """No finished chunk of head sets is measured again, and the same bytes come out."""
+    config, folder = config_from(pair | {"analysis": "full"}), tmp_path / "run"
+    measure, measured = Measurer._measured, []
+
+    def watched(self, patches, progress):
+        if stops and len(chunks_in(folder)) == 2 * at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        measured.append((self.experiment.split, *patches))
+        return measure(self, patches, progress)
+
+    monkeypatch.setattr(Measurer, "_measured", watched)
+    stops = True
+    with pytest.raises(torch.OutOfMemoryError):
+        run_job(config, folder)
+    kept = chunks_in(folder)
+    stops = False
+    run_job(config, folder)
+    assert len(measured) == len(set(measured))
+    assert kept.items() <= chunks_in(folder).items()
+    assert chunks_in(folder) == chunks_in(analysed)
+    assert numbers(folder) == numbers(analysed)
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_damaged_head_sets_are_measured_again(pair, analysed, tmp_path):
+    """A file of an analysis that was cut, emptied or exchanged is set aside; no number changes."""
+    folder = shutil.copytree(analysed, tmp_path / "run")
+    paths = sorted((folder / "measured").glob("*.safetensors"))
+    paths[0].write_bytes(paths[0].read_bytes()[:-9])
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(paths[3].read_bytes())
+    paths[4].with_suffix(".json").unlink()
+    run_job(config_from(pair | {"analysis": "full"}), folder)
+    assert numbers(folder) == numbers(analysed)
+    assert len(list((folder / "measured").glob("*.damaged"))) == 3
 
 
 @pytest.mark.usefixtures("no_pages")
@@ -426,11 +482,12 @@ def test_repeating_a_run_from_its_own_record_is_the_same_bytes(pair, undisturbed
 def test_the_numerics_version_makes_old_records_unused(pair, undisturbed, tmp_path, monkeypatch):
     """After a change of the arithmetic nothing old is reused."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    ingredients = Recorder._ingredients
+    ingredients = Measurer._ingredients
 
     def of_another_version(self, patch):
-        return replace(ingredients(self, patch), numerics_version="another")
+        found = ingredients(self, patch)
+        return replace(found, on=replace(found.on, numerics_version="another"))
 
-    monkeypatch.setattr(Recorder, "_ingredients", of_another_version)
+    monkeypatch.setattr(Measurer, "_ingredients", of_another_version)
     run_job(config_from(pair), folder)
     assert counters(folder)["reused"] == 0

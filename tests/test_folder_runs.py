@@ -250,7 +250,7 @@ def test_padding_on_the_left_changes_no_number(small):
     )
     sets = [HeadSet.all(4), HeadSet.of([2], 4)]
     whole, other = (
-        each.measure(LAYER, sets, 0.3).kl_raw_nats
+        each.measure(LAYER, sets, 0.3)[0].kl_nats
         for each in (experiment, replace(experiment, engine=engine))
     )
     np.testing.assert_allclose(other, whole, atol=1e-5, rtol=0)

@@ -30,7 +30,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.maps.fitting import fit_maps
-from rq4lens.patching.patch import MAPPED, RAW, SELF
+from rq4lens.patching.patch import MAPPED, RAW, SELF, Patch
 
 LAYER = 1
 
@@ -73,8 +73,8 @@ def test_decision_function_is_what_the_engine_measures(tiny_experiment):
     clean, patched = (logits_at(experiment, each) for each in (z, raw))
     answer = clean.argmax(-1, keepdim=True)
     change = (patched.log_softmax(-1) - clean.log_softmax(-1)).take_along_dim(answer, -1)[:, 0]
-    measured = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 1.0)
-    assert np.allclose(change, measured.answer_logprob_change_raw_nats[0], atol=1e-4)
+    measured, _ = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 1.0)
+    assert np.allclose(change, measured.answer_logprob_change_nats[0], atol=1e-4)
 
 
 def test_gradient_is_the_slope_of_finite_differences(double):
@@ -102,11 +102,9 @@ def test_integrated_gradients_are_complete(double, source):
     alpha = 0.7
     measured = MeasuredSets.of(double, LAYER, alpha)
     contributions = attributions(measured, [source], "answer_logprob", 12)[0]
-    effects = double.measure(LAYER, [HeadSet.all(double.n_heads)], alpha)
-    change = {
-        RAW: effects.answer_logprob_change_raw_nats[0],
-        MAPPED: effects.answer_logprob_change_mapped_nats[0],
-    }[source]
+    everything = HeadSet.all(double.n_heads)
+    effects = double.effects([Patch(LAYER, everything, alpha, source)])
+    change = effects.answer_logprob_change_nats[0]
     assert contributions.sum(0) == pytest.approx(change, abs=1e-6)
 
 
@@ -116,7 +114,7 @@ def test_attribution_is_the_limit_of_small_alpha(double):
     measured = MeasuredSets.of(double, LAYER, alpha)
     contributions = attributions(measured, [RAW], "answer_logprob", 0)[0]
     singles = [HeadSet.of([head], double.n_heads) for head in range(double.n_heads)]
-    exact = double.measure(LAYER, singles, alpha).answer_logprob_change_raw_nats
+    exact = double.measure(LAYER, singles, alpha)[0].answer_logprob_change_nats
     assert contributions == pytest.approx(exact, rel=0.01, abs=1e-7)
 
 
@@ -197,21 +195,19 @@ def test_more_than_one_position_counts(tiny_pair):
     experiment = prepared(tiny_pair, maps, activations=activations)
     measured = MeasuredSets.of(experiment, LAYER, 0.5)
     contributions = attributions(measured, [RAW], "answer_logprob", 10)[0]
-    effects = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.5)
-    assert contributions.sum(0) == pytest.approx(
-        effects.answer_logprob_change_raw_nats[0], abs=1e-4
-    )
+    raw, _ = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.5)
+    assert contributions.sum(0) == pytest.approx(raw.answer_logprob_change_nats[0], abs=1e-4)
 
 
 def test_gradients_leave_nothing_behind(tiny_experiment):
     """No hook, no gradient on a parameter, and later measurements are as before."""
     experiment = tiny_experiment
-    before = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.3)
+    before, _ = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.3)
     measured = MeasuredSets.of(experiment, LAYER, 0.3)
     rank_by_attribution(measured)
     rank_by_kl_curvature(measured)
-    after = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.3)
-    assert np.array_equal(before.kl_raw_nats, after.kl_raw_nats)
+    after, _ = experiment.measure(LAYER, [HeadSet.all(experiment.n_heads)], 0.3)
+    assert np.array_equal(before.kl_nats, after.kl_nats)
     assert all(parameter.grad is None for parameter in experiment.tuned_model.parameters())
     assert not any(point.fwd_hooks for point in experiment.tuned_model.hook_dict.values())
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from rq4lens.config import config_from
 from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.patch import patch_once
+from rq4lens.jobs.rank import rank_layer
 from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
@@ -130,6 +132,20 @@ def test_a_sweep_keeps_for_the_runs_after_it(again, loads, tmp_path):
     for layer in (0, 2):
         read(again | cache | {"layer": layer, "control_layer": 1})
     assert loads == ["base", "tuned", "tuned", "tuned"]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [lambda config: rank_layer(config, ["delta"]), lambda config: patch_once(config, "0,1")],
+    ids=["rank", "patch"],
+)
+def test_a_ranking_and_a_single_patch_share_the_folder(again, loads, tmp_path, job):
+    """`--cache` serves them as it serves a run: what one job captured, no other captures again."""
+    job(config_from(again))
+    assert loads == ["tuned"]
+    for _ in range(2):
+        job(config_from(again | {"cache": str(tmp_path / "new")}))
+    assert loads == ["tuned", "base", "tuned", "tuned"]
 
 
 # --- what is not believed

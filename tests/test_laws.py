@@ -63,11 +63,11 @@ def test_the_divergence_is_the_formula(micro, micro_experiment, layer, heads, al
     base, tuned, _ = micro
     layer_map = micro_experiment.maps[layer]
     weight, bias = layer_map.weight.double().numpy(), layer_map.bias.double().numpy()
-    measured = micro_experiment.measure(layer, [HeadSet.of(heads, 2)], alpha)
+    raw, mapped = micro_experiment.measure(layer, [HeadSet.of(heads, 2)], alpha)
     for index, tokens in enumerate(micro_experiment.prompts.token_ids):
         z_b, z_t = base.z(tokens, layer), tuned.z(tokens, layer)
-        mapped = np.einsum("hi,hij->hj", z_b, weight) + bias
-        for source, found in ((z_b, measured.kl_raw_nats), (mapped, measured.kl_mapped_nats)):
+        z_mapped = np.einsum("hi,hij->hj", z_b, weight) + bias
+        for source, found in ((z_b, raw.kl_nats), (z_mapped, mapped.kl_nats)):
             z = z_t.copy()
             z[list(heads)] = (1 - alpha) * z_t[list(heads)] + alpha * source[list(heads)]
             expected = kl_nats(tuned.logits(tokens, {layer: z}), tuned.logits(tokens))
@@ -79,17 +79,17 @@ def test_the_direction_of_the_divergence_is_the_named_one(micro, direction):
     """`clean||patched` is `KL(p_clean || p_patched)`, and the two differ."""
     base, tuned, pair = micro
     maps = fit_maps(pair, [1])
-    measured = prepared(pair, maps, kl_direction=direction).measure(1, [HeadSet.all(2)], 1.0)
+    raw, _ = prepared(pair, maps, kl_direction=direction).measure(1, [HeadSet.all(2)], 1.0)
     for index, tokens in enumerate(pair.tokens("tuned", "val").token_ids):
         patched, clean = tuned.logits(tokens, {1: base.z(tokens, 1)}), tuned.logits(tokens)
         order = (patched, clean) if direction == "patched||clean" else (clean, patched)
-        assert measured.kl_raw_nats[0, index] == pytest.approx(kl_nats(*order), abs=1e-12)
+        assert raw.kl_nats[0, index] == pytest.approx(kl_nats(*order), abs=1e-12)
 
 
 def test_the_answer_is_the_clean_models_most_likely_token(micro):
     """The log-probability change is that of the clean top token, patched minus clean."""
     base, tuned, pair = micro
-    measured = prepared(pair, fit_maps(pair, [1])).measure(1, [HeadSet.of([0], 2)], 1.0)
+    raw, _ = prepared(pair, fit_maps(pair, [1])).measure(1, [HeadSet.of([0], 2)], 1.0)
     for index, tokens in enumerate(pair.tokens("tuned", "val").token_ids):
         z = tuned.z(tokens, 1)
         z[0] = base.z(tokens, 1)[0]
@@ -98,7 +98,7 @@ def test_the_answer_is_the_clean_models_most_likely_token(micro):
             for x in (tuned.logits(tokens, {1: z}), tuned.logits(tokens))
         )
         expected = patched[clean.argmax()] - clean.max()
-        found = measured.answer_logprob_change_raw_nats[0, index]
+        found = raw.answer_logprob_change_nats[0, index]
         assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -155,9 +155,9 @@ def one_token_model(value: float) -> HookedTransformer:
 def test_what_changes_nothing_reads_zero(tiny_experiment, heads, alpha, source):
     """`α = 0`, `NONE` and patching the tuned model into itself leave the distribution unchanged."""
     chosen = HeadSet.parse(heads, TINY_HEADS)
-    measured = tiny_experiment.measure(MAIN, [chosen], alpha, raw=source, mapped=source)
-    np.testing.assert_allclose(measured.kl_raw_nats, 0, atol=1e-12)
-    np.testing.assert_allclose(measured.answer_logprob_change_raw_nats, 0, atol=1e-6)
+    for effects in tiny_experiment.measure(MAIN, [chosen], alpha, raw=source, mapped=source):
+        np.testing.assert_allclose(effects.kl_nats, 0, atol=1e-12)
+        np.testing.assert_allclose(effects.answer_logprob_change_nats, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -180,8 +180,7 @@ def test_identical_models_differ_nowhere(tiny_pair, engine):
 def test_order_and_repetition_in_a_spec_do_not_matter(tiny_experiment):
     """`2,0`, `0,2,2` and `0,2` are one head set with one set of numbers."""
     sets = [HeadSet.parse(spec, TINY_HEADS) for spec in ("0,2", "2,0", "0,2,2")]
-    measured = tiny_experiment.measure(MAIN, sets, ALPHA)
-    for values in (measured.kl_raw_nats, measured.kl_mapped_nats):
+    for values in columns(tiny_experiment.measure(MAIN, sets, ALPHA)):
         np.testing.assert_allclose(values[1:], values[[0, 0]], atol=1e-12)
     assert len(set(sets)) == 1
 
@@ -314,7 +313,13 @@ def reference(pair_and_tolerance):
 
 def columns(measured):
     """Both columns as one array, ``[kind condition prompt]``."""
-    return np.stack([measured.kl_raw_nats, measured.kl_mapped_nats])
+    return np.stack([effects.kl_nats for effects in measured])
+
+
+def delta_nats(measured):
+    """`ΔKL` of each condition on each prompt."""
+    raw, mapped = measured
+    return raw.kl_nats - mapped.kl_nats
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -425,7 +430,7 @@ def test_shuffled_pairs_destroy_the_maps_advantage(tiny_pair, tiny_maps):
     unpaired = fit_maps(tiny_pair, [MAIN], activations=Unpaired(tiny_pair))
     everything = [HeadSet.all(TINY_HEADS)]
     true, shuffled = (
-        prepared(tiny_pair, maps).measure(MAIN, everything, ALPHA).delta_nats.mean()
+        delta_nats(prepared(tiny_pair, maps).measure(MAIN, everything, ALPHA)).mean()
         for maps in ({MAIN: tiny_maps[MAIN]}, unpaired)
     )
     assert true > 0

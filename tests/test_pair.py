@@ -197,7 +197,7 @@ def test_a_run_loads_each_model_once_even_when_they_may_not_stay():
     shelf, pair = shelf_pair(keep_both=False)
     bench = Bench(config_from({"layer": 1, "control_layer": 0}))
     bench.pair = pair
-    experiment = bench.experiment([1, 0])
+    experiment = bench.measurer([1, 0]).experiment
     grid_of(pair, experiment.maps, 1, 0, ks=(1, 2), experiment=experiment)
     assert shelf.loads == ["base", "tuned"]
 

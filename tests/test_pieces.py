@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 
 from rq4lens.cluster.many import divides_prompts
 from rq4lens.cluster.pieces import WHOLE, Shard, Share, divided, inward, pieces_of
+from rq4lens.config import Patching
 from rq4lens.errors import UserError
 from rq4lens.patching.grid import GridPlan
-from rq4lens.patching.measured import CHUNK
+from rq4lens.patching.measured import RECORDED_TOGETHER
 
 
-def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2)):
-    return GridPlan(n_heads, layer, control, ks, seeds)
+def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2), alpha=0.3):
+    settings = Patching(layer=layer, control_layer=control, k=ks, random_seeds=seeds, alpha=alpha)
+    return GridPlan(n_heads, settings)
 
 
 @given(
@@ -25,18 +27,19 @@ def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2)):
 def test_pieces_are_the_chunks_of_a_single_process(n_heads, ks, seeds):
     """Cut from the plan in the same places, so that every product has the same rows."""
     grid = plan(n_heads, ks=tuple(k for k in ks if k <= n_heads), seeds=tuple(seeds))
-    patches = list(dict.fromkeys(p for each in grid.fixed() for p in each.patches(0.3)))
-    chunks = [tuple(patches[at : at + CHUNK]) for at in range(0, len(patches), CHUNK)]
-    assert [piece.patches for piece in pieces_of([grid], 0.3)] == chunks
+    patches = list(dict.fromkeys(p for each in grid.fixed() for p in each.patches))
+    size = RECORDED_TOGETHER
+    chunks = [tuple(patches[at : at + size]) for at in range(0, len(patches), size)]
+    assert [piece.patches for piece in pieces_of([grid])] == chunks
 
 
 def test_pieces_are_addressed_by_what_they_measure():
     """The same plans give the same keys in the same order; anything else gives others."""
-    one, again = (pieces_of([plan()], 0.3, "job") for _ in range(2))
+    one, again = (pieces_of([plan()], "job") for _ in range(2))
     assert [piece.key for piece in one] == [piece.key for piece in again]
     others = [
-        *(pieces_of([plan()], 0.5, "job"), pieces_of([plan()], 0.3, "other job")),
-        pieces_of([plan(layer=2)], 0.3, "job"),
+        *(pieces_of([plan(alpha=0.5)], "job"), pieces_of([plan()], "other job")),
+        pieces_of([plan(layer=2)], "job"),
     ]
     for other in others:
         assert {piece.key for piece in one}.isdisjoint(piece.key for piece in other)
@@ -44,7 +47,7 @@ def test_pieces_are_addressed_by_what_they_measure():
 
 def test_divided_pieces_cover_each_condition_and_prompt_once():
     """Each has a key of its own, and a stretch of them touches few prompts."""
-    wholes, parts = pieces_of([plan()], 0.3, "job"), [("a", "b"), ("c",)]
+    wholes, parts = pieces_of([plan()], "job"), [("a", "b"), ("c",)]
     pieces = divided(wholes, parts)
     assert [piece.prompts for piece in pieces] == [parts[0]] * len(wholes) + [parts[1]] * len(
         wholes
@@ -75,7 +78,7 @@ def test_prompts_are_divided_where_pieces_are_few(division, n_pieces, n_workers,
 def test_shares_cover_everything_once(n, n_layers, n_lists):
     """The shares of a whole hold each piece exactly once, also of several lists end to end."""
     lists = [
-        pieces_of([plan(8, layer, None) for layer in range(n_layers)], 0.3, str(place))
+        pieces_of([plan(8, layer, None) for layer in range(n_layers)], str(place))
         for place in range(n_lists)
     ]
     held = []

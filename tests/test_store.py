@@ -10,8 +10,12 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,46 +23,73 @@ from safetensors.torch import save
 
 from rq4lens.disk import files
 from rq4lens.disk.files import read_json, write_json_atomic
-from rq4lens.disk.store import ConditionIngredients, Store, content_key
+from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
+from rq4lens.patching.keys import ChunkIngredients, ConditionIngredients, MeasuredOn
+from rq4lens.patching.patch import Patch
 
-INGREDIENTS = ConditionIngredients(
-    base_weights="weights of base",
-    tuned_weights="weights of tuned",
-    base_config="config of base",
-    tuned_config="config of tuned",
-    base_tokenizer="tokenizer of base",
-    tuned_tokenizer="tokenizer of tuned",
-    template="none",
-    base_token_ids="tokens of base",
-    tuned_token_ids="tokens of tuned",
-    base_decision=(4, 5),
-    tuned_decision=(6, 7),
-    split="val",
-    map_fingerprint="map",
-    layer=2,
-    heads=(0, 3),
-    n_heads=8,
-    alpha=0.3,
-    kind="mapped",
+ON = MeasuredOn(
+    models={
+        side: {part: f"{part} of {side}" for part in ("weights", "config", "tokenizer")}
+        for side in ("base", "tuned")
+    },
+    prompts="prompts",
+    tokens={"base": "tokens of base", "tuned": "tokens of tuned"},
+    decision_rule="last",
+    patching={
+        "split": "val",
+        "k_positions": 1,
+        "kl_direction": "patched||clean",
+        "raw_baseline": "identity",
+    },
     dtype="float32",
     device="cpu",
-    weight_processing="none",
-    k_positions=1,
-    kl_direction="patched||clean",
-    raw_baseline="identity",
     libraries="torch 2",
 )
+INGREDIENTS = ConditionIngredients(ON, Patch(2, HeadSet.of((0, 3), 8), 0.3, "mapped"), "map")
+PROMPT_IDS = ("p0", "p1")
 PAYLOAD = {"kl_nats": [0.1, 1e-17, 3.0], "reason": None}
 
-PAIRED = [name for name in (f.name for f in fields(INGREDIENTS)) if name.startswith("base_")]
+
+def leaves(values: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of each value of nested dictionaries."""
+    for name, value in values.items():
+        yield from leaves(value, (*path, name)) if isinstance(value, dict) else [(*path, name)]
+
+
+def replaced_on(changes: dict[tuple[str, ...], object]) -> ConditionIngredients:
+    """The same condition, measured on something else."""
+    values = asdict(ON)
+    for (*path, name), value in changes.items():
+        reduce(getitem, path, values)[name] = value
+    return replace(INGREDIENTS, on=MeasuredOn(**values))
+
+
+def value_at(path: tuple[str, ...]) -> Any:
+    return reduce(getitem, path, asdict(ON))
 
 
 def other_value(value: object) -> object:
     """A value of the same type that is not the given one."""
-    if isinstance(value, tuple):
-        return (*value, 7)
-    return value + 1 if isinstance(value, int | float) else f"another {value}"
+    return value + 1 if isinstance(value, int) else f"another {value}"
+
+
+def replaced_patch(**changes: object) -> ConditionIngredients:
+    return replace(INGREDIENTS, patch=replace(INGREDIENTS.patch, **changes))
+
+
+CHANGED = {
+    "/".join(path): replaced_on({path: other_value(value_at(path))}) for path in leaves(asdict(ON))
+} | {
+    "layer": replaced_patch(layer=3),
+    "heads": replaced_patch(heads=HeadSet.of((0, 3, 7), 8)),
+    "n_heads": replaced_patch(heads=HeadSet.of((0, 3), 9)),
+    "alpha": replaced_patch(alpha=0.4),
+    "source": replaced_patch(source="raw"),
+    "map": replace(INGREDIENTS, map_fingerprint="another map"),
+    "no map": replace(INGREDIENTS, map_fingerprint=None),
+}
 
 
 @pytest.fixture
@@ -66,31 +97,48 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "conditions")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(ConditionIngredients)])
-def test_changing_any_ingredient_changes_the_key(store, name):
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED.keys())
+def test_changing_any_ingredient_changes_the_key(store, changed):
     """Two conditions that differ in any one ingredient never share a record."""
-    changed = replace(INGREDIENTS, **{name: other_value(getattr(INGREDIENTS, name))})
     assert content_key(changed.to_dict()) != content_key(INGREDIENTS.to_dict())
     store.put(INGREDIENTS, PAYLOAD)
     assert store.get(changed) is None
     assert store.counters.set_aside == []
 
 
-@pytest.mark.parametrize("name", PAIRED)
-def test_swapping_base_and_tuned_changes_the_key(name):
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED.keys())
+def test_changing_any_ingredient_changes_the_key_of_a_chunk(changed):
+    """Nor do head sets that were measured together."""
+    second = replaced_patch(heads=HeadSet.of([1], 8))
+    chunk = ChunkIngredients((INGREDIENTS, second), PROMPT_IDS)
+    other = ChunkIngredients((changed, replace(second, on=changed.on)), PROMPT_IDS)
+    assert content_key(chunk.to_dict()) != content_key(other.to_dict())
+
+
+def test_a_chunk_is_its_patches_and_prompts_in_their_order():
+    """One patch more, another order of them, or other prompts: another chunk."""
+    one, two = INGREDIENTS, replaced_patch(heads=HeadSet.of([1], 8))
+    chunks = [
+        ChunkIngredients(patches, prompts)
+        for patches in ((one,), (one, two), (two, one))
+        for prompts in (PROMPT_IDS, PROMPT_IDS[::-1], PROMPT_IDS[:1])
+    ]
+    assert len({content_key(chunk.to_dict()) for chunk in chunks}) == len(chunks)
+
+
+@pytest.mark.parametrize("path", [path for path in leaves(asdict(ON)) if "base" in path])
+def test_swapping_base_and_tuned_changes_the_key(path):
     """A pair and its mirror image are different experiments, in each thing the sides have."""
-    twin = name.replace("base_", "tuned_")
-    swapped = replace(
-        INGREDIENTS, **{name: getattr(INGREDIENTS, twin), twin: getattr(INGREDIENTS, name)}
-    )
+    twin = tuple("tuned" if name == "base" else name for name in path)
+    swapped = replaced_on({path: value_at(twin), twin: value_at(path)})
     assert content_key(swapped.to_dict()) != content_key(INGREDIENTS.to_dict())
 
 
 def test_equal_contents_have_equal_keys():
     """Order and repetition of heads, 0.0 or -0.0, tuple or list: one condition, one key."""
-    again = replace(INGREDIENTS, heads=(3, 0, 3))
+    again = replaced_patch(heads=HeadSet.of((3, 0, 3), 8))
     assert content_key(again.to_dict()) == content_key(INGREDIENTS.to_dict())
-    zero, minus_zero = replace(INGREDIENTS, alpha=0.0), replace(INGREDIENTS, alpha=-0.0)
+    zero, minus_zero = replaced_patch(alpha=0.0), replaced_patch(alpha=-0.0)
     assert content_key(zero.to_dict()) == content_key(minus_zero.to_dict())
     assert content_key({"a": (1,), "b": 2}) == content_key({"b": 2, "a": [1]})
 
@@ -213,7 +261,7 @@ def test_a_record_that_cannot_be_believed_is_set_aside(store, damage):
 @pytest.mark.fault
 def test_a_foreign_record_under_the_right_name_is_not_believed(store):
     """A valid record of another condition, renamed to this one's name, is set aside."""
-    other = replace(INGREDIENTS, base_weights="another base")
+    other = replaced_on({("models", "base", "weights"): "another base"})
     foreign = store.put(other, PAYLOAD)
     shutil.copy(foreign, store.path(INGREDIENTS))
     assert store.get(INGREDIENTS) is None
@@ -355,7 +403,7 @@ TENSORS = {"z": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=tor
 def test_tensors_return_bit_for_bit_with_their_payload(store):
     """Every number, type and shape; strided ones too; and the record says what was put with it."""
     strided = {"w": torch.randn(4, 3).T}
-    other = replace(INGREDIENTS, layer=3)
+    other = replaced_patch(layer=3)
     store.put_tensors(INGREDIENTS, TENSORS, {"rows": 2})
     store.put_tensors(other, strided)
     for ingredients, tensors in ((INGREDIENTS, TENSORS), (other, strided)):
@@ -366,7 +414,7 @@ def test_tensors_return_bit_for_bit_with_their_payload(store):
             assert torch.equal(found[name], tensor)
     assert store.get(INGREDIENTS)["rows"] == 2
     assert Store(store.directory, fresh=True).get_tensors(INGREDIENTS) is None
-    assert store.get_tensors(replace(INGREDIENTS, layer=4)) is None
+    assert store.get_tensors(replaced_patch(layer=4)) is None
     assert store.counters.set_aside == []
 
 
@@ -385,7 +433,7 @@ TENSOR_DAMAGE = {
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", TENSOR_DAMAGE.values(), ids=TENSOR_DAMAGE.keys())
 def test_tensors_that_cannot_be_believed_are_set_aside(store, damage, caplog):
-    """Damaged, truncated and foreign tensors are renamed, said, and computed again."""
+    """As records are: renamed, said, and computed again."""
     path = store.put_tensors(INGREDIENTS, TENSORS).with_suffix(".safetensors")
     damage(path)
     assert store.get_tensors(INGREDIENTS) is None
@@ -400,63 +448,16 @@ def test_tensors_that_cannot_be_believed_are_set_aside(store, damage, caplog):
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_tensors_of_a_record_that_cannot_be_believed_are_not_used(store, damage):
-    """Whole tensors are not used where their record cannot be believed."""
+    """However whole the tensors are."""
     path = store.put_tensors(INGREDIENTS, TENSORS, PAYLOAD)
     damage(path)
     assert store.get_tensors(INGREDIENTS) is None
     assert [name for name, _ in store.counters.set_aside] == [path.name]
 
 
-def write_tensors_often(directory: str, n: int) -> None:
-    store = Store(Path(directory))
-    for _ in range(n):
-        store.put_tensors(INGREDIENTS, TENSORS)
-
-
-@pytest.mark.fault
-def test_two_processes_may_write_the_same_tensors(store):
-    """Whoever reads while two processes write gets whole tensors, and sets nothing aside."""
-    context = multiprocessing.get_context("fork")
-    writers = [
-        context.Process(target=write_tensors_often, args=(str(store.directory), 60))
-        for _ in range(2)
-    ]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        found = store.get_tensors(INGREDIENTS)
-        assert found is None or torch.equal(found["z"], TENSORS["z"])
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert store.counters.set_aside == []
-    assert len(list(store.directory.iterdir())) == 2
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_kill_between_tensors_and_record_leaves_nothing_half_written(store, monkeypatch, moment):
-    """A kill between tensors and record leaves whole files; what is missing is made again."""
-    replace_file, calls = os.replace, iter((1, 2))
-
-    def killed(source, target):
-        if next(calls) == moment:
-            raise KeyboardInterrupt
-        replace_file(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            store.put_tensors(INGREDIENTS, TENSORS)
-    assert store.get_tensors(INGREDIENTS) is None
-    assert store.counters.set_aside == []
-    store.put_tensors(INGREDIENTS, TENSORS)
-    assert torch.equal(store.get_tensors(INGREDIENTS)["z"], TENSORS["z"])
-
-
 @pytest.mark.fault
 def test_tensors_without_their_record_are_not_there(store):
-    """Tensors whose record was never written are computed again."""
+    """A process was killed between the two files: computed again, and nothing is wrong."""
     store.put_tensors(INGREDIENTS, TENSORS).unlink()
     assert store.get_tensors(INGREDIENTS) is None
     assert store.counters.set_aside == []
@@ -473,7 +474,7 @@ def test_a_moved_store_still_knows_its_records(store, tmp_path):
 @pytest.mark.hostile
 def test_a_label_cannot_leave_the_directory(store):
     """The readable part of a file name is made of harmless characters."""
-    hostile = replace(INGREDIENTS, kind="../../../etc/passwd\0\n" + "x" * 300)
+    hostile = replaced_patch(source="../../../etc/passwd\0\n" + "x" * 300)
     path = store.put(hostile, PAYLOAD)
     assert path.parent == store.directory
     assert store.get(hostile) == PAYLOAD
@@ -490,7 +491,7 @@ def test_a_file_where_the_directory_should_be_is_said(tmp_path):
 def test_a_hundred_conditions_take_well_under_a_second(store):
     """Keeping a grid costs next to nothing beside computing it."""
     values = [random.Random(0).random() for _ in range(256)]
-    conditions = [replace(INGREDIENTS, heads=(head,)) for head in range(100)]
+    conditions = [replaced_patch(heads=HeadSet.of([head], 100)) for head in range(100)]
     start = time.perf_counter()
     for condition in conditions:
         store.put(condition, dict.fromkeys(["raw", "mapped", "change", "other"], values))

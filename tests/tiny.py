@@ -27,7 +27,7 @@ from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.map import put_map
-from rq4lens.patching.measured import Recorder
+from rq4lens.patching.measured import Measurer
 from rq4lens.validation.planting import plant
 
 WORDS = (
@@ -230,7 +230,7 @@ def grid_of(pair, maps, layer, control_layer=None, alpha=0.3, *, ks=(1, 2, 4, 8)
     )
     patching = Patching(layer=layer, control_layer=control_layer, alpha=alpha, k=ks, **settings)
     experiment = experiment or prepare(pair, maps, patching, place, activations=activations)
-    return measure_grid(Recorder(experiment, alpha, store, progress), patching, effort)
+    return measure_grid(Measurer(experiment, store), patching, effort, progress)
 
 
 class Address:

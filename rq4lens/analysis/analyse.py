@@ -21,7 +21,7 @@ from rq4lens.analysis.coverage.table import (
     seed_sets,
 )
 from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.rankings.compared import (
     Methods,
@@ -63,6 +63,7 @@ from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.patching.patch import Progress
 from rq4lens.results import GridResult, HeadRanking
 
@@ -75,11 +76,11 @@ PARTS = (
 
 def analyse(
     grid: GridResult,
-    experiment: MeasuresHeadSets | None = None,
+    experiment: MeasuresPatches | None = None,
     effort: AnalysisEffort | None = None,
     *,
     activations: PairActivations | None = None,
-    neutral: Experiment | None = None,
+    neutral: MeasuresPatches | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
     """Analyse a grid.
@@ -90,7 +91,7 @@ def analyse(
 
     Args:
         grid: the measured grid.
-        experiment: the experiment behind it.
+        experiment: the experiment behind it, or a measurer with what it measured before.
         effort: what is measured and compared beyond the grid. Without sizes of random sets, there
             are as many as can be afforded, see
             :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
@@ -132,7 +133,7 @@ class _Work:
     layer: MeasuredLayer
     effort: AnalysisEffort
     given_activations: PairActivations | None
-    neutral: Experiment | None
+    neutral: MeasuresPatches | None
     progress: Progress | None
 
     def analysis(self) -> Analysis:

@@ -88,7 +88,7 @@ class Job:
             GridPlan(self.n_heads, config.patching.but(layer=layer, control_layer=control))
             for layer, control in self.layers
         ]
-        return pieces_of(plans, config.patching.alpha, self.key)
+        return pieces_of(plans, self.key)
 
     def rows(self, piece: Piece) -> int:
         """How many rows (prompt x patch) a piece has."""

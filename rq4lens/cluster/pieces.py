@@ -16,7 +16,7 @@ from rq4lens.jobs.bench import plan_for
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan
-from rq4lens.patching.measured import CHUNK, Planned
+from rq4lens.patching.measured import RECORDED_TOGETHER, Planned
 from rq4lens.patching.patch import Patch
 
 Command = Literal["run", "sweep"]
@@ -61,13 +61,11 @@ class Piece:
 
     Args:
         conditions: the conditions.
-        alpha: their blend strength.
         job: key of the job that the piece belongs to, empty while none is known.
         prompts: ids of the prompts that they are measured on; all measured prompts when empty.
     """
 
     conditions: tuple[Planned, ...]
-    alpha: float
     job: str = ""
     prompts: tuple[str, ...] = ()
 
@@ -82,7 +80,7 @@ class Piece:
         """Everything that decides what is measured, by name."""
         whole = {
             "job": self.job,
-            "alpha": float(self.alpha),
+            "alpha": float(self.conditions[0].alpha),
             "conditions": [[each.layer, list(each.heads), each.source] for each in self.conditions],
         }
         return {**whole, "prompts": list(self.prompts)} if self.prompts else whole
@@ -105,7 +103,7 @@ class Piece:
     @property
     def patches(self) -> tuple[Patch, ...]:
         """What is measured: each condition raw and mapped, nothing twice."""
-        both = (patch for each in self.conditions for patch in each.patches(self.alpha))
+        both = (patch for each in self.conditions for patch in each.patches)
         return tuple(dict.fromkeys(both))
 
     def describe(self) -> str:
@@ -115,16 +113,14 @@ class Piece:
         return f"layer {first.layer} from {first.cond} to {last.cond}{on}"
 
 
-def pieces_of(plans: Sequence[GridPlan], alpha: float, job: str = "") -> list[Piece]:
+def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:
     """Every condition whose head set is known beforehand, in pieces.
 
     A piece is a chunk that a single process measures together too, so that its numbers are the
     same to the last digit wherever it is measured. Top-k head sets follow from the single heads
     and are measured when the pieces are merged.
     """
-    return [
-        Piece(tuple(chunk), alpha, job) for plan in plans for chunk in _chunks(plan.fixed(), alpha)
-    ]
+    return [Piece(tuple(chunk), job) for plan in plans for chunk in _chunks(plan.fixed())]
 
 
 def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[Piece]:
@@ -132,18 +128,18 @@ def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[P
     return [replace(piece, prompts=part) for part in parts for piece in pieces]
 
 
-def _chunks(planned: Sequence[Planned], alpha: float) -> Iterator[list[Planned]]:
+def _chunks(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
     """Conditions by chunks of their patches; what patches nothing new is in an earlier chunk."""
     seen: set[Patch] = set()
     chunk: list[Planned] = []
     begun = 0
     for each in planned:
-        new = set(each.patches(alpha)) - seen
+        new = set(each.patches) - seen
         if not new:
             continue
-        if len(seen) // CHUNK > begun and chunk:
+        if len(seen) // RECORDED_TOGETHER > begun and chunk:
             yield chunk
-            chunk, begun = [], len(seen) // CHUNK
+            chunk, begun = [], len(seen) // RECORDED_TOGETHER
         chunk.append(each)
         seen |= new
     if chunk:

@@ -111,8 +111,8 @@ class Worker:
     def measure(self, place: int) -> int:
         """Measure a piece, or find it done."""
         piece = self._pieces[place]
-        experiment = self.bench.experiment(self.bench.layers, piece.prompts)
-        self.bench.measure(piece, self._job, experiment)
+        measurer = self.bench.measurer(self.bench.layers, piece.prompts)
+        self.bench.measure(piece, self._job, measurer)
         return self._job.rows(piece)
 
     def finish(self, request: Request) -> str:

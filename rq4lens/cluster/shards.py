@@ -64,9 +64,9 @@ def run_shard(
                 # The layers of the whole share, done or not: a kill changes no product.
                 own = [piece for piece in pieces if piece.prompts == prompts]
                 layers = [layer for piece in own for layer in piece.layers]
-                experiment = bench.experiment(layers, prompts)
+                measurer = bench.measurer(layers, prompts)
                 for piece in together:
-                    bench.measure(piece, job, experiment, progress)
+                    bench.measure(piece, job, measurer, progress)
     n_missing = len(job.missing(bench.marks))
     done = f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
     done += f"{len(pieces) - len(left)} were there already; "

@@ -18,8 +18,7 @@ from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Progress, Stage, silent
 from rq4lens.patching.engines.memory import prompt_parts
-from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.measured import Recorder
+from rq4lens.patching.measured import Measurer
 
 log = logging.getLogger(__name__)
 
@@ -79,21 +78,20 @@ class Workbench(Bench):
         return Store(self.run_directory / PIECES)
 
     def measure(
-        self, piece: Piece, job: Job, experiment: Experiment, progress: Progress | None = None
+        self, piece: Piece, job: Job, measurer: Measurer, progress: Progress | None = None
     ) -> None:
         """Measure a piece, or find it done; it is marked when its last number is on disk."""
         started = time.perf_counter()
-        recorder = Recorder(experiment, piece.alpha, self.store, progress)
         part: dict[str, Any] = {}
-        if not piece.prompts or recorder.is_stored(piece.conditions):
-            recorder.measure(piece.conditions)
+        if not piece.prompts or measurer.are_recorded(piece.conditions):
+            measurer.conditions(piece.conditions, progress)
             piece = piece.whole
         else:
-            part = recorder.measure_part(piece.conditions)
+            part = measurer.part(piece.conditions, progress)
         seconds = round(time.perf_counter() - started, 4)
         self.marks.put(piece, {"rows": job.rows(piece), "seconds": seconds, **part})
         if piece.prompts:
-            self._join(piece.whole, job, recorder)
+            self._join(piece.whole, job, measurer)
 
     def join(self, job: Job) -> None:
         """Join what lies there in parts of the prompts and was not joined when the last one came.
@@ -103,15 +101,14 @@ class Workbench(Bench):
         """
         for whole in self._checked(job).unjoined(self.marks):
             if all(self.marks.get(each) is not None for each in divided([whole], job.prompt_parts)):
-                experiment = self.experiment(self.layers, job.prompt_parts[0])
-                self._join(whole, job, Recorder(experiment, whole.alpha, self.store))
+                self._join(whole, job, self.measurer(self.layers, job.prompt_parts[0]))
 
-    def _join(self, whole: Piece, job: Job, recorder: Recorder) -> None:
+    def _join(self, whole: Piece, job: Job, measurer: Measurer) -> None:
         pieces = divided([whole], job.prompt_parts)
         parts = [part for piece in pieces if (part := self.marks.get(piece)) is not None]
         if len(parts) < len(pieces):
             return
-        foreign = recorder.join(whole.conditions, parts)
+        foreign = measurer.join(whole.conditions, parts)
         for place in foreign:
             log.warning("%s was made with another map: to be measured again", pieces[place].label)
             self.marks.path(pieces[place]).unlink(missing_ok=True)

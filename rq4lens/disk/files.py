@@ -134,6 +134,19 @@ def make_directory(path: Path) -> None:
         ) from problem
 
 
+def refuse_no_directory(path: Path) -> None:
+    """Refuse a path where something else than a directory lies.
+
+    Raises:
+        UserError: if it is there and no directory.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(
+            f"cannot make the directory {str(path)!r} (a file lies there): choose another place "
+            "with --out."
+        )
+
+
 @contextlib.contextmanager
 def made_directory(path: Path) -> Iterator[None]:
     """Make a directory, and take it away again if the work in it fails before anything is written.

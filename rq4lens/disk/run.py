@@ -23,6 +23,7 @@ ANALYSIS = "analysis.json"
 SUMMARY = "summary.txt"
 RUN = "run.json"
 CONDITIONS = "conditions"
+MEASURED = "measured"
 MAPS = "maps"
 ACTIVATIONS = "activations"
 FIGURES = "figures"
@@ -37,7 +38,7 @@ CELL = "cell.json"
 """The settings of a study's cell, for ``rq4lens run`` to add a main job to it."""
 
 MARKS = frozenset(
-    (RESULTS, PER_PROMPT, ANALYSIS, RUN, CONDITIONS, MAPS, ACTIVATIONS, LAYERS, JOB, CELL)
+    (RESULTS, PER_PROMPT, ANALYSIS, RUN, CONDITIONS, MEASURED, MAPS, ACTIVATIONS, LAYERS, JOB, CELL)
 )
 """By one of these a run directory is known, however early the run was stopped."""
 

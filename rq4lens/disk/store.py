@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -66,58 +66,6 @@ class Ingredients(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Every value that can change the record, by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionIngredients:
-    """Everything that can change the numbers of one condition.
-
-    Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-    Names of what a model or prompts are stand for fingerprints.
-    """
-
-    base_weights: str
-    tuned_weights: str
-    base_config: str
-    tuned_config: str
-    """The same weights under another rotary base or activation function are another model."""
-    base_tokenizer: str
-    tuned_tokenizer: str
-    template: str
-    """The chat template that the prompts were rendered with."""
-    base_token_ids: str
-    tuned_token_ids: str
-    base_decision: str | tuple[int, ...]
-    tuned_decision: str | tuple[int, ...]
-    """Decision index of each prompt, or what it follows from."""
-    split: str
-    map_fingerprint: str | None
-    """None where no map takes part."""
-    layer: int
-    heads: tuple[int, ...]
-    n_heads: int
-    alpha: float
-    kind: str
-    dtype: str
-    device: str
-    """Kind of device; they round differently."""
-    weight_processing: str
-    k_positions: int
-    kl_direction: str
-    raw_baseline: str
-    libraries: str
-    numerics_version: str = NUMERICS_VERSION
-
-    @property
-    def label(self) -> str:
-        """Layer, heads, strength and kind, short enough for a file name."""
-        heads = "-".join(map(str, self.heads[:4])) or "none"
-        more = f"+{len(self.heads) - 4}" if len(self.heads) > 4 else ""
-        return f"L{self.layer}_heads{heads}{more}_a{float(self.alpha):g}_{self.kind}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name; 0 and 0.0 (and -0.0) are one strength."""
-        return asdict(self) | {"alpha": float(self.alpha) + 0.0, "heads": sorted(set(self.heads))}
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import remove_leftovers
-from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, refuse_foreign
+from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, MEASURED, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.jobs.progress import Clock, Progress, Stage, silent
+from rq4lens.jobs.progress import Clock, Stage, silent
 from rq4lens.models.catalog import keep_base_card, pair_from, resolve_device
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
@@ -24,7 +24,7 @@ from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.maps.fitting import fit_maps, maps_from
 from rq4lens.patching.maps.map import LayerMap
-from rq4lens.patching.measured import Recorder
+from rq4lens.patching.measured import Measurer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Bench:
         self.fresh = fresh
         self.keep_both = config.place.keep_both
         self.clock = Clock(stage)
-        self._experiments: dict[tuple[Any, ...], Experiment] = {}
+        self._measurers: dict[tuple[Any, ...], Measurer] = {}
         self._maps: dict[int, LayerMap] = {}
 
     @property
@@ -92,6 +92,11 @@ class Bench:
     def store(self) -> Store | None:
         """The measured conditions on disk, if there is a run directory."""
         return None if self.directory is None else Store(self.directory / CONDITIONS, self.fresh)
+
+    @cached_property
+    def chunks(self) -> Store | None:
+        """The head sets that an analysis measured, if there is a run directory."""
+        return None if self.directory is None else Store(self.directory / MEASURED, self.fresh)
 
     @cached_property
     def activations(self) -> PairActivations:
@@ -135,7 +140,7 @@ class Bench:
             self._maps |= maps_from(store, self.activations, missing, patching.map_kind, **how)
         return {layer: self._maps[layer] for layer in layers}
 
-    def experiment(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Experiment:
+    def measurer(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Measurer:
         """Some layers ready to be measured; the one that was made last stays.
 
         Args:
@@ -143,13 +148,13 @@ class Bench:
             prompts: ids of the prompts; all measured prompts when empty.
         """
         wanted = (tuple(layers), tuple(prompts))
-        if wanted not in self._experiments:
-            self._experiments = {}  # lets the memory of the one before go first
+        if wanted not in self._measurers:
+            self._measurers = {}  # lets the memory of the one before go first
             self.capture(layers)
             with self.clock("maps"):
                 maps = self.maps(layers)
             with self.clock("prepare"):
-                self._experiments[wanted] = prepare(
+                experiment = prepare(
                     self.pair,
                     maps,
                     self.config.patching,
@@ -157,16 +162,17 @@ class Bench:
                     activations=self.activations,
                     rows=self._rows_of(prompts) if prompts else None,
                 )
-        return self._experiments[wanted]
+            self._measurers[wanted] = self.measuring(experiment)
+        return self._measurers[wanted]
 
     def _rows_of(self, prompts: Sequence[str]) -> list[int]:
         ids = self.pair.tokens("tuned", self.config.patching.split).ids
         places = {each: place for place, each in enumerate(ids)}
         return [places[each] for each in prompts]
 
-    def recorder(self, experiment: Experiment, progress: Progress | None = None) -> Recorder:
-        """Measures with an experiment, or takes from the store what is there."""
-        return Recorder(experiment, self.config.patching.alpha, self.store, progress)
+    def measuring(self, experiment: Experiment) -> Measurer:
+        """Measures with an experiment what the run directory does not hold."""
+        return Measurer(experiment, self.store, self.chunks)
 
 
 def plan_for(config: RunConfig, n_layers: int, n_heads: int) -> GridPlan:

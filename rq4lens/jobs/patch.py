@@ -46,11 +46,9 @@ def patch_once(
     with bench.clock("load"):
         plan = bench.plan
         chosen = HeadSet.parse(heads, bench.pair.n_heads)
-    experiment = bench.experiment(plan.layers)
+    measurer = bench.measurer(plan.layers)
     with bench.clock("patch"):
-        grid = measure_condition(
-            bench.recorder(experiment), bench.config.patching, chosen, config.effort
-        )
+        grid = measure_condition(measurer, bench.config.patching, chosen, config.effort)
         record = next(each for each in records(grid) if each.cond == "patch")
     if out is not None:
         write_json_atomic(out, to_json(record))

@@ -93,10 +93,10 @@ def rank_layer(
         read_ranking(path, n_heads=plan.n_heads, layer=plan.layer, alpha=config.patching.alpha)
         for path in files
     ]
-    experiment = bench.experiment(plan.layers)
+    measurer = bench.measurer(plan.layers)
     with bench.clock("grid"):
-        grid = measure_grid(bench.recorder(experiment), config.patching, config.effort)
-    layer = MeasuredLayer.of_grid(grid, experiment)
+        grid = measure_grid(measurer, config.patching, config.effort)
+    layer = MeasuredLayer.of_grid(grid, measurer)
     timed: list[tuple[HeadRanking, float | None]] = [(ranking, None) for ranking in read]
     for name in names:
         with bench.clock(name):

@@ -37,6 +37,7 @@ from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
+from rq4lens.patching.measured import Measurer
 from rq4lens.results import GridResult
 from rq4lens.screen.tables import summary_text
 
@@ -177,16 +178,17 @@ def run_on(bench: Bench) -> Run:
         bench.keep_both = memory.keep_both
         plan = bench.plan
         audit = bench.pair.audit()
-    experiment = bench.experiment(plan.layers)
+    measurer = bench.measurer(plan.layers)
+    experiment = measurer.experiment
     with clock("grid", plan.n_patches * len(experiment.prompts)) as progress:
-        grid = measure_grid(bench.recorder(experiment, progress), config.patching, config.effort)
+        grid = measure_grid(measurer, config.patching, config.effort, progress)
         table = records(grid)
         write_grid(directory, grid, table)
         ranking = directory / ranking_file(plan.layer, config.patching.alpha)
         write_json_atomic(ranking, ranking_rows(grid))
         remove_other_rankings(ranking)
     with clock("analysis", len(PARTS)) as progress:
-        analysis = _analyse(bench, grid, experiment, progress)
+        analysis = _analyse(bench, grid, measurer, progress)
     bench.activations.keep()  # those of prompts that only the analysis asked for
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
@@ -210,9 +212,9 @@ def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _analyse(
-    bench: Bench, grid: GridResult, experiment: Experiment, progress: Progress | None
+    bench: Bench, grid: GridResult, measurer: Measurer, progress: Progress | None
 ) -> Analysis:
-    config = bench.config
+    config, experiment = bench.config, measurer.experiment
     if config.effort.analysis == "grid":
         return analyse(grid, progress=progress)
     if not isinstance(experiment.engine, RowEngine):
@@ -223,18 +225,20 @@ def _analyse(
         )
     neutral = None
     if SIDE_EFFECT_SPLIT in bench.pair.prompts.splits and bench.pair.keep_both:
-        neutral = prepare(
-            bench.pair,
-            experiment.maps,
-            config.patching.but(split=SIDE_EFFECT_SPLIT),
-            config.place,
-            activations=bench.activations,
+        neutral = bench.measuring(
+            prepare(
+                bench.pair,
+                experiment.maps,
+                config.patching.but(split=SIDE_EFFECT_SPLIT),
+                config.place,
+                activations=bench.activations,
+            )
         )
     every = tuple(range(1, grid.n_heads + 1))
     sizes = {"affordable": None, "every": every, "k": ()}
     return analyse(
         grid,
-        experiment,
+        measurer,
         AnalysisEffort(random_ks=sizes[config.effort.random_sizes]),
         activations=bench.activations,
         neutral=neutral,

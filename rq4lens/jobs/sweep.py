@@ -77,12 +77,13 @@ def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
         chosen = list(range(bench.pair.n_layers)) if layers is None else sorted(set(layers))
         check_layers(chosen, bench.pair.n_layers)
     patching = config.patching.but(layer=chosen[0], control_layer=None)
-    experiment = bench.experiment(chosen)
+    measurer = bench.measurer(chosen)
+    experiment = measurer.experiment
     n_patches = GridPlan(experiment.n_heads, patching).n_patches
     with clock("sweep", len(chosen) * n_patches * len(experiment.prompts)) as progress:
-        grids = run_sweep(bench.recorder(experiment, progress), patching, config.effort)
+        grids = run_sweep(measurer, patching, config.effort, progress)
     with clock("compare"):
-        comparison = compare_layers(grids, experiment)
+        comparison = compare_layers(grids, measurer)
     choice = choose_layers(comparison.rows)
     if directory is not None:
         write_layers(directory, grids, comparison, choice)

@@ -34,85 +34,11 @@ from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
+from rq4lens.patching.keys import identity, measured_parts
 from rq4lens.patching.maps.map import LayerMap, load_map
-from rq4lens.patching.measured import Planned, Recorder
+from rq4lens.patching.measured import ANSWER, KL, Measurer, Planned
 from rq4lens.patching.patch import MAPPED, SELF
 from rq4lens.results import ConditionResult, rank_conditions
-
-
-def compare_with_store(saved: SavedRun) -> tuple[int, list[str]]:
-    """Compare every prompt's own numbers with the stored conditions."""
-    found, differences = _stored(saved.directory / CONDITIONS)
-    for condition in saved.grid.conditions.values():
-        for kind in KINDS:
-            differences += _against_store(saved, condition, kind, found)
-    return sum(map(len, found.values())), differences
-
-
-_Address = tuple[int, tuple[int, ...], float, str]
-
-
-def _stored(directory: Path) -> tuple[dict[_Address, list[Record]], list[str]]:
-    found: dict[_Address, list[Record]] = defaultdict(list)
-    damaged = []
-    for path in sorted(directory.glob("*.json")):
-        try:
-            record = read_record(path)
-            values = record.ingredients
-            if not path.stem.endswith(f"_{content_key(values)[:16]}"):
-                raise ValueError("its name is that of another record")
-            address = (values["layer"], tuple(values["heads"]), values["alpha"], values["kind"])
-            found[address].append(record)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
-            damaged.append(f"{path.name}: {short_reason(problem)}")
-    return found, damaged
-
-
-def _against_store(
-    saved: SavedRun,
-    condition: ConditionResult,
-    kind: str,
-    found: Mapping[_Address, Sequence[Record]],
-) -> list[str]:
-    source = SELF if condition.cond == SELF else kind
-    known = _known_ingredients(saved, condition.layer, source)
-    address = (condition.layer, condition.heads.indices, condition.alpha, source)
-    candidates = [
-        record.payload
-        for record in found.get(address, ())
-        if known.items() <= {k: v for k, v in record.ingredients.items() if k in known}.items()
-    ]
-    name = f"{condition.cond} {kind}"
-    if not candidates:
-        return [f"{name} has no record of this run"]
-    table = {
-        "kl_nats": getattr(condition, f"kl_{kind}_nats").tolist(),
-        "answer_logprob_change_nats": getattr(
-            condition, f"answer_logprob_change_{kind}_nats"
-        ).tolist(),
-    }
-    return [] if table in candidates else [f"{name} is not what its record holds"]
-
-
-def _known_ingredients(saved: SavedRun, layer: int, source: str) -> dict[str, Any]:
-    """What the run says about itself that a record of it must agree with."""
-    run, settings = saved.run, saved.grid.settings
-    known = {
-        "n_heads": settings.n_heads,
-        "split": settings.patching.split,
-        "dtype": settings.dtype,
-        "k_positions": settings.patching.k_positions,
-        "kl_direction": settings.patching.kl_direction,
-        "raw_baseline": settings.patching.raw_baseline,
-    }
-    for side in SIDES:
-        for part in ("weights", "config", "tokenizer"):
-            known[f"{side}_{part}"] = run["models"][side][f"{part}_fingerprint"]
-        known[f"{side}_token_ids"] = run["prompts"]["tokens"][side]
-    if source == MAPPED:
-        known["map_fingerprint"] = run["maps"][str(layer)]["fingerprint"]
-    return known
-
 
 TOLERANCE_NATS = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 """How far a number measured again may be from the saved one, on any one prompt.
@@ -222,13 +148,6 @@ def _check_files(saved: SavedRun) -> Check:
     return _verdict("files", changed, f"{len(expected)} checksums agree")
 
 
-def _check_conditions(saved: SavedRun) -> Check:
-    n_records, differences = compare_with_store(saved)
-    return _verdict(
-        "conditions", differences, f"{n_records} records are whole and agree with the table"
-    )
-
-
 def _check_plan(saved: SavedRun) -> Check:
     """Every condition patches the heads that its name promises."""
     grid = saved.grid
@@ -239,17 +158,17 @@ def _check_plan(saved: SavedRun) -> Check:
     differences = [
         f"{name} is not {each.heads} of layer {each.layer}"
         for name, each in promised.items()
-        if not _is_planned(grid.conditions.get(name), each, grid.settings.patching.alpha)
+        if not _is_planned(grid.conditions.get(name), each)
     ]
     differences += [f"{name} was not planned" for name in grid.conditions if name not in promised]
     return _verdict("plan", differences, f"{len(promised)} conditions patch what their names say")
 
 
-def _is_planned(condition: ConditionResult | None, planned: Planned, alpha: float) -> bool:
+def _is_planned(condition: ConditionResult | None, planned: Planned) -> bool:
     if condition is None:
         return False
     found = (condition.layer, condition.heads, condition.alpha)
-    return found == (planned.layer, planned.heads, alpha)
+    return found == (planned.layer, planned.heads, planned.alpha)
 
 
 def _check_table(saved: SavedRun) -> Check:
@@ -262,6 +181,7 @@ def _check_table(saved: SavedRun) -> Check:
         *_differences(read_json(saved.directory / RESULTS), again, RESULTS),
         *_differences(read_json(saved.directory / ranking), ranking_rows(grid), ranking),
         *_differences(saved.run["noise_floor_nats"], noise, "noise floor"),
+        *_differences(_config(saved).effort.seed, grid.settings.effort.seed, "config.seed"),
     ]
     return _verdict("table", differences, f"{len(again)} rows follow from the per-prompt numbers")
 
@@ -285,6 +205,78 @@ def _equal(saved: Any, again: Any) -> bool:
     numbers = isinstance(saved, int | float) and isinstance(again, int | float)
     # Another version of numpy may add up in another order.
     return math.isclose(saved, again, rel_tol=1e-9, abs_tol=1e-12) if numbers else saved == again
+
+
+# Conditions on disk
+
+
+def _check_conditions(saved: SavedRun) -> Check:
+    """Every prompt's own numbers are those of the records."""
+    found, differences = _records(saved.directory / CONDITIONS)
+    for condition in saved.grid.conditions.values():
+        for kind in KINDS:
+            differences += _against_records(saved, condition, kind, found)
+    n_records = sum(map(len, found.values()))
+    return _verdict(
+        "conditions", differences, f"{n_records} records are whole and agree with the table"
+    )
+
+
+_Address = tuple[int, int, tuple[int, ...], float, str]
+
+
+def _records(directory: Path) -> tuple[dict[_Address, list[Record]], list[str]]:
+    found: dict[_Address, list[Record]] = defaultdict(list)
+    damaged = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            record = read_record(path)
+            if not path.stem.endswith(f"_{content_key(record.ingredients)[:16]}"):
+                raise ValueError("its name is that of another record")
+            layer, n_heads, heads, alpha, source = (
+                record.ingredients["patch"][name]
+                for name in ("layer", "n_heads", "heads", "alpha", "source")
+            )
+            found[layer, n_heads, tuple(heads), alpha, source].append(record)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+            damaged.append(f"{path.name}: {short_reason(problem)}")
+    return found, damaged
+
+
+def _against_records(
+    saved: SavedRun,
+    condition: ConditionResult,
+    kind: str,
+    found: Mapping[_Address, Sequence[Record]],
+) -> list[str]:
+    source, heads = SELF if condition.cond == SELF else kind, condition.heads
+    address = (condition.layer, heads.n_heads, heads.indices, condition.alpha, source)
+    candidates = [
+        record.payload
+        for record in found.get(address, ())
+        if _is_of_run(record.ingredients, saved, condition.layer, source)
+    ]
+    name = f"{condition.cond} {kind}"
+    if not candidates:
+        return [f"{name} has no record of this run"]
+    kl_nats = getattr(condition, f"kl_{kind}_nats")
+    changes = getattr(condition, f"answer_logprob_change_{kind}_nats")
+    table = {KL: kl_nats.tolist(), ANSWER: changes.tolist()}
+    return [] if table in candidates else [f"{name} is not what its record holds"]
+
+
+def _is_of_run(ingredients: Mapping[str, Any], saved: SavedRun, layer: int, source: str) -> bool:
+    """Whether a record agrees with what the run says about itself."""
+    run, settings = saved.run, saved.grid.settings
+    known = {
+        "models": {side: identity(run["models"][side]) for side in SIDES},
+        "tokens": run["prompts"]["tokens"],
+        "patching": measured_parts(settings.patching),
+        "dtype": settings.dtype,
+    }
+    if source == MAPPED and ingredients["patch"]["map"] != run["maps"][str(layer)]["fingerprint"]:
+        return False
+    return all(ingredients.get(name) == value for name, value in known.items())
 
 
 # Maps and models
@@ -369,9 +361,15 @@ def _distance(
         settings.patching,
         config.place.but(engine="hooks"),
     )
-    again = Recorder(experiment, settings.patching.alpha).measure(
+    again = Measurer(experiment).conditions(
         [
-            Planned(each.cond, each.layer, each.heads, SELF if each.cond == SELF else None)
+            Planned(
+                each.cond,
+                each.layer,
+                each.heads,
+                each.alpha,
+                SELF if each.cond == SELF else None,
+            )
             for each in chosen
         ]
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import einops
-from jaxtyping import Float, Float64
-from numpy import ndarray
+from jaxtyping import Float
 from torch import Tensor
 
 from rq4lens.config import Patching, Place
@@ -23,40 +21,15 @@ from rq4lens.patching.patch import (
     MAPPED,
     RAW,
     SELF,
+    Effects,
     Engine,
     Patch,
     Progress,
     Sources,
 )
 
-
-@dataclass(frozen=True)
-class HeadSetEffects:
-    """Raw and mapped effect of several head sets of one layer, per prompt.
-
-    Args:
-        layer: the patched layer.
-        alpha: blend strength.
-        head_sets: the patched head sets; one row of each array.
-        kl_raw_nats: KL of the raw patch.
-        kl_mapped_nats: KL of the mapped patch.
-        answer_logprob_change_raw_nats: change of the log-probability of the clean model's most
-            likely token under the raw patch.
-        answer_logprob_change_mapped_nats: the same under the mapped patch.
-    """
-
-    layer: int
-    alpha: float
-    head_sets: tuple[HeadSet, ...]
-    kl_raw_nats: Float64[ndarray, "condition prompt"]
-    kl_mapped_nats: Float64[ndarray, "condition prompt"]
-    answer_logprob_change_raw_nats: Float64[ndarray, "condition prompt"]
-    answer_logprob_change_mapped_nats: Float64[ndarray, "condition prompt"]
-
-    @property
-    def delta_nats(self) -> Float64[ndarray, "condition prompt"]:
-        """``ΔKL`` of each head set on each prompt."""
-        return self.kl_raw_nats - self.kl_mapped_nats
+PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
+"""Settings that are decided when an experiment is prepared."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +105,22 @@ class Experiment:
         Returns:
             A new experiment that shares the engine and its clean pass.
         """
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Experiment(**values | {"sources": Sources({**self.sources, **extra})})
+        return replace(self, sources=Sources({**self.sources, **extra}))
+
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
+        """Effect of each patch by itself on each prompt.
+
+        Args:
+            patches: the patches; each is a forward pass of its own.
+            progress: called with the number of rows (prompt x patch) just finished.
+
+        Returns:
+            The effects, in the order of the patches.
+
+        Raises:
+            UserError: if a layer was not prepared, or a head set does not fit.
+        """
+        return self.engine.effects([(patch,) for patch in patches], self.sources, progress)
 
     def measure(
         self,
@@ -143,8 +130,7 @@ class Experiment:
         *,
         raw: str = RAW,
         mapped: str = MAPPED,
-        progress: Progress | None = None,
-    ) -> HeadSetEffects:
+    ) -> tuple[Effects, Effects]:
         """Patch each head set by itself, raw and mapped.
 
         Args:
@@ -153,23 +139,18 @@ class Experiment:
             alpha: blend strength, in [0, 1].
             raw: the source that counts as raw.
             mapped: the source that counts as mapped.
-            progress: called with the number of rows (prompt x intervention) just finished.
 
         Returns:
-            The effects, in the order of the head sets.
+            The effects of the raw and of the mapped patches, in the order of the head sets.
 
         Raises:
             UserError: if the layer was not prepared, a head set does not fit or alpha is outside
                 [0, 1].
         """
-        interventions = [
-            (Patch(layer, heads, alpha, source),) for source in (raw, mapped) for heads in head_sets
-        ]
-        effects = self.engine.effects(interventions, self.sources, progress)
-        pick = "(source condition) prompt -> source condition prompt"
-        kl = einops.rearrange(effects.kl_nats, pick, source=2)
-        change = einops.rearrange(effects.answer_logprob_change_nats, pick, source=2)
-        return HeadSetEffects(layer, alpha, tuple(head_sets), kl[0], kl[1], change[0], change[1])
+        both = self.effects(
+            [Patch(layer, heads, alpha, source) for source in (raw, mapped) for heads in head_sets]
+        )
+        return both[: len(head_sets)], both[len(head_sets) :]
 
 
 def prepare(

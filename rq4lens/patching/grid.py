@@ -10,10 +10,10 @@ from rq4lens.config import Effort, Patching
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.pair import ModelPair
-from rq4lens.patching.experiment import Experiment, prepare
+from rq4lens.patching.experiment import PREPARED, Experiment, prepare
 from rq4lens.patching.maps.map import LayerMap
-from rq4lens.patching.measured import Planned, Recorder
-from rq4lens.patching.patch import SELF
+from rq4lens.patching.measured import Measurer, Planned
+from rq4lens.patching.patch import SELF, Progress
 from rq4lens.results import (
     ConditionResult,
     GridResult,
@@ -21,9 +21,6 @@ from rq4lens.results import (
     HeadRanking,
     rank_conditions,
 )
-
-PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
-"""Settings that are decided when an experiment is prepared."""
 
 
 @dataclass(frozen=True)
@@ -78,30 +75,37 @@ class GridPlan:
     def fixed(self) -> list[Planned]:
         """Every condition whose head set is known before anything is measured."""
         n_heads = self.n_heads
-        planned = [
-            Planned(f"head{h}", self.layer, HeadSet.of([h], n_heads)) for h in range(n_heads)
-        ]
+        planned = [self._planned(f"head{h}", HeadSet.of([h], n_heads)) for h in range(n_heads)]
         planned += [
-            Planned(f"rand{k}_s{seed}", self.layer, random_heads(k, seed, n_heads))
+            self._planned(f"rand{k}_s{seed}", random_heads(k, seed, n_heads))
             for k in self.settings.k
             for seed in self.settings.random_seeds
         ]
         if self.control_layer is not None:
-            planned.append(Planned("ctrl_full", self.control_layer, HeadSet.all(n_heads)))
+            everything = HeadSet.all(n_heads)
+            alpha = self.settings.alpha
+            planned.append(Planned("ctrl_full", self.control_layer, everything, alpha))
         return [*planned, *self.checks()]
 
     def checks(self) -> list[Planned]:
         """The whole layer, and the two conditions that must read 0."""
         everything = HeadSet.all(self.n_heads)
         return [
-            Planned("full", self.layer, everything),
-            Planned("none", self.layer, HeadSet.none(self.n_heads)),
-            Planned("self", self.layer, everything, SELF),
+            self._planned("full", everything),
+            self._planned("none", HeadSet.none(self.n_heads)),
+            self._planned("self", everything, SELF),
         ]
 
     def top(self, ranking: HeadRanking) -> list[Planned]:
         """The top-k conditions, once the single heads are ranked."""
-        return [Planned(f"top{k}", self.layer, ranking.top_set(k)) for k in self.settings.k]
+        return [self._planned(f"top{k}", ranking.top_set(k)) for k in self.settings.k]
+
+    def patch(self, heads: HeadSet) -> list[Planned]:
+        """One head set, called ``patch``, and the checks."""
+        return [self._planned("patch", heads), *self.checks()]
+
+    def _planned(self, cond: str, heads: HeadSet, source: str | None = None) -> Planned:
+        return Planned(cond, self.layer, heads, self.settings.alpha, source)
 
     @property
     def table_order(self) -> list[str]:
@@ -152,30 +156,33 @@ def run_grid(
         UserError: if a layer has no map, a k does not fit or alpha is outside [0, 1].
     """
     named = (settings or Patching()).but(layer=layer, control_layer=control_layer, alpha=alpha)
-    return measure_grid(Recorder(prepare(pair, maps, named), named.alpha), named, effort)
+    return measure_grid(prepare(pair, maps, named), named, effort)
 
 
 def measure_grid(
-    recorder: Recorder | Experiment, settings: Patching, effort: Effort | None = None
+    measurer: Measurer | Experiment,
+    settings: Patching,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
 ) -> GridResult:
     """Every condition of the main job, from an experiment that is prepared.
 
     Raises:
         UserError: if a layer has no map or a k does not fit.
     """
-    recorder = recording(recorder, settings)
-    experiment = recorder.experiment
-    plan = GridPlan(experiment.n_heads, settings)
-    _check_maps(plan, experiment.maps)
-    fixed = recorder.measure(plan.fixed())
+    measurer = Measurer.of(measurer)
+    plan = GridPlan(measurer.experiment.n_heads, settings)
+    _check_maps(plan, measurer.experiment.maps)
+    fixed = measurer.conditions(plan.fixed(), progress)
     singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
-    results = fixed | recorder.measure(plan.top(rank_conditions(singles, settings.rank_by)))
+    top = plan.top(rank_conditions(singles, settings.rank_by))
+    results = fixed | measurer.conditions(top, progress)
     conditions = {name: results[name] for name in plan.table_order}
-    return _result(experiment, settings, effort, conditions)
+    return _result(measurer.experiment, settings, effort, conditions)
 
 
 def measure_condition(
-    recorder: Recorder | Experiment,
+    measurer: Measurer | Experiment,
     settings: Patching,
     heads: HeadSet,
     effort: Effort | None = None,
@@ -186,38 +193,38 @@ def measure_condition(
     these are measured along with it.
 
     Returns:
-        A grid of the conditions ``full``, ``patch``, ``none`` and ``self``.
+        A grid of the conditions ``patch``, ``full``, ``none`` and ``self``.
     """
-    recorder = recording(recorder, settings)
+    measurer = Measurer.of(measurer)
     settings = settings.but(control_layer=None, k=(), random_seeds=())
-    plan = GridPlan(recorder.experiment.n_heads, settings)
-    conditions = recorder.measure([Planned("patch", plan.layer, heads), *plan.checks()])
-    return _result(recorder.experiment, settings, effort, conditions)
+    conditions = measurer.conditions(GridPlan(measurer.experiment.n_heads, settings).patch(heads))
+    return _result(measurer.experiment, settings, effort, conditions)
 
 
 def run_sweep(
-    recorder: Recorder | Experiment, settings: Patching, effort: Effort | None = None
+    measurer: Measurer | Experiment,
+    settings: Patching,
+    effort: Effort | None = None,
+    progress: Progress | None = None,
 ) -> dict[int, GridResult]:
     """The grid of every prepared layer, without control layers, from one clean pass.
 
     Args:
-        recorder: the prepared pair, or what records its effects; its layers are swept.
+        measurer: the prepared pair, or what measures with it; its layers are swept.
         settings: what is patched and measured in each layer.
         effort: resamples and seed of what is drawn later, recorded with the results.
+        progress: called with the number of rows (prompt x patch) just finished.
 
     Returns:
         One grid per layer.
     """
-    recorder = recording(recorder, settings)
+    measurer = Measurer.of(measurer)
     return {
-        layer: measure_grid(recorder, settings.but(layer=layer, control_layer=None), effort)
-        for layer in recorder.experiment.layers
+        layer: measure_grid(
+            measurer, settings.but(layer=layer, control_layer=None), effort, progress
+        )
+        for layer in measurer.experiment.layers
     }
-
-
-def recording(recorder: Recorder | Experiment, settings: Patching) -> Recorder:
-    """What records an experiment's effects."""
-    return recorder if isinstance(recorder, Recorder) else Recorder(recorder, settings.alpha)
 
 
 def _result(

@@ -1,29 +1,34 @@
-"""Measuring planned conditions, each addressed by everything that can change its numbers."""
+"""Effects of patches: each is measured once, and lies on disk under all that can change it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
+from numpy import ndarray
 
-from rq4lens.disk.store import ConditionIngredients, Store, content_key
+from rq4lens.disk.store import Store, content_key
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.fingerprint import arithmetic_libraries
-from rq4lens.patching.activations import device_of
+from rq4lens.models.load.fingerprint import tensor_fingerprint
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.patch import MAPPED, RAW, Patch, Progress
-from rq4lens.results import ConditionResult
+from rq4lens.patching.keys import ChunkIngredients, ConditionIngredients, MeasuredOn
+from rq4lens.patching.patch import MAPPED, RAW, SELF, Effects, Patch, Progress
+from rq4lens.results import ConditionResult, GridResult
+
+T = TypeVar("T")
+Indices = tuple[int, ...]
 
 KL, ANSWER = "kl_nats", "answer_logprob_change_nats"
 """What is stored of a patch: a number for each prompt."""
 
-CHUNK = 32
-"""Patches measured and stored together. Rounding depends on how many rows a matrix product has, so
-chunks are cut from the plan, never from what is still missing: a resumed run then repeats the very
-products of an uninterrupted one."""
+RECORDED_TOGETHER = 32
+"""Patches of a grid that are measured together; each has a record of its own."""
+
+MEASURED_TOGETHER = 2048
+"""Patches of an analysis that are measured together, and lie in one file."""
 
 
 class Planned(NamedTuple):
@@ -33,167 +38,296 @@ class Planned(NamedTuple):
         cond: its name.
         layer: the patched layer.
         heads: the patched heads.
+        alpha: blend strength.
         source: None for the raw and mapped pair, or the one source that stands in both columns.
     """
 
     cond: str
     layer: int
     heads: HeadSet
+    alpha: float
     source: str | None = None
 
-    def patches(self, alpha: float) -> tuple[Patch, Patch]:
+    @property
+    def patches(self) -> tuple[Patch, Patch]:
         """The raw and the mapped patch of this condition."""
         sources = (self.source, self.source) if self.source else (RAW, MAPPED)
-        raw, mapped = (Patch(self.layer, self.heads, alpha, source) for source in sources)
+        raw, mapped = (Patch(self.layer, self.heads, self.alpha, source) for source in sources)
         return raw, mapped
 
 
-@dataclass
-class Recorder:
-    """Measures planned conditions, or takes them from the store.
+class Row(NamedTuple):
+    """The effect of one patch on each prompt."""
+
+    kl_nats: ndarray
+    answer_logprob_change_nats: ndarray
+
+
+@runtime_checkable
+class MeasuresPatches(Protocol):
+    """Whatever measures patches: an experiment, or a measurer that remembers its effects."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group of each prompt."""
+
+    @property
+    def n_heads(self) -> int:
+        """Heads per layer."""
+
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
+        """Effect of each patch by itself on each prompt."""
+
+
+class Measurer:
+    """The effects of patches, each measured once.
+
+    Patches that are not known yet are measured in chunks. Rounding depends on how many rows a
+    matrix product has, so a chunk is cut from what is asked for, never from what the disk lacks: a
+    resumed run then repeats the very products of an uninterrupted one.
 
     Args:
-        experiment: what to measure with.
-        alpha: blend strength of every condition.
-        store: finished patches; None keeps nothing.
-        progress: called with the number of rows (prompt x patch) just finished.
+        source: measures what is not known.
+        records: conditions of grids on disk, a record per patch; only an experiment has these.
+        chunks: all other effects on disk, a file per chunk.
     """
 
-    experiment: Experiment
-    alpha: float
-    store: Store | None = None
-    progress: Progress | None = None
-    _measured: dict[Patch, dict[str, Any]] = field(default_factory=dict)
+    def __init__(
+        self, source: MeasuresPatches, records: Store | None = None, chunks: Store | None = None
+    ) -> None:
+        self.source = source
+        self.records = records
+        self.chunks = chunks
+        self._known: dict[tuple[int, float, str], dict[Indices, Row]] = {}
+        self._fingerprints: dict[tuple[int, str], str | None] = {}
 
-    def measure(self, planned: Sequence[Planned]) -> dict[str, ConditionResult]:
-        """Results of the conditions by name."""
-        patches = [patch for patch in self._patches(planned) if patch not in self._measured]
-        for chunk in _chunks(patches):
-            self._measured.update(zip(chunk, self._chunk(chunk), strict=True))
-        return {plan.cond: self._result(plan) for plan in planned}
+    @classmethod
+    def of(cls, source: MeasuresPatches) -> Measurer:
+        """The source if it is a measurer, or one that remembers its effects."""
+        return source if isinstance(source, Measurer) else cls(source)
 
-    def is_stored(self, planned: Sequence[Planned]) -> bool:
-        """Whether the store has every patch of some conditions, on all prompts."""
-        return all(self._get(patch) is not None for patch in self._patches(planned))
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group of each prompt."""
+        return self.source.groups
 
-    def measure_part(self, planned: Sequence[Planned]) -> dict[str, Any]:
+    @property
+    def n_heads(self) -> int:
+        """Heads per layer."""
+        return self.source.n_heads
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment, where one measures."""
+        assert isinstance(self.source, Experiment)
+        return self.source
+
+    def with_sources(self, extra: Mapping[tuple[int, str], torch.Tensor]) -> Measurer:
+        """The same with more sources; nothing is known of it yet.
+
+        So the raw patch is measured again beside what stands in place of the mapped one: both go
+        through the same products, and rounding cancels in their difference.
+        """
+        other = Measurer(self.experiment.with_sources(extra), self.records, self.chunks)
+        other._fingerprints = {key: tensor_fingerprint(tensor) for key, tensor in extra.items()}
+        return other
+
+    def known(self, layer: int, alpha: float, source: str) -> Mapping[Indices, Row]:
+        """What is known, by head set, in the order in which it was measured; it grows."""
+        return self._known.setdefault((layer, alpha, source), {})
+
+    def take_over(self, grid: GridResult) -> None:
+        """Know what a grid measured, aside from its checks, which are no raw and mapped pair."""
+        for each in grid.conditions.values():
+            if each.cond not in {"self", "none"}:
+                patches = Planned(each.cond, each.layer, each.heads, each.alpha).patches
+                raw = Row(each.kl_raw_nats, each.answer_logprob_change_raw_nats)
+                mapped = Row(each.kl_mapped_nats, each.answer_logprob_change_mapped_nats)
+                self._learn(patches, (raw, mapped))
+
+    # Effects
+
+    def require(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
+        """Measure those patches that are not known, or take them from disk."""
+        for chunk in _chunks(self._unknown(patches), MEASURED_TOGETHER):
+            together = [patch for group in _by_source(chunk) for patch in group]
+            self._learn(together, self._stored(together, progress))
+
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
+        """Effect of each patch by itself on each prompt."""
+        self.require(patches, progress)
+        rows = np.array([self._row(patch) for patch in patches]).reshape(-1, 2, len(self.groups))
+        return Effects(rows[:, 0], rows[:, 1])
+
+    def _stored(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
+        if self.chunks is None:
+            return self._measured(patches, progress)
+        conditions = tuple(map(self._ingredients, patches))
+        ingredients = ChunkIngredients(conditions, self.experiment.prompt_ids)
+        found = self.chunks.get_tensors(ingredients)
+        if found is not None:
+            self._report(len(patches), progress)
+            return _rows(found[KL].numpy(), found[ANSWER].numpy())
+        measured = self._measured(patches, progress)
+        kl_nats, changes = (np.stack(each) for each in zip(*measured, strict=True))
+        masks = np.array([patch.heads.mask for patch in patches], dtype=np.uint8)
+        arrays = {KL: kl_nats, ANSWER: changes, "heads": masks}
+        self.chunks.put_tensors(
+            ingredients, {name: torch.from_numpy(array) for name, array in arrays.items()}
+        )
+        return measured
+
+    # Conditions of a grid
+
+    def conditions(
+        self, planned: Sequence[Planned], progress: Progress | None = None
+    ) -> dict[str, ConditionResult]:
+        """Results of conditions by name."""
+        for chunk in _chunks(self._unknown(_patches(planned)), RECORDED_TOGETHER):
+            self._learn(chunk, self._recorded(chunk, progress))
+        return {plan.cond: self._condition(plan) for plan in planned}
+
+    def are_recorded(self, planned: Sequence[Planned]) -> bool:
+        """Whether every patch of some conditions has a record, on all prompts."""
+        return all(self._record(patch) is not None for patch in _patches(planned))
+
+    def part(self, planned: Sequence[Planned], progress: Progress | None = None) -> dict[str, Any]:
         """What the experiment's prompts, a part of the split, add to some conditions."""
-        patches = self._patches(planned)
-        numbers = [each for chunk in _chunks(patches) for each in self._effects(chunk)]
+        patches = _patches(planned)
+        rows = [
+            row
+            for chunk in _chunks(patches, RECORDED_TOGETHER)
+            for row in self._measured(chunk, progress)
+        ]
         return {
             "prompts": list(self.experiment.prompt_ids),
             "keys": [self._key(patch) for patch in patches],
-            "patches": numbers,
+            "patches": [_payload(row) for row in rows],
         }
 
     def join(self, planned: Sequence[Planned], parts: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Put conditions into the store that were measured in parts of the prompts."""
-        patches = self._patches(planned)
+        """Record conditions that were measured in parts of the prompts.
+
+        Returns:
+            Places of the parts that were made of something else; nothing is recorded then.
+        """
+        patches = _patches(planned)
         keys = [self._key(patch) for patch in patches]
         foreign = [place for place, part in enumerate(parts) if part["keys"] != keys]
-        if foreign or self.store is None:
+        if foreign or self.records is None:
             return foreign
-        pair, split = self.experiment.pair, self.experiment.split
-        ids = pair.tokens("tuned", split).ids
+        ids = self.experiment.pair.tokens("tuned", self.experiment.split).ids
         for place, patch in enumerate(patches):
             numbers = [(part["prompts"], part["patches"][place]) for part in parts]
-            self.store.put(self._ingredients(patch), _joined(ids, numbers))
+            self.records.put(self._ingredients(patch), _joined(ids, numbers))
         return []
 
-    def _patches(self, planned: Sequence[Planned]) -> list[Patch]:
-        return list(dict.fromkeys(patch for plan in planned for patch in plan.patches(self.alpha)))
-
-    def _key(self, patch: Patch) -> str:
-        return content_key(self._ingredients(patch).to_dict())
-
-    def _chunk(self, patches: Sequence[Patch]) -> list[dict[str, Any]]:
-        stored = [self._get(patch) for patch in patches]
-        found = [payload for payload in stored if payload is not None]
+    def _recorded(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
+        records = [self._record(patch) for patch in patches]
+        found = [row for row in records if row is not None]
         if len(found) == len(patches):
-            self._report(len(patches))
+            self._report(len(patches), progress)
             return found
-        measured = self._effects(patches)
-        for patch, before, payload in zip(patches, stored, measured, strict=True):
-            if self.store is not None and before is None:
-                self.store.put(self._ingredients(patch), payload)
+        measured = self._measured(patches, progress)
+        for patch, before, row in zip(patches, records, measured, strict=True):
+            if self.records is not None and before is None:
+                self.records.put(self._ingredients(patch), _payload(row))
         # What is stored is what the table shows, even where this machine would round otherwise.
-        return [before or new for before, new in zip(stored, measured, strict=True)]
+        return [before or new for before, new in zip(records, measured, strict=True)]
 
-    def _effects(self, patches: Sequence[Patch]) -> list[dict[str, Any]]:
-        effects = self.experiment.engine.effects(
-            [(patch,) for patch in patches], self.experiment.sources, self.progress
-        )
-        return [
-            {KL: kl.tolist(), ANSWER: change.tolist()}
-            for kl, change in zip(effects.kl_nats, effects.answer_logprob_change_nats, strict=True)
-        ]
+    def _record(self, patch: Patch) -> Row | None:
+        payload = None if self.records is None else self.records.get(self._ingredients(patch))
+        return None if payload is None else Row(np.array(payload[KL]), np.array(payload[ANSWER]))
 
-    def _get(self, patch: Patch) -> dict[str, Any] | None:
-        return None if self.store is None else self.store.get(self._ingredients(patch))
-
-    def _report(self, n_patches: int) -> None:
-        if self.progress is not None:
-            self.progress(n_patches * len(self.experiment.prompts))
-
-    def _result(self, plan: Planned) -> ConditionResult:
-        raw, mapped = (self._measured[patch] for patch in plan.patches(self.alpha))
+    def _condition(self, plan: Planned) -> ConditionResult:
+        raw, mapped = (self._row(patch) for patch in plan.patches)
         return ConditionResult(
             cond=plan.cond,
             layer=plan.layer,
             heads=plan.heads,
-            alpha=self.alpha,
-            kl_raw_nats=np.array(raw[KL]),
-            kl_mapped_nats=np.array(mapped[KL]),
-            answer_logprob_change_raw_nats=np.array(raw[ANSWER]),
-            answer_logprob_change_mapped_nats=np.array(mapped[ANSWER]),
+            alpha=plan.alpha,
+            kl_raw_nats=raw.kl_nats,
+            kl_mapped_nats=mapped.kl_nats,
+            answer_logprob_change_raw_nats=raw.answer_logprob_change_nats,
+            answer_logprob_change_mapped_nats=mapped.answer_logprob_change_nats,
         )
+
+    # Memory and keys
+
+    def _unknown(self, patches: Sequence[Patch]) -> list[Patch]:
+        return [
+            patch
+            for patch in dict.fromkeys(patches)
+            if patch.heads.indices not in self._beside(patch)
+        ]
+
+    def _beside(self, patch: Patch) -> dict[Indices, Row]:
+        return self._known.setdefault((patch.layer, patch.alpha, patch.source), {})
+
+    def _row(self, patch: Patch) -> Row:
+        return self._beside(patch)[patch.heads.indices]
+
+    def _learn(self, patches: Sequence[Patch], rows: Sequence[Row]) -> None:
+        for patch, row in zip(patches, rows, strict=True):
+            self._beside(patch).setdefault(patch.heads.indices, row)
+
+    def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
+        effects = self.source.effects(patches, progress)
+        return _rows(effects.kl_nats, effects.answer_logprob_change_nats)
+
+    def _report(self, n_patches: int, progress: Progress | None) -> None:
+        if progress is not None:
+            progress(n_patches * len(self.groups))
+
+    def _key(self, patch: Patch) -> str:
+        return content_key(self._ingredients(patch).to_dict())
 
     def _ingredients(self, patch: Patch) -> ConditionIngredients:
-        layer_map = self.experiment.source_maps.get((patch.layer, patch.source))
-        return ConditionIngredients(
-            **self._common,
-            # A source that passes through no map outlives a change of map.
-            map_fingerprint=None if layer_map is None else layer_map.fingerprint,
-            layer=patch.layer,
-            heads=patch.heads.indices,
-            n_heads=patch.heads.n_heads,
-            alpha=patch.alpha,
-            kind=patch.source,
-        )
+        return ConditionIngredients(self._on, patch, self._made_by(patch.layer, patch.source))
 
     @cached_property
-    def _common(self) -> Mapping[str, Any]:
-        """What all conditions of an experiment share."""
-        experiment = self.experiment
-        pair, split = experiment.pair, experiment.split
-        base, tuned = pair.base.card, pair.tuned.card
-        return {
-            "base_weights": base.weights_fingerprint,
-            "tuned_weights": tuned.weights_fingerprint,
-            "base_config": base.config_fingerprint,
-            "tuned_config": tuned.config_fingerprint,
-            "base_tokenizer": base.tokenizer_fingerprint,
-            "tuned_tokenizer": tuned.tokenizer_fingerprint,
-            "template": pair.prompts.split(split).fingerprint,
-            "base_token_ids": pair.token_fingerprint("base", split),
-            "tuned_token_ids": pair.token_fingerprint("tuned", split),
-            # Sequences are cut at the decision token, so the tokens hold its index already.
-            "base_decision": pair.decision_rule,
-            "tuned_decision": pair.decision_rule,
-            "split": split,
-            "dtype": tuned.dtype,
-            "device": device_of(experiment.tuned_model).type,
-            "weight_processing": "none",
-            "k_positions": experiment.k_positions,
-            "kl_direction": experiment.settings.kl_direction,
-            "raw_baseline": experiment.settings.raw_baseline,
-            "libraries": arithmetic_libraries(),
-        }
+    def _on(self) -> MeasuredOn:
+        return MeasuredOn.of(self.experiment)
+
+    def _made_by(self, layer: int, source: str) -> str | None:
+        """Fingerprint of the map that a source went through, or of what else it is.
+
+        The models' own activations need none, so they outlive a change of map.
+        """
+        if (layer, source) not in self._fingerprints:
+            layer_map = self.experiment.source_maps.get((layer, source))
+            if layer_map is not None:
+                found = layer_map.fingerprint
+            elif source in {RAW, SELF}:
+                found = None
+            else:
+                found = tensor_fingerprint(self.experiment.sources[layer, source])
+            self._fingerprints[layer, source] = found
+        return self._fingerprints[layer, source]
 
 
-def _chunks(patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
-    for start in range(0, len(patches), CHUNK):
-        yield patches[start : start + CHUNK]
+def _patches(planned: Sequence[Planned]) -> list[Patch]:
+    return list(dict.fromkeys(patch for plan in planned for patch in plan.patches))
+
+
+def _by_source(patches: Sequence[Patch]) -> Iterable[Sequence[Patch]]:
+    groups: dict[tuple[int, float, str], list[Patch]] = {}
+    for patch in patches:
+        groups.setdefault((patch.layer, patch.alpha, patch.source), []).append(patch)
+    return groups.values()
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _rows(kl_nats: ndarray, changes: ndarray) -> list[Row]:
+    return [Row(*both) for both in zip(kl_nats, changes, strict=True)]
+
+
+def _payload(row: Row) -> dict[str, list[float]]:
+    return {KL: row.kl_nats.tolist(), ANSWER: row.answer_logprob_change_nats.tolist()}
 
 
 def _joined(

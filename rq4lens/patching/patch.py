@@ -194,13 +194,17 @@ class Effects:
     """What interventions did to the next-token distribution.
 
     Args:
-        kl_nats: divergence from the clean tuned model, in nats.
+        kl_nats: divergence from the clean tuned model, in nats, ``[condition prompt]``.
         answer_logprob_change_nats: log-probability of the clean model's most likely token, patched
-            minus clean.
+            minus clean, ``[condition prompt]``.
     """
 
     kl_nats: Float64[ndarray, "condition prompt"]
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
+
+    def __getitem__(self, conditions: slice) -> Effects:
+        """Some of the conditions."""
+        return Effects(self.kl_nats[conditions], self.answer_logprob_change_nats[conditions])
 
 
 @runtime_checkable

@@ -149,7 +149,7 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     layers = [plan.layer for plan in plans]
     n_prompts = len(pair.prompts.split(config.patching.split))
     n_train = len(pair.prompts.split(FIT_SPLIT))
-    pieces = pieces_of(plans, config.patching.alpha)
+    pieces = pieces_of(plans)
     # The best head is measured among the single ones; larger top-k sets are measured besides.
     n_top = KINDS * sum(k > 1 for k in config.patching.k)
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)

@@ -369,8 +369,8 @@ class Trial:
                 (self.layer, name): z + spread * torch.randn(z.shape, generator=generator)
                 for name in ("one", "other")
             }
-            effects = experiment.with_sources(wrong).measure(
+            one, other = experiment.with_sources(wrong).measure(
                 self.layer, singles, self.measured.alpha, raw="one", mapped="other"
             )
-            flips = sign_flips(effects.delta_nats, experiment.groups, 1000, seed)
+            flips = sign_flips(one.kl_nats - other.kl_nats, experiment.groups, 1000, seed)
             yield bool(np.nanmin(flips.p_max_t) <= LEVEL)

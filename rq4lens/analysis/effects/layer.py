@@ -8,10 +8,11 @@ from functools import cached_property
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.results import GridResult, RankBy
 
 PerPrompt = Float64[ndarray, "head prompt"]
@@ -36,7 +37,7 @@ class MeasuredLayer:
     rank_by: RankBy
 
     @classmethod
-    def of_grid(cls, grid: GridResult, experiment: MeasuresHeadSets | None = None) -> MeasuredLayer:
+    def of_grid(cls, grid: GridResult, experiment: MeasuresPatches | None = None) -> MeasuredLayer:
         """The main layer of a grid; the experiment can measure more."""
         bootstrap, patching = bootstrap_of(grid), grid.settings.patching
         full = grid_full_effect(grid, bootstrap)

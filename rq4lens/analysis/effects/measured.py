@@ -1,134 +1,97 @@
-"""Every head set of one layer and alpha that was measured, and measuring what is missing."""
+"""The head sets of one layer and alpha: a view of what a measurer knows and measures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from math import comb
-from typing import Protocol, runtime_checkable
+from typing import NoReturn
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from numpy import ndarray
+from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.experiment import HeadSetEffects
-from rq4lens.patching.patch import MAPPED, Progress
-from rq4lens.results import ConditionResult, GridResult
-
-CHUNK = 1024
-"""Head sets measured in one call; bounds the memory of their results."""
+from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
+from rq4lens.patching.patch import MAPPED, RAW, Patch, Progress
+from rq4lens.results import GridResult
 
 PerPrompt = Float64[ndarray, "condition prompt"]
-Indices = tuple[int, ...]
+Site = Float[Tensor, "prompt position head d_head"]
 
 
-@runtime_checkable
-class MeasuresHeadSets(Protocol):
-    """Whatever can measure head sets: an :class:`~rq4lens.patching.experiment.Experiment`."""
+class GridAlone:
+    """Stands for an experiment where a grid is all there is: it measures nothing."""
 
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The group of each prompt."""
+    def __init__(self, grid: GridResult) -> None:
+        self.groups = grid.groups
+        self.n_heads = grid.n_heads
 
-    @property
-    def n_heads(self) -> int:
-        """Heads per layer."""
-
-    def measure(
-        self,
-        layer: int,
-        head_sets: Sequence[HeadSet],
-        alpha: float,
-        *,
-        mapped: str = MAPPED,
-        progress: Progress | None = None,
-    ) -> HeadSetEffects:
-        """Patch each head set by itself, raw and mapped."""
+    def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> NoReturn:  # noqa: ARG002
+        """Refuse."""
+        raise UserError(
+            f"head set {patches[0].heads} was not measured: give the experiment too, so that it "
+            "can be."
+        )
 
 
 class MeasuredSets:
     """The effects of head sets of one layer at one alpha; each is measured once.
 
     Args:
-        experiment: measures what is missing; None if nothing more can be measured.
+        measurer: measures what is missing.
         layer: the layer.
         alpha: blend strength.
-        n_heads: heads of the layer.
-        groups: the group of each prompt.
         mapped: the source that counts as mapped.
-        progress: called with the number of rows (prompt x patch) just finished.
     """
 
     def __init__(
-        self,
-        experiment: MeasuresHeadSets | None,
-        layer: int,
-        alpha: float,
-        *,
-        n_heads: int,
-        groups: tuple[str, ...],
-        mapped: str = MAPPED,
-        progress: Progress | None = None,
+        self, measurer: Measurer, layer: int, alpha: float, *, mapped: str = MAPPED
     ) -> None:
-        self.experiment = experiment
+        self.measurer = measurer
         self.layer = layer
         self.alpha = alpha
-        self.n_heads = n_heads
-        self.groups = groups
         self.mapped = mapped
-        self.progress = progress
-        nothing = np.zeros(len(groups))
-        self._effects: dict[Indices, tuple[ndarray, ndarray]] = {(): (nothing, nothing)}
+        self.n_heads = measurer.n_heads
+        self.groups = measurer.groups
+        self._raw = measurer.known(layer, alpha, RAW)
+        self._mapped = measurer.known(layer, alpha, mapped)
 
     @classmethod
-    def of(
-        cls,
-        experiment: MeasuresHeadSets,
-        layer: int,
-        alpha: float,
-        *,
-        mapped: str = MAPPED,
-        progress: Progress | None = None,
-    ) -> MeasuredSets:
-        """Nothing measured yet."""
-        return cls(
-            experiment,
-            layer,
-            alpha,
-            n_heads=experiment.n_heads,
-            groups=experiment.groups,
-            mapped=mapped,
-            progress=progress,
-        )
+    def of(cls, source: MeasuresPatches, layer: int, alpha: float) -> MeasuredSets:
+        """A view of a measurer, or of an experiment with nothing measured yet."""
+        return cls(Measurer.of(source), layer, alpha)
 
     @classmethod
-    def of_grid(
-        cls,
-        grid: GridResult,
-        experiment: MeasuresHeadSets | None = None,
-        progress: Progress | None = None,
-    ) -> MeasuredSets:
-        """What a grid measured at its main layer; the experiment can add to it."""
-        settings = grid.settings
-        measured = cls(
-            experiment,
-            settings.layer,
-            settings.patching.alpha,
-            n_heads=grid.n_heads,
-            groups=grid.groups,
-            progress=progress,
-        )
-        for condition in grid.conditions.values():
-            measured._take_over(condition)
-        return measured
+    def of_grid(cls, grid: GridResult, source: MeasuresPatches | None = None) -> MeasuredSets:
+        """What a grid measured at its main layer; an experiment or measurer can add to it."""
+        measurer = Measurer.of(GridAlone(grid) if source is None else source)
+        measurer.take_over(grid)
+        return cls(measurer, grid.settings.layer, grid.settings.patching.alpha)
 
-    def _take_over(self, condition: ConditionResult) -> None:
-        # "self" patches the tuned activations into themselves: it is no raw and mapped pair.
-        if condition.layer == self.layer and condition.cond not in {"self", "none"}:
-            effects = (condition.kl_raw_nats, condition.kl_mapped_nats)
-            self._effects.setdefault(condition.heads.indices, effects)
+    @property
+    def experiment(self) -> MeasuresPatches | None:
+        """What measures; None if nothing more can be measured."""
+        source = self.measurer.source
+        return None if isinstance(source, GridAlone) else source
+
+    def at(self, alpha: float) -> MeasuredSets:
+        """The same layer at another blend strength."""
+        return MeasuredSets(self.measurer, self.layer, alpha, mapped=self.mapped)
+
+    def with_mapped(self, sources: Mapping[str, Site]) -> dict[str, MeasuredSets]:
+        """The same layer with something else in place of the mapped activations, by its name."""
+        return {
+            name: MeasuredSets(
+                self.measurer.with_sources({(self.layer, name): source}),
+                self.layer,
+                self.alpha,
+                mapped=name,
+            )
+            for name, source in sources.items()
+        }
 
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:
         """Measure those sets that are missing.
@@ -143,32 +106,29 @@ class MeasuredSets:
             UserError: if some are missing and there is no experiment to measure them with.
         """
         wanted = [tuple(sorted({int(head) for head in heads})) for heads in sets]
-        missing = [heads for heads in dict.fromkeys(wanted) if heads not in self._effects]
-        for start in range(0, len(missing), CHUNK):
-            self._measure(missing[start : start + CHUNK])
+        missing = [heads for heads in dict.fromkeys(wanted) if heads and not self._has(heads)]
+        if missing:
+            self.measurer.require(
+                [
+                    Patch(self.layer, head_set, self.alpha, source)
+                    for head_set in (HeadSet(heads, self.n_heads) for heads in missing)
+                    for source in (RAW, self.mapped)
+                ]
+            )
         return wanted
 
-    def _measure(self, sets: Sequence[Indices]) -> None:
-        if self.experiment is None:
-            raise UserError(
-                f"head set {HeadSet(sets[0], self.n_heads)} was not measured: give the experiment "
-                "too, so that it can be."
-            )
-        effects = self.experiment.measure(
-            self.layer,
-            [HeadSet(heads, self.n_heads) for heads in sets],
-            self.alpha,
-            mapped=self.mapped,
-            progress=self.progress,
-        )
-        rows = zip(effects.kl_raw_nats, effects.kl_mapped_nats, strict=True)
-        self._effects.update(zip(sets, rows, strict=True))
+    def _has(self, heads: Indices) -> bool:
+        return heads in self._mapped and heads in self._raw
 
     def kl_nats(self, sets: Iterable[Iterable[int]]) -> tuple[PerPrompt, PerPrompt]:
         """``KL_raw`` and ``KL_mapped`` of head sets on each prompt."""
-        effects = [self._effects[heads] for heads in self.require(sets)]
-        both = np.array(effects).reshape(-1, 2, len(self.groups))  # also of no sets at all
-        return both[:, 0], both[:, 1]
+        wanted, nothing = self.require(sets), np.zeros(len(self.groups))
+        raw, mapped = (
+            [known[heads].kl_nats if heads else nothing for heads in wanted]
+            for known in (self._raw, self._mapped)
+        )
+        both = np.array([raw, mapped]).reshape(2, -1, len(self.groups))  # also of no sets at all
+        return both[0], both[1]
 
     def delta_nats(self, sets: Iterable[Iterable[int]]) -> PerPrompt:
         """``ΔKL`` of head sets on each prompt."""
@@ -196,7 +156,9 @@ class MeasuredSets:
 
     def known(self, k: int) -> list[Indices]:
         """The sets of k heads that were measured so far."""
-        return [heads for heads in self._effects if len(heads) == k]
+        if k == 0:
+            return [()]
+        return [heads for heads in self._mapped if len(heads) == k and heads in self._raw]
 
     def is_exhausted(self, k: int) -> bool:
         """Whether every set of k heads was measured."""
@@ -205,7 +167,7 @@ class MeasuredSets:
     @property
     def n_measured(self) -> int:
         """How many head sets were measured, the empty one aside."""
-        return len(self._effects) - 1
+        return sum(1 for heads in self._mapped if heads and heads in self._raw)
 
 
 def prefixes(heads: Iterable[int]) -> list[Indices]:

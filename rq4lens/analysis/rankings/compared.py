@@ -146,15 +146,12 @@ def map_kind_agreement(
     data = FitData.of(activations, own.layer)
     z_base = activations.z("base", experiment.split, own.layer)
     kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
-    varied = experiment.with_sources(
-        {(own.layer, kind): refit(own, data, kind)(z_base) for kind in kinds}
-    )
-    compared = []
-    for kind in kinds:
-        other = MeasuredSets.of(varied, own.layer, measured.alpha, mapped=kind)
+    varied = measured.with_mapped({kind: refit(own, data, kind)(z_base) for kind in kinds})
+    found = []
+    for kind, other in varied.items():
         scored = Scored.of_prompts(kind, other.delta_nats(other.singles), layer.bootstrap)
-        compared.append(agreement("map_kind", scored, reference, layer.ks, layer.bootstrap))
-    return compared
+        found.append(agreement("map_kind", scored, reference, layer.ks, layer.bootstrap))
+    return found
 
 
 def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> Agreement:

@@ -21,22 +21,10 @@ def alpha_sweep(
     """Measure all heads together and one by one at several blend strengths."""
     measured = layer.measured
     at_alpha = [
-        measured if alpha == measured.alpha else _at(measured, alpha)
+        measured if alpha == measured.alpha else measured.at(alpha)
         for alpha in sorted({*alphas, measured.alpha})
     ]
     return [_point(each, layer) for each in at_alpha], at_alpha
-
-
-def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
-    return MeasuredSets(
-        measured.experiment,
-        measured.layer,
-        alpha,
-        n_heads=measured.n_heads,
-        groups=measured.groups,
-        mapped=measured.mapped,
-        progress=measured.progress,
-    )
 
 
 def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:

@@ -20,6 +20,7 @@ from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData, refit
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.results import ConditionResult, GridResult
 
 Site = Float[Tensor, "prompt position head d_head"]
@@ -170,7 +171,7 @@ class ControlInputs:
     experiment: Experiment
     activations: PairActivations
     control_layer: int | None
-    neutral: Experiment | None
+    neutral: MeasuresPatches | None
 
 
 def measured_controls(inputs: ControlInputs) -> list[Control]:
@@ -180,13 +181,12 @@ def measured_controls(inputs: ControlInputs) -> list[Control]:
     sources = control_sources(
         inputs.experiment, layer, inputs.control_layer, inputs.activations, bootstrap.seed
     )
-    varied = inputs.experiment.with_sources({(layer, name): z for name, z in sources.items()})
+    varied = measured.with_mapped(sources)
     reference = measured.delta_nats([everything])[0]
     rows = []
     for name, question in QUESTIONS.items():
-        if name in sources:
-            control = MeasuredSets.of(varied, layer, measured.alpha, mapped=name)
-            value = control.delta_nats([everything])[0]
+        if name in varied:
+            value = varied[name].delta_nats([everything])[0]
             rows.append(paired(name, question, value, reference, bootstrap))
         else:
             rows.append(missing(name, question, "the run has no control layer"))

@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
+from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, full_effect
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
@@ -23,6 +23,7 @@ from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, con
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
+from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.results import ConditionResult, GridResult, RankBy, ranks_of
 
 
@@ -112,7 +113,7 @@ PerPrompt = Float64[ndarray, "head prompt"]
 
 def compare_layers(
     grids: Mapping[int, GridResult],
-    experiment: MeasuresHeadSets | None = None,
+    experiment: MeasuresPatches | None = None,
 ) -> LayerComparison:
     """Compare the layers that were measured on the same prompts.
 
@@ -195,7 +196,7 @@ def _threshold(delta: Float64[ndarray, "layer head prompt"]) -> float:
 
 def _rows(
     grids: Mapping[int, GridResult],
-    experiment: MeasuresHeadSets | None,
+    experiment: MeasuresPatches | None,
     bootstrap: Bootstrap,
     threshold: float,
 ) -> tuple[LayerRow, ...]:
@@ -204,7 +205,7 @@ def _rows(
 
 def _row(
     grid: GridResult,
-    experiment: MeasuresHeadSets | None,
+    experiment: MeasuresPatches | None,
     bootstrap: Bootstrap,
     threshold: float,
 ) -> LayerRow:

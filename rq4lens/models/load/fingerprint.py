@@ -29,6 +29,11 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return whole.hexdigest()
 
 
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """SHA-256 over shape, type and bytes of a tensor."""
+    return _tensor_digest(tensor).hex()
+
+
 def _tensor_digest(tensor: Tensor) -> bytes:
     digest = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
     data = tensor.detach().contiguous().cpu()  # in order first: a GPU does that faster

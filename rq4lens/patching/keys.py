@@ -1,0 +1,140 @@
+"""What effects are addressed by on disk: everything that can change a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from rq4lens.config import Patching
+from rq4lens.disk.store import NUMERICS_VERSION, content_key
+from rq4lens.models.load.fingerprint import arithmetic_libraries
+from rq4lens.models.pair import SIDES
+from rq4lens.patching.activations import device_of
+from rq4lens.patching.experiment import PREPARED, Experiment
+from rq4lens.patching.patch import Patch
+
+FINGERPRINTS = ("weights", "config", "tokenizer")
+"""What a model is known by; the same weights under another configuration are another model."""
+
+
+def identity(card: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprints of a model's card."""
+    return {part: card[f"{part}_fingerprint"] for part in FINGERPRINTS}
+
+
+def measured_parts(patching: Patching) -> dict[str, Any]:
+    """The settings that decide what a patch is and how it is measured, whatever is patched."""
+    return patching.model_dump(mode="json", include=PREPARED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredOn:
+    """Everything but the patch that can change an effect.
+
+    Batch size, padding side, engine and chunking are absent on purpose: they change no number.
+
+    Args:
+        models: fingerprints of each model.
+        prompts: fingerprint of the split.
+        tokens: fingerprint of what each model reads of it, cut at the decision token.
+        decision_rule: where prompts are decided.
+        patching: what :func:`measured_parts` gives.
+        dtype: number format of the models.
+        device: kind of device; they round differently.
+        libraries: versions of the libraries that do the arithmetic.
+        numerics_version: version of this package's own arithmetic.
+    """
+
+    models: Mapping[str, Mapping[str, str]]
+    prompts: str
+    tokens: Mapping[str, str]
+    decision_rule: str
+    patching: Mapping[str, Any]
+    dtype: str
+    device: str
+    libraries: str
+    numerics_version: str = NUMERICS_VERSION
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> MeasuredOn:
+        """What all effects of an experiment share."""
+        pair, split = experiment.pair, experiment.split
+        return cls(
+            models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
+            prompts=pair.prompts.split(split).fingerprint,
+            tokens={side: pair.token_fingerprint(side, split) for side in SIDES},
+            decision_rule=pair.decision_rule,
+            patching=measured_parts(experiment.settings),
+            dtype=pair.tuned.card.dtype,
+            device=device_of(experiment.tuned_model).type,
+            libraries=arithmetic_libraries(),
+        )
+
+
+@dataclass(frozen=True)
+class ConditionIngredients:
+    """Everything that can change the effect of one patch."""
+
+    on: MeasuredOn
+    patch: Patch
+    map_fingerprint: str | None
+
+    @property
+    def label(self) -> str:
+        """Layer, heads, strength and source, short enough for a file name."""
+        patch, indices = self.patch, self.patch.heads.indices
+        heads = "-".join(map(str, indices[:4])) or "none"
+        more = f"+{len(indices) - 4}" if len(indices) > 4 else ""
+        return f"L{patch.layer}_heads{heads}{more}_a{float(patch.alpha):g}_{patch.source}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name."""
+        patch = _group(self.patch, self.map_fingerprint) | {"heads": list(self.patch.heads)}
+        return asdict(self.on) | {"patch": patch}
+
+
+@dataclass(frozen=True)
+class ChunkIngredients:
+    """Everything that can change the effects of patches that were measured together.
+
+    Args:
+        conditions: the patches; those of one layer, strength and source stand together.
+        prompt_ids: the measured prompts, in order; they may be a part of the split.
+    """
+
+    conditions: Sequence[ConditionIngredients]
+    prompt_ids: Sequence[str]
+
+    @property
+    def label(self) -> str:
+        """Layer, strength and number of the patches."""
+        first = self.conditions[0].patch
+        return f"L{first.layer}_{len(self.conditions)}_patches_a{float(first.alpha):g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name; thousands of head sets stand there as their hash."""
+        return self._values
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        patches = []
+        for group, members in groupby(
+            self.conditions, key=lambda each: _group(each.patch, each.map_fingerprint)
+        ):
+            head_sets = [list(each.patch.heads) for each in members]
+            patches.append(group | {"head_sets": content_key({"head_sets": head_sets})})
+        prompt_ids = content_key({"ids": list(self.prompt_ids)})
+        return asdict(self.conditions[0].on) | {"prompt_ids": prompt_ids, "patches": patches}
+
+
+def _group(patch: Patch, map_fingerprint: str | None) -> dict[str, Any]:
+    return {
+        "layer": patch.layer,
+        "n_heads": patch.heads.n_heads,
+        "alpha": float(patch.alpha) + 0.0,  # 0 and -0.0 are one strength
+        "source": patch.source,
+        "map": map_fingerprint,
+    }

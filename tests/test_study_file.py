@@ -16,7 +16,7 @@ from rq4lens.cli import main
 from rq4lens.cluster.many import Many
 from rq4lens.config import read_config
 from rq4lens.errors import UserError
-from rq4lens.figures.cost import study_layers
+from rq4lens.figures.layers import study_layers
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.studies.cost_model import Machine
 from rq4lens.studies.file import read_study

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Report": "page.sections",
     "agreement_matrix": "matrices",
     "alpha_sweep": "alphas",
     "coverage_curve": "coverage",

@@ -16,8 +16,8 @@ from rq4lens.analysis.structure.layers import Metric
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.disk.run import SavedLayers, read_layers
 from rq4lens.errors import UserError
-from rq4lens.figures.cost import study_layers
 from rq4lens.figures.export import CONFIG
+from rq4lens.figures.layers import study_layers
 from rq4lens.screen.tables import study_text
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,11 @@ NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
 
 def bootstrap_of(grid: GridResult) -> Bootstrap:
     """The resamples of a grid: its prompts, by group, as often as its settings say."""
-    return Bootstrap(grid.groups, grid.settings.effort.resamples, grid.settings.effort.seed)
+    return _bootstrap(grid.groups, grid.settings.effort.resamples, grid.settings.effort.seed)
+
+
+# Everything that is said of a grid asks for the same resamples.
+_bootstrap = lru_cache(maxsize=1)(Bootstrap)
 
 
 @dataclass(frozen=True)

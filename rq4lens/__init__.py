@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rq4lens import figures as figures
     from rq4lens.analysis.analyse import analyse as analyse
     from rq4lens.analysis.structure.layers import compare_layers as compare_layers
+    from rq4lens.config import AnalysisEffort as AnalysisEffort
     from rq4lens.config import Effort as Effort
     from rq4lens.config import Patching as Patching
     from rq4lens.config import Place as Place
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "analyse": "rq4lens.analysis.analyse",
     "compare_layers": "rq4lens.analysis.structure.layers",
+    "AnalysisEffort": "rq4lens.config",
     "Effort": "rq4lens.config",
     "Patching": "rq4lens.config",
     "Place": "rq4lens.config",

@@ -43,24 +43,25 @@ class Settings(BaseModel):
         self._fill(values, type(self).__name__)
 
     def _fill(self, values: Mapping[str, Any], where: str) -> None:
-        _refuse_unknown(values, [*type(self).model_fields, *self.file_keys()], where)
-        _refuse_truth(values, where)
+        known = {**self.by_file_key(), **type(self).model_fields}
+        _refuse_unknown(values, known, where)
+        _refuse_truth(values, known, where)
         try:
             super().__init__(**values)
         except ValidationError as problem:
-            raise UserError(_sentence(problem, where)) from None
+            raise UserError(_sentence(problem, known, where)) from None
 
     @classmethod
     def checked(cls: type[S], values: Mapping[str, Any], where: str) -> S:
         """Settings from values by key; an error sentence starts with where they come from."""
         settings = cls.__new__(cls)
-        settings._fill({key: values[key] for key in cls.file_keys() if key in values}, where)
+        settings._fill({key: values[key] for key in cls.by_file_key() if key in values}, where)
         return settings
 
     @classmethod
-    def file_keys(cls) -> frozenset[str]:
-        """What the settings are called in a TOML file."""
-        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+    def by_file_key(cls) -> dict[str, FieldInfo]:
+        """The settings by what they are called in a TOML file."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     def but(self: S, **changes: Any) -> S:
         """The same settings with some values replaced and checked again."""
@@ -236,6 +237,27 @@ class Effort(Settings):
     )
 
 
+class AnalysisEffort(Settings):
+    """What an analysis measures and compares beyond the grid."""
+
+    n_random_sets: int = Field(
+        default=1000, ge=1, description="random sets drawn of each size that has more"
+    )
+    random_ks: tuple[int, ...] | None = Field(
+        default=None,
+        description="sizes of random sets besides the grid's; if left out, as many as affordable",
+    )
+    n_splits: int = Field(
+        default=5, ge=1, description="random half splits behind the cross-fitted numbers"
+    )
+    methods: tuple[str, ...] | None = Field(
+        default=None, description="ranking methods to compare; all of them if left out"
+    )
+    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.1, 0.3, 0.5, 0.7, 1.0), description="blend strengths of the sweep"
+    )
+
+
 class RunConfig(BaseModel):
     """Everything that decides a run, part by part.
 
@@ -279,9 +301,7 @@ PARTS: dict[str, type[Settings]] = {
 }
 
 SETTINGS: dict[str, FieldInfo] = {
-    field.alias or name: field
-    for part in PARTS.values()
-    for name, field in part.model_fields.items()
+    key: field for part in PARTS.values() for key, field in part.by_file_key().items()
 }
 """Every setting by its key in a TOML file."""
 
@@ -390,24 +410,27 @@ def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str)
             raise UserError(f"{where} has unknown key {key!r}: {meant}")
 
 
-def _refuse_truth(values: Mapping[str, Any], where: str) -> None:
+def _refuse_truth(values: Mapping[str, Any], known: Mapping[str, FieldInfo], where: str) -> None:
     """True would pass for the number 1."""
     for key, value in values.items():
-        field = SETTINGS["pair" if key == "name" else key]
         parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(each, bool) for each in parts) and "bool" not in str(field.annotation):
-            raise UserError(_not_allowed(where, key, value, "true and false are no numbers"))
+        if any(isinstance(each, bool) for each in parts) and "bool" not in str(
+            known[key].annotation
+        ):
+            raise UserError(
+                _not_allowed(where, key, known[key], value, "true and false are no numbers")
+            )
 
 
-def _sentence(problem: ValidationError, where: str) -> str:
+def _sentence(problem: ValidationError, known: Mapping[str, FieldInfo], where: str) -> str:
     first = problem.errors()[0]
     if not first["loc"]:  # of several settings together; it says which
         return str(first["ctx"]["error"])
     message = first["msg"].removeprefix("Value error, ")
-    return _not_allowed(where, str(first["loc"][0]), first.get("input"), message)
+    key = str(first["loc"][0])
+    return _not_allowed(where, key, known[key], first.get("input"), message)
 
 
-def _not_allowed(where: str, key: str, given: Any, message: str) -> str:
+def _not_allowed(where: str, key: str, field: FieldInfo, given: Any, message: str) -> str:
     value = (",".join(map(str, given)) if isinstance(given, list | tuple) else str(given))[:80]
-    meaning = SETTINGS[key].description
-    return f"{where}: {key} = {value!r} is not allowed ({message}); it means: {meaning}."
+    return f"{where}: {key} = {value!r} is not allowed ({message}); it means: {field.description}."

@@ -12,6 +12,7 @@ from typing import SupportsIndex
 from rq4lens.errors import UserError
 
 _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?", re.ASCII)
+_LABEL = re.compile(r"L(\d{1,9})H(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True, order=True)
@@ -28,6 +29,18 @@ class Head:
 
     def __str__(self) -> str:
         return self.label
+
+    @classmethod
+    def parse(cls, label: str) -> Head:
+        """The head of a label such as ``L9H6``.
+
+        Raises:
+            UserError: if the text is no such label.
+        """
+        match = _LABEL.fullmatch(label)
+        if match is None:
+            raise UserError(f"{label[:40]!r} is no head: write layer and head as in 'L9H6'.")
+        return cls(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True)

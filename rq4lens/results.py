@@ -8,8 +8,8 @@ the prompts of the split.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float64
@@ -21,6 +21,32 @@ from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
 
 HOOK = "hook_z"
+NO_CONTROL_LAYER = "the run has no control layer"
+NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record whose undefined values are None, and why.
+
+    Args:
+        reasons: why a field is None, or holds one, by the field's name. Reasons of fields that
+            hold no None are dropped, so that they can be given before it is known.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {}
+    """What None means in a field unless another reason is given."""
+
+    reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        reasons = {**self.BECAUSE, **self.reasons}
+        needed = {n: reason for n, reason in reasons.items() if _has_none(getattr(self, n))}
+        object.__setattr__(self, "reasons", needed)
+
+
+def _has_none(value: Any) -> bool:
+    return value is None or (isinstance(value, tuple) and any(map(_has_none, value)))
 
 
 @dataclass(frozen=True)
@@ -62,6 +88,8 @@ class GridSettings:
         """The settings as flat JSON values, the sizes of head sets as ``ks``."""
         parts = {"patching", "effort"}
         patching = self.patching.model_dump(mode="json")
+        if self.patching.control_layer is None:
+            patching["control_layer_reason"] = NO_CONTROL_LAYER
         return {
             **{name: value for name, value in vars(self).items() if name not in parts},
             "ks": patching.pop("k"),
@@ -87,9 +115,12 @@ class GridSettings:
 
     def comparable_to(self, other: GridSettings) -> bool:
         """Whether two grids differ at most in layers, head sets and seeds."""
-        free = {"layer", "control_layer", "ks", "random_seeds", "rank_by", "seed", "resamples"}
-        mine, others = self.to_dict(), other.to_dict()
-        return all(mine[name] == others[name] for name in mine.keys() - free - {"engine"})
+        same = {"layer": 0, "control_layer": None, "k": (), "random_seeds": (), "rank_by": "delta"}
+        first, second = (
+            replace(each, engine="", effort=Effort(), patching=each.patching.but(**same))
+            for each in (self, other)
+        )
+        return first == second
 
 
 @dataclass(frozen=True)
@@ -145,7 +176,7 @@ class ConditionResult:
 
 
 @dataclass(frozen=True)
-class HeadRanking:
+class HeadRanking(Record):
     """Heads of one layer, best first.
 
     Args:
@@ -162,14 +193,20 @@ class HeadRanking:
         settings: the method's own settings.
     """
 
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "alpha": "the scores do not depend on alpha",
+        "scores": NO_RAW_EFFECT,
+        "standard_errors": "the scores are not means over prompts",
+    }
+
     method: str
     layer: int
     alpha: float | None
     heads: tuple[int, ...]
     scores: tuple[float | None, ...]
     standard_errors: tuple[float | None, ...] | None = None
-    per_prompt: Float64[ndarray, "head prompt"] | None = None
-    share_of: Float64[ndarray, "head prompt"] | None = None
+    per_prompt: Float64[ndarray, "head prompt"] | None = field(default=None, compare=False)
+    share_of: Float64[ndarray, "head prompt"] | None = field(default=None, compare=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -184,6 +221,7 @@ class HeadRanking:
         per_prompt: Float64[ndarray, "head prompt"] | None = None,
         share_of: Float64[ndarray, "head prompt"] | None = None,
         settings: Mapping[str, Any] | None = None,
+        reasons: Mapping[str, str] | None = None,
     ) -> HeadRanking:
         """Rank heads by descending score; ties break by head index, undefined scores come last.
 
@@ -196,6 +234,7 @@ class HeadRanking:
             per_prompt: scores of head 0, 1, 2, ... on each prompt.
             share_of: what they are a share of on each prompt.
             settings: the method's own settings.
+            reasons: why a field is None, where it is not for the usual reason.
 
         Returns:
             The ranking.
@@ -217,6 +256,7 @@ class HeadRanking:
             per_prompt=per_prompt,
             share_of=share_of,
             settings=dict(settings or {}),
+            reasons=reasons or {},
         )
 
     @property

@@ -2,7 +2,13 @@
 
 import json
 
-from rq4lens.analysis.statistics.plain import is_explanation
+EXPLAINS = ("reason", "note", "undefined_because")
+"""Fields that say why something else is null; null there means that nothing is."""
+
+
+def is_explanation(name):
+    """Whether a field says why another one is null, or what it cannot mean."""
+    return name in EXPLAINS or name.endswith("_reason")
 
 
 def check_explained(record):

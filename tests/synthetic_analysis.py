@@ -54,7 +54,6 @@ def curve(name: str, grid: GridResult, scale: float) -> CoverageCurve:
         band_low_pct=tuple(values - 6),
         band_high_pct=tuple(values + 6),
         area_pct=about(values.mean(), 2),
-        cpr=about(values.mean() / 100, 0.02),
         cmd=about(1 - values.mean() / 100, 0.02),
         k90=Estimate(float(np.argmax(values >= 90))),
     )
@@ -91,8 +90,6 @@ def coverage_rows(grid: GridResult) -> tuple[CoverageRow, ...]:
             optimism_pct=about(5 * grid[f"top{k}"].delta / grid.full.delta, 2),
             p_value=0.001,
             p_value_min=0.001,
-            plain_p_value=0.001,
-            plain_p_value_min=0.001,
             n_subsets=1000,
             exhaustive=False,
             random_mean_pct=100 * k / grid.n_heads,

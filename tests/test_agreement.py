@@ -23,7 +23,7 @@ from rq4lens.analysis.rankings.exact import (
     rank_greedy_forward,
 )
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
-from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.results import HeadRanking
 
 BOOTSTRAP = Bootstrap(tuple(map(str, range(20))), 300)
@@ -152,7 +152,7 @@ def test_ties_and_single_heads_are_undefined_with_a_reason():
     single = Scored("one", np.ones(1))
     found = agreement("method", single, single, (1,), BOOTSTRAP)
     assert found.spearman.reason == TOO_FEW_HEADS
-    assert plain(found)["kendall"] is None
+    assert to_json(found)["kendall"] is None
 
 
 def test_strengths_follow_the_ranking():

@@ -16,6 +16,7 @@ from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, exact
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.config import AnalysisEffort
 from rq4lens.errors import UserError
 from rq4lens.patching.maps.fitting import fit_maps
 
@@ -27,13 +28,12 @@ ROW = {
 }
 
 
-def analysed(game, ks=(1, 2), measure=True, **kwargs) -> Analysis:
+def analysed(game, ks=(1, 2), measure=True, progress=None, **effort) -> Analysis:
     return analyse(
         resampled(game.grid(ks=ks), 200),
         game if measure else None,
-        n_random_sets=60,
-        n_splits=2,
-        **kwargs,
+        AnalysisEffort(n_random_sets=60, n_splits=2, **effort),
+        progress=progress,
     )
 
 
@@ -42,7 +42,9 @@ def of_pair(tiny_pair, tiny_maps):
     """The whole analysis of the tiny pair, with every method and control."""
     experiment = prepared(tiny_pair, tiny_maps)
     grid = grid_of(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(1, 2, 4), experiment=experiment)
-    return analyse(resampled(grid, 300), experiment, n_random_sets=50, neutral=experiment)
+    return analyse(
+        resampled(grid, 300), experiment, AnalysisEffort(n_random_sets=50), neutral=experiment
+    )
 
 
 def test_analysis_of_a_pair_has_every_part(of_pair):
@@ -118,7 +120,7 @@ def test_halves_of_noise_disagree():
 def test_progress_counts_every_part():
     """The caller hears of each part once."""
     heard = []
-    analysed(noisy_game([1.0, 2.0], 10), advance=heard.append)
+    analysed(noisy_game([1.0, 2.0], 10), progress=heard.append)
     assert heard == [1] * len(PARTS)
 
 
@@ -128,7 +130,7 @@ def test_no_sizes_to_report_is_no_error(measure):
     found = analysed(noisy_game([1.0, 2.0, 0.5], 12), ks=(), measure=measure)
     assert found.coverage == ()
     assert [sets.k for sets in found.random] == ([1, 2, 3] if measure else [])
-    assert found.settings.random_ks == tuple(sets.k for sets in found.random)
+    assert found.settings.effort.random_ks == tuple(sets.k for sets in found.random)
 
 
 def test_sizes_of_random_sets_can_be_chosen():
@@ -139,7 +141,7 @@ def test_sizes_of_random_sets_can_be_chosen():
     assert len(found.rankings) == 2
     everywhere = analysed(game, ks=(2,), methods=["shapley"])
     assert [sets.k for sets in everywhere.random] == list(range(1, 15))
-    assert everywhere.settings.random_ks == tuple(range(1, 15))
+    assert everywhere.settings.effort.random_ks == tuple(range(1, 15))
 
 
 @pytest.mark.parametrize("k", [0, 4])
@@ -163,9 +165,9 @@ def test_analysis_repeats_itself(tiny_pair, tiny_maps):
     """The same grid, experiment and seed give the same analysis, timings aside."""
     experiment = prepared(tiny_pair, tiny_maps)
     grid = grid_of(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(2,), experiment=experiment)
-    records = []
+    effort, records = AnalysisEffort(n_random_sets=20, methods=["shapley"]), []
     for _ in range(2):
-        found = analyse(resampled(grid, 100), experiment, n_random_sets=20, methods=["shapley"])
+        found = analyse(resampled(grid, 100), experiment, effort)
         records.append(found.to_dict() | {"seconds": None, "methods": None})
     assert records[0] == records[1]
 
@@ -395,6 +397,8 @@ def test_layers_of_different_sweeps_are_refused(layer_grids):
         compare_layers({})
     with pytest.raises(UserError, match="is one of layer 1"):
         compare_layers({0: grids[1]})
-    other = replace(grids[1], settings=replace(grids[1].settings, alpha=0.9))
+    settings = grids[1].settings
+    stronger = replace(settings, patching=settings.patching.but(alpha=0.9))
+    other = replace(grids[1], settings=stronger)
     with pytest.raises(UserError, match="another alpha"):
         compare_layers({0: grids[0], 1: other})

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from rq4lens.config import SETTINGS, (
+from rq4lens.config import (
+    SETTINGS,
     RunConfig,
     config_from,
     preset,
@@ -101,26 +102,12 @@ def test_every_setting_says_what_it_is():
 
 def test_the_defaults_are_those_of_the_method():
     """Alpha 0.3, k 1, 2, 4 and 8, seeds 0, 1 and 2, the decision token alone, on val, per head."""
-    config = RunConfig()
-    assert (config.patching.alpha, config.patching.k, config.patching.random_seeds) == (
-        0.3,
-        (1, 2, 4, 8),
-        (0, 1, 2),
-    )
-    assert (config.patching.split, config.patching.k_positions, config.patching.map_scope) == (
-        "val",
-        1,
-        "head",
-    )
-    assert (config.patching.kl_direction, config.patching.raw_baseline) == (
-        "patched||clean",
-        "identity",
-    )
-    assert (config.place.engine, config.patching.rank_by, config.patching.map_kind) == (
-        "suffix",
-        "delta",
-        None,
-    )
+    patching = RunConfig().patching
+    assert (patching.alpha, patching.k, patching.random_seeds) == (0.3, (1, 2, 4, 8), (0, 1, 2))
+    assert (patching.split, patching.k_positions, patching.map_scope) == ("val", 1, "head")
+    assert (patching.kl_direction, patching.raw_baseline) == ("patched||clean", "identity")
+    assert (patching.rank_by, patching.map_kind) == ("delta", "procrustes_scaled")
+    assert RunConfig().place.engine == "suffix"
 
 
 @pytest.mark.parametrize("kind", MAP_KINDS)

@@ -113,13 +113,13 @@ def test_k_equal_to_all_heads_is_certain():
     """With k = H: coverage 100, no optimism, p-value 1."""
     row = coverage(study_of(noisy_game([1.0, 2.0, 3.0], 30), ks=(3,))).rows[0]
     assert (row.coverage_pct.value, row.cross_fitted_coverage_pct.value) == (100, 100)
-    assert (row.optimism_pct.value, row.p_value, row.plain_p_value) == (0, 1, 1)
+    assert (row.optimism_pct.value, row.p_value) == (0, 1)
 
 
 def test_all_ties_give_p_value_one():
     """Heads that are all the same are never better than random ones."""
     row = coverage(study_of(Game(np.ones((5, 8))), ks=(2,))).rows[0]
-    assert (row.p_value, row.plain_p_value) == (1, 1)
+    assert row.p_value == 1
 
 
 def test_a_single_prompt_has_no_cross_fitted_numbers():
@@ -143,7 +143,6 @@ def test_grid_alone_gives_the_table_of_the_study():
     )
     assert [row.n_subsets for row in table.rows] == [3, 3]
     assert table.rows[0].coverage_pct.value == pytest.approx(50, abs=3)
-    assert table.rows[0].plain_p_value_min == pytest.approx(1 / 4)
     assert "only the grid" in table.rows[0].reason
     with pytest.raises(UserError, match="was not measured"):
         own.delta([(0, 1, 2)])

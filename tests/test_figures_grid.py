@@ -206,5 +206,11 @@ def test_figures_never_load_a_model():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = json.loads(done.stdout)
-    for banned in ("transformer_lens", "transformers", "rq4lens.patching", "rq4lens.models"):
+    for banned in (
+        "torch",
+        "transformer_lens",
+        "transformers",
+        "rq4lens.patching",
+        "rq4lens.models",
+    ):
         assert banned not in loaded

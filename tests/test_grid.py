@@ -232,7 +232,7 @@ def test_progress_counts_no_row_twice(tiny_pair, tiny_maps):
     """Rows reported are prompts times the different patches of the grid."""
     counted = []
     grid = grid_of(
-        tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), random_seeds=(0,), advance=counted.append
+        tiny_pair, tiny_maps, MAIN, alpha=ALPHA, ks=(1,), random_seeds=(0,), progress=counted.append
     )
     different = {(c.heads, kind) for c in grid.conditions.values() for kind in ("raw", "mapped")}
     different.discard((HeadSet.all(TINY_HEADS), "self"))
@@ -243,15 +243,15 @@ def test_progress_counts_no_row_twice(tiny_pair, tiny_maps):
     ("changes", "said"),
     [
         ({"control_layer": MAIN}, "layer 1 cannot be its own control"),
-        ({"ks": (0,)}, "k 0 does not fit: a layer has 4 heads; choose 1 to 4"),
-        ({"ks": (5,)}, "k 5 does not fit"),
+        ({"k": (0,)}, "k 0 does not fit: a layer has 4 heads; choose 1 to 4"),
+        ({"k": (5,)}, "k 5 does not fit"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(changes, said):
     """The sentence names the value and what is allowed."""
-    plan = GridPlan(TINY_HEADS, MAIN, CONTROL, (1, 2), (0,))
+    settings = Patching(layer=MAIN, control_layer=CONTROL, k=(1, 2), random_seeds=(0,))
     with pytest.raises(UserError, match=said):
-        replace(plan, **changes)
+        GridPlan(TINY_HEADS, settings.but(**changes))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_plan_that_does_not_fit_is_refused(changes, said):
     [
         ({"layer": 2, "ks": (1,)}, r"layer 2 has no map: maps are fitted for \[0, 1\]"),
         ({"layer": MAIN, "control_layer": 2, "ks": (1,)}, "layer 2 has no map"),
-        ({"layer": MAIN, "alpha": 1.5, "ks": (1,)}, "alpha 1.5 is not a blend strength"),
+        ({"layer": MAIN, "alpha": 1.5, "ks": (1,)}, "alpha = '1.5' is not allowed"),
         ({"layer": MAIN, "split": "test", "ks": (1,)}, "no prompt has split 'test'"),
         ({"layer": MAIN}, "k 8 does not fit"),
     ],

@@ -12,11 +12,11 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve, half_splits
 from rq4lens.analysis.coverage.curves import area, fewest_heads
 from rq4lens.analysis.coverage.random_sets import cross_fitted_p_value, untestable_because
-from rq4lens.analysis.coverage.table import coverage
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
 from rq4lens.analysis.structure.controls import FitData, refit
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.config import AnalysisEffort
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.maps.fitting import fit_maps
@@ -103,19 +103,6 @@ def test_p_values_claim_no_more_than_groups_can_show():
     assert "fewer than four groups" in untestable_because(three)
 
 
-def test_plain_p_values_of_null_heads_are_not():
-    """Ranked and scored on the same prompts, heads that mean nothing look significant.
-
-    So does their whole ranking among random rankings: both are called plain, and are no tests.
-    """
-    plain = []
-    for seed in range(50):
-        game = null_game(seed, mean=1.0)
-        found = coverage(study_of(game, (3,), range(1, 11), 100, 1, seed, n_resamples=50))
-        plain.append((found.rows[0].plain_p_value, found.plain_random_p_value))
-    assert (np.mean(np.array(plain) <= 0.05, axis=0) > 0.9).all()
-
-
 def test_cross_fitted_coverage_is_unbiased_where_plain_coverage_is_not():
     """Of heads that are all alike any k carry 100 k/H; only cross-fitting says so."""
     n_heads, n_studies, k = 10, 400, 3
@@ -200,7 +187,7 @@ def test_identical_models_have_no_p_value():
     maps = fit_maps(pair, [0, 1])
     experiment = prepared(pair, maps)
     grids = {layer: grid_of(pair, maps, layer, ks=(1,), experiment=experiment) for layer in (0, 1)}
-    found = analyse(resampled(grids[1], 100), experiment, n_random_sets=20)
+    found = analyse(resampled(grids[1], 100), experiment, AnalysisEffort(n_random_sets=20))
     assert len(found.tests.tests) == 20
     for tests in (
         found.tests,

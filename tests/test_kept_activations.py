@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from pair_on_disk import write_pair
-from rq4lens.jobs.preparation import cache_of, capture, keep_base
 from safetensors.torch import load_file, save_file
 
 from rq4lens.config import config_from
-from rq4lens.jobs.progress import Clock, silent
+from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
@@ -67,11 +66,8 @@ def run(settings, directory):
 def read(settings, *, fresh=False):
     """What a run reads before it measures anything: activations by side, split and layer."""
     config = config_from(settings)
-    cache = cache_of(config)
     layers = [config.patching.layer, config.patching.control_layer]
-    pair = catalog.pair_from_config(config, kept_in=None if fresh else cache)
-    activations = capture(config, pair, layers, Clock(silent), cache=cache, fresh=fresh)
-    keep_base(config, pair, activations, cache)
+    activations = Bench(config, fresh=fresh).capture(layers)
     wanted = [("base", "train"), ("base", "val"), ("tuned", "train")]
     return {(*each, layer): activations.z(*each, layer) for each in wanted for layer in layers}
 

@@ -1,5 +1,8 @@
 """Whatever is null in a record has its reason beside it, however degenerate the run."""
 
+import json
+from dataclasses import fields, is_dataclass, replace
+
 import numpy as np
 import pytest
 from explained import check_explained, unexplained
@@ -16,7 +19,9 @@ from rq4lens.analysis.rankings.methods import (
     rank_heads,
     ranking_file_rows,
 )
-from rq4lens.analysis.statistics.plain import explained
+from rq4lens.analysis.records import RandomSets
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.analysis.structure.layers import compare_layers
 
 DEGENERATE = {
@@ -40,24 +45,71 @@ def test_the_check_finds_nulls_at_any_depth():
     assert list(unexplained({"reason": "why", "x": None, "rows": [{"y": None}]})) == [".rows[0].y"]
 
 
-def test_a_reason_that_is_there_stays():
-    """Reasons are added beside unexplained nulls alone, those in lists included."""
-    record = {
-        "a": None,
-        "a_ci95": None,
-        "a_reason": "known",
-        "b": 1,
-        "c": [[1, None]],
-        "note": None,
-    }
-    assert explained(record, str.upper) == {**record, "c_reason": "C"}
+def test_a_record_keeps_the_reasons_of_what_is_none():
+    """A reason can be given before it is known whether the field is None; null has one."""
+    why = {"mean_pct": "no effect", "p_value": "too few"}
+    found = RandomSets(1, 1, True, (0.0,), (), None, {}, {}, p_value=0.5, reasons=why)
+    assert found.reasons == {"mean_pct": "no effect"}
+    record = to_json(found)
+    assert record["mean_pct_reason"] == "no effect"
+    assert "p_value_reason" not in record
+    assert to_json(replace(found, mean_pct=3.0)).get("mean_pct_reason") is None
+
+
+def same(one, other):
+    """Whether two records are equal; arrays are compared number by number."""
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if is_dataclass(one):
+        return type(one) is type(other) and all(
+            same(getattr(one, field.name), getattr(other, field.name))
+            for field in fields(one)
+            if field.compare
+        )
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def read_again(kind, record):
+    """A record through the text of a file."""
+    return from_json(kind, json.loads(json.dumps(to_json(record), allow_nan=False)))
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@CASES
+def test_analyses_are_read_back_as_they_were(game, measure):
+    """`from_json(to_json)` is the identity, and what was read gives the same file again."""
+    ks = tuple(sorted({1, game.n_heads}))
+    for found in (
+        analysed(game, ks=ks, measure=measure),
+        compare_layers({1: resampled(game.grid(ks=(1,)), 100)}, game if measure else None),
+    ):
+        again = read_again(type(found), found)
+        assert same(again, found)
+        assert to_json(again) == to_json(found)
+
+
+def test_what_is_no_analysis_is_not_read():
+    """A key that is missing and a value of another type are refused, wherever they stand."""
+    record = to_json(analysed(DEGENERATE["one prompt"], ks=(1,)))
+    for broken in (
+        [],
+        {},
+        {**record, "claims": "text"},
+        {**record, "full": {**record["full"], "noise_floor_nats": "0"}},
+        {**record, "coverage": [{**record["coverage"][0], "k": 1.5}]},
+        {**record, "seconds": {"coverage": True}},
+    ):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            from_json(Analysis, broken)
 
 
 @pytest.mark.parametrize("measure", [True, False])
 @CASES
 def test_analyses_explain_their_nulls(game, measure):
     """One prompt, one head, ties, no effect, a harmful map, no models: nulls with reasons."""
-    record = analysed(game, ks=(1, game.n_heads), measure=measure).to_dict()
+    record = analysed(game, ks=tuple(sorted({1, game.n_heads})), measure=measure).to_dict()
     check_explained(record)
     assert record["claims"]
     for row in record["coverage"]:

@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from rq4lens.cli import METHOD_SETTINGS, PAIR_SETTINGS, PLACE_SETTINGS, RUN_SETTINGS
-from rq4lens.config import RunConfig, preset
+from rq4lens.config import SETTINGS, RunConfig, config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.screen.options import takes_config
 
@@ -45,7 +45,7 @@ def test_a_file_is_the_start_too(tmp_path):
 def test_ones_own_pair_starts_from_the_defaults():
     """`--base` and `--tuned` name a pair that no preset knows."""
     config, _ = read("--base", "a", "--tuned", "b")
-    assert config == RunConfig(base="a", tuned="b")
+    assert config == config_from({"base": "a", "tuned": "b"})
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_ones_own_pair_starts_from_the_defaults():
 )
 def test_switches_have_both_ways(flag, kept):
     """A switch that is left out keeps the setting as it was."""
-    assert read("--base", "a", "--tuned", "b", *flag)[0].keep_both is kept
+    assert read("--base", "a", "--tuned", "b", *flag)[0].place.keep_both is kept
 
 
 @pytest.mark.parametrize("value", ["1,x", "", "1;2", "1.5"])

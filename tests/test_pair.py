@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rq4lens.jobs.preparation import capture, prepare_experiment
 from tiny import (
     TINY_HEADS,
     TINY_LAYERS,
@@ -21,7 +20,7 @@ from transformer_lens import HookedTransformer
 
 from rq4lens.config import Reading, config_from
 from rq4lens.errors import UserError
-from rq4lens.jobs.progress import Clock, silent
+from rq4lens.jobs.bench import Bench
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import (
     ModelCard,
@@ -196,10 +195,9 @@ def test_models_that_may_not_stay_together_never_do(tiny_grid):
 def test_a_run_loads_each_model_once_even_when_they_may_not_stay():
     """The stages of a run ask for all of base before any of tuned."""
     shelf, pair = shelf_pair(keep_both=False)
-    clock = Clock(silent)
-    config = config_from({"layer": 1, "control_layer": 0})
-    activations = capture(config, pair, [1, 0], clock)
-    experiment = prepare_experiment(config, activations, [1, 0], clock)
+    bench = Bench(config_from({"layer": 1, "control_layer": 0}))
+    bench.pair = pair
+    experiment = bench.experiment([1, 0])
     grid_of(pair, experiment.maps, 1, 0, ks=(1, 2), experiment=experiment)
     assert shelf.loads == ["base", "tuned"]
 

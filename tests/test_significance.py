@@ -6,7 +6,7 @@ import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP
-from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.statistics.sign_flips import NO_EFFECT, flips_for, head_tests, sign_flips
 from rq4lens.heads import Head
 
@@ -139,4 +139,4 @@ def test_untestable_heads_have_no_p_value_and_a_reason(values, groups, reason):
     for test in result.tests:
         assert (test.p_value, test.p_max_t, test.p_holm, test.p_bh) == (None,) * 4
         assert test.reason == reason
-    assert plain(result)["tests"][0]["head"] == "L0H0"
+    assert to_json(result)["tests"][0]["head"] == "L0H0"

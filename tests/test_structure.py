@@ -29,7 +29,7 @@ from rq4lens.analysis.statistics.concentration import (
     entropy,
     gini,
 )
-from rq4lens.analysis.statistics.plain import plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.alphas import alpha_sweep
 from rq4lens.analysis.structure.controls import FitData
 from rq4lens.analysis.structure.heads import (
@@ -90,7 +90,7 @@ def test_null_heads_have_no_split_half_stability():
 def test_spread_over_splits_is_a_range_around_its_median():
     """What halves give is a range that holds its value, and is not called an interval."""
     stability = stability_of(noisy_game([1.0, 1.05, 1.1, 2.0], 12, noise=0.2))
-    record = plain(stability)
+    record = to_json(stability)
     for name in ("bootstrap_spearman", "split_half_spearman"):
         low, high = record[f"{name}_range95"]
         assert low <= record[name] <= high
@@ -164,7 +164,7 @@ def test_no_score_has_no_concentration():
     found = concentration("KL_raw", np.zeros((3, 30)), Bootstrap(NAMES, 50))
     assert found.gini.value is None
     assert found.gini.reason == NO_SCORE
-    json.dumps(plain(found), allow_nan=False)
+    json.dumps(to_json(found), allow_nan=False)
 
 
 def test_magnitudes_are_taken_of_means():
@@ -286,8 +286,8 @@ def test_alignment_finds_the_heads_that_changed():
 def test_numbers_that_are_not_finite_never_reach_a_file():
     """The strict writer refuses them, so no undefined value slips through without a reason."""
     with pytest.raises(ValueError, match="not a JSON number"):
-        plain({"x": np.array([1.0, np.nan])})
-    assert plain({"x": Estimate(None, None, "why")}) == {
+        to_json({"x": np.array([1.0, np.nan])})
+    assert to_json({"x": Estimate(None, None, "why")}) == {
         "x": None,
         "x_ci95": None,
         "x_reason": "why",

@@ -11,7 +11,7 @@ import pytest
 from explained import check_explained
 from pair_on_disk import write_pair
 
-from rq4lens.analysis.effects.table import FullEffect
+from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.config import config_from
 from rq4lens.disk.run import LAYERS, read_layers

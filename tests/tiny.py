@@ -221,8 +221,11 @@ def prepared(pair, maps, *, engine="suffix", batch_size=32, activations=None, **
 def grid_of(pair, maps, layer, control_layer=None, alpha=0.3, *, ks=(1, 2, 4, 8), **settings):
     """The main job's grid, its settings by name; ``experiment`` and ``store`` are used if given."""
     effort = Effort(seed=settings.pop("seed", 0))
-    experiment, store = settings.pop("experiment", None), settings.pop("store", None)
-    place = {name: settings.pop(name) for name in ("engine", "batch_size") if name in settings}
+    names = ("experiment", "store", "progress", "activations")
+    experiment, store, progress, activations = (settings.pop(name, None) for name in names)
+    place = Place(
+        **{name: settings.pop(name) for name in ("engine", "batch_size") if name in settings}
+    )
     patching = Patching(layer=layer, control_layer=control_layer, alpha=alpha, k=ks, **settings)
-    experiment = experiment or prepare(pair, maps, patching, Place(**place))
-    return measure_grid(Recorder(experiment, alpha, store), patching, effort)
+    experiment = experiment or prepare(pair, maps, patching, place, activations=activations)
+    return measure_grid(Recorder(experiment, alpha, store, progress), patching, effort)

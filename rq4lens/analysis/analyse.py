@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from rq4lens.analysis.coverage.table import (
     seed_sets,
 )
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.effects.table import FullEffect, bootstrap_of, grid_full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.rankings.compared import (
     Methods,
@@ -40,19 +40,22 @@ from rq4lens.analysis.rankings.shapley import Orders
 from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.records import (
     Agreement,
+    Alignment,
     AlphaPoint,
     Concentration,
     Control,
     CoverageCurve,
+    FullEffect,
     HeadKinds,
+    HeadTests,
     Interactions,
     RankStability,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
-from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
-from rq4lens.analysis.structure.alphas import ALPHAS, alpha_sweep
+from rq4lens.analysis.statistics.sign_flips import head_tests
+from rq4lens.analysis.structure.alphas import alpha_sweep
 from rq4lens.analysis.structure.controls import (
     ControlStudy,
     FitData,
@@ -60,7 +63,8 @@ from rq4lens.analysis.structure.controls import (
     measured_controls,
     random_controls,
 )
-from rq4lens.analysis.structure.heads import Alignment, alignment, head_kinds
+from rq4lens.analysis.structure.heads import alignment, head_kinds
+from rq4lens.config import AnalysisEffort
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -75,22 +79,15 @@ PARTS = (
 )
 """The parts in the order in which they are computed and timed; the best sets are sought last."""
 
-N_SPLITS = 5
-N_RANDOM_SETS = 1000
-
 
 def analyse(
     grid: GridResult,
     experiment: MeasuresHeadSets | None = None,
+    effort: AnalysisEffort | None = None,
     *,
-    n_random_sets: int = N_RANDOM_SETS,
-    random_ks: Sequence[int] | None = None,
-    n_splits: int = N_SPLITS,
-    methods: Sequence[str] | None = None,
-    alphas: Sequence[float] = ALPHAS,
     activations: PairActivations | None = None,
     neutral: Experiment | None = None,
-    advance: Advance | None = None,
+    progress: Advance | None = None,
 ) -> Analysis:
     """Analyse a grid.
 
@@ -101,15 +98,12 @@ def analyse(
     Args:
         grid: the measured grid.
         experiment: the experiment behind it.
-        n_random_sets: random sets drawn of each size that has more.
-        random_ks: sizes of random sets besides those of the grid; when left out, as many as can be
-            afforded, see :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
-        n_splits: random half splits behind the cross-fitted numbers.
-        methods: ranking methods to compare; all of them when left out.
-        alphas: blend strengths of the sweep.
+        effort: what is measured and compared beyond the grid. Without sizes of random sets, there
+            are as many as can be afforded, see
+            :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
         activations: already captured activations of the pair, for the controls.
         neutral: the pair prepared on neutral prompts, for the side effect.
-        advance: called with 1 when one of the ``PARTS`` is done.
+        progress: called with 1 when one of the ``PARTS`` is done.
 
     Returns:
         The analysis.
@@ -117,20 +111,23 @@ def analyse(
     Raises:
         UserError: if a size of random sets does not fit the layer.
     """
+    effort = effort or AnalysisEffort()
+    sizes = random_sizes(
+        grid.n_heads,
+        grid.settings.patching.k,
+        grid.n_prompts,
+        effort.n_random_sets,
+        effort.random_ks,
+    )
+    methods = tuple(METHODS) if effort.methods is None else effort.methods
     work = _Work(
         grid=grid,
         measured=MeasuredSets.of_grid(grid, experiment),
         bootstrap=bootstrap_of(grid),
-        n_random_sets=n_random_sets,
-        random_ks=random_sizes(
-            grid.n_heads, grid.settings.patching.k, grid.n_prompts, n_random_sets, random_ks
-        ),
-        n_splits=n_splits,
-        methods=tuple(METHODS if methods is None else methods),
-        sweep_alphas=tuple(alphas),
+        effort=effort.but(random_ks=sizes, methods=methods),
         given_activations=activations,
         neutral=neutral,
-        advance=advance,
+        progress=progress,
     )
     return work.analysis()
 
@@ -142,14 +139,10 @@ class _Work:
     grid: GridResult
     measured: MeasuredSets
     bootstrap: Bootstrap
-    n_random_sets: int
-    random_ks: tuple[int, ...]
-    n_splits: int
-    methods: tuple[str, ...]
-    sweep_alphas: tuple[float, ...]
+    effort: AnalysisEffort
     given_activations: PairActivations | None
     neutral: Experiment | None
-    advance: Advance | None
+    progress: Advance | None
 
     def analysis(self) -> Analysis:
         """Everything, part by part."""
@@ -160,7 +153,6 @@ class _Work:
             coverage=self.table.rows,
             curves=self.curves,
             random=self.coverage.random,
-            plain_random_p_value=self.coverage.plain_random_p_value,
             rankings=self.rankings,
             methods=self.compared.rows,
             stability=self.stability,
@@ -180,27 +172,18 @@ class _Work:
     def _seconds(self, part: str) -> float:
         start = time.perf_counter()
         getattr(self, part)
-        if self.advance is not None:
-            self.advance(1)
+        if self.progress is not None:
+            self.progress(1)
         return round(time.perf_counter() - start, 3)
 
     @property
     def settings(self) -> AnalysisSettings:
-        grid = self.grid
         return AnalysisSettings(
-            layer=grid.settings.layer,
-            control_layer=grid.settings.patching.control_layer,
-            alpha=grid.settings.patching.alpha,
+            grid=self.grid.settings,
+            effort=self.effort.but(random_ks=[sets.k for sets in self.coverage.random]),
             ranking=self.ranking.method,
-            ks=self.ks,
-            n_heads=grid.n_heads,
-            n_prompts=grid.n_prompts,
+            n_prompts=self.grid.n_prompts,
             n_groups=self.bootstrap.n_groups,
-            n_resamples=self.bootstrap.n_resamples,
-            n_random_sets=self.n_random_sets,
-            random_ks=tuple(sets.k for sets in self.coverage.random),
-            n_splits=self.n_splits,
-            seed=self.bootstrap.seed,
         )
 
     @property
@@ -245,13 +228,13 @@ class _Work:
             ranking=self.ranking,
             rank_by=self.grid.settings.patching.rank_by,
             ks=self.ks,
-            random_ks=self.random_ks,
+            random_ks=self.effort.random_ks or (),
             seed_sets=seed_sets(self.grid),
             measured=self.measured,
             full=self.full,
             bootstrap=self.bootstrap,
-            n_random_sets=self.n_random_sets,
-            n_splits=self.n_splits,
+            n_random_sets=self.effort.n_random_sets,
+            n_splits=self.effort.n_splits,
             seed=self.bootstrap.seed,
         )
 
@@ -267,7 +250,7 @@ class _Work:
         if not self.can_measure:
             return Methods((), (), ())
         return compare_methods(
-            self.methods,
+            self.effort.methods or (),
             self.measured,
             self.full,
             self.ks,
@@ -280,7 +263,7 @@ class _Work:
     def orders(self) -> Orders | None:
         """Random orders of the heads along which every head set is measured, if there are any."""
         pairs = self.study.rankings.pairs
-        every_size = len(self.random_ks) == self.grid.n_heads
+        every_size = len(self.effort.random_ks or ()) == self.grid.n_heads
         return pairs if every_size and len(pairs) > 1 else None
 
     @cached_property
@@ -317,7 +300,7 @@ class _Work:
         """The sweep over blend strengths, and the measurements behind it."""
         if not self.can_measure:
             return (), (self.measured,)
-        points, measured = alpha_sweep(self.measured, self.sweep_alphas, self.ks, self.bootstrap)
+        points, measured = alpha_sweep(self.measured, self.effort.alphas, self.ks, self.bootstrap)
         return tuple(points), tuple(measured)
 
     @cached_property

@@ -42,10 +42,10 @@ def claims(analysis: Analysis) -> tuple[str, ...]:
 
 
 def _effect(analysis: Analysis) -> Iterator[str]:
-    settings, full = analysis.settings, analysis.full
+    settings, full = analysis.settings.grid, analysis.full
     value = full.delta.value or 0.0
     size = f"ΔKL(ALL) = {number(full.delta, 'nats')}"
-    where = f"At layer {settings.layer} (alpha {settings.alpha:g})"
+    where = f"At layer {settings.layer} (alpha {settings.patching.alpha:g})"
     if full.undefined_because is not None:
         yield (
             f"{where} nothing can be said about shares: {full.undefined_because}. "
@@ -66,7 +66,7 @@ def _carriers(analysis: Analysis) -> Iterator[str]:
         return
     which = f"top {row.k}" if row.k > 1 else "first"
     names = _labels(analysis, row.heads)
-    heads = f"The {which} of {analysis.settings.n_heads} heads by {row.ranking} ({names})"
+    heads = f"The {which} of {analysis.settings.grid.n_heads} heads by {row.ranking} ({names})"
     carry = "carry" if row.k > 1 else "carries"
     plain, crossed = number(row.coverage_pct, "%"), row.cross_fitted_coverage_pct
     if crossed.value is None:
@@ -90,14 +90,16 @@ def _who_does_harm(analysis: Analysis) -> Iterator[str]:
     )
     for row in analysis.coverage:
         if row.best_heads is not None and (row.best_coverage_pct or 0.0) > MOST_PCT:
-            who = f"{row.k} of {analysis.settings.n_heads} heads {'do' if row.k > 1 else 'does'}"
+            who = (
+                f"{row.k} of {analysis.settings.grid.n_heads} heads {'do' if row.k > 1 else 'does'}"
+            )
             names = _labels(analysis, row.best_heads)
             yield f"{who} {row.best_coverage_pct:.1f}% of it ({names}), chosen on the same prompts."
             return
 
 
 def _labels(analysis: Analysis, heads: Sequence[int]) -> str:
-    names = [Head(analysis.settings.layer, head).label for head in heads[:NAMED]]
+    names = [Head(analysis.settings.grid.layer, head).label for head in heads[:NAMED]]
     return ", ".join([*names, "..."] if len(heads) > NAMED else names)
 
 
@@ -119,7 +121,7 @@ def decisive_row(analysis: Analysis) -> CoverageRow | None:
     Where no size does, beyond the doubt that its interval leaves, it is the largest size below the
     whole layer.
     """
-    rows = [row for row in analysis.coverage if row.k < analysis.settings.n_heads]
+    rows = [row for row in analysis.coverage if row.k < analysis.settings.grid.n_heads]
     for row in rows:
         crossed, plain = row.cross_fitted_coverage_pct, row.coverage_pct
         if amount_of(plain if crossed.value is None else crossed) == "most":
@@ -139,7 +141,7 @@ def _tests(analysis: Analysis) -> Iterator[str]:
     corrected = {
         test.head.index: test.p_max_t
         for test in analysis.tests.tests
-        if test.p_max_t is not None and test.alpha == analysis.settings.alpha
+        if test.p_max_t is not None and test.alpha == analysis.settings.grid.patching.alpha
     }
     if not corrected:
         return
@@ -150,8 +152,8 @@ def _tests(analysis: Analysis) -> Iterator[str]:
         line = f"{analysis.kinds.idle_below_nats:.2g} nats"
         weight = f"; {len(busy)} of these are not idle (KL_raw above {line})"
     yield (
-        f"{len(firm)} of {analysis.settings.n_heads} heads by themselves differ from zero at this "
-        f"alpha, corrected (max-T) for all {len(analysis.tests.tests)} tests "
+        f"{len(firm)} of {analysis.settings.grid.n_heads} heads by themselves differ from zero at "
+        f"this alpha, corrected (max-T) for all {len(analysis.tests.tests)} tests "
         f"({analysis.tests.family}){weight}."
     )
 
@@ -188,7 +190,7 @@ def _beside_random(row: CoverageRow) -> str:
 
 
 def _structure(analysis: Analysis) -> Iterator[str]:
-    curve, n_heads = _own_curve(analysis), analysis.settings.n_heads
+    curve, n_heads = _own_curve(analysis), analysis.settings.grid.n_heads
     if curve is None or analysis.full.is_harm or n_heads == 1:
         return
     if curve.k90.value is None or curve.area_pct.value is None:

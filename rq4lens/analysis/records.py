@@ -1,4 +1,4 @@
-"""The records of ``analysis.json``: what the analysis adds to the numbers of the grid.
+"""The records of ``analysis.json`` and ``layers.json``: what the analysis adds to the grid.
 
 Percentages are in percent, effects in nats. An :class:`Estimate` holds a value and its interval;
 whatever is undefined is None with a reason.
@@ -8,18 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.statistics.bootstrap import Estimate, Spread, undefined
+from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.heads import Head
+from rq4lens.results import NO_RAW_EFFECT, Record
 
+NO_ANSWER_COVERAGE = undefined("it was not measured")
 NO_SHARE = undefined("there is nothing to take a share of")
-NOT_MEASURED = undefined("it was not measured")
+NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
 
 
 @dataclass(frozen=True)
-class CoverageCurve:
+class FullEffect:
+    """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
+
+    Args:
+        delta: ``ΔKL(ALL)`` of the main layer, in nats.
+        noise_floor_nats: largest mean KL that patching nothing leaves.
+        undefined_because: why coverage is undefined; None when it is defined.
+    """
+
+    delta: Estimate
+    noise_floor_nats: float
+    undefined_because: str | None
+
+    @property
+    def is_harm(self) -> bool:
+        """Whether the map clearly does harm, so that coverage is a share of harm."""
+        value = self.delta.value
+        return self.undefined_because is None and value is not None and value < 0
+
+
+@dataclass(frozen=True)
+class CoverageCurve(Record):
     """Coverage of the first k heads of a ranking, for k = 0 to H.
 
     Args:
@@ -32,12 +58,16 @@ class CoverageCurve:
             empty when coverage is undefined.
         band_high_pct: its upper end.
         area_pct: area under the curve over k/H, in percent: 100 when the first head carries all.
-        cpr: area under ``f = coverage / 100`` over k/H (MIB's circuit performance ratio).
-        cmd: area of ``|1 - f|`` over k/H (MIB's circuit-model distance).
+        cmd: area of ``|1 - coverage / 100|`` over k/H (MIB's circuit-model distance).
         k90: fewest heads that reach 90% of the full effect.
         exhaustive: for each k, whether every set of that size was measured; only the envelope has
             it.
     """
+
+    ALSO_SAVED: ClassVar[tuple[str, ...]] = ("cpr",)
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "exhaustive": "only the one set of each size that the ranking names was measured"
+    }
 
     ranking: str
     head_sets: tuple[tuple[int, ...], ...]
@@ -46,14 +76,18 @@ class CoverageCurve:
     band_low_pct: tuple[float, ...]
     band_high_pct: tuple[float, ...]
     area_pct: Estimate
-    cpr: Estimate
     cmd: Estimate
     k90: Estimate
     exhaustive: tuple[bool, ...] | None = None
 
+    @property
+    def cpr(self) -> Estimate:
+        """Area under ``coverage / 100`` over k/H (MIB's circuit performance ratio)."""
+        return self.area_pct.divided_by(100.0)
+
 
 @dataclass(frozen=True)
-class RandomSets:
+class RandomSets(Record):
     """Random head sets of one size, as a distribution.
 
     Args:
@@ -71,10 +105,6 @@ class RandomSets:
         p_value: of the test that the k heads ranked first on one half of the prompts do no better
             on the other half than the average random set; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
-        plain_p_value: share of these sets whose effect reaches that of the run's own top k. The top
-            k were chosen on the same prompts, so it is small even where no head is better than
-            another: it describes, and is no test.
-        plain_p_value_min: smallest value ``plain_p_value`` can take.
     """
 
     k: int
@@ -89,12 +119,10 @@ class RandomSets:
     band_high_pct: float | None = None
     p_value: float | None = None
     p_value_min: float | None = None
-    plain_p_value: float | None = None
-    plain_p_value_min: float | None = None
 
 
 @dataclass(frozen=True)
-class CoverageRow:
+class CoverageRow(Record):
     """One row of the coverage table.
 
     Args:
@@ -109,11 +137,7 @@ class CoverageRow:
         p_value: of the test that the top k heads of one half do no better on the other half than
             the average random set of k heads; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
-        plain_p_value: share of random sets of this size whose effect on the same prompts reaches
-            that of the top k. They were chosen on these prompts, so it is small even where no head
-            is better than another: it describes, and is no test.
-        plain_p_value_min: smallest value ``plain_p_value`` can take.
-        n_subsets: how many random sets stand behind ``plain_p_value``.
+        n_subsets: how many random sets of this size were measured.
         exhaustive: whether these are all sets of that size.
         random_mean_pct: their mean coverage.
         random_low_pct: 2.5% quantile of their coverage.
@@ -126,6 +150,8 @@ class CoverageRow:
             under the full patch.
     """
 
+    BECAUSE: ClassVar[Mapping[str, str]] = {"best_heads": NOT_MEASURED}
+
     k: int
     ranking: str
     heads: tuple[int, ...]
@@ -134,8 +160,6 @@ class CoverageRow:
     optimism_pct: Estimate
     p_value: float | None
     p_value_min: float | None
-    plain_p_value: float | None
-    plain_p_value_min: float | None
     n_subsets: int
     exhaustive: bool
     random_mean_pct: float | None
@@ -144,7 +168,7 @@ class CoverageRow:
     reason: str | None = None
     best_heads: tuple[int, ...] | None = None
     best_coverage_pct: float | None = None
-    answer_coverage_pct: Estimate = NOT_MEASURED
+    answer_coverage_pct: Estimate = NO_ANSWER_COVERAGE
 
 
 @dataclass(frozen=True)
@@ -218,7 +242,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class MethodRow:
+class MethodRow(Record):
     """One ranking method beside exact single-head ``ΔKL``.
 
     Args:
@@ -231,6 +255,8 @@ class MethodRow:
         reason: why the method is missing, if it is.
         agreement_reason: why the agreement is missing, if it is.
     """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"seconds": "the ranking was not made here"}
 
     method: str
     agreement: Agreement | None
@@ -391,3 +417,177 @@ class AlphaPoint:
     heads: tuple[int, ...]
     agreement: Agreement | None
     agreement_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadTest:
+    """Sign-flip test of one head's ``ΔKL`` against zero.
+
+    Args:
+        head: layer and index.
+        alpha: blend strength.
+        delta: mean ``ΔKL``, in nats.
+        p_value: two-sided, for this head alone.
+        p_max_t: corrected for everything tried, by the largest statistic of each flip.
+        p_holm: corrected by Holm.
+        p_bh: false discovery rate by Benjamini and Hochberg.
+        reason: why the p-values are missing, if they are.
+    """
+
+    head: Head
+    alpha: float
+    delta: float
+    p_value: float | None
+    p_max_t: float | None
+    p_holm: float | None
+    p_bh: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadTests:
+    """Sign-flip tests of everything that was tried.
+
+    Args:
+        tests: one per head (and layer and alpha, where several were tried).
+        family: what is corrected for, in words.
+        n_tests: how many of the tests have a p-value; Holm and BH correct for these.
+        n_flips: number of sign patterns.
+        p_value_min: smallest p-value they can give.
+        p_max_t_min: smallest ``p_max_t``.
+        p_holm_min: smallest ``p_holm``, that of the clearest head.
+        p_bh_min: smallest ``p_bh``, where all heads are as clear as can be.
+        exhaustive: whether these are all sign patterns.
+        n_groups: groups of prompts; their signs flip together.
+    """
+
+    tests: tuple[HeadTest, ...]
+    family: str
+    n_tests: int
+    n_flips: int
+    p_value_min: float
+    p_max_t_min: float
+    p_holm_min: float
+    p_bh_min: float
+    exhaustive: bool
+    n_groups: int
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the first direction of a joint low-rank map lies on the heads.
+
+    Args:
+        share: share of the direction's squared length that lies on each head, in head order; sums
+            to 1.
+        spearman: rank correlation with single-head ``ΔKL``.
+        kendall: the same by Kendall's tau-b.
+        reason: why it is missing, if it is.
+    """
+
+    share: tuple[float, ...]
+    spearman: Estimate
+    kendall: Estimate
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerRow(Record):
+    """One layer beside the others.
+
+    Args:
+        layer: the layer.
+        KL_raw: of all its heads, in nats.
+        KL_mapped: of all its heads, in nats.
+        delta: its ``ΔKL(ALL)``, in nats.
+        drop_pct: share of the raw damage that its map repairs.
+        full: whether its ``ΔKL(ALL)`` can be a denominator.
+        curve: coverage of its own top k, with area and k90; None when only the grids were given.
+        concentration: how unevenly its single-head ``|ΔKL|`` lies on heads.
+        pooled_churn: share of its heads above the 80th percentile of ``|ΔKL|`` over all layers.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"curve": NOT_MEASURED}
+
+    layer: int
+    KL_raw: Estimate
+    KL_mapped: Estimate
+    delta: Estimate
+    drop_pct: Estimate
+    full: FullEffect
+    curve: CoverageCurve | None
+    concentration: Concentration
+    pooled_churn: float
+
+
+@dataclass(frozen=True)
+class RankedHead:
+    """One head in the ranking of all heads of all layers.
+
+    Args:
+        head: layer and index.
+        rank: its rank by ``ΔKL``; 1 is best.
+        delta: its single-head ``ΔKL``, in nats.
+        rank_low: 2.5% quantile of its rank over resamples.
+        rank_high: 97.5% quantile.
+        reason: why the range of the rank is missing, if it is.
+    """
+
+    head: Head
+    rank: int
+    delta: Estimate
+    rank_low: int | None
+    rank_high: int | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerComparison(Record):
+    """Everything that compares layers.
+
+    Args:
+        layers: the layers, in ascending order; rows of the matrices.
+        alpha: blend strength.
+        KL_raw: single-head ``KL_raw``, in nats.
+        KL_mapped: single-head ``KL_mapped``, in nats.
+        delta: single-head ``ΔKL``, in nats.
+        drop_pct: single-head drop; None where ``KL_raw`` is 0.
+        rows: the layers side by side.
+        ranking: all heads of all layers, best first.
+        tests: sign-flip tests of all of them, corrected for all of them.
+        by_index: rankings of two layers compared index by index, each with a note on what that
+            cannot mean.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"drop_pct": NO_RAW_EFFECT}
+
+    layers: tuple[int, ...]
+    alpha: float
+    KL_raw: Float64[ndarray, "layer head"]
+    KL_mapped: Float64[ndarray, "layer head"]
+    delta: Float64[ndarray, "layer head"]
+    drop_pct: tuple[tuple[float | None, ...], ...]
+    rows: tuple[LayerRow, ...]
+    ranking: tuple[RankedHead, ...]
+    tests: HeadTests
+    by_index: tuple[Agreement, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as strict JSON values; every null has its reason."""
+        record: dict[str, Any] = to_json(self)
+        return record
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which layers a sweep proposes, and why.
+
+    Args:
+        main: the proposed main layer; None where no layer qualifies.
+        control: the proposed control layer; None where none qualifies.
+        reasons: a sentence for each.
+    """
+
+    main: int | None
+    control: int | None
+    reasons: tuple[str, ...]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from rq4lens.analysis.records import LayerComparison
 from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.analysis.structure.layers import LayerComparison, Metric
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.coverage import axes, curve_points
@@ -23,6 +23,9 @@ from rq4lens.figures.numbers import (
     single_head_numbers,
 )
 from rq4lens.results import GridResult
+
+if TYPE_CHECKING:
+    from rq4lens.analysis.structure.layers import Metric
 
 HOVER_NOTE = "coverage in the hover: of the layer's own ΔKL of all heads"
 Span = tuple[int, int]

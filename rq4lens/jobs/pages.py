@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rq4lens import figures
-from rq4lens.disk.files import read_json
-from rq4lens.disk.run import FIGURES, PROMPTS, REPORT, SavedLayers, SavedRun, read_layers, read_run
+from rq4lens.analysis.records import LayerComparison
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.plain import from_json
+from rq4lens.disk.files import read_json, short_reason
+from rq4lens.disk.run import FIGURES, PROMPTS, REPORT, SavedRun, read_layers, read_run
+from rq4lens.errors import UserError
 from rq4lens.results import GridResult
+
+T = TypeVar("T")
 
 
 def write_pages(
     directory: Path,
     grid: GridResult,
-    analysis: Mapping[str, Any],
+    analysis: Analysis,
     texts: Mapping[str, str],
     provenance: Mapping[str, Any],
 ) -> None:
@@ -27,16 +33,8 @@ def write_pages(
     pictures = directory / FIGURES
     figures.write_html(figures.ranking_bars(grid, analysis=analysis), pictures / "ranking.html")
     figures.write_html(figures.coverage_curve(grid, analysis), pictures / "coverage.html")
-    layers = _layers_like(directory, grid)
-    figures.write_report(
-        directory / REPORT,
-        grid,
-        analysis,
-        prompts=texts,
-        provenance=provenance,
-        layers=layers.grids if layers else None,
-        comparison=layers.comparison if layers else None,
-    )
+    report = figures.Report(grid, analysis, texts, provenance, *_layers_like(directory, grid))
+    figures.write_report(directory / REPORT, report)
 
 
 def write_report_of(directory: Path) -> Path:
@@ -47,7 +45,7 @@ def write_report_of(directory: Path) -> Path:
     """
     saved = read_run(directory)
     texts = read_json(directory / PROMPTS)
-    write_pages(directory, saved.grid, saved.analysis, texts, saved.run)
+    write_pages(directory, saved.grid, _analysis(saved), texts, saved.run)
     return directory / REPORT
 
 
@@ -65,21 +63,37 @@ def draw_run(directory: Path, out: Path, *, static: bool = True) -> list[str]:
 
 def figures_of(saved: SavedRun) -> dict[str, Any]:
     """The figures of a finished run by name."""
-    layers = _layers_like(saved.directory, saved.grid)
+    layers, comparison = _layers_like(saved.directory, saved.grid)
     return figures.run_figures(
         saved.grid,
-        saved.analysis,
-        layers=layers.grids if layers else None,
-        comparison=layers.comparison if layers else None,
+        _analysis(saved),
+        layers=layers,
+        comparison=comparison,
         provenance=saved.run,
     )
 
 
-def _layers_like(directory: Path, grid: GridResult) -> SavedLayers | None:
+def _analysis(saved: SavedRun) -> Analysis:
+    return _read(Analysis, saved.analysis, f"the analysis of {str(saved.directory)!r}", "run")
+
+
+def _read(kind: type[T], record: Mapping[str, Any], what: str, job: str) -> T:
+    try:
+        return from_json(kind, record)
+    except Exception as problem:  # every way in which a file can be damaged ends in one sentence
+        reason = f"{type(problem).__name__}: {short_reason(problem)}"
+        raise UserError(f"{what} is damaged ({reason}): {job} it again.") from problem
+
+
+def _layers_like(
+    directory: Path, grid: GridResult
+) -> tuple[Mapping[int, GridResult], LayerComparison | None]:
     """The sweep in a run directory, if its prompts and settings are those of the grid."""
     layers = read_layers(directory)
     if layers is None or grid.settings.layer not in layers.grids:
-        return None
+        return {}, None
     other = layers.grids[grid.settings.layer]
-    same_prompts = other.prompt_ids == grid.prompt_ids
-    return layers if same_prompts and other.settings.comparable_to(grid.settings) else None
+    if other.prompt_ids != grid.prompt_ids or not other.settings.comparable_to(grid.settings):
+        return {}, None
+    what = f"the comparison of layers in {str(directory)!r}"
+    return layers.grids, _read(LayerComparison, layers.comparison, what, "sweep")

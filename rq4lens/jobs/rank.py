@@ -16,7 +16,7 @@ from rq4lens.analysis.rankings.file import read_ranking
 from rq4lens.analysis.rankings.gradients import TARGETS
 from rq4lens.analysis.rankings.methods import METHODS, ranking_file_rows, timed_ranking
 from rq4lens.analysis.records import MethodRow
-from rq4lens.analysis.statistics.plain import NO_CONTROL_LAYER, explained, plain
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import make_directory, write_json_atomic
 from rq4lens.disk.run import ranking_file
@@ -26,8 +26,6 @@ from rq4lens.jobs.progress import Stage, silent
 from rq4lens.patching.grid import measure_grid
 from rq4lens.results import HOOK, GridSettings, HeadRanking
 from rq4lens.screen.tables import ranking_text
-
-NOT_TIMED = "the ranking was read from a file"
 
 
 def write_ranking(directory: Path, ranking: HeadRanking) -> Path:
@@ -46,13 +44,13 @@ def write_table(
 ) -> Path:
     """Write the table that the console prints, with intervals, as ``rank_table_*.json``."""
     table = [
-        explained(plain(row), lambda _: NOT_TIMED)
-        | {"heads": list(ranking.heads), "settings": plain(ranking.settings)}
+        {**to_json(row), "heads": list(ranking.heads), "settings": to_json(ranking.settings)}
         for ranking, row in zip(rankings, rows, strict=True)
     ]
-    made = explained(settings.to_dict(), lambda _: NO_CONTROL_LAYER)
     path = directory / f"rank_table_L{settings.layer}_{HOOK}_alpha{settings.patching.alpha:g}.json"
-    write_json_atomic(path, {"settings": made, "n_prompts": n_prompts, "table": table})
+    write_json_atomic(
+        path, {"settings": settings.to_dict(), "n_prompts": n_prompts, "table": table}
+    )
     return path
 
 

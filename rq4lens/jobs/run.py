@@ -15,7 +15,7 @@ import torch
 from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
-from rq4lens.config import RunConfig
+from rq4lens.config import AnalysisEffort, RunConfig
 from rq4lens.disk.files import write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
@@ -197,7 +197,7 @@ def run_on(bench: Bench) -> Run:
     run["audit"] = audit.summary
     run["memory_estimate"] = memory.to_dict()
     with clock("pages"):
-        write_pages(directory, grid, analysis.to_dict(), texts, run)
+        write_pages(directory, grid, analysis, texts, run)
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis=analysis.to_dict(), run=run, summary=summary)
     return Run(directory, grid, experiment, table, analysis, summary, clock.seconds)
@@ -213,7 +213,7 @@ def _analyse(
 ) -> Analysis:
     config = bench.config
     if config.effort.analysis == "grid":
-        return analyse(grid, advance=progress)
+        return analyse(grid, progress=progress)
     if not isinstance(experiment.engine, RowEngine):
         log.warning(
             "the full analysis measures thousands of head sets, and engine %s runs the whole model "
@@ -229,12 +229,13 @@ def _analyse(
             config.place,
             activations=bench.activations,
         )
-    every = range(1, grid.n_heads + 1)
+    every = tuple(range(1, grid.n_heads + 1))
+    sizes = {"affordable": None, "every": every, "k": ()}
     return analyse(
         grid,
         experiment,
-        random_ks={"affordable": None, "every": every, "k": ()}[config.effort.random_sizes],
+        AnalysisEffort(random_ks=sizes[config.effort.random_sizes]),
         activations=bench.activations,
         neutral=neutral,
-        advance=progress,
+        progress=progress,
     )

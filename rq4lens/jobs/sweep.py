@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rq4lens.analysis.structure.layers import LayerComparison, LayerRow, compare_layers
+from rq4lens.analysis.records import LayerChoice, LayerComparison, LayerRow
+from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import RunConfig
 from rq4lens.disk.run import write_layers
 from rq4lens.errors import UserError
@@ -23,25 +24,6 @@ _LAYERS = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", re.ASCII)
 
 WORTH_NATS = 0.01
 """A main layer's raw patch should move the next-token distribution by at least this much."""
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """Which layers a sweep proposes, and why.
-
-    Args:
-        main: the proposed main layer; None where no layer qualifies.
-        control: the proposed control layer; None where none qualifies.
-        reasons: a sentence for each.
-    """
-
-    main: int | None
-    control: int | None
-    reasons: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The choice as plain JSON values."""
-        return {"main": self.main, "control": self.control, "reasons": list(self.reasons)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +86,7 @@ def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
         comparison = compare_layers(grids, experiment)
     choice = choose_layers(comparison.rows)
     if directory is not None:
-        write_layers(directory, grids, comparison.to_dict(), choice.to_dict())
+        write_layers(directory, grids, comparison.to_dict(), to_json(choice))
     settings, n_prompts = grids[chosen[0]].settings, grids[chosen[0]].n_prompts
     text = sweep_text(settings, n_prompts, comparison.to_dict(), choice.reasons)
     return Sweep(grids, comparison, choice, text)

@@ -10,8 +10,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import curve_of
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import CoverageCurve, Interactions, PairInteraction
+from rq4lens.analysis.records import CoverageCurve, FullEffect, Interactions, PairInteraction
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, Estimate, undefined
 from rq4lens.analysis.statistics.sign_flips import NO_EFFECT, sign_flips
 

@@ -13,8 +13,8 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import curve_of
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
-from rq4lens.analysis.effects.table import FullEffect, order_of, single_scores
-from rq4lens.analysis.records import CoverageCurve
+from rq4lens.analysis.effects.table import order_of, single_scores
+from rq4lens.analysis.records import CoverageCurve, FullEffect
 from rq4lens.analysis.statistics.bootstrap import (
     CONSTANT,
     Bootstrap,
@@ -114,7 +114,6 @@ def cross_fitted_curve(
         band_low_pct=low,
         band_high_pct=high,
         area_pct=across_splits(mean.area_pct, [split.area_pct for split in splits]),
-        cpr=across_splits(mean.cpr, [split.cpr for split in splits]),
         cmd=across_splits(mean.cmd, [split.cmd for split in splits]),
         k90=_whole_heads(k90, cross_fit.measured.n_heads),
     )

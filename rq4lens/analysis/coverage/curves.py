@@ -9,8 +9,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import CoverageCurve
+from rq4lens.analysis.records import CoverageCurve, FullEffect
 from rq4lens.analysis.statistics.bootstrap import (
     LEVEL,
     Bootstrap,
@@ -57,9 +56,8 @@ def curve_of(
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
         area_pct=areas[0],
-        cpr=areas[1],
-        cmd=areas[2],
-        k90=areas[3],
+        cmd=areas[1],
+        k90=areas[2],
         exhaustive=exhaustive,
     )
 
@@ -97,10 +95,10 @@ def _coverage(shares: Resampled, undefined_because: str | None) -> list[Estimate
 
 def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
     if undefined_because is not None:
-        return [undefined(undefined_because)] * 4
+        return [undefined(undefined_because)] * 3
 
     def areas(f: Curves) -> ndarray:
-        return np.stack([100 * area(f), area(f), area(np.abs(1 - f))], axis=-1)
+        return np.stack([100 * area(f), area(np.abs(1 - f))], axis=-1)
 
     # k90 takes whole numbers only: a smooth correction of its quantiles would make no sense.
     k90 = shares.apply(lambda f: fewest_heads(f)[..., None]).estimates(method="percentile")

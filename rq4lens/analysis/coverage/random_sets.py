@@ -180,20 +180,6 @@ def random_sets(
     return describe(k, delta, exhaustive, full_delta=full_delta, of_seeds=of_seeds)
 
 
-def plain_p_value(random: RandomSets, observed: float) -> PValue:
-    """How often random sets reach the effect of a set of their size.
-
-    A set that was chosen on the same prompts has a small one even where no head is better than
-    another: it describes, and is no test.
-
-    Among all sets of a size the judged one is counted already; drawn sets are joined by it.
-    """
-    draws = np.array(random.delta_nats)
-    if random.exhaustive:
-        return PValue(at_least(draws, observed) / len(draws), 1 / len(draws))
-    return PValue(monte_carlo_p_value(draws, observed), 1 / (1 + len(draws)))
-
-
 def describe(
     k: int,
     delta: Float64[ndarray, "draw"],

@@ -16,18 +16,23 @@ from rq4lens.analysis.coverage.random_sets import (
     RandomRankings,
     cross_fitted_p_value,
     describe,
-    plain_p_value,
     random_band,
     random_sets,
     untestable_because,
 )
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import CoverageCurve, CoverageRow, RandomSets
+from rq4lens.analysis.records import (
+    NOT_MEASURED,
+    CoverageCurve,
+    CoverageRow,
+    FullEffect,
+    RandomSets,
+)
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
-from rq4lens.analysis.statistics.plain import NOT_MEASURED
 from rq4lens.results import GridResult, HeadRanking, RankBy
 
+RANDOM_SHARES = ("mean_pct", "band_low_pct", "band_high_pct")
+ROW_SHARES = ("random_mean_pct", "random_low_pct", "random_high_pct", "best_coverage_pct")
 FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
 
@@ -39,14 +44,11 @@ class Coverage:
         rows: the coverage table, a row a k.
         curves: the plain and the cross-fitted curve; empty without an experiment.
         random: random head sets by size, of more sizes than the table has rows.
-        plain_random_p_value: probability that a random ranking strays as far, over all sizes at
-            once; that the ranking was chosen on the same prompts is not accounted for.
     """
 
     rows: tuple[CoverageRow, ...]
     curves: tuple[CoverageCurve, ...]
     random: tuple[RandomSets, ...]
-    plain_random_p_value: float | None
 
     def with_best(self, best: CoverageCurve) -> Coverage:
         """The same beside the best sets found."""
@@ -110,6 +112,12 @@ class CoverageStudy:
         """The top k heads, best first."""
         return self.ranking.top(k)
 
+    def absent(self, *shares: str) -> dict[str, str]:
+        """Why shares of the full effect and p-values are missing, where they are."""
+        no_share = self.full.undefined_because or NOT_MEASURED
+        p_values = dict.fromkeys(("p_value", "p_value_min"), self.untested_because or "")
+        return {**dict.fromkeys(shares, no_share), **p_values}
+
     @property
     def untested_because(self) -> str | None:
         """Why cross-fitted numbers or p-values are missing; None when they are not."""
@@ -136,7 +144,7 @@ def coverage_of_grid(study: CoverageStudy) -> Coverage:
         _row(study, k, Selection(_by_definition(study, k, plain), missing, missing), random.get(k))
         for k, plain in zip(study.ks, _coverage_of(study, sets), strict=True)
     )
-    return Coverage(rows, (), tuple(random.values()), None)
+    return Coverage(rows, (), tuple(random.values()))
 
 
 def _of_seeds(study: CoverageStudy, k: int) -> RandomSets:
@@ -145,7 +153,7 @@ def _of_seeds(study: CoverageStudy, k: int) -> RandomSets:
     delta = study.measured.delta(sets.values())
     of_seeds = dict(zip(sets, delta.tolist(), strict=True))
     random = describe(k, delta, False, full_delta=study.full_delta, of_seeds=of_seeds)
-    return _with_plain_p_value(study, random)
+    return replace(random, reasons=study.absent(*RANDOM_SHARES))
 
 
 def coverage(study: CoverageStudy) -> Coverage:
@@ -165,23 +173,18 @@ def coverage(study: CoverageStudy) -> Coverage:
         for k, selection in zip(study.ks, _selections(study, plain, crossed), strict=True)
     )
     curves = (plain,) if crossed is None else (plain, crossed)
-    return Coverage(rows, curves, random, None if band is None else band.p_value)
+    return Coverage(rows, curves, random)
 
 
 def _judged(study: CoverageStudy, k: int) -> RandomSets:
     """Random sets of one size, and how the top k does beside them."""
     seeds = dict(study.seed_sets.get(k, {}))
     random = random_sets(study.rankings, k, full_delta=study.full_delta, seeds=seeds)
-    random = _with_plain_p_value(study, random)
-    if untestable_because(study.cross_fit) is not None:
+    random = replace(random, reasons=study.absent(*RANDOM_SHARES))
+    if study.untested_because is not None:
         return random
     tested = cross_fitted_p_value(study.cross_fit, k, study.rankings.average_nats(k))
     return replace(random, p_value=tested.value, p_value_min=tested.smallest)
-
-
-def _with_plain_p_value(study: CoverageStudy, random: RandomSets) -> RandomSets:
-    plain = plain_p_value(random, float(study.measured.delta([study.top(random.k)])[0]))
-    return replace(random, plain_p_value=plain.value, plain_p_value_min=plain.smallest)
 
 
 def _band(study: CoverageStudy) -> RandomBand | None:
@@ -235,6 +238,7 @@ def _row(
         ranking=study.ranking.method,
         heads=study.top(k),
         reason=study.untested_because,
+        reasons=study.absent(*ROW_SHARES),
         **selection._asdict(),
         **_beside(random),
     )
@@ -243,9 +247,8 @@ def _row(
 def _beside(random: RandomSets | None) -> dict[str, Any]:
     """What a row says of random sets of its size."""
     quantiles = {} if random is None else random.quantiles_pct
-    same = ("p_value", "p_value_min", "plain_p_value", "plain_p_value_min")
     return {
-        **{name: getattr(random, name, None) for name in same},
+        **{name: getattr(random, name, None) for name in ("p_value", "p_value_min")},
         "n_subsets": 0 if random is None else random.n_subsets,
         "exhaustive": random is not None and random.exhaustive,
         "random_mean_pct": None if random is None else random.mean_pct,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
+from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.statistics.bootstrap import (
     ONE_GROUP,
     Bootstrap,
@@ -19,7 +19,14 @@ from rq4lens.analysis.statistics.bootstrap import (
     exact,
     undefined,
 )
-from rq4lens.results import HOOK, ConditionResult, GridResult, HeadRanking, RankBy
+from rq4lens.results import (
+    HOOK,
+    NO_RAW_EFFECT,
+    ConditionResult,
+    GridResult,
+    HeadRanking,
+    RankBy,
+)
 
 
 def single_scores(
@@ -38,7 +45,6 @@ def order_of(scores: Float64[ndarray, "*rows head"]) -> ndarray:
 
 
 QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct")
-NO_RAW_EFFECT = "the raw patch changes nothing (KL_raw is 0)"
 
 
 def bootstrap_of(grid: GridResult) -> Bootstrap:
@@ -48,27 +54,6 @@ def bootstrap_of(grid: GridResult) -> Bootstrap:
 
 # Everything that is said of a grid asks for the same resamples.
 _bootstrap = lru_cache(maxsize=1)(Bootstrap)
-
-
-@dataclass(frozen=True)
-class FullEffect:
-    """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
-
-    Args:
-        delta: ``ΔKL(ALL)`` of the main layer, in nats.
-        noise_floor_nats: largest mean KL that patching nothing leaves.
-        undefined_because: why coverage is undefined; None when it is defined.
-    """
-
-    delta: Estimate
-    noise_floor_nats: float
-    undefined_because: str | None
-
-    @property
-    def is_harm(self) -> bool:
-        """Whether the map clearly does harm, so that coverage is a share of harm."""
-        value = self.delta.value
-        return self.undefined_because is None and value is not None and value < 0
 
 
 def full_effect(

@@ -11,11 +11,11 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect, full_effect
+from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.rankings.methods import timed_ranking
 from rq4lens.analysis.rankings.shapley import Orders, rank_by_shapley, shapley_of_orders
-from rq4lens.analysis.records import Agreement, CoverageCurve, MethodRow
+from rq4lens.analysis.records import Agreement, CoverageCurve, FullEffect, MethodRow
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
 from rq4lens.analysis.structure.controls import FitData, refit
 from rq4lens.errors import UserError
@@ -87,6 +87,7 @@ def describe_ranking(
         k90=curve.k90,
         seconds=seconds,
         agreement_reason=THE_SAME if itself else None,
+        reasons={"seconds": "the ranking was read from a file"},
     )
     return row, curve
 

@@ -10,8 +10,8 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.effects.table import single_scores
-from rq4lens.analysis.statistics.bootstrap import group_membership
-from rq4lens.results import HeadRanking, RankBy
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
+from rq4lens.results import NO_RAW_EFFECT, HeadRanking, RankBy
 
 
 def rank_by_delta(measured: MeasuredSets) -> HeadRanking:
@@ -31,6 +31,7 @@ def rank_by_drop_pct(measured: MeasuredSets) -> HeadRanking:
         standard_errors=_errors_of_shares(scores, raw - mapped, raw, measured.groups),
         per_prompt=raw - mapped,
         share_of=raw,
+        reasons={"standard_errors": ONE_GROUP if len(set(measured.groups)) == 1 else NO_RAW_EFFECT},
     )
 
 
@@ -82,6 +83,7 @@ def per_prompt_ranking(
         standard_errors=standard_errors(per_prompt, measured.groups),
         per_prompt=per_prompt,
         settings=settings,
+        reasons={"standard_errors": ONE_GROUP},
     )
 
 

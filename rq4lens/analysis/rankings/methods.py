@@ -8,7 +8,6 @@ from inspect import signature
 from typing import Any
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import NO_RAW_EFFECT
 from rq4lens.analysis.rankings.curvature import rank_by_kl_curvature
 from rq4lens.analysis.rankings.exact import (
     rank_by_delta,
@@ -24,8 +23,6 @@ from rq4lens.analysis.rankings.gradients import (
     rank_by_integrated_gradients,
 )
 from rq4lens.analysis.rankings.shapley import rank_by_shapley
-from rq4lens.analysis.statistics.bootstrap import ONE_GROUP
-from rq4lens.analysis.statistics.plain import explained
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
 
@@ -79,25 +76,23 @@ def rank_heads(method: str, measured: MeasuredSets, **settings: Any) -> HeadRank
 def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:
     """The rows of a method's ranking file, best first: ``head, rank, score, se``."""
     errors = ranking.standard_errors or (None,) * ranking.n_heads
-    rows = (
-        {"head": head, "rank": rank, "score": score, "se": error}
+    return [
+        _row(head, rank, score, error, ranking.reasons)
         for rank, (head, score, error) in enumerate(
             zip(ranking.heads, ranking.scores, errors, strict=True), 1
         )
-    )
-    return [explained(row, lambda name: why_null(ranking, name)) for row in rows]
+    ]
 
 
-def why_null(ranking: HeadRanking, name: str) -> str:
-    """Why a ranking lacks its alpha, scores or standard errors."""
-    if name == "alpha":
-        return "the scores do not depend on alpha"
-    if name in ("score", "scores"):
-        return NO_RAW_EFFECT
-    if ranking.per_prompt is None:
-        return "the scores are not means over prompts"
-    alone = not any(ranking.standard_errors or ()) and any(s is not None for s in ranking.scores)
-    return ONE_GROUP if alone else NO_RAW_EFFECT
+def _row(
+    head: int, rank: int, score: float | None, error: float | None, why: Mapping[str, str]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"head": head, "rank": rank, "score": score, "se": error}
+    if score is None:
+        row["score_reason"] = why["scores"]
+    if error is None:
+        row["se_reason"] = why["standard_errors"]
+    return row
 
 
 def timed_ranking(

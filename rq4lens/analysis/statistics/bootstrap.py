@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -77,13 +77,13 @@ class Interval:
         low: lower end.
         high: upper end.
         level: nominal coverage, in (0, 1).
-        method: how it was made.
+        method: how it was made; files do not keep it.
     """
 
     low: float
     high: float
-    level: float
-    method: str
+    level: float = LEVEL
+    method: str = field(default="saved", compare=False)
 
     @property
     def pair(self) -> list[float]:
@@ -121,6 +121,23 @@ class Estimate:
             fields[f"{name}_reason"] = self.reason
         return fields
 
+    @classmethod
+    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Estimate:
+        """The estimate that :meth:`fields` wrote."""
+        value, ends = fields[name], fields[f"{name}_ci95"]
+        interval = None if ends is None else Interval(float(ends[0]), float(ends[1]))
+        reason = fields.get(f"{name}_reason")
+        return cls(None if value is None else float(value), interval, reason)
+
+    def divided_by(self, unit: float) -> Estimate:
+        """The same in another unit."""
+        if self.value is None or self.interval is None:
+            return replace(self, value=None if self.value is None else self.value / unit)
+        low, high = (end / unit for end in self.interval.pair)
+        return replace(
+            self, value=self.value / unit, interval=replace(self.interval, low=low, high=high)
+        )
+
     @property
     def _level(self) -> float:
         return LEVEL if self.interval is None else self.interval.level
@@ -153,6 +170,13 @@ class Spread:
         ends = None if self.low is None else [self.low, self.high]
         fields: dict[str, Any] = {name: self.value, f"{name}_range{100 * LEVEL:g}": ends}
         return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
+
+    @classmethod
+    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Spread:
+        """The spread that :meth:`fields` wrote."""
+        values = (fields[name], *(fields[f"{name}_range95"] or (None, None)))
+        value, low, high = (None if each is None else float(each) for each in values)
+        return cls(value, low, high, fields.get(f"{name}_reason"))
 
 
 def undefined(reason: str) -> Estimate:

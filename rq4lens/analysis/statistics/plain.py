@@ -1,104 +1,157 @@
-"""Records as strict JSON values, with a reason beside every null."""
+"""Records as strict JSON values, and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import singledispatch
-from typing import Any
+from functools import cache, singledispatch
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+from jaxtyping import AbstractArray
 
 from rq4lens.analysis.statistics.bootstrap import Estimate, Spread
-from rq4lens.heads import Head, HeadSet
+from rq4lens.heads import Head
+from rq4lens.results import Record
 
-EXPLAINS = ("reason", "note", "undefined_because")
-"""Fields that say why something else is null; null there means that nothing is."""
-
-NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
-NO_CONTROL_LAYER = "the run has no control layer"
-ONE_SET = "only the one set of each size that the ranking names was measured"
-
-Record = dict[str, Any]
-
-
-def is_explanation(name: str) -> bool:
-    """Whether a field says why another one is null, or what it cannot mean."""
-    return name in EXPLAINS or name.endswith("_reason")
-
-
-def explained(record: Mapping[str, Any], why: Callable[[str], str]) -> Record:
-    """A record with a reason beside every null that has none."""
-    unexplained = [
-        name for name in record if _is_null(record[name]) and not _has_reason(record, name)
-    ]
-    return {**record, **{f"{name}_reason": why(name) for name in unexplained}}
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and any(map(_is_null, value)))
-
-
-def _has_reason(record: Mapping[str, Any], name: str) -> bool:
-    base = name.removesuffix("_ci95").removesuffix("_range95")
-    return is_explanation(name) or f"{base}_reason" in record
+T = TypeVar("T")
 
 
 @singledispatch
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """A record, and everything in it, as strict JSON values.
 
     An :class:`Estimate` in a field ``x`` becomes ``x``, ``x_ci95`` and, where one of them is null,
-    ``x_reason``; a :class:`Spread` has ``x_range95`` instead. Head sets become lists of head
-    indices, heads their labels.
+    ``x_reason``; a :class:`Spread` has ``x_range95`` instead. The reasons of a :class:`Record`
+    become ``x_reason``, too. Heads become their labels. Fields that do not count when records are
+    compared are left out. A class with ``from_dict`` writes and reads itself.
 
     Raises:
         ValueError: for a number that is not finite; undefined values must be None with a reason.
     """
-    if is_dataclass(value):
-        return plain({field.name: getattr(value, field.name) for field in fields(value)})
-    return value
+    kind = type(value)
+    if not is_dataclass(kind):
+        return value
+    if hasattr(value, "from_dict"):
+        return value.to_dict()
+    names = [*_saved_fields(kind), *getattr(value, "ALSO_SAVED", ())]
+    record = to_json({name: getattr(value, name) for name in names})
+    if isinstance(value, Record):
+        record |= {f"{name}_reason": reason for name, reason in value.reasons.items()}
+    return record
 
 
-@plain.register
+@to_json.register
 def _(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a JSON number: undefined values are None with a reason.")
     return float(value)
 
 
-@plain.register
+@to_json.register
 def _(value: Estimate | Spread) -> dict[str, Any]:
     return value.fields("value")
 
 
-@plain.register
+@to_json.register
 def _(value: Head) -> str:
     return value.label
 
 
-@plain.register
-def _(value: HeadSet) -> list[int]:
-    return list(value.indices)
-
-
-@plain.register(Mapping)
+@to_json.register(Mapping)
 def _(value: Mapping[Any, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, item in value.items():
         named = isinstance(item, Estimate | Spread)
-        record |= item.fields(str(name)) if named else {str(name): plain(item)}
+        record |= item.fields(str(name)) if named else {str(name): to_json(item)}
     return record
 
 
-@plain.register(tuple)
-@plain.register(list)
+@to_json.register(tuple)
+@to_json.register(list)
 def _(value: tuple[Any, ...] | list[Any]) -> list[Any]:
-    return [plain(item) for item in value]
+    return [to_json(item) for item in value]
 
 
-@plain.register(np.ndarray)
-@plain.register(np.generic)
+@to_json.register(np.ndarray)
+@to_json.register(np.generic)
 def _(value: np.ndarray | np.generic) -> Any:
-    return plain(value.tolist())
+    return to_json(value.tolist())
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """The record that :func:`to_json` wrote, read by the type hints of its class.
+
+    Raises:
+        Exception: of one kind or another if the value is not such a record.
+    """
+    return cast(T, _read(kind, value))
+
+
+def _read(kind: Any, value: Any) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else _read(parts[0], value)
+    if origin is tuple:
+        return tuple(_read(parts[0], each) for each in _checked(list, value))
+    if origin is not None:
+        return _read_mapping(parts[0], parts[1], _checked(dict, value))
+    return value if kind is Any else _read_class(kind, value)
+
+
+def _read_class(kind: type, value: Any) -> Any:
+    if issubclass(kind, AbstractArray):
+        return np.array(_checked(list, value), dtype=np.float64)
+    if issubclass(kind, Head):
+        return kind.parse(_checked(str, value))
+    if issubclass(kind, Estimate | Spread):
+        return kind.from_fields("value", value)
+    return (
+        _read_record(kind, _checked(dict, value)) if is_dataclass(kind) else _checked(kind, value)
+    )
+
+
+def _read_mapping(name_kind: type, kind: Any, values: Mapping[str, Any]) -> dict[Any, Any]:
+    if kind in (Estimate, Spread):
+        mark = "_ci95" if kind is Estimate else "_range95"
+        names = [name for name in values if name + mark in values]
+        return {name_kind(name): kind.from_fields(name, values) for name in names}
+    return {name_kind(name): _read(kind, each) for name, each in values.items()}
+
+
+def _read_record(kind: Any, values: Mapping[str, Any]) -> Any:
+    if hasattr(kind, "from_dict"):
+        return kind.from_dict(values)
+    known = _saved_fields(kind)
+    read = {
+        name: hint.from_fields(name, values)
+        if hint in (Estimate, Spread)
+        else _read(hint, values[name])
+        for name, hint in known.items()
+    }
+    if issubclass(kind, Record):
+        why = {name: f"{name}_reason" for name in known if f"{name}_reason" not in known}
+        read["reasons"] = {name: values[key] for name, key in why.items() if key in values}
+    return kind(**read)
+
+
+@cache
+def _saved_fields(kind: type) -> dict[str, Any]:
+    """The fields of a record that are written, with their types."""
+    hints = get_type_hints(kind)
+    skipped = {"reasons"} if issubclass(kind, Record) else set()
+    return {
+        field.name: hints[field.name]
+        for field in fields(cast(Any, kind))
+        if field.compare and field.name not in skipped
+    }
+
+
+def _checked(kind: type, value: Any) -> Any:
+    """A plain value of a type; whole numbers are numbers, too."""
+    allowed: Any = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{str(value)[:40]!r} stands for a {kind.__name__}")
+    return float(value) if kind is float else value

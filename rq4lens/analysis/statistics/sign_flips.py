@@ -20,6 +20,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 from statsmodels.stats.multitest import fdrcorrection, multipletests
 
+from rq4lens.analysis.records import HeadTest, HeadTests
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
 from rq4lens.heads import Head
 
@@ -34,60 +35,6 @@ NO_EFFECT = "the effect is 0 on every prompt"
 
 PerPrompt = Float64[ndarray, "hypothesis prompt"]
 PerHypothesis = Float64[ndarray, "hypothesis"]
-
-
-@dataclass(frozen=True)
-class HeadTest:
-    """Sign-flip test of one head's ``ΔKL`` against zero.
-
-    Args:
-        head: layer and index.
-        alpha: blend strength.
-        delta: mean ``ΔKL``, in nats.
-        p_value: two-sided, for this head alone.
-        p_max_t: corrected for everything tried, by the largest statistic of each flip.
-        p_holm: corrected by Holm.
-        p_bh: false discovery rate by Benjamini and Hochberg.
-        reason: why the p-values are missing, if they are.
-    """
-
-    head: Head
-    alpha: float
-    delta: float
-    p_value: float | None
-    p_max_t: float | None
-    p_holm: float | None
-    p_bh: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class HeadTests:
-    """Sign-flip tests of everything that was tried.
-
-    Args:
-        tests: one per head (and layer and alpha, where several were tried).
-        family: what is corrected for, in words.
-        n_tests: how many of the tests have a p-value; Holm and BH correct for these.
-        n_flips: number of sign patterns.
-        p_value_min: smallest p-value they can give.
-        p_max_t_min: smallest ``p_max_t``.
-        p_holm_min: smallest ``p_holm``, that of the clearest head.
-        p_bh_min: smallest ``p_bh``, where all heads are as clear as can be.
-        exhaustive: whether these are all sign patterns.
-        n_groups: groups of prompts; their signs flip together.
-    """
-
-    tests: tuple[HeadTest, ...]
-    family: str
-    n_tests: int
-    n_flips: int
-    p_value_min: float
-    p_max_t_min: float
-    p_holm_min: float
-    p_bh_min: float
-    exhaustive: bool
-    n_groups: int
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.records import AlphaPoint
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 
-ALPHAS = (0.1, 0.3, 0.5, 0.7, 1.0)
-
 
 def alpha_sweep(
     measured: MeasuredSets, alphas: Sequence[float], ks: Sequence[int], bootstrap: Bootstrap

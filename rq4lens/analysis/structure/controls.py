@@ -14,8 +14,7 @@ from scipy.stats import ortho_group
 from torch import Tensor
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import FullEffect
-from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow
+from rq4lens.analysis.records import NO_SHARE, Control, CoverageRow, FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.rankings.agreement import Scored, agreement
-from rq4lens.analysis.records import HeadKind, HeadKinds
+from rq4lens.analysis.records import Alignment, HeadKind, HeadKinds
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
-from rq4lens.analysis.structure.controls import FitData
-from rq4lens.patching.maps.kinds import fit_block
+
+if TYPE_CHECKING:
+    from rq4lens.analysis.structure.controls import FitData
 
 IDLE_SHARE = 0.1
 """Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
@@ -95,26 +96,10 @@ def rule(idle_below: float) -> str:
 NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """How the first direction of a joint low-rank map lies on the heads.
-
-    Args:
-        share: share of the direction's squared length that lies on each head, in head order; sums
-            to 1.
-        spearman: rank correlation with single-head ``ΔKL``.
-        kendall: the same by Kendall's tau-b.
-        reason: why it is missing, if it is.
-    """
-
-    share: tuple[float, ...]
-    spearman: Estimate
-    kendall: Estimate
-    reason: str | None = None
-
-
 def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:
     """Shares of the first direction, and their rank correlation with causal scores."""
+    from rq4lens.patching.maps.kinds import fit_block  # noqa: PLC0415 - figures load no torch
+
     n_heads = data.x.shape[1]
     x, y = (z.flatten(1).numpy() for z in (data.x, data.y))
     details = fit_block("low_rank", x, y, data.groups).details

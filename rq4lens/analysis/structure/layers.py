@@ -14,8 +14,6 @@ from numpy import ndarray
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
 from rq4lens.analysis.effects.table import (
-    NO_RAW_EFFECT,
-    FullEffect,
     bootstrap_of,
     condition_estimates,
     full_effect,
@@ -24,11 +22,10 @@ from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.stability import ranks_of
-from rq4lens.analysis.records import Agreement, Concentration, CoverageCurve
-from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap, Estimate
+from rq4lens.analysis.records import Agreement, LayerComparison, LayerRow, RankedHead
+from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
-from rq4lens.analysis.statistics.plain import NOT_MEASURED, ONE_SET, explained, plain
-from rq4lens.analysis.statistics.sign_flips import HeadTests, head_tests
+from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.results import ConditionResult, GridResult, RankBy
@@ -118,93 +115,6 @@ def rank_by_of(names: Sequence[str]) -> RankBy | None:
 
 
 PerPrompt = Float64[ndarray, "head prompt"]
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer beside the others.
-
-    Args:
-        layer: the layer.
-        KL_raw: of all its heads, in nats.
-        KL_mapped: of all its heads, in nats.
-        delta: its ``ΔKL(ALL)``, in nats.
-        drop_pct: share of the raw damage that its map repairs.
-        full: whether its ``ΔKL(ALL)`` can be a denominator.
-        curve: coverage of its own top k, with area and k90; None when only the grids were given.
-        concentration: how unevenly its single-head ``|ΔKL|`` lies on heads.
-        pooled_churn: share of its heads above the 80th percentile of ``|ΔKL|`` over all layers.
-    """
-
-    layer: int
-    KL_raw: Estimate
-    KL_mapped: Estimate
-    delta: Estimate
-    drop_pct: Estimate
-    full: FullEffect
-    curve: CoverageCurve | None
-    concentration: Concentration
-    pooled_churn: float
-
-
-@dataclass(frozen=True)
-class RankedHead:
-    """One head in the ranking of all heads of all layers.
-
-    Args:
-        head: layer and index.
-        rank: its rank by ``ΔKL``; 1 is best.
-        delta: its single-head ``ΔKL``, in nats.
-        rank_low: 2.5% quantile of its rank over resamples.
-        rank_high: 97.5% quantile.
-        reason: why the range of the rank is missing, if it is.
-    """
-
-    head: Head
-    rank: int
-    delta: Estimate
-    rank_low: int | None
-    rank_high: int | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """Everything that compares layers.
-
-    Args:
-        layers: the layers, in ascending order; rows of the matrices.
-        alpha: blend strength.
-        KL_raw: single-head ``KL_raw``, in nats.
-        KL_mapped: single-head ``KL_mapped``, in nats.
-        delta: single-head ``ΔKL``, in nats.
-        drop_pct: single-head drop; None where ``KL_raw`` is 0.
-        rows: the layers side by side.
-        ranking: all heads of all layers, best first.
-        tests: sign-flip tests of all of them, corrected for all of them.
-        by_index: rankings of two layers compared index by index, each with a note on what that
-            cannot mean.
-    """
-
-    layers: tuple[int, ...]
-    alpha: float
-    KL_raw: Float64[ndarray, "layer head"]
-    KL_mapped: Float64[ndarray, "layer head"]
-    delta: Float64[ndarray, "layer head"]
-    drop_pct: tuple[tuple[float | None, ...], ...]
-    rows: tuple[LayerRow, ...]
-    ranking: tuple[RankedHead, ...]
-    tests: HeadTests
-    by_index: tuple[Agreement, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison as strict JSON values; every null has its reason."""
-        record = plain(self)
-        for row in record["rows"]:
-            if row["curve"] is not None:
-                row["curve"] = explained(row["curve"], lambda _: ONE_SET)
-        record["rows"] = [explained(row, lambda _: NOT_MEASURED) for row in record["rows"]]
-        return explained(record, lambda _: NO_RAW_EFFECT)
 
 
 def compare_layers(

@@ -283,7 +283,7 @@ def test_layer_curves_name_the_layers_without_coverage(layers):
 @pytest.fixture(scope="module")
 def comparison(layers):
     """A comparison of the layers, with made-up curves and ranges of ranks."""
-    compared = compare_layers({layer: resampled(grid, 50) for layer, grid in layers.items()})
+    compared = compare_layers({layer: resampled(grid, 100) for layer, grid in layers.items()})
     rows = [replace(row, curve=curve("delta", layers[row.layer], 1.0)) for row in compared.rows]
     coverage = tuple(about(100 * k / 32, k / 2) for k in range(33))
     rows = [replace(row, curve=replace(row.curve, coverage_pct=coverage)) for row in rows]

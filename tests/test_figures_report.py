@@ -79,7 +79,7 @@ def test_layers_stand_side_by_side(grid):
     """The layers' table holds each layer's full effect, best head, and what a comparison adds."""
     other = synthetic_grid(3, n_prompts=30, layer=25, control_layer=None)
     layers = {25: other, 26: grid}
-    compared = compare_layers({layer: resampled(each, 50) for layer, each in layers.items()})
+    compared = compare_layers({layer: resampled(each, 100) for layer, each in layers.items()})
     row = compared.rows[0]
     row = replace(
         row,

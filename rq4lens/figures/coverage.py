@@ -88,22 +88,18 @@ def axes(figure: go.Figure, n_heads: int) -> None:
 
 
 def _traces(grid: GridResult, analysis: Analysis | None) -> list[go.Scatter]:
+    curves = analysis.curves if analysis else ()
+    crossed = [curve for curve in curves if _is_cross_fitted(curve)]
+    subsets = [curve for curve in curves if curve.ranking == BEST_SUBSET]
+    best = _curve_points(grid, curves[0]) if curves else _best_of_grid(grid)
     seeds = _measured(grid, "rand", "random {k}")
-    points = [_scattered("random, seeds", seeds)] if seeds else []
-    if analysis is None:
-        return [_line("best k", _best_of_grid(grid), _BEST_K), *points]
-    lines = [
-        _line(CROSS_FITTED, _curve_points(grid, curve), _CROSS_FITTED)
-        for curve in analysis.curves
-        if _is_cross_fitted(curve)
+    return [
+        *_random_band(analysis.random if analysis else ()),
+        *(_line(CROSS_FITTED, _curve_points(grid, curve), _CROSS_FITTED) for curve in crossed),
+        *(_line(BEST_SUBSET, _curve_points(grid, curve), _BEST_SUBSET) for curve in subsets),
+        _line("best k", best, _BEST_K),
+        *([_scattered("random, seeds", seeds)] if seeds else []),
     ]
-    lines += [
-        _line(BEST_SUBSET, _curve_points(grid, curve), _BEST_SUBSET)
-        for curve in analysis.curves
-        if curve.ranking == BEST_SUBSET
-    ]
-    best = _curve_points(grid, analysis.curves[0])
-    return [*_random_band(analysis.random), *lines, _line("best k", best, _BEST_K), *points]
 
 
 def _is_cross_fitted(curve: CoverageCurve) -> bool:

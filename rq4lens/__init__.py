@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rq4lens import figures as figures
     from rq4lens.analysis.analyse import analyse as analyse
+    from rq4lens.analysis.saved import read_run as read_run
     from rq4lens.analysis.structure.layers import compare_layers as compare_layers
     from rq4lens.config import AnalysisEffort as AnalysisEffort
     from rq4lens.config import Effort as Effort
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from rq4lens.config import preset as preset
     from rq4lens.config import preset_names as preset_names
     from rq4lens.config import read_config as read_config
-    from rq4lens.disk.run import read_run as read_run
     from rq4lens.errors import UserError as UserError
     from rq4lens.heads import Head as Head
     from rq4lens.heads import HeadSet as HeadSet
@@ -90,7 +90,7 @@ _HOMES = {
     "ConditionResult": "rq4lens.results",
     "GridResult": "rq4lens.results",
     "HeadRanking": "rq4lens.results",
-    "read_run": "rq4lens.disk.run",
+    "read_run": "rq4lens.analysis.saved",
     "run": "rq4lens.jobs.run",
     "sweep_layers": "rq4lens.jobs.sweep",
     "validate": "rq4lens.validation.suite",

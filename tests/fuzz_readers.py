@@ -26,11 +26,13 @@ from model_zoo import ZOO, save, train_tokenizer
 from peft import LoraConfig, get_peft_model
 from synthetic import resampled
 
+from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.file import read_ranking
+from rq4lens.analysis.saved import read_run, write_grid, write_run
 from rq4lens.config import Patching, config_from, read_config
 from rq4lens.disk.files import read_json
-from rq4lens.disk.run import read_run, write_grid, write_run
+from rq4lens.disk.run import FORMAT
 from rq4lens.disk.store import ConditionIngredients, Store
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
@@ -250,7 +252,7 @@ def finished_run(rng: random.Random, count: int, folder: Path) -> tuple[Reader, 
     directory.mkdir()
     grid = small_grid()
     write_grid(directory, grid, records(resampled(grid, 100)))
-    write_run(directory, analysis={}, run=small_run(grid), summary="")
+    write_run(directory, analyse(resampled(grid, 100)), small_run(grid), "")
     names = ["rq4_results.json", "per_prompt.parquet", "analysis.json", "run.json"]
     valid = {name: (directory / name).read_bytes() for name in names}
 
@@ -358,7 +360,12 @@ def small_grid() -> GridResult:
 
 def small_run(grid: GridResult) -> dict[str, object]:
     """The part of run.json that reading a run needs."""
-    return {"format": 1, "settings": grid.settings.to_dict(), "noise_floor_nats": 0.0, "config": {}}
+    return {
+        "format": FORMAT,
+        "settings": grid.settings.to_dict(),
+        "noise_floor_nats": 0.0,
+        "config": {},
+    }
 
 
 def chain(*parts: Iterator[bytes]) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from pair_on_disk import command, write_config, write_pair
 from rq4lens.config import config_from, read_config
 from rq4lens.disk import files
 from rq4lens.errors import UserError
+from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.verify import verify_run
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.measured import Recorder

@@ -108,20 +108,20 @@ def test_intervals_are_those_of_the_results_file(grid):
     That is: in ``rq4_results.json``, in the tables of the report, under the mouse and as a bar.
     """
     seeded = resampled(grid, 500, seed=7)
-    rows = {row["cond"]: row for row in records(seeded)}
+    rows = {row.cond: row for row in records(seeded)}
     page = report_page(seeded, provenance={})
     for cond in ("top4", "rand8_s2", "full", "ctrl_full", "head3"):
-        low, high = rows[cond]["delta_ci95"]
-        assert f">{rows[cond]['delta']:.3g} [{low:.3g}, {high:.3g}]<" in page
+        delta = rows[cond].delta
+        assert f">{delta.value:.3g} [{delta.interval.low:.3g}, {delta.interval.high:.3g}]<" in page
     for trace in figures.ranking_bars(seeded).data:
         for at, label in enumerate(trace.customdata):
             row = rows[label.removeprefix("L26").replace("H", "head")]
-            low, high = row["delta_ci95"]
+            low, high = row.delta.interval.pair
             assert trace.x[at] + trace.error_x.array[at] == pytest.approx(high, rel=1e-9)
             assert trace.x[at] - trace.error_x.arrayminus[at] == pytest.approx(low, rel=1e-9)
-            for quantity, unit in (("delta", " nats"), ("drop_pct", "%"), ("coverage_pct", "%")):
-                low, high = row[f"{quantity}_ci95"]
-                assert f"{row[quantity]:.3g}{unit} [{low:.3g}, {high:.3g}]" in trace.hovertext[at]
+            for found, unit in ((row.delta, " nats"), (row.drop_pct, "%"), (row.coverage_pct, "%")):
+                low, high = found.interval.pair
+                assert f"{found.value:.3g}{unit} [{low:.3g}, {high:.3g}]" in trace.hovertext[at]
 
 
 def test_every_condition_stands_in_the_table(grid):

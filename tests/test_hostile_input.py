@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from synthetic import resampled
 from tiny import pair_of, tiny_model, word_tokenizer
 
+from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.file import read_ranking
+from rq4lens.analysis.saved import read_run, write_grid, write_run
 from rq4lens.config import RunConfig, config_from, read_config
 from rq4lens.disk.files import canonical_json, parse_json, read_json, write_json_atomic
-from rq4lens.disk.run import read_run, write_grid, write_run
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
@@ -504,7 +505,7 @@ def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     write_grid(folder, grid, records(resampled(grid, 100)))
-    write_run(folder, analysis={}, run=small_run(grid), summary="")
+    write_run(folder, analyse(resampled(grid, 100)), small_run(grid), "")
     return folder
 
 

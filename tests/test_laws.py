@@ -26,6 +26,7 @@ from tiny import (
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.pair import ModelPair, PairMember
@@ -167,7 +168,7 @@ def test_identical_models_differ_nowhere(tiny_pair, engine):
     for condition in grid.conditions.values():
         np.testing.assert_allclose(condition.kl_raw_nats, 0, atol=1e-12)
         np.testing.assert_allclose(condition.delta_nats, 0, atol=1e-12)
-    for record in records(resampled(grid, 100)):
+    for record in to_json(records(resampled(grid, 100))):
         assert record["coverage_pct"] is None
         assert record["coverage_pct_reason"]
 
@@ -186,7 +187,7 @@ def test_order_and_repetition_in_a_spec_do_not_matter(tiny_experiment):
 
 def test_all_covers_everything_and_none_covers_nothing(tiny_grid):
     """`coverage(ALL) = 100` and `coverage(NONE) = 0`; every top-H set is the full set."""
-    by_name = {record["cond"]: record for record in records(resampled(tiny_grid, 200))}
+    by_name = {record["cond"]: record for record in to_json(records(resampled(tiny_grid, 200)))}
     assert by_name["full"]["coverage_pct"] == 100
     assert by_name["top4"]["coverage_pct"] == pytest.approx(100, abs=1e-9)
     assert by_name["none"]["coverage_pct"] == 0
@@ -496,7 +497,7 @@ def test_a_head_that_does_nothing_scores_nothing():
     base = tiny_model()
     planted, pair = gauge_pair(base, MAIN, [1, 2], random_prompts())
     grid = grid_of(pair, fit_maps(pair, [MAIN]), MAIN, alpha=ALPHA, ks=(1,))
-    by_name = {record["cond"]: record for record in records(resampled(grid, 200))}
+    by_name = {record["cond"]: record for record in to_json(records(resampled(grid, 200)))}
     for head in range(TINY_HEADS):
         if head not in planted.changed_heads(MAIN):
             assert abs(by_name[f"head{head}"]["coverage_pct"]) < 0.1

@@ -16,6 +16,7 @@ from pair_on_disk import write_pair
 from rq4lens.config import config_from
 from rq4lens.errors import UserError
 from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require
+from rq4lens.jobs.run import run as run_job
 from rq4lens.models import catalog
 from rq4lens.models.catalog import pair_from_config
 from rq4lens.models.load.devices import Placement

@@ -14,6 +14,7 @@ from rq4lens.analysis.effects.table import (
     records,
 )
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.statistics.plain import to_json
 
 FIELDS = [
     *("layer", "hook", "cond", "alpha", "heads", "head_mask", "split", "k_positions", "n"),
@@ -22,13 +23,13 @@ FIELDS = [
 
 
 def by_cond(grid, **kwargs):
-    return {record["cond"]: record for record in records(resampled(grid, 400), **kwargs)}
+    return {record["cond"]: record for record in to_json(records(resampled(grid, 400), **kwargs))}
 
 
 def test_records_have_the_fields_of_the_results_file():
     """Every condition gives one record with the documented fields and a pair per number."""
     grid = noisy_game([1.0, 0.5, 0.0], 30).grid()
-    rows = records(resampled(grid, 100))
+    rows = to_json(records(resampled(grid, 100)))
     assert [row["cond"] for row in rows] == list(grid.conditions)
     for row in rows:
         assert set(FIELDS) <= set(row)
@@ -117,7 +118,7 @@ def test_a_full_effect_away_from_zero_is_a_denominator(delta_nats):
 )
 def test_records_are_strict_json_whatever_happens(game):
     """Degenerate grids give nulls with reasons, never NaN."""
-    rows = records(resampled(game.grid(ks=(1, 3)), 300))
+    rows = to_json(records(resampled(game.grid(ks=(1, 3)), 300)))
     json.dumps(rows, allow_nan=False)
     for row in rows:
         for name in ("drop_pct", "coverage_pct"):

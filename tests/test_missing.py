@@ -120,7 +120,7 @@ def test_analyses_explain_their_nulls(game, measure):
 def test_tables_and_rankings_explain_their_nulls(game):
     """So do the table of conditions and the ranking files of every method."""
     grid = game.grid(ks=(1,))
-    check_explained(records(resampled(grid, 100)))
+    check_explained(to_json(records(resampled(grid, 100))))
     check_explained(ranking_rows(grid))
     for method in METHODS:
         if method not in GRADIENT_METHODS:

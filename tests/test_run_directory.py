@@ -9,15 +9,14 @@ import pytest
 from explained import check_explained
 from synthetic import resampled, synthetic_grid
 
+from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.analysis.saved import read_run, write_grid, write_run
 from rq4lens.disk.files import write_json_atomic
 from rq4lens.disk.run import (
     FORMAT,
     per_prompt_table,
     ranking_file,
-    read_run,
-    write_grid,
-    write_run,
 )
 from rq4lens.errors import UserError
 from rq4lens.jobs.rank import write_ranking
@@ -51,7 +50,7 @@ def write(directory, grid):
         "settings": grid.settings.to_dict(),
         "noise_floor_nats": grid.noise_floor_nats,
     }
-    write_run(directory, analysis={"coverage": []}, run=run, summary="summary\n")
+    write_run(directory, analyse(resampled(grid, 100)), run, "summary\n")
     return table
 
 

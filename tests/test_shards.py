@@ -20,6 +20,7 @@ from rq4lens.config import config_from
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.patching.engines.row_engine import RowEngine
 

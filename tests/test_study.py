@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rq4lens.analysis.saved import read_run
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import config_from, preset, read_config
-from rq4lens.disk.run import ranking_file, read_run
+from rq4lens.disk.run import ranking_file
 from rq4lens.errors import UserError
 from rq4lens.jobs.patch import patch_once
+from rq4lens.jobs.run import run as run_job
 
 KEPT = {"train": 160, "val": 24, "neutral": 0}
 
@@ -88,6 +91,8 @@ def test_what_was_written_is_what_was_measured(finished):
     """Reading the directory gives the grid that the run returned."""
     saved = read_run(finished.directory)
     assert saved.records == finished.records
+    assert to_json(saved.analysis) == json.loads((finished.directory / "analysis.json").read_text())
+    assert to_json(saved.analysis) == to_json(finished.analysis)
     assert saved.grid.settings == finished.grid.settings
     for name, condition in finished.grid.conditions.items():
         assert np.array_equal(saved.grid[name].kl_raw_nats, condition.kl_raw_nats)
@@ -207,11 +212,11 @@ def test_patch_once_is_the_same_condition(config, finished, tmp_path, engine):
     """One head set measured by itself has the numbers it has in the grid, by either engine."""
     heads = ",".join(map(str, finished.grid["top4"].heads))
     single = patch_once(config.updated(engine=engine), heads, tmp_path / "one.json")
-    (expected,) = [row for row in finished.records if row["cond"] == "top4"]
-    for name in ("KL_raw_mean", "KL_mapped_mean", "delta"):
-        assert single.record[name] == pytest.approx(expected[name], abs=1e-6)
-    assert single.record["coverage_pct"] == pytest.approx(expected["coverage_pct"], abs=1e-3)
-    assert json.loads((tmp_path / "one.json").read_text()) == single.record
+    (expected,) = [row for row in finished.records if row.cond == "top4"]
+    for name in ("KL_raw_mean", "KL_mapped_mean", "delta", "coverage_pct"):
+        found, wanted = (getattr(record, name).value for record in (single.record, expected))
+        assert found == pytest.approx(wanted, abs=1e-3 if name == "coverage_pct" else 1e-6)
+    assert json.loads((tmp_path / "one.json").read_text()) == to_json(single.record)
 
 
 # --- what cannot be run

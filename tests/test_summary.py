@@ -6,6 +6,7 @@ import pytest
 from synthetic import resampled, synthetic_grid, synthetic_settings
 
 from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.screen.tables import condition_text, control_line, full_line, summary_text
 
 
@@ -49,12 +50,12 @@ def test_the_table_is_sorted_by_k(grid, rows):
 
 def test_the_table_says_what_the_records_say(grid, rows):
     """Each row has the condition's ΔKL, its coverage in percent and its heads."""
-    by_name = {row["cond"]: row for row in rows}
+    by_name = {row.cond: row for row in rows}
     for cells in table_of(summary_text(grid.settings, rows))[1:]:
         record = by_name[cells[0]]
-        assert cells[1] == f"{record['delta']:.5f}"
-        assert f"{record['coverage_pct']:.1f}%" in cells
-        heads = "ALL" if record["cond"] == "full" else ",".join(map(str, record["heads"]))
+        assert cells[1] == f"{record.delta.value:.5f}"
+        assert f"{record.coverage_pct.value:.1f}%" in cells
+        heads = "ALL" if record.cond == "full" else ",".join(map(str, record.heads))
         assert cells[-1] == heads
 
 
@@ -86,16 +87,19 @@ def test_undefined_coverage_is_called_undefined_and_why(grid):
 )
 def test_the_control_is_read_by_its_interval(rows, control, reading):
     """Less, more or not told apart: by whether the intervals of ΔKL overlap."""
-    by_name = {row["cond"]: row for row in rows}
-    full = {**by_name["full"], "delta_ci95": (0.01, 0.02)}
-    line = control_line(full, {**by_name["ctrl_full"], "delta_ci95": control})
+    by_name = {row.cond: row for row in rows}
+    full, other = (
+        replace(by_name[name], delta=Estimate(0.01, ends and Interval(*ends)))
+        for name, ends in (("full", (0.01, 0.02)), ("ctrl_full", control))
+    )
+    line = control_line(full, other)
     assert line.startswith("CONTROL layer 24: ")
     assert reading in line
 
 
 def test_a_run_without_control_says_so(grid, rows):
     """The line is there even when there is nothing to report."""
-    without = [row for row in rows if row["cond"] != "ctrl_full"]
+    without = [row for row in rows if row.cond != "ctrl_full"]
     assert "CONTROL: none was measured." in summary_text(grid.settings, without)
 
 
@@ -119,10 +123,10 @@ def test_names_are_printed_as_they_are(rows):
 
 def test_one_condition_fits_a_few_lines(grid, rows):
     """Heads as a spec, the three KLs, drop and coverage with intervals."""
-    record = next(row for row in rows if row["cond"] == "top8")
+    record = next(row for row in rows if row.cond == "top8")
     lines = condition_text(grid.settings, record).splitlines()[2:]
     assert lines[0].startswith("heads ")
     for line, name in zip(lines[1:4], ("KL_raw_mean", "KL_mapped_mean", "delta"), strict=True):
-        assert f"{record[name]:.5f} [" in line
-    assert f"{record['drop_pct']:.1f}% [" in lines[4]
-    assert f"{record['coverage_pct']:.1f}% [" in lines[5]
+        assert f"{getattr(record, name).value:.5f} [" in line
+    assert f"{record.drop_pct.value:.1f}% [" in lines[4]
+    assert f"{record.coverage_pct.value:.1f}% [" in lines[5]

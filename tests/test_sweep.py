@@ -12,12 +12,15 @@ from explained import check_explained
 from pair_on_disk import write_pair
 
 from rq4lens.analysis.records import FullEffect
+from rq4lens.analysis.saved import read_layers
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import config_from
-from rq4lens.disk.run import LAYERS, read_layers
+from rq4lens.disk.run import LAYERS
 from rq4lens.errors import UserError
 from rq4lens.jobs.pages import draw_run, write_report_of
 from rq4lens.jobs.rank import rank_layer
+from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import choose_layers, parse_layers, sweep_layers
 
 
@@ -48,7 +51,8 @@ def test_saved_sweep_reads_back_as_it_was(swept):
     """Every prompt's own numbers and the proposal survive the files."""
     directory, sweep = swept
     saved = read_layers(directory)
-    assert saved.choice == sweep.choice.to_dict()
+    assert saved.choice == sweep.choice
+    assert to_json(saved.comparison) == to_json(sweep.comparison)
     for layer, grid in sweep.grids.items():
         assert saved.grids[layer].settings == grid.settings
         for cond, result in grid.conditions.items():

@@ -44,7 +44,7 @@ def claims(analysis: Analysis) -> tuple[str, ...]:
 def _effect(analysis: Analysis) -> Iterator[str]:
     settings, full = analysis.settings.grid, analysis.full
     value = full.delta.value or 0.0
-    size = f"ΔKL(ALL) = {number(full.delta, 'nats')}"
+    size = f"ΔKL(ALL) = {full.delta:.3g nats}"
     where = f"At layer {settings.layer} (alpha {settings.patching.alpha:g})"
     if full.undefined_because is not None:
         yield (
@@ -68,13 +68,13 @@ def _carriers(analysis: Analysis) -> Iterator[str]:
     names = _labels(analysis, row.heads)
     heads = f"The {which} of {analysis.settings.grid.n_heads} heads by {row.ranking} ({names})"
     carry = "carry" if row.k > 1 else "carries"
-    plain, crossed = number(row.coverage_pct, "%"), row.cross_fitted_coverage_pct
+    plain, crossed = f"{row.coverage_pct:.1f%}", row.cross_fitted_coverage_pct
     if crossed.value is None:
         yield f"{heads} {carry} {plain} of it on the prompts that ranked them."
         return
     yield (
         f"{heads} {carry} {amount_of(crossed)} of it: {plain} on the prompts that ranked them, "
-        f"{number(crossed, '%')} when ranked on other prompts."
+        f"{crossed:.1f%} when ranked on other prompts."
     )
     gap = row.optimism_pct.value
     if gap is not None and abs(gap) > OPTIMISTIC_PCT:
@@ -170,7 +170,7 @@ def _metric(analysis: Analysis) -> Iterator[str]:
         if low <= 0:
             yield (
                 f"By the {found.first} the heads rank otherwise: Kendall's tau with their order "
-                f"by {'ΔKL' if found.second == 'delta' else found.second} is {number(tau, '')}."
+                f"by {'ΔKL' if found.second == 'delta' else found.second} is {tau:.3g}."
             )
 
 
@@ -197,10 +197,10 @@ def _structure(analysis: Analysis) -> Iterator[str]:
         return
     reading = spread_of(int(curve.k90.value), n_heads, curve.area_pct.value)
     judged = ", ranked on other prompts," if curve.ranking != analysis.settings.ranking else ""
-    few = number(curve.k90, f"of {n_heads} heads", digits=0)
+    few = format(curve.k90, f".0f of {n_heads} heads")
     yield (
         f"90% takes {few}{judged} and the area under the curve is "
-        f"{number(curve.area_pct, '%')} (an even spread has 50%): {reading}."
+        f"{curve.area_pct:.1f%} (an even spread has 50%): {reading}."
     )
 
 
@@ -242,29 +242,12 @@ def _closest(controls: Sequence[Control]) -> Iterator[str]:
     instead.sort(key=lambda control: -(control.share_pct.value or 0.0))
     near = [c for c in instead if (c.share_pct.value or 0.0) >= NEAR_PCT]
     if len(near) > 1:
-        shares = ", ".join(f"{control.name} {number(control.share_pct, '%')}" for control in near)
+        shares = ", ".join(f"{control.name} {control.share_pct:.1f%}" for control in near)
         yield f"Of what stands in for the map, {len(near)} come close to its repair: {shares}."
     elif instead:
-        share = number(instead[0].share_pct, "%")
-        first = instead[0].name
-        yield f"Of what stands in for the map, {first} comes closest: {share} of its repair."
+        first, share = instead[0].name, instead[0].share_pct
+        yield f"Of what stands in for the map, {first} comes closest: {share:.1f%} of its repair."
 
 
 def _names(controls: list[Control]) -> str:
     return ", ".join(control.name for control in controls)
-
-
-def number(estimate: Estimate, unit: str, digits: int | None = None) -> str:
-    """A number with its interval and unit, for a sentence."""
-    places = 1 if unit == "%" and digits is None else digits
-    space = "" if unit in ("%", "") else " "
-
-    def written(value: float) -> str:
-        return f"{value:.3g}" if places is None else f"{value:.{places}f}"
-
-    if estimate.value is None:
-        return "an undefined share"
-    text = f"{written(estimate.value)}{space}{unit}"
-    if estimate.interval is None:
-        return text
-    return f"{text} [{written(estimate.interval.low)}, {written(estimate.interval.high)}]"

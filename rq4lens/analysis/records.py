@@ -24,6 +24,43 @@ NOT_MEASURED = "only the grid was given: new head sets would have to be measured
 
 
 @dataclass(frozen=True)
+class ConditionRecord:
+    """One condition of the grid with its intervals: a record of ``rq4_results.json``.
+
+    Args:
+        layer: the patched layer.
+        hook: the patched activation.
+        cond: name of the condition.
+        alpha: blend strength.
+        heads: the patched heads.
+        head_mask: 1 for each patched head of the layer, else 0.
+        split: the prompts that were measured.
+        k_positions: how many positions were patched.
+        n: how many prompts were measured.
+        KL_raw_mean: KL of the raw patch, in nats.
+        KL_mapped_mean: KL of the mapped patch, in nats.
+        delta: ``ΔKL``, in nats.
+        drop_pct: share of the raw damage that the map repairs.
+        coverage_pct: ``ΔKL`` as a share of ``ΔKL(ALL)`` of the main layer.
+    """
+
+    layer: int
+    hook: str
+    cond: str
+    alpha: float
+    heads: tuple[int, ...]
+    head_mask: tuple[int, ...]
+    split: str
+    k_positions: int
+    n: int
+    KL_raw_mean: Estimate
+    KL_mapped_mean: Estimate
+    delta: Estimate
+    drop_pct: Estimate
+    coverage_pct: Estimate
+
+
+@dataclass(frozen=True)
 class FullEffect:
     """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
 
@@ -591,3 +628,26 @@ class LayerChoice:
     main: int | None
     control: int | None
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One layer of a cell of a study.
+
+    Args:
+        cell: name of the cell.
+        layer: the layer.
+        n_layers: how many layers the models have.
+        values: what is compared, by metric, of all heads of the layer.
+        k90: fewest heads that reach 90% of it.
+        gini: how unevenly single-head ``|ΔKL|`` lies on heads.
+        is_main: whether the sweep proposes it as main layer.
+    """
+
+    cell: str
+    layer: int
+    n_layers: int
+    values: Mapping[str, Estimate]
+    k90: float | None
+    gini: float | None
+    is_main: bool

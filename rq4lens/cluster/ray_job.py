@@ -344,7 +344,7 @@ def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
     changes: dict[str, Any] = {
         name: str(Path(value).resolve())
         for name in ("base", "tuned", "prompts")
-        if (value := getattr(config, name)) is not None and Path(value).exists()
+        if (value := getattr(config.pair, name)) is not None and Path(value).exists()
     }
     if config.place.cache is not None:
         changes["cache"] = str(Path(config.place.cache).resolve())

@@ -1,10 +1,9 @@
-"""A run directory, and the sweep beside it: what a finished job leaves behind."""
+"""A run directory: its files by name, and the tables of every prompt's own numbers."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,7 @@ import numpy as np
 import pandas as pd
 
 from rq4lens.disk.files import (
-    read_json,
     read_regular_bytes,
-    short_reason,
-    write_bytes_atomic,
-    write_json_atomic,
-    write_text_atomic,
 )
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
@@ -37,6 +31,7 @@ PROMPTS = "prompts.json"
 AUDIT = "audit.json"
 
 LAYERS = "layers.json"
+LAYERS_PER_PROMPT = "layers_per_prompt.parquet"
 JOB = "job.json"
 CELL = "cell.json"
 """The settings of a study's cell, for ``rq4lens run`` to add a main job to it."""
@@ -48,30 +43,11 @@ MARKS = frozenset(
 
 KINDS = ("raw", "mapped")
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; stands in ``run.json``."""
 
 MAX_HEADS = 10_000
 """No layer has more; a damaged number must not fill the memory."""
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """A run read back from its directory.
-
-    Args:
-        directory: where it was read from.
-        grid: every prompt's own numbers.
-        records: the records of ``rq4_results.json``.
-        analysis: the content of ``analysis.json``.
-        run: the provenance of ``run.json``.
-    """
-
-    directory: Path
-    grid: GridResult
-    records: list[dict[str, Any]]
-    analysis: Mapping[str, Any]
-    run: Mapping[str, Any]
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -102,25 +78,6 @@ def remove_other_rankings(ranking: Path) -> None:
     for path in ranking.parent.glob(f"single_head_L*_{HOOK}_alpha*.json"):
         if path != ranking and path.is_file():
             path.unlink()
-
-
-def write_grid(directory: Path, grid: GridResult, records: list[dict[str, Any]]) -> None:
-    """Write the results file and every prompt's own numbers."""
-    write_bytes_atomic(directory / PER_PROMPT, per_prompt_table(grid).to_parquet(index=False))
-    write_json_atomic(directory / RESULTS, records)
-
-
-def write_run(
-    directory: Path, *, analysis: Mapping[str, Any], run: Mapping[str, Any], summary: str
-) -> None:
-    """Write what the analysis adds, the summary, and last of all the provenance.
-
-    The provenance also holds the checksums of the files that were written before it.
-    """
-    write_json_atomic(directory / ANALYSIS, dict(analysis))
-    write_text_atomic(directory / SUMMARY, summary)
-    files = {name: file_sha256(directory / name) for name in written_files(run["settings"])}
-    write_json_atomic(directory / RUN, {**run, "files_sha256": files})
 
 
 def written_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -159,69 +116,6 @@ def _rows(grid: GridResult, condition: ConditionResult, kind: str) -> pd.DataFra
             "answer_logprob_change": getattr(condition, f"answer_logprob_change_{kind}_nats"),
         }
     )
-
-
-def read_run(directory: Path) -> SavedRun:
-    """Read a finished run.
-
-    Args:
-        directory: the run directory.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: if it is not a finished run, was written by another version, or a file is
-            damaged.
-    """
-    if not _exists(directory / RUN):
-        raise UserError(
-            f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
-            "`rq4lens run --out` wrote, or run it again to finish it."
-        )
-    run, records, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
-    _refuse_other_versions(directory, run)
-    try:
-        grid = grid_of_table(
-            GridSettings.from_dict(run["settings"]),
-            pd.read_parquet(directory / PER_PROMPT),
-            noise_floor_nats=float(run["noise_floor_nats"]),
-            provenance=run,
-        )
-        _check_completeness(grid, records, analysis)
-    except Exception as problem:  # every way in which a file can be damaged ends in one sentence
-        raise UserError(
-            f"run {str(directory)!r} is damaged ({type(problem).__name__}: "
-            f"{short_reason(problem)}): run it again."
-        ) from problem
-    return SavedRun(directory, grid, records, analysis, run)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that no file system takes
-        return False
-
-
-def _refuse_other_versions(directory: Path, run: Any) -> None:
-    found = run.get("format") if isinstance(run, dict) else None
-    if found != FORMAT:
-        raise UserError(
-            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
-            f"this one reads {FORMAT}): run it again into a new folder."
-        )
-
-
-def _check_completeness(grid: GridResult, records: Any, analysis: Any) -> None:
-    singles = [f"head{head}" for head in range(grid.n_heads)]
-    missing = {"full", "none", "self", *singles} - set(grid.conditions)
-    if missing:
-        raise ValueError(f"conditions {sorted(missing)[:5]} are missing")
-    if [record["cond"] for record in records] != list(grid.conditions):
-        raise ValueError(f"{RESULTS} and {PER_PROMPT} hold other conditions")
-    if not isinstance(analysis, dict):
-        raise ValueError(f"{ANALYSIS} holds no object")
 
 
 def grid_of_table(
@@ -273,66 +167,3 @@ def _condition(rows: pd.DataFrame, n_heads: int, ids: Collection[str]) -> Condit
         answer_logprob_change_raw_nats=column("raw", "answer_logprob_change"),
         answer_logprob_change_mapped_nats=column("mapped", "answer_logprob_change"),
     )
-
-
-LAYERS_PER_PROMPT = "layers_per_prompt.parquet"
-
-
-@dataclass(frozen=True)
-class SavedLayers:
-    """A sweep read back.
-
-    Args:
-        grids: the grid of each layer.
-        comparison: what the analysis says of them.
-        choice: which layers are proposed as main and control, and why.
-    """
-
-    grids: Mapping[int, GridResult]
-    comparison: Mapping[str, Any]
-    choice: Mapping[str, Any]
-
-
-def write_layers(
-    directory: Path,
-    grids: Mapping[int, GridResult],
-    comparison: Mapping[str, Any],
-    choice: Mapping[str, Any],
-) -> None:
-    """Write a sweep."""
-    table = pd.concat([per_prompt_table(grid) for grid in grids.values()], ignore_index=True)
-    write_bytes_atomic(directory / LAYERS_PER_PROMPT, table.to_parquet(index=False))
-    record = {
-        "settings": {str(layer): grid.settings.to_dict() for layer, grid in grids.items()},
-        "noise_floor_nats": {str(layer): grid.noise_floor_nats for layer, grid in grids.items()},
-        "comparison": dict(comparison),
-        "choice": dict(choice),
-    }
-    write_json_atomic(directory / LAYERS, record)
-
-
-def read_layers(directory: Path) -> SavedLayers | None:
-    """Read a sweep back.
-
-    Raises:
-        UserError: if its files are damaged.
-    """
-    if not (directory / LAYERS).is_file():
-        return None
-    record = read_json(directory / LAYERS)
-    try:
-        table = pd.read_parquet(directory / LAYERS_PER_PROMPT)
-        grids = {
-            int(layer): grid_of_table(
-                GridSettings.from_dict(settings),
-                table[table["layer"] == int(layer)],
-                noise_floor_nats=float(record["noise_floor_nats"][layer]),
-            )
-            for layer, settings in record["settings"].items()
-        }
-        return SavedLayers(grids, record["comparison"], record["choice"])
-    except Exception as problem:  # every way in which a file can be damaged ends in one sentence
-        raise UserError(
-            f"the sweep in {str(directory)!r} is damaged ({type(problem).__name__}: "
-            f"{short_reason(problem)}): delete {LAYERS}, or sweep again."
-        ) from problem

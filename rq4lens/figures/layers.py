@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from rq4lens.analysis.records import LayerComparison
+from rq4lens.analysis.records import LayerComparison, StudyRow
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
@@ -306,21 +306,29 @@ def _depth_scale(span: Span) -> go.Scatter:
     )
 
 
-Row = Mapping[str, Any]
-
-
 def study_layers(
-    rows: Sequence[Row], setting: Sequence[str], metrics: Sequence[Metric]
+    rows: Sequence[StudyRow], setting: Sequence[str], metrics: Sequence[Metric]
 ) -> go.Figure:
     """A metric of all heads against the layer, a line per cell of the study."""
-    cells = list(dict.fromkeys(row["cell"] for row in rows))
-    same_depth = len({row["n_layers"] for row in rows}) == 1
+    cells = list(dict.fromkeys(row.cell for row in rows))
+    same_depth = len({row.n_layers for row in rows}) == 1
     figure = go.Figure()
     for place, cell in enumerate(cells):
-        own = sorted((row for row in rows if row["cell"] == cell), key=lambda row: row["layer"])
-        figure.add_trace(_study_line(own, theme.plain(cell), place, metrics, same_depth=same_depth))
+        own = sorted((row for row in rows if row.cell == cell), key=lambda row: row.layer)
+        lead = [row.values[metrics[0].name] for row in own]
+        name = theme.plain(cell)
+        figure.add_scatter(
+            x=[row.layer if same_depth else row.layer / max(1, row.n_layers - 1) for row in own],
+            y=[estimate.value for estimate in lead],
+            error_y=_thin_bars(lead),
+            name=name,
+            mode="lines+markers",
+            line=theme.line_style(place),
+            customdata=[_study_text(row, metrics) for row in own],
+            hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>",
+        )
     if same_depth:
-        step = max(1, len({row["layer"] for row in rows}) // 12)
+        step = max(1, len({row.layer for row in rows}) // 12)
         figure.update_xaxes(title_text="layer", tick0=0, dtick=step)
     else:
         figure.update_xaxes(title_text="relative depth (0 first layer, 1 last)")
@@ -333,44 +341,17 @@ def study_layers(
     )
 
 
-def _study_line(
-    rows: Sequence[Row], name: str, place: int, metrics: Sequence[Metric], *, same_depth: bool
-) -> go.Scatter:
-    lead = metrics[0].name
-    texts = [
-        "<br>".join([f"layer {row['layer']}", *(_text(row, metric) for metric in metrics)])
-        for row in rows
+def _study_text(row: StudyRow, metrics: Sequence[Metric]) -> str:
+    values = ((metric, row.values[metric.name].value) for metric in metrics)
+    lines = [
+        f"{metric.label} {metric.text(value)}"
+        + ("" if metric.unit == "%" or value is None else f" {metric.unit}")
+        for metric, value in values
     ]
-    return go.Scatter(
-        x=[row["layer"] if same_depth else _relative(row) for row in rows],
-        y=[row[lead] for row in rows],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [_reach(row, lead, 1) for row in rows],
-            "arrayminus": [_reach(row, lead, 0) for row in rows],
-            "thickness": 1,
-            "width": 2,
-        },
-        name=name,
-        mode="lines+markers",
-        line=theme.line_style(place),
-        customdata=texts,
-        hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>",
-    )
+    return "<br>".join([f"layer {row.layer}", *lines])
 
 
-def _text(row: Row, metric: Metric) -> str:
-    value = row[metric.name]
-    unit = "" if metric.unit == "%" or value is None else f" {metric.unit}"
-    return f"{metric.label} {'undefined' if value is None else metric.text(value)}{unit}"
-
-
-def _relative(row: Row) -> float:
-    return float(row["layer"] / max(1, row["n_layers"] - 1))
-
-
-def _reach(row: Row, name: str, side: int) -> float:
-    """Distance from the estimate to an end of its interval; 0 where there is none."""
-    value, interval = row[name], row[f"{name}_ci95"]
-    return 0.0 if interval is None or value is None else abs(interval[side] - value)
+def _thin_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
+    """Error bars in the colour of their line."""
+    bars = error_bars(estimates)
+    return None if bars is None else {**bars, "thickness": 1, "width": 2, "color": None}

@@ -98,7 +98,7 @@ def _cell(
     pair = pairs.get(frozenset((row, column)))
     if pair is None:
         return None, f"{title}<br>not compared"
-    lines = [f"{text} {shown(getattr(pair, name), '')}" for name, text in MEASURES.items()]
+    lines = [f"{text} {shown(getattr(pair, name))}" for name, text in MEASURES.items()]
     return getattr(pair, measure).value, "<br>".join([title, *lines])
 
 

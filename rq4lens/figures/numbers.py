@@ -12,7 +12,7 @@ import numpy as np
 from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates
 from rq4lens.analysis.records import HeadKinds
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.structure.heads import head_kinds as tell_kinds
 from rq4lens.figures.theme import GREY, KINDS
 from rq4lens.results import ConditionResult, GridResult
@@ -180,21 +180,20 @@ def by_kind(kinds: HeadKinds, heads: Iterable[int]) -> Iterator[tuple[str, list[
             yield kind, [head for head in heads if of[head] == kind]
 
 
-def shown(estimate: Estimate, unit: str) -> str:
+def shown(estimate: Estimate, unit: str = "") -> str:
     """An estimate as text: ``0.012 nats [0.010, 0.014]``, or why there is none."""
     if estimate.value is None:
         return f"undefined: {estimate.reason}"
-    value = number(estimate.value, unit)
-    if estimate.interval is None:
-        return value
-    return f"{value} [{estimate.interval.low:.3g}, {estimate.interval.high:.3g}]"
+    return format(estimate, _form(unit))
 
 
 def number(value: float | None, unit: str = "") -> str:
     """A number with three significant digits and its unit."""
-    if value is None:
-        return "undefined"
-    return f"{value:.3g}%" if unit == "%" else f"{value:.3g} {unit}".rstrip()
+    return number_text(value, _form(unit))
+
+
+def _form(unit: str) -> str:
+    return f".3g{unit}" if unit in ("", "%") else f".3g {unit}"
 
 
 def error_bars(estimates: Sequence[Estimate], color: str = GREY) -> dict[str, object] | None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rq4lens import figures
 from rq4lens.analysis.records import LayerComparison
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.plain import from_json
-from rq4lens.disk.files import read_json, short_reason
-from rq4lens.disk.run import FIGURES, PROMPTS, REPORT, SavedRun, read_layers, read_run
-from rq4lens.errors import UserError
+from rq4lens.analysis.saved import SavedRun, read_layers, read_run
+from rq4lens.disk.files import read_json
+from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
 from rq4lens.results import GridResult
-
-T = TypeVar("T")
 
 
 def write_pages(
@@ -45,7 +42,7 @@ def write_report_of(directory: Path) -> Path:
     """
     saved = read_run(directory)
     texts = read_json(directory / PROMPTS)
-    write_pages(directory, saved.grid, _analysis(saved), texts, saved.run)
+    write_pages(directory, saved.grid, saved.analysis, texts, saved.run)
     return directory / REPORT
 
 
@@ -65,24 +62,8 @@ def figures_of(saved: SavedRun) -> dict[str, Any]:
     """The figures of a finished run by name."""
     layers, comparison = _layers_like(saved.directory, saved.grid)
     return figures.run_figures(
-        saved.grid,
-        _analysis(saved),
-        layers=layers,
-        comparison=comparison,
-        provenance=saved.run,
+        saved.grid, saved.analysis, layers=layers, comparison=comparison, provenance=saved.run
     )
-
-
-def _analysis(saved: SavedRun) -> Analysis:
-    return _read(Analysis, saved.analysis, f"the analysis of {str(saved.directory)!r}", "run")
-
-
-def _read(kind: type[T], record: Mapping[str, Any], what: str, job: str) -> T:
-    try:
-        return from_json(kind, record)
-    except Exception as problem:  # every way in which a file can be damaged ends in one sentence
-        reason = f"{type(problem).__name__}: {short_reason(problem)}"
-        raise UserError(f"{what} is damaged ({reason}): {job} it again.") from problem
 
 
 def _layers_like(
@@ -95,5 +76,4 @@ def _layers_like(
     other = layers.grids[grid.settings.layer]
     if other.prompt_ids != grid.prompt_ids or not other.settings.comparable_to(grid.settings):
         return {}, None
-    what = f"the comparison of layers in {str(directory)!r}"
-    return layers.grids, _read(LayerComparison, layers.comparison, what, "sweep")
+    return layers.grids, layers.comparison

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.records import ConditionRecord
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.heads import HeadSet
@@ -25,7 +26,7 @@ class SinglePatch:
         text: what the console prints.
     """
 
-    record: dict[str, Any]
+    record: ConditionRecord
     text: str
 
 
@@ -50,7 +51,7 @@ def patch_once(
         grid = measure_condition(
             bench.recorder(experiment), bench.config.patching, chosen, config.effort
         )
-        record = next(each for each in records(grid) if each["cond"] == "patch")
+        record = next(each for each in records(grid) if each.cond == "patch")
     if out is not None:
-        write_json_atomic(out, record)
+        write_json_atomic(out, to_json(record))
     return SinglePatch(record, condition_text(grid.settings, record))

@@ -14,7 +14,9 @@ import torch
 
 from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.saved import write_grid, write_run
 from rq4lens.config import AnalysisEffort, RunConfig
 from rq4lens.disk.files import write_json_atomic
 from rq4lens.disk.run import (
@@ -23,8 +25,6 @@ from rq4lens.disk.run import (
     PROMPTS,
     ranking_file,
     remove_other_rankings,
-    write_grid,
-    write_run,
 )
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.memory import plan_memory, say_and_require
@@ -140,7 +140,7 @@ class Run:
     directory: Path
     grid: GridResult
     experiment: Experiment
-    records: list[dict[str, Any]]
+    records: tuple[ConditionRecord, ...]
     analysis: Analysis
     summary: str
     timings_seconds: Mapping[str, float]
@@ -199,7 +199,7 @@ def run_on(bench: Bench) -> Run:
     with clock("pages"):
         write_pages(directory, grid, analysis, texts, run)
     run["timings_seconds"] = dict(clock.seconds)
-    write_run(directory, analysis=analysis.to_dict(), run=run, summary=summary)
+    write_run(directory, analysis, run, summary)
     return Run(directory, grid, experiment, table, analysis, summary, clock.seconds)
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rq4lens.analysis.records import LayerChoice, LayerComparison, LayerRow
-from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.analysis.saved import write_layers
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import RunConfig
-from rq4lens.disk.run import write_layers
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
@@ -86,9 +85,9 @@ def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
         comparison = compare_layers(grids, experiment)
     choice = choose_layers(comparison.rows)
     if directory is not None:
-        write_layers(directory, grids, comparison.to_dict(), to_json(choice))
+        write_layers(directory, grids, comparison, choice)
     settings, n_prompts = grids[chosen[0]].settings, grids[chosen[0]].n_prompts
-    text = sweep_text(settings, n_prompts, comparison.to_dict(), choice.reasons)
+    text = sweep_text(settings, n_prompts, comparison, choice)
     return Sweep(grids, comparison, choice, text)
 
 

@@ -15,6 +15,8 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.effects.table import ranking_rows, records
+from rq4lens.analysis.saved import SavedRun, read_run
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig, config_from
 from rq4lens.disk.files import read_json, short_reason
 from rq4lens.disk.run import (
@@ -23,10 +25,8 @@ from rq4lens.disk.run import (
     MAPS,
     RESULTS,
     RUN,
-    SavedRun,
     file_sha256,
     ranking_file,
-    read_run,
 )
 from rq4lens.disk.store import Record, content_key, read_record
 from rq4lens.errors import UserError
@@ -254,12 +254,12 @@ def _is_planned(condition: ConditionResult | None, planned: Planned, alpha: floa
 
 def _check_table(saved: SavedRun) -> Check:
     grid = saved.grid
-    again = records(grid)
+    again = to_json(records(grid))
     ranking = ranking_file(grid.settings.layer, grid.settings.patching.alpha)
     checks = [grid["none"], grid["self"]]
     noise = max(abs(kl) for check in checks for kl in (check.KL_raw, check.KL_mapped))
     differences = [
-        *_differences(saved.records, again, RESULTS),
+        *_differences(read_json(saved.directory / RESULTS), again, RESULTS),
         *_differences(read_json(saved.directory / ranking), ranking_rows(grid), ranking),
         *_differences(saved.run["noise_floor_nats"], noise, "noise floor"),
     ]

@@ -154,7 +154,7 @@ def _source(config: RunConfig, side: Side) -> _Source:
         folder = _builtin_folder(config.pair.name) / side
         return _Source(str(folder), None, f"{config.pair.name}/{side} (built in)")
     path = _required(config, side)
-    return _Source(path, getattr(config, f"{side}_revision"), path)
+    return _Source(path, getattr(config.pair, f"{side}_revision"), path)
 
 
 def size_of(config: RunConfig, side: Side) -> ModelSize:
@@ -321,7 +321,7 @@ def _builtin_folder(name: str) -> Path:
 
 
 def _required(config: RunConfig, what: str) -> str:
-    value = getattr(config, what)
+    value = getattr(config.pair, what)
     if value is None:
         raise UserError(
             f"no {what} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "

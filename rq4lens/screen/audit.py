@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -14,6 +13,7 @@ from rq4lens.config import RunConfig
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.models.catalog import audit_from_config
 from rq4lens.models.prompts.audit import AUDIT_SIDES, Audit, PromptAudit, SideAudit
+from rq4lens.screen.tables import plain_text
 
 WIDTH = 120
 """Columns of the table where no terminal says how many there are."""
@@ -47,11 +47,12 @@ def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableT
 
 def audit_text(audit: Audit, *, every_prompt: bool = False) -> str:
     """The audit as plain text."""
-    text = StringIO()
-    console = Console(file=text, width=WIDTH, force_jupyter=False, color_system=None)
-    for part in audit_parts(audit, every_prompt=every_prompt):
-        console.print(part, soft_wrap=isinstance(part, Text))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+    def show(console: Console) -> None:
+        for part in audit_parts(audit, every_prompt=every_prompt):
+            console.print(part, soft_wrap=isinstance(part, Text))
+
+    return plain_text(show, WIDTH)
 
 
 def _shown(audit: Audit, every_prompt: bool) -> Iterator[PromptAudit]:

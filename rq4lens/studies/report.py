@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,19 +11,24 @@ from urllib.parse import quote
 from jinja2 import Environment
 from markupsafe import Markup
 from plotly.io import to_html
+from rich.text import Text
 
 from rq4lens.analysis.effects.table import bootstrap_of
+from rq4lens.analysis.records import StudyRow
+from rq4lens.analysis.saved import SavedLayers, read_layers
+from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.layers import Metric
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
-from rq4lens.disk.run import SavedLayers, read_layers
 from rq4lens.errors import UserError
 from rq4lens.figures.export import CONFIG
 from rq4lens.figures.layers import study_layers
-from rq4lens.screen.tables import study_text
+from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
 REPORT = "study.html"
 ROWS = "study.json"
+NO_MAIN = "the sweep proposes no main layer"
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -71,6 +77,42 @@ heads, and by how concentrated it is.</p>
 """
 
 
+@dataclass(frozen=True)
+class StudyCell:
+    """One cell: the layers it proposes, and what they do.
+
+    Args:
+        cell: name of the cell.
+        main: the proposed main layer.
+        control: the proposed control layer.
+        values: what is compared, by metric, of the main layer.
+        best: the head with the largest first metric.
+        n_prompts: measured prompts.
+        reasons: why these layers.
+    """
+
+    cell: str
+    main: int | None
+    control: int | None
+    values: Mapping[str, Estimate]
+    best: str | None
+    n_prompts: int
+    reasons: tuple[str, ...]
+
+    @property
+    def link(self) -> str:
+        """Where its files are."""
+        return quote(f"{CELLS}/{self.cell}/")
+
+
+def flat(record: StudyRow | StudyCell) -> dict[str, Any]:
+    """A record of ``study.json``, whose values stand beside its other keys."""
+    plain = {**vars(record), **record.values}
+    del plain["values"]
+    flat: dict[str, Any] = to_json(plain)
+    return flat
+
+
 def write_study_report(plan: StudyPlan, directory: Path) -> str:
     """Write the page and its numbers.
 
@@ -83,13 +125,33 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     record = {
         "name": plan.name,
         "metrics": [metric.name for metric in plan.metrics],
-        "cells": cells,
-        "layers": rows,
+        "cells": list(map(flat, cells)),
+        "layers": list(map(flat, rows)),
     }
     write_json_atomic(directory / ROWS, record)
     setting = _setting(plan, list(found.values()))
     write_text_atomic(directory / REPORT, _page(plan, setting, rows, cells))
     return study_text(plan.name, cells, plan.metrics[0])
+
+
+def study_text(name: str, cells: Sequence[StudyCell], metric: Metric) -> str:
+    """A study as plain text: a row per sweep with the layers it proposes."""
+    table = columns("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
+    for cell in cells:
+        estimate = cell.values[metric.name]
+        table.add_row(
+            cell.cell,
+            *(str(layer).lower() for layer in (cell.main, cell.control)),
+            "-" if estimate.value is None else metric.text(estimate.value),
+            _ends(estimate, metric, "-", "[{}, {}]"),
+            str(cell.best),
+        )
+    return text_of([Text(f"{name}: {len(cells)} sweeps"), table])
+
+
+def _ends(estimate: Estimate, metric: Metric, absent: str, form: str) -> str:
+    ends = estimate.interval
+    return absent if ends is None else form.format(*map(metric.text, ends.pair))
 
 
 def _read(cell: Cell, directory: Path) -> SavedLayers:
@@ -99,45 +161,40 @@ def _read(cell: Cell, directory: Path) -> SavedLayers:
     return saved
 
 
-def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[StudyRow]:
     any_grid = next(iter(saved.grids.values()))
     bootstrap = bootstrap_of(any_grid)
-    rows: list[dict[str, Any]] = []
-    for row in saved.comparison["rows"]:
-        grid = saved.grids[row["layer"]]
-        values = [metric.of_layer(row, grid, bootstrap) for metric in metrics]
-        rows.append(
-            {
-                "cell": cell.name,
-                "layer": row["layer"],
-                "n_layers": any_grid.settings.n_layers,
-                **{name: value for each in values for name, value in each.items()},
-                "k90": (row["curve"] or {}).get("k90"),
-                "gini": row["concentration"]["gini"],
-                "is_main": row["layer"] == saved.choice["main"],
-            }
+    return [
+        StudyRow(
+            cell=cell.name,
+            layer=row.layer,
+            n_layers=any_grid.settings.n_layers,
+            values={
+                metric.name: metric.of_layer(row, saved.grids[row.layer], bootstrap)
+                for metric in metrics
+            },
+            k90=None if row.curve is None else row.curve.k90.value,
+            gini=row.concentration.gini.value,
+            is_main=row.layer == saved.choice.main,
         )
-    return rows
+        for row in saved.comparison.rows
+    ]
 
 
 def _summary(
-    cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    own = next((row for row in rows if row["cell"] == cell.name and row["is_main"]), {})
+    cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[StudyRow]
+) -> StudyCell:
+    no_main = dict.fromkeys((metric.name for metric in metrics), undefined(NO_MAIN))
     best = metrics[0].best_head(saved.grids)
-    return {
-        "cell": cell.name,
-        "main": saved.choice["main"],
-        "control": saved.choice["control"],
-        **{
-            name: own.get(name)
-            for metric in metrics
-            for name in (metric.name, f"{metric.name}_ci95")
-        },
-        "best": None if best is None else best.label,
-        "n_prompts": next(iter(saved.grids.values())).n_prompts,
-        "reasons": list(saved.choice["reasons"]),
-    }
+    return StudyCell(
+        cell=cell.name,
+        main=saved.choice.main,
+        control=saved.choice.control,
+        values=next((row.values for row in rows if row.cell == cell.name and row.is_main), no_main),
+        best=None if best is None else best.label,
+        n_prompts=next(iter(saved.grids.values())).n_prompts,
+        reasons=saved.choice.reasons,
+    )
 
 
 def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
@@ -154,19 +211,23 @@ def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
     ]
 
 
+def _shown(value: object) -> object:
+    return "none" if value is None else value
+
+
 def _page(
     plan: StudyPlan,
     setting: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    cells: Sequence[Mapping[str, Any]],
+    rows: Sequence[StudyRow],
+    cells: Sequence[StudyCell],
 ) -> str:
     # Everything that is not the drawing is escaped; the drawing escapes its own texts.
-    environment = Environment(autoescape=True)
+    environment = Environment(autoescape=True, finalize=_shown)
     environment.filters |= {
-        "value": _value,
-        "bounds": _bounds,
-        "count": lambda value: "—" if value is None else f"{value:.0f}",
-        "share": lambda value: "—" if value is None else f"{value:.2f}",
+        "value": lambda row, metric: metric.text(row.values[metric.name].value),
+        "bounds": lambda row, metric: _ends(row.values[metric.name], metric, "—", "{} to {}"),
+        "count": lambda value: number_text(value, ".0f", "—"),
+        "share": lambda value: number_text(value, ".2f", "—"),
     }
     figure = to_html(
         study_layers(rows, setting, plan.metrics),
@@ -180,30 +241,7 @@ def _page(
         name=plan.name,
         figure=Markup(figure),
         rows=rows,
-        cells=list(map(_shown, cells)),
+        cells=cells,
         metrics=plan.metrics,
         lead=plan.metrics[0],
     )
-
-
-def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell's row of the first table, as text where it is no metric."""
-    return {
-        **cell,
-        "link": quote(f"{CELLS}/{cell['cell']}/"),
-        **{name: _or_none(cell[name]) for name in ("main", "control", "best")},
-    }
-
-
-def _value(row: Mapping[str, Any], metric: Metric) -> str:
-    value = row[metric.name]
-    return "undefined" if value is None else metric.text(value)
-
-
-def _bounds(row: Mapping[str, Any], metric: Metric) -> str:
-    bounds = row[f"{metric.name}_ci95"]
-    return "—" if bounds is None else f"{metric.text(bounds[0])} to {metric.text(bounds[1])}"
-
-
-def _or_none(value: object) -> str:
-    return "none" if value is None else str(value)

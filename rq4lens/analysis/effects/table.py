@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.records import FullEffect
+from rq4lens.analysis.records import ConditionRecord, FullEffect
 from rq4lens.analysis.statistics.bootstrap import (
     ONE_GROUP,
     Bootstrap,
@@ -98,7 +98,7 @@ def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
     return full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
 
 
-def records(grid: GridResult) -> list[dict[str, Any]]:
+def records(grid: GridResult) -> tuple[ConditionRecord, ...]:
     """The records of ``rq4_results.json``, one per condition, in the order of the grid.
 
     The denominator of every ``coverage_pct`` is ``ΔKL(ALL)`` of the main layer. That holds for
@@ -107,9 +107,9 @@ def records(grid: GridResult) -> list[dict[str, Any]]:
     """
     conditions = list(grid.conditions.values())
     estimates = condition_estimates(grid, conditions, bootstrap_of(grid))
-    return [
+    return tuple(
         _record(grid, condition, row) for condition, row in zip(conditions, estimates, strict=True)
-    ]
+    )
 
 
 def condition_estimates(
@@ -150,22 +150,20 @@ def _settle(row: dict[str, Estimate], is_full: bool, undefined_because: str | No
 
 
 def _record(
-    grid: GridResult, condition: ConditionResult, estimates: dict[str, Estimate]
-) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "layer": condition.layer,
-        "hook": HOOK,
-        "cond": condition.cond,
-        "alpha": condition.alpha,
-        "heads": list(condition.heads),
-        "head_mask": list(condition.heads.mask),
-        "split": grid.settings.patching.split,
-        "k_positions": grid.settings.patching.k_positions,
-        "n": grid.n_prompts,
-    }
-    for name in QUANTITIES:
-        record.update(estimates[name].fields(name))
-    return record
+    grid: GridResult, condition: ConditionResult, estimates: Mapping[str, Estimate]
+) -> ConditionRecord:
+    return ConditionRecord(
+        layer=condition.layer,
+        hook=HOOK,
+        cond=condition.cond,
+        alpha=condition.alpha,
+        heads=condition.heads.indices,
+        head_mask=tuple(condition.heads.mask),
+        split=grid.settings.patching.split,
+        k_positions=grid.settings.patching.k_positions,
+        n=grid.n_prompts,
+        **estimates,
+    )
 
 
 def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[dict[str, Any]]:

@@ -61,6 +61,20 @@ def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "
     return ~(spread > rounding)
 
 
+def number_text(value: float | None, form: str, absent: str = "undefined") -> str:
+    """A number by a format specification and a unit, as in ``".1f%"`` or ``".3g nats"``.
+
+    ``"auto"`` has five decimals, or two digits where these would show nothing.
+    """
+    if value is None:
+        return absent
+    if form == "auto":
+        form = ".5f" if value == 0 or abs(value) >= 1e-4 else ".1e"
+    spec, space, unit = form.partition(" ")
+    percent = "%" if spec.endswith("%") else ""
+    return f"{value:{spec.removesuffix('%')}}{percent}{space}{unit}"
+
+
 IntervalMethod = Literal["bca", "percentile"]
 
 LEVEL = 0.95
@@ -85,6 +99,11 @@ class Interval:
     level: float = LEVEL
     method: str = field(default="saved", compare=False)
 
+    def __format__(self, form: str) -> str:
+        """``[low, high]`` by the form of :func:`number_text`, without its unit."""
+        form = form.partition(" ")[0].removesuffix("%")
+        return f"[{number_text(self.low, form)}, {number_text(self.high, form)}]"
+
     @property
     def pair(self) -> list[float]:
         """``[low, high]``."""
@@ -108,6 +127,14 @@ class Estimate:
     value: float | None
     interval: Interval | None = None
     reason: str | None = None
+
+    def __format__(self, form: str) -> str:
+        """Value and interval by the form of :func:`number_text`: ``12.3% [10.0, 15.0]``."""
+        value = number_text(self.value, form)
+        return value if self.interval is None else f"{value} {self.interval:{form}}"
+
+    def __str__(self) -> str:
+        return format(self, ".4g")
 
     def fields(self, name: str) -> dict[str, Any]:
         """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""

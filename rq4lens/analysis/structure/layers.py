@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -13,17 +12,13 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.measured import MeasuredSets, MeasuresHeadSets
-from rq4lens.analysis.effects.table import (
-    bootstrap_of,
-    condition_estimates,
-    full_effect,
-)
+from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, full_effect
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.stability import ranks_of
 from rq4lens.analysis.records import Agreement, LayerComparison, LayerRow, RankedHead
-from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap
+from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap, Estimate, number_text
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.errors import UserError
@@ -56,25 +51,23 @@ class Metric:
         """Symbol and unit, for an axis."""
         return f"{self.label} of all heads ({self.unit})"
 
-    def text(self, value: float) -> str:
+    def text(self, value: float | None) -> str:
         """A value as it is printed."""
-        return f"{value:.1f}%" if self.unit == "%" else f"{value:.6f}"
+        return number_text(value, ".1f%" if self.unit == "%" else ".6f")
 
-    def of_layer(
-        self, row: Mapping[str, Any], grid: GridResult, bootstrap: Bootstrap
-    ) -> dict[str, Any]:
-        """The value under a patch of all heads, its interval, and why one of them is undefined.
+    def of_layer(self, row: LayerRow, grid: GridResult, bootstrap: Bootstrap) -> Estimate:
+        """The value under a patch of all heads.
 
         Args:
-            row: the layer's row of a saved comparison.
+            row: the layer's row of the comparison.
             grid: the layer's grid.
             bootstrap: the resamples of what the comparison does not hold.
         """
-        if self.name in row:
-            names = (self.name, f"{self.name}_ci95", f"{self.name}_reason")
-            return {name: row[name] for name in names if name in row}
+        if self.name in COMPARED:
+            found: Estimate = getattr(row, self.name)
+            return found
         (estimate,) = bootstrap.estimate(answer_repair_nats(grid.full)[None])
-        return estimate.fields(self.name)
+        return estimate
 
     def best_head(self, grids: Mapping[int, GridResult]) -> Head | None:
         """The single head of all layers with the largest value; ties go to the lower one."""

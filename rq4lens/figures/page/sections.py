@@ -133,7 +133,7 @@ def _coverage_row(numbers: ConditionNumbers, crossed: CoverageRow | None) -> Row
         (
             numbers.label + where,
             str(len(heads)),
-            shown(numbers.delta, ""),
+            shown(numbers.delta),
             shown(numbers.coverage_pct, "%"),
             _or_dash(crossed.cross_fitted_coverage_pct, "%") if crossed else "–",
             number(crossed.p_value) if crossed and crossed.p_value is not None else "–",
@@ -175,10 +175,12 @@ def heads(report: Report) -> Section:
 
 
 def _head_row(numbers: ConditionNumbers, rank: str, kind: str, p_value: float | None) -> Row:
-    effects = (shown(each, "") for each in (numbers.delta, numbers.KL_raw, numbers.KL_mapped))
-    drop = "undefined" if numbers.drop_pct.value is None else shown(numbers.drop_pct, "%")
+    effects = (shown(each) for each in (numbers.delta, numbers.KL_raw, numbers.KL_mapped))
     p_text = "–" if p_value is None else number(p_value)
-    return Row((numbers.label, rank, kind, *effects, drop, p_text), head=numbers.label)
+    return Row(
+        (numbers.label, rank, kind, *effects, f"{numbers.drop_pct:.3g%}", p_text),
+        head=numbers.label,
+    )
 
 
 def controls(report: Report) -> Section | None:
@@ -225,9 +227,9 @@ def _layer_row(grid: GridResult, compared: LayerRow | None) -> Row:
     return Row(
         (
             str(grid.settings.layer),
-            shown(full.KL_raw, ""),
-            shown(full.KL_mapped, ""),
-            shown(full.delta, ""),
+            shown(full.KL_raw),
+            shown(full.KL_mapped),
+            shown(full.delta),
             _or_dash(full.drop_pct, "%"),
             _or_dash(compared.curve.k90) if compared and compared.curve else "–",
             _or_dash(compared.concentration.gini) if compared else "–",

@@ -1,0 +1,198 @@
+"""A finished run, and the sweep beside it, written and read back as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rq4lens.analysis.records import ConditionRecord, LayerChoice, LayerComparison
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.plain import from_json, to_json
+from rq4lens.disk.files import (
+    read_json,
+    short_reason,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
+from rq4lens.disk.run import (
+    ANALYSIS,
+    FORMAT,
+    LAYERS,
+    LAYERS_PER_PROMPT,
+    PER_PROMPT,
+    RESULTS,
+    RUN,
+    SUMMARY,
+    file_sha256,
+    grid_of_table,
+    per_prompt_table,
+    written_files,
+)
+from rq4lens.errors import UserError
+from rq4lens.results import GridResult, GridSettings
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run read back from its directory.
+
+    Args:
+        directory: where it was read from.
+        grid: every prompt's own numbers.
+        records: the records of ``rq4_results.json``.
+        analysis: what the analysis adds.
+        run: the provenance of ``run.json``.
+    """
+
+    directory: Path
+    grid: GridResult
+    records: tuple[ConditionRecord, ...]
+    analysis: Analysis
+    run: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedLayers:
+    """A sweep read back.
+
+    Args:
+        grids: the grid of each layer.
+        comparison: what the analysis says of them.
+        choice: which layers are proposed as main and control, and why.
+    """
+
+    grids: Mapping[int, GridResult]
+    comparison: LayerComparison
+    choice: LayerChoice
+
+
+def write_grid(directory: Path, grid: GridResult, records: Sequence[ConditionRecord]) -> None:
+    """Write the results file and every prompt's own numbers."""
+    write_bytes_atomic(directory / PER_PROMPT, per_prompt_table(grid).to_parquet(index=False))
+    write_json_atomic(directory / RESULTS, to_json(tuple(records)))
+
+
+def write_run(directory: Path, analysis: Analysis, run: Mapping[str, Any], summary: str) -> None:
+    """Write what the analysis adds, the summary, and last of all the provenance.
+
+    The provenance also holds the checksums of the files that were written before it.
+    """
+    write_json_atomic(directory / ANALYSIS, to_json(analysis))
+    write_text_atomic(directory / SUMMARY, summary)
+    files = {name: file_sha256(directory / name) for name in written_files(run["settings"])}
+    write_json_atomic(directory / RUN, {**run, "files_sha256": files})
+
+
+def read_run(directory: Path) -> SavedRun:
+    """Read a finished run.
+
+    Args:
+        directory: the run directory.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: if it is not a finished run, was written by another version, or a file is
+            damaged.
+    """
+    if not _exists(directory / RUN):
+        raise UserError(
+            f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
+            "`rq4lens run --out` wrote, or run it again to finish it."
+        )
+    run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
+    _refuse_other_versions(directory, run)
+    with _whole(f"run {str(directory)!r}", "run it again"):
+        grid = grid_of_table(
+            GridSettings.from_dict(run["settings"]),
+            pd.read_parquet(directory / PER_PROMPT),
+            noise_floor_nats=float(run["noise_floor_nats"]),
+            provenance=run,
+        )
+        records = from_json(tuple[ConditionRecord, ...], saved)
+        _check_completeness(grid, records)
+        return SavedRun(directory, grid, records, from_json(Analysis, analysis), run)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that no file system takes
+        return False
+
+
+def _refuse_other_versions(directory: Path, run: Any) -> None:
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
+            f"this one reads {FORMAT}): run it again into a new folder."
+        )
+
+
+def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) -> None:
+    singles = [f"head{head}" for head in range(grid.n_heads)]
+    missing = {"full", "none", "self", *singles} - set(grid.conditions)
+    if missing:
+        raise ValueError(f"conditions {sorted(missing)[:5]} are missing")
+    if [record.cond for record in records] != list(grid.conditions):
+        raise ValueError(f"{RESULTS} and {PER_PROMPT} hold other conditions")
+
+
+@contextmanager
+def _whole(what: str, fix: str) -> Iterator[None]:
+    """Every way in which files can be damaged ends in one sentence."""
+    try:
+        yield
+    except Exception as problem:
+        raise UserError(
+            f"{what} is damaged ({type(problem).__name__}: {short_reason(problem)}): {fix}."
+        ) from problem
+
+
+def write_layers(
+    directory: Path,
+    grids: Mapping[int, GridResult],
+    comparison: LayerComparison,
+    choice: LayerChoice,
+) -> None:
+    """Write a sweep."""
+    table = pd.concat([per_prompt_table(grid) for grid in grids.values()], ignore_index=True)
+    write_bytes_atomic(directory / LAYERS_PER_PROMPT, table.to_parquet(index=False))
+    record = {
+        "settings": {str(layer): grid.settings.to_dict() for layer, grid in grids.items()},
+        "noise_floor_nats": {str(layer): grid.noise_floor_nats for layer, grid in grids.items()},
+        "comparison": to_json(comparison),
+        "choice": to_json(choice),
+    }
+    write_json_atomic(directory / LAYERS, record)
+
+
+def read_layers(directory: Path) -> SavedLayers | None:
+    """Read a sweep back; None where there is none.
+
+    Raises:
+        UserError: if its files are damaged.
+    """
+    if not (directory / LAYERS).is_file():
+        return None
+    record = read_json(directory / LAYERS)
+    with _whole(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
+        table = pd.read_parquet(directory / LAYERS_PER_PROMPT)
+        grids = {
+            int(layer): grid_of_table(
+                GridSettings.from_dict(settings),
+                table[table["layer"] == int(layer)],
+                noise_floor_nats=float(record["noise_floor_nats"][layer]),
+            )
+            for layer, settings in record["settings"].items()
+        }
+        comparison = from_json(LayerComparison, record["comparison"])
+        return SavedLayers(grids, comparison, from_json(LayerChoice, record["choice"]))

@@ -58,11 +58,12 @@ rq.figures.head_plane(run)
 analysis = rq.analyse(
     run,
     experiment,
-    methods=("delta", "drop_pct", "kl_raw", "leave_one_out", "attribution", "kl_curvature"),
-    alphas=(0.1, 0.3, 1.0),
-    n_resamples=2000,
-    n_random_sets=20,
-    random_ks=(),
+    rq.AnalysisEffort(
+        methods=("delta", "drop_pct", "kl_raw", "leave_one_out", "attribution", "kl_curvature"),
+        alphas=(0.1, 0.3, 1.0),
+        n_random_sets=20,
+        random_ks=(),
+    ),
 )
 print("methods:", ", ".join(ranking.method for ranking in analysis.rankings))
 print("α:", ", ".join(f"{point.alpha:g}" for point in analysis.alphas))

@@ -59,12 +59,8 @@ neutral = rq.prepare(pair, maps, split="neutral")
 analysis = rq.analyse(
     run,
     experiment,
+    rq.AnalysisEffort(methods=("delta",), alphas=(0.3,), n_random_sets=100, random_ks=()),
     neutral=neutral,
-    methods=("delta",),
-    alphas=(0.3,),
-    n_resamples=2000,
-    n_random_sets=100,
-    random_ks=(),
 )
 rq.figures.coverage_curve(run, analysis)
 

@@ -94,8 +94,7 @@ class GridSettings:
             **{name: value for name, value in vars(self).items() if name not in parts},
             "ks": patching.pop("k"),
             **patching,
-            "seed": self.effort.seed,
-            "resamples": self.effort.resamples,
+            **self.effort.model_dump(mode="json"),
         }
 
     @classmethod

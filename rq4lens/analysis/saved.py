@@ -116,7 +116,7 @@ def read_run(directory: Path) -> SavedRun:
             noise_floor_nats=float(run["noise_floor_nats"]),
             provenance=run,
         )
-        records = from_json(tuple[ConditionRecord, ...], saved)
+        records = tuple(from_json(ConditionRecord, each) for each in saved)
         _check_completeness(grid, records)
         return SavedRun(directory, grid, records, from_json(Analysis, analysis), run)
 

@@ -9,6 +9,7 @@ from synthetic import resampled, synthetic_grid
 from synthetic_analysis import METHODS, about, curve, synthetic_analysis, synthetic_diagnostics
 
 from rq4lens import figures
+from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.agreement import kendall
 from rq4lens.analysis.records import HeadStability
 from rq4lens.analysis.result import Analysis
@@ -16,7 +17,7 @@ from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.statistics.plain import from_json
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
-from rq4lens.figures.numbers import numbers_of, shown, single_head_numbers
+from rq4lens.figures.numbers import shown, single_records
 from rq4lens.figures.page.gallery import method_agreements
 
 
@@ -128,7 +129,7 @@ def test_flow_hover_gives_effect_and_range_of_ranks(grid):
     orders = {"delta": grid.ranking.heads, "other": grid.ranking.heads[::-1]}
     ranges = {"delta": {head: (1, head + 1) for head in range(grid.n_heads)}}
     figure = figures.rank_flow(grid, orders, rank_ranges=ranges)
-    effects = single_head_numbers(grid)
+    effects = single_records(grid)
     for trace in figure.data:
         head = int(trace.meta.split("H")[1])
         of_delta, of_other = trace.hovertext
@@ -218,7 +219,7 @@ def test_per_prompt_hover_gives_the_mean_with_its_interval(grid):
     """Beside the prompt's own ΔKL stands the head's mean over prompts and its 95% interval."""
     grid = resampled(grid, 200)
     heads = grid.ranking.top(3)
-    numbers = single_head_numbers(grid)
+    numbers = single_records(grid)
     figure = figures.per_prompt(grid, heads)
     for head, trace in zip(heads, figure.data, strict=True):
         mean = f"mean of {grid.n_prompts} prompts {shown(numbers[head].delta, 'nats')}"
@@ -304,9 +305,9 @@ def test_layer_curves_of_grids_alone_have_intervals_too(layers):
     layers = {layer: resampled(grid, 200) for layer, grid in layers.items()}
     line = trace_named(figures.layer_curves(layers), "layer 1")
     conditions = [layers[1][f"top{k}"] for k in layers[1].settings.patching.k]
-    numbers = numbers_of(layers[1], conditions, ["" for _ in conditions])
+    numbers = records(layers[1], conditions)
     for each in numbers:
-        at = list(line.x).index(len(each.condition.heads))
+        at = list(line.x).index(len(each.heads))
         assert line.hovertext[at].endswith(f"coverage {shown(each.coverage_pct, '%')}")
 
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect, records
 from rq4lens.analysis.records import CoverageCurve, RandomSets
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import INTERVAL_NOTE, error_bars, grid_setting, numbers_of, shown
+from rq4lens.figures.numbers import INTERVAL_NOTE, error_bars, grid_setting, hover, shown
 from rq4lens.results import GridResult
 
 CROSS_FITTED = "cross-fitted"
@@ -118,16 +118,14 @@ def _measured(grid: GridResult, prefix: str, label: str) -> list[_Point]:
     """The points of the grid's own conditions of one kind, smallest sets first."""
     named = [c for name, c in grid.conditions.items() if name.startswith(prefix)]
     conditions = sorted(named, key=lambda condition: len(condition.heads))
-    if not conditions:
-        return []
-    labels = [label.format(k=len(condition.heads)) for condition in conditions]
     return [
         _Point(
-            len(n.condition.heads),
-            n.coverage_pct,
-            f"{n.hover}<br>{_named(grid, tuple(n.condition.heads))} ({n.condition.cond})",
+            len(each.heads),
+            each.coverage_pct,
+            f"{hover(each, label.format(k=len(each.heads)))}"
+            f"<br>{_named(grid, each.heads)} ({each.cond})",
         )
-        for n in numbers_of(grid, conditions, labels)
+        for each in (records(grid, conditions) if conditions else ())
     ]
 
 
@@ -251,14 +249,14 @@ def _control(grid: GridResult) -> tuple[list[go.Scatter], list[str]]:
     if grid.control is None:
         return [], []
     label = f"all heads of control layer {grid.control.layer}"
-    control = numbers_of(grid, [grid.control], [label])[0]
+    (control,) = records(grid, [grid.control])
     line = go.Scatter(
         name=f"control, layer {grid.control.layer}",
         x=[0, grid.n_heads],
         y=[control.coverage_pct.value] * 2,
         mode="lines",
         line={"color": theme.CONTROL, "dash": "longdash", "width": 2},
-        **theme.hover([control.hover] * 2),
+        **theme.hover([hover(control, label)] * 2),
     )
     return [line], [f"control: {label}, {shown(control.coverage_pct, '%')}"]
 

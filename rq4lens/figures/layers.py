@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from rq4lens.analysis.records import LayerComparison, StudyRow
+from rq4lens.analysis.records import ConditionRecord, LayerComparison, StudyRow
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.coverage import axes, curve_points
 from rq4lens.figures.numbers import (
-    ConditionNumbers,
     any_grid,
     effect_axis,
     error_bars,
+    hover,
+    label_of,
     layers_setting,
     shown,
-    single_head_numbers,
+    single_records,
 )
 from rq4lens.results import GridResult
 
@@ -65,7 +66,7 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
             f"the heatmap has no quantity {quantity!r}: choose {', '.join(QUANTITIES)}."
         )
     layers = sorted(grids)
-    numbers = [single_head_numbers(grids[layer]) for layer in layers]
+    singles = [single_records(grids[layer]) for layer in layers]
     scales = {name: _scale(grids, name) for name in QUANTITIES}
     heads = range(any_grid(grids).n_heads)
     figure = go.Figure(
@@ -73,9 +74,9 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
             x=list(heads),
             y=[str(layer) for layer in layers],
             colorbar=theme.color_bar(QUANTITIES[quantity].title),
-            customdata=[[each.label for each in row] for row in numbers],
+            customdata=[[label_of(each) for each in row] for row in singles],
             **scales[quantity],
-            **theme.hover([[each.hover for each in row] for row in numbers]),
+            **theme.hover([[hover(each) for each in row] for row in singles]),
         )
     )
     figure.update_layout(updatemenus=[_switch(scales, list(QUANTITIES).index(quantity))])
@@ -158,21 +159,21 @@ def global_ranking(
     """
     best = _best(grids, top)
     ranges = _rank_ranges(comparison)
-    labels = [numbers.label for numbers in best]
+    labels = [label_of(each) for each in best]
     span = (min(grids), max(grids))
     figure = go.Figure(
         go.Scatter(
-            x=[numbers.delta.value for numbers in best],
+            x=[each.delta.value for each in best],
             y=labels,
-            error_x=error_bars([numbers.delta for numbers in best]),
+            error_x=error_bars([each.delta for each in best]),
             mode="markers",
             cliponaxis=False,
             customdata=labels,
-            marker={"size": 10, "color": [_color(n.condition.layer, span) for n in best]},
+            marker={"size": 10, "color": [_color(each.layer, span) for each in best]},
             **theme.hover(
                 [
-                    f"{numbers.hover}<br>rank {rank} of all layers{ranges.get(numbers.label, '')}"
-                    for rank, numbers in enumerate(best, 1)
+                    f"{hover(each)}<br>rank {rank} of all layers{ranges.get(label_of(each), '')}"
+                    for rank, each in enumerate(best, 1)
                 ]
             ),
         )
@@ -180,7 +181,7 @@ def global_ranking(
     figure.add_trace(_depth_scale(span))
     theme.rows_of(figure, labels)
     figure.update_xaxes(
-        **effect_axis("ΔKL of the head alone", [numbers.delta for numbers in best], nticks=7)
+        **effect_axis("ΔKL of the head alone", [each.delta for each in best], nticks=7)
     )
     return theme.frame(
         figure,
@@ -190,14 +191,14 @@ def global_ranking(
     )
 
 
-def _best(grids: Mapping[int, GridResult], top: int) -> list[ConditionNumbers]:
+def _best(grids: Mapping[int, GridResult], top: int) -> list[ConditionRecord]:
     """The best heads of all layers; ties break by layer, then by head."""
     everyone = [(layer, head) for layer in sorted(grids) for head in range(grids[layer].n_heads)]
     order = sorted(everyone, key=lambda pair: -grids[pair[0]].single(pair[1]).delta)[:top]
-    numbers: dict[tuple[int, int], ConditionNumbers] = {}
+    numbers: dict[tuple[int, int], ConditionRecord] = {}
     for layer in {layer for layer, _ in order}:
         heads = [head for own, head in order if own == layer]
-        rows = single_head_numbers(grids[layer], heads)
+        rows = single_records(grids[layer], heads)
         numbers |= {(layer, head): row for head, row in zip(heads, rows, strict=True)}
     return [numbers[place] for place in order]
 

@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
+from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
-    ConditionNumbers,
     by_kind,
     error_bars,
     grid_setting,
     head_kinds,
+    hover,
     number,
-    single_head_numbers,
+    single_records,
 )
 from rq4lens.results import GridResult
 
@@ -52,21 +53,21 @@ def map_quality(
     Returns:
         The figure: a point per head, coloured by its kind.
     """
-    numbers = single_head_numbers(grid)
+    singles = single_records(grid)
     kinds = head_kinds(grid, analysis)
     fits = {row["head"]: row for row in diagnostics}
     figure = go.Figure()
     for kind, heads in by_kind(kinds, fits):
-        own = [numbers[head] for head in heads]
+        own = [singles[head] for head in heads]
         figure.add_scatter(
             name=kind,
             x=[fits[head]["fitted"][quality] for head in heads],
             y=[each.delta.value for each in own],
             error_y=error_bars([each.delta for each in own]),
             mode="markers",
-            customdata=[each.label for each in own],
+            customdata=[grid.label(head) for head in heads],
             marker=theme.kind_marker(kind),
-            **theme.hover([_hover(numbers[head], fits[head]) for head in heads]),
+            **theme.hover([_hover(singles[head], fits[head]) for head in heads]),
         )
     figure.update_xaxes(title_text=f"held-out {QUALITIES[quality]} of the map", nticks=8)
     figure.update_yaxes(title_text="ΔKL of the head alone (nats)")
@@ -78,10 +79,10 @@ def map_quality(
     )
 
 
-def _hover(head: ConditionNumbers, fit: Fit) -> str:
+def _hover(single: ConditionRecord, fit: Fit) -> str:
     fits = [
         f"{name}: " + ", ".join(f"{QUALITIES[q]} {number(fit[key][q])}" for q in QUALITIES)
         for key, name in PREDICTORS.items()
         if key in fit
     ]
-    return "<br>".join([head.hover, *fits])
+    return "<br>".join([hover(single), *fits])

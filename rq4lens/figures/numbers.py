@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates
-from rq4lens.analysis.records import HeadKinds
+from rq4lens.analysis.effects.table import bootstrap_of, records
+from rq4lens.analysis.records import ConditionRecord, HeadKinds
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.structure.heads import head_kinds as tell_kinds
 from rq4lens.figures.theme import GREY, KINDS
-from rq4lens.results import ConditionResult, GridResult
+from rq4lens.heads import Head
+from rq4lens.results import GridResult
 
 INTERVAL_NOTE = "bars and [..]: 95% bootstrap intervals over prompts"
 
@@ -113,50 +114,31 @@ class SignedLog:
         return [self.place(value) for value in inside], [f"{value:g}" for value in inside]
 
 
-@dataclass(frozen=True)
-class ConditionNumbers:
-    """One condition with the intervals of its numbers, and its name in figures."""
-
-    condition: ConditionResult
-    label: str
-    KL_raw: Estimate
-    KL_mapped: Estimate
-    delta: Estimate
-    drop_pct: Estimate
-    coverage_pct: Estimate
-
-    @property
-    def hover(self) -> str:
-        """Name, numbers and intervals, a line each."""
-        return "<br>".join(
-            (
-                f"<b>{self.label}</b>",
-                f"ΔKL {shown(self.delta, 'nats')}",
-                f"KL_raw {shown(self.KL_raw, 'nats')}",
-                f"KL_mapped {shown(self.KL_mapped, 'nats')}",
-                f"drop {shown(self.drop_pct, '%')}",
-                f"coverage {shown(self.coverage_pct, '%')}",
-            )
-        )
-
-
-def numbers_of(
-    grid: GridResult, conditions: Sequence[ConditionResult], labels: Sequence[str]
-) -> list[ConditionNumbers]:
-    """Estimates and intervals of conditions of a grid."""
-    rows = condition_estimates(grid, conditions, bootstrap_of(grid))
-    return [
-        ConditionNumbers(condition, label, *row.values())
-        for condition, label, row in zip(conditions, labels, rows, strict=True)
-    ]
-
-
-def single_head_numbers(
+def single_records(
     grid: GridResult, heads: Sequence[int] | None = None
-) -> list[ConditionNumbers]:
-    """Estimates and intervals of single heads of the main layer: of all, in head order, or some."""
+) -> tuple[ConditionRecord, ...]:
+    """The records of single heads of the main layer: of all, in head order, or of some."""
     heads = range(grid.n_heads) if heads is None else heads
-    return numbers_of(grid, [grid.single(head) for head in heads], list(map(grid.label, heads)))
+    return records(grid, [grid.single(head) for head in heads])
+
+
+def label_of(single: ConditionRecord) -> str:
+    """The name of the head of a single-head record: ``L26H3``."""
+    return Head(single.layer, single.heads[0]).label
+
+
+def hover(record: ConditionRecord, name: str | None = None) -> str:
+    """Name, numbers and intervals of a condition, a line each; a single head names itself."""
+    return "<br>".join(
+        (
+            f"<b>{name or label_of(record)}</b>",
+            f"ΔKL {shown(record.delta, 'nats')}",
+            f"KL_raw {shown(record.KL_raw_mean, 'nats')}",
+            f"KL_mapped {shown(record.KL_mapped_mean, 'nats')}",
+            f"drop {shown(record.drop_pct, '%')}",
+            f"coverage {shown(record.coverage_pct, '%')}",
+        )
+    )
 
 
 def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:

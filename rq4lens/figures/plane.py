@@ -10,20 +10,22 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
-    ConditionNumbers,
     SignedLog,
     by_kind,
     error_bars,
     grid_setting,
     head_kinds,
+    hover,
     is_wide,
+    label_of,
     shown,
-    single_head_numbers,
+    single_records,
 )
 from rq4lens.results import GridResult
 
@@ -47,7 +49,7 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     Returns:
         The figure: one scatter trace per kind of head, ``customdata`` names the head.
     """
-    numbers = single_head_numbers(grid)
+    numbers = single_records(grid)
     kinds = head_kinds(grid, analysis)
     square = _Square.around(numbers)
     named = _names(numbers, square)
@@ -74,8 +76,8 @@ class _Square:
     is_log: bool
 
     @classmethod
-    def around(cls, numbers: Sequence[ConditionNumbers]) -> _Square:
-        both = [estimate for n in numbers for estimate in (n.KL_raw, n.KL_mapped)]
+    def around(cls, numbers: Sequence[ConditionRecord]) -> _Square:
+        both = [estimate for n in numbers for estimate in (n.KL_raw_mean, n.KL_mapped_mean)]
         values = [estimate.value for estimate in both if estimate.value is not None]
         high = max(values + [e.interval.high for e in both if e.interval is not None])
         if is_wide(values):
@@ -115,20 +117,21 @@ def _diagonal(square: _Square) -> go.Scatter:
     )
 
 
-def _points(numbers: Sequence[ConditionNumbers], kind: str, named: Mapping[str, str]) -> go.Scatter:
+def _points(numbers: Sequence[ConditionRecord], kind: str, named: Mapping[str, str]) -> go.Scatter:
+    labels = [label_of(n) for n in numbers]
     return go.Scatter(
         name=kind,
-        x=[n.KL_raw.value for n in numbers],
-        y=[n.KL_mapped.value for n in numbers],
-        error_x=_faint_bars([n.KL_raw for n in numbers]),
-        error_y=_faint_bars([n.KL_mapped for n in numbers]),
+        x=[n.KL_raw_mean.value for n in numbers],
+        y=[n.KL_mapped_mean.value for n in numbers],
+        error_x=_faint_bars([n.KL_raw_mean for n in numbers]),
+        error_y=_faint_bars([n.KL_mapped_mean for n in numbers]),
         mode="markers+text",
-        text=[n.label if n.label in named else "" for n in numbers],
-        textposition=[named.get(n.label, "top center") for n in numbers],
+        text=[label if label in named else "" for label in labels],
+        textposition=[named.get(label, "top center") for label in labels],
         textfont={"size": 10},
-        customdata=[n.label for n in numbers],
+        customdata=labels,
         marker=theme.kind_marker(kind),
-        **theme.hover([f"{n.hover}<br>{kind}" for n in numbers]),
+        **theme.hover([f"{hover(n)}<br>{kind}" for n in numbers]),
     )
 
 
@@ -137,18 +140,18 @@ def _faint_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
     return None if bars is None else {**bars, "width": 0}
 
 
-def _names(numbers: Sequence[ConditionNumbers], square: _Square) -> dict[str, str]:
+def _names(numbers: Sequence[ConditionRecord], square: _Square) -> dict[str, str]:
     """Which heads are named beside their point, and on which side.
 
     Largest KL_raw first, as long as no two names touch in a narrow window.
     """
     places: list[tuple[float, float]] = []
     named: dict[str, str] = {}
-    for candidate in sorted(numbers, key=lambda n: -n.condition.KL_raw):
-        x = square.share(candidate.condition.KL_raw)
-        y = square.share(candidate.condition.KL_mapped)
+    for candidate in sorted(numbers, key=lambda n: -(n.KL_raw_mean.value or 0.0)):
+        x = square.share(candidate.KL_raw_mean.value or 0.0)
+        y = square.share(candidate.KL_mapped_mean.value or 0.0)
         if len(named) < _MOST_NAMES and all(_apart(x, y, other) for other in places):
-            named[candidate.label] = _side(x, y)
+            named[label_of(candidate)] = _side(x, y)
         places.append((x, y))
     return named
 
@@ -184,7 +187,7 @@ def per_prompt(
     heads = grid.ranking.top(top) if heads is None else heads
     values = np.concatenate([grid.single(head).delta_nats for head in heads])
     scale = SignedLog.of(values.tolist())
-    figure = go.Figure([_box(grid, each, scale) for each in single_head_numbers(grid, heads)])
+    figure = go.Figure([_box(grid, each, scale) for each in single_records(grid, heads)])
     figure.add_vline(x=0, line={"color": theme.GREY, "width": 1})
     figure.update_xaxes(title_text="ΔKL of the head alone, per prompt (nats)", nticks=7)
     notes = ["box: quartiles and median; a point a prompt"]
@@ -201,9 +204,9 @@ def per_prompt(
     )
 
 
-def _box(grid: GridResult, numbers: ConditionNumbers, scale: SignedLog | None) -> go.Box:
-    label, values = numbers.label, numbers.condition.delta_nats
-    mean = f"mean of {grid.n_prompts} prompts {shown(numbers.delta, 'nats')}"
+def _box(grid: GridResult, single: ConditionRecord, scale: SignedLog | None) -> go.Box:
+    label, values = label_of(single), grid[single.cond].delta_nats
+    mean = f"mean of {grid.n_prompts} prompts {shown(single.delta, 'nats')}"
     return go.Box(
         name=label,
         orientation="h",

@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
-    ConditionNumbers,
     by_kind,
     error_bars,
     grid_setting,
     head_kinds,
+    hover,
     shown,
-    single_head_numbers,
+    single_records,
 )
 from rq4lens.results import GridResult, HeadRanking
 
@@ -51,8 +52,8 @@ def ranking_bars(
         The figure: one bar trace per kind of head, ``customdata`` names the head.
     """
     ranking = ranking or grid.ranking
-    numbers = single_head_numbers(grid)
-    scores, note = _score_estimates(ranking, numbers, intervals)
+    singles = single_records(grid)
+    scores, note = _score_estimates(ranking, singles, intervals)
     kinds = head_kinds(grid, analysis)
     figure = go.Figure()
     for kind, heads in by_kind(kinds, ranking.heads[:top]):
@@ -65,7 +66,7 @@ def ranking_bars(
             error_x=error_bars([scores[head] for head in heads]),
             customdata=[grid.label(head) for head in heads],
             marker={"color": theme.KINDS[kind][0], "pattern": shape},
-            **theme.hover([_hover(numbers[head], kind, ranking, head) for head in heads]),
+            **theme.hover([_hover(singles[head], kind, ranking) for head in heads]),
         )
     labels = [grid.label(head) for head in ranking.heads[:top]]
     figure.update_layout(barmode="overlay", bargap=0.25)
@@ -80,13 +81,14 @@ def ranking_bars(
     )
 
 
-def _hover(numbers: ConditionNumbers, kind: str, ranking: HeadRanking, head: int) -> str:
-    return f"{numbers.hover}<br>{kind} · rank {ranking.rank_of(head)} by {ranking.method}"
+def _hover(single: ConditionRecord, kind: str, ranking: HeadRanking) -> str:
+    rank = ranking.rank_of(single.heads[0])
+    return f"{hover(single)}<br>{kind} · rank {rank} by {ranking.method}"
 
 
 def _score_estimates(
     ranking: HeadRanking,
-    numbers: Sequence[ConditionNumbers],
+    singles: Sequence[ConditionRecord],
     intervals: Sequence[Ends | None] | None,
 ) -> tuple[list[Estimate], str]:
     """The score of each head in head order, and a note on its intervals."""
@@ -94,7 +96,7 @@ def _score_estimates(
     if intervals is not None:
         return list(map(_between, values, intervals)), "bars: 95% intervals"
     if ranking.method in AXIS_TITLES:
-        own = [n.delta if ranking.method == "delta" else n.drop_pct for n in numbers]
+        own = [n.delta if ranking.method == "delta" else n.drop_pct for n in singles]
         # The same method at another alpha, or on other prompts, is another set of numbers.
         if all(_same(estimate.value, value) for estimate, value in zip(own, values, strict=True)):
             return own, INTERVAL_NOTE
@@ -170,7 +172,7 @@ def rank_flow(
     for place, head in places[top:] + places[:top]:
         ranks = [order.index(head) + 1 if head in order else None for order in orders.values()]
         spans = [_range(each.get(head)) for each in ranges]
-        hover = [
+        texts = [
             f"<b>{labels[head]}</b><br>rank {rank}{span} · {name}{effects.get(head, '')}"
             if rank
             else ""
@@ -183,7 +185,7 @@ def rank_flow(
             y=ranks,
             cliponaxis=False,
             **_look(place if place < top else None),
-            **theme.hover(hover),
+            **theme.hover(texts),
         )
     steep_px = _flow_axes(figure, names, [f"{i} · {labels[h]}" for i, h in enumerate(first, 1)])
     return theme.frame(
@@ -226,8 +228,8 @@ def _effects(grid: GridResult) -> dict[int, str]:
     """A line of the hover for each head: its effect at the grid's own alpha."""
     alpha = f"at α = {grid.settings.patching.alpha:g}"
     return {
-        head: f"<br>ΔKL alone {alpha}: {shown(numbers.delta, 'nats')}"
-        for head, numbers in enumerate(single_head_numbers(grid))
+        head: f"<br>ΔKL alone {alpha}: {shown(single.delta, 'nats')}"
+        for head, single in enumerate(single_records(grid))
     }
 
 

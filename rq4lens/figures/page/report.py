@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
-from rq4lens.figures.numbers import grid_setting, shown
+from rq4lens.figures.numbers import grid_setting, label_of, shown
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.parts import PageFigure, Section, page_figure, script_json
 from rq4lens.figures.page.sections import Report, sections
@@ -116,7 +116,7 @@ def _data(report: Report, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],
         "numbers": {
-            numbers.label: f"ΔKL {shown(numbers.delta, 'nats')}" for numbers in report.heads
+            label_of(single): f"ΔKL {shown(single.delta, 'nats')}" for single in report.singles
         },
         "prompts": _prompt_data(report),
     }

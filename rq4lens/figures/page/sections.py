@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect, records
 from rq4lens.analysis.records import (
     Agreement,
+    ConditionRecord,
     Control,
     CoverageRow,
     LayerComparison,
@@ -21,12 +22,11 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures.maps import PREDICTORS
 from rq4lens.figures.numbers import (
-    ConditionNumbers,
     head_kinds,
+    label_of,
     number,
-    numbers_of,
     shown,
-    single_head_numbers,
+    single_records,
 )
 from rq4lens.figures.page.gallery import map_diagnostics
 from rq4lens.figures.page.parts import Block, Row, Section, Table
@@ -61,9 +61,9 @@ class Report:
         return self.grid.provenance if self.provenance is None else self.provenance
 
     @cached_property
-    def heads(self) -> list[ConditionNumbers]:
-        """The numbers of each single head of the main layer, in head order."""
-        return single_head_numbers(self.grid)
+    def singles(self) -> tuple[ConditionRecord, ...]:
+        """The record of each single head of the main layer, in head order."""
+        return single_records(self.grid)
 
 
 def sections(report: Report) -> list[Section]:
@@ -94,10 +94,11 @@ def findings(report: Report) -> Section:
 
 
 def _main_numbers(grid: GridResult) -> Iterator[str]:
-    full = numbers_of(grid, [grid.full], ["all"])[0]
+    (full,) = records(grid, [grid.full])
     yield (
         f"All {grid.n_heads} heads of layer {grid.settings.layer} patched at once: "
-        f"KL_raw {shown(full.KL_raw, 'nats')}, KL_mapped {shown(full.KL_mapped, 'nats')}, "
+        f"KL_raw {shown(full.KL_raw_mean, 'nats')}, "
+        f"KL_mapped {shown(full.KL_mapped_mean, 'nats')}, "
         f"ΔKL {shown(full.delta, 'nats')}."
     )
     reason = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
@@ -112,32 +113,30 @@ def coverage(report: Report) -> Section:
     sized = [c for c in grid.conditions.values() if c.cond.startswith(("top", "rand"))]
     chosen = sorted(sized, key=lambda c: (len(c.heads), c.cond.startswith("rand"), c.cond))
     conditions = [*chosen, grid.full, *([grid.control] if grid.control else [])]
-    names = [condition.cond for condition in conditions]
     crossed = {f"top{row.k}": row for row in (report.analysis.coverage if report.analysis else ())}
     table = Table(
         "Coverage: share of ΔKL of all heads, in percent; effects in nats; [..]: 95% intervals",
         ("condition", "k", "ΔKL", "coverage", "cross-fitted", "p, random", "heads"),
         tuple(
-            _coverage_row(each, crossed.get(each.label))
-            for each in numbers_of(grid, conditions, names)
+            _coverage_row(each, str(grid[each.cond].heads), crossed.get(each.cond))
+            for each in records(grid, conditions)
         ),
         words=frozenset({6}),
     )
     return Section("coverage", "Few heads or many", (), (table,), ("coverage", "methods"))
 
 
-def _coverage_row(numbers: ConditionNumbers, crossed: CoverageRow | None) -> Row:
-    heads = numbers.condition.heads
-    where = f" (layer {numbers.condition.layer})" if numbers.label == "ctrl_full" else ""
+def _coverage_row(condition: ConditionRecord, heads: str, crossed: CoverageRow | None) -> Row:
+    where = f" (layer {condition.layer})" if condition.cond == "ctrl_full" else ""
     return Row(
         (
-            numbers.label + where,
-            str(len(heads)),
-            shown(numbers.delta),
-            shown(numbers.coverage_pct, "%"),
+            condition.cond + where,
+            str(len(condition.heads)),
+            shown(condition.delta),
+            shown(condition.coverage_pct, "%"),
             _or_dash(crossed.cross_fitted_coverage_pct, "%") if crossed else "–",
             number(crossed.p_value) if crossed and crossed.p_value is not None else "–",
-            str(heads),
+            heads,
         )
     )
 
@@ -161,9 +160,8 @@ def heads(report: Report) -> Section:
         f"all tests ({tests.family if tests else 'none'})",
         ("head", "rank", "kind", "ΔKL", "KL_raw", "KL_mapped", "drop", "p"),
         tuple(
-            _head_row(numbers, str(rank), kinds.heads[head].kind, p_values.get(numbers.label))
+            _head_row(report.singles[head], str(rank), kinds.heads[head].kind, p_values)
             for rank, head in enumerate(grid.ranking.heads, 1)
-            for numbers in [report.heads[head]]
         ),
         words=frozenset({2}),
     )
@@ -174,13 +172,13 @@ def heads(report: Report) -> Section:
     return Section("heads", "The heads", text, (table,), ("ranking", "plane"))
 
 
-def _head_row(numbers: ConditionNumbers, rank: str, kind: str, p_value: float | None) -> Row:
-    effects = (shown(each) for each in (numbers.delta, numbers.KL_raw, numbers.KL_mapped))
+def _head_row(
+    single: ConditionRecord, rank: str, kind: str, p_values: Mapping[str, float | None]
+) -> Row:
+    label, p_value = label_of(single), p_values.get(label_of(single))
+    effects = (shown(each) for each in (single.delta, single.KL_raw_mean, single.KL_mapped_mean))
     p_text = "–" if p_value is None else number(p_value)
-    return Row(
-        (numbers.label, rank, kind, *effects, f"{numbers.drop_pct:.3g%}", p_text),
-        head=numbers.label,
-    )
+    return Row((label, rank, kind, *effects, f"{single.drop_pct:.3g%}", p_text), head=label)
 
 
 def controls(report: Report) -> Section | None:
@@ -222,15 +220,18 @@ def layers(report: Report) -> Section | None:
 
 
 def _layer_row(grid: GridResult, compared: LayerRow | None) -> Row:
-    full = compared or numbers_of(grid, [grid.full], ["full"])[0]
+    if compared is None:
+        (full,) = records(grid, [grid.full])
+        raw, mapped, delta, drop = full.KL_raw_mean, full.KL_mapped_mean, full.delta, full.drop_pct
+    else:
+        raw, mapped = compared.KL_raw, compared.KL_mapped
+        delta, drop = compared.delta, compared.drop_pct
     best = grid.ranking_by("delta").top(1)[0]
     return Row(
         (
             str(grid.settings.layer),
-            shown(full.KL_raw),
-            shown(full.KL_mapped),
-            shown(full.delta),
-            _or_dash(full.drop_pct, "%"),
+            *(shown(each) for each in (raw, mapped, delta)),
+            _or_dash(drop, "%"),
             _or_dash(compared.curve.k90) if compared and compared.curve else "–",
             _or_dash(compared.concentration.gini) if compared else "–",
             f"{grid.label(best)} ({number(grid.single(best).delta)})",

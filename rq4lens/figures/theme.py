@@ -59,8 +59,8 @@ DIVERGING = (
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 # A window of 400 px holds about this many letters of the setting line.
-SETTING_CHARACTERS = 66
-_SETTING_LINE_PX = 14
+_SETTING_CHARACTERS = 66
+_SETTING_LINE_PX, _TITLE_PX = 14, 42
 _LEGEND_MARK_PX, _LEGEND_LETTER_PX = 46, 5.6
 
 
@@ -138,14 +138,14 @@ def plain(text: object) -> str:
     return escape(str(text), quote=False)
 
 
-def wrap(parts: Sequence[str], characters: int = SETTING_CHARACTERS) -> list[str]:
-    """Lines of at most ``characters`` letters, broken between parts where possible."""
+def wrap(parts: Sequence[str]) -> list[str]:
+    """Lines that fit into a narrow window, broken between parts where possible."""
     lines: list[str] = []
     for part in parts:
-        if lines and len(lines[-1]) + 3 + len(part) <= characters:
+        if lines and len(lines[-1]) + 3 + len(part) <= _SETTING_CHARACTERS:
             lines[-1] += f" · {part}"
         else:
-            lines.extend(textwrap.wrap(part, characters, break_on_hyphens=False) or [""])
+            lines.extend(textwrap.wrap(part, _SETTING_CHARACTERS, break_on_hyphens=False) or [""])
     return lines
 
 
@@ -156,7 +156,6 @@ def frame(
     layout = layout or Layout()
     lines = [plain(line) for line in wrap(setting)]
     above = legend_rows(figure) if layout.rows is None else layout.rows
-    title_px = 18 + 20 * (1 + title.count("<br>"))
     figure.update_layout(
         template=template(),
         title={"text": title},
@@ -167,7 +166,7 @@ def frame(
         margin={
             "l": layout.left_px,
             "r": layout.right_px,
-            "t": title_px + 21 * above + 4,
+            "t": _TITLE_PX + 21 * above,
             "b": layout.axis_px + _SETTING_LINE_PX * len(lines) + 10,
             "autoexpand": False,
         },

@@ -81,7 +81,7 @@ def page_figure(name: str, figure: go.Figure) -> PageFigure:
     """Take a figure apart: the page itself shows title, setting and switch, for every width."""
     drawing = json.loads(figure.to_json())
     layout = drawing["layout"]
-    title = layout.pop("title")["text"].replace("<br>", " ")
+    title = layout.pop("title")["text"]
     setting = tuple(layout.pop("meta")["setting"])
     menu = layout.pop("updatemenus", [{}])[0]
     switch_px = _SWITCH_PX if menu else 0

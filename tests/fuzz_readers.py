@@ -25,6 +25,7 @@ import torch
 from model_zoo import ZOO, save, train_tokenizer
 from peft import LoraConfig, get_peft_model
 from synthetic import resampled
+from tiny import stored_map
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
@@ -38,10 +39,10 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.adapters import base_of, check_adapter
 from rq4lens.models.load.checkpoint import locate
-from rq4lens.models.load.config_check import loadable_architecture
+from rq4lens.models.load.huggingface import loadable_architecture
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import PromptSet
-from rq4lens.patching.maps.map import LayerMap, load_map, save_map
+from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.results import ConditionResult, GridResult, GridSettings
 
 Reader = Callable[[bytes], object]
@@ -184,9 +185,9 @@ def record(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterat
 
 
 def head_map(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
-    path = folder / "map.safetensors"
     weight, bias = torch.eye(3).repeat(2, 1, 1), torch.zeros(2, 3)
-    save_map(LayerMap(1, "procrustes", "head", weight, bias, 2), path)
+    layer_map = LayerMap(1, "procrustes", "head", weight, bias, 2)
+    path = stored_map(folder / "maps", layer_map).with_suffix(".safetensors")
     tensors, text = path.read_bytes(), path.with_suffix(".json").read_bytes()
     jsons = chain(
         mutants([text], count // 3, rng), json_mutants([json.loads(text)], count // 3, rng)
@@ -278,8 +279,7 @@ def finished_run(rng: random.Random, count: int, folder: Path) -> tuple[Reader, 
 def model_folder(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
     """Configuration, header, index and adapter settings, as they are checked before loading."""
     read, valid = checkpoint_files(folder)
-    # An adapter's patterns are tried in a process of their own, which costs time.
-    names = [*(("config.json", WEIGHTS, INDEX) * 3), "adapter_config.json"]
+    names = ["config.json", WEIGHTS, INDEX, "adapter_config.json"]
     return read, (damaged(names[n % len(names)], valid, rng) for n in range(count))
 
 
@@ -337,7 +337,7 @@ def checkpoint_files(folder: Path, *, whole: bool = False) -> tuple[Reader, dict
     def check(home: Path) -> object:
         found = locate(home)
         if found.is_adapter:
-            check_adapter(found, ["model.layers.0.self_attn.q_proj", "lm_head"])
+            check_adapter(found)
             found = base_of(found)
         return loadable_architecture(found), len(found.weight_files)
 

@@ -19,6 +19,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load import checkpoint, loading
 from rq4lens.models.load import size as memory
 from rq4lens.models.load.architectures import ARCHITECTURES
+from rq4lens.models.load.conversion import hooked_skeleton
 from rq4lens.models.load.devices import ModelBytes
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.load.size import estimate_memory, model_size
@@ -180,6 +181,23 @@ def test_the_size_of_a_hub_id_fetches_no_weights(llama, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
     with pytest.raises(UserError, match="could not be reached"):
         model_size("org/tuned")
+
+
+def test_a_size_is_counted_once(folders, monkeypatch):
+    """The plan of a run, its pair and the load of its model share one count of the bytes."""
+    counted = []
+
+    def skeleton(cfg):
+        counted.append(cfg)
+        return hooked_skeleton(cfg)
+
+    monkeypatch.setattr(memory, "hooked_skeleton", skeleton)
+    monkeypatch.setattr(memory, "_MEASURED", {})
+    sizes = [model_size(folders("llama")) for _ in range(3)]
+    load_hooked(folders("llama"), check_logits=False)
+    assert len(counted) == 1
+    assert sizes[0] == sizes[2]
+    assert model_size(folders("llama"), dtype=torch.bfloat16).weights != sizes[0].weights
 
 
 def test_what_cannot_fit_is_not_started(folders, monkeypatch):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import stored_map, tiny_model
 
 from rq4lens.disk.store import Store
-from rq4lens.patching.maps.map import save_map
 from rq4lens.studies.cost_model import (
     KINDS,
     Machine,
@@ -179,8 +178,8 @@ def test_maps_are_as_large_as_predicted(tiny_maps, tiny_pair, tmp_path):
 
     At real widths the tensors are nearly everything: 32 heads of width 128 are 2 MB.
     """
-    (layer, fitted), *_ = tiny_maps.items()
-    save_map(fitted, tmp_path / f"L{layer}.safetensors")
+    fitted, *_ = tiny_maps.values()
+    stored_map(tmp_path, fitted)
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     shape = Shape.of(tiny_pair.tuned.model.cfg)
     assert size / 2 < map_bytes(shape, 1) < size * 2

@@ -121,6 +121,24 @@ def leftovers(folder: Path) -> None:
         (folder / "conditions" / f".{number:032x}.tmp").write_bytes(b"{" * number)
 
 
+def of_a_killed_process() -> str:
+    """The name of a temporary file whose owner is gone."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return f".{files._machine()}-{child.pid}-{'0' * 32}.tmp"
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_what_killed_writes_left_is_gone_after_the_run_that_resumes(pair, undisturbed, tmp_path):
+    """What killed writes left in a run directory is gone after the run that resumes."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        (place / of_a_killed_process()).write_text("half a fi")
+    assert len(list(folder.rglob("*.tmp"))) > 3
+    run_study(config_from(pair), folder)
+    assert not list(folder.rglob("*.tmp"))
+
+
 def newer_foreign_files(folder: Path) -> None:
     for path in every_record(folder):
         path.with_name(f"newer_{path.name}").write_text('{"payload": {"kl_nats": [9]}}')
@@ -289,7 +307,7 @@ def test_a_finished_run_on_a_read_only_disk_is_verified(undisturbed, monkeypatch
     def refused(*_arguments, **_settings):
         raise AssertionError("verify wrote something")
 
-    for name in ("_write_synced", "set_aside", "remove_stale_temporaries"):
+    for name in ("_write_synced", "set_aside", "remove_leftovers"):
         monkeypatch.setattr(files, name, refused)
     assert verify_run(undisturbed, sample=2).passed
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from synthetic import resampled
-from tiny import pair_of, tiny_model, word_tokenizer
+from tiny import Address, pair_of, stored_map, tiny_model, word_tokenizer
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
@@ -24,12 +24,12 @@ from rq4lens.analysis.rankings.file import read_ranking
 from rq4lens.analysis.saved import read_run, write_grid, write_run
 from rq4lens.config import RunConfig, config_from, read_config
 from rq4lens.disk.files import canonical_json, parse_json, read_json, write_json_atomic
-from rq4lens.disk.store import content_key
+from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
 from rq4lens.models.prompts.reading import tokenize
-from rq4lens.patching.maps.map import LayerMap, load_map, save_map
+from rq4lens.patching.maps.map import LayerMap, load_map
 
 pytestmark = pytest.mark.hostile
 
@@ -394,8 +394,8 @@ def test_repeating_a_strangers_run_does_not_run_a_strangers_code(tmp_path):
     """`trust_remote_code` in a run.json is not obeyed: only who runs can allow it."""
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"config": {"trust_remote_code": True, "base": "evil/model"}}))
-    assert read_config(path).trust_remote_code is False
-    assert RunConfig().trust_remote_code is False
+    assert read_config(path).pair.trust_remote_code is False
+    assert RunConfig().pair.trust_remote_code is False
 
 
 # Ranking files
@@ -435,26 +435,35 @@ def test_a_ranking_file_with_wrong_heads_or_scores_is_refused(tmp_path, content,
 # Maps
 
 
+MAP = LayerMap(1, "procrustes", "head", torch.eye(3).repeat(2, 1, 1), torch.zeros(2, 3), 2)
+
+
 @pytest.fixture
 def map_file(tmp_path):
-    path = tmp_path / "map.safetensors"
-    weight, bias = torch.eye(3).repeat(2, 1, 1), torch.zeros(2, 3)
-    save_map(LayerMap(1, "procrustes", "head", weight, bias, 2), path)
-    return path
+    return stored_map(tmp_path, MAP).with_suffix(".safetensors")
 
 
 def tensors(**changes):
+    """Other tensors, with the checksum that they have."""
+
     def change(path: Path) -> None:
-        values = {"weight": torch.eye(3).repeat(2, 1, 1), "bias": torch.zeros(2, 3)} | changes
-        save_file({name: value for name, value in values.items() if value is not None}, path)
+        values = {"weight": MAP.weight, "bias": MAP.bias} | changes
+        some = {name: value for name, value in values.items() if value is not None}
+        Store(path.parent).put_tensors(Address(MAP), some, MAP.to_dict())
 
     return change
 
 
+def other_numbers(path: Path) -> None:
+    save_file({"weight": MAP.weight, "bias": torch.ones(2, 3)}, path)
+
+
 def description(**changes):
+    """Another description, with the checksum that it has."""
+
     def change(path: Path) -> None:
-        json_path = path.with_suffix(".json")
-        json_path.write_text(json.dumps(json.loads(json_path.read_text()) | changes))
+        store = Store(path.parent)
+        store.put(Address(MAP), store.get(Address(MAP)) | changes)
 
     return change
 
@@ -467,7 +476,7 @@ WRONG_MAPS = {
     "integers": tensors(weight=torch.ones(2, 3, 3, dtype=torch.int32)),
     "NaN": tensors(weight=torch.full((2, 3, 3), torch.nan)),
     "infinity": tensors(bias=torch.full((2, 3), torch.inf)),
-    "other numbers": tensors(bias=torch.ones(2, 3)),
+    "other numbers": other_numbers,
     "no bias": tensors(bias=None),
     "bias of another shape": tensors(bias=torch.zeros(3)),
     "empty": lambda p: p.write_bytes(b""),
@@ -484,7 +493,7 @@ WRONG_MAPS = {
     "unknown kind": description(kind="neural"),
     "kind of another type": description(kind=["procrustes"]),
     "wrong diagnostics": description(diagnostics=[{"head": 0}]),
-    "another checksum": description(weights_sha256="0" * 64),
+    "another checksum": description(sha256="0" * 64),
 }
 
 

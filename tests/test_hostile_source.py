@@ -82,7 +82,7 @@ def test_switching_a_model_to_evaluation_is_no_offence():
 
 def test_weights_are_read_from_safetensors_alone():
     """Checkpoints are asked for as safetensors: a pickled one is refused by the library."""
-    source = (ROOT / "rq4lens" / "models" / "huggingface.py").read_text(encoding="utf-8")
+    source = (ROOT / "rq4lens" / "models" / "load" / "huggingface.py").read_text(encoding="utf-8")
     loads = [
         node
         for node in ast.walk(ast.parse(source))

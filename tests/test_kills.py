@@ -40,7 +40,7 @@ FORKS = """
 import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
 import torch
 import rq4lens.jobs.run
-from rq4lens import files
+from rq4lens.disk import files
 from rq4lens.cli import main
 from rq4lens.config import RunConfig, preset
 from rq4lens.models.catalog import pair_from_config
@@ -231,6 +231,7 @@ def test_the_demo_killed_at_a_random_moment_goes_on_to_the_very_same_bytes(
         assert counters(folder)["reused"] == kept
         assert counters(folder)["computed"] == undisturbed.n_records - kept
         assert counters(folder)["set_aside"] == []
+        assert not list(folder.rglob("*.tmp"))
     assert verify_run(folder, sample=0).passed
     record_property("kills", KILLS // PARTS)
 

@@ -6,23 +6,36 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 import torch
+from rq4lens.jobs.preparation import prepare_experiment
 from scipy.stats import ortho_group
 from sklearn.model_selection import GroupKFold
-from tiny import TINY_HEADS, TINY_WIDTH, fine_tuned, pair_of, random_prompts, tiny_model
+from tiny import (
+    TINY_HEADS,
+    TINY_WIDTH,
+    Address,
+    fine_tuned,
+    pair_of,
+    random_prompts,
+    stored_map,
+    tiny_model,
+)
 
+from rq4lens.config import RunConfig
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
+from rq4lens.jobs.progress import Clock, silent
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.maps.diagnostics import cka, fit_quality, mean_cosine, r2
-from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.fitting import fit_maps, maps_from
 from rq4lens.patching.maps.kinds import LOW_RANK, fit_block
 from rq4lens.patching.maps.map import (
     MAP_KINDS,
     LayerMap,
     from_blocks,
+    get_map,
     load_map,
-    save_map,
     to_blocks,
 )
 from rq4lens.validation.planting import plant
@@ -235,20 +248,20 @@ def test_a_map_is_frozen():
         random_map().layer = 3
 
 
-# --- kept maps
+# --- stored maps
 
 
-def test_a_kept_map_reads_back_as_it_was(tmp_path, tiny_maps):
+def test_a_stored_map_reads_back_as_it_was(tmp_path, tiny_maps):
     """Weights bit for bit, diagnostics, ingredients, details and fingerprint."""
-    for index, layer_map in enumerate([*tiny_maps.values(), random_map("layer")]):
-        path = tmp_path / f"{index}.safetensors"
-        save_map(layer_map, path)
-        again = load_map(path)
-        assert torch.equal(again.weight, layer_map.weight)
-        assert torch.equal(again.bias, layer_map.bias)
-        assert again.fingerprint == layer_map.fingerprint
-        assert again.to_dict() == layer_map.to_dict()
-        json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+    for layer_map in [*tiny_maps.values(), random_map("layer")]:
+        path = stored_map(tmp_path, layer_map)
+        for again in (load_map(path), get_map(Store(tmp_path), Address(layer_map))):
+            assert torch.equal(again.weight, layer_map.weight)
+            assert torch.equal(again.bias, layer_map.bias)
+            assert again.fingerprint == layer_map.fingerprint
+            assert again.ingredients == layer_map.ingredients
+            assert again.to_dict() == layer_map.to_dict()
+        json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
 def test_a_fingerprint_is_of_fit_and_weights():
@@ -260,9 +273,8 @@ def test_a_fingerprint_is_of_fit_and_weights():
 
 
 def damaged(tmp_path, how):
-    path = tmp_path / "map.safetensors"
-    save_map(random_map(), path)
-    record = path.with_suffix(".json")
+    record = stored_map(tmp_path, random_map())
+    path = record.with_suffix(".safetensors")
     if how == "cut":
         path.write_bytes(path.read_bytes()[:-5])
     elif how == "no description":
@@ -270,16 +282,19 @@ def damaged(tmp_path, how):
     elif how == "no tensors":
         path.unlink()
     elif how == "another map's tensors":
-        save_map(random_map(seed=5), tmp_path / "other.safetensors")
-        path.write_bytes((tmp_path / "other.safetensors").read_bytes())
+        other = stored_map(tmp_path / "other", random_map(seed=5)).with_suffix(".safetensors")
+        path.write_bytes(other.read_bytes())
     elif how == "not finite":
-        save_map(random_map(bias=torch.full((3, 4), torch.nan)), path)
+        stored_map(tmp_path, random_map(bias=torch.full((3, 4), torch.nan)))
     elif how == "another shape":
-        save_map(random_map(n_heads=4), path)
+        stored_map(tmp_path, random_map(n_heads=4))
     elif how == "half precision":
-        save_map(random_map(weight=random_map().weight.half()), path)
+        stored_map(tmp_path, random_map(weight=random_map().weight.half()))
     else:
-        record.write_text(record.read_text().replace('"ridge"', '"magic"'))
+        layer_map = random_map()
+        tensors = {"weight": layer_map.weight, "bias": layer_map.bias}
+        values = layer_map.to_dict() | {"kind": "magic"}
+        Store(tmp_path).put_tensors(Address(layer_map), tensors, values)
     return path
 
 
@@ -294,6 +309,16 @@ def test_a_damaged_map_is_one_sentence(tmp_path, how):
     """Whatever happened to the files, the error says that the map is to be deleted or fitted."""
     with pytest.raises(UserError, match="map file"):
         load_map(damaged(tmp_path, how))
+
+
+@pytest.mark.parametrize("how", ["not finite", "another shape", "half precision", "another kind"])
+def test_a_stored_map_that_is_no_map_is_set_aside(tmp_path, how):
+    """Even where its checksum agrees."""
+    path = damaged(tmp_path, how).with_suffix(".json")
+    store = Store(tmp_path)
+    assert get_map(store, Address(random_map())) is None
+    assert [name for name, _ in store.counters.set_aside] == [path.name]
+    assert not path.exists()
 
 
 # --- diagnostics
@@ -440,22 +465,33 @@ class Forbidden(PairActivations):
         assert not list(layers), (side, split)
 
 
+def kept(pair, folder, kind="procrustes_scaled", layers=(1,), **settings):
+    """The maps of a folder; those that it lacks are fitted."""
+    activations = settings.pop("activations", None) or PairActivations(pair)
+    store = Store(folder, fresh=settings.pop("fresh", False))
+    return maps_from(store, activations, layers, kind, **settings)
+
+
 def test_a_kept_map_is_reused(tiny_pair, tmp_path):
     """The same pair, layer, prompts and kind: nothing is captured or fitted again."""
-    first = fit_maps(tiny_pair, [1, 0], "ridge", directory=tmp_path)
-    again = fit_maps(
-        tiny_pair, [1, 0], "ridge", directory=tmp_path, activations=Forbidden(tiny_pair)
-    )
+    first = kept(tiny_pair, tmp_path, "ridge", layers=[1, 0])
+    again = kept(tiny_pair, tmp_path, "ridge", layers=[1, 0], activations=Forbidden(tiny_pair))
     assert list(again) == [1, 0]
     assert all(again[layer].fingerprint == first[layer].fingerprint for layer in (1, 0))
 
 
 def test_what_is_missing_is_fitted(tiny_pair, tmp_path):
     """A second layer is fitted beside the kept one; the kept one stays as it is."""
-    kept = fit_maps(tiny_pair, [1], directory=tmp_path)
-    both = fit_maps(tiny_pair, [1, 2], directory=tmp_path)
-    assert both[1].fingerprint == kept[1].fingerprint
+    one = kept(tiny_pair, tmp_path)
+    both = kept(tiny_pair, tmp_path, layers=[1, 2])
+    assert both[1].fingerprint == one[1].fingerprint
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_kept_maps_are_those_that_are_fitted(tiny_pair, tmp_path):
+    """With and without a folder: the same maps, fitted, kept or read back."""
+    fitted = fit_maps(tiny_pair, [1])[1].fingerprint
+    assert [kept(tiny_pair, tmp_path)[1].fingerprint for _ in range(2)] == [fitted, fitted]
 
 
 @pytest.mark.parametrize(
@@ -465,7 +501,7 @@ def test_what_is_missing_is_fitted(tiny_pair, tmp_path):
 def test_no_map_of_something_else_is_reused(tiny_pair, tmp_path, change):
     """Whatever the fit depends on is part of its address."""
     base, tuned, prompts = tiny_pair.base.model, tiny_pair.tuned.model, tiny_pair.prompts
-    fit_maps(tiny_pair, [1], "procrustes", directory=tmp_path)
+    kept(tiny_pair, tmp_path, "procrustes")
     if change == "tuned weights":
         tuned = fine_tuned(base, seed=3)
     elif change == "base weights":
@@ -479,7 +515,7 @@ def test_no_map_of_something_else_is_reused(tiny_pair, tmp_path, change):
         "seed": int(change == "seed"),
         "scope": "layer" if change == "scope" else "head",
     }
-    fit_maps(pair, [1], directory=tmp_path, activations=activations, **settings)
+    kept(pair, tmp_path, activations=activations, **settings)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
@@ -487,46 +523,37 @@ def test_a_map_under_the_name_of_another_is_not_believed(tiny_pair, tmp_path):
     """Files of another pair, renamed to what this pair's map is called, are fitted anew."""
     base = tiny_pair.base.model
     other = pair_of(base, fine_tuned(base, seed=3), tiny_pair.prompts)
-    own = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
-    fit_maps(other, [1], directory=tmp_path / "other")
+    own = kept(tiny_pair, tmp_path)[1]
+    kept(other, tmp_path / "other")
     (path,), (foreign,) = tmp_path.glob("*.safetensors"), (tmp_path / "other").glob("*.safetensors")
     for suffix in (".safetensors", ".json"):
         path.with_suffix(suffix).write_bytes(foreign.with_suffix(suffix).read_bytes())
-    assert fit_maps(tiny_pair, [1], directory=tmp_path)[1].fingerprint == own.fingerprint
+    assert kept(tiny_pair, tmp_path)[1].fingerprint == own.fingerprint
 
 
-def test_the_best_kept_kind_is_taken_when_none_is_asked_for(tmp_path):
-    """The kept map with the best calibration CKA serves, whichever was kept first."""
-    base = tiny_model()
-    pair = pair_of(base, fine_tuned(base, size=0.5), random_prompts())
-    kept = [fit_maps(pair, [1], kind, directory=tmp_path)[1] for kind in ("moments", "ridge")]
-    best = max(kept, key=lambda layer_map: layer_map.mean_cka)
-    taken = fit_maps(pair, [1], directory=tmp_path, activations=Forbidden(pair))[1]
-    assert taken.kind == best.kind
-    assert abs(kept[0].mean_cka - kept[1].mean_cka) > 1e-3
-
-
-def test_kinds_that_cka_cannot_tell_apart_are_told_by_r2(tiny_pair, tmp_path):
-    """CKA does not see rotations: the identity must not stand in for the rotation it misses."""
-    kinds = ("identity", "mean_shift", "procrustes", "procrustes_scaled")
-    kept = [fit_maps(tiny_pair, [1], kind, directory=tmp_path)[1] for kind in kinds]
-    assert max(m.mean_cka for m in kept) - min(m.mean_cka for m in kept) < 1e-6
-    taken = fit_maps(tiny_pair, [1], directory=tmp_path, activations=Forbidden(tiny_pair))[1]
-    assert taken.kind in {"procrustes", "procrustes_scaled"}
+def test_a_kind_that_is_left_out_is_the_default_whatever_was_kept(tiny_pair, tmp_path):
+    """What an earlier run left there does not decide what this one measures."""
+    for kind in ("moments", "ridge"):
+        kept(tiny_pair, tmp_path, kind)
+    config = RunConfig(base="base", tuned="tuned", prompts="prompts")
+    store, activations = Store(tmp_path), PairActivations(tiny_pair)
+    taken = prepare_experiment(config, activations, [1], Clock(silent), store=store).maps[1]
+    assert taken.kind == "procrustes_scaled"
+    assert taken.fingerprint == fit_maps(tiny_pair, [1])[1].fingerprint
 
 
 def test_an_asked_kind_is_the_one_that_comes(tiny_pair, tmp_path):
     """A better kept map of another kind does not stand in for the kind that was named."""
-    fit_maps(tiny_pair, [1], "procrustes_scaled", directory=tmp_path)
-    assert fit_maps(tiny_pair, [1], "identity", directory=tmp_path)[1].kind == "identity"
+    kept(tiny_pair, tmp_path, "procrustes_scaled")
+    assert kept(tiny_pair, tmp_path, "identity")[1].kind == "identity"
 
 
 def test_a_damaged_kept_map_is_set_aside_and_fitted_again(tiny_pair, tmp_path):
     """What cannot be believed is renamed, and the fit gives the same map again."""
-    first = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    first = kept(tiny_pair, tmp_path)[1]
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-3])
-    again = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    again = kept(tiny_pair, tmp_path)[1]
     assert again.fingerprint == first.fingerprint
     assert path.with_name(path.name + ".damaged").exists()
     assert load_map(path).fingerprint == first.fingerprint
@@ -535,9 +562,9 @@ def test_a_damaged_kept_map_is_set_aside_and_fitted_again(tiny_pair, tmp_path):
 def test_fresh_uses_no_kept_map_and_removes_nothing(tiny_pair, tmp_path):
     """`fresh` fits again and replaces; whatever else lies in the folder stays."""
     (tmp_path / "diary.txt").write_text("mine")
-    first = fit_maps(tiny_pair, [1], directory=tmp_path)[1]
+    first = kept(tiny_pair, tmp_path)[1]
     with pytest.raises(AssertionError, match="train"):
-        fit_maps(tiny_pair, [1], directory=tmp_path, fresh=True, activations=Forbidden(tiny_pair))
-    again = fit_maps(tiny_pair, [1], directory=tmp_path, fresh=True)[1]
+        kept(tiny_pair, tmp_path, fresh=True, activations=Forbidden(tiny_pair))
+    again = kept(tiny_pair, tmp_path, fresh=True)[1]
     assert again.fingerprint == first.fingerprint
     assert (tmp_path / "diary.txt").read_text() == "mine"

@@ -10,8 +10,12 @@ from rq4lens.analysis.statistics.bootstrap import (
     ONE_GROUP,
     UNDEFINED_IN_RESAMPLES,
     Bootstrap,
+    Estimate,
+    Interval,
     bca_levels,
+    number_text,
     quantiles,
+    undefined,
 )
 from rq4lens.errors import UserError
 
@@ -163,3 +167,15 @@ def test_nothing_to_resample_is_refused():
         Bootstrap((), 10)
     with pytest.raises(UserError, match="n_resamples 0"):
         Bootstrap(("a",), 0)
+
+
+def test_an_estimate_prints_itself():
+    """Value, unit and interval by one form; what is undefined is called so."""
+    estimate = Estimate(12.345, Interval(10.0, 15.0))
+    assert f"{estimate:.1f%}" == "12.3% [10.0, 15.0]"
+    assert f"{estimate:.3g nats}" == "12.3 nats [10, 15]"
+    assert f"{Estimate(3.0):.0f of 8 heads}" == "3 of 8 heads"
+    assert str(undefined("why")) == "undefined"
+    assert [number_text(value, "auto") for value in (0.0, 0.1234567, 1.5e-5)] == [
+        *("0.00000", "0.12346", "1.5e-05")
+    ]

@@ -8,11 +8,14 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from rq4lens.disk import files
 from rq4lens.disk.files import read_json, write_json_atomic
@@ -229,31 +232,56 @@ def test_any_flipped_byte_is_noticed(store):
         assert store.get(INGREDIENTS) in (None, PAYLOAD)
 
 
+def killed_in_a_write(directory: str) -> None:
+    os.replace = lambda *_paths: os.kill(os.getpid(), signal.SIGKILL)
+    Store(Path(directory)).put(INGREDIENTS, PAYLOAD)
+
+
 @pytest.mark.fault
-def test_temporary_files_are_ignored_and_removed_when_old(store):
-    """What a killed process left behind is never read; only old leftovers are removed."""
-    old, young = store.directory / ".old.tmp", store.directory / ".young.tmp"
-    for path in (old, young):
-        path.write_text("half a rec")
-    long_ago = time.time() - 2 * files.STALE_TEMPORARY_SECONDS
-    os.utime(old, (long_ago, long_ago))
+def test_what_a_killed_write_left_is_gone_when_the_store_is_opened_again(store):
+    """A process dies between writing and renaming: the next one removes its temporary file."""
+    writer = multiprocessing.get_context("fork").Process(
+        target=killed_in_a_write, args=(str(store.directory),)
+    )
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    (left,) = store.directory.iterdir()
     again = Store(store.directory)
-    assert not old.exists()
-    assert young.exists()
+    assert not left.exists()
+    assert again.get(INGREDIENTS) is None
+
+
+@pytest.mark.fault
+def test_temporary_files_are_ignored_and_removed_when_their_owner_is_gone(store):
+    """Those of living processes stay; of other machines' processes, only old ones are removed."""
+    here, token = files._machine(), "0" * 32
+    old, young = f".00000000-1-{token}.tmp", f".11111111-1-{token}.tmp"
+    living, foreign = f".{here}-{os.getpid()}-{token}.tmp", ".notes.tmp"
+    store.directory.mkdir()
+    long_ago = time.time() - 2 * files.LEFT_SECONDS
+    for name in (old, young, living, foreign):
+        (store.directory / name).write_text("half a rec")
+    for name in (old, living, foreign):
+        os.utime(store.directory / name, (long_ago, long_ago))
+    again = Store(store.directory)
+    assert {path.name for path in store.directory.iterdir()} == {young, living, foreign}
     assert again.get(INGREDIENTS) is None
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
 def test_a_jumping_clock_loses_nothing(store, monkeypatch, jump):
-    """Another process whose clock jumps may sweep our temporary file; the write is made again."""
+    """Another machine whose clock jumps may sweep our temporary file; the write is made again."""
     true_time, replace_file = time.time, os.replace
     monkeypatch.setattr(time, "time", lambda: true_time() + jump)
-    sweeps = iter([files.remove_stale_temporaries])
+    sweeps = iter([files.remove_leftovers])
 
     def swept_replace(source, target):
         for sweep in sweeps:
-            sweep(store.directory)
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr(files, "_machine", lambda: "00000000")
+                sweep(store.directory)
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", swept_replace)
@@ -316,6 +344,122 @@ def test_two_processes_may_write_the_same_record(store):
         assert writer.exitcode == 0
     assert store.counters.set_aside == []
     assert len(list(store.directory.iterdir())) == 1
+
+
+# --- tensors
+
+
+TENSORS = {"z": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def test_tensors_return_bit_for_bit_with_their_payload(store):
+    """Every number, type and shape; strided ones too; and the record says what was put with it."""
+    strided = {"w": torch.randn(4, 3).T}
+    other = replace(INGREDIENTS, layer=3)
+    store.put_tensors(INGREDIENTS, TENSORS, {"rows": 2})
+    store.put_tensors(other, strided)
+    for ingredients, tensors in ((INGREDIENTS, TENSORS), (other, strided)):
+        found = store.get_tensors(ingredients)
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+    assert store.get(INGREDIENTS)["rows"] == 2
+    assert Store(store.directory, fresh=True).get_tensors(INGREDIENTS) is None
+    assert store.get_tensors(replace(INGREDIENTS, layer=4)) is None
+    assert store.counters.set_aside == []
+
+
+def foreign_tensors(path: Path) -> None:
+    path.write_bytes(save({"z": torch.zeros(2, 3), "half": TENSORS["half"]}))
+
+
+TENSOR_DAMAGE = {
+    **{each: DAMAGE[each] for each in ("empty", "truncated", "half", "zeroed", "doubled")},
+    **{each: DAMAGE[each] for each in ("a symlink", "a directory", "a pipe")},
+    "other tensors": foreign_tensors,
+    "no tensors": Path.unlink,
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", TENSOR_DAMAGE.values(), ids=TENSOR_DAMAGE.keys())
+def test_tensors_that_cannot_be_believed_are_set_aside(store, damage, caplog):
+    """Damaged, truncated and foreign tensors are renamed, said, and computed again."""
+    path = store.put_tensors(INGREDIENTS, TENSORS).with_suffix(".safetensors")
+    damage(path)
+    assert store.get_tensors(INGREDIENTS) is None
+    assert [name for name, _ in store.counters.set_aside] == [path.name]
+    assert f"set aside {path.name} and computing it again" in caplog.text
+    assert not os.path.lexists(path)
+    assert os.path.lexists(f"{path}.damaged") == (damage is not Path.unlink)
+    store.put_tensors(INGREDIENTS, TENSORS)
+    assert torch.equal(store.get_tensors(INGREDIENTS)["z"], TENSORS["z"])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_tensors_of_a_record_that_cannot_be_believed_are_not_used(store, damage):
+    """Whole tensors are not used where their record cannot be believed."""
+    path = store.put_tensors(INGREDIENTS, TENSORS, PAYLOAD)
+    damage(path)
+    assert store.get_tensors(INGREDIENTS) is None
+    assert [name for name, _ in store.counters.set_aside] == [path.name]
+
+
+def write_tensors_often(directory: str, n: int) -> None:
+    store = Store(Path(directory))
+    for _ in range(n):
+        store.put_tensors(INGREDIENTS, TENSORS)
+
+
+@pytest.mark.fault
+def test_two_processes_may_write_the_same_tensors(store):
+    """Whoever reads while two processes write gets whole tensors, and sets nothing aside."""
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_tensors_often, args=(str(store.directory), 60))
+        for _ in range(2)
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        found = store.get_tensors(INGREDIENTS)
+        assert found is None or torch.equal(found["z"], TENSORS["z"])
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert store.counters.set_aside == []
+    assert len(list(store.directory.iterdir())) == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_between_tensors_and_record_leaves_nothing_half_written(store, monkeypatch, moment):
+    """A kill between tensors and record leaves whole files; what is missing is made again."""
+    replace_file, calls = os.replace, iter((1, 2))
+
+    def killed(source, target):
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.put_tensors(INGREDIENTS, TENSORS)
+    assert store.get_tensors(INGREDIENTS) is None
+    assert store.counters.set_aside == []
+    store.put_tensors(INGREDIENTS, TENSORS)
+    assert torch.equal(store.get_tensors(INGREDIENTS)["z"], TENSORS["z"])
+
+
+@pytest.mark.fault
+def test_tensors_without_their_record_are_not_there(store):
+    """Tensors whose record was never written are computed again."""
+    store.put_tensors(INGREDIENTS, TENSORS).unlink()
+    assert store.get_tensors(INGREDIENTS) is None
+    assert store.counters.set_aside == []
 
 
 @pytest.mark.fault

@@ -19,12 +19,14 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from rq4lens.config import Effort, Patching, Place
+from rq4lens.disk.store import Store
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
+from rq4lens.patching.maps.map import put_map
 from rq4lens.patching.measured import Recorder
 from rq4lens.validation.planting import plant
 
@@ -229,3 +231,21 @@ def grid_of(pair, maps, layer, control_layer=None, alpha=0.3, *, ks=(1, 2, 4, 8)
     patching = Patching(layer=layer, control_layer=control_layer, alpha=alpha, k=ks, **settings)
     experiment = experiment or prepare(pair, maps, patching, place, activations=activations)
     return measure_grid(Recorder(experiment, alpha, store, progress), patching, effort)
+
+
+class Address:
+    """What a map is stored under that no recipe made."""
+
+    label = "map"
+
+    def __init__(self, layer_map):
+        self.layer_map = layer_map
+
+    def to_dict(self):
+        """Its own ingredients."""
+        return dict(self.layer_map.ingredients)
+
+
+def stored_map(folder, layer_map):
+    """The record of a map that lies in a folder, its tensors beside it."""
+    return put_map(Store(folder), Address(layer_map), layer_map)

@@ -105,7 +105,7 @@ class Worker:
 
     def fit(self, layer: int) -> int:
         """Fit the map of a layer into the run directory."""
-        self.bench.fit([layer])
+        self.bench.maps([layer])
         return layer
 
     def measure(self, place: int) -> int:

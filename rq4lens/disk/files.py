@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
+import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rq4lens.errors import UserError
 
 MAX_TEXT_BYTES = 1 << 28
 """Larger text files are refused unread."""
 
-STALE_TEMPORARY_SECONDS = 3600.0
-"""A temporary file that is older was left by a process that died."""
+LEFT_SECONDS = 3600.0
+"""A temporary file of another machine that is older was left by a process that died."""
+
+TEMPORARY = re.compile(r"\.(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-)?[0-9a-f]{32}\.tmp")
+"""Names of temporary files; earlier versions did not name the process."""
 
 
 def canonical_json(value: Any) -> str:
@@ -31,21 +39,47 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def read_text(
+    path: Path,
+    what: str,
+    *,
+    parse: Callable[[str], Any] = str,
+    form: str = "UTF-8",
+    missing: str = "check the path",
+    fix: str = "save it as a plain UTF-8 file",
+) -> Any:
+    """What the text of a file says.
+
+    Args:
+        path: the file.
+        what: what it is, for the sentence, such as ``"prompt file"``.
+        parse: from its text to what it says; raises ``ValueError`` where it says nothing.
+        form: what it should be written in.
+        missing: what to do when it is not there.
+        fix: what to do when it cannot be read.
+
+    Raises:
+        UserError: if the file is missing, is no regular file, or cannot be parsed.
+    """
+    name = f"{what} {str(path)!r}".lstrip()
+    try:
+        return parse(read_regular_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist: {missing}.") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"{name} cannot be read as {form} ({short_reason(problem)}): {fix}."
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """Read a strict JSON file.
 
     Raises:
         UserError: if the file is missing, is no regular file, or does not hold strict JSON.
     """
-    try:
-        return parse_json(read_regular_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(
-            f"{str(path)!r} cannot be read as JSON ({short_reason(problem)}): restore it, or "
-            "remove it and run again."
-        ) from None
+    fix = "restore it, or remove it and run again"
+    return read_text(path, "", parse=parse_json, form="JSON", fix=fix)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -219,12 +253,12 @@ def short_reason(problem: BaseException, most: int = 200) -> str:
 
 def _replace_through_temporary(path: Path, data: bytes, attempts: int = 3) -> None:
     for attempt in range(1, attempts + 1):
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        temporary = _temporary(path)
         try:
             _write_synced(temporary, data)
             os.replace(temporary, path)  # noqa: PTH105 - the atomic rename, by its known name
         except FileNotFoundError:
-            # Another process took our temporary file for a stale one (the clock jumped).
+            # Another machine took our temporary file for one that was left (its clock jumped).
             if attempt == attempts or not path.parent.is_dir():
                 raise
         except BaseException:
@@ -264,13 +298,30 @@ def set_aside(path: Path) -> None:
         os.replace(path, path.with_name(f"{path.name}.damaged"))  # noqa: PTH105
 
 
-def remove_stale_temporaries(directory: Path) -> int:
-    """Remove temporary files that killed processes left behind."""
-    oldest = time.time() - STALE_TEMPORARY_SECONDS
-    removed = 0
-    for path in directory.glob(".*.tmp"):
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files, in a directory and below, that killed processes left behind.
+
+    A file that is taken from a living process by mistake, such as one of another container that
+    goes by the same name, is written again.
+    """
+    for path in directory.rglob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if path.lstat().st_mtime < oldest:
+            if _is_left(path):
                 path.unlink()
-                removed += 1
-    return removed
+
+
+def _is_left(path: Path) -> bool:
+    name = TEMPORARY.fullmatch(path.name)
+    if name is None:
+        return False
+    if name["machine"] == _machine():
+        return not psutil.pid_exists(int(name["pid"]))
+    return path.lstat().st_mtime < time.time() - LEFT_SECONDS
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]

@@ -9,26 +9,40 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from rq4lens.disk.files import (
     canonical_json,
     make_directory,
     parse_json,
+    read_regular_bytes,
     read_regular_file,
-    remove_stale_temporaries,
+    remove_leftovers,
     set_aside,
     short_reason,
     write_bytes_atomic,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # whoever reads JSON alone, such as a figure, loads no torch
+
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FORMAT = "rq4lens record 1"
+TENSORS = ".safetensors"
+SHA256 = "sha256"
+"""Name of the checksum of the tensors in the payload of their record."""
+
 NUMERICS_VERSION = "2"
 """Raised whenever a change of the code changes a stored number; older records are then unused."""
 
@@ -59,50 +73,26 @@ class ConditionIngredients:
     """Everything that can change the numbers of one condition.
 
     Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-
-    Attributes:
-        base_weights: fingerprint of the base model's weights.
-        tuned_weights: fingerprint of the tuned model's weights.
-        base_config: fingerprint of the base model's configuration (the same weights under another
-            rotary base or activation function are another model).
-        tuned_config: fingerprint of the tuned model's configuration.
-        base_tokenizer: fingerprint of the base model's tokenizer.
-        tuned_tokenizer: fingerprint of the tuned model's tokenizer.
-        template: the chat template the prompts were rendered with, or its fingerprint.
-        base_token_ids: fingerprint of the prompts' token ids on the base side, in order.
-        tuned_token_ids: the same on the tuned side.
-        base_decision: decision index of each prompt on the base side, or their fingerprint.
-        tuned_decision: the same on the tuned side.
-        split: name of the measured split.
-        map_fingerprint: fingerprint of the fitted map; None where no map takes part.
-        layer: the patched layer.
-        heads: the patched heads, ascending.
-        n_heads: heads of the layer.
-        alpha: blend strength.
-        kind: source kind, such as ``"raw"``, ``"mapped"`` or ``"self"``.
-        dtype: number format of the models.
-        device: kind of device, such as ``"cpu"`` or ``"cuda"``; they round differently.
-        weight_processing: how the weights were processed on loading, ``"none"`` by default.
-        k_positions: how many positions were patched.
-        kl_direction: which way the divergence is taken.
-        raw_baseline: what the raw patch inserts.
-        libraries: versions of the libraries that do the arithmetic.
-        numerics_version: version of this package's own arithmetic.
+    Names of what a model or prompts are stand for fingerprints.
     """
 
     base_weights: str
     tuned_weights: str
     base_config: str
     tuned_config: str
+    """The same weights under another rotary base or activation function are another model."""
     base_tokenizer: str
     tuned_tokenizer: str
     template: str
+    """The chat template that the prompts were rendered with."""
     base_token_ids: str
     tuned_token_ids: str
     base_decision: str | tuple[int, ...]
     tuned_decision: str | tuple[int, ...]
+    """Decision index of each prompt, or what it follows from."""
     split: str
     map_fingerprint: str | None
+    """None where no map takes part."""
     layer: int
     heads: tuple[int, ...]
     n_heads: int
@@ -110,6 +100,7 @@ class ConditionIngredients:
     kind: str
     dtype: str
     device: str
+    """Kind of device; they round differently."""
     weight_processing: str
     k_positions: int
     kl_direction: str
@@ -131,36 +122,32 @@ class ConditionIngredients:
 
 @dataclass
 class StoreCounters:
-    """What a store did so far.
-
-    Attributes:
-        reused: records that were found and verified.
-        computed: records that were written.
-        set_aside: file name and reason of each record that could not be believed.
-    """
+    """What a store did so far."""
 
     reused: int = 0
     computed: int = 0
     set_aside: list[tuple[str, str]] = field(default_factory=list)
+    """File name and reason of each file that could not be believed."""
 
 
 class Store:
-    """A directory of small verified JSON records.
+    """A directory of small verified JSON records, some with tensors beside them.
 
     Args:
-        directory: where the records lie; created if missing.
+        directory: where the records lie; made when the first one is written.
         fresh: do not use any record that is there; new ones replace them.
 
     Raises:
-        UserError: if the directory cannot be made.
+        UserError: if a file lies there instead of a directory.
     """
 
     def __init__(self, directory: Path, fresh: bool = False) -> None:
         self.directory = Path(directory)
         self.fresh = fresh
         self.counters = StoreCounters()
-        make_directory(self.directory)
-        remove_stale_temporaries(self.directory)
+        if os.path.lexists(self.directory):
+            make_directory(self.directory)  # refuses a file that lies there
+        remove_leftovers(self.directory)
 
     def path(self, ingredients: Ingredients) -> Path:
         """The one file name that these ingredients can have."""
@@ -170,25 +157,15 @@ class Store:
     def get(self, ingredients: Ingredients) -> Any | None:
         """The stored payload, if there is one that can be believed."""
         path = self.path(ingredients)
-        if self.fresh:
-            log.info("computing %s: the store is to be made fresh", path.name)
-            return None
-        try:
-            record = read_record(path)
-            if canonical_json(record.ingredients) != canonical_json(ingredients.to_dict()):
-                raise ValueError("made from other ingredients")
-        except FileNotFoundError:
-            log.info("computing %s: no record yet", path.name)
-            return None
-        except (OSError, ValueError, RecursionError) as problem:
-            self._set_aside(path, short_reason(problem))
-            return None
-        self.counters.reused += 1
-        log.info("reused %s: checksum and ingredients agree", path.name)
-        return record.payload
+        return self._believed(path, lambda: _record_of(path, ingredients).payload)
+
+    def get_tensors(self, ingredients: Ingredients) -> Mapping[str, Tensor] | None:
+        """The stored tensors by name, if there are any that can be believed."""
+        path = self.path(ingredients)
+        return self._believed(path, lambda: read_tensors(path, _record_of(path, ingredients)))
 
     def put(self, ingredients: Ingredients, payload: Any) -> Path:
-        """Keep a payload; another process may write the same record at the same time.
+        """Store a payload; another process may write the same record at the same time.
 
         Raises:
             UserError: if the payload is not JSON, or the file cannot be written.
@@ -198,23 +175,58 @@ class Store:
         head = canonical_json({"format": FORMAT, "ingredients": ingredients.to_dict()})
         # The payload stands in the record as the very text that its checksum is taken of.
         record = f'{head[:-1]},"payload":{text},"payload_sha256":"{_sha256(text)}"}}\n'
+        make_directory(self.directory)
         write_bytes_atomic(path, record.encode("ascii"))
         self.counters.computed += 1
         return path
 
-    def _set_aside(self, path: Path, reason: str) -> None:
+    def put_tensors(
+        self,
+        ingredients: Ingredients,
+        tensors: Mapping[str, Tensor],
+        payload: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Path:
+        """Store tensors in a safetensors file beside the record of their payload and checksum.
+
+        Raises:
+            UserError: if the payload is not JSON, or a file cannot be written.
+        """
+        from safetensors.torch import save  # noqa: PLC0415 - loads torch
+
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        make_directory(self.directory)
+        # The record comes last: whoever finds it finds whole tensors.
+        write_bytes_atomic(self.path(ingredients).with_suffix(TENSORS), data)
+        return self.put(ingredients, {**payload, SHA256: hashlib.sha256(data).hexdigest()})
+
+    def _believed(self, path: Path, read: Callable[[], T]) -> T | None:
+        if self.fresh:
+            log.info("computing %s: the store is to be made fresh", path.name)
+            return None
+        try:
+            found = read()
+        except FileNotFoundError:
+            log.info("computing %s: no record yet", path.name)
+            return None
+        except DamagedTensorsError as problem:
+            self.set_aside(path.with_suffix(TENSORS), str(problem))
+            return None
+        except (OSError, ValueError, RecursionError) as problem:
+            self.set_aside(path, short_reason(problem))
+            return None
+        self.counters.reused += 1
+        log.info("reused %s: checksum and ingredients agree", path.name)
+        return found
+
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Rename a file that cannot be believed, and say so."""
         self.counters.set_aside.append((path.name, reason))
         log.warning("set aside %s and computing it again: %s", path.name, reason)
         set_aside(path)
 
 
 class Record(NamedTuple):
-    """A record that agrees with its checksum.
-
-    Args:
-        ingredients: what it was made from.
-        payload: its value.
-    """
+    """A record that agrees with its checksum."""
 
     ingredients: dict[str, Any]
     payload: Any
@@ -241,6 +253,37 @@ def read_record(path: Path) -> Record:
     if _sha256(canonical_json(record["payload"])) != record["payload_sha256"]:
         raise ValueError("the checksum does not match")
     return Record(record["ingredients"], record["payload"])
+
+
+def _record_of(path: Path, ingredients: Ingredients) -> Record:
+    record = read_record(path)
+    if canonical_json(record.ingredients) != canonical_json(ingredients.to_dict()):
+        raise ValueError("made from other ingredients")
+    return record
+
+
+class DamagedTensorsError(ValueError):
+    """Tensors that do not agree with their record."""
+
+
+def read_tensors(path: Path, record: Record) -> dict[str, Tensor]:
+    """The tensors beside the record that was read from a path.
+
+    Raises:
+        DamagedTensorsError: if they are missing, cannot be read, or do not agree with the record.
+    """
+    from safetensors.torch import load  # noqa: PLC0415 - loads torch
+
+    path = path.with_suffix(TENSORS)
+    try:
+        if path.is_symlink():
+            raise ValueError("a symlink instead of tensors")
+        data = read_regular_bytes(path)
+        if hashlib.sha256(data).hexdigest() != record.payload[SHA256]:
+            raise ValueError("the checksum does not match")
+        return dict(load(data))
+    except Exception as problem:  # a disk, a header, a number format: every damage is one error
+        raise DamagedTensorsError(short_reason(problem)) from problem
 
 
 def _sha256(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rq4lens.config import RunConfig
+from rq4lens.disk.files import remove_leftovers
 from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -21,8 +22,8 @@ from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import GridPlan
-from rq4lens.patching.kept_activations import KeptActivations
-from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.maps.fitting import fit_maps, maps_from
+from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Recorder
 
 log = logging.getLogger(__name__)
@@ -51,12 +52,13 @@ class Bench:
     ) -> None:
         if directory is not None:
             refuse_foreign(directory)
+            remove_leftovers(directory)
         self.config = config
         self.directory = directory
         self.fresh = fresh
         self.clock = Clock(stage)
         self._experiments: dict[tuple[Any, ...], Experiment] = {}
-        self._fitted: set[int] = set()
+        self._maps: dict[int, LayerMap] = {}
 
     @property
     def run_directory(self) -> Path:
@@ -90,14 +92,12 @@ class Bench:
     @cached_property
     def activations(self) -> PairActivations:
         """What the forward passes of both models give; filled by :meth:`capture`."""
-        device = torch.device(resolve_device(self.config.place.device)).type
         return PairActivations(
             self.pair,
             k_positions=self.config.patching.k_positions,
             batch_size=self.config.place.batch_size,
-            kept=None
-            if self.cache is None
-            else KeptActivations(self.cache, device, fresh=self.fresh),
+            store=None if self.cache is None else Store(self.cache, fresh=self.fresh),
+            device=torch.device(resolve_device(self.config.place.device)).type,
         )
 
     def capture(self, layers: Sequence[int]) -> PairActivations:
@@ -115,21 +115,21 @@ class Bench:
             keep_base_card(self.config, self.pair, self.cache)
         return self.activations
 
-    def fit(self, layers: Sequence[int]) -> dict[int, Any]:
-        """The maps of some layers, fitted now or before."""
-        patching = self.config.patching
-        maps = fit_maps(
-            self.pair,
-            layers,
-            patching.map_kind,
-            scope=patching.map_scope,
-            seed=self.config.effort.seed,
-            activations=self.activations,
-            directory=self.directory and self.directory / MAPS,
-            fresh=self.fresh and not self._fitted.issuperset(layers),
+    def maps(self, layers: Sequence[int]) -> dict[int, LayerMap]:
+        """The maps of some layers: from the run directory, or fitted once."""
+        patching, missing = (
+            self.config.patching,
+            [each for each in layers if each not in self._maps],
         )
-        self._fitted.update(layers)
-        return maps
+        how: dict[str, Any] = {"scope": patching.map_scope, "seed": self.config.effort.seed}
+        if self.directory is None:
+            self._maps |= fit_maps(
+                self.pair, missing, patching.map_kind, activations=self.activations, **how
+            )
+        else:
+            store = Store(self.directory / MAPS, fresh=self.fresh)
+            self._maps |= maps_from(store, self.activations, missing, patching.map_kind, **how)
+        return {layer: self._maps[layer] for layer in layers}
 
     def experiment(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Experiment:
         """Some layers ready to be measured; the one that was made last stays.
@@ -143,7 +143,7 @@ class Bench:
             self._experiments = {}  # lets the memory of the one before go first
             self.capture(layers)
             with self.clock("maps"):
-                maps = self.fit(layers)
+                maps = self.maps(layers)
             with self.clock("prepare"):
                 self._experiments[wanted] = prepare(
                     self.pair,

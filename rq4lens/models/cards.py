@@ -21,19 +21,12 @@ from rq4lens.models.pair import ModelCard
 
 @dataclass(frozen=True, kw_only=True)
 class CardIngredients:
-    """Everything that can change what is known of a model.
-
-    Attributes:
-        checkpoint: fingerprint of the checkpoint's files.
-        dtype: number format that it is loaded as.
-        device: kind of device; an adapter is merged there.
-        trust_remote_code: whether code of the checkpoint may run.
-        libraries: versions of the libraries that load it.
-    """
+    """Everything that can change what is known of a model."""
 
     checkpoint: str
     dtype: str
     device: str
+    """Kind of device; an adapter is merged there."""
     trust_remote_code: bool
     libraries: str
 
@@ -47,24 +40,13 @@ class CardIngredients:
         return asdict(self)
 
 
-def kept_card(directory: Path, ingredients: CardIngredients) -> ModelCard | None:
+def kept_card(store: Store, ingredients: CardIngredients) -> ModelCard | None:
     """The card of a model that was loaded before, or None."""
-    if not directory.is_dir():
-        return None
-    values = Store(directory).get(ingredients)
+    values = store.get(ingredients)
     try:
         return None if values is None else ModelCard(**values)
     except TypeError:  # written by a version that knew more or less of a model
         return None
-
-
-def keep_card(directory: Path, ingredients: CardIngredients, card: ModelCard) -> None:
-    """Keep the card of a loaded model.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    Store(directory).put(ingredients, card.to_dict())
 
 
 def checkpoint_fingerprint(source: str | Path, revision: str | None = None) -> str:

@@ -15,13 +15,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.models.cards import (
-    CardIngredients,
-    checkpoint_fingerprint,
-    keep_card,
-    kept_card,
-)
+from rq4lens.models.cards import CardIngredients, checkpoint_fingerprint, kept_card
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
@@ -256,7 +252,7 @@ def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
     """
     if pair.base.was_loaded:
         ingredients = _card_ingredients(_source(config, "base"), config)
-        keep_card(directory, ingredients, pair.base.card)
+        Store(directory).put(ingredients, pair.base.card.to_dict())
 
 
 def _members(config: RunConfig, kept_in: Path | None = None) -> dict[Side, PairMember]:
@@ -274,7 +270,7 @@ def _members(config: RunConfig, kept_in: Path | None = None) -> dict[Side, PairM
 def _find_card(source: _Source, config: RunConfig, directory: Path) -> ModelCard | None:
     if not directory.is_dir():
         return None  # spares the reading of the whole checkpoint
-    card = kept_card(directory, _card_ingredients(source, config))
+    card = kept_card(Store(directory), _card_ingredients(source, config))
     # The same files may lie elsewhere by now.
     return None if card is None else replace(card, source=source.name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import einops
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import copied_once
 from rq4lens.models.load.fingerprint import arithmetic_libraries
@@ -20,7 +22,6 @@ from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.engines.layout import Steps, fused_norms, side_by_side, store_for_products
-from rq4lens.patching.kept_activations import ActivationIngredients, KeptActivations
 
 Reader = Callable[[Tensor], None]
 """Takes the activations that pass a hook point."""
@@ -202,6 +203,35 @@ def _readers(
     return {layer: reader(layer) for layer in layers}
 
 
+Z = "z"
+"""Name of the stored tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationIngredients:
+    """Everything that can change activations of one layer. Batch size and padding change none."""
+
+    weights: str
+    config: str
+    tokens: str
+    """Fingerprint of the tokens that the model reads, cut at the decision token."""
+    layer: int
+    k_positions: int
+    dtype: str
+    device: str
+    libraries: str
+    numerics_version: str = NUMERICS_VERSION
+
+    @property
+    def label(self) -> str:
+        """A readable start of the file name."""
+        return f"z_L{self.layer}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name."""
+        return asdict(self)
+
+
 class PairActivations:
     """Activations z of both models at the decision token, each captured once.
 
@@ -209,7 +239,9 @@ class PairActivations:
         pair: the pair.
         k_positions: how many positions to keep, the decision token last.
         batch_size: prompts per forward pass.
-        kept: where activations of the base model are looked up before it is loaded, if anywhere.
+        store: where activations of the base model are looked up before it is loaded, if anywhere.
+        device: kind of device that the base model runs on, such as ``"cuda"``; it rounds in its
+            own way, so the store tells them apart.
     """
 
     def __init__(
@@ -218,12 +250,14 @@ class PairActivations:
         *,
         k_positions: int = 1,
         batch_size: int = 32,
-        kept: KeptActivations | None = None,
+        store: Store | None = None,
+        device: str = "cpu",
     ) -> None:
         self.pair = pair
         self.k_positions = k_positions
         self.batch_size = batch_size
-        self.kept = kept
+        self.store = store
+        self.device = device
         self._captured: dict[tuple[Side, str, int], Tensor] = {}
         self._on_disk: set[tuple[str, int]] = set()
 
@@ -248,26 +282,26 @@ class PairActivations:
         return self._captured[side, split, layer]
 
     def keep(self) -> None:
-        """Keep what was captured of the base model, for runs that need not load it any more.
+        """Store what was captured of the base model, for runs that need not load it any more.
 
         Raises:
             UserError: if it cannot be written.
         """
         for (side, split, layer), z in self._captured.items():
-            if self.kept is not None and side == "base" and (split, layer) not in self._on_disk:
-                self.kept.put(self._ingredients(self.kept, split, layer), z)
+            if self.store is not None and side == "base" and (split, layer) not in self._on_disk:
+                self.store.put_tensors(self._ingredients(split, layer), {Z: z})
                 self._on_disk.add((split, layer))
 
     def _look_up(self, split: str, layers: Sequence[int]) -> None:
         for layer in layers:
-            if self.kept is None or ("base", split, layer) in self._captured:
+            if self.store is None or ("base", split, layer) in self._captured:
                 continue
-            found = self.kept.get(self._ingredients(self.kept, split, layer))
+            found = self.store.get_tensors(self._ingredients(split, layer))
             if found is not None:
-                self._captured["base", split, layer] = found
+                self._captured["base", split, layer] = found[Z]
                 self._on_disk.add((split, layer))
 
-    def _ingredients(self, kept: KeptActivations, split: str, layer: int) -> ActivationIngredients:
+    def _ingredients(self, split: str, layer: int) -> ActivationIngredients:
         card = self.pair.base.card
         return ActivationIngredients(
             weights=card.weights_fingerprint,
@@ -276,6 +310,6 @@ class PairActivations:
             layer=layer,
             k_positions=self.k_positions,
             dtype=card.dtype,
-            device=kept.device,
+            device=self.device,
             libraries=arithmetic_libraries(),
         )

@@ -13,6 +13,7 @@ from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.disk.files import (
     make_directory,
     read_regular_file,
+    remove_leftovers,
     write_json_atomic,
     write_text_atomic,
 )
@@ -185,6 +186,7 @@ def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = si
 
 def _join(plan: StudyPlan, directory: Path) -> None:
     """Keep the study's file beside its results; another study is refused."""
+    remove_leftovers(directory)
     path = directory / STUDY
     if not path.exists():
         make_directory(directory)

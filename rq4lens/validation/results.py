@@ -29,7 +29,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as JSON values."""
-        return {name: _plain(values) for name, values in vars(self).items()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
@@ -44,28 +44,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedIngredients:
-    """Everything that can change what a planted pair says.
-
-    Attributes:
-        weights: fingerprint of the base model's weights.
-        config: fingerprint of its configuration.
-        tokenizer: fingerprint of its tokenizer.
-        dtype: number format of the model.
-        device: kind of device; they round differently.
-        prompts: fingerprint of the prompts that are used.
-        n_val: how many of the val prompts the methods see.
-        reading: how they are read.
-        scenario: what is planted.
-        layers: the layers that heads are planted in, in turn.
-        alpha: blend strength.
-        drift: how far every weight moves.
-        strength: size of the planted changes.
-        seed: seed of the validation.
-        number: number of the pair in its scenario.
-        methods: the methods that are judged.
-        libraries: versions of the libraries that do the arithmetic.
-        numerics_version: version of this package's own arithmetic.
-    """
+    """Everything that can change what a planted pair says."""
 
     weights: str
     config: str
@@ -74,11 +53,14 @@ class PlantedIngredients:
     device: str
     prompts: str
     n_val: int
+    """How many of the val prompts the methods see."""
     reading: Mapping[str, Any] | None
     scenario: Mapping[str, Any]
     layers: tuple[int, ...]
+    """The layers that heads are planted in, in turn."""
     alpha: float
     drift: float
+    """How far every weight moves."""
     strength: float
     seed: int
     number: int
@@ -93,14 +75,7 @@ class PlantedIngredients:
 
     def to_dict(self) -> dict[str, Any]:
         """Every ingredient by name."""
-        values: dict[str, Any] = _plain(asdict(self))
-        return values
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.validation.results import FalseAlarms, Recovery, Validation
 
 VERDICTS = ("idle", "re-coordinated", "rewired", "undecided")
@@ -59,11 +60,11 @@ def _kinds_table(validation: Validation) -> Iterator[str]:
 
 def _alarms(alarms: FalseAlarms) -> str:
     low, high = (100 * end for end in alarms.ci95)
+    rate = Estimate(100 * alarms.rate, Interval(low, high))
     return (
         f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
         f"where two equal noises stood for the raw and the mapped activations, "
-        f"{100 * alarms.rate:.1f}% "
-        f"[{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%."
+        f"{rate:.1f%}; promised {100 * alarms.level:g}%."
     )
 
 

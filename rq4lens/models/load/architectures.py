@@ -25,9 +25,8 @@ StateDict = dict[str, Tensor]
 class Architecture:
     """How one Hugging Face architecture becomes a ``HookedTransformer``.
 
-    Attributes:
-        config: Reads a Hugging Face configuration into ``HookedTransformerConfig`` fields.
-        weights: TransformerLens' own conversion ``(hf_model, cfg) -> state dict``.
+    ``config`` reads a Hugging Face configuration into ``HookedTransformerConfig`` fields;
+    ``weights`` is TransformerLens' own conversion ``(hf_model, cfg) -> state dict``.
     """
 
     config: Callable[[Any], Fields]
@@ -44,17 +43,20 @@ def _require(hf: Any, field: str, allowed: Any) -> None:
         )
 
 
-def _sizes(hf: Any) -> Fields:
+def _shape(hf: Any, n_ctx: int | None = None) -> Fields:
     return {
         "d_model": hf.hidden_size,
         "d_head": head_width(hf),
         "n_heads": hf.num_attention_heads,
         "n_layers": hf.num_hidden_layers,
-        "n_ctx": hf.max_position_embeddings,
+        "n_ctx": n_ctx or hf.max_position_embeddings,
         "d_vocab": hf.vocab_size,
-        "d_mlp": hf.intermediate_size,
-        "act_fn": getattr(hf, "hidden_activation", None) or hf.hidden_act,
     }
+
+
+def _sizes(hf: Any) -> Fields:
+    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    return _shape(hf) | {"d_mlp": hf.intermediate_size, "act_fn": activation}
 
 
 def _windows(hf: Any) -> Fields:
@@ -170,15 +172,10 @@ def _olmo3(hf: Any) -> Fields:
     return fields | {"rotary_base_local": local, "yarn_global_attn_only": True}
 
 
-def _gpt2_sizes(hf: Any) -> Fields:
-    return {
-        "d_model": hf.n_embd,
-        "d_head": hf.n_embd // hf.n_head,
-        "n_heads": hf.n_head,
-        "n_layers": hf.n_layer,
-        "n_ctx": hf.n_positions,
-        "d_vocab": hf.vocab_size,
-        "d_mlp": hf.n_inner or 4 * hf.n_embd,
+def _gpt(hf: Any, d_mlp: int | None) -> Fields:
+    """The common part of the GPT family: LayerNorm and an MLP of usually four times the width."""
+    return _shape(hf) | {
+        "d_mlp": d_mlp or 4 * hf.hidden_size,
         "act_fn": hf.activation_function,
         "eps": hf.layer_norm_epsilon,
         "normalization_type": "LN",
@@ -186,14 +183,14 @@ def _gpt2_sizes(hf: Any) -> Fields:
 
 
 def _gpt2(hf: Any) -> Fields:
-    return _gpt2_sizes(hf) | {
+    return _gpt(hf, hf.n_inner) | {
         "use_attn_scale": hf.scale_attn_weights,
         "scale_attn_by_inverse_layer_idx": hf.scale_attn_by_inverse_layer_idx,
     }
 
 
 def _gptj(hf: Any) -> Fields:
-    return _gpt2_sizes(hf) | {
+    return _gpt(hf, hf.n_inner) | {
         "parallel_attn_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_dim": hf.rotary_dim or hf.n_embd // hf.n_head,
@@ -202,17 +199,7 @@ def _gptj(hf: Any) -> Fields:
 
 
 def _gpt_neo(hf: Any) -> Fields:
-    return {
-        "d_model": hf.hidden_size,
-        "d_head": hf.hidden_size // hf.num_heads,
-        "n_heads": hf.num_heads,
-        "n_layers": hf.num_layers,
-        "n_ctx": hf.max_position_embeddings,
-        "d_vocab": hf.vocab_size,
-        "d_mlp": hf.intermediate_size or 4 * hf.hidden_size,
-        "act_fn": hf.activation_function,
-        "eps": hf.layer_norm_epsilon,
-        "normalization_type": "LN",
+    return _gpt(hf, hf.intermediate_size) | {
         "use_attn_scale": False,
         "use_local_attn": True,
         "attn_types": list(hf.attention_layers),
@@ -244,13 +231,7 @@ def _opt(hf: Any) -> Fields:
     _require(hf, "do_layer_norm_before", True)
     _require(hf, "word_embed_proj_dim", hf.hidden_size)
     _require(hf, "enable_bias", True)
-    return {
-        "d_model": hf.hidden_size,
-        "d_head": hf.hidden_size // hf.num_attention_heads,
-        "n_heads": hf.num_attention_heads,
-        "n_layers": hf.num_hidden_layers,
-        "n_ctx": hf.max_position_embeddings,
-        "d_vocab": hf.vocab_size,
+    return _shape(hf) | {
         "d_mlp": hf.ffn_dim,
         "act_fn": hf.activation_function,
         "eps": 1e-5,
@@ -260,13 +241,8 @@ def _opt(hf: Any) -> Fields:
 
 def _bloom(hf: Any) -> Fields:
     _require(hf, "apply_residual_connection_post_layernorm", False)
-    return {
-        "d_model": hf.hidden_size,
-        "d_head": hf.hidden_size // hf.n_head,
-        "n_heads": hf.n_head,
-        "n_layers": hf.n_layer,
-        "n_ctx": getattr(hf, "seq_length", 2048),  # ALiBi itself has no limit
-        "d_vocab": hf.vocab_size,
+    # ALiBi itself has no limit.
+    return _shape(hf, n_ctx=getattr(hf, "seq_length", 2048)) | {
         "d_mlp": 4 * hf.hidden_size,
         "act_fn": "gelu_fast",
         "eps": hf.layer_norm_epsilon,
@@ -336,11 +312,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(name: str | None) -> Architecture:
-    """The entry of an architecture.
-
-    Raises:
-        UserError: It has no entry; the sentence names it and every one that does.
-    """
+    """The entry of an architecture."""
     if name not in ARCHITECTURES:
         raise UserError(
             f"Architecture {str(name)[:80]} cannot be loaded; allowed are "

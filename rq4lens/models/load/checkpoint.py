@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformer_lens.utilities.quantization import quantization_method
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rq4lens.disk.files import parse_json, read_regular_file, short_reason, short_value
+from rq4lens.disk.files import (
+    parse_json,
+    read_regular_file,
+    short_reason,
+    short_value,
+)
 from rq4lens.errors import UserError
 
 
 def read_json(path: Path, source: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        UserError: The file is missing, or is not one strict JSON object.
-    """
+    """A JSON object of a checkpoint."""
     try:
         value = parse_json(read_regular_file(path), unique_keys=True)
     except FileNotFoundError:
@@ -50,7 +50,9 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
     return value
 
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors")
 DTYPES = ("F64", "F32", "F16", "BF16")
 """How weights that are neither packed nor quantized are stored."""
 
@@ -64,98 +66,121 @@ PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of a tensor.
-
-    Attributes:
-        dtype: Its type, as safetensors spells it.
-        shape: Its shape.
-        file: The file that holds it.
-    """
+    """What a header says of a tensor; ``dtype`` as safetensors spells it."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
 
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+"""What is fetched from the hub before the weights: configuration, tokenizer, index."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder on this machine, with what may be done with it.
+
+    Attributes:
+        source: What the user asked for: a folder or a hub id.
+        revision: The commit of a hub id; None for a folder.
+        with_weights: Whether weights on the hub are fetched too, also those of an adapter's base.
+        trust_remote_code: Whether code that it brings along may run.
+    """
+
+    source: str
+    folder: Path
+    revision: str | None
+    with_weights: bool = True
+    trust_remote_code: bool = False
+
     @property
-    def n_values(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter, to be merged into its base model."""
+        return (self.folder / "adapter_config.json").is_file()
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies in the folder."""
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        return any((self.folder / name).is_file() for name in names)
 
-def weight_names(folder: Path) -> tuple[str, ...]:
-    """File names of the weights as the small files name them, in transformers' own order.
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        return read_json(self.folder / "config.json", self.source)
 
-    Raises:
-        UserError: The index is damaged, or names anything but safetensors files beside it.
-    """
-    if (folder / "adapter_config.json").is_file():
-        return ("adapter_model.safetensors",)
-    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
-        return ("model.safetensors",)
-    return tuple(sorted(set(_weight_map(folder).values())))
-
-
-def weight_files(folder: Path, source: str) -> tuple[Path, ...]:
-    """The safetensors files of the weights.
-
-    Raises:
-        UserError: There are none, or a shard that the index lists is missing.
-    """
-    files = tuple(folder / name for name in weight_names(folder))
-    missing = [file.name for file in files if not file.is_file()]
-    if not missing:
-        return files
-    pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern))
-    if pickled:
-        raise UserError(
-            f"{source} holds its weights as {pickled[0]}, which is not safetensors; only "
-            "safetensors are read, as the others can run code: save it again with "
-            "save_pretrained."
-        )
-    raise UserError(
-        f"{source} lacks the weight file {missing[0]}; only safetensors are read, as one "
-        f"model.safetensors or as shards with their {INDEX}."
-    )
-
-
-def stored_tensors(folder: Path, source: str) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name, from the headers of its files.
-
-    Raises:
-        UserError: A file is damaged, a type is not that of plain weights, or files and index
-            contradict each other.
-    """
-    files = weight_files(folder, source)
-    found = _unrepeated(map(_header, files))
-    if not found:
-        raise UserError(f"{source} lacks weights, as its {files[0].name} is empty; save it again.")
-    for name, tensor in found.items():
-        if tensor.dtype not in DTYPES and not LEFTOVER.search(name):
+    @property
+    def architecture(self) -> str | None:
+        """The architecture's name, from ``config.json`` or its model type; None if neither says."""
+        stated = self.config.get("architectures") or [None]
+        if not isinstance(stated, list) or not isinstance(stated[0], str | None):
             raise UserError(
-                f"{short_value(name)} of {source} is stored as {tensor.dtype}, which is not the "
-                f"type of plain weights; allowed are {', '.join(DTYPES)}: save it again in one of "
-                "these."
+                f"architectures={short_value(stated)} in config.json of {self.source} must be a "
+                "list of one name, as ['LlamaForCausalLM']; restore the file."
             )
-    if len(files) > 1 or files[0].name not in ("model.safetensors", "adapter_model.safetensors"):
-        _check_against(found, _weight_map(folder), source)
-    return found
-
-
-def _weight_map(folder: Path) -> Mapping[str, str]:
-    index = read_json(folder / INDEX, str(folder))
-    weight_map: Any = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(
-            f"{folder / INDEX} has no weight_map from tensors to files; restore the file."
+        return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(
+            str(self.config.get("model_type"))
         )
-    for shard in weight_map.values():
-        plain = isinstance(shard, str) and re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", shard)
-        if not plain:
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """File names of the weights as the small files name them, in transformers' own order."""
+        if self.is_adapter:
+            return ("adapter_model.safetensors",)
+        if (self.folder / WEIGHTS).is_file() or not (self.folder / INDEX).is_file():
+            return (WEIGHTS,)
+        weight_map: Any = read_json(self.folder / INDEX, self.source).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(
-                f"the weight_map of {folder / INDEX} names {short_value(shard)}; allowed are "
-                "safetensors files in the same folder: restore the file."
+                f"{self.folder / INDEX} has no weight_map from tensors to files; restore the file."
             )
-    return weight_map
+        for shard in weight_map.values():
+            if not (isinstance(shard, str) and SHARD.fullmatch(shard)):
+                raise UserError(
+                    f"the weight_map of {self.folder / INDEX} names {short_value(shard)}; allowed "
+                    "are safetensors files in the same folder: restore the file."
+                )
+        return tuple(sorted(set(weight_map.values())))
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files of the weights."""
+        files = tuple(self.folder / name for name in self.weight_names)
+        missing = [file.name for file in files if not file.is_file()]
+        if not missing:
+            return files
+        pickled = sorted(p.name for pattern in PICKLED for p in self.folder.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{self.source} holds its weights as {pickled[0]}, which is not safetensors; only "
+                "safetensors are read, as the others can run code: save it again with "
+                "save_pretrained."
+            )
+        raise UserError(
+            f"{self.source} lacks the weight file {missing[0]}; only safetensors are read, as one "
+            f"model.safetensors or as shards with their {INDEX}."
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the weights by name, from the headers of their files."""
+        found: dict[str, StoredTensor] = {}
+        headers = map(_header, self.weight_files)
+        for name, tensor in chain.from_iterable(header.items() for header in headers):
+            if name in found:
+                raise UserError(
+                    f"{short_value(name)} stands in both {found[name].file} and "
+                    f"{tensor.file.name}; keep the file that is right."
+                )
+            if tensor.dtype not in DTYPES and not LEFTOVER.search(name):
+                raise UserError(
+                    f"{short_value(name)} of {self.source} is stored as {tensor.dtype}, which is "
+                    f"not the type of plain weights; allowed are {', '.join(DTYPES)}: save it "
+                    "again in one of these."
+                )
+            found[name] = tensor
+        return found
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
@@ -173,129 +198,31 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         ) from None
 
 
-def _unrepeated(headers: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-    for header in headers:
-        for name, tensor in header.items():
-            if name in found:
-                raise UserError(
-                    f"{short_value(name)} stands in both {found[name].file} and "
-                    f"{tensor.file.name}; keep the file that is right."
-                )
-            found[name] = tensor
-    return found
-
-
-def _check_against(
-    found: Mapping[str, StoredTensor], weight_map: Mapping[str, str], source: str
-) -> None:
-    for name, shard in weight_map.items():
-        if name not in found or found[name].file.name != shard:
-            raise UserError(
-                f"{INDEX} of {source} says that {short_value(name)} is in {shard}, where it is "
-                "not; fetch or save the checkpoint again."
-            )
-
-
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
-"""What is fetched from the hub before the weights: configuration, tokenizer, index."""
-
-UNREACHABLE = (
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    HfHubHTTPError,
-    OSError,
-)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A Hugging Face folder on this machine.
-
-    Attributes:
-        source: What the user asked for: a folder or a hub id.
-        folder: Where its files lie.
-        revision: The commit of a hub id; None for a folder.
-    """
-
-    source: str
-    folder: Path
-    revision: str | None
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether this is a PEFT adapter, to be merged into its base model."""
-        return (self.folder / "adapter_config.json").is_file()
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies in the folder."""
-        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-        return any((self.folder / name).is_file() for name in names)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The content of ``config.json``.
-
-        Raises:
-            UserError: The folder has none.
-        """
-        return read_json(self.folder / "config.json", self.source)
-
-    @property
-    def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files of the weights.
-
-        Raises:
-            UserError: There are none, or a shard that the index lists is missing.
-        """
-        return weight_files(self.folder, self.source)
-
-    @cached_property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the weights by name, from the headers of their files.
-
-        Raises:
-            UserError: A file is missing or damaged, or does not hold plain weights.
-        """
-        return stored_tensors(self.folder, self.source)
-
-
 def locate(
-    source: str | Path, revision: str | None = None, *, with_weights: bool = True
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    with_weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """The folder of a checkpoint, fetched from the hub if it is a hub id.
-
-    Raises:
-        UserError: No such folder or hub id, no access, or no network.
-    """
-    path = _possible_path(source)
-    if path.is_dir():
+    """The folder of a checkpoint, fetched from the hub if it is a hub id."""
+    text = str(source)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - leaves an unknown home as it is
+    if os.path.isdir(path):  # noqa: PTH112 - False for what no file system can have, too
         _refuse_what_is_no_file(path)
-        return Checkpoint(source=str(source), folder=path, revision=None)
-    if is_path(source):
+        return Checkpoint(text, path, None, with_weights, trust_remote_code)
+    # Hub ids are NAME or ORG/NAME; anything else can only be meant as a path.
+    spelled = text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text
+    if spelled or isinstance(source, Path) or path.is_absolute() or os.path.exists(path):  # noqa: PTH110
         raise UserError(
-            f"There is no folder {source}; give an existing Hugging Face folder "
+            f"There is no folder {text[:200]}; give an existing Hugging Face folder "
             "or a hub id as org/name."
         )
-    folder = _download(str(source), revision, SMALL_FILES)
+    folder = _download(text, revision, SMALL_FILES)
+    found = Checkpoint(text, folder, folder.name, with_weights, trust_remote_code)
     if with_weights:
-        _download(str(source), revision, weight_names(folder))
-    return Checkpoint(source=str(source), folder=folder, revision=folder.name)
-
-
-def _possible_path(source: str | Path) -> Path:
-    """The source as a path, if any file system could have it."""
-    try:
-        path = Path(source).expanduser()
-        path.exists()
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(
-            f"{short_value(str(source))} can be neither a folder nor a hub id "
-            f"({short_reason(problem)}); give an existing Hugging Face folder or a hub id as "
-            "org/name."
-        ) from None
-    return path
+        _download(text, revision, found.weight_names)
+    return found
 
 
 def _refuse_what_is_no_file(folder: Path) -> None:
@@ -307,47 +234,6 @@ def _refuse_what_is_no_file(folder: Path) -> None:
                     f"{path} is not a regular file (a link that leads nowhere, a folder, a pipe or "
                     "a device); fetch or save the checkpoint again."
                 )
-
-
-def is_path(source: str | Path) -> bool:
-    """Whether a source can only be meant as a path: hub ids are ``name`` or ``org/name``."""
-    text = str(source)
-    path = Path(source)
-    spelled = text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text
-    return isinstance(source, Path) or path.is_absolute() or spelled or path.exists()
-
-
-def architecture_of(checkpoint: Checkpoint) -> str | None:
-    """The architecture's name, from ``config.json`` or its model type; None if neither says.
-
-    Raises:
-        UserError: ``config.json`` cannot be read, or names it in no readable way.
-    """
-    config = checkpoint.config
-    stated = config.get("architectures") or [None]
-    if not isinstance(stated, list) or not isinstance(stated[0], str | None):
-        raise UserError(
-            f"architectures={short_value(stated)} in config.json of {checkpoint.source} must be a "
-            "list of one name, as ['LlamaForCausalLM']; restore the file."
-        )
-    return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse weights that are stored packed or apart from their scales.
-
-    Raises:
-        UserError: Its configuration declares a quantization.
-    """
-    config = checkpoint.config
-    if config.get("quantization_config"):
-        settings = config["quantization_config"]
-        named = quantization_method(config) if isinstance(settings, dict) else None
-        method = named or "an unnamed method"
-        raise UserError(
-            f"{checkpoint.source} is quantized with {method}; head patching needs the plain "
-            "weights: use the full-precision checkpoint, or save a dequantized copy."
-        )
 
 
 def _download(source: str, revision: str | None, names: tuple[str, ...]) -> Path:
@@ -372,9 +258,9 @@ def _download(source: str, revision: str | None, names: tuple[str, ...]) -> Path
             "is neither a folder here nor a hub id that this machine may read; check the "
             "spelling, or log in with `hf auth login` if it is private"
         )
-    except UNREACHABLE as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = (
             f"is not a folder here, and the hub could not be reached ({type(error).__name__}); "
             "check the path or the network, or fetch it first with `hf download`"
         )
-    raise UserError(f"{source} {reason}.")
+    raise UserError(f"{source[:200]} {reason}.")

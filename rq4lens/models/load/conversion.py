@@ -29,11 +29,7 @@ from rq4lens.models.load.rotary import write_longrope_tables
 def hooked_from(
     hf_model: Any, architecture: str, *, dtype: torch.dtype, placement: Placement
 ) -> HookedTransformer:
-    """Convert a Hugging Face model; the result takes over its memory.
-
-    Raises:
-        UserError: TransformerLens has no counterpart for this variant of the architecture.
-    """
+    """Convert a Hugging Face model; the result takes over its memory."""
     entry = find_architecture(architecture)
     here = str(hf_model.get_input_embeddings().weight.device)
     cfg = hooked_config(
@@ -59,16 +55,12 @@ def hooked_from(
 def hooked_config(
     hf_config: Any, architecture: str, *, dtype: torch.dtype, device: str, n_devices: int = 1
 ) -> HookedTransformerConfig:
-    """The configuration that a Hugging Face configuration means in TransformerLens.
-
-    Raises:
-        UserError: TransformerLens has no counterpart for this variant of the architecture.
-    """
+    """The configuration that a Hugging Face configuration means in TransformerLens."""
     try:
         fields = find_architecture(architecture).config(hf_config)
     except UserError:
         raise
-    except Exception as error:  # a configuration of a stranger may say anything
+    except Exception as error:  # a configuration may say anything
         raise _foreign(architecture, error) from error
     if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
         raise UserError(
@@ -86,17 +78,12 @@ def hooked_config(
     )
 
 
-def hooked_skeleton(hf_config: Any, architecture: str, dtype: torch.dtype) -> HookedTransformer:
-    """The model that :func:`hooked_from` would make, without memory for its weights.
-
-    Raises:
-        UserError: TransformerLens has no counterpart for this variant of the architecture.
-    """
-    cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
+def hooked_skeleton(cfg: HookedTransformerConfig) -> HookedTransformer:
+    """A model without memory for its weights."""
     with torch.device("meta"):
         model = HookedTransformer(cfg, move_to_device=False)
     for parameter in model.parameters():  # some are made in float32, and later filled in this type
-        parameter.data = _as_type(parameter.data, dtype)
+        parameter.data = _as_type(parameter.data, cfg.dtype)
     return model
 
 
@@ -144,21 +131,15 @@ def _assign(model: HookedTransformer, weights: StateDict) -> None:
             f"TransformerLens' conversion leaves out {lost or 'nothing'} and leaves over "
             f"{surplus or 'nothing'} of this checkpoint; use one of the usual form."
         )
-    for name in empty:
-        _set_zero(model, name)
+    for name in empty:  # a bias that the conversion does not mention is none: it is 0
+        path, _, leaf = name.rpartition(".")
+        zero = torch.zeros_like(model.get_parameter(name), device="cpu")
+        setattr(model.get_submodule(path), leaf, torch.nn.Parameter(zero))
 
 
 def _is_bias(name: str) -> bool:
     leaf = name.rpartition(".")[2].lstrip("_")
     return leaf == "b" or leaf.startswith("b_")
-
-
-def _set_zero(model: HookedTransformer, name: str) -> None:
-    """A bias that the conversion does not mention does not exist in the checkpoint: it is 0."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    shape, dtype = getattr(module, leaf).shape, getattr(module, leaf).dtype
-    setattr(module, leaf, torch.nn.Parameter(torch.zeros(shape, dtype=dtype)))
 
 
 def _place(model: HookedTransformer, placement: Placement) -> None:

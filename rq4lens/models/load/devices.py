@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
@@ -18,15 +19,11 @@ from rq4lens.errors import UserError
 
 @dataclass(frozen=True)
 class Placement:
-    """The device of each layer.
+    """The device of each layer, and the one where the logits come out.
 
     Kernels of different devices run side by side: while one device works on the upper layers of
     some rows, the next rows can pass through the lower layers on another, as long as nobody waits
     for a number.
-
-    Args:
-        layers: where each block is.
-        exit: where the logits come out.
     """
 
     layers: tuple[torch.device, ...]
@@ -96,18 +93,11 @@ AUTO = "auto"
 class Devices:
     """The devices of a model, in the order of its layers.
 
-    Args:
-        names: as ``("cuda:0", "cuda:1")``; a single one for most models.
-        by_free_memory: whether blocks are shared out by what is free; evenly otherwise.
+    Blocks are shared out evenly, or by what is free on each device.
     """
 
     names: tuple[str, ...]
     by_free_memory: bool = False
-
-    @property
-    def spread(self) -> bool:
-        """Whether there is more than one."""
-        return len(self.names) > 1
 
     def __str__(self) -> str:
         return ", ".join(self.names)
@@ -116,11 +106,7 @@ class Devices:
 def chosen_devices(
     device: str = "cpu", n_devices: int = 1, device_map: str | Sequence[str] | None = None
 ) -> Devices:
-    """The devices that were asked for, checked to be there.
-
-    Raises:
-        UserError: one does not exist, or the three do not go together.
-    """
+    """The devices that were asked for, checked to be there."""
     if device_map is None:
         return _counted(device, n_devices)
     if n_devices != 1 or device not in {"cuda", AUTO}:
@@ -130,27 +116,17 @@ def chosen_devices(
             "leave one of them out."
         )
     if device_map == AUTO:
-        if not torch.cuda.device_count():
+        if not _every_gpu():
             raise UserError(
                 "device_map='auto' spreads a model over the GPUs of this machine, and it has none; "
                 "leave it out, or use device='cpu'."
             )
-        every = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-        return Devices(every, by_free_memory=True)
+        return Devices(_every_gpu(), by_free_memory=True)
     names = device_map.split(",") if isinstance(device_map, str) else device_map
-    return Devices(_gpus([name.strip() for name in names], device_map))
-
-
-def _shown(device_map: str | Sequence[str]) -> str:
-    return repr(device_map if isinstance(device_map, str) else ",".join(device_map))
-
-
-def _gpus(names: Sequence[str], device_map: str | Sequence[str]) -> tuple[str, ...]:
-    n_gpus = torch.cuda.device_count()
-    there = [f"cuda:{index}" for index in range(n_gpus)]
+    names = tuple(name.strip() for name in names)
     for name in names:
-        if name not in there:
-            have = f"has {', '.join(there)}" if there else "has no GPU"
+        if name not in _every_gpu():
+            have = f"has {', '.join(_every_gpu())}" if _every_gpu() else "has no GPU"
             raise UserError(
                 f"device_map={_shown(device_map)} names {name!r}, which is not there (this machine "
                 f"{have}); write 'auto', or GPUs that exist as 'cuda:0,cuda:1'."
@@ -160,7 +136,15 @@ def _gpus(names: Sequence[str], device_map: str | Sequence[str]) -> tuple[str, .
                 f"device_map={_shown(device_map)} names {name!r} twice; name each GPU once, in the "
                 "order of the layers."
             )
-    return tuple(names)
+    return Devices(names)
+
+
+def _shown(device_map: str | Sequence[str]) -> str:
+    return repr(device_map if isinstance(device_map, str) else ",".join(device_map))
+
+
+def _every_gpu() -> tuple[str, ...]:
+    return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
 
 
 def _counted(device: str, n_devices: int) -> Devices:
@@ -197,19 +181,10 @@ def free_bytes(device: str) -> int:
 AT_THE_EXIT = ("ln_final", "unembed")
 """What is with the last block."""
 
-SEARCH_STEPS = 60
-"""Halvings of the fullest device's share; more would not change a float."""
-
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Where a model's weights are: its blocks, and what stands before and after them.
-
-    Args:
-        before: of the embeddings.
-        blocks: of each block.
-        after: of the final norm and the unembedding.
-    """
+    """Bytes of a model's weights: before its blocks, in each of them, and after them."""
 
     before: int
     blocks: tuple[int, ...]
@@ -244,57 +219,46 @@ def _n_bytes(module: nn.Module) -> int:
 def place_blocks(devices: Devices, size: ModelBytes, free_bytes: Sequence[int]) -> Placement:
     """Give each block a device.
 
-    Raises:
-        UserError: there are more devices than blocks.
+    By free memory, the fullest device is as empty as the order of the layers allows; accelerate's
+    own placement fills one device after the other, or shares out evenly whatever is free.
     """
-    n_blocks = len(size.blocks)
-    if len(devices.names) > n_blocks and not devices.by_free_memory:
+    n_blocks, n_devices = len(size.blocks), len(devices.names)
+    if devices.by_free_memory:
+        low, high = 0.0, (1 + size.total) / max(1, free_bytes[0])  # all of it on the first device
+        for _ in range(60):  # more halvings would not change a float
+            middle = (low + high) / 2
+            low, high = (low, middle) if _filled(size, free_bytes, middle) else (middle, high)
+        places = _filled(size, free_bytes, high)
+    elif n_devices > n_blocks:
         raise UserError(
-            f"the model has {n_blocks} layers, which cannot be spread over "
-            f"{len(devices.names)} devices; name at most {n_blocks}."
+            f"the model has {n_blocks} layers, which cannot be spread over {n_devices} devices; "
+            f"name at most {n_blocks}."
         )
-    if not devices.by_free_memory:
-        return Placement.in_order(
-            [devices.names[i * len(devices.names) // n_blocks] for i in range(n_blocks)]
-        )
-    low, high = 0.0, _share_of_one(size, free_bytes)
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _filled(size, free_bytes, middle) else (middle, high)
-    return Placement.in_order([devices.names[i] for i in _filled(size, free_bytes, high) or ()])
+    else:
+        places = [i * n_devices // n_blocks for i in range(n_blocks)]
+    return Placement.in_order([devices.names[i] for i in places])
 
 
-def _share_of_one(size: ModelBytes, free_bytes: Sequence[int]) -> float:
-    """The share at which the first device holds everything: always enough."""
-    return (1 + size.total) / max(1, free_bytes[0])
-
-
-def _filled(size: ModelBytes, free_bytes: Sequence[int], share: float) -> tuple[int, ...] | None:
-    """Fill device after device up to a share of what is free; None if something is left over."""
-    own, here, used = [], 0, size.before
+def _filled(size: ModelBytes, free_bytes: Sequence[int], share: float) -> list[int]:
+    """Fill device after device up to a share of what is free; empty if something is left over."""
+    places: list[int] = []
+    here, used = 0, size.before
     for index, block in enumerate(size.blocks):
         needed = block + (size.after if index == len(size.blocks) - 1 else 0)
         while used + needed > share * max(1, free_bytes[here]):
             # Tokens go where the first block is, so that one starts on the first device.
             if here + 1 == len(free_bytes) or index == 0:
-                return None
+                return []
             here, used = here + 1, 0
         used += needed
-        own.append(here)
-    return tuple(own)
+        places.append(here)
+    return places
 
 
 def bring_inputs(block: nn.Module) -> None:
     """Let a block bring what it is given to its own device before it computes."""
 
     def bring(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        here = next(module.parameters()).device
-        return tuple(_at(here, each) for each in args), {
-            name: _at(here, each) for name, each in kwargs.items()
-        }
+        return send_to_device((args, kwargs), next(module.parameters()).device)
 
     block.register_forward_pre_hook(bring, with_kwargs=True)
-
-
-def _at(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

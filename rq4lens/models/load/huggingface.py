@@ -9,63 +9,108 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.utilities.quantization import quantization_method
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from rq4lens.disk.files import short_reason, short_value
 from rq4lens.errors import UserError
+from rq4lens.models.load.architectures import ARCHITECTURES, find_architecture
 from rq4lens.models.load.checkpoint import LEFTOVER, Checkpoint
 from rq4lens.models.load.devices import Placement
 
-MODEL_SLACK = 1_000_000
-"""How many values more than twice its files a model may have; buffers are not in files."""
+SIZES = (
+    "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads",
+    "n_head", "num_heads", "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size",
+    "max_position_embeddings", "n_positions", "n_ctx",
+)  # fmt: skip
+"""Sizes by the names that architectures give to them; null leaves one to the architecture."""
 
 
-def load_tokenizer(
-    checkpoint: Checkpoint, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer.
+def loadable_architecture(checkpoint: Checkpoint) -> str:
+    """The name of a checkpoint's architecture, after what ``config.json`` says was checked."""
+    config, architecture = checkpoint.config, checkpoint.architecture
+    find_architecture(architecture)
+    _refuse_quantized(checkpoint)
+    _check_model_type(checkpoint)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in SIZES:
+            value: Any = part.get(name)
+            if value is not None and not (isinstance(value, int) and 1 <= value < 2**31):
+                raise _wrong(checkpoint, name, value, f"a whole number from 1 to {2**31 - 1}")
+    return str(architecture)
 
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
+
+def _wrong(checkpoint: Checkpoint, name: str, value: Any, allowed: str) -> UserError:
+    return UserError(
+        f"{name}={short_value(value)} in config.json of {checkpoint.source} must be {allowed}; "
+        "restore the file that save_pretrained wrote."
+    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are stored packed or apart from their scales."""
+    settings = checkpoint.config.get("quantization_config")
+    if settings:
+        named = quantization_method(checkpoint.config) if isinstance(settings, dict) else None
+        raise UserError(
+            f"{checkpoint.source} is quantized with {named or 'an unnamed method'}; head patching "
+            "needs the plain weights: use the full-precision checkpoint, or save a dequantized "
+            "copy."
+        )
+
+
+def _check_model_type(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that names two different models: one reads it, one is converted."""
+    config, source = checkpoint.config, checkpoint.source
+    own_code = config.get("auto_map")
+    if own_code is not None and not isinstance(own_code, dict):
+        raise _wrong(checkpoint, "auto_map", own_code, "an object that names classes")
+    named = config.get("model_type")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(named) if isinstance(named, str) else None
+    if known is None and own_code:
+        return  # transformers asks for trust_remote_code, or has been given it
+    same = known in ARCHITECTURES and (
+        find_architecture(checkpoint.architecture) == ARCHITECTURES[known]
+    )
+    if not same and not (own_code and checkpoint.trust_remote_code):
+        raise UserError(
+            f"config.json of {source} says model_type={short_value(named)} and the architecture "
+            f"{short_value(checkpoint.architecture)}, which do not belong together; write the "
+            "model_type that save_pretrained writes for this architecture."
+        )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer."""
     if not checkpoint.has_tokenizer:
         raise UserError(
             f"{checkpoint.source} has no tokenizer; save the fine-tune's own tokenizer into the "
             "folder with tokenizer.save_pretrained."
         )
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "tokenizer", error) from error
+    with _reading("tokenizer", checkpoint):
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
-def read_hf_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint as transformers reads it.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "model", error) from error
+def read_hf_config(checkpoint: Checkpoint) -> Any:
+    """The configuration of a checkpoint as transformers reads it."""
+    with _reading("model", checkpoint):
+        return AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
-def skeleton_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The Hugging Face model that a configuration describes, without memory for its weights.
-
-    Raises:
-        UserError: There is no such model, or it is larger than the checkpoint's files.
-    """
-    config = read_hf_config(checkpoint, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "model", error) from error
-    _refuse_larger_than_files(checkpoint, model)
-    return model
+def skeleton_of(checkpoint: Checkpoint) -> Any:
+    """The Hugging Face model that a configuration describes, without memory for its weights."""
+    config = read_hf_config(checkpoint)
+    with _reading("model", checkpoint), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
 def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
@@ -98,49 +143,29 @@ def _blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _n_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def load_hugging_face(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    device_map: Mapping[str, str] | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device_map: Mapping[str, str] | None = None
 ) -> Any:
-    """The checkpoint as a Hugging Face model, from safetensors alone.
-
-    Raises:
-        UserError: The weights are pickled, incomplete, or cannot be read.
-    """
-    try:
-        with _quiet_unless_terminal():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
-                device_map=dict(device_map or {"": "cpu"}),
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                attn_implementation="eager",  # soft caps and sinks are exact in this one
-                experts_implementation="eager",  # and this one knows every type
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a stranger's folder makes it fail in any way
-        raise _unreadable(checkpoint, "model", error) from error
+    """The checkpoint as a Hugging Face model, from safetensors alone."""
+    _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
+    with _reading("model", checkpoint), _quiet_unless_terminal():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            device_map=dict(device_map or {"": "cpu"}),
+            use_safetensors=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+            attn_implementation="eager",  # soft caps and sinks are exact in this one
+            experts_implementation="eager",  # and this one knows every type
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     _refuse_other_weights(checkpoint, report)
     return model.eval()
 
 
 def require_finite(hf_model: Any, source: str) -> None:
-    """Refuse weights that are not numbers: one of them, in a token that no check reads, is enough.
-
-    Raises:
-        UserError: A weight is NaN or infinite.
-    """
+    """Refuse weights that are not numbers, also in tokens that no check reads."""
     for name, weight in hf_model.named_parameters():
         # The extremes are NaN if any number is, and need no copy of the tensor.
         if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
@@ -148,19 +173,6 @@ def require_finite(hf_model: Any, source: str) -> None:
                 f"{source} has weights that are not finite, in {name}; save the fine-tune again "
                 "from a step before it broke."
             )
-
-
-def _refuse_larger_than_files(checkpoint: Checkpoint, skeleton: Any) -> None:
-    """Refuse a configuration whose model would be filled up with random numbers, or the memory."""
-    asked = _n_weights(skeleton)
-    held = sum(tensor.n_values for tensor in checkpoint.tensors.values())
-    if asked > 2 * held + MODEL_SLACK:
-        name, largest = max(skeleton.named_parameters(), key=lambda each: each[1].numel())
-        raise UserError(
-            f"config.json of {checkpoint.source} describes {asked:,} weights, as {name} of shape "
-            f"{list(largest.shape)}, and its files hold {held:,}; restore the file that "
-            "save_pretrained wrote."
-        )
 
 
 def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
@@ -185,17 +197,23 @@ def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> 
         )
 
 
-def _unreadable(checkpoint: Checkpoint, part: str, error: Exception) -> UserError:
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"The {part} of {checkpoint.source} needs code that it brings along; read that code, "
-            "and if you trust it pass trust_remote_code=True."
-        )
-    first_line = short_reason(error)
-    return UserError(
-        f"The {part} of {checkpoint.source} cannot be read ({type(error).__name__}: {first_line}); "
-        "restore the folder, or save it again with save_pretrained."
-    )
+@contextmanager
+def _reading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises on a damaged folder into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"The {part} of {checkpoint.source} needs code that it brings along; read that "
+                "code, and if you trust it pass trust_remote_code=True."
+            ) from error
+        raise UserError(
+            f"The {part} of {checkpoint.source} cannot be read ({type(error).__name__}: "
+            f"{short_reason(error)}); restore the folder, or save it again with save_pretrained."
+        ) from error
 
 
 @contextmanager

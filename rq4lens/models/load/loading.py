@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from transformer_lens import HookedTransformer
@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, merge_adapter
 from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.config_check import loadable_architecture
 from rq4lens.models.load.conversion import give_tokenizer, hooked_from
 from rq4lens.models.load.devices import AUTO, Placement, chosen_devices
 from rq4lens.models.load.fingerprint import weights_fingerprint
@@ -33,7 +32,7 @@ from rq4lens.models.load.huggingface import (
     skeleton_of,
 )
 from rq4lens.models.load.parity import check_tokens, hugging_face_logits, require_same_logits
-from rq4lens.models.load.size import estimate_memory, model_size
+from rq4lens.models.load.size import checkpoint_size, estimate_memory
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 """What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
@@ -140,26 +139,20 @@ def load_hooked(
     """
     named = device if device_map is None or device != "cpu" else AUTO  # the default says nothing
     devices = chosen_devices(named, n_devices, device_map)
-    asked = locate(source, revision)
+    asked = locate(source, revision, trust_remote_code=trust_remote_code)
     weights = base_of(asked) if asked.is_adapter else asked
-    architecture = loadable_architecture(weights, trust_remote_code=trust_remote_code)
-    skeleton = skeleton_of(weights, trust_remote_code=trust_remote_code)
-    size = model_size(asked, dtype=dtype, trust_remote_code=trust_remote_code)
+    size = checkpoint_size(asked, dtype)
     estimate = estimate_memory(size, devices)
     estimate.require_fit()
-    tokenizer = _tokenizer_of(asked, weights, trust_remote_code)
-    hf_model = load_hugging_face(
-        weights,
-        dtype=dtype,
-        device_map=_hugging_face_places(skeleton, estimate.placement, merged=asked.is_adapter),
-        trust_remote_code=trust_remote_code,
-    )
+    tokenizer = load_tokenizer(asked if asked.has_tokenizer else weights)
+    places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
+    hf_model = load_hugging_face(weights, dtype=dtype, device_map=places)
     if asked.is_adapter:
         hf_model = merge_adapter(hf_model, asked)
     require_finite(hf_model, asked.source)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
-    model = hooked_from(hf_model, architecture, dtype=dtype, placement=estimate.placement)
+    model = hooked_from(hf_model, size.architecture, dtype=dtype, placement=estimate.placement)
     del hf_model
     give_tokenizer(model, tokenizer)
     return LoadedModel(
@@ -169,7 +162,7 @@ def load_hooked(
         revision=asked.revision,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        architecture=architecture,
+        architecture=size.architecture,
         logit_check_max_abs_diff=(
             require_same_logits(model, tokens, expected, asked.source) if expected else None
         ),
@@ -180,31 +173,20 @@ def load_hooked(
 def load_own_tokenizer(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that :func:`load_hooked` would give the model, without the model.
-
-    Raises:
-        UserError: There is no such checkpoint, or its tokenizer cannot be read.
-    """
-    asked = locate(source, revision, with_weights=False)
-    weights = base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked
-    return _tokenizer_of(asked, weights, trust_remote_code)
-
-
-def _tokenizer_of(
-    asked: Checkpoint, weights: Checkpoint, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    chosen = asked if asked.has_tokenizer else weights
-    return load_tokenizer(chosen, trust_remote_code=trust_remote_code)
+    """The tokenizer that :func:`load_hooked` would give the model, without the model."""
+    asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
+    return load_tokenizer(base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked)
 
 
 def _hugging_face_places(
-    skeleton: Any, placement: Placement, *, merged: bool
+    weights: Checkpoint, placement: Placement, *, merged: bool
 ) -> dict[str, str] | None:
     """Where Hugging Face reads the weights to; None for the CPU."""
     if len(placement.devices) == 1:
         return {"": str(placement.entry)}
-    # PEFT merges on one device; the merged blocks then move one by one.
-    return None if merged else device_map_of(skeleton, placement)
+    if merged:
+        return None  # PEFT merges on one device; the merged blocks then move one by one
+    return device_map_of(skeleton_of(weights), placement)
 
 
 def _refuse_processed(model: HookedModel) -> None:

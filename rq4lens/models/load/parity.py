@@ -38,18 +38,14 @@ MAX_CHECK_TOKENS = 256
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int[Tensor, "1 _pos"]]:
-    """The check prompts as token ids, cut to what the model can read.
-
-    Raises:
-        UserError: The tokenizer fails on plain sentences, or is not one of this vocabulary.
-    """
+    """The check prompts as token ids, cut to what the model can read."""
     text_config = hf_config.get_text_config()
     readable = getattr(text_config, "max_position_embeddings", MAX_CHECK_TOKENS)
     n_tokens = min(readable, MAX_CHECK_TOKENS)
     where = f"The tokenizer of {tokenizer.name_or_path}"
     try:
         rows = [tokenizer(text)["input_ids"][:n_tokens] for text in CHECK_TEXTS]
-    except Exception as problem:  # what it was told to do may fail in any way
+    except Exception as problem:  # its settings may make it fail in any way
         raise UserError(
             f"{where} fails on a plain sentence ({short_reason(problem)}); restore its files."
         ) from problem
@@ -65,11 +61,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int
 
 @torch.no_grad()
 def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) -> Logits:
-    """Logits of the Hugging Face model.
-
-    Raises:
-        UserError: The model fails on them.
-    """
+    """Logits of the Hugging Face model."""
     device = hf_model.get_input_embeddings().weight.device
     try:
         return [hf_model(input_ids=row.to(device), use_cache=False).logits.cpu() for row in tokens]
@@ -89,12 +81,7 @@ def require_same_logits(
     expected: Logits,
     source: str,
 ) -> float:
-    """Compare a converted model with its original.
-
-    Raises:
-        UserError: It is larger than rounding explains. In half precision the median over
-            positions decides.
-    """
+    """Compare a converted model with its original."""
     if not all(bool(row.isfinite().all()) for row in expected):
         raise UserError(
             f"{source} computes logits that are not finite on plain sentences; use weights and a "

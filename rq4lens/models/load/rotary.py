@@ -27,39 +27,28 @@ def head_width(hf: Any) -> int:
 
 
 def rotary_fields(hf: Any, *, partial: bool = False, layer_type: str | None = None) -> Fields:
-    """Rotary fields of ``HookedTransformerConfig``.
-
-    Raises:
-        UserError: A scaling kind that TransformerLens cannot compute.
-    """
+    """Rotary fields of ``HookedTransformerConfig``."""
     rope = rope_of(hf, layer_type)
+    kind = rope.get("rope_type") or "default"
+    if kind not in _SCALINGS:
+        raise UserError(
+            f"rope_type {short_value(kind)} of this checkpoint cannot be computed by "
+            f"TransformerLens; allowed are {', '.join(_SCALINGS)}; use a checkpoint with one of "
+            "these."
+        )
+    for name in ("rope_theta", "factor"):
+        if rope.get(name, 1) <= 0:
+            raise UserError(
+                f"{name}={rope[name]} of this checkpoint makes every number infinite; it must be "
+                "above 0: restore the config.json that save_pretrained wrote."
+            )
     share = rope.get("partial_rotary_factor", 1.0) if partial else 1.0
     return {
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": False,
         "rotary_dim": int(head_width(hf) * share),
         "rotary_base": rope.get("rope_theta", 10000.0),
-    } | _scaling_of(rope)(hf, rope)
-
-
-def _scaling_of(rope: Mapping[str, Any]) -> Callable[[Any, Mapping[str, Any]], Fields]:
-    kind = rope.get("rope_type")
-    require_known_scaling(kind)
-    return _SCALINGS[kind or "default"]
-
-
-def require_known_scaling(kind: Any) -> None:
-    """Refuse a kind of rotary scaling that TransformerLens cannot compute.
-
-    Raises:
-        UserError: It is none of those that can be computed.
-    """
-    if str(kind or "default") not in _SCALINGS:
-        raise UserError(
-            f"rope_type {short_value(kind)} of this checkpoint cannot be computed by "
-            f"TransformerLens; allowed are {', '.join(_SCALINGS)}; use a checkpoint with one of "
-            "these."
-        )
+    } | _SCALINGS[kind](hf, rope)
 
 
 def _unscaled(_hf: Any, _rope: Mapping[str, Any]) -> Fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,67 +12,54 @@ from transformer_lens import HookedTransformerConfig
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, vocabulary_of
 from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.config_check import loadable_architecture
-from rq4lens.models.load.conversion import hooked_skeleton
+from rq4lens.models.load.conversion import hooked_config, hooked_skeleton
 from rq4lens.models.load.devices import Devices, ModelBytes, Placement, free_bytes, place_blocks
-from rq4lens.models.load.huggingface import read_hf_config
+from rq4lens.models.load.huggingface import loadable_architecture, read_hf_config
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model that was not loaded: its shape, and what its weights will take.
-
-    Attributes:
-        source: The checkpoint.
-        cfg: Its TransformerLens configuration, with the type that it is loaded as.
-        weights: Bytes of its parts, exactly those of the loaded model.
-    """
+    """A model that was not loaded; ``weights`` are exactly those of the loaded one."""
 
     source: str
+    architecture: str
     cfg: HookedTransformerConfig
     weights: ModelBytes
 
 
+_MEASURED: dict[str, ModelBytes] = {}
+"""Bytes by configuration: the plan of a run and both loads ask for the same."""
+
+
 def model_size(
-    source: str | Path | Checkpoint,
+    source: str | Path,
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> ModelSize:
-    """The size of a checkpoint's model, from its small files alone.
+    """The size of a checkpoint's model, from its small files alone."""
+    asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
+    return checkpoint_size(asked, dtype)
 
-    Raises:
-        UserError: There is no such checkpoint, or no model can be built from it.
-    """
-    located = isinstance(source, Checkpoint)
-    if isinstance(source, Checkpoint):
-        asked = source
-    else:
-        asked = locate(source, revision, with_weights=False)
-    base = base_of(asked, with_weights=located) if asked.is_adapter else asked
-    architecture = loadable_architecture(
-        base,
-        trust_remote_code=trust_remote_code,
-        with_weights=located or base.revision is None,
-    )
-    hf_config = read_hf_config(base, trust_remote_code=trust_remote_code)
-    if asked.is_adapter and (located or asked.revision is None):
+
+def checkpoint_size(asked: Checkpoint, dtype: torch.dtype) -> ModelSize:
+    """The size of a model that was found; an adapter's is that of its merged model."""
+    base = base_of(asked) if asked.is_adapter else asked
+    architecture, hf_config = loadable_architecture(base), read_hf_config(base)
+    if asked.is_adapter and (asked.with_weights or asked.revision is None):
         text = hf_config.get_text_config()
         text.vocab_size = vocabulary_of(asked) or text.vocab_size
-    skeleton = hooked_skeleton(hf_config, architecture, dtype)
-    return ModelSize(asked.source, skeleton.cfg, ModelBytes.of(skeleton))
+    cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
+    key = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    if key not in _MEASURED:
+        _MEASURED[key] = ModelBytes.of(hooked_skeleton(cfg))
+    return ModelSize(asked.source, architecture, cfg, _MEASURED[key])
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A model's weights against free memory.
-
-    Attributes:
-        size: The model.
-        placement: Which block goes where.
-        free: Bytes free on each device.
-    """
+    """Which block of a model goes where, and the bytes that are free on each device."""
 
     size: ModelSize
     placement: Placement
@@ -83,39 +71,22 @@ class MemoryEstimate:
         held = self.size.weights.on(self.placement)
         return all(n_bytes <= self.free[device] for device, n_bytes in held.items())
 
-    @property
-    def advice(self) -> str:
-        """One sentence: what is needed, what there is, and what to do if it is too little."""
-        need = (
-            f"{self.size.source} needs {gigabytes(self.size.weights.total)} as "
-            f"{short(self.size.cfg.dtype)} on {', '.join(self.free)}, where "
-            f"{gigabytes(sum(self.free.values()))} are free"
-        )
-        return f"{need}." if self.fits else f"{need}; {self._remedy}."
-
-    @property
-    def _remedy(self) -> str:
-        size, free = self.size.cfg.dtype.itemsize, sum(self.free.values())
-        halves = size > 2 and self.size.weights.total * 2 <= free * size
-        smaller = "load it as bfloat16" if halves else "use a device with more memory"
-        return f"{smaller}, or spread it over more GPUs with n_devices or device_map"
-
     def require_fit(self) -> None:
-        """Refuse to start what cannot end well.
-
-        Raises:
-            UserError: The weights alone are larger than the free memory.
-        """
-        if not self.fits:
-            raise UserError(self.advice)
+        """Refuse weights that alone are larger than the free memory."""
+        if self.fits:
+            return
+        dtype, needed, free = self.size.cfg.dtype, self.size.weights.total, sum(self.free.values())
+        halves = dtype.itemsize > 2 and needed * 2 <= free * dtype.itemsize
+        raise UserError(
+            f"{self.size.source} needs {gigabytes(needed)} as {str(dtype).removeprefix('torch.')} "
+            f"on {', '.join(self.free)}, where {gigabytes(free)} are free; "
+            f"{'load it as bfloat16' if halves else 'use a device with more memory'}, or spread it "
+            "over more GPUs with n_devices or device_map."
+        )
 
 
 def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEstimate:
-    """A model's weights against the free memory of its devices.
-
-    Raises:
-        UserError: There are more devices than blocks.
-    """
+    """A model's weights against the free memory of its devices."""
     devices = devices or Devices(("cpu",))
     free = {str(torch.device(name)): free_bytes(name) for name in devices.names}
     return MemoryEstimate(size, place_blocks(devices, size.weights, list(free.values())), free)
@@ -124,8 +95,3 @@ def estimate_memory(size: ModelSize, devices: Devices | None = None) -> MemoryEs
 def gigabytes(n_bytes: int) -> str:
     """Bytes as a person reads them; few of them in MB."""
     return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.3g} MB"
-
-
-def short(dtype: torch.dtype) -> str:
-    """A type as it is written in settings."""
-    return str(dtype).removeprefix("torch.")

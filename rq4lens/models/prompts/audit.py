@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rq4lens.config import Reading
@@ -228,10 +228,8 @@ def _problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    decision, bos, eos, pad = (
-        read.tokens[read.decision],
-        *(getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")),
-    )
+    decision = read.tokens[read.decision]
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if bos is not None and n_leading_bos(read, tokenizer) > 1:
         yield f"it starts with {n_leading_bos(read, tokenizer)} BOS tokens"
     if pad is not None and pad not in (bos, eos) and pad in read.kept:
@@ -263,7 +261,7 @@ def _character_problems(read: ReadPrompt) -> Iterator[str]:
     text, span = read.rendered.text, read.spans[read.decision]
     end = len(text) if span is None else span[1]
     if _inside_character(read, read.decision + 1) or _inside_cluster(text, end):
-        yield f"the decision token cuts the character {_around(text, end)!r} in two"
+        yield f"the decision token cuts the character {text[max(0, end - 1) : end + 1]!r} in two"
     elif text[max(0, end - 1) : end] == REPLACEMENT:
         yield "it is decided at half a character (U+FFFD): the text was cut inside it before"
 
@@ -284,10 +282,6 @@ def _inside_cluster(text: str, end: int) -> bool:
         return True
     flags = len(text[:end]) - len(text[:end].rstrip("".join(map(chr, FLAG_LETTERS))))
     return JOINER in (last, following) or (ord(following) in FLAG_LETTERS and flags % 2 == 1)
-
-
-def _around(text: str, end: int) -> str:
-    return text[max(0, end - 1) : end + 1]
 
 
 def _disagreements(
@@ -325,15 +319,13 @@ def _text_start(read: ReadPrompt) -> int | None:
 def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
     base, tuned = sides["base"], sides["tuned"]
     same_place = (base.text_end, base.in_template) == (tuned.text_end, tuned.in_template)
-    if same_place and not base.in_template and _differ(base.decision, tuned.decision):
+    # Whether a token holds its space differs harmlessly.
+    same_token = base.decision.strip() == tuned.decision.strip()
+    if same_place and not base.in_template and not same_token:
         yield (
             f"the last word is split differently: base ends in {base.decision!r}, tuned in "
             f"{tuned.decision!r}"
         )
-
-
-def _differ(token: str, other: str) -> bool:
-    return token.strip() != other.strip()  # whether a token holds its space differs harmlessly
 
 
 def _notes(
@@ -347,18 +339,9 @@ def _notes(
 
 
 def _record(audit: PromptAudit) -> dict[str, Any]:
-    sides: dict[str, Any] = {
-        side: {
-            "before": list(each.before),
-            "decision": each.decision,
-            "after": list(each.after),
-            "n_tokens": each.n_tokens,
-            "n_dropped": each.n_dropped,
-            "text_end": each.text_end,
-            "in_template": each.in_template,
-        }
-        for side, each in audit.sides.items()
-    }
+    sides: dict[str, Any] = {side: asdict(each) for side, each in audit.sides.items()}
+    for side in sides.values():
+        del side["problems"]  # they stand beside both sides
     return {
         "id": audit.id,
         "split": audit.split,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rq4lens.disk.files import parse_json, read_regular_file, short_reason
+from rq4lens.disk.files import parse_json, read_text, short_reason
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.record import KEYS
 
@@ -27,22 +28,14 @@ SPLIT_ALIASES = {"validation": "val"}
 
 
 def read_records(path: Path) -> Iterator[Located]:
-    """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset.
-
-    Raises:
-        UserError: if nothing is there, or it cannot be read as what it seems to be.
-    """
-    if _is_directory(path):
+    """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset."""
+    if os.path.isdir(path):  # noqa: PTH112 - False for a name that no file system takes, too
         return dataset_records(_load_dataset(path), str(path))
     return csv_records(path) if path.suffix.lower() == ".csv" else jsonl_records(path)
 
 
 def jsonl_records(path: Path) -> Iterator[Located]:
-    """The objects of a JSONL file, one per line.
-
-    Raises:
-        UserError: if the file is missing, is not UTF-8, or a line is not JSON.
-    """
+    """The objects of a JSONL file, one per line."""
     # Not splitlines(): a text may hold a form feed or a Unicode line separator.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
@@ -50,15 +43,14 @@ def jsonl_records(path: Path) -> Iterator[Located]:
 
 
 def csv_records(path: Path) -> Iterator[Located]:
-    """The rows of a CSV file whose first line names the columns; an empty cell says nothing.
-
-    Raises:
-        UserError: if the file is missing, is not UTF-8 or not CSV, or lacks a column.
-    """
+    """The rows of a CSV file whose first line names the columns; an empty cell says nothing."""
     rows = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)
     try:
-        _check_columns(rows.fieldnames or (), str(path))
-        _refuse_repeated(rows.fieldnames or (), str(path))
+        columns = rows.fieldnames or ()
+        _check_columns(columns, str(path))
+        repeated = [name for name, count in Counter(columns).items() if count > 1]
+        if repeated:
+            raise UserError(f"{path} has column {repeated[0][:60]!r} twice: keep one.")
         for row in rows:
             yield f"{path}:{rows.line_num}", _csv_record(row, f"{path}:{rows.line_num}")
     except csv.Error as problem:
@@ -73,9 +65,6 @@ def dataset_records(dataset: Any, where: str = "the dataset") -> Iterator[Locate
 
     A row of a named split needs no ``split`` of its own, and one without an ``id`` is named by its
     split and number. Columns that say nothing about the prompt are kept as its ``meta``.
-
-    Raises:
-        UserError: if a column is missing.
     """
     if not isinstance(dataset, Mapping):
         yield from _rows(dataset, None, where)
@@ -101,36 +90,28 @@ def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Locate
 
 def _plain_columns(dataset: Any) -> Any:
     """A dataset without columns that would be decoded, such as pictures and sounds."""
-    features = getattr(dataset, "features", None)
-    if not features:
-        return dataset
+    features = getattr(dataset, "features", None) or {}
     plain = [
         name for name, kind in features.items() if name in KEYS or type(kind).__name__ == "Value"
     ]
-    return dataset.select_columns(plain)
+    return dataset.select_columns(plain) if features else dataset
 
 
 def _with_meta(record: dict[str, Any]) -> dict[str, Any]:
-    known = {key: value for key, value in record.items() if key in KEYS and key != "meta"}
     other = {key: value for key, value in record.items() if key not in KEYS}
+    known = {key: value for key, value in record.items() if key in KEYS}
     return known | {"meta": {**(record.get("meta") or {}), **other}}
 
 
 def _check_columns(columns: Iterable[str], where: str) -> None:
     present = set(columns)
-    body = () if present & {"text", "messages"} else ("text",)
+    body = () if "messages" in present else ("text",)
     missing = [name for name in ("id", *body, "split") if name not in present]
     if missing:
         raise UserError(
             f"{where} has no column {missing[0]!r}: prompts need the columns id, split, and text "
             "or messages."
         )
-
-
-def _refuse_repeated(columns: Sequence[str], where: str) -> None:
-    repeated = [name for name, count in Counter(columns).items() if count > 1]
-    if repeated:
-        raise UserError(f"{where} has column {repeated[0][:60]!r} twice: keep one.")
 
 
 def _csv_record(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
@@ -158,15 +139,7 @@ def _load_dataset(path: Path) -> Any:
 
 
 def _read(path: Path) -> str:
-    try:
-        return read_regular_file(path).removeprefix("\ufeff")  # a byte order mark is no content
-    except FileNotFoundError:
-        raise UserError(f"prompt file {str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"prompt file {str(path)!r} cannot be read as UTF-8 ({short_reason(problem)}): save it "
-            "as a plain UTF-8 file."
-        ) from None
+    return str(read_text(path, "prompt file")).removeprefix("\ufeff")  # a BOM is no content
 
 
 def _parse(text: str, where: str, advice: str) -> Any:
@@ -174,10 +147,3 @@ def _parse(text: str, where: str, advice: str) -> Any:
         return parse_json(text)
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{where} is not JSON ({short_reason(problem)}): {advice}.") from None
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # such as a name that no file system takes
-        return False

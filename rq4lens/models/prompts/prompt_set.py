@@ -50,8 +50,6 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         _refuse_unreadable(self.prompts)
-        _refuse_empty_texts(self.prompts)
-        _refuse_repeated_ids(self.prompts)
         _refuse_leaks(self.prompts)
 
     @classmethod
@@ -204,12 +202,7 @@ class TokenizedPrompts:
     """Prompts as one model reads them, each cut at its decision token (its last token).
 
     What stands behind the decision token cannot change its next-token distribution in a causal
-    model, so it is not kept.
-
-    Args:
-        ids: the prompts' ids.
-        token_ids: the tokens of each prompt, up to and including the decision token.
-        n_dropped: how many tokens of each prompt were cut off on the left; empty where none were.
+    model. ``n_dropped`` counts the tokens that were cut off on the left; empty where none were.
     """
 
     ids: tuple[str, ...]
@@ -253,14 +246,7 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch of prompts.
-
-    Args:
-        rows: which prompts of the :class:`TokenizedPrompts` these are.
-        tokens: the padded tokens.
-        attention_mask: 1 for tokens, 0 for padding.
-        padding_side: where the padding stands.
-    """
+    """A padded batch of prompts; ``rows`` are their places in the :class:`TokenizedPrompts`."""
 
     rows: Int[Tensor, "prompt"]
     tokens: Int[Tensor, "prompt pos"]
@@ -294,15 +280,8 @@ def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:
                 f"prompt {prompt.id!r} holds half a character ({problem.reason}): write the whole "
                 "character, or remove it."
             ) from None
-
-
-def _refuse_empty_texts(prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
         if not prompt.text.strip():
             raise UserError(f"prompt {prompt.id!r} has an empty text: give it one or remove it.")
-
-
-def _refuse_repeated_ids(prompts: Sequence[Prompt]) -> None:
     repeated = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
     if repeated:
         raise UserError(f"prompt id {repeated[0]!r} stands more than once: ids must be unique.")

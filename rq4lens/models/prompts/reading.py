@@ -22,15 +22,11 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """One prompt as one model reads it.
+    """One prompt as one model reads it, before it is cut.
 
     Args:
-        prompt: the prompt.
-        rendered: what was tokenized.
-        tokens: all tokens, also those behind the decision token.
         spans: the characters of each token; None for one that the tokenizer added of itself.
             None altogether if the tokenizer cannot tell.
-        decision: index of the decision token.
         n_dropped: how many tokens are cut off on the left.
         has_bos: whether the first token is the tokenizer's BOS, which is not cut off.
     """
@@ -64,31 +60,34 @@ class ReadPrompt:
 def tokenize(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, reading: Reading | None = None
 ) -> TokenizedPrompts:
-    """Render and tokenize each prompt once and cut it at its decision token.
-
-    Raises:
-        UserError: if a prompt cannot be rendered, has no decision token or two BOS tokens.
-    """
+    """Render and tokenize each prompt once and cut it at its decision token."""
     read = [read_prompt(prompt, tokenizer, reading or Reading()) for prompt in prompts]
     for each in read:
-        refuse_second_bos(each, tokenizer)
+        if tokenizer.bos_token_id is not None and n_leading_bos(each, tokenizer) > 1:
+            raise UserError(
+                f"prompt {each.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: "
+                "remove it from the text or the chat template; see `rq4lens audit`."
+            )
     return TokenizedPrompts(
         prompts.ids, tuple(each.kept for each in read), tuple(each.n_dropped for each in read)
     )
 
 
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:
-    """One prompt as one model reads it.
-
-    Raises:
-        UserError: if it cannot be rendered or has no decision token.
-    """
+    """One prompt as one model reads it."""
     rendered = render(prompt, tokenizer)
     tokens, spans = _encode(rendered.text, tokenizer)
     if reading.decision_rule in ("last", "last_content"):
-        decision = _last(prompt, tokens, _skipped(tokenizer, reading))
+        skipped = _special_ids(tokenizer) if reading.decision_rule == "last_content" else ()
+        deciding = [index for index, token in enumerate(tokens) if token not in skipped]
     else:
-        decision = _at_character(prompt, rendered, spans, reading)
+        deciding = _at_character(prompt, rendered, spans, reading)
+    if not deciding:
+        raise UserError(
+            f"prompt {prompt.id!r} has no token to decide at: its text must have at least one "
+            "token outside the special ones."
+        )
+    decision = deciding[-1]
     has_bos = bool(tokens) and tokens[0] == tokenizer.bos_token_id
     most = reading.max_tokens or decision + 1
     n_dropped = max(0, decision + 1 - max(most, 1 + has_bos))
@@ -99,26 +98,6 @@ def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many BOS tokens a prompt starts with."""
     others = (n for n, token in enumerate(read.tokens) if token != tokenizer.bos_token_id)
     return next(others, len(read.tokens))
-
-
-def refuse_second_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a prompt that starts with its BOS twice.
-
-    Raises:
-        UserError: if it does.
-    """
-    if tokenizer.bos_token_id is not None and n_leading_bos(read, tokenizer) > 1:
-        raise UserError(
-            f"prompt {read.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: remove "
-            "it from the text or the chat template; see `rq4lens audit`."
-        )
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that the tokenizer calls special."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    named = {index for index, token in added.items() if token.special}
-    return frozenset(named | set(tokenizer.all_special_ids))
 
 
 def _encode(
@@ -173,28 +152,17 @@ def _n_leading(text: str) -> int:
     return len(text) - len(text.lstrip())
 
 
-def _skipped(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> frozenset[int]:
-    return special_ids(tokenizer) if reading.decision_rule == "last_content" else frozenset()
-
-
-def _last(prompt: Prompt, tokens: tuple[int, ...], skipped: frozenset[int]) -> int:
-    for index in range(len(tokens) - 1, -1, -1):
-        if tokens[index] not in skipped:
-            return index
-    raise _nothing_to_decide_at(prompt)
-
-
-def _nothing_to_decide_at(prompt: Prompt) -> UserError:
-    return UserError(
-        f"prompt {prompt.id!r} has no token to decide at: its text must have at least one token "
-        "outside the special ones."
-    )
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that the tokenizer calls special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {index for index, token in added.items() if token.special}
+    return frozenset(named | set(tokenizer.all_special_ids))
 
 
 def _at_character(
     prompt: Prompt, rendered: Rendered, spans: tuple[Span | None, ...] | None, reading: Reading
-) -> int:
-    """The token that holds the character that the rule names, or the one before the answer's."""
+) -> list[int]:
+    """The tokens that hold the character that the rule names, or the one before the answer's."""
     if spans is None:
         raise UserError(
             f"decision rule {reading.decision_rule!r} needs a tokenizer that tells the characters "
@@ -209,12 +177,9 @@ def _at_character(
         )
     at = rendered.index_of(character)
     if reading.decision_rule == "before_answer":
-        return _before(prompt, at, spans)
-    # The last one: a character of several bytes may be several tokens.
-    holding = [index for index, span in enumerate(spans) if span is not None and span[0] <= at]
-    if not holding:
-        raise _nothing_to_decide_at(prompt)
-    return holding[-1]
+        return [_before(prompt, at, spans)]
+    # A character of several bytes may be several tokens: the last one decides.
+    return [index for index, span in enumerate(spans) if span is not None and span[0] <= at]
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -235,33 +200,24 @@ def _before(prompt: Prompt, at: int, spans: tuple[Span | None, ...]) -> int:
 
 def _character(prompt: Prompt, reading: Reading) -> int:
     """Index of a character of the prompt's text: where the answer starts, or what decides."""
-    if reading.decision_rule == "offset":
-        return _offset(prompt)
-    if reading.decision_rule == "before_answer":
-        return _find(prompt, "answer", prompt.answer)
-    marker = prompt.marker or reading.marker
-    return _find(prompt, "marker", marker) + len(marker or "") - 1
-
-
-def _offset(prompt: Prompt) -> int:
-    if prompt.offset is None:
-        raise UserError(f"prompt {prompt.id!r} has no offset, which rule 'offset' needs: give one.")
-    if prompt.offset >= len(prompt.text):
-        raise UserError(
-            f"offset {prompt.offset} of prompt {prompt.id!r} lies behind its text of "
-            f"{len(prompt.text)} characters: count from 0."
-        )
-    return prompt.offset
-
-
-def _find(prompt: Prompt, what: str, wanted: str | None) -> int:
+    rule = reading.decision_rule
+    what = "answer" if rule == "before_answer" else rule
+    wanted = getattr(prompt, what)
+    if rule == "marker":
+        wanted = wanted or reading.marker
     if wanted is None:
-        rule = "before_answer" if what == "answer" else "marker"
         raise UserError(f"prompt {prompt.id!r} has no {what}, which rule {rule!r} needs: give one.")
+    if rule == "offset":
+        if wanted >= len(prompt.text):
+            raise UserError(
+                f"offset {wanted} of prompt {prompt.id!r} lies behind its text of "
+                f"{len(prompt.text)} characters: count from 0."
+            )
+        return int(wanted)
     at = prompt.text.rfind(wanted)
     if at < 0:
         raise UserError(
             f"the {what} {wanted[:60]!r} does not stand in prompt {prompt.id!r}: give a string of "
             "its text, letter for letter."
         )
-    return at
+    return at if what == "answer" else at + len(wanted) - 1

@@ -71,11 +71,7 @@ def chat_text(messages: tuple[Message, ...]) -> str:
 
 
 def prompt_of_record(record: Any, where: str) -> Prompt:
-    """Check a record and make it a prompt.
-
-    Raises:
-        UserError: if a key is missing, unknown or of another type.
-    """
+    """Check a record and make it a prompt."""
     if not isinstance(record, Mapping):
         raise UserError(
             f'{where} is not an object: write {{"id": ..., "text": ..., "split": ...}}.'

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from jinja2 import Environment
 
 from rq4lens.disk.files import short_reason
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.bounds import OutOfBoundsError, within_bounds
 from rq4lens.models.prompts.record import Message, Prompt
 
 if TYPE_CHECKING:
@@ -23,18 +18,8 @@ DATE = "26 Jul 2024"
 run could not be repeated tomorrow."""
 
 
-_STOPPED: set[str] = set()
-"""Templates that took too long on some prompt: a thousand prompts are not to wait for each."""
-
-
 class Part(NamedTuple):
-    """A piece of the prompt's text inside the rendered one.
-
-    Args:
-        rendered: index of its first character in the rendered text.
-        text: index of its first character in the prompt's text.
-        length: number of characters.
-    """
+    """A piece of the prompt's text inside the rendered one: both its starts, and its length."""
 
     rendered: int
     text: int
@@ -42,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A place of the rendered text, told by the prompt's text, so that two models can be compared.
+    """A place of the rendered text in terms of the prompt's text, so that models can be compared.
 
     Args:
         end: how many characters of the prompt's text stand before it.
@@ -58,7 +43,6 @@ class Rendered:
     """A prompt as one model is given it.
 
     Args:
-        text: what is tokenized.
         parts: the pieces of the prompt's text in it; plain text is one piece. None if the template
             does not hold every message as it was written.
     """
@@ -85,11 +69,7 @@ class Rendered:
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The prompt's text, or its messages in the tokenizer's own chat template.
-
-    Raises:
-        UserError: if the tokenizer has no template, or it refuses the messages.
-    """
+    """The prompt's text, or its messages in the tokenizer's own chat template."""
     if not prompt.messages:
         return Rendered(prompt.text, (Part(0, 0, len(prompt.text)),))
     text = apply_template(prompt, tokenizer)
@@ -103,51 +83,24 @@ def apply_template(
     *,
     generation_prompt: bool = True,
 ) -> str:
-    """The messages as the template writes them.
-
-    Raises:
-        UserError: if there is no template, or it refuses the messages.
-    """
+    """The messages as the template writes them."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             f"prompt {prompt.id!r} is a chat, but the tokenizer of "
             f"{str(tokenizer.name_or_path) or 'the model'} has no chat template: give plain text, "
             "or save a template with the tokenizer."
         )
-    template = str(tokenizer.chat_template)
     chat = [{"role": m.role, "content": m.content} for m in messages or prompt.messages]
     try:
-        _refuse_endless(template)
-        with within_bounds():
-            text: Any = tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=generation_prompt, date_string=DATE
-            )
+        text: Any = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generation_prompt, date_string=DATE
+        )
     except Exception as problem:  # templates are code of the checkpoint and can fail in any way
-        if isinstance(problem, OutOfBoundsError):
-            _STOPPED.add(template)
         raise UserError(
             f"the chat template of {str(tokenizer.name_or_path) or 'the model'} refuses prompt "
             f"{prompt.id!r} ({short_reason(problem)}): change its messages."
         ) from None
     return str(text)
-
-
-def _refuse_endless(template: str) -> None:
-    """Refuse what was stopped on an earlier prompt, or is known not to end."""
-    if template in _STOPPED:
-        raise OutOfBoundsError("it took too long on an earlier prompt")
-    if _computes_powers(template):
-        raise ValueError("it computes powers")
-
-
-@cache
-def _computes_powers(template: str) -> bool:
-    """A power of whole numbers may take for ever in one step, which nothing can stop."""
-    tokens = [token for token in Environment().lex(template) if token[1] != "whitespace"]
-    return any(
-        kind == "operator" and value == "**" and before not in ("(", ",")  # but for f(**arguments)
-        for (_, _, before), (_, kind, value) in pairwise(tokens)
-    )
 
 
 def _parts(

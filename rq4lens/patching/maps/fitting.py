@@ -1,13 +1,10 @@
-"""Fitting the maps of a pair on its train prompts, and reusing what is already fitted."""
+"""Fitting the maps of a pair on its train prompts, and reusing those that a store holds."""
 
 from __future__ import annotations
 
-import logging
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import einops
@@ -17,8 +14,7 @@ from jaxtyping import Float
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
-from rq4lens.disk.files import set_aside
-from rq4lens.disk.store import content_key
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
@@ -33,12 +29,10 @@ from rq4lens.patching.maps.map import (
     LayerMap,
     MapKind,
     MapScope,
-    load_map,
-    save_map,
+    get_map,
+    put_map,
     to_blocks,
 )
-
-log = logging.getLogger(__name__)
 
 MAP_NUMERICS = 1
 """Raised whenever the same ingredients would give other map weights than before."""
@@ -46,20 +40,15 @@ MAP_NUMERICS = 1
 CALIBRATION_SHARE = 0.2
 MIN_GROUPS = 5
 
-CKA_TIE = 1e-6
-"""CKA does not see rotations and scales, so kinds that only add these differ by rounding alone."""
-
 
 def fit_maps(
     pair: ModelPair,
     layers: Sequence[int],
-    kind: MapKind | None = None,
+    kind: MapKind = DEFAULT_KIND,
     *,
     scope: MapScope = "head",
     seed: int = 0,
     activations: PairActivations | None = None,
-    directory: Path | None = None,
-    fresh: bool = False,
 ) -> dict[int, LayerMap]:
     """Fit the maps from base z (source) to tuned z (target) on the train prompts.
 
@@ -69,13 +58,11 @@ def fit_maps(
     Args:
         pair: the pair.
         layers: the layers to map.
-        kind: how to fit; None takes the already fitted map with the best calibration CKA (the best
-            held-out R² among equals), and fits a scaled Procrustes map where there is none.
+        kind: how to fit, one of ``identity``, ``mean_shift``, ``moments``, ``procrustes``,
+            ``procrustes_scaled``, ``ridge`` and ``low_rank``.
         scope: one map per head, or one over all heads of the layer jointly.
         seed: decides which train groups are held out for the diagnostics.
         activations: already captured activations of this pair.
-        directory: where fitted maps are looked up and kept.
-        fresh: do not use any map that is there; new ones replace them.
 
     Returns:
         The maps by layer.
@@ -87,37 +74,36 @@ def fit_maps(
         UserWarning: when there are fewer train rows than twice the map's width, or too few groups
             to hold some out.
     """
-    _check_kind(kind, scope)
-    check_layers(layers, pair.n_layers)
     activations = activations or PairActivations(pair)
-    recipes = {
-        layer: MapRecipe(pair, layer, kind or DEFAULT_KIND, scope, seed, activations.k_positions)
-        for layer in layers
-    }
-    looked_up = None if fresh else directory
-    kept = {layer: _best_kept(recipe, kind, looked_up) for layer, recipe in recipes.items()}
-    for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
-        activations.capture(side, FIT_SPLIT, [layer for layer in recipes if kept[layer] is None])
-    maps = {}
-    for layer, recipe in recipes.items():
-        maps[layer] = kept[layer] or _fit(recipe, activations)
-        if directory is not None and kept[layer] is None:
-            save_map(maps[layer], directory / recipe.file_name)
-    return maps
+    return _fitted(_recipes(activations, layers, kind, scope, seed), activations)
+
+
+def maps_from(
+    store: Store,
+    activations: PairActivations,
+    layers: Sequence[int],
+    kind: MapKind = DEFAULT_KIND,
+    *,
+    scope: MapScope = "head",
+    seed: int = 0,
+) -> dict[int, LayerMap]:
+    """The maps that :func:`fit_maps` gives, from a store; those that it lacks are fitted into it.
+
+    Raises:
+        UserError: if the kind, scope or a layer does not exist, or a map cannot be written.
+    """
+    recipes = _recipes(activations, layers, kind, scope, seed)
+    stored = {recipe.layer: get_map(store, recipe) for recipe in recipes}
+    missing = [recipe for recipe in recipes if stored[recipe.layer] is None]
+    fitted = _fitted(missing, activations)
+    for recipe in missing:
+        put_map(store, recipe, fitted[recipe.layer])
+    return {layer: found or fitted[layer] for layer, found in stored.items()}
 
 
 @dataclass(frozen=True)
 class MapRecipe:
-    """Everything that decides a fitted map.
-
-    Args:
-        pair: the pair.
-        layer: the layer.
-        kind: how to fit.
-        scope: one map per head, or one over all heads jointly.
-        seed: decides which train groups are held out for the diagnostics.
-        k_positions: how many positions of each prompt are rows of the fit.
-    """
+    """Everything that decides a fitted map: what a store addresses it by."""
 
     pair: ModelPair
     layer: int
@@ -127,7 +113,11 @@ class MapRecipe:
     k_positions: int
 
     @property
-    def ingredients(self) -> dict[str, Any]:
+    def label(self) -> str:
+        """Layer, kind and scope."""
+        return f"L{self.layer}_{self.kind}_{self.scope}"
+
+    def to_dict(self) -> dict[str, Any]:
         """Everything the fitted map depends on, as plain JSON values."""
         base, tuned = self.pair.base.card, self.pair.tuned.card
         return {
@@ -147,43 +137,23 @@ class MapRecipe:
             "k_positions": self.k_positions,
         }
 
-    @property
-    def file_name(self) -> str:
-        """Its name says what the map is, its key what it was fitted on."""
-        key = content_key(self.ingredients)[:16]
-        return f"L{self.layer}_{self.kind}_{self.scope}_{key}.safetensors"
 
-
-def _check_kind(kind: str | None, scope: str) -> None:
-    if kind is not None and kind not in MAP_KINDS:
+def _recipes(
+    activations: PairActivations, layers: Sequence[int], kind: MapKind, scope: MapScope, seed: int
+) -> list[MapRecipe]:
+    if kind not in MAP_KINDS:
         raise UserError(f"map kind {kind!r} does not exist: choose one of {', '.join(MAP_KINDS)}.")
     if scope not in MAP_SCOPES:
         raise UserError(f"map scope {scope!r} does not exist: choose 'head' or 'layer'.")
+    pair, k_positions = activations.pair, activations.k_positions
+    check_layers(layers, pair.n_layers)
+    return [MapRecipe(pair, layer, kind, scope, seed, k_positions) for layer in layers]
 
 
-def _best_kept(recipe: MapRecipe, kind: MapKind | None, directory: Path | None) -> LayerMap | None:
-    """The best kept map among those that fit the recipe, of any kind unless one was asked for."""
-    if directory is None:
-        return None
-    recipes = [replace(recipe, kind=each) for each in (MAP_KINDS if kind is None else (kind,))]
-    kept = [found for each in recipes if (found := _load_kept(each, directory)) is not None]
-    best = max((found.mean_cka or 0.0 for found in kept), default=0.0)
-    tied = [found for found in kept if (found.mean_cka or 0.0) >= best - CKA_TIE]
-    return max(tied, key=lambda found: found.mean_r2 or -math.inf, default=None)
-
-
-def _load_kept(recipe: MapRecipe, directory: Path) -> LayerMap | None:
-    path = directory / recipe.file_name
-    if not path.exists():
-        return None
-    try:
-        found = load_map(path)
-    except UserError as problem:
-        log.warning("set aside %s and fitting it again: %s", path.name, problem)
-        for file in (path, path.with_suffix(".json")):
-            set_aside(file)
-        return None
-    return found if found.ingredients == recipe.ingredients else None
+def _fitted(recipes: Sequence[MapRecipe], activations: PairActivations) -> dict[int, LayerMap]:
+    for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
+        activations.capture(side, FIT_SPLIT, [recipe.layer for recipe in recipes])
+    return {recipe.layer: _fit(recipe, activations) for recipe in recipes}
 
 
 class _Blocks(NamedTuple):
@@ -205,7 +175,7 @@ def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
         weight=blocks.weight,
         bias=blocks.bias,
         n_heads=recipe.pair.n_heads,
-        ingredients=recipe.ingredients,
+        ingredients=recipe.to_dict(),
         details={"train_rows": len(x), "blocks": blocks.details},
     )
     return replace(fitted, diagnostics=_held_out(fitted, x, y, groups, recipe.seed))
@@ -238,7 +208,7 @@ def _held_out(
         warnings.warn(
             f"the map of layer {fitted.layer} has no held-out diagnostics: its train prompts are "
             f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return ()
     split = GroupShuffleSplit(1, test_size=CALIBRATION_SHARE, random_state=seed)
@@ -264,5 +234,5 @@ def _warn_if_few(rows: int, width: int, layer: int) -> None:
             f"the map of layer {layer} is {width} wide and has only {rows} train rows: it may fit "
             "them without generalising; use more train prompts or maps per head, and read the "
             "held-out R².",
-            stacklevel=4,
+            stacklevel=5,
         )

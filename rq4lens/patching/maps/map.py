@@ -1,4 +1,4 @@
-"""Maps from base to tuned head activations: frozen, callable, kept as safetensors and JSON.
+"""Maps from base to tuned head activations: frozen, callable, stored as safetensors and JSON.
 
 A map's **source** is the base model's z, its **target** the tuned model's z. It is affine,
 ``ẑ = z W + b``, either one per head or one over all heads of the layer jointly.
@@ -16,19 +16,10 @@ from typing import Any, Literal, get_args
 import einops
 import torch
 from jaxtyping import Float
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
-from rq4lens.disk.files import (
-    make_directory,
-    read_json,
-    read_regular_bytes,
-    short_reason,
-    write_bytes_atomic,
-    write_json_atomic,
-)
-from rq4lens.disk.store import content_key
+from rq4lens.disk.files import short_reason
+from rq4lens.disk.store import Ingredients, Store, content_key, read_record, read_tensors
 from rq4lens.errors import UserError
 
 MapKind = Literal[
@@ -148,7 +139,7 @@ class LayerMap:
         return content_key({"ingredients": self.ingredients, "weights": self.weights_sha256})
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors, as plain JSON values."""
+        """Everything but tensors and ingredients, as plain JSON values."""
         return {
             "layer": self.layer,
             "kind": self.kind,
@@ -156,10 +147,8 @@ class LayerMap:
             "n_heads": self.n_heads,
             "source": "base z",
             "target": "tuned z",
-            "ingredients": dict(self.ingredients),
             "details": dict(self.details),
             "diagnostics": [asdict(row) for row in self.diagnostics],
-            "weights_sha256": self.weights_sha256,
         }
 
 
@@ -188,13 +177,28 @@ def from_blocks(
     )
 
 
-def save_map(layer_map: LayerMap, path: Path) -> None:
-    """Write ``path`` (safetensors) and the JSON file of the same name beside it."""
-    tensors = {"weight": layer_map.weight.contiguous(), "bias": layer_map.bias.contiguous()}
-    make_directory(path.parent)
-    # The tensors come last: whoever finds them finds a complete map.
-    write_json_atomic(path.with_suffix(".json"), layer_map.to_dict())
-    write_bytes_atomic(path, safetensors_save(tensors))
+def put_map(store: Store, ingredients: Ingredients, layer_map: LayerMap) -> Path:
+    """Store a map.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    tensors = {"weight": layer_map.weight, "bias": layer_map.bias}
+    return store.put_tensors(ingredients, tensors, layer_map.to_dict())
+
+
+def get_map(store: Store, ingredients: Ingredients) -> LayerMap | None:
+    """The stored map, if there is one that can be believed."""
+    tensors = store.get_tensors(ingredients)
+    payload = None if tensors is None else store.get(ingredients)
+    if tensors is None or payload is None:
+        return None
+    path = store.path(ingredients)
+    try:
+        return _layer_map(path, ingredients.to_dict(), payload, tensors)
+    except UserError as problem:
+        store.set_aside(path, str(problem))
+        return None
 
 
 def load_map(path: Path) -> LayerMap:
@@ -202,32 +206,42 @@ def load_map(path: Path) -> LayerMap:
 
     Raises:
         UserError: if a file is missing or damaged, or the tensors are not finite, do not have the
-            shapes that the JSON file promises, or are not the ones that were written with it.
+            shapes that the record promises, or are not the ones that were written with it.
     """
     try:
-        record = read_json(path.with_suffix(".json"))
-        tensors = safetensors_load(read_regular_bytes(path))
-        diagnostics = tuple(_diagnostics(row) for row in record["diagnostics"])
+        record = read_record(path.with_suffix(".json"))
+        tensors = read_tensors(path, record)
+    except (OSError, ValueError, RecursionError) as problem:
+        raise _unreadable(path, problem) from problem
+    return _layer_map(path, record.ingredients, record.payload, tensors)
+
+
+def _layer_map(
+    path: Path, ingredients: Mapping[str, Any], payload: Any, tensors: Mapping[str, Tensor]
+) -> LayerMap:
+    try:
         layer_map = LayerMap(
-            layer=record["layer"],
-            kind=record["kind"],
-            scope=record["scope"],
+            layer=payload["layer"],
+            kind=payload["kind"],
+            scope=payload["scope"],
             weight=tensors["weight"],
             bias=tensors["bias"],
-            n_heads=record["n_heads"],
-            ingredients=record["ingredients"],
-            diagnostics=diagnostics,
-            details=record["details"],
+            n_heads=payload["n_heads"],
+            ingredients=ingredients,
+            diagnostics=tuple(_diagnostics(row) for row in payload["diagnostics"]),
+            details=payload["details"],
         )
     except Exception as problem:  # every way in which a file can be damaged ends in one sentence
-        raise UserError(
-            f"map file {str(path)!r} cannot be read ({type(problem).__name__}: "
-            f"{short_reason(problem)}): delete it, and the run fits it again."
-        ) from problem
+        raise _unreadable(path, problem) from problem
     _check_tensors(layer_map, path)
-    if layer_map.weights_sha256 != record.get("weights_sha256"):
-        raise UserError(f"map file {str(path)!r} does not match its checksum: delete it.")
     return layer_map
+
+
+def _unreadable(path: Path, problem: Exception) -> UserError:
+    return UserError(
+        f"map file {str(path)!r} cannot be read ({type(problem).__name__}: "
+        f"{short_reason(problem)}): delete it, and the run fits it again."
+    )
 
 
 def _diagnostics(row: Mapping[str, Any]) -> HeadDiagnostics:

@@ -2,12 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# The laws and engine parity, the hooks and the grid, habits of the house, settings, the main job.
+QUICK := $(addprefix tests/test_, laws.py hooks.py grid.py \
+	imports.py house.py words.py config.py options.py \
+	study.py::test_the_run_directory_has_the_documented_files \
+	study.py::test_what_was_written_is_what_was_measured \
+	study.py::test_the_random_sets_are_the_documented_ones)
 
-.PHONY: help demo test lint figures notebooks docs clean
+.PHONY: help demo test quick lint figures notebooks docs clean
 
 help:
 	@echo "make demo      run the main job on the built-in pair, into runs/demo/"
 	@echo "make test      lint, type-check and test everything"
+	@echo "make quick     lint, type-check, the laws, engine parity and the main job"
 	@echo "make figures   draw every figure of figures/ again"
 	@echo "make notebooks run every notebook of notebooks/ again"
 	@echo "make docs      build the documentation site, into site/"
@@ -31,6 +38,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+quick: lint
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(QUICK)
 
 figures: $(INSTALLED)
 	$(BIN)/python figures/make.py

@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from benchmark_cases import GPT2_SMALL, KINDS, LLAMA_8B, TINY, random_model, random_tokens
 from benchmark_cases import single_heads as heads_of
 
+from rq4lens.config import Place
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Sources
@@ -105,7 +106,7 @@ def measure(model: Any, prompts: TokenizedPrompts, mine: slice) -> tuple[np.ndar
     sources = noise(model, len(prompts), mine)
     some = TokenizedPrompts(prompts.ids[mine], prompts.token_ids[mine])
     started = time.perf_counter()
-    engine = make_engine(model, some, first_layer=0, batch_size=len(some))
+    engine = make_engine(model, some, place=Place(batch_size=len(some)))
     effects = engine.effects(heads_of(range(cfg.n_layers), cfg.n_heads), sources)
     return effects.kl_nats, time.perf_counter() - started
 

@@ -160,10 +160,11 @@ def random_case(
 
 def builtin_case(device: str, dtype: torch.dtype) -> Case:
     """The built-in pair on its validation prompts."""
+    from rq4lens.config import Place  # noqa: PLC0415
     from rq4lens.models.catalog import load_pair  # noqa: PLC0415 - random pairs need no loading
 
     name = str(dtype).removeprefix("torch.")
-    pair = load_pair("etiquette", device=device, dtype=name)
+    pair = load_pair("etiquette", place=Place(device=device, dtype=name))
     models = (pair.use("base").model, pair.use("tuned").model)
     return Case("built-in pair", *models, pair.tokens("tuned", "val"), 1, 32)
 

@@ -24,8 +24,10 @@ from benchmark_cases import CASES, KINDS, Case, command_line, grid_conditions, s
 from growth import growth
 
 import rq4lens as rq
+from rq4lens.config import Place
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.patch import Engine, Sources
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,7 +77,7 @@ def engine_of(case: Case, first_layer: int, max_bytes: int | None) -> Engine:
     return make_engine(
         case.tuned,
         case.prompts,
-        batch_size=case.batch_size,
+        place=Place(batch_size=case.batch_size),
         first_layer=first_layer,
         max_bytes=max_bytes,
     )
@@ -140,7 +142,7 @@ def agreement(case: Case, sources: Sources) -> dict[str, float]:
     every = grid_conditions(case.layer, case.tuned.cfg.n_heads)
     engine = make_engine(case.tuned, case.prompts, first_layer=case.layer)
     found = engine.effects([*every, ()], sources).kl_nats
-    native = make_engine(case.tuned, case.prompts, prefer="hooks", batch_size=case.batch_size)
+    native = HookEngine(case.tuned, case.prompts, place=Place(batch_size=case.batch_size))
     sample = [*range(4), len(every) - 1]
     expected = native.effects([every[i] for i in sample], sources).kl_nats
     return {

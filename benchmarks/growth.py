@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from benchmark_cases import KINDS, Case, single_heads
 
+from rq4lens.config import Place
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import Sources
 
@@ -27,7 +28,10 @@ def growth(case: Case, seconds: Timer) -> list[dict[str, Any]]:
 
         def clean_pass() -> None:
             made["engine"] = make_engine(
-                some.tuned, some.prompts, first_layer=layers.start, batch_size=some.batch_size
+                some.tuned,
+                some.prompts,
+                place=Place(batch_size=some.batch_size),
+                first_layer=layers.start,
             )
 
         sources = _noise(some, layers)

@@ -11,6 +11,7 @@ import argparse
 import torch
 from benchmark_cases import CASES, grid_conditions
 
+from rq4lens.config import Place
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.patch import MAPPED, RAW, Sources
@@ -26,7 +27,7 @@ def main() -> None:
     case = CASES[asked.case](asked.device, getattr(torch, asked.dtype))
     z = capture_z(case.base, case.prompts, [case.layer], batch_size=case.batch_size)[case.layer]
     sources = Sources({(case.layer, kind): z for kind in (RAW, MAPPED)})
-    engine = HookEngine(case.tuned, case.prompts, batch_size=case.batch_size)
+    engine = HookEngine(case.tuned, case.prompts, place=Place(batch_size=case.batch_size))
     condition = grid_conditions(case.layer, case.tuned.cfg.n_heads)[1]
     print(engine.effects([condition], sources).kl_nats.mean())
 

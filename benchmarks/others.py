@@ -13,9 +13,10 @@ from benchmark_cases import ALPHA, Case, grid_conditions
 from torch import Tensor
 from transformer_lens import patching
 
+from rq4lens.config import Place
 from rq4lens.patching.activations import device_of, forward_batch, z_site
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.patch import Sources, next_token_kl
+from rq4lens.patching.patch import Sources, next_token_effects
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -34,7 +35,7 @@ def plain_forwards(case: Case, seconds: Timer) -> float:
 
 def hooks_per_condition(case: Case, sources: Sources, seconds: Timer, n_sampled: int = 3) -> float:
     """Seconds per condition of one full forward pass through native hooks, batched."""
-    engine = HookEngine(case.tuned, case.prompts, batch_size=case.batch_size)
+    engine = HookEngine(case.tuned, case.prompts, place=Place(batch_size=case.batch_size))
     every = grid_conditions(case.layer, case.tuned.cfg.n_heads)
     sample = every[:: len(every) // n_sampled][:n_sampled]
     # The engine runs one more pass, the clean one.
@@ -53,7 +54,7 @@ def library_per_condition(case: Case, seconds: Timer, n_sampled: int = 2) -> flo
         clean = forward_batch(case.tuned, batch)[:, -1]
 
         def divergence(logits: Tensor) -> Tensor:
-            return next_token_kl(logits[:, -1], clean).mean()
+            return next_token_effects(logits[:, -1], clean)[0].mean()
 
         def run() -> None:
             patching.get_act_patch_attn_head_out_by_pos(

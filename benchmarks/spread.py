@@ -31,6 +31,7 @@ from benchmark_cases import (
 )
 from engine import RESULTS, timer
 
+from rq4lens.config import Place
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch
 from rq4lens.patching.engines.choice import make_engine
@@ -111,7 +112,11 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
     def engine() -> Any:
         return make_engine(
-            model, prompts, first_layer=layer, batch_size=len(prompts), max_bytes=budget
+            model,
+            prompts,
+            place=Place(batch_size=len(prompts)),
+            first_layer=layer,
+            max_bytes=budget,
         )
 
     stages("tuned: first clean pass", engine)
@@ -119,7 +124,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     stages("tuned: first rows", lambda: fast.effects(conditions, sources))
     found = stages("tuned: rows", lambda: fast.effects([*conditions, ()], sources)).kl_nats
     sample = [0, len(conditions) // 2]
-    hooks = HookEngine(model, prompts, batch_size=PROMPTS_OF_A_BATCH)
+    hooks = HookEngine(model, prompts, place=Place(batch_size=PROMPTS_OF_A_BATCH))
     expected = stages(
         "tuned: three passes by hooks",
         lambda: hooks.effects([conditions[i] for i in sample], sources),

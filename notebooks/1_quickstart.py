@@ -11,7 +11,7 @@
 # %% [markdown]
 # # Quickstart: the pair in the box
 #
-# You will see the whole study in a few cells: load a base model and its fine-tune, fit a map per head,
+# You will see the whole run in a few cells: load a base model and its fine-tune, fit a map per head,
 # patch every head of one layer, and read off which of them carry what the fine-tune changed. Everything
 # runs on a laptop in seconds; nothing is downloaded.
 

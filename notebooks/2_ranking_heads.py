@@ -23,7 +23,7 @@ import rq4lens as rq
 pair = rq.load_pair("etiquette")
 maps = rq.fit_maps(pair, layers=[1])
 experiment = rq.prepare(pair, maps)
-run = rq.run_grid(pair, maps, layer=1, alpha=0.3, experiment=experiment)
+run = rq.measure_grid(experiment, rq.Patching(layer=1, alpha=0.3), rq.Effort(resamples=2000))
 print(f"{run.n_heads} heads of layer 1, {run.n_prompts} prompts")
 
 # %% [markdown]

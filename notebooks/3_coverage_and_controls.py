@@ -25,7 +25,8 @@ pd.options.display.max_colwidth = None
 pair = rq.load_pair("etiquette")
 maps = rq.fit_maps(pair, layers=[0, 1, 2])
 experiment = rq.prepare(pair, maps)
-run = rq.run_grid(pair, maps, layer=1, control_layer=2, alpha=0.3, experiment=experiment)
+settings = rq.Patching(layer=1, control_layer=2, alpha=0.3)
+run = rq.measure_grid(experiment, settings, rq.Effort(resamples=2000))
 
 # %% [markdown]
 # ## Coverage
@@ -55,7 +56,7 @@ pd.DataFrame(
 # `neutral` are prompts that the fine-tune is not about.)
 
 # %%
-neutral = rq.prepare(pair, maps, split="neutral")
+neutral = rq.prepare(pair, maps, rq.Patching(split="neutral"))
 analysis = rq.analyse(
     run,
     experiment,
@@ -159,7 +160,7 @@ print(*analysis.claims, sep="\n")
 # and coverage is undefined: no number, and a reason.
 
 # %%
-quiet = rq.run_grid(pair, maps, layer=0, alpha=0.3, experiment=experiment)
+quiet = rq.measure_grid(experiment, rq.Patching(layer=0, alpha=0.3))
 of_quiet = rq.analyse(quiet)
 print("coverage of the top 2:", of_quiet.coverage[1].coverage_pct.value)
 print("because", of_quiet.full.undefined_because)

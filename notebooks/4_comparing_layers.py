@@ -90,7 +90,7 @@ pd.DataFrame(
 ).set_index("layer")
 
 # %% [markdown]
-# ## Which layers to study
+# ## Which layers to look at
 #
 # The main layer is the one whose map repairs most, among layers after the first whose raw patch does
 # some damage. The control is, among layers that clearly repair less, the one whose raw patch does most:
@@ -113,5 +113,4 @@ print(sweep.comparison.by_index[0].note)
 # %% [markdown]
 # Every layer of the sweep is an ordinary grid: `rq.figures.ranking_bars(sweep.grids[2])` and everything
 # of notebooks 2 and 3 works on it. **What this cannot say:** layers were chosen on the prompts that
-# show them. A study that wants to claim its layer should choose it on one set of prompts and report
-# another.
+# show them. To claim a layer, choose it on one set of prompts and report it on another.

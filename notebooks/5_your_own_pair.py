@@ -124,15 +124,17 @@ print(sorted(path.name for path in (folder / "tuned").iterdir()))
 # base activation changes next to nothing.)
 
 # %%
-config = rq.RunConfig(
-    pair="towns",
-    base=str(folder / "base"),
-    tuned=str(folder / "tuned"),
-    prompts=str(prompts),
-    alpha=1.0,
-    k=(1, 2, 4),
-    resamples=1000,
-    device="cpu",
+config = rq.config_from(
+    {
+        "pair": "towns",
+        "base": str(folder / "base"),
+        "tuned": str(folder / "tuned"),
+        "prompts": str(prompts),
+        "alpha": 1.0,
+        "k": [1, 2, 4],
+        "resamples": 1000,
+        "device": "cpu",
+    }
 )
 sweep = rq.sweep_layers(config)
 print(sweep.summary.replace(str(folder), "FOLDER"))
@@ -140,13 +142,13 @@ print(sweep.summary.replace(str(folder), "FOLDER"))
 # %% [markdown]
 # ## The job
 #
-# `run_study` fits the maps, measures the grid and writes a run directory. `analysis="grid"` is the short
+# `rq.run` fits the maps, measures the grid and writes a run directory. `analysis="grid"` is the short
 # form; leave it out for curves at every k, cross-fitting, random sets and controls.
 
 # %%
 job = config.updated(layer=1, control_layer=3, analysis="grid")
-study = rq.run(job, folder / "run")
-print(study.summary.replace(str(folder), "FOLDER"))
+run = rq.run(job, folder / "run")
+print(run.summary.replace(str(folder), "FOLDER"))
 print(sorted(path.name for path in (folder / "run").iterdir()))
 
 # %% [markdown]
@@ -154,7 +156,7 @@ print(sorted(path.name for path in (folder / "run").iterdir()))
 # interrupted goes on where it stopped when it is started again with the same directory.
 
 # %%
-rq.figures.head_plane(study.grid)
+rq.figures.head_plane(run.grid)
 
 # %% [markdown]
 # ## The same from a terminal
@@ -181,11 +183,11 @@ except rq.UserError as problem:
 
 # %%
 cultural = rq.preset("cultural")
-for name, value in cultural.model_dump(exclude_unset=True).items():
+for name, value in cultural.flat().items():
     print(f"{name} = {value!r}")
 
 # %% [markdown]
-# - `layer`, `control_layer`: the layer under study, and one that a sweep found to repair clearly less.
+# - `layer`, `control_layer`: the main layer, and one that a sweep found to repair clearly less.
 #   For another pair, run `rq4lens sweep` first.
 # - `alpha`: the share of the base activation that is blended in. Small enough to stay near what the
 #   tuned model knows, large enough to measure.

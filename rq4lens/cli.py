@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 
 from rq4lens.cluster.commands import (
     Divide,
+    Fresh,
     GpusPerWorker,
     OnCluster,
     Shard,
@@ -21,7 +22,15 @@ from rq4lens.cluster.commands import (
     study,
 )
 from rq4lens.cluster.many import Many
-from rq4lens.config import RunConfig, preset, preset_names, preset_text
+from rq4lens.config import (
+    PARTS,
+    PairSource,
+    Reading,
+    RunConfig,
+    preset,
+    preset_names,
+    preset_text,
+)
 from rq4lens.errors import UserError
 from rq4lens.screen.options import IgSteps, RankingFiles, RankOut, Target, takes_config
 from rq4lens.screen.terminal import errors, kept_when_stopped, output, watched
@@ -33,38 +42,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PAIR_SETTINGS = ("pair", "base", "tuned", "base_revision", "tuned_revision", "prompts")
-PLACE_SETTINGS = (
-    *("device", "n_devices", "device_map", "dtype", "batch_size", "keep_both", "cache"),
-    *("trust_remote_code", "engine"),
-)
-METHOD_SETTINGS = (
-    "layer",
-    "alpha",
-    "map_kind",
-    "map_scope",
-    "split",
-    "k_positions",
-    "raw_baseline",
-    "kl_direction",
-    "decision_rule",
-    "marker",
-    "max_tokens",
-    "exclude_misaligned",
-)
-RUN_SETTINGS = (
-    *PAIR_SETTINGS,
-    *METHOD_SETTINGS,
-    "control_layer",
-    "k",
-    "random_seeds",
-    "rank_by",
-    *PLACE_SETTINGS,
-    "analysis",
-    "random_sizes",
-    "resamples",
-    "seed",
-)
+EVERY_PART = tuple(PARTS.values())
+
+ANALYSIS = ("analysis", "random_sizes")
+"""Settings of the full analysis, which the main job alone makes."""
 
 VERBOSE = ("-v", "--verbose")
 
@@ -74,7 +55,6 @@ METHOD_HELP = (
 )
 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
 
 
@@ -114,7 +94,7 @@ def demo(
 
 
 @app.command()
-@takes_config(*RUN_SETTINGS, config_file=True)
+@takes_config(*EVERY_PART, config_file=True)
 def run(
     config: RunConfig,
     out: Out = None,
@@ -146,7 +126,7 @@ def run(
 
 
 @app.command()
-@takes_config(*PAIR_SETTINGS, *METHOD_SETTINGS, *PLACE_SETTINGS, "resamples", "seed")
+@takes_config(*EVERY_PART, without=("control_layer", "k", "random_seeds", "rank_by", *ANALYSIS))
 def patch(
     config: RunConfig,
     heads: Annotated[str, typer.Option(help="Head set: '3,7,12', '0-3,8', ALL or NONE.")] = "ALL",
@@ -163,7 +143,9 @@ def patch(
 
 @app.command()
 @takes_config(
-    *PAIR_SETTINGS, *METHOD_SETTINGS, "k", *PLACE_SETTINGS, "resamples", "seed", config_file=True
+    *EVERY_PART,
+    without=("control_layer", "random_seeds", "rank_by", *ANALYSIS),
+    config_file=True,
 )
 def rank(
     config: RunConfig,
@@ -189,17 +171,7 @@ def rank(
 
 
 @app.command()
-@takes_config(
-    *PAIR_SETTINGS,
-    *(name for name in METHOD_SETTINGS if name != "layer"),
-    "k",
-    "random_seeds",
-    "rank_by",
-    *PLACE_SETTINGS,
-    "resamples",
-    "seed",
-    config_file=True,
-)
+@takes_config(*EVERY_PART, without=("layer", "control_layer", *ANALYSIS), config_file=True)
 def sweep(
     config: RunConfig,
     layers: Annotated[
@@ -234,8 +206,7 @@ app.command()(merge)
 
 
 @app.command()
-@takes_config(*PAIR_SETTINGS, "decision_rule", "marker", "max_tokens", "exclude_misaligned",
-              "trust_remote_code", config_file=True)  # fmt: skip
+@takes_config(PairSource, Reading, config_file=True)
 def audit(
     config: RunConfig,
     every: Annotated[bool, typer.Option("--all", help="Show every prompt.")] = False,
@@ -311,9 +282,11 @@ def verify(
 
 
 @app.command()
-@takes_config("pair", "base", "base_revision", "prompts", "alpha", "seed", "device", "dtype",
-              "decision_rule", "marker", "max_tokens", "trust_remote_code",
-              default_pair="etiquette")  # fmt: skip
+@takes_config(
+    *(PairSource, Reading, "alpha", "device", "dtype", "seed"),
+    without=("tuned", "tuned_revision", "exclude_misaligned"),
+    default_pair="etiquette",
+)
 def validate(
     config: RunConfig,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "ALL",

@@ -90,7 +90,7 @@ class PairSource(Settings):
 class Reading(Settings):
     """How prompts are read: where they are decided, and how long they may be.
 
-    Args:
+    Attributes:
         decision_rule: ``"last"`` decides a prompt at its last token, ``"last_content"`` at the
             last one that is not special, ``"before_answer"`` at the token before the prompt's
             answer, ``"marker"`` at the last character of a marker's last occurrence, ``"offset"``
@@ -147,7 +147,7 @@ EngineName = Literal["suffix", "cached", "hooks"]
 class Patching(Settings):
     """How base activations are patched into the tuned model, and what is measured of it.
 
-    Args:
+    Attributes:
         layer: the main layer.
         control_layer: the control layer, if any.
         alpha: blend strength, in [0, 1].
@@ -263,7 +263,7 @@ class RunConfig(BaseModel):
 
     The keys of a TOML file are flat; :func:`config_from` sorts them into the parts.
 
-    Args:
+    Attributes:
         pair: which models, on which prompts.
         reading: how the prompts are read.
         patching: how heads are patched and measured.

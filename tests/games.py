@@ -50,7 +50,7 @@ class Game:
         """Head sets as rows of zeros and ones."""
         return np.array([HeadSet.of(heads, self.n_heads).mask for heads in sets], dtype=float)
 
-    def measure(self, layer, head_sets, alpha, *, mapped="mapped", advance=None):  # noqa: ARG002
+    def measure(self, layer, head_sets, alpha, *, mapped="mapped", progress=None):  # noqa: ARG002
         """Effects of head sets, as an experiment gives them; layer 0 has half the effect."""
         self.n_measured += len(head_sets)
         scale = self.scale_by_source.get(mapped, 1.0) * (1.0 if layer == 1 else 0.5)

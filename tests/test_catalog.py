@@ -6,9 +6,15 @@ import pytest
 import torch
 from pair_on_disk import write_pair
 
-from rq4lens.config import config_from
+from rq4lens.config import PairSource, Patching, Place, Reading, preset
 from rq4lens.errors import UserError
-from rq4lens.models.catalog import _fit_together, builtin_manifest, load_pair, resolve_device
+from rq4lens.models.catalog import (
+    _over,
+    builtin_manifest,
+    holds_both,
+    load_pair,
+    resolve_device,
+)
 from rq4lens.models.load.size import model_size
 from rq4lens.models.prompts.prompt_set import PromptSet
 
@@ -21,9 +27,10 @@ def own(tmp_path_factory):
 
 
 def test_the_built_in_pair_comes_with_everything(etiquette):
-    """Models, prompts and layers to study, without any path."""
+    """Models, prompts and layers to compare, without any path."""
     assert etiquette.name == "etiquette"
-    assert etiquette.layer != etiquette.control_layer
+    patching = preset("etiquette").patching
+    assert patching.layer != patching.control_layer
     assert etiquette.n_heads == 16
     assert set(etiquette.prompts.splits) >= {"train", "val", "neutral"}
     assert etiquette.base.card.source == "etiquette/base (built in)"
@@ -32,20 +39,20 @@ def test_the_built_in_pair_comes_with_everything(etiquette):
 
 def test_a_pair_of_ones_own_is_three_paths(own):
     """Base, tuned and prompts; layers are the user's to choose."""
-    pair = load_pair(**own, device="cpu")
+    pair = load_pair(**own, place=Place(device="cpu"))
     assert pair.name == "custom"
-    assert (pair.layer, pair.control_layer) == (None, None)
     assert pair.base.card.source == own["base"]
     assert pair.base.card.logit_check_max_abs_diff < 1e-4
     assert pair.base.card.weights_fingerprint != pair.tuned.card.weights_fingerprint
 
 
 def test_settings_reach_the_models(own):
-    """dtype, layer, decision rule and `keep_both` are those that were given."""
-    pair = load_pair(**own, dtype="float64", layer=2, decision_rule="last_content", keep_both=False)
+    """dtype, decision rule and `keep_both` are those that were given."""
+    place = Place(dtype="float64", keep_both=False)
+    pair = load_pair(**own, reading=Reading(decision_rule="last_content"), place=place)
     assert pair.tuned.card.dtype == "float64"
     assert next(pair.use("base").model.parameters()).dtype == torch.float64
-    assert (pair.layer, pair.decision_rule, pair.keep_both) == (2, "last_content", False)
+    assert (pair.decision_rule, pair.keep_both) == ("last_content", False)
 
 
 @pytest.mark.parametrize(("free_gigabytes", "both"), [(1.0, True), (1e-4, False)])
@@ -55,16 +62,15 @@ def test_short_memory_holds_one_model_at_a_time(own, monkeypatch, caplog, free_g
     monkeypatch.setattr("rq4lens.models.catalog.free_bytes", lambda *_: free)
     needed = sum(model_size(own[side]).weights.total for side in ("base", "tuned"))
     assert (needed <= 0.7 * free) is both
-    settings = config_from(own)
-    assert _fit_together(settings) is both
+    assert holds_both(PairSource(**own), Place()) is both
     assert ("one is held at a time" in caplog.text) is not both
 
 
 def test_what_was_asked_for_is_kept(own, monkeypatch):
     """`keep_both` is obeyed whatever is free."""
-    monkeypatch.setattr("rq4lens.models.catalog._fit_together", pytest.fail)
-    assert load_pair(**own, keep_both=True).keep_both
-    assert not load_pair(**own, keep_both=False).keep_both
+    monkeypatch.setattr("rq4lens.models.catalog.size_of", pytest.fail)
+    assert load_pair(**own, place=Place(keep_both=True)).keep_both
+    assert not load_pair(**own, place=Place(keep_both=False)).keep_both
 
 
 def test_prompts_may_be_in_memory(own):
@@ -79,7 +85,7 @@ def test_prompts_may_be_in_memory(own):
 
 def test_a_pair_is_audited_by_its_own_reading(own):
     """The audit of a pair is of its prompts, its tokenizers and its decision rule."""
-    pair = load_pair(**own, decision_rule="last_content")
+    pair = load_pair(**own, reading=Reading(decision_rule="last_content"))
     audit = pair.audit()
     assert audit.reading == "last_content"
     assert tuple(each.id for each in audit.prompts) == pair.prompts.ids
@@ -109,10 +115,18 @@ def test_what_is_missing_is_said(own, name, left_out, said):
         load_pair(name, **{key: value for key, value in own.items() if key not in left_out})
 
 
-def test_a_setting_that_does_not_exist_is_refused(own):
-    """Keyword arguments pass the same checks as a file."""
+def test_what_is_set_replaces_the_preset_alone():
+    """A setting beside a preset's name replaces that one; the preset's others stay."""
+    start = preset("cultural").place
+    assert start.dtype == "bfloat16"
+    assert _over(start, Place(device="cpu")) == start.but(device="cpu")
+    assert _over(start, Place(dtype="float32")).dtype == "float32"
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    """Settings in Python pass the same checks as a file."""
     with pytest.raises(UserError, match="unknown key 'lyer': did you mean 'layer'"):
-        load_pair(**own, lyer=2)
+        Patching(lyer=2)
 
 
 def test_a_device_is_one_that_computes():

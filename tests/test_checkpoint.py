@@ -15,6 +15,7 @@ from model_zoo import (
     save,
 )
 
+from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.models.load import checkpoint, loading
 from rq4lens.models.load import size as memory
@@ -161,7 +162,8 @@ def test_code_of_a_checkpoint_does_not_run_unasked(llama, tmp_path):
 def test_the_size_is_that_of_the_loaded_model(folders, name, dtype):
     """Before a weight is read, its bytes are known exactly, part by part, tied weights twice."""
     size = model_size(folders(name), dtype=dtype)
-    loaded = load_hooked(folders(name), dtype=dtype, check_logits=False).model
+    place = Place(device="cpu", dtype=str(dtype).removeprefix("torch."))
+    loaded = load_hooked(folders(name), place=place, check_logits=False).model
     assert size.weights == ModelBytes.of(loaded)
     assert size.weights.total == sum(parameter.nbytes for parameter in loaded.parameters())
     assert estimate_memory(size).fits

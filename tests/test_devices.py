@@ -11,7 +11,7 @@ from model_zoo import ZOO
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
-from rq4lens.config import config_from
+from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import devices_of
 from rq4lens.models.load.checkpoint import locate
@@ -193,14 +193,16 @@ def test_the_devices_that_were_asked_for(asked, names, by_memory):
 def test_devices_that_do_not_go_together_are_refused(settings, said):
     """The sentence names what was asked for, and what this machine has."""
     with pytest.raises(UserError, match=said):
-        devices_of(config_from(settings))
+        devices_of(Place(**settings))
 
 
 def test_a_map_needs_gpus(folders, monkeypatch):
     """On a machine without any, the sentence says so, whatever the map."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "it has none" in refusal(folders("llama"), device_map="auto")
-    assert "this machine has no GPU" in refusal(folders("llama"), device_map="cuda:0,cuda:1")
+    assert "it has none" in refusal(folders("llama"), place=Place(device_map="auto"))
+    assert "this machine has no GPU" in refusal(
+        folders("llama"), place=Place(device_map="cuda:0,cuda:1")
+    )
 
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -211,8 +213,8 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma2", "phi3", "mixtral"])
 def test_a_model_over_two_gpus_is_one_model(folders, name, device_map):
     """Whatever the map, the logits are those of one GPU, with padding on either side."""
-    spread = load_hooked(folders(name), device_map=device_map).model
-    one = load_hooked(folders(name), device="cuda").model
+    spread = load_hooked(folders(name), place=Place(device_map=device_map)).model
+    one = load_hooked(folders(name), place=Place(device="cuda")).model
     devices = {str(parameter.device) for parameter in spread.parameters()}
     assert devices == {"cuda:0", "cuda:1"}
     found = Placement.of(spread)
@@ -241,7 +243,8 @@ def test_weights_are_read_to_their_devices(folders):
     for index in (0, 1):
         torch.cuda.reset_peak_memory_stats(index)
     before = [torch.cuda.memory_allocated(index) for index in (0, 1)]
-    model = load_hooked(folders("llama3"), device_map="cuda:0,cuda:1", check_logits=False).model
+    place = Place(device_map="cuda:0,cuda:1")
+    model = load_hooked(folders("llama3"), place=place, check_logits=False).model
     for index in (0, 1):
         own = sum(
             tensor.nbytes

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from rq4lens.cli import app
+from rq4lens.config import Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import load_pair
 from rq4lens.patching.activations import capture_z
@@ -242,7 +243,10 @@ def test_padding_on_the_left_changes_no_number(small):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
     experiment = prepared(pair, fit_maps(pair, [LAYER], "mean_shift"))
     engine = HookEngine(
-        experiment.tuned_model, experiment.prompts, batch_size=3, padding_side="left"
+        experiment.tuned_model,
+        experiment.prompts,
+        place=Place(batch_size=3),
+        padding_side="left",
     )
     sets = [HeadSet.all(4), HeadSet.of([2], 4)]
     whole, other = (

@@ -77,9 +77,9 @@ class Noisy:
         """As the exact engine reads it."""
         return self.engine.tuned_z(layer)
 
-    def effects(self, interventions, sources, advance=None):
+    def effects(self, interventions, sources, progress=None):
         """The exact effects with the noise on top."""
-        exact = self.engine.effects(interventions, sources, advance)
+        exact = self.engine.effects(interventions, sources, progress)
         noise = [[3e-7 if p.source == "self" else 1e-7 * (not p.heads)] for (p,) in interventions]
         return replace(exact, kl_nats=exact.kl_nats + np.array(noise))
 

@@ -140,3 +140,11 @@ def test_a_head_prints_as_the_field_prints_it():
     """Layer 9, head 6 is `L9H6`; heads sort by layer, then by index."""
     assert Head(9, 6).label == str(Head(9, 6)) == "L9H6"
     assert sorted([Head(2, 0), Head(1, 9)]) == [Head(1, 9), Head(2, 0)]
+
+
+def test_a_head_is_read_from_its_label():
+    """`parse(label)` is the identity; what is no label is refused."""
+    assert Head.parse(Head(9, 6).label) == Head(9, 6)
+    for text in ("", "L9", "9H6", "L9H6 ", "L٣H1", "L9H6\n"):
+        with pytest.raises(UserError, match="is no head"):
+            Head.parse(text)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH
 
+from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.activations import capture_z, forward_batch, patched_positions, z_site
@@ -12,10 +13,9 @@ from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.patch import (
     Patch,
     Sources,
-    answer_logprob_change,
     blend,
     head_mask,
-    next_token_kl,
+    next_token_effects,
 )
 
 PATCH = (Patch(MAIN, HeadSet.of([1], TINY_HEADS), ALPHA, "raw"),)
@@ -261,8 +261,8 @@ def test_the_divergence_is_the_textbook_sum():
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(2, 3, 7))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (one, other))
-    forward = next_token_kl(torch.tensor(one), torch.tensor(other))
-    backward = next_token_kl(torch.tensor(one), torch.tensor(other), "clean||patched")
+    forward = next_token_effects(torch.tensor(one), torch.tensor(other))[0]
+    backward = next_token_effects(torch.tensor(one), torch.tensor(other), "clean||patched")[0]
     np.testing.assert_allclose(forward, (p * np.log(p / q)).sum(-1), atol=1e-12)
     np.testing.assert_allclose(backward, (q * np.log(q / p)).sum(-1), atol=1e-12)
 
@@ -270,9 +270,9 @@ def test_the_divergence_is_the_textbook_sum():
 def test_the_divergence_of_one_distribution_from_itself_is_zero():
     """Equal logits, and logits that differ by a constant, diverge by nothing."""
     logits = torch.randn(4, 9)
-    assert (next_token_kl(logits, logits) == 0).all()
+    assert (next_token_effects(logits, logits)[0] == 0).all()
     torch.testing.assert_close(
-        next_token_kl(logits + 3, logits), torch.zeros(4).double(), atol=1e-6, rtol=0
+        next_token_effects(logits + 3, logits)[0], torch.zeros(4).double(), atol=1e-6, rtol=0
     )
 
 
@@ -280,7 +280,7 @@ def test_a_masked_word_adds_nothing():
     """A logit of minus infinity on both sides leaves the divergence of the other words."""
     one, other = torch.randn(2, 5)
     masked = [torch.cat([x, torch.tensor([-torch.inf])]) for x in (one, other)]
-    torch.testing.assert_close(next_token_kl(*masked), next_token_kl(one, other))
+    torch.testing.assert_close(next_token_effects(*masked)[0], next_token_effects(one, other)[0])
 
 
 def test_tiny_divergences_are_not_lost_to_rounding():
@@ -289,7 +289,7 @@ def test_tiny_divergences_are_not_lost_to_rounding():
     patched = clean.clone()
     patched[0] = 1e-4
     expected = 0.5 * 0.25 * 0.75 * 1e-8
-    assert float(next_token_kl(patched, clean)) == pytest.approx(expected, rel=1e-3)
+    assert float(next_token_effects(patched, clean)[0]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_answers_change_is_that_of_the_clean_top_token():
@@ -297,11 +297,13 @@ def test_the_answers_change_is_that_of_the_clean_top_token():
     clean, patched = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
     p = torch.tensor([2.0, 0.0]).softmax(-1)
     expected = float((p[1] / p[0]).log())
-    assert float(answer_logprob_change(patched, clean)) == pytest.approx(expected)
+    assert float(next_token_effects(patched, clean)[1]) == pytest.approx(expected)
 
 
 def test_progress_counts_every_row(model, prompts):
     """The rows that are reported add up to prompts times interventions."""
     counted = []
-    HookEngine(model, prompts, batch_size=5).effects([PATCH, ()], sources(), counted.append)
+    HookEngine(model, prompts, place=Place(batch_size=5)).effects(
+        [PATCH, ()], sources(), counted.append
+    )
     assert sum(counted) == 2 * len(prompts)

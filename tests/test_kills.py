@@ -39,23 +39,24 @@ COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "1
 FORKS = """
 import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
 import torch
+import rq4lens.jobs.bench
 import rq4lens.jobs.run
 from rq4lens.disk import files
 from rq4lens.cli import main
 from rq4lens.config import RunConfig, preset
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import load_pair
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching import activations, experiment
 
 torch.set_num_threads(1)
 # What only reads is done once: the models, the prompts as both read them, and what the models
 # compute of these unpatched. All that is fitted, patched, derived or written is done in each run.
-pair = pair_from_config(preset("etiquette"))
+pair = load_pair("etiquette")
 tokens = {(side, split): pair.tokens(side, split) for side in SIDES for split in ("train", "val")}
 audit = pair.audit()
 ModelPair.tokens = lambda self, side, split: tokens[side, split]
 ModelPair.audit = lambda self: audit
-rq4lens.jobs.run.pair_from_config = lambda config, kept_in=None: pair
+rq4lens.jobs.bench.pair_from = lambda *_, cache=None: pair
 rq4lens.jobs.run.write_pages = lambda *_: None
 
 def once(place, name):

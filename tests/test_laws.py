@@ -27,6 +27,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.config import Place
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.pair import ModelPair, PairMember
@@ -113,7 +114,7 @@ def test_a_case_for_pencil_and_paper(alpha, left, engine):
     sources = Sources({(0, RAW): torch.zeros(1, 1, 2, 1)})
     assert HookEngine(base, prompts).tuned_z(0).flatten().tolist() == [0.0, 0.0]
     patch = Patch(0, HeadSet.of([0], 2), alpha, RAW)
-    effects = make_engine(tuned, prompts, prefer=engine).effects([(patch,)], sources)
+    effects = make_engine(tuned, prompts, place=Place(engine=engine)).effects([(patch,)], sources)
     p, q = 1 / (1 + math.exp(-left)), 1 / (1 + math.exp(-2))
     expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     assert effects.kl_nats[0, 0] == pytest.approx(expected, abs=1e-7)
@@ -330,7 +331,10 @@ def test_padding_side_does_not_matter(reference, batch_size):
     """Left padding (with a mask) and right padding (without one) give the same numbers."""
     _, _, experiment, compare = reference
     engine = HookEngine(
-        experiment.tuned_model, experiment.prompts, batch_size=batch_size, padding_side="left"
+        experiment.tuned_model,
+        experiment.prompts,
+        place=Place(batch_size=batch_size),
+        padding_side="left",
     )
     torch.testing.assert_close(
         engine.tuned_z(MAIN), experiment.sources[MAIN, SELF], atol=1e-5, rtol=0

@@ -30,6 +30,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from rq4lens.config import Place
 from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.load.conversion import hooked_from
 from rq4lens.models.load.devices import Placement
@@ -121,7 +122,8 @@ def test_positions_without_a_formula_end_where_they_are_exact(folders):
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "mixtral"])
 def test_every_weight_has_the_type_asked_for(folders, name, dtype):
     """The type holds for every parameter, and the logit check passes in it."""
-    loaded = load_hooked(folders(name), dtype=dtype)
+    place = Place(device="cpu", dtype=str(dtype).removeprefix("torch."))
+    loaded = load_hooked(folders(name), place=place)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {dtype}
     assert loaded.model(TOKENS).dtype == loaded.dtype == dtype
 
@@ -254,18 +256,18 @@ def test_a_variant_without_counterpart_is_refused(llama, tmp_path, tokenizer):
 def test_devices_that_are_not_there_are_refused(folders):
     """More GPUs than there are, or several devices of a kind that has one, are refused."""
     n_gpus = torch.cuda.device_count()
-    sentence = refusal(folders("llama"), device="cuda", n_devices=n_gpus + 1)
+    sentence = refusal(folders("llama"), place=Place(device="cuda", n_devices=n_gpus + 1))
     assert f"this machine has {n_gpus}" in sentence
-    assert "n_devices=2" in refusal(folders("llama"), n_devices=2)
-    assert "device 'gpu' is unknown" in refusal(folders("llama"), device="gpu")
+    assert "n_devices=2" in refusal(folders("llama"), place=Place(device="cpu", n_devices=2))
+    assert "device 'gpu' is unknown" in refusal(folders("llama"), place=Place(device="gpu"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "gemma2"])
 def test_two_gpus_are_one_model(folders, name):
     """A model whose layers lie on two GPUs has the logits of the model on one."""
-    spread = load_hooked(folders(name), device="cuda", n_devices=2).model
-    one = load_hooked(folders(name), device="cuda").model
+    spread = load_hooked(folders(name), place=Place(device="cuda", n_devices=2)).model
+    one = load_hooked(folders(name), place=Place(device="cuda")).model
     assert {parameter.device.index for parameter in spread.parameters()} == {0, 1}
     with torch.no_grad():
         gap = spread(TOKENS).cpu() - one(TOKENS).cpu()

@@ -6,7 +6,6 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 import torch
-from rq4lens.jobs.preparation import prepare_experiment
 from scipy.stats import ortho_group
 from sklearn.model_selection import GroupKFold
 from tiny import (
@@ -24,7 +23,7 @@ from rq4lens.config import RunConfig
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
-from rq4lens.jobs.progress import Clock, silent
+from rq4lens.jobs.bench import Bench
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.maps.diagnostics import cka, fit_quality, mean_cosine, r2
@@ -534,10 +533,10 @@ def test_a_map_under_the_name_of_another_is_not_believed(tiny_pair, tmp_path):
 def test_a_kind_that_is_left_out_is_the_default_whatever_was_kept(tiny_pair, tmp_path):
     """What an earlier run left there does not decide what this one measures."""
     for kind in ("moments", "ridge"):
-        kept(tiny_pair, tmp_path, kind)
-    config = RunConfig(base="base", tuned="tuned", prompts="prompts")
-    store, activations = Store(tmp_path), PairActivations(tiny_pair)
-    taken = prepare_experiment(config, activations, [1], Clock(silent), store=store).maps[1]
+        kept(tiny_pair, tmp_path / "maps", kind)
+    bench = Bench(RunConfig(), tmp_path)
+    bench.pair = tiny_pair
+    taken = bench.maps([1])[1]
     assert taken.kind == "procrustes_scaled"
     assert taken.fingerprint == fit_maps(tiny_pair, [1])[1].fingerprint
 

@@ -13,17 +13,18 @@ from engine_cases import ragged_prompts, tiny_model
 from loading_cases import edit_config
 from pair_on_disk import write_pair
 
-from rq4lens.config import config_from
+from rq4lens.config import Patching, Place, config_from
 from rq4lens.errors import UserError
-from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require
+from rq4lens.jobs.bench import plan_for
+from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require, work_memory
 from rq4lens.jobs.run import run as run_job
 from rq4lens.models import catalog
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.choice import make_engine
-from rq4lens.patching.engines.memory import bytes_per_row, work_memory
+from rq4lens.patching.engines.memory import bytes_per_row
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,14 @@ def settings(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("pair"))
 
 
+def work_of(model, prompts, settings, max_bytes=None):
+    """What a run with these settings takes beside the weights of a model."""
+    config, cfg = config_from(settings), model.cfg
+    plan = plan_for(config, cfg.n_layers, cfg.n_heads)
+    placement = Placement.all_on(CPU, cfg.n_layers)
+    return work_memory(config, plan, cfg, prompts, placement, n_train=5, max_bytes=max_bytes)
+
+
 @pytest.mark.parametrize("k_positions", [1, 2])
 @pytest.mark.parametrize("first_layer", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -40,14 +49,11 @@ def settings(tmp_path_factory):
 def test_what_a_clean_pass_keeps_is_known_before(k_positions, first_layer, batch_size, max_bytes):
     """Bytes kept by the engine, prompts of a pass and rows at once are those it then reports."""
     model, prompts = tiny_model(), ragged_prompts()
-    work = work_memory(
-        model.cfg, prompts, Placement.all_on(CPU, model.cfg.n_layers),
-        layers=[first_layer], n_train=5, max_bytes=max_bytes,
-        k_positions=k_positions, batch_size=batch_size,
-    )  # fmt: skip
+    settings = {"layer": first_layer, "k": [1], "k_positions": k_positions}
+    work = work_of(model, prompts, {**settings, "batch_size": batch_size}, max_bytes)
     engine = make_engine(
-        model, prompts, first_layer=first_layer, k_positions=k_positions,
-        batch_size=batch_size, max_bytes=max_bytes,
+        model, prompts, Patching(k_positions=k_positions), Place(batch_size=batch_size),
+        first_layer=first_layer, max_bytes=max_bytes,
     )  # fmt: skip
     assert engine.name == "suffix"
     report = engine.memory_report
@@ -60,10 +66,7 @@ def test_what_a_clean_pass_keeps_is_known_before(k_positions, first_layer, batch
 def test_native_hooks_need_whole_passes():
     """Through hooks nothing is kept, and every position of a batch has its logits."""
     model, prompts = tiny_model(), ragged_prompts()
-    work = work_memory(
-        model.cfg, prompts, Placement.all_on(CPU, model.cfg.n_layers),
-        layers=[0], n_train=5, max_bytes=None, batch_size=2, by_hooks=True,
-    )  # fmt: skip
+    work = work_of(model, prompts, {"layer": 0, "k": [1], "batch_size": 2, "engine": "hooks"})
     longest = int(prompts.lengths.max())
     assert work.kept == 0
     assert work.in_rows == 2 * longest * bytes_per_row(model.cfg, longest, model.cfg.d_vocab)
@@ -75,7 +78,7 @@ def test_weights_and_activations_are_those_of_the_loaded_pair(settings, dtype):
     """The estimate's bytes are the bytes of both models and of everything captured."""
     config = config_from({**settings, "dtype": dtype})
     memory = plan_memory(config)
-    pair = pair_from_config(config)
+    pair = pair_from(config.pair, config.reading, config.place)
     for side in ("base", "tuned"):
         parameters = pair.member(side).model.parameters()
         assert memory.weights[side] == sum(each.nbytes for each in parameters)
@@ -92,9 +95,9 @@ def test_a_run_records_the_estimate_beside_what_was_used(settings, tmp_path, cap
     """run.json holds both, the kept bytes agree, and a run that fits says one line."""
     with caplog.at_level(logging.INFO, "rq4lens"):
         run_job(config_from(settings), tmp_path / "run")
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["memory_estimate"]["work_kept"] == run["engine"]["memory"]["kept_bytes"]
-    assert run["memory_estimate"]["fits"] is True
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["memory_estimate"]["work_kept"] == record["engine"]["memory"]["kept_bytes"]
+    assert record["memory_estimate"]["fits"] is True
     said = [each.getMessage() for each in caplog.records if "memory:" in each.getMessage()]
     assert len(said) == 1
     assert "\n" not in said[0]
@@ -102,7 +105,7 @@ def test_a_run_records_the_estimate_beside_what_was_used(settings, tmp_path, cap
 
 def with_free(monkeypatch, n_bytes):
     """A machine with so much free memory."""
-    for module in ("memory_plan", "models.memory", "models.catalog"):
+    for module in ("jobs.memory", "models.load.size", "models.catalog"):
         monkeypatch.setattr(f"rq4lens.{module}.free_bytes", lambda *_: n_bytes)
 
 
@@ -164,7 +167,7 @@ def test_a_spread_model_is_counted_on_each_device(settings, monkeypatch):
     monkeypatch.setattr(catalog, "resolve_device", lambda device: device)
     memory = plan_memory(config)
     assert set(memory.needed) == {"cuda:1", "cuda:0", MAIN}
-    parts = catalog.size_of(config, "tuned").weights
+    parts = catalog.size_of(config.pair, "tuned", config.place).weights
     lower = parts.before + sum(parts.blocks[:2])
     assert memory.largest_model == {"cuda:1": lower, "cuda:0": parts.total - lower}
     assert memory.held == {place: 2 * n for place, n in memory.largest_model.items()}

@@ -115,15 +115,15 @@ def test_a_notebook_uses_only_what_is_public(script):
 @pytest.fixture
 def few_prompts(monkeypatch):
     """The built-in pair with the first prompts of each split."""
-    every = catalog.prompts_from_config
+    every = catalog.prompts_of
 
-    def few(config):
-        prompts = every(config)
-        if not catalog.is_builtin(config):
+    def few(source):
+        prompts = every(source)
+        if not catalog.is_builtin(source):
             return prompts
         return PromptSet(tuple(p for s, n in FEW.items() for p in prompts.split(s).prompts[:n]))
 
-    monkeypatch.setattr(catalog, "prompts_from_config", few)
+    monkeypatch.setattr(catalog, "prompts_of", few)
 
 
 @each_notebook

@@ -1,11 +1,14 @@
 """Options are the settings: what is given on the command line is what the configuration holds."""
 
+import inspect
+
 import pytest
 import typer
+import typer.main
 from typer.testing import CliRunner
 
-from rq4lens.cli import METHOD_SETTINGS, PAIR_SETTINGS, PLACE_SETTINGS, RUN_SETTINGS
-from rq4lens.config import SETTINGS, RunConfig, config_from, preset
+from rq4lens.cli import app
+from rq4lens.config import PARTS, SETTINGS, Reading, RunConfig, config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.screen.options import takes_config
 
@@ -15,7 +18,7 @@ def read(*arguments, **how):
     app, got = typer.Typer(pretty_exceptions_enable=False), {}
 
     @app.command()
-    @takes_config(*RUN_SETTINGS, **how)
+    @takes_config(*PARTS.values(), **how)
     def command(config: RunConfig, own: str = "default") -> None:
         got.update(config=config, own=own)
 
@@ -69,11 +72,23 @@ def test_nothing_named_is_nothing_to_run():
         read("--alpha", "0.5")
 
 
-def test_every_option_is_a_setting():
-    """No option goes by another name than its setting, and none stands twice."""
-    for names in (RUN_SETTINGS, (*PAIR_SETTINGS, *METHOD_SETTINGS, *PLACE_SETTINGS)):
-        assert set(names) <= set(SETTINGS)
-        assert len(set(names)) == len(names)
+def test_every_setting_is_an_option():
+    """A setting stands on the command line once, under its name; `about` decides nothing."""
+    run = typer.main.get_command(app).commands["run"]
+    names = [parameter.name for parameter in run.params]
+    assert set(SETTINGS) - {"about"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_a_command_takes_parts_or_single_settings():
+    """Parts give all their settings, names one; what is left out is no option."""
+
+    @takes_config(Reading, "alpha", without=("marker",))
+    def command(config: RunConfig) -> None:
+        """Do nothing with it."""
+
+    names = {"decision_rule", "max_tokens", "exclude_misaligned", "alpha"}
+    assert set(inspect.signature(command).parameters) == names
 
 
 def test_help_shows_values_and_defaults():

@@ -55,7 +55,7 @@ def test_the_wheel_works_elsewhere_built_in_pair_included(installed, tmp_path):
 
 def test_the_wheel_holds_every_file_that_the_package_reads(installed):
     """Presets, weights, prompts and the report's own files are in the wheel."""
-    kinds = {".toml", ".safetensors", ".jsonl", ".json", ".jinja", ".css", ".js", ".typed"}
+    kinds = {".toml", ".safetensors", ".jsonl", ".json", ".jinja", ".css", ".js", ".typed", ".pyi"}
 
     def data(folder: Path) -> set[Path]:
         return {p.relative_to(folder) for p in folder.rglob("*") if p.suffix in kinds}

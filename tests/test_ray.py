@@ -76,12 +76,12 @@ def acting(name_start, act):
 
     @contextmanager
     def stage(name, _rows=None):
-        def advance(rows):
+        def progress(rows):
             if rows and name.startswith(name_start) and not acted:
                 acted.append(name)
                 act()
 
-        yield advance
+        yield progress
 
     return stage, acted
 

@@ -11,11 +11,12 @@ from tiny import fine_tuned, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.config import Patching
 from rq4lens.models.load.devices import Placement
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.layout import side_by_side
-from rq4lens.patching.engines.memory import MemoryPlan, kept_bytes_per_prompt
+from rq4lens.patching.engines.memory import MemoryPlan, stored_bytes_per_prompt
 from rq4lens.patching.maps.fitting import fit_maps
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -48,7 +49,7 @@ def test_two_gpus_give_the_numbers_of_one_device(k_positions, max_bytes):
     """The suffix engine follows the rows from GPU to GPU, wherever what it keeps is kept."""
     prompts, sources = ragged_prompts(), random_sources(6, k_positions)
     interventions = all_kinds_of_interventions()
-    settings = {"k_positions": k_positions, "max_bytes": max_bytes}
+    settings = {"settings": Patching(k_positions=k_positions), "max_bytes": max_bytes}
     expected = make_engine(rotary_model(), prompts, **settings).effects(interventions, sources)
     engine = make_engine(spread(rotary_model()), prompts, **settings)
     assert engine.name == "suffix", engine.fallback_reason
@@ -97,7 +98,7 @@ def test_each_device_keeps_its_own_layers():
     halves = Placement((cpu, cpu, other, other), other)
     both = MemoryPlan.of(cfg, prompts, halves, max_bytes=2**30)
     saved = alone.passes.bytes_per_row - both.passes.bytes_per_row
-    assert saved == kept_bytes_per_prompt(cfg, 9) // 2
+    assert saved == stored_bytes_per_prompt(cfg, 9) // 2
 
 
 @pytest.mark.parametrize("n_works", [0, 1, 2, 5])

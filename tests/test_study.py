@@ -151,13 +151,13 @@ def stopping_after(rows):
     def stage(name, total=None):  # noqa: ARG001
         done = 0
 
-        def advance(finished):
+        def progress(finished):
             nonlocal done
             done += finished
             if name == "grid" and done > rows:
                 raise Stopped
 
-        yield advance
+        yield progress
 
     return stage
 

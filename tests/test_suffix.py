@@ -24,18 +24,19 @@ from hypothesis import strategies as st
 from model_zoo import ZOO, save, train_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
+from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch
-from rq4lens.patching.engines import attention_row, memory
+from rq4lens.patching.engines import block_row, memory
 from rq4lens.patching.engines import row_engine as row_engine_module
 from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.engines.layout import fused_norms, store_for_products
-from rq4lens.patching.engines.memory import Block, RowBudget
+from rq4lens.patching.engines.memory import RowBlock, RowBudget
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.patch import (
     Effects,
@@ -88,8 +89,8 @@ def test_the_fast_engine_equals_native_hooks(engine, model, prompts, sources, re
 def test_several_patched_positions_equal_native_hooks(engine, k_positions, model, prompts):
     """With more than one patched position, later positions see the earlier patched ones."""
     sources = random_sources(len(prompts), k_positions)
-    expected = HookEngine(model, prompts, k_positions=k_positions)
-    found = engine(model, prompts, k_positions=k_positions)
+    expected = HookEngine(model, prompts, Patching(k_positions=k_positions))
+    found = engine(model, prompts, Patching(k_positions=k_positions))
     interventions = all_kinds_of_interventions()
     assert_same(found.effects(interventions, sources), expected.effects(interventions, sources))
 
@@ -97,7 +98,7 @@ def test_several_patched_positions_equal_native_hooks(engine, k_positions, model
 def test_rows_go_through_the_models_own_submodules(model, prompts, sources):
     """Every norm, MLP and the unembedding is called for them, and is afterwards as it was."""
     engine = SuffixEngine(model, prompts)
-    engine.kept_batches(0)
+    engine.clean_batches(0)
     called: set[str] = set()
     parts = [f"blocks.{i}.{part}" for i in range(N_LAYERS) for part in ("ln1", "ln2", "mlp")][1:]
     parts += ["ln_final", "unembed"]  # the first block's ln1 was called in the clean pass
@@ -124,8 +125,8 @@ def test_norms_inside_norms_contexts_are_left_as_they_were(model):
 def test_the_other_direction_of_the_divergence_equals_native_hooks(model, prompts, sources):
     """KL(clean || patched) is a setting of every engine and means the same in each."""
     interventions = all_kinds_of_interventions()[:6]
-    expected = HookEngine(model, prompts, kl_direction="clean||patched")
-    found = SuffixEngine(model, prompts, kl_direction="clean||patched")
+    expected = HookEngine(model, prompts, Patching(kl_direction="clean||patched"))
+    found = SuffixEngine(model, prompts, Patching(kl_direction="clean||patched"))
     assert_same(found.effects(interventions, sources), expected.effects(interventions, sources))
 
 
@@ -218,7 +219,7 @@ def test_batching_chunking_and_order_change_no_number(
     )
     moved = Sources({key: source[list(order)] for key, source in sources.items()})
     interventions = [all_kinds_of_interventions()[i] for i in chosen]
-    measuring = engine(model, shuffled, batch_size=batch_size)
+    measuring = engine(model, shuffled, place=Place(batch_size=batch_size))
     measuring._memory.rows.max_rows = max_rows
     found = measuring.effects(interventions, moved)
     expected = Effects(
@@ -233,7 +234,7 @@ def test_batching_chunking_and_order_change_no_number(
 def test_clean_activations_are_those_of_a_plain_forward_pass(engine, model, prompts):
     """tuned_z is what native hooks read, whichever layer the clean pass was started for."""
     captured = capture_z(model, prompts, range(N_LAYERS), k_positions=2)
-    measuring = engine(model, prompts, k_positions=2, first_layer=2)
+    measuring = engine(model, prompts, Patching(k_positions=2), first_layer=2)
     for layer in (2, 3, 0, 1):
         torch.testing.assert_close(measuring.tuned_z(layer), captured[layer])
 
@@ -256,7 +257,7 @@ def test_no_hook_stays_behind(model, prompts, sources):
 def test_progress_counts_every_row_once(model, prompts, sources):
     """The rows told to a progress bar add up to prompts x interventions."""
     told: list[int] = []
-    measuring = SuffixEngine(model, prompts, batch_size=4)
+    measuring = SuffixEngine(model, prompts, place=Place(batch_size=4))
     measuring._memory.rows.max_rows = 7
     measuring.effects(all_kinds_of_interventions(), sources, told.append)
     assert sum(told) == len(prompts) * len(all_kinds_of_interventions())
@@ -348,12 +349,12 @@ def test_pieces_cover_every_row_once_and_none_is_too_large(n_prompts, n_conditio
     """Chunking is a partition within the budget."""
     seen = np.zeros((n_prompts, n_conditions), dtype=int)
 
-    def work(block: Block) -> None:
+    def work(block: RowBlock) -> None:
         assert block.n_rows <= max_rows
         seen[block.prompts, block.conditions] += 1
 
-    budget = RowBudget(max_bytes=max_rows, bytes_per_row=1)
-    budget.run(Block(slice(0, n_prompts), slice(0, n_conditions)), work)
+    budget = RowBudget(budget_bytes=max_rows, bytes_per_row=1)
+    budget.run(RowBlock(slice(0, n_prompts), slice(0, n_conditions)), work)
     assert (seen == 1).all()
 
 
@@ -408,12 +409,12 @@ def test_what_is_not_covered_falls_back_to_exact_numbers(
 
 def test_an_engine_that_disagrees_with_native_hooks_is_not_used(monkeypatch, prompts):
     """Never a wrong number: a suffix engine that computes something else is found out."""
-    attend = attention_row._attend
+    attend = block_row._attend
 
     def without_own_value(attn: Any, q: Any, k: Any, v: Any, shared: Any) -> Any:
         return attend(attn, q, k, torch.zeros_like(v), shared)
 
-    monkeypatch.setattr(attention_row, "_attend", without_own_value)
+    monkeypatch.setattr(block_row, "_attend", without_own_value)
     engine = make_engine(tiny_model(), prompts)
     assert engine.name == "cached"
     assert "its logits differ from those of native hooks" in (engine.fallback_reason or "")
@@ -425,7 +426,7 @@ def test_an_engine_that_crashes_is_not_used(monkeypatch, prompts):
     def crash(*_: Any) -> Any:
         raise RuntimeError("no such projection")
 
-    monkeypatch.setattr(attention_row, "_queries_keys_values", crash)
+    monkeypatch.setattr(block_row, "_queries_keys_values", crash)
     monkeypatch.setattr(CachedEngine, "_clean_pass", crash)
     engine = make_engine(tiny_model(), prompts)
     assert engine.name == "hooks"
@@ -447,7 +448,7 @@ def test_a_bridge_is_measured_by_hooks(tmp_path, prompts, sources):
 @pytest.mark.parametrize("name", ["suffix", "cached", "hooks"])
 def test_the_engine_that_is_preferred_is_used(name, model, prompts):
     """The preferred engine starts the chain."""
-    assert make_engine(model, prompts, prefer=name).name == name
+    assert make_engine(model, prompts, place=Place(engine=name)).name == name
 
 
 # Bad input
@@ -475,4 +476,4 @@ def test_a_layer_that_does_not_exist_is_refused(engine, model, prompts, sources)
 def test_more_positions_than_the_shortest_prompt_has_are_refused(engine, model, prompts):
     """The error names the length of the shortest prompt."""
     with pytest.raises(UserError, match="the shortest prompt has 3 tokens"):
-        engine(model, prompts, k_positions=4).tuned_z(0)
+        engine(model, prompts, Patching(k_positions=4)).tuned_z(0)

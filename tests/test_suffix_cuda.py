@@ -11,6 +11,7 @@ from tiny import tiny_model as normalised_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.methods import METHODS, rank_heads
+from rq4lens.config import Patching
 from rq4lens.patching.engines import row_engine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.difference_sums import summed_by_tensors
@@ -56,10 +57,10 @@ def test_the_engine_equals_native_hooks_on_a_gpu(fields, k_positions, max_bytes)
     model, prompts = tiny_model(device="cuda", **fields), ragged_prompts()
     sources = random_sources(len(prompts), k_positions)
     interventions = all_kinds_of_interventions()
-    engine = make_engine(model, prompts, k_positions=k_positions, max_bytes=max_bytes)
+    engine = make_engine(model, prompts, Patching(k_positions=k_positions), max_bytes=max_bytes)
     assert engine.name == "suffix", engine.fallback_reason
     assert engine.memory_report["kept_on_device"] is (max_bytes is None)
-    native = HookEngine(model, prompts, k_positions=k_positions)
+    native = HookEngine(model, prompts, Patching(k_positions=k_positions))
     expected = native.effects(interventions, sources).kl_nats
     found = engine.effects(interventions, sources).kl_nats
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -25,17 +25,17 @@ def console(monkeypatch):
 def test_nothing_is_shown_where_nobody_watches(console):
     """In a pipe or a log there is no bar, and nothing that would draw one."""
     text = console(False)
-    with terminal.watched("grid", 10) as advance:
-        assert advance is None
+    with terminal.watched("grid", 10) as progress:
+        assert progress is None
     assert text.getvalue() == ""
 
 
 def test_a_terminal_sees_the_work_go_on(console):
     """The name of the stage and how many of its rows are done."""
     text = console(True)
-    with terminal.watched("grid", 10) as advance:
-        advance(4)
-        advance(6)
+    with terminal.watched("grid", 10) as progress:
+        progress(4)
+        progress(6)
     assert "grid" in text.getvalue()
     assert "10/10" in text.getvalue()
 
@@ -43,8 +43,8 @@ def test_a_terminal_sees_the_work_go_on(console):
 def test_a_stage_without_rows_has_a_spinner(console):
     """Nothing is counted, so nothing is to be called."""
     text = console(True)
-    with terminal.watched("load") as advance:
-        assert advance is None
+    with terminal.watched("load") as progress:
+        assert progress is None
     assert "load" in text.getvalue()
 
 

@@ -240,11 +240,11 @@ def test_a_strangers_run_cannot_make_checkpoints_run_code(run, monkeypatch):
     """`trust_remote_code` in run.json is not obeyed."""
     asked = []
 
-    def load(config):
-        asked.append(config.pair.trust_remote_code)
+    def load(source, *_):
+        asked.append(source.trust_remote_code)
         raise UserError("no models in this test")
 
-    monkeypatch.setattr("rq4lens.jobs.verify.pair_from_config", load)
+    monkeypatch.setattr("rq4lens.jobs.verify.pair_from", load)
     edit_json("run.json", lambda value: value["config"].update(trust_remote_code=True))(run)
     verify_run(run)
     verify_run(run, trust_remote_code=True)

@@ -68,7 +68,7 @@ from rq4lens.config import AnalysisEffort
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.patch import Advance
+from rq4lens.patching.patch import Progress
 from rq4lens.results import GridResult, HeadRanking
 
 PerPrompt = Float64[ndarray, "head prompt"]
@@ -87,7 +87,7 @@ def analyse(
     *,
     activations: PairActivations | None = None,
     neutral: Experiment | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> Analysis:
     """Analyse a grid.
 
@@ -142,7 +142,7 @@ class _Work:
     effort: AnalysisEffort
     given_activations: PairActivations | None
     neutral: Experiment | None
-    progress: Advance | None
+    progress: Progress | None
 
     def analysis(self) -> Analysis:
         """Everything, part by part."""

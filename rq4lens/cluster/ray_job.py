@@ -192,12 +192,12 @@ def _finish_all(
 
     pool = Pool(start, size)
     try:
-        with stage(f"sweeps on {size} workers", len(jobs)) as advance:
+        with stage(f"sweeps on {size} workers", len(jobs)) as progress:
 
             def finished(place: int) -> None:
                 done(directories[place])
-                if advance is not None:
-                    advance(1)
+                if progress is not None:
+                    progress(1)
 
             pool.run("finish", range(len(jobs)), finished)
     finally:
@@ -246,9 +246,9 @@ def _run(
             # All maps before any condition, so that every worker patches with the same ones.
             pool.run("fit", layers)
         rows = sum(job.rows(pieces[place]) for place in left)
-        with clock(f"pieces on {pool.size} workers", rows) as advance:
+        with clock(f"pieces on {pool.size} workers", rows) as progress:
             pool.run(
-                "measure", left, advance or (lambda _: None), lambda place: pieces[place].prompts
+                "measure", left, progress or (lambda _: None), lambda place: pieces[place].prompts
             )
     pool.shrink(1)
     summaries: list[str] = []

@@ -59,14 +59,14 @@ def run_shard(
     missing = set(places if fresh else job.missing(bench.marks))
     left = [every[place] for place in places if place in missing]
     if left:
-        with bench.clock("pieces", sum(map(job.rows, left))) as advance:
+        with bench.clock("pieces", sum(map(job.rows, left))) as progress:
             for prompts, together in groupby(left, key=lambda piece: piece.prompts):
                 # The layers of the whole share, done or not: a kill changes no product.
                 own = [piece for piece in pieces if piece.prompts == prompts]
                 layers = [layer for piece in own for layer in piece.layers]
                 experiment = bench.experiment(layers, prompts)
                 for piece in together:
-                    bench.measure(piece, job, experiment, advance)
+                    bench.measure(piece, job, experiment, progress)
     n_missing = len(job.missing(bench.marks))
     done = f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
     done += f"{len(pieces) - len(left)} were there already; "

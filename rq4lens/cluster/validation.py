@@ -45,8 +45,8 @@ def run_validation(
         with stage("load", None):
             suite = request.suite()
         store = None if directory is None else Store(directory, fresh=fresh)
-        with stage("validate", len(suite)) as advance:
-            validation = suite.run(store, advance)
+        with stage("validate", len(suite)) as progress:
+            validation = suite.run(store, progress)
     if out is not None:
         write_json_atomic(out, validation.to_dict())
     return validation_text(validation)

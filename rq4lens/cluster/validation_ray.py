@@ -80,8 +80,8 @@ def validate(
         pool = Pool(start, size)
         found: list[Validation] = []
         try:
-            with stage(f"planted pairs on {size} workers", request.n_planted) as advance:
-                pool.run("judge", range(request.n_planted), advance or (lambda _: None))
+            with stage(f"planted pairs on {size} workers", request.n_planted) as progress:
+                pool.run("judge", range(request.n_planted), progress or (lambda _: None))
             with stage("results", None):
                 pool.run("finish", [None], found.append)
         finally:

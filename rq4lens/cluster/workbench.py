@@ -17,7 +17,7 @@ from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Progress, Stage, silent
-from rq4lens.patching.engines.prompt_parts import prompt_parts
+from rq4lens.patching.engines.memory import prompt_parts
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.measured import Recorder
 
@@ -69,10 +69,8 @@ class Workbench(Bench):
         return job
 
     def _prompt_parts(self) -> tuple[tuple[str, ...], ...]:
-        config = self.config
-        prompts = self.pair.tokens("tuned", config.patching.split)
-        model = self.pair.use("tuned").model
-        parts = prompt_parts(model, prompts, config.place.engine, config.place.batch_size)
+        prompts = self.pair.tokens("tuned", self.config.patching.split)
+        parts = prompt_parts(self.pair.use("tuned").model, prompts, self.config.place)
         return tuple(tuple(prompts.ids[row] for row in part) for part in parts)
 
     @cached_property
@@ -81,11 +79,11 @@ class Workbench(Bench):
         return Store(self.run_directory / PIECES)
 
     def measure(
-        self, piece: Piece, job: Job, experiment: Experiment, advance: Progress | None = None
+        self, piece: Piece, job: Job, experiment: Experiment, progress: Progress | None = None
     ) -> None:
         """Measure a piece, or find it done; it is marked when its last number is on disk."""
         started = time.perf_counter()
-        recorder = Recorder(experiment, piece.alpha, self.store, advance)
+        recorder = Recorder(experiment, piece.alpha, self.store, progress)
         part: dict[str, Any] = {}
         if not piece.prompts or recorder.is_stored(piece.conditions):
             recorder.measure(piece.conditions)

@@ -16,7 +16,7 @@ from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Clock, Progress, Stage, silent
-from rq4lens.models.catalog import keep_base_card, pair_from_config, resolve_device
+from rq4lens.models.catalog import keep_base_card, pair_from, resolve_device
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
@@ -56,6 +56,7 @@ class Bench:
         self.config = config
         self.directory = directory
         self.fresh = fresh
+        self.keep_both = config.place.keep_both
         self.clock = Clock(stage)
         self._experiments: dict[tuple[Any, ...], Experiment] = {}
         self._maps: dict[int, LayerMap] = {}
@@ -70,7 +71,10 @@ class Bench:
     @cached_property
     def pair(self) -> ModelPair:
         """The pair; the base model is not loaded while its cached activations do."""
-        return pair_from_config(self.config, kept_in=None if self.fresh else self.cache)
+        config = self.config
+        cache = None if self.fresh else self.cache
+        place = config.place.but(keep_both=self.keep_both)
+        return pair_from(config.pair, config.reading, place, cache=cache)
 
     @property
     def plan(self) -> GridPlan:
@@ -112,7 +116,7 @@ class Bench:
             log.info("the base model was not loaded: its activations are cached in %s", self.cache)
         elif self.cache is not None:
             self.activations.keep()
-            keep_base_card(self.config, self.pair, self.cache)
+            keep_base_card(self.config.pair, self.config.place, self.pair, self.cache)
         return self.activations
 
     def maps(self, layers: Sequence[int]) -> dict[int, LayerMap]:

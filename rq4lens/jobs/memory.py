@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformer_lens import HookedTransformerConfig
 
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
@@ -18,23 +19,67 @@ from rq4lens.models.catalog import (
     holds_both,
     prompts_left_in,
     size_of,
-    tokens_from_config,
+    tokens_of,
 )
 from rq4lens.models.load.devices import Placement, free_bytes
 from rq4lens.models.load.size import ModelSize, estimate_memory, gigabytes
 from rq4lens.models.pair import SIDES, require_same_heads
-from rq4lens.models.prompts.prompt_set import FIT_SPLIT
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
+from rq4lens.patching.engines.clean_pass import n_columns
 from rq4lens.patching.engines.memory import (
     CPU_BUDGET_BYTES,
     FREE_SHARE_OF_GPU,
-    WorkMemory,
-    work_memory,
+    MemoryPlan,
+    RowBudget,
+    bytes_per_row,
+    even_parts,
+    key_bytes,
 )
+from rq4lens.patching.grid import GridPlan
 
 log = logging.getLogger(__name__)
 
 MAIN = "main memory"
 """Where everything is that is on no GPU."""
+
+
+FIT_COPIES = 6
+"""Float64 copies that fitting and judging one layer's map makes of activations and of matrices."""
+
+
+@dataclass(frozen=True)
+class WorkMemory:
+    """Bytes of the work on one model.
+
+    Args:
+        kept: of the clean pass: keys, values, residual stream and z of every prompt; exact.
+        kept_on_device: whether that stays on the model's device.
+        in_pass: of the prompts that are in a clean pass at once.
+        in_rows: of the rows that are computed at once, logits included.
+        smallest: of a single prompt and a single row: with less nothing can be measured.
+        activations: of both models' captured activations, in main memory; exact.
+        fit: of fitting the maps, in main memory.
+    """
+
+    kept: int
+    kept_on_device: bool
+    in_pass: int
+    n_prompts_at_once: int
+    in_rows: int
+    n_rows_at_once: int
+    smallest: int
+    activations: int
+    fit: int
+
+    @property
+    def on_device(self) -> int:
+        """The most that is on the model's device at once."""
+        return max(self.in_pass, self.in_rows) + (self.kept if self.kept_on_device else 0)
+
+    @property
+    def in_main_memory(self) -> int:
+        """What is in main memory whatever the device."""
+        return self.activations + self.fit + (0 if self.kept_on_device else self.kept)
 
 
 @dataclass(frozen=True)
@@ -43,8 +88,6 @@ class RunMemory:
 
     Args:
         weights: of each model, by side; exact.
-        keep_both: whether both models are held at once.
-        dtype: type of the weights.
         devices: where the blocks are: GPUs by name, or main memory.
         held: weights on each device while the tuned model is measured.
         largest_model: the most weights of a single model on each device.
@@ -74,14 +117,6 @@ class RunMemory:
     def fits(self) -> bool:
         """Whether all of it is free everywhere."""
         return all(n_bytes <= self.free[place] for place, n_bytes in self.needed.items())
-
-    @property
-    def can_start(self) -> bool:
-        """Whether a single model, with one prompt and one row in flight, fits on its devices."""
-        return all(
-            n_bytes + self.work.smallest <= self.free[place]
-            for place, n_bytes in self.largest_model.items()
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain JSON values, for ``run.json``."""
@@ -129,11 +164,12 @@ class RunMemory:
     @property
     def advice(self) -> tuple[str, ...]:
         """What to change, in the words of the command line; empty for a run that fits."""
-        return () if self.fits else tuple(self._remedies())
+        if self.fits:
+            return ()
+        short = [place for place, n in self.needed.items() if n > self.free[place]]
+        return (f"this does not fit in what is free ({', '.join(short)}):", *self._remedies())
 
     def _remedies(self) -> Iterator[str]:
-        short = [place for place, n in self.needed.items() if n > self.free[place]]
-        yield f"this does not fit in what is free ({', '.join(short)}):"
         if self.dtype in {"float32", "float64"}:
             yield "  --dtype bfloat16 takes half of the weights and of all that follows from them"
         if self.keep_both:
@@ -149,17 +185,18 @@ class RunMemory:
         """Refuse what cannot be measured whatever is halved.
 
         Raises:
-            UserError: a single model with one prompt in flight does not fit.
+            UserError: a single model, with one prompt and one row in flight, does not fit.
         """
-        if not self.can_start:
-            place = max(self.largest_model, key=lambda each: self.largest_model[each])
-            raise UserError(
-                f"a model of {gigabytes(self.largest_model[place])} and at least "
-                f"{gigabytes(self.work.smallest)} for one prompt do not fit in the "
-                f"{gigabytes(self.free[place])} free on {place}: "
-                + "; ".join(each.strip() for each in tuple(self._remedies())[1:])
-                + "."
-            )
+        smallest = self.work.smallest
+        if all(n + smallest <= self.free[place] for place, n in self.largest_model.items()):
+            return
+        place = max(self.largest_model, key=self.largest_model.__getitem__)
+        raise UserError(
+            f"a model of {gigabytes(self.largest_model[place])} and at least "
+            f"{gigabytes(smallest)} for one prompt do not fit in the "
+            f"{gigabytes(self.free[place])} free on {place}: "
+            f"{'; '.join(each.strip() for each in self._remedies())}."
+        )
 
 
 def plan_memory(config: RunConfig) -> RunMemory:
@@ -169,41 +206,100 @@ def plan_memory(config: RunConfig) -> RunMemory:
         UserError: if a model, its tokenizer or the prompts cannot be read, or the models do not
             belong together, or a layer or k does not fit them.
     """
-    devices, prompts = devices_of(config), prompts_left_in(config)
-    sizes = {side: size_of(config, side) for side in SIDES}
+    source, reading, place = config.pair, config.reading, config.place
+    devices, prompts = devices_of(place), prompts_left_in(source, reading)
+    sizes = {side: size_of(source, side, place) for side in SIDES}
     cfg = sizes["tuned"].cfg
     require_same_heads(sizes["base"].cfg, cfg)
-    plan, keep_both = plan_for(config, cfg.n_layers, cfg.n_heads), holds_both(config)
+    plan = plan_for(config, cfg.n_layers, cfg.n_heads)
+    keep_both = holds_both(source, place, sizes.values())
     estimates = {side: estimate_memory(size, devices) for side, size in sizes.items()}
     on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
     tuned = estimates["tuned"]
     held = Counter(on["tuned"]) + Counter(on["base"] if keep_both else {})
-    largest = Counter(on["tuned"]) | Counter(on["base"])
     free = {_place(device): n_bytes for device, n_bytes in tuned.free.items()}
     free.setdefault(MAIN, free_bytes("cpu"))
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]
     work = work_memory(
+        config,
+        plan,
         cfg,
-        tokens_from_config(config, "tuned", prompts.split(config.patching.split)),
+        tokens_of(source, "tuned", prompts.split(config.patching.split), reading),
         tuned.placement,
-        layers=plan.layers,
         n_train=len(prompts.split(FIT_SPLIT)),
         max_bytes=int(FREE_SHARE_OF_GPU * min(left)) if left else CPU_BUDGET_BYTES,
-        n_conditions=plan.n_patches if config.effort.analysis == "grid" else None,
-        k_positions=config.patching.k_positions,
-        batch_size=config.place.batch_size,
-        joint_maps=config.patching.map_scope == "layer",
-        by_hooks=config.place.engine == "hooks",
     )
     return RunMemory(
         weights={side: size.weights.total for side, size in sizes.items()},
         keep_both=keep_both,
-        dtype=config.place.dtype,
+        dtype=place.dtype,
         devices=tuple(dict.fromkeys(map(_place, devices.names))),
         held=dict(held),
-        largest_model=dict(largest),
+        largest_model=dict(Counter(on["tuned"]) | Counter(on["base"])),
         free=free,
         work=work,
+    )
+
+
+def work_memory(
+    config: RunConfig,
+    plan: GridPlan,
+    cfg: HookedTransformerConfig,
+    measured: TokenizedPrompts,
+    placement: Placement,
+    *,
+    n_train: int,
+    max_bytes: int | None = None,
+) -> WorkMemory:
+    """Estimate what one run of the engine, with its maps, takes."""
+    patching, n_layers, width = config.patching, len(plan.layers), cfg.n_heads * cfg.d_head
+    # Read of base on train and measured prompts, of tuned on train prompts.
+    n_read = (2 * n_train + len(measured)) * patching.k_positions
+    joint = patching.map_scope == "layer"
+    side, n_blocks = (width, 1) if joint else (cfg.d_head, cfg.n_heads)
+    matrices = 4 * n_layers * n_blocks * side**2 + 8 * FIT_COPIES * side**2
+    in_main_memory = {
+        "activations": n_read * n_layers * width * cfg.dtype.itemsize,
+        "fit": 8 * FIT_COPIES * n_train * patching.k_positions * width + matrices,
+    }
+    if config.place.engine == "hooks":
+        longest, at_once = int(measured.lengths.max()), min(config.place.batch_size, len(measured))
+        one = longest * bytes_per_row(cfg, longest, cfg.d_vocab_out)
+        every = at_once * one
+        return WorkMemory(0, True, every, at_once, every, at_once, one, **in_main_memory)
+    budget = MemoryPlan.of(
+        cfg, measured, placement, batch_size=config.place.batch_size, max_bytes=max_bytes
+    )
+    passes, rows = budget.passes, budget.rows
+    n_prompts, n_rows = min(passes.max_rows, len(measured)), rows.max_rows
+    if config.effort.analysis == "grid":
+        n_rows = min(n_rows, n_prompts * plan.n_patches)
+    n_stored_layers = cfg.n_layers - min(plan.layers)
+    return WorkMemory(
+        kept=n_stored_layers * _clean_pass_bytes(cfg, measured, passes, patching.k_positions),
+        kept_on_device=budget.keep_on_device,
+        in_pass=n_prompts * passes.bytes_per_row,
+        n_prompts_at_once=n_prompts,
+        in_rows=n_rows * rows.bytes_per_row,
+        n_rows_at_once=n_rows,
+        smallest=max(passes.bytes_per_row, rows.bytes_per_row),
+        **in_main_memory,
+    )
+
+
+def _clean_pass_bytes(
+    cfg: HookedTransformerConfig, prompts: TokenizedPrompts, passes: RowBudget, k_positions: int
+) -> int:
+    """Bytes that the suffix engine stores of each layer, if memory does not run out meanwhile.
+
+    Each batch is as wide as its longest prompt.
+    """
+    lengths = prompts.lengths.sort().values
+    at_positions = k_positions * (cfg.d_model + cfg.n_heads * cfg.d_head) * cfg.dtype.itemsize
+    return sum(
+        (part.stop - part.start)
+        * (key_bytes(cfg, n_columns(int(lengths[part].max()))) + at_positions)
+        for part in even_parts(slice(0, len(prompts)), passes.max_rows)
     )
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-Progress = Callable[[int], None]
-"""Told how many rows were just finished."""
+from rq4lens.patching.patch import Progress
 
 Stage = Callable[[str, int | None], AbstractContextManager[Progress | None]]
 """Opens a stage of the work: its name and its number of rows; gives what reports progress."""
@@ -29,8 +28,8 @@ class Clock:
     def __call__(self, name: str, rows: int | None = None) -> Iterator[Progress | None]:
         """Time a stage."""
         started = time.perf_counter()
-        with self.stage(name, rows) as advance:
-            yield advance
+        with self.stage(name, rows) as progress:
+            yield progress
         self.seconds[name] = round(time.perf_counter() - started, 4)
 
 

@@ -174,6 +174,7 @@ def run_on(bench: Bench) -> Run:
     with clock("load"):
         memory = plan_memory(config)
         say_and_require(memory)
+        bench.keep_both = memory.keep_both
         plan = bench.plan
         audit = bench.pair.audit()
     experiment = bench.experiment(plan.layers)

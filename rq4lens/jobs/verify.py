@@ -30,7 +30,7 @@ from rq4lens.disk.run import (
 )
 from rq4lens.disk.store import Record, content_key, read_record
 from rq4lens.errors import UserError
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
@@ -317,8 +317,11 @@ def _check_again(
     if sample == 0:
         return Check("re-run", None, "no condition was to be measured again")
     try:
-        pair = pair or pair_from_config(
-            _config(saved).updated(trust_remote_code=trust_remote_code, device="auto")
+        config = _config(saved)
+        pair = pair or pair_from(
+            config.pair.but(trust_remote_code=trust_remote_code),
+            config.reading,
+            config.place.but(device="auto"),
         )
         others = _other_models(saved, pair)
     except Exception as problem:  # a hub, a disk, a library: any of them can fail to give a model

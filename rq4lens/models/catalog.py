@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rq4lens.config import SUPPLY, RunConfig, config_from, preset, preset_names
+from rq4lens.config import (
+    SUPPLY,
+    PairSource,
+    Place,
+    Reading,
+    RunConfig,
+    Settings,
+    preset,
+    preset_names,
+)
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.models.cards import CardIngredients, checkpoint_fingerprint, kept_card
@@ -29,21 +38,34 @@ from rq4lens.models.prompts.reading import tokenize
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S", bound=Settings)
+
 BUILTIN = ("etiquette",)
 
 SHARE_FOR_WEIGHTS = 0.7
 """Of the free memory, for both models' weights; activations and rows need the rest."""
 
 
-def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
+def load_pair(
+    name: str | None = None,
+    *,
+    base: str | Path | None = None,
+    tuned: str | Path | None = None,
+    prompts: Any = None,
+    reading: Reading | None = None,
+    place: Place | None = None,
+) -> ModelPair:
     """Load a base model, its fine-tune and their prompts.
 
     Args:
         name: one of ``rq4lens pairs``, for instance ``"etiquette"``; leave it out for your own
-            pair.
-        **settings: any setting of :class:`rq4lens.config.RunConfig`, such as ``base``, ``tuned``,
-            ``prompts``, ``device`` or ``dtype``; they replace the preset's. ``prompts`` may also be
-            a list or a Hugging Face dataset, as :meth:`PromptSet.of` takes them.
+            pair. What is given beside it replaces what the pair comes with.
+        base: base model: hub id or folder.
+        tuned: fine-tuned model: hub id or folder.
+        prompts: a file or folder, a list, or a Hugging Face dataset, as :meth:`PromptSet.of`
+            takes them.
+        reading: how the prompts are read: where they are decided, and how long they may be.
+        place: devices, number format, and whether both models are held at once.
 
     Returns:
         The pair.
@@ -51,159 +73,170 @@ def load_pair(name: str | None = None, **settings: Any) -> ModelPair:
     Raises:
         UserError: if the pair is unknown, something is missing or a model cannot be loaded.
     """
-    start = {} if name is None else preset(name).flat()
-    prompts = settings.get("prompts")
-    in_memory = None if isinstance(prompts, str | Path | None) else PromptSet.of(prompts)
-    if in_memory is not None or isinstance(prompts, Path):
-        settings["prompts"] = None if in_memory is not None else str(prompts)
-    return pair_from_config(config_from({**start, **settings}), in_memory)
+    start = RunConfig() if name is None else preset(name)
+    paths = {"base": base, "tuned": tuned}
+    if isinstance(prompts, str | Path):
+        paths["prompts"], prompts = prompts, None
+    source = start.pair.but(**{key: str(path) for key, path in paths.items() if path is not None})
+    return pair_from(
+        source,
+        _over(start.reading, reading),
+        _over(start.place, place),
+        prompts=None if prompts is None else PromptSet.of(prompts),
+    )
 
 
-def pair_from_config(
-    config: RunConfig, prompts: PromptSet | None = None, *, kept_in: Path | None = None
+def _over(start: S, given: S | None) -> S:
+    """A preset's settings with those that were set in the given ones."""
+    return start if given is None else start.but(**given.model_dump(exclude_unset=True))
+
+
+def pair_from(
+    source: PairSource,
+    reading: Reading,
+    place: Place,
+    *,
+    prompts: PromptSet | None = None,
+    cache: Path | None = None,
 ) -> ModelPair:
-    """Load the pair that a configuration names.
+    """Load the pair that settings name; the base model's card may be cached.
 
     Raises:
         UserError: if something is missing or a model cannot be loaded.
     """
-    devices_of(config)  # refuses those that are not there
-    prompts = prompts_from_config(config) if prompts is None else prompts
-    reading, members = config.reading, _members(config, kept_in)
-    kept = _left_in(config, prompts, members)
+    devices_of(place)  # refuses those that are not there
+    prompts = prompts_of(source) if prompts is None else prompts
+    members = _members(source, place, cache)
+    aligned = _aligned(prompts, members, reading)
     return ModelPair(
-        config.pair.name,
+        source.name,
         members["base"],
         members["tuned"],
-        kept,
-        layer=config.patching.layer,
-        control_layer=config.patching.control_layer,
+        aligned,
         reading=reading,
-        keep_both=_fit_together(config)
-        if config.place.keep_both is None
-        else config.place.keep_both,
-        excluded=prompts.without(kept.ids).prompts,
+        keep_both=holds_both(source, place),
+        excluded=prompts.without(aligned.ids).prompts,
     )
 
 
-def prompts_left_in(config: RunConfig) -> PromptSet:
-    """The prompts that a run of the configuration reads: some may be left out as misaligned.
+def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
+    """The prompts that a run reads: some may be left out as misaligned.
 
     Raises:
         UserError: if prompts or tokenizers cannot be read, or no prompt is left.
     """
-    return _left_in(config, prompts_from_config(config), _members(config))
+    return _aligned(prompts_of(source), _members(source, Place()), reading)
 
 
-def _left_in(
-    config: RunConfig, prompts: PromptSet, members: Mapping[Side, PairMember]
-) -> PromptSet:
-    if not config.reading.exclude_misaligned:
+def _aligned(prompts: PromptSet, members: Mapping[Side, PairMember], reading: Reading) -> PromptSet:
+    if not reading.exclude_misaligned:
         return prompts
-    audit = audit_prompts(prompts, _tokenizers(members), config.reading)
-    kept = prompts.without(audit.misaligned)
-    if not len(kept):
+    audit = audit_prompts(prompts, _tokenizers(members), reading)
+    aligned = prompts.without(audit.misaligned)
+    if not len(aligned):
         raise UserError(
             f"none of the {len(prompts)} prompts is read alike by both models: see why with "
             "`rq4lens audit`, or choose another decision rule."
         )
-    return kept
+    return aligned
 
 
-def audit_from_config(config: RunConfig) -> Audit:
-    """Audit the prompts that a configuration names, from the tokenizers of its models alone.
+def audit_of(source: PairSource, reading: Reading) -> Audit:
+    """Audit the prompts of a pair, from the tokenizers of its models alone.
 
     Raises:
         UserError: if prompts or tokenizers cannot be read.
     """
-    prompts, members = prompts_from_config(config), _members(config)
-    audit = audit_prompts(prompts, _tokenizers(members), config.reading)
-    return replace(audit, excluded=audit.misaligned) if config.reading.exclude_misaligned else audit
+    prompts, members = prompts_of(source), _members(source, Place())
+    audit = audit_prompts(prompts, _tokenizers(members), reading)
+    return replace(audit, excluded=audit.misaligned) if reading.exclude_misaligned else audit
 
 
-def prompts_from_config(config: RunConfig) -> PromptSet:
-    """The prompts that a configuration names, or those of the built-in pair.
+def prompts_of(source: PairSource) -> PromptSet:
+    """The prompts of a pair, or those of the built-in pair.
 
     Raises:
         UserError: if there are none, or they cannot be read.
     """
-    if is_builtin(config) and config.pair.prompts is None:
-        return PromptSet.from_jsonl(_builtin_folder(config.pair.name) / "prompts.jsonl")
-    return PromptSet.of(_required_prompts(config))
+    if is_builtin(source) and source.prompts is None:
+        return PromptSet.from_jsonl(_builtin_folder(source.name) / "prompts.jsonl")
+    return PromptSet.of(_required_prompts(source))
 
 
-def is_builtin(config: RunConfig) -> bool:
+def is_builtin(source: PairSource) -> bool:
     """Whether the models are those of a pair in the box."""
-    return config.pair.name in BUILTIN and config.pair.base is None and config.pair.tuned is None
+    return source.name in BUILTIN and source.base is None and source.tuned is None
 
 
-class _Source(NamedTuple):
+class _Origin(NamedTuple):
     """Where a model comes from, and what results call it."""
 
     path: str
     revision: str | None
     name: str
+    trust_remote_code: bool
 
 
-def _source(config: RunConfig, side: Side) -> _Source:
-    if is_builtin(config):
-        folder = _builtin_folder(config.pair.name) / side
-        return _Source(str(folder), None, f"{config.pair.name}/{side} (built in)")
-    path = _required(config, side)
-    return _Source(path, getattr(config.pair, f"{side}_revision"), path)
+def _origin(source: PairSource, side: Side) -> _Origin:
+    if is_builtin(source):
+        folder = _builtin_folder(source.name) / side
+        name = f"{source.name}/{side} (built in)"
+        return _Origin(str(folder), None, name, source.trust_remote_code)
+    path, revision = (
+        (source.base, source.base_revision)
+        if side == "base"
+        else (source.tuned, source.tuned_revision)
+    )
+    if path is None:
+        raise UserError(
+            f"no {side} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "
+            "or give your own with --base and --tuned."
+        )
+    return _Origin(path, revision, path, source.trust_remote_code)
 
 
-def size_of(config: RunConfig, side: Side) -> ModelSize:
-    """What a model of a configuration will take; its weights are not read, nor fetched.
+def size_of(source: PairSource, side: Side, place: Place) -> ModelSize:
+    """What a model of a pair will take; its weights are not read, nor fetched.
 
     Raises:
         UserError: if there is no such checkpoint, or no model can be built from it.
     """
-    path, revision, _ = _source(config, side)
+    origin = _origin(source, side)
     return model_size(
-        path,
-        revision=revision,
-        dtype=getattr(torch, config.place.dtype),
-        trust_remote_code=config.pair.trust_remote_code,
+        origin.path,
+        revision=origin.revision,
+        dtype=getattr(torch, place.dtype),
+        trust_remote_code=origin.trust_remote_code,
     )
 
 
-def tokens_from_config(config: RunConfig, side: Side, prompts: PromptSet) -> TokenizedPrompts:
-    """Prompts as a model of a configuration reads them; its weights are not needed.
+def tokens_of(
+    source: PairSource, side: Side, prompts: PromptSet, reading: Reading
+) -> TokenizedPrompts:
+    """Prompts as a model of a pair reads them; its weights are not needed.
 
     Raises:
         UserError: if its tokenizer or a prompt cannot be read.
     """
-    tokenizer = _load_tokenizer(_source(config, side), config)
-    return tokenize(prompts, tokenizer, config.reading)
+    return tokenize(prompts, _load_tokenizer(_origin(source, side)), reading)
 
 
-def holds_both(config: RunConfig) -> bool:
+def holds_both(source: PairSource, place: Place, sizes: Iterable[ModelSize] | None = None) -> bool:
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
-    if config.place.keep_both is not None:
-        return config.place.keep_both
-    needed, free = _needed_and_free(config)
-    return needed <= SHARE_FOR_WEIGHTS * free
-
-
-def _needed_and_free(config: RunConfig) -> tuple[int, int]:
-    needed = sum(size_of(config, side).weights.total for side in SIDES)
-    return needed, sum(map(free_bytes, devices_of(config).names))
-
-
-def _fit_together(config: RunConfig) -> bool:
-    """Whether both models leave room for the work, by what their configurations say."""
-    if is_builtin(config):
-        return True
-    fit = holds_both(config)
+    if place.keep_both is not None or is_builtin(source):
+        return place.keep_both is not False
+    devices = devices_of(place)
+    sizes = [size_of(source, side, place) for side in SIDES] if sizes is None else sizes
+    needed = sum(size.weights.total for size in sizes)
+    free = sum(map(free_bytes, devices.names))
+    fit = needed <= SHARE_FOR_WEIGHTS * free
     if not fit:
-        needed, free = _needed_and_free(config)
         log.warning(
             "both models take %.3g GB of the %.3g GB free on %s: one is held at a time "
             "(--keep-both holds both all the same)",
             needed / 1e9,
             free / 1e9,
-            devices_of(config),
+            devices,
         )
     return fit
 
@@ -234,53 +267,51 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def devices_of(config: RunConfig) -> Devices:
-    """The devices that each model of a configuration goes to.
+def devices_of(place: Place) -> Devices:
+    """The devices that each model of a pair goes to.
 
     Raises:
         UserError: if one does not exist here, or the settings do not go together.
     """
-    device = config.place.device if config.place.device_map else resolve_device(config.place.device)
-    return chosen_devices(device, config.place.n_devices, config.place.device_map)
+    device = place.device if place.device_map else resolve_device(place.device)
+    return chosen_devices(device, place.n_devices, place.device_map)
 
 
-def keep_base_card(config: RunConfig, pair: ModelPair, directory: Path) -> None:
-    """Keep the card of a base model that was loaded, for :func:`pair_from_config` to find.
+def keep_base_card(source: PairSource, place: Place, pair: ModelPair, directory: Path) -> None:
+    """Cache the card of a base model that was loaded, for :func:`pair_from` to find.
 
     Raises:
         UserError: if it cannot be written.
     """
     if pair.base.was_loaded:
-        ingredients = _card_ingredients(_source(config, "base"), config)
+        ingredients = _card_ingredients(_origin(source, "base"), place)
         Store(directory).put(ingredients, pair.base.card.to_dict())
 
 
-def _members(config: RunConfig, kept_in: Path | None = None) -> dict[Side, PairMember]:
+def _members(source: PairSource, place: Place, cache: Path | None = None) -> dict[Side, PairMember]:
     """Both models, not loaded yet."""
-    base, tuned = (_source(config, side) for side in SIDES)
-    find_card = None if kept_in is None else partial(_find_card, base, config, kept_in)
+    base, tuned = (_origin(source, side) for side in SIDES)
+    find_card = None if cache is None else partial(_find_card, base, place, cache)
     return {
-        "base": PairMember(
-            partial(_load, base, config), partial(_load_tokenizer, base, config), find_card
-        ),
-        "tuned": PairMember(partial(_load, tuned, config), partial(_load_tokenizer, tuned, config)),
+        "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),
+        "tuned": PairMember(partial(_load, tuned, place), partial(_load_tokenizer, tuned)),
     }
 
 
-def _find_card(source: _Source, config: RunConfig, directory: Path) -> ModelCard | None:
+def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | None:
     if not directory.is_dir():
         return None  # spares the reading of the whole checkpoint
-    card = kept_card(Store(directory), _card_ingredients(source, config))
+    card = kept_card(Store(directory), _card_ingredients(origin, place))
     # The same files may lie elsewhere by now.
-    return None if card is None else replace(card, source=source.name)
+    return None if card is None else replace(card, source=origin.name)
 
 
-def _card_ingredients(source: _Source, config: RunConfig) -> CardIngredients:
+def _card_ingredients(origin: _Origin, place: Place) -> CardIngredients:
     return CardIngredients(
-        checkpoint=checkpoint_fingerprint(source.path, source.revision),
-        dtype=config.place.dtype,
-        device=torch.device(resolve_device(config.place.device)).type,
-        trust_remote_code=config.pair.trust_remote_code,
+        checkpoint=checkpoint_fingerprint(origin.path, origin.revision),
+        dtype=place.dtype,
+        device=torch.device(resolve_device(place.device)).type,
+        trust_remote_code=origin.trust_remote_code,
         libraries=arithmetic_libraries(),
     )
 
@@ -289,25 +320,20 @@ def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedToke
     return {side: member.tokenizer for side, member in members.items()}
 
 
-def _load_tokenizer(source: _Source, config: RunConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:
     return load_own_tokenizer(
-        source.path, revision=source.revision, trust_remote_code=config.pair.trust_remote_code
+        origin.path, revision=origin.revision, trust_remote_code=origin.trust_remote_code
     )
 
 
-def _load(source: _Source, config: RunConfig) -> LoadedModel:
+def _load(origin: _Origin, place: Place) -> LoadedModel:
     loaded = load_hooked(
-        source.path,
-        revision=source.revision,
-        device=config.place.device
-        if config.place.device_map
-        else resolve_device(config.place.device),
-        dtype=getattr(torch, config.place.dtype),
-        n_devices=config.place.n_devices,
-        device_map=config.place.device_map,
-        trust_remote_code=config.pair.trust_remote_code,
+        origin.path,
+        revision=origin.revision,
+        place=place,
+        trust_remote_code=origin.trust_remote_code,
     )
-    return replace(loaded, source=source.name)
+    return replace(loaded, source=origin.name)
 
 
 def _builtin_folder(name: str) -> Path:
@@ -316,22 +342,12 @@ def _builtin_folder(name: str) -> Path:
         return Path(folder)
 
 
-def _required(config: RunConfig, what: str) -> str:
-    value = getattr(config.pair, what)
-    if value is None:
+def _required_prompts(source: PairSource) -> Path:
+    if source.prompts is None or source.prompts.startswith(SUPPLY):
+        wish = (source.prompts or "").removeprefix(SUPPLY).strip(": ")
         raise UserError(
-            f"no {what} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "
-            "or give your own with --base and --tuned."
-        )
-    return str(value)
-
-
-def _required_prompts(config: RunConfig) -> Path:
-    if config.pair.prompts is None or config.pair.prompts.startswith(SUPPLY):
-        wish = (config.pair.prompts or "").removeprefix(SUPPLY).strip(": ")
-        raise UserError(
-            f"pair {config.pair.name!r} needs your prompts"
+            f"pair {source.name!r} needs your prompts"
             + (f" ({wish})" if wish else "")
             + ": give a JSONL file with --prompts FILE."
         )
-    return Path(config.pair.prompts)
+    return Path(source.prompts)

@@ -187,8 +187,6 @@ class ModelPair:
         base: the base model.
         tuned: the fine-tune.
         prompts: the prompts with their splits.
-        layer: the layer to study when none is asked for.
-        control_layer: the control layer when none is asked for.
         reading: how the prompts are read: where they are decided and how long they may be.
         keep_both: False releases each model before the other is used.
         excluded: prompts that were left out because the models do not read them alike.
@@ -204,8 +202,6 @@ class ModelPair:
         tuned: PairMember,
         prompts: PromptSet,
         *,
-        layer: int | None = None,
-        control_layer: int | None = None,
         reading: Reading | None = None,
         keep_both: bool = True,
         excluded: tuple[Prompt, ...] = (),
@@ -214,8 +210,6 @@ class ModelPair:
         self.base = base
         self.tuned = tuned
         self.prompts = prompts
-        self.layer = layer
-        self.control_layer = control_layer
         self.reading = reading or Reading()
         self.keep_both = keep_both
         self.excluded = excluded

@@ -56,9 +56,7 @@ def reader_at(positions: Int[Tensor, "prompt position"]) -> Callable[[Tensor], T
 
 
 def forward_batch(
-    model: HookedModel,
-    batch: TokenBatch,
-    stop_at_layer: int | None = None,
+    model: HookedModel, batch: TokenBatch, stop_at_layer: int | None = None
 ) -> Tensor:
     """One forward pass over a padded batch.
 
@@ -78,30 +76,23 @@ def forward_steps(
     model: HookedModel, batch: TokenBatch, stop_at_layer: int, readers: Mapping[int, Reader]
 ) -> Steps[Tensor]:
     """:func:`forward_batch`, stopping before each block if the model is spread over devices."""
-    if not _is_spread(model) or batch.padding_side == "left":
+    devices = [next(block.parameters()).device for block in model.blocks]
+    if len(set(devices)) == 1 or batch.padding_side == "left":
         yield device_of(model)
-        hooks = [(z_site(layer), _as_hook(read)) for layer, read in readers.items()]
+        # TransformerLens passes the hook point by its name.
+        hooks = [
+            (z_site(layer), lambda z, hook, read=read: read(z))  # noqa: ARG005
+            for layer, read in readers.items()
+        ]
         with model.hooks(fwd_hooks=hooks):
             return forward_batch(model, batch, stop_at_layer)
     resid = forward_batch(model, batch, stop_at_layer=0)
     for layer, block in enumerate(model.blocks[:stop_at_layer]):
-        device = next(block.parameters()).device
-        yield device
+        yield devices[layer]
         # A hook is there while its own batch is computed: another one may be under way.
         with reading(block.attn.hook_z, readers.get(layer)):
-            resid = block(resid.to(device))
+            resid = block(resid.to(devices[layer]))
     return resid
-
-
-def _is_spread(model: HookedModel) -> bool:
-    return len({next(block.parameters()).device for block in model.blocks}) > 1
-
-
-def _as_hook(read: Reader) -> Any:
-    def hook(z: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes both
-        read(z)
-
-    return hook
 
 
 @contextmanager
@@ -161,9 +152,19 @@ def _read(
     model: HookedModel, batch: TokenBatch, layers: Sequence[int], k_positions: int
 ) -> Steps[tuple[Tensor, dict[int, Tensor]]]:
     """Which prompts a batch has, and their activations by layer."""
+    at = reader_at(patched_positions(batch, k_positions))
     read: dict[int, Tensor] = {}
-    readers = _readers(read, layers, patched_positions(batch, k_positions))
+
+    def reader(layer: int) -> Reader:
+        def note(z: Tensor) -> None:
+            read[layer] = at(z)
+            if layer == max(layers):
+                raise _LastOneRead
+
+        return note
+
     with suppress(_LastOneRead):
+        readers = {layer: reader(layer) for layer in layers}
         yield from forward_steps(model, batch, max(layers) + 1, readers)
     return batch.rows, read
 
@@ -185,22 +186,6 @@ def check_layers(layers: Sequence[int], n_layers: int) -> None:
             raise UserError(
                 f"layer {layer} does not exist: the models have layers 0 to {n_layers - 1}."
             )
-
-
-def _readers(
-    read: dict[int, Tensor], layers: Sequence[int], positions: Int[Tensor, "prompt position"]
-) -> dict[int, Reader]:
-    at = reader_at(positions)
-
-    def reader(layer: int) -> Reader:
-        def keep(z: Tensor) -> None:
-            read[layer] = at(z)
-            if layer == max(layers):
-                raise _LastOneRead
-
-        return keep
-
-    return {layer: reader(layer) for layer in layers}
 
 
 Z = "z"

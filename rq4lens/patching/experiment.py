@@ -23,9 +23,9 @@ from rq4lens.patching.patch import (
     MAPPED,
     RAW,
     SELF,
-    Advance,
     Engine,
     Patch,
+    Progress,
     Sources,
 )
 
@@ -143,7 +143,7 @@ class Experiment:
         *,
         raw: str = RAW,
         mapped: str = MAPPED,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> HeadSetEffects:
         """Patch each head set by itself, raw and mapped.
 
@@ -153,7 +153,7 @@ class Experiment:
             alpha: blend strength, in [0, 1].
             raw: the source that counts as raw.
             mapped: the source that counts as mapped.
-            advance: called with the number of rows (prompt x intervention) just finished.
+            progress: called with the number of rows (prompt x intervention) just finished.
 
         Returns:
             The effects, in the order of the head sets.
@@ -165,7 +165,7 @@ class Experiment:
         interventions = [
             (Patch(layer, heads, alpha, source),) for source in (raw, mapped) for heads in head_sets
         ]
-        effects = self.engine.effects(interventions, self.sources, advance)
+        effects = self.engine.effects(interventions, self.sources, progress)
         pick = "(source condition) prompt -> source condition prompt"
         kl = einops.rearrange(effects.kl_nats, pick, source=2)
         change = einops.rearrange(effects.answer_logprob_change_nats, pick, source=2)
@@ -218,10 +218,8 @@ def prepare(
     tuned_engine = make_engine(
         pair.use("tuned").model,
         prompts,
-        prefer=place.engine,
-        k_positions=settings.k_positions,
-        batch_size=place.batch_size if rows is None else len(rows),
-        kl_direction=settings.kl_direction,
+        settings,
+        place if rows is None else place.but(batch_size=len(rows)),
         first_layer=min(maps),
     )
     tensors: dict[tuple[int, str], Tensor] = {}

@@ -14,7 +14,7 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.patch import MAPPED, RAW, Advance, Patch
+from rq4lens.patching.patch import MAPPED, RAW, Patch, Progress
 from rq4lens.results import ConditionResult
 
 KL, ANSWER = "kl_nats", "answer_logprob_change_nats"
@@ -56,13 +56,13 @@ class Recorder:
         experiment: what to measure with.
         alpha: blend strength of every condition.
         store: finished patches; None keeps nothing.
-        advance: called with the number of rows (prompt x patch) just finished.
+        progress: called with the number of rows (prompt x patch) just finished.
     """
 
     experiment: Experiment
     alpha: float
     store: Store | None = None
-    advance: Advance | None = None
+    progress: Progress | None = None
     _measured: dict[Patch, dict[str, Any]] = field(default_factory=dict)
 
     def measure(self, planned: Sequence[Planned]) -> dict[str, ConditionResult]:
@@ -121,7 +121,7 @@ class Recorder:
 
     def _effects(self, patches: Sequence[Patch]) -> list[dict[str, Any]]:
         effects = self.experiment.engine.effects(
-            [(patch,) for patch in patches], self.experiment.sources, self.advance
+            [(patch,) for patch in patches], self.experiment.sources, self.progress
         )
         return [
             {KL: kl.tolist(), ANSWER: change.tolist()}
@@ -132,8 +132,8 @@ class Recorder:
         return None if self.store is None else self.store.get(self._ingredients(patch))
 
     def _report(self, n_patches: int) -> None:
-        if self.advance is not None:
-            self.advance(n_patches * len(self.experiment.prompts))
+        if self.progress is not None:
+            self.progress(n_patches * len(self.experiment.prompts))
 
     def _result(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._measured[patch] for patch in plan.patches(self.alpha))

@@ -50,8 +50,8 @@ class Patch:
             )
 
 
-Advance = Callable[[int], None]
-"""Told how many rows (prompt x intervention) were just finished; feeds progress bars."""
+Progress = Callable[[int], None]
+"""Called with the number of rows (prompt x intervention) just finished; feeds progress bars."""
 
 Intervention = tuple[Patch, ...]
 """Patches that are applied in the same forward pass; at most one per layer."""
@@ -91,28 +91,15 @@ def patched_first(direction: KLDirection) -> bool:
     return direction == "patched||clean"
 
 
-def next_token_kl(
-    patched_logits: Float[Tensor, "*rows vocab"],
-    clean_logits: Float[Tensor, "*#rows vocab"],
-    direction: KLDirection = "patched||clean",
-) -> Float[Tensor, "*rows"]:
-    """Divergence between two next-token distributions."""
-    return next_token_effects(patched_logits, clean_logits, direction)[0]
-
-
-def answer_logprob_change(
-    patched_logits: Float[Tensor, "*rows vocab"], clean_logits: Float[Tensor, "*#rows vocab"]
-) -> Float[Tensor, "*rows"]:
-    """Log-probability of the clean model's most likely token, patched minus clean."""
-    return next_token_effects(patched_logits, clean_logits)[1]
-
-
 def next_token_effects(
     patched_logits: Float[Tensor, "*rows vocab"],
     clean_logits: Float[Tensor, "*#rows vocab"],
     direction: KLDirection = "patched||clean",
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """Both measures of :class:`Effects`, from one softmax of each side."""
+    """Divergence of the next-token distributions, and the answer's change of log-probability.
+
+    Both measures of :class:`Effects`, from one softmax of each side.
+    """
     patched, clean = _log_probs(patched_logits), _log_probs(clean_logits)
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
@@ -235,6 +222,6 @@ class Engine(Protocol):
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt."""

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
-from rq4lens.models.catalog import audit_from_config
+from rq4lens.models.catalog import audit_of
 from rq4lens.models.prompts.audit import AUDIT_SIDES, Audit, PromptAudit, SideAudit
 from rq4lens.screen.tables import plain_text
 
@@ -29,7 +29,7 @@ def audit_config(config: RunConfig, out: Path | None = None) -> Audit:
         UserError: if prompts or tokenizers cannot be read.
     """
     refuse_no_file(out)
-    audit = audit_from_config(config)
+    audit = audit_of(config.pair, config.reading)
     if out is not None:
         write_json_atomic(out, audit.to_dict())
     return audit

@@ -6,15 +6,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from rq4lens.config import SETTINGS, RunConfig, config_from, preset, read_config
+from rq4lens.config import SETTINGS, RunConfig, Settings, config_from, preset, read_config
 from rq4lens.errors import UserError
 
-LISTS = ("k", "random_seeds")
-FLAGS = ("keep_both", "trust_remote_code", "exclude_misaligned")
+NO_OPTION = ("about",)
+"""Settings of a file that decide nothing."""
 
 RankingFiles = Annotated[
     list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
@@ -43,14 +43,23 @@ IgSteps = Annotated[
 
 
 def takes_config(
-    *names: str, config_file: bool = False, default_pair: str | None = None
+    *parts: type[Settings] | str,
+    without: tuple[str, ...] = (),
+    config_file: bool = False,
+    default_pair: str | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Give a command one option per setting, and call it with the finished :class:`RunConfig`.
 
     The command's first parameter is the configuration; its other parameters stay options of their
-    own. Values are checked by the configuration itself, so that the error sentences are the same
-    everywhere.
+    own. A part of the configuration gives all its settings, a name one. Values are checked by the
+    configuration itself, so that the error sentences are the same everywhere.
     """
+    names = [
+        name
+        for part in parts
+        for name in ([part] if isinstance(part, str) else _keys(part))
+        if name not in (*NO_OPTION, *without)
+    ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -70,6 +79,10 @@ def takes_config(
         return wrapper
 
     return decorate
+
+
+def _keys(part: type[Settings]) -> list[str]:
+    return [field.alias or name for name, field in part.model_fields.items()]
 
 
 def _assemble(
@@ -97,7 +110,7 @@ def _assemble(
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name not in LISTS:
+    if not _is_list(name):
         return value
     try:
         return [int(part) for part in value.split(",")]
@@ -121,13 +134,11 @@ def _parameter(name: str) -> inspect.Parameter:
     field, flag = SETTINGS[name], f"--{name.replace('_', '-')}"
     said = field.description or name
     text = f"{said[:1].upper()}{said[1:]}.{_default_note(name)}"
-    option = (
-        typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
-        if name in FLAGS
-        else typer.Option(flag, help=text, metavar=_metavar(name))
+    annotation: Any = (
+        Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
+        if bool in _kinds(name)
+        else Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(name))]
     )
-    value_type: Any = bool | None if name in FLAGS else str | None
-    annotation = Annotated[value_type, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
@@ -142,14 +153,15 @@ def _default_note(name: str) -> str:
 
 
 def _metavar(name: str) -> str:
-    choices = [
-        each
-        for part in (SETTINGS[name].annotation, *_parts(name))
-        for each in get_args(part)
-        if isinstance(each, str)
-    ]
-    return "|".join(dict.fromkeys(choices)) or ("LIST" if name in LISTS else "VALUE")
+    choices = [each for kind in _kinds(name) for each in get_args(kind) if isinstance(each, str)]
+    return "|".join(dict.fromkeys(choices)) or ("LIST" if _is_list(name) else "VALUE")
 
 
-def _parts(name: str) -> tuple[Any, ...]:
-    return get_args(SETTINGS[name].annotation)
+def _is_list(name: str) -> bool:
+    return get_origin(SETTINGS[name].annotation) is tuple
+
+
+def _kinds(name: str) -> tuple[Any, ...]:
+    """What a setting may be: its type, or those of a union."""
+    annotation = SETTINGS[name].annotation
+    return (annotation, *get_args(annotation))

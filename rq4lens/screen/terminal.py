@@ -39,13 +39,13 @@ def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task(name, total=rows, rate="")
 
-        def advance(finished: int) -> None:
+        def report(finished: int) -> None:
             speed = progress.tasks[task].speed
             # Few and large pieces of work have no rate worth reading.
             rate = "" if speed is None or speed < 1 else f"{speed:,.0f} rows/s"
             progress.update(task, advance=finished, rate=rate)
 
-        yield advance if rows is not None else None
+        yield report if rows is not None else None
 
 
 @contextmanager

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from rq4lens.cluster.pieces import pieces_of
-from rq4lens.config import RunConfig
+from rq4lens.config import Place, RunConfig
 from rq4lens.heads import HeadSet
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
-from rq4lens.patching.engines.memory import activation_bytes
 from rq4lens.patching.patch import RAW, Patch, Sources
 from rq4lens.studies.cost_model import (
     KINDS,
@@ -54,7 +53,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CellCost:
     """What one cell will take.
 
     Args:
@@ -79,11 +78,12 @@ def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
     probes: dict[str, Probe] = {}
     estimates = []
     for cell in plan.cells:
-        pair = pair_from_config(cell.request.config.updated(keep_both=False))
-        source = _base_of(cell.request.config)
+        config = cell.request.config
+        pair = pair_from(config.pair, config.reading, config.place.but(keep_both=False))
+        source = _base_of(config)
         if source not in probes:
             with stage(f"probe of {cell.pair}", None):
-                probes[source] = probe(cell.request.config, pair)
+                probes[source] = probe(config, pair)
         estimates.append(estimate(cell, pair, probes[source]))
     return _text(plan, estimates, list(probes.values()))
 
@@ -129,7 +129,9 @@ def _point(
 ) -> Measured:
     some = TokenizedPrompts(prompts.ids[:n_prompts], prompts.token_ids[:n_prompts])
     started = time.perf_counter()
-    engine = make_engine(model, some, first_layer=layer, batch_size=config.place.batch_size)
+    engine = make_engine(
+        model, some, place=Place(batch_size=config.place.batch_size), first_layer=layer
+    )
     sources = Sources({(layer, RAW): torch.zeros_like(engine.tuned_z(layer))})
     passed = time.perf_counter()
     heads = [HeadSet.of([head], model.cfg.n_heads) for head in range(n_heads)]
@@ -140,7 +142,7 @@ def _point(
     return Measured(work, passed - started, finished - passed)
 
 
-def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
+def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     """What a cell will take, from the probe of a model of the same shape."""
     config, shape = cell.request.config, probed.shape
     plans = cell.request.plans(pair)
@@ -156,11 +158,9 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> Estimate:
     disk = store_bytes(n_patches, n_prompts) + map_bytes(
         shape, len(layers), config.patching.map_scope
     )
-    site_bytes = shape.width * shape.bytes_per_number
-    disk += activation_bytes(
-        site_bytes, n_prompts + n_train, len(layers), config.patching.k_positions
-    )
-    return Estimate(len(pieces), seconds, disk)
+    n_sites = (n_prompts + n_train) * len(layers) * config.patching.k_positions
+    disk += n_sites * shape.width * shape.bytes_per_number
+    return CellCost(len(pieces), seconds, disk)
 
 
 def _base_of(config: RunConfig) -> str:
@@ -169,7 +169,7 @@ def _base_of(config: RunConfig) -> str:
     )
 
 
-def _text(plan: StudyPlan, estimates: Sequence[Estimate], probes: Sequence[Probe]) -> str:
+def _text(plan: StudyPlan, estimates: Sequence[CellCost], probes: Sequence[Probe]) -> str:
     seconds = sum(each.seconds for each in estimates)
     disk = sum(each.disk_bytes for each in estimates)
     took = sum(each.seconds for each in probes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import RunConfig
-from rq4lens.models.catalog import pair_from_config
+from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.validation.suite import Suite
@@ -67,7 +67,6 @@ def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:
     Raises:
         UserError: if something is missing or the model cannot be loaded.
     """
-    pair = pair_from_config(
-        config.updated(tuned=config.pair.tuned or config.pair.base, keep_both=False)
-    )
+    source = config.pair.but(tuned=config.pair.tuned or config.pair.base)
+    pair = pair_from(source, config.reading, config.place.but(keep_both=False))
     return pair.use("base").loaded, pair.prompts

@@ -9,7 +9,7 @@ tests by how often they find something where nothing is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelCard, PairMember
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.patching.activations import check_layers, device_of
+from rq4lens.patching.patch import Progress
 from rq4lens.validation.results import (
     FalseAlarms,
     Outcome,
@@ -40,7 +41,7 @@ def validate(
     prompts: PromptSet,
     *,
     store: Store | None = None,
-    advance: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Validation:
     """Judge ranking methods on planted pairs made from a base model.
@@ -49,7 +50,7 @@ def validate(
         base: the model that pairs are made from; it is not changed.
         prompts: prompts with the splits train and val.
         store: where planted pairs that are done are kept and looked up, if anywhere.
-        advance: called with 1 after each planted pair.
+        progress: called with 1 after each planted pair.
         **settings: passed on to :class:`Suite`.
 
     Returns:
@@ -58,7 +59,7 @@ def validate(
     Raises:
         UserError: if a method does not exist, or the model cannot be planted in.
     """
-    return Suite(base, prompts, **settings).run(store, advance)
+    return Suite(base, prompts, **settings).run(store, progress)
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,13 @@ class Suite:
         """How many planted pairs there are."""
         return len(self.scenarios) * self.pairs
 
-    def run(
-        self, store: Store | None = None, advance: Callable[[int], None] | None = None
-    ) -> Validation:
+    def run(self, store: Store | None = None, progress: Progress | None = None) -> Validation:
         """Judge the methods on every planted pair; see :func:`validate`."""
         outcomes = []
         for place in range(len(self)):
             outcomes.append(self.outcome(place, store))
-            if advance is not None:
-                advance(1)
+            if progress is not None:
+                progress(1)
         return self.result(outcomes)
 
     def outcome(self, place: int, store: Store | None = None) -> Outcome:

@@ -14,7 +14,7 @@ from numpy import ndarray
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.experiment import HeadSetEffects
-from rq4lens.patching.patch import MAPPED, Advance
+from rq4lens.patching.patch import MAPPED, Progress
 from rq4lens.results import ConditionResult, GridResult
 
 CHUNK = 1024
@@ -43,7 +43,7 @@ class MeasuresHeadSets(Protocol):
         alpha: float,
         *,
         mapped: str = MAPPED,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> HeadSetEffects:
         """Patch each head set by itself, raw and mapped."""
 
@@ -58,7 +58,7 @@ class MeasuredSets:
         n_heads: heads of the layer.
         groups: the group of each prompt.
         mapped: the source that counts as mapped.
-        advance: called with the number of rows (prompt x patch) just finished.
+        progress: called with the number of rows (prompt x patch) just finished.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MeasuredSets:
         n_heads: int,
         groups: tuple[str, ...],
         mapped: str = MAPPED,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.experiment = experiment
         self.layer = layer
@@ -78,7 +78,7 @@ class MeasuredSets:
         self.n_heads = n_heads
         self.groups = groups
         self.mapped = mapped
-        self.advance = advance
+        self.progress = progress
         nothing = np.zeros(len(groups))
         self._effects: dict[Indices, tuple[ndarray, ndarray]] = {(): (nothing, nothing)}
 
@@ -90,7 +90,7 @@ class MeasuredSets:
         alpha: float,
         *,
         mapped: str = MAPPED,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> MeasuredSets:
         """Nothing measured yet."""
         return cls(
@@ -100,7 +100,7 @@ class MeasuredSets:
             n_heads=experiment.n_heads,
             groups=experiment.groups,
             mapped=mapped,
-            advance=advance,
+            progress=progress,
         )
 
     @classmethod
@@ -108,7 +108,7 @@ class MeasuredSets:
         cls,
         grid: GridResult,
         experiment: MeasuresHeadSets | None = None,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> MeasuredSets:
         """What a grid measured at its main layer; the experiment can add to it."""
         settings = grid.settings
@@ -118,7 +118,7 @@ class MeasuredSets:
             settings.patching.alpha,
             n_heads=grid.n_heads,
             groups=grid.groups,
-            advance=advance,
+            progress=progress,
         )
         for condition in grid.conditions.values():
             measured._take_over(condition)
@@ -159,7 +159,7 @@ class MeasuredSets:
             [HeadSet(heads, self.n_heads) for heads in sets],
             self.alpha,
             mapped=self.mapped,
-            advance=self.advance,
+            progress=self.progress,
         )
         rows = zip(effects.kl_raw_nats, effects.kl_mapped_nats, strict=True)
         self._effects.update(zip(sets, rows, strict=True))

@@ -22,9 +22,8 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
-from rq4lens.patching.engines.attention_row import row_z
-from rq4lens.patching.engines.block_row import finish_block
-from rq4lens.patching.engines.clean_pass import KeptBatch
+from rq4lens.patching.engines.block_row import finish_block, row_z
+from rq4lens.patching.engines.clean_pass import CleanBatch
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.patch import MAPPED, RAW, SELF
@@ -57,30 +56,30 @@ class SuffixFunction:
     Args:
         model: the tuned model.
         layer: the layer whose ``z`` is the argument.
-        kept: the clean pass of a batch.
+        batch: what the clean pass of a batch stored.
         prompts: which prompts of the batch.
     """
 
     model: HookedTransformer
     layer: int
-    kept: KeptBatch
+    batch: CleanBatch
     prompts: slice
 
     @property
     def rows(self) -> Int[Tensor, "prompt"]:
         """Which prompts of the experiment these are."""
-        return self.kept.rows[self.prompts]
+        return self.batch.rows[self.prompts]
 
     def __call__(self, z: RowsOfZ) -> RowsOfLogits:
         """Logits of every row."""
         placement = Placement.of(self.model)
-        clean = self.kept.layers[self.layer].resid[self.prompts]
+        clean = self.batch.layers[self.layer].resid[self.prompts]
         resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
         resid = finish_block(self.model.blocks[self.layer], resid, z.to(clean.device))
         for layer in range(self.layer + 1, self.model.cfg.n_layers):
-            block, at = self.model.blocks[layer], self.kept.layers[layer].of_prompts(self.prompts)
+            block, at = self.model.blocks[layer], self.batch.layers[layer].of_prompts(self.prompts)
             resid = resid.to(placement.layers[layer])
-            resid = finish_block(block, resid, row_z(block, resid, at.shared))
+            resid = finish_block(block, resid, row_z(block, resid, at.earlier))
         return _unembed(self.model, resid[:, :, -1].to(placement.exit))
 
 
@@ -129,9 +128,9 @@ def decision_functions(
     model, engine = experiment.tuned_model, experiment.engine
     size = _prompts_at_once(experiment, rows_per_prompt)
     if isinstance(engine, SuffixEngine):
-        for kept in engine.kept_batches(layer):
-            for start in range(0, len(kept.rows), size):
-                here = kept.to(Placement.of(model))
+        for clean in engine.clean_batches(layer):
+            for start in range(0, len(clean.rows), size):
+                here = clean.to(Placement.of(model))
                 yield SuffixFunction(model, layer, here, slice(start, start + size))
     else:
         for batch in experiment.prompts.batches(size):

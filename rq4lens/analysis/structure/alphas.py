@@ -36,7 +36,7 @@ def _at(measured: MeasuredSets, alpha: float) -> MeasuredSets:
         n_heads=measured.n_heads,
         groups=measured.groups,
         mapped=measured.mapped,
-        advance=measured.advance,
+        progress=measured.progress,
     )
 
 

@@ -149,6 +149,8 @@ def _every_gpu() -> tuple[str, ...]:
 
 def _counted(device: str, n_devices: int) -> Devices:
     n_gpus = torch.cuda.device_count()
+    if device == AUTO:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chip = torch.device(device)
     except RuntimeError:

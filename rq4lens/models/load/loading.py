@@ -7,7 +7,6 @@ through TransformerLens' own conversions, the tokenizer from the folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,12 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, merge_adapter
 from rq4lens.models.load.checkpoint import Checkpoint, locate
 from rq4lens.models.load.conversion import give_tokenizer, hooked_from
-from rq4lens.models.load.devices import AUTO, Placement, chosen_devices
+from rq4lens.models.load.devices import Placement, chosen_devices
 from rq4lens.models.load.fingerprint import weights_fingerprint
 from rq4lens.models.load.huggingface import (
     device_map_of,
@@ -111,10 +111,7 @@ def load_hooked(
     source: str | Path,
     *,
     revision: str | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    n_devices: int = 1,
-    device_map: str | Sequence[str] | None = None,
+    place: Place | None = None,
     trust_remote_code: bool = False,
     check_logits: bool = True,
 ) -> LoadedModel:
@@ -123,11 +120,10 @@ def load_hooked(
     Args:
         source: A Hugging Face folder, a hub id, or either of these with a PEFT adapter.
         revision: Commit, branch or tag of a hub id.
-        device: Where the model goes, as ``"cpu"`` or ``"cuda"``.
-        dtype: Type of the weights.
-        n_devices: Over how many GPUs the layers are spread evenly, in order.
-        device_map: Instead of ``device`` and ``n_devices``: ``"auto"`` for all GPUs, each by what
-            is free on it, or GPUs by name, as ``"cuda:0,cuda:2"``.
+        place: Device or devices of the model, and its number format; when left out, the CPU and
+            float32. ``n_devices`` spreads the layers evenly over GPUs, in order; ``device_map`` is
+            ``"auto"`` for all GPUs, each by what is free on it, or GPUs by name, as
+            ``"cuda:0,cuda:2"``.
         trust_remote_code: Allow code that the checkpoint brings along to run.
         check_logits: Compare with the Hugging Face model on two prompts.
 
@@ -137,8 +133,9 @@ def load_hooked(
     Raises:
         UserError: The checkpoint cannot be loaded, or its logits differ from Hugging Face.
     """
-    named = device if device_map is None or device != "cpu" else AUTO  # the default says nothing
-    devices = chosen_devices(named, n_devices, device_map)
+    place = place or Place(device="cpu")
+    devices = chosen_devices(place.device, place.n_devices, place.device_map)
+    dtype = getattr(torch, place.dtype)
     asked = locate(source, revision, trust_remote_code=trust_remote_code)
     weights = base_of(asked) if asked.is_adapter else asked
     size = checkpoint_size(asked, dtype)

@@ -11,7 +11,7 @@ from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.record import Prompt
-from rq4lens.models.prompts.rendering import Place, Rendered, render
+from rq4lens.models.prompts.rendering import Rendered, TextEnd, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class ReadPrompt:
         return int(self.has_bos) + self.n_dropped
 
     @property
-    def decision_end(self) -> Place | None:
+    def decision_end(self) -> TextEnd | None:
         """Where the decision token ends in the prompt's text; None if it is not known."""
         span = None if self.spans is None else self.spans[self.decision]
         return None if span is None else self.rendered.place(span[1])

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     length: int
 
 
-class Place(NamedTuple):
+class TextEnd(NamedTuple):
     """A place of the rendered text in terms of the prompt's text, so that models can be compared.
 
     Args:
@@ -57,15 +57,15 @@ class Rendered:
         # What a template trims off the end of a message counts to its last character.
         return part.rendered + min(character - part.text, max(part.length - 1, 0))
 
-    def place(self, end: int) -> Place | None:
+    def place(self, end: int) -> TextEnd | None:
         """Where an index of the rendered text lies in the prompt's text; None if unknown."""
         if self.parts is None:
             return None
         before = [part for part in self.parts if part.rendered < end]
         if not before:
-            return Place(0, True)
+            return TextEnd(0, True)
         inside = end - before[-1].rendered
-        return Place(before[-1].text + min(inside, before[-1].length), inside > before[-1].length)
+        return TextEnd(before[-1].text + min(inside, before[-1].length), inside > before[-1].length)
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Rendered:

@@ -1,19 +1,199 @@
-"""The parts of a block before and after its attention pattern, for rows at the decision token.
+"""A block as rows at the decision token pass it, over keys and values that all rows share.
 
-Norms and the MLP are the model's own submodules; only the order of the calls, which TransformerLens
-keeps inside ``forward``, is repeated here.
+Norms, the MLP and the projections are the model's own submodules; only the order of the calls,
+which TransformerLens keeps inside ``forward``, is repeated here.
 
 Source: the call order of ``TransformerBlock.forward`` in TransformerLens 3.9.
 """
 
 from __future__ import annotations
 
-from einops import rearrange
-from jaxtyping import Float
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformer_lens.components import TransformerBlock
+from transformer_lens.utilities.activation_functions import apply_softcap
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+
+def attention_bias(
+    attn: Any, lengths: Int[Tensor, "prompt"], n_positions: int, n_columns: int
+) -> Float[Tensor, "prompt #kv_head #group 1 position key"] | None:
+    """What is added to the scores of the last positions of each prompt."""
+    first = rearrange(lengths - n_positions, "prompt -> prompt 1")
+    own = first + torch.arange(n_positions)
+    before = torch.arange(n_columns - n_positions).expand(len(lengths), -1)
+    key_at = torch.cat([before, own], dim=1)[:, None, :]
+    distance = key_at - own[:, :, None]
+    unseen = torch.cat([before >= first, torch.zeros_like(own, dtype=torch.bool)], dim=1)[
+        :, None, :
+    ]
+    hidden = (distance > 0) | unseen
+    if attn.attn_type == "local":
+        hidden = hidden | (distance <= -attn.cfg.window_size)
+    alibi = attn.cfg.positional_embedding_type == "alibi"
+    if not alibi and not hidden.any():
+        return None
+    bias = rearrange(distance, "prompt position key -> prompt 1 1 1 position key")
+    slopes = attn.create_alibi_multipliers(attn.cfg.n_heads) if alibi else torch.zeros(1)
+    n_kv_heads = (attn.cfg.n_key_value_heads or attn.cfg.n_heads) if alibi else 1
+    slopes = rearrange(slopes, "(kv_head group) -> kv_head group 1 1 1", kv_head=n_kv_heads)
+    hidden = rearrange(hidden, "prompt position key -> prompt 1 1 1 position key")
+    bias = (slopes * bias).masked_fill(hidden, -torch.inf)
+    return bias if alibi else bias.to(attn.cfg.dtype)
+
+
+WHOLE_VECTOR_QK_NORM = frozenset({"OlmoeForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"})
+"""Architectures that normalise queries and keys before they are cut into heads."""
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """Keys and values of the positions before the patched ones, as a row's query meets them.
+
+    The last columns (one per patched position) belong to the row's own keys: they hold zeros here.
+    Keys are normed, clipped and rotated, values clipped.
+
+    Args:
+        bias: added to the attention scores: the position bias, or minus infinity where a query
+            must not look; None where it changes nothing.
+        position_mask: ones for the prompt's tokens, aligned to the right; it tells the rotary
+            embedding at which positions the rows stand.
+        own_scale: set where the rotation of the query has been moved into the keys, see
+            :func:`turn_to_decision`; a row's own key is then only scaled by this, not rotated.
+    """
+
+    keys: Float[Tensor, "prompt kv_head key d_head"]
+    values: Float[Tensor, "prompt kv_head key d_head"]
+    bias: Float[Tensor, "prompt #kv_head #group 1 position key"] | None
+    position_mask: Int[Tensor, "prompt pos"]
+    own_scale: Float[Tensor, "prompt 1 1 1 d_head"] | None = None
+
+
+def turn_to_decision(attn: Any, shared: SharedKeys) -> SharedKeys:
+    """Rotate the shared keys once, so that no query at the decision token has to be rotated.
+
+    The rotation at one position is a linear map ``R``, the same for all rows of a prompt, and a
+    score is ``(q R)·k = q·(k Rᵀ)``. With its own key a row scores ``(q R)·(k R) = q·(k s)``, where
+    ``s``, the diagonal of ``R Rᵀ``, is 1 up to rounding and the attention factor of YaRN.
+    """
+    keys = shared.keys
+    d_head = keys.shape[-1]
+    basis = torch.eye(d_head, dtype=keys.dtype, device=keys.device)
+    basis = basis.expand(len(keys), 1, d_head, d_head)
+    mask = shared.position_mask
+    rotation = attn.apply_rotary(basis, mask.shape[1] - 1, mask)[:, 0]
+    turned = einsum(
+        keys,
+        rotation,
+        "prompt kv_head key rotated, prompt d_head rotated -> prompt kv_head key d_head",
+    )
+    # In float32 or better: half precision would round a sum that is nearly 1 up to 1/128 away.
+    precise = rotation.to(torch.promote_types(keys.dtype, torch.float32))
+    scale = precise.square().sum(-1).to(keys.dtype)
+    own_scale = rearrange(scale, "prompt d_head -> prompt 1 1 1 d_head")
+    return replace(shared, keys=turned, own_scale=own_scale)
+
+
+def row_z(
+    block: TransformerBlock,
+    resid: Float[Tensor, "prompt condition position d_model"],
+    shared: SharedKeys,
+) -> Float[Tensor, "prompt condition position head d_head"]:
+    """Head activations of rows that a lower patch has changed."""
+    attn, n_conditions = block.attn, resid.shape[1]
+    rows = rearrange(
+        resid, "prompt condition position d_model -> prompt (condition position) d_model"
+    )
+    q, k, v = (
+        rearrange(
+            heads,
+            "prompt (condition position) head d_head -> prompt condition position head d_head",
+            condition=n_conditions,
+        )
+        for heads in _queries_keys_values(attn, attention_input(block, rows))
+    )
+    if shared.own_scale is not None:
+        k = k * shared.own_scale
+    elif attn.cfg.positional_embedding_type == "rotary":
+        q, k = (_rotate(attn, heads, shared.position_mask) for heads in (q, k))
+    return _attend(attn, q, k, v, shared)
+
+
+def _queries_keys_values(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = attn.calculate_qkv_matrices(rows, rows, rows)
+    if attn.cfg.original_architecture in WHOLE_VECTOR_QK_NORM:
+        q = attn.q_norm(q.flatten(-2)).reshape(q.shape)
+        k = attn.k_norm(k.flatten(-2)).reshape(k.shape)
+    limit = attn.cfg.clip_qkv
+    if limit is not None:
+        q, k, v = (heads.clamp(-limit, limit) for heads in (q, k, v))
+    return q, k, v
+
+
+def _rotate(
+    attn: Any,
+    heads: Float[Tensor, "prompt condition position head d_head"],
+    position_mask: Int[Tensor, "prompt pos"],
+) -> Float[Tensor, "prompt condition position head d_head"]:
+    n_conditions, n_positions = heads.shape[1:3]
+    # All conditions of a prompt stand at the same positions: to the rotation they are more heads.
+    stacked = rearrange(
+        heads, "prompt condition position head d_head -> prompt position (condition head) d_head"
+    )
+    rotated = attn.apply_rotary(stacked, position_mask.shape[1] - n_positions, position_mask)
+    return rearrange(
+        rotated,
+        "prompt position (condition head) d_head -> prompt condition position head d_head",
+        condition=n_conditions,
+    )
+
+
+def _attend(
+    attn: Any,
+    q: Float[Tensor, "prompt condition position head d_head"],
+    k: Float[Tensor, "prompt condition position kv_head d_head"],
+    v: Float[Tensor, "prompt condition position kv_head d_head"],
+    shared: SharedKeys,
+) -> Float[Tensor, "prompt condition position head d_head"]:
+    sizes = {"condition": k.shape[1], "position": k.shape[2], "kv_head": k.shape[3]}
+    own = slice(-sizes["position"], None)
+    per_head = "prompt condition position (kv_head group) d_head"
+    # Two layouts of the same rows: for products with keys that all conditions of a prompt share,
+    # and for products with a row's own key. Query heads that share a key head are rows of one
+    # product in both, so keys are never repeated.
+    with_shared = "prompt kv_head (group condition position)"
+    with_own = "(prompt condition kv_head) (group position)"
+    six = "prompt kv_head group condition position"
+
+    q_own = rearrange(q, f"{per_head} -> {with_own} d_head", **sizes)
+    k, v = (
+        rearrange(x, "prompt condition own kv_head d_head -> (prompt condition kv_head) own d_head")
+        for x in (k, v)
+    )
+    scores = rearrange(q, f"{per_head} -> {with_shared} d_head", **sizes) @ shared.keys.mT
+    scores = rearrange(scores, f"{with_shared} key -> {six} key", **sizes)
+    scores[..., own] = rearrange(q_own @ k.mT, f"{with_own} own -> {six} own", **sizes)
+    pattern = _attention_pattern(attn, scores, shared.bias).to(v.dtype)
+    z = pattern.flatten(2, 4) @ shared.values
+    z = rearrange(z, f"{with_shared} d_head -> {with_own} d_head", **sizes)
+    own_pattern = rearrange(pattern[..., own], f"{six} own -> {with_own} own")
+    for weight, value in zip(own_pattern.split(1, dim=-1), v.split(1, dim=1), strict=True):
+        z = torch.addcmul(z, weight, value)
+    return rearrange(z, f"{with_own} d_head -> {per_head}", **sizes)
+
+
+def _attention_pattern(attn: Any, scores: Tensor, bias: Tensor | None) -> Tensor:
+    # In place where it can be: these are the largest tensors of a model with many small heads.
+    scores = apply_softcap(scores.div_(attn.attn_scale), attn.cfg.attn_scores_soft_cap)
+    if bias is not None:
+        scores = scores.add_(bias)
+    return functional.softmax(scores, dim=-1)
 
 
 def is_post_norm(block: TransformerBlock) -> bool:
@@ -26,14 +206,6 @@ def attention_input(block: TransformerBlock, resid: Tensor) -> Tensor:
     return resid if is_post_norm(block) else block.ln1(resid)
 
 
-def project_out(
-    block: TransformerBlock, z: Float[Tensor, "prompt condition position head d_head"]
-) -> Float[Tensor, "prompt condition position d_model"]:
-    """``W_O`` and its bias; TransformerLens has no submodule of its own for this product."""
-    W_O = rearrange(block.attn.W_O, "head d_head d_model -> d_model (head d_head)")
-    return functional.linear(z.flatten(-2).to(W_O.dtype), W_O, block.attn.b_O)
-
-
 def finish_block(
     block: TransformerBlock,
     resid_pre: Float[Tensor, "prompt condition position d_model"],
@@ -41,7 +213,11 @@ def finish_block(
 ) -> Float[Tensor, "prompt condition position d_model"]:
     """Everything in a block that comes after ``z``."""
     shape = resid_pre.shape
-    resid_pre, attn_out = resid_pre.flatten(1, 2), project_out(block, z).flatten(1, 2)
+    resid_pre = resid_pre.flatten(1, 2)
+    # TransformerLens has no submodule for this product.
+    W_O = rearrange(block.attn.W_O, "head d_head d_model -> d_model (head d_head)")
+    z = z.flatten(-2).flatten(1, 2).to(W_O.dtype)
+    attn_out = functional.linear(z, W_O, block.attn.b_O)
     if block.cfg.use_normalization_before_and_after:
         attn_out = block.ln1_post(attn_out)
     if is_post_norm(block):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
@@ -25,94 +24,83 @@ from transformer_lens.hook_points import HookPoint
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
 from rq4lens.patching.activations import device_of, z_site
-from rq4lens.patching.engines.kept import SourceTensors
-from rq4lens.patching.engines.row_engine import RowEngine
-from rq4lens.patching.engines.rows import RowGroup, Rows
-
-CacheEntry = TransformerLensKeyValueCacheEntry
+from rq4lens.patching.engines.clean_pass import CleanBatch, CleanLayer
+from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
 
 
 @dataclass(frozen=True)
-class CachedBatch:
-    """A batch of prompts after its clean pass, padded on the left.
+class CachedKeys:
+    """Keys and values of the positions before the patched ones, of prompts padded on the left."""
 
-    Args:
-        rows: which prompts of the engine these are.
-        attention_mask: ones for tokens, zeros for padding.
-        cache: keys and values of the positions before the patched ones, by layer.
-        resid: the residual stream entering each layer, at the patched positions.
-        z_by_layer: the head activations there.
-    """
-
-    rows: Int[Tensor, "prompt"]
+    keys: Float[Tensor, "prompt key kv_head d_head"]
+    values: Float[Tensor, "prompt key kv_head d_head"]
     attention_mask: Int[Tensor, "prompt pos"]
-    cache: TransformerLensKeyValueCache
-    resid: dict[int, Float[Tensor, "prompt position d_model"]]
-    z_by_layer: dict[int, Float[Tensor, "prompt position head d_head"]]
-
-    @property
-    def entering(self) -> None:
-        """Not kept: padded on the left, it would not do for a pass without a mask."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory that the keys and values take."""
-        return sum(e.past_keys.nbytes + e.past_values.nbytes for e in self.cache.entries)
-
-    def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of a layer."""
-        return self.z_by_layer[layer]
-
-    def to(self, placement: Placement) -> CachedBatch:
-        """The batch on another device; this engine does not serve models on several."""
-        device = placement.exit
-        return CachedBatch(
-            self.rows,
-            self.attention_mask.to(device),
-            _each_entry(self.cache, lambda tensor: tensor.to(device)),
-            {layer: tensor.to(device) for layer, tensor in self.resid.items()},
-            {layer: tensor.to(device) for layer, tensor in self.z_by_layer.items()},
-        )
 
 
 class CachedEngine(RowEngine):
-    """Measures interventions through TransformerLens' key-value cache; exact, slower than suffix.
-
-    For the arguments see :class:`RowEngine`.
-    """
+    """Measures interventions through TransformerLens' key-value cache; exact, but slow."""
 
     name = "cached"
     padding_side: PaddingSide = "left"
     rows_copy_keys = True
 
-    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> list[CachedBatch]:
-        device, n_last = device_of(self.model), self.k_positions
+    @staticmethod
+    def _limits(model: HookedTransformer) -> dict[str, bool]:
+        return {
+            "it adds position embeddings inside the blocks": (
+                model.cfg.positional_embedding_type == "shortformer"
+            ),
+            "its query scaling counts padding": model.cfg.use_logn_attn,
+            "it is spread over several devices": len(Placement.of(model).devices) > 1,
+        }
+
+    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> list[CleanBatch]:
+        device, n_last = device_of(self.model), self.settings.k_positions
         tokens, mask = batch.tokens.to(device), batch.attention_mask.to(device)
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, device, len(tokens))
+        earlier, last = slice(-n_last), slice(-n_last, None)
         if tokens.shape[1] > n_last:
-            earlier = slice(-n_last)
-            _forward(self.model, tokens[:, earlier], mask[:, earlier], cache)
+            self._forward(tokens[:, earlier], mask[:, earlier], cache)
         cache.freeze()
         layers = range(first_layer, self.model.cfg.n_layers)
         read: dict[str, Tensor] = {}
+
+        def note(value: Tensor, hook: HookPoint) -> None:
+            read[str(hook.name)] = value
+
         names = [name for layer in layers for name in (_resid_site(layer), z_site(layer))]
-        with self.model.hooks(fwd_hooks=[(name, _reader(read)) for name in names]):
-            _forward(self.model, tokens[:, -n_last:], mask[:, -n_last:], cache)
-        resid = {layer: read[_resid_site(layer)] for layer in layers}
-        z = {layer: read[z_site(layer)] for layer in layers}
-        return [CachedBatch(batch.rows, mask, cache, resid, z)]
+        with self.model.hooks(fwd_hooks=[(name, note) for name in names]):
+            self._forward(tokens[:, last], mask[:, last], cache)
+        made = {
+            layer: CleanLayer(
+                read[_resid_site(layer)],
+                read[z_site(layer)],
+                CachedKeys(cache[layer].past_keys, cache[layer].past_values, mask),
+            )
+            for layer in layers
+        }
+        return [CleanBatch(batch.rows, made)]
+
+    def _forward(self, tokens: Tensor, mask: Tensor, cache: TransformerLensKeyValueCache) -> None:
+        self.model(
+            tokens,
+            attention_mask=mask,
+            past_kv_cache=cache,
+            padding_side="left",
+            return_type=None,
+        )
 
     def _group_logits(
-        self, kept: CachedBatch, prompts: slice, rows: Rows, sources: SourceTensors
+        self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
         for group in rows.groups:
-            yield group, self._run_again(kept, prompts, rows.only(group), group.layer, sources)
+            yield group, self._run_again(clean, prompts, rows.only(group), group.layer, sources)
 
     def _run_again(
-        self, kept: CachedBatch, prompts: slice, rows: Rows, layer: int, sources: SourceTensors
+        self, clean: CleanBatch, prompts: slice, rows: Rows, layer: int, sources: SourceTensors
     ) -> Float[Tensor, "prompt row vocab"]:
         """Run the last positions from a layer up, once per row."""
-        n_rows = len(rows.interventions)
+        n_rows, at = len(rows.interventions), clean.layers[layer]
 
         def per_row(tensor: Tensor) -> Tensor:
             return repeat(tensor[prompts], "prompt ... -> (prompt row) ...", row=n_rows)
@@ -125,13 +113,23 @@ class CachedEngine(RowEngine):
 
             return hook
 
+        def entry(index: int) -> TransformerLensKeyValueCacheEntry:
+            here = clean.layers[index].earlier
+            return TransformerLensKeyValueCacheEntry(
+                per_row(here.keys), per_row(here.values), frozen=True
+            )
+
+        mask = per_row(at.earlier.attention_mask)
+        entries = [entry(index) for index in range(layer, self.model.cfg.n_layers)]
+        # Layers below are not run again: any entry may stand in their place.
+        cache = TransformerLensKeyValueCache([entries[0]] * layer + entries, mask, frozen=True)
         patched = sorted({patched_layer for patched_layer, _ in rows.patches})
-        with self.model.hooks(fwd_hooks=[(z_site(at), blending(at)) for at in patched]):
+        with self.model.hooks(fwd_hooks=[(z_site(each), blending(each)) for each in patched]):
             logits = self.model(
-                per_row(kept.resid[layer]),
+                per_row(at.resid),
                 start_at_layer=layer,
-                attention_mask=per_row(kept.attention_mask),
-                past_kv_cache=_each_entry(kept.cache, per_row, from_layer=layer),
+                attention_mask=mask,
+                past_kv_cache=cache,
                 padding_side="left",
             )
         return rearrange(logits[:, -1], "(prompt row) vocab -> prompt row vocab", row=n_rows)
@@ -139,49 +137,3 @@ class CachedEngine(RowEngine):
 
 def _resid_site(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_pre"
-
-
-def _reader(into: dict[str, Tensor]) -> Any:
-    def read(value: Tensor, hook: HookPoint) -> None:
-        assert hook.name is not None
-        into[hook.name] = value
-
-    return read
-
-
-def _forward(
-    model: HookedTransformer, tokens: Tensor, mask: Tensor, cache: TransformerLensKeyValueCache
-) -> None:
-    model(tokens, attention_mask=mask, past_kv_cache=cache, padding_side="left", return_type=None)
-
-
-def _each_entry(
-    cache: TransformerLensKeyValueCache,
-    change: Callable[[Tensor], Tensor],
-    from_layer: int = 0,
-) -> TransformerLensKeyValueCache:
-    """A frozen cache whose keys and values are changed from a layer up."""
-    entries = [
-        CacheEntry(change(entry.past_keys), change(entry.past_values), frozen=True)
-        if layer >= from_layer
-        else entry
-        for layer, entry in enumerate(cache.entries)
-    ]
-    return TransformerLensKeyValueCache(entries, cache.previous_attention_mask, frozen=True)
-
-
-def not_covered(model: Any) -> str | None:
-    """Why the cached engine does not cover a model, or None if it does."""
-    if not isinstance(model, HookedTransformer):
-        return f"it is a {type(model).__name__}, not a HookedTransformer"
-    cfg = model.cfg
-    reasons = {
-        f"its attention is {cfg.attention_dir}": cfg.attention_dir != "causal",
-        "it adds position embeddings inside the blocks": (
-            cfg.positional_embedding_type == "shortformer"
-        ),
-        "its rotary base depends on the length of the batch": cfg.use_dynamic_ntk_rope,
-        "its query scaling counts padding": cfg.use_logn_attn,
-        "it is spread over several devices": len(Placement.of(model).devices) > 1,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rq4lens.config import EngineName, KLDirection
+from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import device_of, forward_batch
-from rq4lens.patching.engines import cached, suffix
-from rq4lens.patching.engines.clean_pass import shortest_and_longest
+from rq4lens.patching.engines.cached import CachedEngine
+from rq4lens.patching.engines.clean_pass import CleanBatch, shortest_and_longest
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
-from rq4lens.patching.engines.kept import Kept
 from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.patch import Engine, Intervention, Patch, Sources
 
 logger = logging.getLogger("rq4lens")
@@ -34,26 +34,15 @@ engine that leaves something out is off by much more.
 """
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    engine: type[RowEngine]
-    not_covered: Any
-
-
-_FAST_ENGINES = {
-    "suffix": _Candidate(suffix.SuffixEngine, suffix.not_covered),
-    "cached": _Candidate(cached.CachedEngine, cached.not_covered),
-}
+FASTEST_FIRST: dict[str, type[RowEngine]] = {"suffix": SuffixEngine, "cached": CachedEngine}
 
 
 def make_engine(
     model: HookedModel,
     prompts: TokenizedPrompts,
+    settings: Patching | None = None,
+    place: Place | None = None,
     *,
-    prefer: EngineName = "suffix",
-    k_positions: int = 1,
-    batch_size: int = 32,
-    kl_direction: KLDirection = "patched||clean",
     first_layer: int = 0,
     max_bytes: int | None = None,
 ) -> Engine:
@@ -61,60 +50,42 @@ def make_engine(
 
     An engine is used only if it covers the model's architecture and agrees with the native hooks on
     two of the prompts; otherwise the next one is tried: suffix, cached, hooks. Which one it became
-    and why is logged once and kept in ``name`` and ``fallback_reason``.
+    and why is logged once and stands in ``name`` and ``fallback_reason``.
 
     Raises:
         UserError: if a prompt has fewer tokens than positions to patch.
     """
-    shared: dict[str, Any] = {
-        "k_positions": k_positions,
-        "batch_size": batch_size,
-        "kl_direction": kl_direction,
-    }
-    if prefer not in get_args(EngineName):
-        raise UserError(
-            f"engine {prefer!r} does not exist: choose from {', '.join(get_args(EngineName))}."
-        )
-    order = list(_FAST_ENGINES)
-    engine: Engine | None = None
+    settings, place = settings or Patching(), place or Place()
+    order = [*FASTEST_FIRST, "hooks"]
     reasons: list[str] = []
-    for name in [] if prefer == "hooks" else order[order.index(prefer) :]:
-        found = _checked(
-            _FAST_ENGINES[name],
-            model,
-            prompts,
-            {**shared, "first_layer": first_layer, "max_bytes": max_bytes},
+    engine: Engine = HookEngine(model, prompts, settings, place)
+    for name in order[order.index(place.engine) : -1]:
+        kind = FASTEST_FIRST[name]
+        make = partial(
+            kind, model, prompts, settings, place, first_layer=first_layer, max_bytes=max_bytes
         )
+        found = kind.not_covered(model) or _checked(make)
         if isinstance(found, RowEngine):
             engine = found
             break
         reasons.append(f"engine {name} is not used because {found}")
-    engine = engine or HookEngine(model, prompts, **shared)
     engine.fallback_reason = "; ".join(reasons) or None
     if reasons:
         logger.warning("%s; using engine %s", engine.fallback_reason, engine.name)
     return engine
 
 
-def _checked(
-    candidate: _Candidate,
-    model: HookedModel,
-    prompts: TokenizedPrompts,
-    settings: dict[str, Any],
-) -> RowEngine | str:
+def _checked(make: Callable[[], RowEngine]) -> RowEngine | str:
     """The engine, or why it is not to be used."""
-    reason: str | None = candidate.not_covered(model)
-    if reason is not None:
-        return reason
     try:
-        engine = candidate.engine(model, prompts, **settings)
+        engine = make()
         difference = difference_to_hooks(engine)
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as problem:
         # Whatever goes wrong in an unforeseen architecture, the native hooks still measure it.
         return f"it fails on this model ({type(problem).__name__}: {problem})"
-    tolerance = TOLERANCE.get(model.cfg.dtype, 0.0)
+    tolerance = TOLERANCE.get(engine.model.cfg.dtype, 0.0)
     if difference <= tolerance:
         return engine
     return (
@@ -132,36 +103,32 @@ def difference_to_hooks(engine: RowEngine) -> float:
     clean run.
     """
     layer, model = engine.first_layer, engine.model
-    kept = engine.kept_batches(layer)[-1]
-    ends = shortest_and_longest(len(kept.rows))
-    z = kept.z(layer)[ends]
+    clean = engine.clean_batches(layer)[-1]
+    ends = shortest_and_longest(len(clean.rows))
+    z = clean.layers[layer].z[ends]
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     # Nothing is fetched from the device before the end: the clean pass is still under way there.
-    noise = noise.to(z.device, z.dtype, non_blocking=True) * z.float().std(unbiased=False).to(
-        z.dtype
-    )
+    size = z.float().std(unbiased=False).to(z.dtype)
+    noise = noise.to(z.device, z.dtype, non_blocking=True) * size
     sources = Sources({(layer, "noise"): noise})
     intervention = (Patch(layer, HeadSet.all(model.cfg.n_heads), 0.5, "noise"),)
-    fast = engine.logits_of(kept, ends, [intervention], sources)[:, 0].double()
-    native = _native_logits(engine, kept, intervention, sources).double()
+    fast = engine.logits_of(clean, ends, [intervention], sources)[:, 0].double()
+    native = _native_logits(engine, clean, intervention, sources).double()
     scale = (native - native.mean(-1, keepdim=True)).norm(dim=-1)
     relative = float(((fast - native).norm(dim=-1) / scale).max())
     return relative if relative == relative else float("inf")  # noqa: PLR0124 - NaN
 
 
 def _native_logits(
-    engine: RowEngine, kept: Kept, intervention: Intervention, sources: Sources
+    engine: RowEngine, clean: CleanBatch, intervention: Intervention, sources: Sources
 ) -> Float[Tensor, "prompt vocab"]:
     """Logits at the decision token of a batch's two ends by a pass through native hooks."""
-    ends, every = kept.rows[shortest_and_longest(len(kept.rows))].tolist(), engine.prompts
-    some = TokenizedPrompts(
-        tuple(every.ids[row] for row in ends), tuple(every.token_ids[row] for row in ends)
-    )
+    some = engine.prompts.some(clean.rows[shortest_and_longest(len(clean.rows))].tolist())
     batch = next(some.batches(len(some)))
-    with patched_heads(engine.model, intervention, sources, batch, engine.k_positions):
-        if kept.entering is None:
+    with patched_heads(engine.model, intervention, sources, batch, engine.settings.k_positions):
+        if clean.entering is None:
             logits = forward_batch(engine.model, batch)
         else:
-            resid = kept.entering.to(device_of(engine.model))
+            resid = clean.entering.to(device_of(engine.model))
             logits = engine.model(resid, start_at_layer=engine.first_layer, padding_side="right")
     return logits[torch.arange(len(logits)), batch.decision]

@@ -1,10 +1,10 @@
-"""One clean pass of the tuned model that keeps what every condition will need."""
+"""One clean pass of the tuned model that stores what every condition will need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -12,82 +12,106 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.components import TransformerBlock
 
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.activations import forward_steps, patched_positions, reader_at, reading
-from rq4lens.patching.engines.attention_row import SharedKeys, attention_bias, turn_to_decision
-from rq4lens.patching.engines.block_row import attention_input
+from rq4lens.patching.engines.block_row import (
+    SharedKeys,
+    attention_bias,
+    attention_input,
+    turn_to_decision,
+)
 from rq4lens.patching.engines.layout import Steps
 
 COLUMN_MULTIPLE = 8
 """Half-precision matrix products are fast when their sides are multiples of this."""
 
+Record = TypeVar("Record")
+
+
+def each_tensor(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """The same dataclass with every tensor in it changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return each_tensor(value, change) if is_dataclass(value) else value
+
+    values = {each.name: changed(getattr(record, each.name)) for each in fields(record)}  # type: ignore[arg-type]
+    return replace(record, **values)  # type: ignore[type-var]
+
 
 @dataclass(frozen=True)
-class KeptLayer:
+class CleanLayer:
     """What one layer of the clean pass leaves behind.
 
     Args:
         resid: the residual stream entering the layer, at the patched positions.
         z: the head activations there.
-        shared: keys and values of the earlier positions.
+        earlier: keys and values of the positions before, in the form that the engine needs.
     """
 
     resid: Float[Tensor, "prompt position d_model"]
     z: Float[Tensor, "prompt position head d_head"]
-    shared: SharedKeys
+    earlier: Any
 
-    def of_prompts(self, prompts: slice) -> KeptLayer:
+    def of_prompts(self, prompts: slice) -> CleanLayer:
         """The same for some of the prompts."""
-        return KeptLayer(self.resid[prompts], self.z[prompts], self.shared.of_prompts(prompts))
-
-    def to(self, device: torch.device) -> KeptLayer:
-        """The same on another device."""
-        return KeptLayer(self.resid.to(device), self.z.to(device), self.shared.to(device))
+        return each_tensor(self, lambda tensor: tensor[prompts])
 
     @property
     def n_bytes(self) -> int:
-        """Memory that the layer's tensors take."""
-        tensors = (self.resid, self.z, self.shared.keys, self.shared.values)
+        """Memory of what depends on the layer: masks are shared by all."""
+        tensors = (self.resid, self.z, self.earlier.keys, self.earlier.values)
         return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
-class KeptBatch:
+class CleanBatch:
     """A batch of prompts after its clean pass.
 
     Args:
         rows: which prompts of the engine these are.
-        layers: what is kept, by layer, where the layer is.
+        layers: what is stored, by layer, where the layer is.
         entering: the residual stream of two prompts, :func:`shortest_and_longest`, before the
-            lowest kept layer; the start-up check runs native hooks on it.
+            lowest layer; the start-up check runs native hooks on it, or on tokens without it.
     """
 
     rows: Int[Tensor, "prompt"]
-    layers: dict[int, KeptLayer]
-    entering: Float[Tensor, "end pos d_model"]
+    layers: dict[int, CleanLayer]
+    entering: Float[Tensor, "end pos d_model"] | None = None
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory that the batch takes."""
-        return sum(layer.n_bytes for layer in self.layers.values())
-
-    def z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of a layer."""
-        return self.layers[layer].z
-
-    def to(self, placement: Placement) -> KeptBatch:
+    def to(self, placement: Placement) -> CleanBatch:
         """The batch with each layer on its device."""
-        layers = {index: kept.to(placement.layers[index]) for index, kept in self.layers.items()}
-        return KeptBatch(self.rows, layers, self.entering.to(placement.layers[min(layers)]))
+        layers = {
+            index: each_tensor(layer, _mover(placement.layers[index]))
+            for index, layer in self.layers.items()
+        }
+        entering = self.entering
+        if entering is not None:
+            entering = entering.to(placement.layers[min(layers)])
+        return CleanBatch(self.rows, layers, entering)
+
+
+def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device)
+
+
+def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
+    """Part of a batch, without the padding that no prompt of the part needs."""
+    mask = batch.attention_mask[prompts]
+    longest = int(mask.sum(-1).max())
+    used = slice(-longest, None) if batch.padding_side == "left" else slice(longest)
+    return TokenBatch(
+        batch.rows[prompts], batch.tokens[prompts, used], mask[:, used], batch.padding_side
+    )
 
 
 def clean_pass(
     model: HookedTransformer, batch: TokenBatch, first_layer: int, n_positions: int
-) -> Steps[KeptBatch]:
-    """Run the model once over right-padded prompts and keep what a patched row will look at.
+) -> Steps[CleanBatch]:
+    """Run the model once over right-padded prompts and store what a patched row will look at.
 
     A step is a block, so that several batches can be under way on several devices.
 
@@ -96,7 +120,7 @@ def clean_pass(
     """
     placement = Placement.of(model)
     read = reader_at(patched_positions(batch, n_positions))
-    layers: dict[int, KeptLayer] = {}
+    layers: dict[int, CleanLayer] = {}
     bias = _bias_of_layers(batch, n_positions)
     position_mask = copied_once(_aligned_right(batch.lengths))
     resid = yield from forward_steps(model, batch, first_layer, readers={})
@@ -105,18 +129,19 @@ def clean_pass(
         device = placement.layers[layer]
         yield device
         resid = resid.to(device)
-        block, kept = model.blocks[layer], _KeptKeys(resid)
+        block, seen = model.blocks[layer], _SeenKeys(resid)
         at_positions = read(resid)
         z: list[Tensor] = []
         with reading(block.attn.hook_z, _into(z, read)):
             if layer < model.cfg.n_layers - 1:
-                resid = block(resid, past_kv_cache_entry=kept)
+                resid = block(resid, past_kv_cache_entry=seen)
             else:
-                _run_attention(block, resid, kept)
+                read_in = attention_input(block, resid)
+                block.attn(read_in, read_in, read_in, past_kv_cache_entry=seen)
         bias_here = bias(block.attn, device)
-        shared = kept.share(block.attn, n_positions, bias_here, position_mask(device))
-        layers[layer] = KeptLayer(at_positions, z[0], shared)
-    return KeptBatch(batch.rows, layers, entering)
+        shared = seen.share(block.attn, n_positions, bias_here, position_mask(device))
+        layers[layer] = CleanLayer(at_positions, z[0], shared)
+    return CleanBatch(batch.rows, layers, entering)
 
 
 def shortest_and_longest(n_prompts: int) -> slice:
@@ -124,13 +149,8 @@ def shortest_and_longest(n_prompts: int) -> slice:
     return slice(0, n_prompts, max(1, n_prompts - 1))
 
 
-def _run_attention(block: TransformerBlock, resid: Tensor, kept: _KeptKeys) -> None:
-    read = attention_input(block, resid)
-    block.attn(read, read, read, past_kv_cache_entry=kept)
-
-
-class _KeptKeys(TransformerLensKeyValueCacheEntry):
-    """A cache entry that starts empty and keeps what the attention appends, without copying it."""
+class _SeenKeys(TransformerLensKeyValueCacheEntry):
+    """A cache entry that starts empty and holds what the attention appends, without copying it."""
 
     def __init__(self, resid: Float[Tensor, "prompt pos d_model"]) -> None:
         nothing = resid.new_empty(len(resid), 0, 1, 1)
@@ -183,11 +203,11 @@ def _bias_of_layers(
 ) -> Callable[[Any, torch.device], Tensor | None]:
     """The score bias of an attention module; layers of one kind on one device share it."""
     made: dict[tuple[str, torch.device], Tensor | None] = {}
+    columns = n_columns(batch.tokens.shape[1])
 
     def bias(attn: Any, device: torch.device) -> Tensor | None:
         key = (attn.attn_type, device)
         if key not in made:
-            columns = n_columns(batch.tokens.shape[1])
             found = attention_bias(attn, batch.lengths, n_positions, columns)
             made[key] = None if found is None else found.to(device)
         return made[key]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from rq4lens.config import KLDirection
+from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
@@ -26,17 +26,15 @@ from rq4lens.patching.activations import (
     patched_positions,
     z_site,
 )
-from rq4lens.patching.engines.rows import check_source, used_sources
 from rq4lens.patching.patch import (
-    Advance,
     Effects,
     Intervention,
     Patch,
+    Progress,
     Sources,
-    answer_logprob_change,
     blend,
     head_mask,
-    next_token_kl,
+    next_token_effects,
 )
 
 
@@ -103,10 +101,9 @@ class HookEngine:
     Args:
         model: the tuned model.
         prompts: the measured prompts, tokenized for the tuned model.
-        k_positions: how many positions, ending at the decision token, are patched.
-        batch_size: prompts per forward pass.
+        settings: how many positions are patched, and which way the divergence is taken.
+        place: how many prompts a forward pass takes.
         padding_side: where shorter prompts are filled up; it changes no number.
-        kl_direction: which way the divergence is taken.
     """
 
     name = "hooks"
@@ -115,18 +112,16 @@ class HookEngine:
         self,
         model: HookedModel,
         prompts: TokenizedPrompts,
+        settings: Patching | None = None,
+        place: Place | None = None,
         *,
-        k_positions: int = 1,
-        batch_size: int = 32,
         padding_side: PaddingSide = "right",
-        kl_direction: KLDirection = "patched||clean",
     ) -> None:
         self.model = model
         self.prompts = prompts
-        self.k_positions = k_positions
-        self.batch_size = batch_size
+        self.settings = settings or Patching()
+        self.batch_size = (place or Place()).batch_size
         self.padding_side: PaddingSide = padding_side
-        self.kl_direction: KLDirection = kl_direction
         self.fallback_reason: str | None = None
 
     @property
@@ -136,43 +131,39 @@ class HookEngine:
 
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of the tuned model at the patched positions of a layer."""
-        captured = capture_z(
+        return capture_z(
             self.model,
             self.prompts,
             [layer],
-            k_positions=self.k_positions,
+            k_positions=self.settings.k_positions,
             batch_size=self.batch_size,
             padding_side=self.padding_side,
-        )
-        return captured[layer]
+        )[layer]
 
     @torch.no_grad()
     def effects(
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt.
 
         Raises:
             UserError: if a layer, head set or source does not fit the model.
         """
-        check_interventions(interventions, self.model)
-        cfg = self.model.cfg
-        for key, source in used_sources(interventions, sources):
-            site = (len(self.prompts), self.k_positions, cfg.n_heads, cfg.d_head)
-            check_source(key, source, site)
+        k_positions = self.settings.k_positions
+        used_sources(interventions, sources, self.model, (len(self.prompts), k_positions))
         kl, change = np.empty((2, len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
             clean = self._decision_logits(batch)
             for index, intervention in enumerate(interventions):
-                with patched_heads(self.model, intervention, sources, batch, self.k_positions):
+                with patched_heads(self.model, intervention, sources, batch, k_positions):
                     patched = self._decision_logits(batch)
-                kl[index, batch.rows] = next_token_kl(patched, clean, self.kl_direction).cpu()
-                change[index, batch.rows] = answer_logprob_change(patched, clean).cpu()
-                if advance is not None:
-                    advance(len(batch.rows))
+                found = next_token_effects(patched, clean, self.settings.kl_direction)
+                kl[index, batch.rows], change[index, batch.rows] = (each.cpu() for each in found)
+                if progress is not None:
+                    progress(len(batch.rows))
         return Effects(kl, change)
 
     def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:
@@ -204,3 +195,38 @@ def check_interventions(interventions: Sequence[Intervention], model: HookedMode
                 f"one intervention patches layer {max(layers, key=layers.count)} twice: join its "
                 "head sets, or measure the patches one by one."
             )
+
+
+def used_sources(
+    interventions: Sequence[Intervention],
+    sources: Sources,
+    model: HookedModel,
+    shape: tuple[int, int],
+) -> dict[tuple[int, str], Tensor]:
+    """The sources that interventions name, if the model can take both.
+
+    ``shape`` is the number of prompts and of patched positions.
+
+    Raises:
+        UserError: if a layer, head set or source does not fit the model.
+    """
+    check_interventions(interventions, model)
+    keys = {(patch.layer, patch.source) for group in interventions for patch in group}
+    for key in sorted(keys):
+        check_source(key, sources[key], (*shape, model.cfg.n_heads, model.cfg.d_head))
+    return {key: sources[key] for key in sorted(keys)}
+
+
+def check_source(key: tuple[int, str], source: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a source that does not fit the site it is patched into.
+
+    Raises:
+        UserError: if the shapes differ.
+    """
+    if tuple(source.shape) != shape:
+        layer, name = key
+        raise UserError(
+            f"cannot patch source {name!r} into {z_site(layer)}: the site has shape {shape} "
+            f"[prompt position head d_head], the source {tuple(source.shape)}; capture it on the "
+            "same prompts of a model of this shape."
+        )

@@ -3,37 +3,152 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from rq4lens.config import KLDirection
+from rq4lens.config import KLDirection, Patching, Place
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
-from rq4lens.patching.engines.hooks import check_interventions
-from rq4lens.patching.engines.kept import Kept, SourceTensors, some_prompts
-from rq4lens.patching.engines.memory import Block, MemoryPlan
-from rq4lens.patching.engines.rows import RowGroup, Rows, check_source, entry_layer, used_sources
+from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
+from rq4lens.patching.engines.hooks import used_sources
+from rq4lens.patching.engines.memory import MemoryPlan, RowBlock
 from rq4lens.patching.patch import (
-    Advance,
     Effects,
     Intervention,
+    Patch,
+    Progress,
     Sources,
+    blend,
     effects_by_difference,
     next_token_effects,
 )
 
 KERNEL_MIN_LOGITS = 2**34
 """From here on it pays to build a kernel for the sums over the vocabulary."""
+
+SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
+"""Activations to blend in, of the prompts at hand, by layer and source."""
+
+
+def entry_layer(intervention: Intervention, default: int) -> int:
+    """The lowest layer an intervention patches; an empty intervention may enter anywhere."""
+    return min((patch.layer for patch in intervention), default=default)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that enter at one layer: a clean reference first, then the interventions.
+
+    ``conditions`` are the interventions' places in the sorted list.
+    """
+
+    layer: int
+    rows: slice
+    conditions: slice
+
+
+@dataclass(frozen=True)
+class LayerPatch:
+    """All rows that one layer blends with one source: their places, heads and strengths."""
+
+    rows: Int[Tensor, "condition"]
+    mask: Bool[Tensor, "condition 1 head"]
+    alpha: Float[Tensor, "condition 1"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Interventions sorted by the layer at which they leave the clean run.
+
+    The rows of one layer start with a clean reference: it runs through the same products, of the
+    same shapes and in the same precision, as the rows that are compared with it. It has an empty
+    intervention.
+    """
+
+    interventions: tuple[Intervention, ...]
+    groups: tuple[RowGroup, ...]
+    placement: Placement
+
+    @classmethod
+    def arrange(
+        cls, interventions: Sequence[Intervention], conditions: slice, placement: Placement
+    ) -> Rows:
+        """The rows of some of the interventions."""
+        last = len(placement.layers) - 1
+        rows: list[Intervention] = []
+        groups: list[RowGroup] = []
+        at = conditions.start
+        chosen = interventions[conditions]
+        for layer, members in groupby(chosen, key=lambda each: entry_layer(each, last)):
+            start = len(rows)
+            rows += [(), *members]
+            stop = at + len(rows) - start - 1
+            groups.append(RowGroup(layer, slice(start, len(rows)), slice(at, stop)))
+            at = stop
+        return cls(tuple(rows), tuple(groups), placement)
+
+    def only(self, group: RowGroup) -> Rows:
+        """The rows of one group."""
+        chosen = self.interventions[group.rows]
+        alone = RowGroup(group.layer, slice(0, len(chosen)), group.conditions)
+        return Rows(chosen, (alone,), self.placement)
+
+    def entering(self, layer: int) -> int:
+        """How many rows enter at a layer."""
+        rows = [group.rows for group in self.groups if group.layer == layer]
+        return sum(each.stop - each.start for each in rows)
+
+    @cached_property
+    def patches(self) -> dict[tuple[int, str], LayerPatch]:
+        """The blends, by layer and source."""
+        found: dict[tuple[int, str], list[tuple[int, Patch]]] = {}
+        for row, intervention in enumerate(self.interventions):
+            for patch in intervention:
+                found.setdefault((patch.layer, patch.source), []).append((row, patch))
+        return {
+            key: self._layer_patch(members, self.placement.layers[key[0]])
+            for key, members in found.items()
+        }
+
+    @staticmethod
+    def _layer_patch(members: list[tuple[int, Patch]], device: torch.device) -> LayerPatch:
+        rows = torch.tensor([row for row, _ in members])
+        mask = torch.tensor([patch.heads.mask for _, patch in members], dtype=torch.bool)
+        alpha = torch.tensor([patch.alpha for _, patch in members], dtype=torch.float64)
+        alpha = rearrange(alpha, "condition -> condition 1")
+        mask = rearrange(mask, "condition head -> condition 1 head")
+        # A blocking copy would wait until the device has worked off everything that is queued.
+        return LayerPatch(*(tensor.to(device, non_blocking=True) for tensor in (rows, mask, alpha)))
+
+    def blend_into(
+        self,
+        z: Float[Tensor, "prompt condition position head d_head"],
+        layer: int,
+        sources: SourceTensors,
+    ) -> None:
+        """Blend what this layer's rows are patched with into their ``z``, in place."""
+        for (patched_layer, source), patch in self.patches.items():
+            if patched_layer == layer:
+                current = z[:, patch.rows]
+                incoming = rearrange(
+                    sources[layer, source],
+                    "prompt position head d_head -> prompt 1 position head d_head",
+                )
+                z[:, patch.rows] = blend(
+                    current, incoming.expand_as(current), patch.mask, patch.alpha
+                )
 
 
 class RowEngine(ABC):
@@ -42,13 +157,12 @@ class RowEngine(ABC):
     Args:
         model: the tuned model.
         prompts: the measured prompts, tokenized for the tuned model.
-        k_positions: how many positions, ending at the decision token, are patched.
+        settings: how many positions are patched, and which way the divergence is taken.
+        place: how many prompts a clean forward pass takes, if memory allows.
         first_layer: the lowest layer that will be asked for; a lower one is served too, by another
             clean pass.
-        max_bytes: memory on each device for everything the engine keeps and computes; by default
+        max_bytes: memory on each device for everything the engine stores and computes; by default
             half of what is free on the fullest GPU.
-        batch_size: prompts per clean forward pass, if memory allows; by default as many as it does.
-        kl_direction: which way the divergence is taken.
     """
 
     name: str
@@ -60,43 +174,63 @@ class RowEngine(ABC):
         self,
         model: HookedTransformer,
         prompts: TokenizedPrompts,
+        settings: Patching | None = None,
+        place: Place | None = None,
         *,
-        k_positions: int = 1,
         first_layer: int = 0,
         max_bytes: int | None = None,
-        batch_size: int | None = None,
-        kl_direction: KLDirection = "patched||clean",
     ) -> None:
         check_layers([first_layer], model.cfg.n_layers)
-        shortest = next(prompts.batches(1))
-        patched_positions(shortest, k_positions)  # refuses more positions than it has
         self.model = model
         self.prompts = prompts
-        self.k_positions = k_positions
-        self.kl_direction: KLDirection = kl_direction
+        self.settings = settings or Patching()
+        self.first_layer = first_layer
         self.fallback_reason: str | None = None
         self.placement = Placement.of(model)
+        shortest = next(prompts.batches(1))
+        patched_positions(shortest, self.settings.k_positions)  # refuses more than it has
         self._memory = MemoryPlan.of(
-            model.cfg, prompts, self.placement, self.rows_copy_keys, max_bytes, batch_size
+            model.cfg,
+            prompts,
+            self.placement,
+            batch_size=(place or Place()).batch_size,
+            max_bytes=max_bytes,
+            rows_copy_keys=self.rows_copy_keys,
         )
-        self.first_layer = first_layer
-        self._kept: list[Any] = []
+        self._clean: list[CleanBatch] = []
+
+    @classmethod
+    def not_covered(cls, model: Any) -> str | None:
+        """Why the engine does not cover a model, or None if it does."""
+        if not isinstance(model, HookedTransformer):
+            return f"it is a {type(model).__name__}, not a HookedTransformer"
+        reasons = {
+            f"its attention is {model.cfg.attention_dir}": model.cfg.attention_dir != "causal",
+            "its rotary base depends on the length of the batch": model.cfg.use_dynamic_ntk_rope,
+            **cls._limits(model),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @staticmethod
+    @abstractmethod
+    def _limits(model: HookedTransformer) -> dict[str, bool]:
+        """Further reasons not to cover a model, and whether they hold."""
 
     @abstractmethod
-    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> Sequence[Kept]:
-        """Run the clean model once over prompts and keep what rows from ``first_layer`` up need."""
+    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> Sequence[CleanBatch]:
+        """Run the clean model once over prompts; store what rows from ``first_layer`` up need."""
 
     @abstractmethod
     def _group_logits(
-        self, kept: Any, prompts: slice, rows: Rows, sources: SourceTensors
+        self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
         """Logits at the decision token of each group's rows, the clean reference first."""
 
     @property
     def memory_report(self) -> dict[str, Any]:
         """What memory was asked for and used, for the record of a run."""
-        kept = sum(batch.n_bytes for batch in self._kept)
-        return {"kept_bytes": kept, **self._memory.report()}
+        stored = sum(layer.n_bytes for batch in self._clean for layer in batch.layers.values())
+        return {"kept_bytes": stored, **self._memory.report()}
 
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Clean activations of the tuned model at the patched positions of a layer.
@@ -104,17 +238,19 @@ class RowEngine(ABC):
         Raises:
             UserError: if the model has no such layer.
         """
-        check_layers([layer], self.model.cfg.n_layers)
-        z = torch.empty(self._site_shape, dtype=self.model.cfg.dtype)
-        for kept in self.kept_batches(layer):
-            z[kept.rows] = kept.z(layer).cpu()
+        cfg, k_positions = self.model.cfg, self.settings.k_positions
+        check_layers([layer], cfg.n_layers)
+        shape = (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head)
+        z = torch.empty(shape, dtype=cfg.dtype)
+        for clean in self.clean_batches(layer):
+            z[clean.rows] = clean.layers[layer].z.cpu()
         return z
 
     def effects(
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None = None,
+        progress: Progress | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt.
 
@@ -122,11 +258,13 @@ class RowEngine(ABC):
             UserError: if a layer, head set or source does not fit the model, or if memory runs out
                 with a single row in flight.
         """
-        order = self._by_entry_layer(interventions)
+        last = self.model.cfg.n_layers - 1
+        entries = [entry_layer(intervention, last) for intervention in interventions]
+        order = sorted(range(len(interventions)), key=entries.__getitem__)
         in_order = [interventions[i] for i in order]
         n_logits = len(interventions) * len(self.prompts) * self.model.cfg.d_vocab_out
         difference = partial(effects_by_difference, by_kernel=n_logits >= KERNEL_MIN_LOGITS)
-        measured = self._measure(in_order, sources, advance, difference)
+        measured = self._measure(in_order, sources, progress, difference)
         if not np.isfinite(measured).all():
             measured = self._measure(in_order, sources, None, next_token_effects)
         both = np.empty_like(measured)
@@ -138,145 +276,90 @@ class RowEngine(ABC):
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
-        advance: Advance | None,
+        progress: Progress | None,
         effects_of: Callable[[Tensor, Tensor, KLDirection], tuple[Tensor, Tensor]],
     ) -> Float64[ndarray, "measure condition prompt"]:
-        """Both measures of interventions that are sorted by entry layer."""
-        shape = (2, len(interventions), len(self.prompts))
-        # Numbers stay on the device until all are there: fetching one would stop the queue.
-        here = torch.empty(shape, dtype=torch.float64, device=self.placement.exit)
-
-        def store(group: RowGroup, places: slice, logits: Tensor) -> None:
-            found = effects_of(logits, logits[:, :1], self.kl_direction)
-            for measure, values in zip(here, found, strict=True):
-                by_condition = rearrange(values[:, 1:], "prompt condition -> condition prompt")
-                measure[group.conditions, places] = by_condition
-
-        order = self._run(interventions, sources, store, advance)
-        measured = np.empty(shape)
-        measured[:, :, order.numpy()] = here.cpu().numpy()
-        return measured
-
-    @torch.no_grad()
-    def logits(
-        self, interventions: Sequence[Intervention], sources: Sources
-    ) -> Float[Tensor, "condition prompt vocab"]:
-        """Logits at the decision token under each intervention.
-
-        Raises:
-            UserError: as for :meth:`effects`.
-        """
-        cfg = self.model.cfg
-        shape = (len(interventions), len(self.prompts), cfg.d_vocab_out)
-        order = self._by_entry_layer(interventions)
-        every = torch.empty(shape, dtype=cfg.dtype)
-        here = torch.empty(shape, dtype=cfg.dtype)
-
-        def store(group: RowGroup, places: slice, logits: Tensor) -> None:
-            patched = rearrange(logits[:, 1:], "prompt condition vocab -> condition prompt vocab")
-            here[group.conditions, places] = patched.cpu()
-
-        rows = self._run([interventions[i] for i in order], sources, store)
-        every[torch.tensor(order)[:, None], rows] = here
-        return every
-
-    @torch.no_grad()
-    def logits_of(
-        self,
-        kept: Any,
-        prompts: slice,
-        interventions: Sequence[Intervention],
-        sources: SourceTensors,
-    ) -> Float[Tensor, "prompt condition vocab"]:
-        """Logits of a few rows, all at once."""
-        rows = Rows.arrange(interventions, slice(0, len(interventions)), self.placement)
-        here = {key: self._beside_layer(key, source) for key, source in sources.items()}
-        groups = self._group_logits(kept.to(self.placement), prompts, rows, here)
-        return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
-
-    def _by_entry_layer(self, interventions: Sequence[Intervention]) -> list[int]:
-        n_layers = self.model.cfg.n_layers
-        entries = [entry_layer(intervention, n_layers - 1) for intervention in interventions]
-        return sorted(range(len(interventions)), key=entries.__getitem__)
-
-    @property
-    def _site_shape(self) -> tuple[int, int, int, int]:
-        cfg = self.model.cfg
-        return len(self.prompts), self.k_positions, cfg.n_heads, cfg.d_head
-
-    def _run(
-        self,
-        interventions: Sequence[Intervention],
-        sources: Sources,
-        store: Callable[[RowGroup, slice, Float[Tensor, "prompt row vocab"]], None],
-        advance: Advance | None = None,
-    ) -> Int[Tensor, "prompt"]:
-        """Compute all rows in chunks that fit into memory, batch of prompts by batch."""
-        check_interventions(interventions, self.model)
+        """Both measures of interventions that are sorted by entry layer, in chunks that fit."""
+        shape = (len(self.prompts), self.settings.k_positions)
+        used = used_sources(interventions, sources, self.model, shape)
 
         @lru_cache
         def arrange(start: int, stop: int) -> Rows:
             return Rows.arrange(interventions, slice(start, stop), self.placement)
 
-        last = self.model.cfg.n_layers - 1
-        batches = self.kept_batches(min((entry_layer(i, last) for i in interventions), default=0))
-        every = self._sources_of(interventions, sources)
-        first_place = 0
-        for kept in batches:
-            here, rows_on = kept.to(self.placement), copied_once(kept.rows)
+        lowest = entry_layer(interventions[0], self.model.cfg.n_layers - 1) if interventions else 0
+        batches = self.clean_batches(lowest)
+        # A batch's prompts are picked beside its layer: picking many of them one by one in main
+        # memory wakes all threads of a processor, which slows down several processes at once.
+        every = {key: self._beside_layer(key, source) for key, source in used.items()}
+        # Numbers stay on the device until all are there: fetching one would stop the queue.
+        found = torch.empty(
+            (2, len(interventions), len(self.prompts)),
+            dtype=torch.float64,
+            device=self.placement.exit,
+        )
+        for clean, into in zip(
+            batches, found.split([len(b.rows) for b in batches], -1), strict=True
+        ):
+            here, rows_on = clean.to(self.placement), copied_once(clean.rows)
             incoming = {key: source[rows_on(source.device)] for key, source in every.items()}
 
             def work(
-                block: Block,
-                here: Any = here,
+                block: RowBlock,
+                into: Tensor = into,
+                here: CleanBatch = here,
                 incoming: SourceTensors = incoming,
-                first_place: int = first_place,
             ) -> None:
                 rows = arrange(block.conditions.start, block.conditions.stop)
                 some = {key: source[block.prompts] for key, source in incoming.items()}
-                places = slice(first_place + block.prompts.start, first_place + block.prompts.stop)
                 for group, logits in self._group_logits(here, block.prompts, rows, some):
-                    store(group, places, logits)
-                if advance is not None:
-                    advance(block.n_rows)
+                    effects = effects_of(logits, logits[:, :1], self.settings.kl_direction)
+                    for measure, values in zip(into, effects, strict=True):
+                        measure[group.conditions, block.prompts] = values[:, 1:].mT
+                if progress is not None:
+                    progress(block.n_rows)
 
-            whole = Block(slice(0, len(kept.rows)), slice(0, len(interventions)))
+            whole = RowBlock(slice(0, len(clean.rows)), slice(0, len(interventions)))
             self._memory.rows.run(whole, work)
-            first_place += len(kept.rows)
-        return torch.cat([kept.rows for kept in batches])
+        measured = np.empty(found.shape)
+        measured[:, :, torch.cat([clean.rows for clean in batches]).numpy()] = found.cpu().numpy()
+        return measured
 
-    def _sources_of(self, interventions: Sequence[Intervention], sources: Sources) -> SourceTensors:
-        """What is blended in, of all prompts, beside its layers.
-
-        A batch's prompts are picked there: picking many of them one by one in main memory wakes all
-        of the processor's threads, which then slow each other down when several processes do it.
-        """
-        chosen = dict(used_sources(interventions, sources))
-        for key, source in chosen.items():
-            check_source(key, source, self._site_shape)
-        return {key: self._beside_layer(key, source) for key, source in chosen.items()}
+    @torch.no_grad()
+    def logits_of(
+        self,
+        clean: CleanBatch,
+        prompts: slice,
+        interventions: Sequence[Intervention],
+        sources: SourceTensors,
+    ) -> Float[Tensor, "prompt condition vocab"]:
+        """Logits of a few rows, all at once; the interventions are sorted by entry layer."""
+        rows = Rows.arrange(interventions, slice(0, len(interventions)), self.placement)
+        here = {key: self._beside_layer(key, source) for key, source in sources.items()}
+        groups = self._group_logits(clean.to(self.placement), prompts, rows, here)
+        return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
 
     def _beside_layer(self, key: tuple[int, str], source: Tensor) -> Tensor:
         """A source where the layer is that it is blended into."""
         return source.to(self.placement.layers[key[0]], self.model.cfg.dtype, non_blocking=True)
 
-    def kept_batches(self, lowest: int) -> list[Any]:
+    def clean_batches(self, lowest: int) -> list[CleanBatch]:
         """The clean pass, made on first use; a layer below its first one makes another."""
-        if not self._kept or lowest < self.first_layer:
+        if not self._clean or lowest < self.first_layer:
             self.first_layer = min(lowest, self.first_layer)
-            self._kept = self._clean_passes()
-        return self._kept
+            self._clean = self._clean_passes()
+        return self._clean
 
     @torch.no_grad()
-    def _clean_passes(self) -> list[Any]:
+    def _clean_passes(self) -> list[CleanBatch]:
         every = next(self.prompts.batches(len(self.prompts), self.padding_side))
-        made: list[Any] = []
+        made: list[CleanBatch] = []
         main_memory = Placement.all_on(torch.device("cpu"), self.model.cfg.n_layers)
 
-        def work(block: Block) -> None:
+        def work(block: RowBlock) -> None:
             batches = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
             on_device = self._memory.keep_on_device
-            made.extend(kept if on_device else kept.to(main_memory) for kept in batches)
+            made.extend(clean if on_device else clean.to(main_memory) for clean in batches)
 
-        self._memory.passes.run(Block(slice(0, len(self.prompts)), slice(0, 1)), work)
+        self._memory.passes.run(RowBlock(slice(0, len(self.prompts)), slice(0, 1)), work)
         return made

@@ -9,7 +9,6 @@ an approximation: the numbers are those of a full forward pass through native ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from einops import repeat
@@ -19,43 +18,56 @@ from transformer_lens import HookedTransformer
 from transformer_lens.components import Attention, GroupedQueryAttention, TransformerBlock
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.engines.attention_row import row_z
-from rq4lens.patching.engines.block_row import finish_block
-from rq4lens.patching.engines.clean_pass import KeptBatch, clean_pass
-from rq4lens.patching.engines.kept import SourceTensors, some_prompts
+from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
+from rq4lens.patching.engines.block_row import finish_block, row_z
+from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_prompts
 from rq4lens.patching.engines.layout import fused_norms, side_by_side, store_for_products
 from rq4lens.patching.engines.memory import even_parts
-from rq4lens.patching.engines.row_engine import RowEngine
-from rq4lens.patching.engines.rows import RowGroup, Rows
+from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
 
 BATCHES_PER_DEVICE = 3
 """Of a model that is spread over several. Only one device has work when the first batch begins and
 when the last one ends; with more and smaller batches it is the caller that cannot keep up."""
+
+MIRRORED = {TransformerBlock, Attention, GroupedQueryAttention}
 
 
 class SuffixEngine(RowEngine):
     """Measures interventions on the tuned model; exact and fast.
 
     The model's weights are stored anew in memory (see :mod:`rq4lens.patching.engines.layout`);
-    their values do not change. For the arguments see :class:`RowEngine`.
+    their values do not change.
     """
 
     name = "suffix"
     padding_side: PaddingSide = "right"
     rows_copy_keys = False
 
-    def __init__(
-        self, model: HookedTransformer, prompts: TokenizedPrompts, **settings: Any
-    ) -> None:
-        super().__init__(model, prompts, **settings)
-        lowest = self.first_layer if self._at_once(len(prompts)) == len(prompts) else 0
-        store_for_products((*model.blocks[lowest:], model.unembed))
+    @staticmethod
+    def _limits(model: HookedTransformer) -> dict[str, bool]:
+        cfg = model.cfg
+        parts = [part for block in model.blocks for part in (block, getattr(block, "attn", None))]
+        # Exactly these classes: a subclass may do something in forward that is not repeated here.
+        foreign = {type(part).__name__ for part in parts if type(part) not in MIRRORED}
+        return {
+            f"its blocks are made of {', '.join(sorted(foreign))}": bool(foreign),
+            f"its position embedding is {cfg.positional_embedding_type}": (
+                cfg.positional_embedding_type not in {"standard", "rotary", "alibi"}
+            ),
+            "it has attention sinks": cfg.use_attention_sinks,
+            "it scales queries by the logarithm of their position": cfg.use_logn_attn,
+            "its weights are 4-bit": cfg.load_in_4bit,
+            "its heads read inputs of their own": cfg.use_attn_in or cfg.use_split_qkv_input,
+        }
 
-    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> list[KeptBatch]:
+    def _clean_pass(self, batch: TokenBatch, first_layer: int) -> list[CleanBatch]:
+        lowest = first_layer if self._at_once(len(self.prompts)) == len(self.prompts) else 0
+        store_for_products((*self.model.blocks[lowest:], self.model.unembed))
         parts = even_parts(slice(0, len(batch.rows)), self._at_once(len(batch.rows)))
         works = (
-            clean_pass(self.model, some_prompts(batch, part), first_layer, self.k_positions)
+            clean_pass(
+                self.model, some_prompts(batch, part), first_layer, self.settings.k_positions
+            )
             for part in parts
         )
         with fused_norms(self.model, half_only=True):
@@ -68,24 +80,24 @@ class SuffixEngine(RowEngine):
         return min(-(-n_prompts // n_batches), self._memory.passes.max_rows)
 
     def _group_logits(
-        self, kept: KeptBatch, prompts: slice, rows: Rows, sources: SourceTensors
+        self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
         with fused_norms(self.model.blocks):
-            resid = self._walk(kept, prompts, rows, sources)
+            resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
-            yield group, self._unembed(resid[:, group.start : group.stop])
+            yield group, self._unembed(resid[:, group.rows])
 
     def _walk(
-        self, kept: KeptBatch, prompts: slice, rows: Rows, sources: SourceTensors
+        self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Float[Tensor, "prompt row d_model"]:
         """Carry the rows from the layers they enter at to the end of the last block."""
         resid: Tensor | None = None
         changed: Tensor | None = None
         for layer in range(rows.groups[0].layer, self.model.cfg.n_layers):
-            block, at = self.model.blocks[layer], kept.layers[layer].of_prompts(prompts)
+            block, at = self.model.blocks[layer], clean.layers[layer].of_prompts(prompts)
             if resid is not None:
                 resid = resid.to(self.placement.layers[layer])
-                changed = row_z(block, resid, at.shared)
+                changed = row_z(block, resid, at.earlier)
             n_new = rows.entering(layer)
             resid, z = _joined(resid, at.resid, n_new), _joined(changed, at.z, n_new)
             rows.blend_into(z, layer, sources)
@@ -112,36 +124,3 @@ def _joined(
         return rows
     new = repeat(clean, "prompt position ... -> prompt row position ...", row=n_new)
     return new.contiguous() if rows is None else torch.cat([rows, new], dim=1)
-
-
-def not_covered(model: Any) -> str | None:
-    """Why the suffix engine does not cover a model, or None if it does."""
-    if not isinstance(model, HookedTransformer):
-        return f"it is a {type(model).__name__}, not a HookedTransformer"
-    foreign = {type(part).__name__ for part in _parts(model) if not _is_mirrored(part)}
-    if foreign:
-        return f"its blocks are made of {', '.join(sorted(foreign))}"
-    cfg = model.cfg
-    reasons = {
-        f"its attention is {cfg.attention_dir}": cfg.attention_dir != "causal",
-        f"its position embedding is {cfg.positional_embedding_type}": (
-            cfg.positional_embedding_type not in {"standard", "rotary", "alibi"}
-        ),
-        "it has attention sinks": cfg.use_attention_sinks,
-        "it scales queries by the logarithm of their position": cfg.use_logn_attn,
-        "its rotary base depends on the length of the batch": cfg.use_dynamic_ntk_rope,
-        "its weights are 4-bit": cfg.load_in_4bit,
-        "its heads read inputs of their own": cfg.use_attn_in or cfg.use_split_qkv_input,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _parts(model: HookedTransformer) -> Iterator[Any]:
-    for block in model.blocks:
-        yield block
-        yield getattr(block, "attn", None)
-
-
-def _is_mirrored(part: Any) -> bool:
-    # Exactly these classes: a subclass may do something in forward that is not repeated here.
-    return type(part) in {TransformerBlock, Attention, GroupedQueryAttention}

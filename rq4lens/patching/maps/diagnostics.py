@@ -22,14 +22,9 @@ def diagnose(
 ) -> tuple[HeadDiagnostics, ...]:
     """Compare predictors of the tuned activations on held-out prompts, head by head."""
     constant = np.broadcast_to(mean, target.shape)
+    predictors = (fitted, constant, identity, shuffled)
     return tuple(
-        HeadDiagnostics(
-            head=head,
-            fitted=fit_quality(fitted[:, head], target[:, head]),
-            mean=fit_quality(constant[:, head], target[:, head]),
-            identity=fit_quality(identity[:, head], target[:, head]),
-            shuffled=fit_quality(shuffled[:, head], target[:, head]),
-        )
+        HeadDiagnostics(head, *(fit_quality(each[:, head], target[:, head]) for each in predictors))
         for head in range(target.shape[1])
     )
 

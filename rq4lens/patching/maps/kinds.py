@@ -17,7 +17,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
-from rq4lens.patching.maps.map import MapKind
+from rq4lens.config import MapKind
 
 RIDGE_STRENGTHS = np.logspace(-6, 6, 25)
 LOW_RANK = 4
@@ -25,13 +25,7 @@ LOW_RANK = 4
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted affine map of one block.
-
-    Args:
-        weight: ``W``.
-        bias: ``b``.
-        details: what the fit chose by itself.
-    """
+    """A fitted affine map of one block; ``details`` is what the fit chose by itself."""
 
     weight: Float64[ndarray, "d d"]
     bias: Float64[ndarray, "d"]
@@ -87,15 +81,13 @@ def _procrustes_scaled(x: Rows, y: Rows, _groups: Groups) -> Fit:
     energy = float((x_centred**2).sum())
     # A source that never varies carries nothing: everything maps to the target mean.
     scale = nuclear_norm / energy if energy > 0 else 0.0
-    fit = _through_means(scale * rotation, x, y)
-    return Fit(fit.weight, fit.bias, {"scale": float(scale)})
+    return _through_means(scale * rotation, x, y, scale=float(scale))
 
 
 def _ridge(x: Rows, y: Rows, groups: Groups) -> Fit:
     """Least squares with a penalty on ``W``, its strength chosen by cross-validation."""
     weight, strength = _ridge_weight(*_centred(x, y), groups)
-    fit = _through_means(weight, x, y)
-    return Fit(fit.weight, fit.bias, {"strength": strength})
+    return _through_means(weight, x, y, strength=strength)
 
 
 def _low_rank(x: Rows, y: Rows, groups: Groups) -> Fit:
@@ -108,14 +100,15 @@ def _low_rank(x: Rows, y: Rows, groups: Groups) -> Fit:
     correction, strength = _ridge_weight(x_centred, y_centred - x_centred, groups)
     _, spread, directions = np.linalg.svd(x_centred @ correction, full_matrices=False)
     leading = directions[:LOW_RANK]
-    fit = _through_means(np.eye(x.shape[1]) + correction @ leading.T @ leading, x, y)
-    details = {
-        "strength": strength,
-        "rank": len(leading),
-        "spread": spread[:LOW_RANK].tolist(),
-        "first_direction": leading[0].tolist(),
-    }
-    return Fit(fit.weight, fit.bias, details)
+    return _through_means(
+        np.eye(x.shape[1]) + correction @ leading.T @ leading,
+        x,
+        y,
+        strength=strength,
+        rank=len(leading),
+        spread=spread[:LOW_RANK].tolist(),
+        first_direction=leading[0].tolist(),
+    )
 
 
 def _ridge_weight(
@@ -155,8 +148,8 @@ def _centred(x: Rows, y: Rows) -> tuple[Rows, Rows]:
     return x - x.mean(axis=0), y - y.mean(axis=0)
 
 
-def _through_means(weight: Float64[ndarray, "d d"], x: Rows, y: Rows) -> Fit:
-    return Fit(weight, y.mean(axis=0) - x.mean(axis=0) @ weight)
+def _through_means(weight: Float64[ndarray, "d d"], x: Rows, y: Rows, **details: Any) -> Fit:
+    return Fit(weight, y.mean(axis=0) - x.mean(axis=0) @ weight, details)
 
 
 FITTERS: dict[MapKind, Fitter] = {

@@ -11,24 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import einops
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rq4lens.config import MapKind, MapScope, Patching
 from rq4lens.disk.files import short_reason
 from rq4lens.disk.store import Ingredients, Store, content_key, read_record, read_tensors
 from rq4lens.errors import UserError
 
-MapKind = Literal[
-    "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
-]
-MapScope = Literal["head", "layer"]
 MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
 MAP_SCOPES: tuple[MapScope, ...] = get_args(MapScope)
-DEFAULT_KIND: MapKind = "procrustes_scaled"
+DEFAULT_KIND = Patching().map_kind
 
 
 @dataclass(frozen=True)

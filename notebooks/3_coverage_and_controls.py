@@ -120,7 +120,7 @@ for curve in analysis.curves:
 
 # %%
 print(f"sum of singles over joint effect: {text(analysis.interactions.sum_over_joint, 2)}")
-rq.figures.interaction_matrix(run, analysis.to_dict()["interactions"])
+rq.figures.interaction_matrix(run, analysis.interactions)
 
 # %% [markdown]
 # ## Does the claim survive?

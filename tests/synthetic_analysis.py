@@ -1,9 +1,10 @@
-"""An analysis of a synthetic grid, in the form of ``analysis.json``: seeded, not computed."""
+"""An analysis of a synthetic grid: seeded, not computed."""
 
 from itertools import combinations
 
 import numpy as np
 
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
@@ -12,13 +13,16 @@ from rq4lens.analysis.records import (
     CoverageRow,
     HeadKind,
     HeadKinds,
+    HeadTests,
     Interactions,
     PairInteraction,
     RandomSets,
+    RankStability,
 )
-from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
-from rq4lens.analysis.statistics.plain import to_json
-from rq4lens.results import GridResult
+from rq4lens.analysis.result import Analysis, AnalysisSettings
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, Spread, undefined
+from rq4lens.config import AnalysisEffort
+from rq4lens.results import GridResult, HeadRanking
 
 METHODS = (
     "delta",
@@ -213,50 +217,47 @@ def alphas(grid: GridResult) -> tuple[AlphaPoint, ...]:
     return tuple(points)
 
 
-def rankings(grid: GridResult) -> list[dict]:
+def rankings(grid: GridResult) -> tuple[HeadRanking, ...]:
     rng = np.random.default_rng(6)
     deltas = np.array([single.delta for single in grid.singles])
-    rows = []
-    for place, name in enumerate(METHODS):
-        scores = deltas * rng.lognormal(sigma=0.25 * place, size=len(deltas))
-        order = [int(head) for head in np.argsort(-scores, kind="stable")]
-        rows.append(
-            {
-                "method": name,
-                "layer": grid.settings.layer,
-                "alpha": grid.settings.patching.alpha,
-                "heads": order,
-                "scores": scores[order].tolist(),
-                "standard_errors": None,
-                "settings": {},
-            }
-        )
-    return rows
-
-
-def synthetic_analysis(grid: GridResult) -> dict:
-    """What ``analysis.json`` holds, as far as the figures and the report look at it."""
-    curves = [
-        curve("delta", grid, 1.0),
-        *(curve(name, grid, 1 - 0.05 * place) for place, name in enumerate(METHODS) if place),
-        curve("delta (cross-fitted)", grid, 0.93),
-        curve("best subset", grid, 1.02),
-    ]
-    record = to_json(
-        {
-            "settings": {"n_resamples": 10_000, "n_groups": len(set(grid.groups)), "seed": 0},
-            "coverage": coverage_rows(grid),
-            "curves": curves,
-            "random": random_sets(grid),
-            "agreement": agreements("map_kind", ("identity", "procrustes_scaled", "ridge")),
-            "interactions": interactions(grid),
-            "kinds": kinds(grid),
-            "controls": controls(grid),
-            "alphas": alphas(grid),
-            "claims": "Four of 32 heads carry most of the effect. <b>Not</b> a test.",
-        }
+    layer, alpha = grid.settings.layer, grid.settings.patching.alpha
+    return tuple(
+        HeadRanking.from_scores(scores.tolist(), method=name, layer=layer, alpha=alpha)
+        for place, name in enumerate(METHODS)
+        for scores in [deltas * rng.lognormal(sigma=0.25 * place, size=len(deltas))]
     )
-    return {**record, "rankings": rankings(grid)}
+
+
+def synthetic_analysis(grid: GridResult) -> Analysis:
+    """An analysis as far as the figures and the report look at it."""
+    n_groups = len(set(grid.groups))
+    return Analysis(
+        settings=AnalysisSettings(
+            grid.settings, AnalysisEffort(), "delta", grid.n_prompts, n_groups
+        ),
+        full=grid_full_effect(grid, bootstrap_of(grid)),
+        coverage=coverage_rows(grid),
+        curves=(
+            curve("delta", grid, 1.0),
+            *(curve(name, grid, 1 - 0.05 * place) for place, name in enumerate(METHODS) if place),
+            curve("delta (cross-fitted)", grid, 0.93),
+            curve("best subset", grid, 1.02),
+        ),
+        random=random_sets(grid),
+        rankings=rankings(grid),
+        methods=(),
+        stability=RankStability("delta", (), Spread(None), Spread(None), {}, 0),
+        agreement=agreements("map_kind", ("identity", "procrustes_scaled", "ridge")),
+        concentration=(),
+        tests=HeadTests((), "nothing", 0, 0, 1.0, 1.0, 1.0, 1.0, False, n_groups),
+        interactions=interactions(grid),
+        kinds=kinds(grid),
+        controls=controls(grid),
+        alignment=None,
+        alphas=alphas(grid),
+        claims=("Four of 32 heads carry most of the effect. <b>Not</b> a test.",),
+        seconds={},
+    )
 
 
 def synthetic_diagnostics(grid: GridResult) -> list[dict]:

@@ -1,16 +1,24 @@
 """Figures of an analysis and of layers: what is drawn is what the records say."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from synthetic import synthetic_grid
-from synthetic_analysis import METHODS, synthetic_analysis, synthetic_diagnostics
+from synthetic import resampled, synthetic_grid
+from synthetic_analysis import METHODS, about, curve, synthetic_analysis, synthetic_diagnostics
 
 from rq4lens import figures
+from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.agreement import kendall
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.records import HeadStability
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.statistics.plain import from_json
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
-from rq4lens.figures.numbers import numbers_of, shown, single_head_numbers
-from rq4lens.figures.page.gallery import method_agreements, saved_rankings
+from rq4lens.figures.numbers import shown, single_records
+from rq4lens.figures.page.gallery import method_agreements
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +50,8 @@ def setting_of(figure) -> str:
 
 
 def curve_of(analysis, ranking):
-    curve = next(row for row in analysis["curves"] if row["ranking"] == ranking)
-    return [point["value"] for point in curve["coverage_pct"]]
+    curve = next(row for row in analysis.curves if row.ranking == ranking)
+    return [point.value for point in curve.coverage_pct]
 
 
 @pytest.mark.parametrize(
@@ -66,38 +74,36 @@ def test_random_band_spans_the_saved_quantiles(grid, analysis):
     traces = figures.coverage_curve(grid, analysis).data
     filled = next(place for place, trace in enumerate(traces) if trace.fill == "tonexty")
     low, high, mean = traces[filled - 1], traces[filled], traces[filled + 1]
-    assert list(low.y) == [row["quantiles_pct"]["0.025"] for row in analysis["random"]]
-    assert list(high.y) == [row["quantiles_pct"]["0.975"] for row in analysis["random"]]
-    assert list(mean.y) == [row["mean_pct"] for row in analysis["random"]]
+    assert list(low.y) == [row.quantiles_pct["0.025"] for row in analysis.random]
+    assert list(high.y) == [row.quantiles_pct["0.975"] for row in analysis.random]
+    assert list(mean.y) == [row.mean_pct for row in analysis.random]
 
 
 def test_random_rankings_have_a_band_of_their_own(grid, analysis):
     """Dotted lines hold random rankings at all measured sizes at once; hover names both bands."""
-    banded = [row | {"band_low_pct": -1.0, "band_high_pct": 90.0} for row in analysis["random"]]
-    figure = figures.coverage_curve(grid, {**analysis, "random": banded})
+    banded = tuple(replace(row, band_low_pct=-1.0, band_high_pct=90.0) for row in analysis.random)
+    figure = figures.coverage_curve(grid, replace(analysis, random=banded))
     lines = [trace for trace in figure.data if trace.name == "random rankings, 95%"]
     assert [set(line.y) for line in lines] == [{-1.0}, {90.0}]
-    assert all(list(line.x) == [row["k"] for row in banded] for line in lines)
+    assert all(list(line.x) == [row.k for row in banded] for line in lines)
     hover = trace_named(figure, "random sets, 95%").hovertext[0]
     assert "95% of rankings, at all k at once, in [-1, 90]%" in hover
 
 
-def test_a_live_analysis_draws_like_a_saved_one(grid, analysis):
-    """An object with ``to_dict`` and its content give the same figure."""
-
-    class Live:
-        def to_dict(self):
-            return analysis
-
-    saved, live = (figures.coverage_curve(grid, source) for source in (analysis, Live()))
-    assert saved.to_json() == live.to_json()
+def test_a_saved_analysis_draws_like_a_live_one(grid, analysis):
+    """What is read back from ``analysis.json`` gives the same figures."""
+    saved = from_json(Analysis, json.loads(json.dumps(analysis.to_dict())))
+    drawn, again = (figures.run_figures(grid, source) for source in (analysis, saved))
+    assert {name: figure.to_json() for name, figure in drawn.items()} == {
+        name: figure.to_json() for name, figure in again.items()
+    }
 
 
 def test_kinds_come_from_the_analysis(grid, analysis):
     """The plane sorts heads by the kinds that the analysis found, and prints its rule."""
     figure = figures.head_plane(grid, analysis)
-    for row in analysis["kinds"]["heads"]:
-        assert f"L26H{row['head']}" in trace_named(figure, row["kind"]).customdata
+    for row in analysis.kinds.heads:
+        assert f"L26H{row.head}" in trace_named(figure, row.kind).customdata
     assert "0.0005 nats" in setting_of(figure)
 
 
@@ -110,7 +116,7 @@ def test_methods_have_a_curve_each(grid, analysis):
 
 def test_flow_shows_every_heads_rank(grid, analysis):
     """A head's line passes its rank in each ranking."""
-    orders = {f"a{point['alpha']}": point["heads"] for point in analysis["alphas"]}
+    orders = {f"a{point.alpha}": point.heads for point in analysis.alphas}
     figure = figures.rank_flow(grid, orders)
     for trace in figure.data:
         head = int(trace.meta.split("H")[1])
@@ -119,11 +125,11 @@ def test_flow_shows_every_heads_rank(grid, analysis):
 
 def test_flow_hover_gives_effect_and_range_of_ranks(grid):
     """Hover has the head's ΔKL with its interval, and its range of ranks where that is known."""
-    bootstrap = Bootstrap(grid.groups, 200)
+    grid = resampled(grid, 200)
     orders = {"delta": grid.ranking.heads, "other": grid.ranking.heads[::-1]}
     ranges = {"delta": {head: (1, head + 1) for head in range(grid.n_heads)}}
-    figure = figures.rank_flow(grid, orders, rank_ranges=ranges, bootstrap=bootstrap)
-    effects = single_head_numbers(grid, bootstrap)
+    figure = figures.rank_flow(grid, orders, rank_ranges=ranges)
+    effects = single_records(grid)
     for trace in figure.data:
         head = int(trace.meta.split("H")[1])
         of_delta, of_other = trace.hovertext
@@ -136,9 +142,9 @@ def test_flow_hover_gives_effect_and_range_of_ranks(grid):
 
 def test_the_gallery_takes_ranges_of_ranks_from_the_analysis(grid, analysis):
     """Ranges of the run's own ranking stand at its name and at its own alpha, nowhere else."""
-    heads = [{"head": head, "rank_low": 2, "rank_high": 9} for head in range(grid.n_heads)]
-    record = {**analysis, "stability": {"ranking": "delta", "heads": heads}}
-    drawn = figures.run_figures(grid, record)
+    heads = tuple(HeadStability(head, 1, Estimate(0.0), 2, 9, {}) for head in range(grid.n_heads))
+    stability = replace(analysis.stability, heads=heads)
+    drawn = figures.run_figures(grid, replace(analysis, stability=stability))
     for name, own in (("methods_flow", "delta"), ("alpha_flow", "α = 0.3")):
         for trace in drawn[name].data:
             told = [x for x, text in zip(trace.x, trace.hovertext, strict=True) if "2 to 9" in text]
@@ -148,7 +154,7 @@ def test_the_gallery_takes_ranges_of_ranks_from_the_analysis(grid, analysis):
 def test_flow_across_layers_says_what_it_cannot_mean(grid):
     """Lines between layers join indices, and the figure says so."""
     figure = figures.rank_flow(
-        grid, {"layer 1": range(32), "layer 2": range(31, -1, -1)}, across_layers=True
+        grid, {"layer 1": range(32), "layer 2": range(31, -1, -1)}, what="layers"
     )
     assert "not head 3 of another" in setting_of(figure)
     assert {trace.meta for trace in figure.data} == {f"H{head}" for head in range(32)}
@@ -156,34 +162,34 @@ def test_flow_across_layers_says_what_it_cannot_mean(grid):
 
 def test_agreement_is_symmetric_with_ones(grid, analysis):
     """Cells hold the saved measure both ways round, and 1 on the diagonal."""
-    heat = figures.agreement_matrix(grid, analysis["agreement"]).data[0]
+    heat = figures.agreement_matrix(grid, analysis.agreement).data[0]
     place = {name: index for index, name in enumerate(heat.x)}
-    for row in analysis["agreement"]:
-        i, j = place[row["first"]], place[row["second"]]
-        assert heat.z[i][j] == heat.z[j][i] == row["kendall"]
+    for row in analysis.agreement:
+        i, j = place[row.first], place[row.second]
+        assert heat.z[i][j] == heat.z[j][i] == row.kendall.value
     assert [heat.z[i][i] for i in range(len(place))] == [1.0] * len(place)
 
 
 def test_pairs_that_were_not_compared_stay_empty(grid, analysis):
     """A missing pair is no number."""
-    heat = figures.agreement_matrix(grid, analysis["agreement"][:2]).data[0]
+    heat = figures.agreement_matrix(grid, analysis.agreement[:2]).data[0]
     assert sum(cell is None for row in heat.z for cell in row) == 2
 
 
-def test_method_pairs_agree_as_their_saved_scores_do(analysis):
+def test_method_pairs_agree_as_their_saved_scores_do(grid, analysis):
     """Pairs that the analysis did not compare get Kendall's tau of the saved scores."""
-    rows = method_agreements(analysis, Bootstrap(("a", "b"), 10))
+    rows = method_agreements(grid, analysis)
     assert len(rows) == len(METHODS) * (len(METHODS) - 1) / 2
-    rankings = saved_rankings(analysis)
+    rankings = {ranking.method: ranking for ranking in analysis.rankings}
     row = rows[0]
-    scores = [np.array([rankings[row[side]].by_head]) for side in ("first", "second")]
-    assert row["kendall"] == pytest.approx(kendall(*scores)[0])
+    scores = [np.array([rankings[name].by_head]) for name in (row.first, row.second)]
+    assert row.kendall.value == pytest.approx(kendall(*scores)[0])
 
 
 def test_interactions_are_the_matrix_without_its_diagonal(grid, analysis):
     """Each cell is the pair's interaction; a head does not interact with itself."""
-    heat = figures.interaction_matrix(grid, analysis["interactions"]).data[0]
-    saved = analysis["interactions"]["matrix_nats"]
+    heat = figures.interaction_matrix(grid, analysis.interactions).data[0]
+    saved = analysis.interactions.matrix_nats
     for i in range(32):
         for j in range(32):
             assert heat.z[i][j] == (None if i == j else saved[i][j])
@@ -192,9 +198,11 @@ def test_interactions_are_the_matrix_without_its_diagonal(grid, analysis):
 
 def test_alpha_sweep_shows_the_three_quantities(grid, analysis):
     """KL_raw, KL_mapped and ΔKL stand at every blend strength."""
-    figure = figures.alpha_sweep(grid, analysis["alphas"])
+    figure = figures.alpha_sweep(grid, analysis.alphas)
     for name, key in (("KL_raw", "KL_raw"), ("KL_mapped", "KL_mapped"), ("ΔKL", "delta")):
-        assert list(trace_named(figure, name).y) == [row[key] for row in analysis["alphas"]]
+        assert list(trace_named(figure, name).y) == [
+            getattr(row, key).value for row in analysis.alphas
+        ]
     assert "0.05 to 1" in setting_of(figure)
 
 
@@ -209,10 +217,10 @@ def test_per_prompt_shows_each_prompt_of_the_best_heads(grid):
 
 def test_per_prompt_hover_gives_the_mean_with_its_interval(grid):
     """Beside the prompt's own ΔKL stands the head's mean over prompts and its 95% interval."""
-    bootstrap = Bootstrap(grid.groups, 200)
+    grid = resampled(grid, 200)
     heads = grid.ranking.top(3)
-    numbers = single_head_numbers(grid, bootstrap)
-    figure = figures.per_prompt(grid, heads, bootstrap=bootstrap)
+    numbers = single_records(grid)
+    figure = figures.per_prompt(grid, heads)
     for head, trace in zip(heads, figure.data, strict=True):
         mean = f"mean of {grid.n_prompts} prompts {shown(numbers[head].delta, 'nats')}"
         assert "[" in mean
@@ -275,27 +283,13 @@ def test_layer_curves_name_the_layers_without_coverage(layers):
 
 @pytest.fixture(scope="module")
 def comparison(layers):
-    """What a comparison of layers adds, in the form it is saved in."""
-    return {
-        "rows": [
-            {
-                "layer": layer,
-                "curve": {
-                    "coverage_pct": [
-                        {"value": 100.0 * k / 32, "value_ci95": [k / 2, 4.0 * k]} for k in range(33)
-                    ],
-                    "k90": 29.0,
-                },
-                "concentration": {"gini": 0.5},
-            }
-            for layer in layers
-        ],
-        "ranking": [
-            {"head": f"L{layer}H{head}", "rank_low": 2, "rank_high": 9}
-            for layer in layers
-            for head in range(32)
-        ],
-    }
+    """A comparison of the layers, with made-up curves and ranges of ranks."""
+    compared = compare_layers({layer: resampled(grid, 100) for layer, grid in layers.items()})
+    rows = [replace(row, curve=curve("delta", layers[row.layer], 1.0)) for row in compared.rows]
+    coverage = tuple(about(100 * k / 32, k / 2) for k in range(33))
+    rows = [replace(row, curve=replace(row.curve, coverage_pct=coverage)) for row in rows]
+    ranking = [replace(row, rank_low=2, rank_high=9) for row in compared.ranking]
+    return replace(compared, rows=tuple(rows), ranking=tuple(ranking))
 
 
 def test_a_comparison_fills_the_layers_curves(layers, comparison):
@@ -303,17 +297,17 @@ def test_a_comparison_fills_the_layers_curves(layers, comparison):
     line = trace_named(figures.layer_curves(layers, comparison), "layer 2")
     assert list(line.x) == list(range(33))
     assert line.y[8] == 25.0
-    assert line.hovertext[8] == "<b>layer 2</b><br>k = 8: coverage 25% [4, 32]"
+    assert line.hovertext[8] == "<b>layer 2</b><br>k = 8: coverage 25% [21, 29]"
 
 
 def test_layer_curves_of_grids_alone_have_intervals_too(layers):
     """Without a comparison, hover has the coverage of the measured sets with its interval."""
-    bootstrap = Bootstrap(layers[1].groups, 200)
-    line = trace_named(figures.layer_curves(layers, bootstrap=bootstrap), "layer 1")
+    layers = {layer: resampled(grid, 200) for layer, grid in layers.items()}
+    line = trace_named(figures.layer_curves(layers), "layer 1")
     conditions = [layers[1][f"top{k}"] for k in layers[1].settings.patching.k]
-    numbers = numbers_of(layers[1], conditions, ["" for _ in conditions], bootstrap)
+    numbers = records(layers[1], conditions)
     for each in numbers:
-        at = list(line.x).index(len(each.condition.heads))
+        at = list(line.x).index(len(each.heads))
         assert line.hovertext[at].endswith(f"coverage {shown(each.coverage_pct, '%')}")
 
 

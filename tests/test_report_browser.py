@@ -47,14 +47,14 @@ def report(grid, tmp_path_factory):
         for layer in range(20, 28)
     }
     path = tmp_path_factory.mktemp("report") / "report.html"
-    return figures.write_report(
-        path,
+    content = figures.Report(
         grid,
         synthetic_analysis(grid),
         prompts={prompt: f"{prompt} {HOSTILE}" for prompt in grid.prompt_ids},
         provenance={"maps": {"26": {"diagnostics": synthetic_diagnostics(grid)}}, "note": HOSTILE},
         layers={**layers, 26: grid},
     )
+    return figures.write_report(path, content)
 
 
 class Visit:

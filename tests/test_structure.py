@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rq4lens.analysis.coverage.best_sets import interactions
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
+from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.statistics.bootstrap import (
@@ -33,10 +34,7 @@ from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.alphas import alpha_sweep
 from rq4lens.analysis.structure.heads import (
     EXPLAINED_PCT,
-    NO_DIRECTION,
-    alignment,
     head_kinds,
-    head_shares,
     kind_of,
 )
 from rq4lens.patching.maps.fitting import FitData

@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 from pair_on_disk import write_pair
 
+from rq4lens.analysis.records import StudyRow
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, undefined
 from rq4lens.analysis.structure.layers import COMPARED, METRICS
 from rq4lens.cli import main
 from rq4lens.cluster.many import Many
 from rq4lens.config import read_config
 from rq4lens.errors import UserError
-from rq4lens.figures.cost import study_layers
+from rq4lens.figures.layers import study_layers
 from rq4lens.jobs.run import run as run_job
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.studies.cost_model import Machine
@@ -279,18 +281,17 @@ def test_models_of_different_depth_are_shown_by_relative_depth():
     """The last layer of each lies at 1; of equal depth, layers keep their numbers."""
 
     def row(cell, layer, n_layers):
-        return {
-            "cell": cell, "layer": layer, "n_layers": n_layers, "delta": 0.1 * layer,
-            "delta_ci95": None if layer == 0 else [0.05 * layer, 0.2 * layer],
-            "KL_raw": 0.2, "drop_pct": None,
-        }  # fmt: skip
+        ends = None if layer == 0 else Interval(0.05 * layer, 0.2 * layer)
+        values = {"delta": Estimate(0.1 * layer, ends, None if ends else "it is 0")}
+        values |= {"KL_raw": Estimate(0.2), "drop_pct": undefined("made up")}
+        return StudyRow(cell, layer, n_layers, values, None, None, False)
 
     metrics = [METRICS[name] for name in COMPARED if name != "KL_mapped"]
     deep, flat = ([row(str(n), layer, n) for layer in range(n)] for n in (5, 3))
     figure = study_layers([*deep, *flat], ["setting"], metrics)
     assert [trace.x[-1] for trace in figure.data] == [1.0, 1.0]
     assert list(study_layers(deep, ["setting"], metrics).data[0].x) == [0, 1, 2, 3, 4]
-    assert list(figure.data[1].error_y.array) == pytest.approx([0.0, 0.1, 0.2])
+    assert list(figure.data[1].error_y.array) == [None, pytest.approx(0.1), pytest.approx(0.2)]
 
 
 def test_a_main_job_is_added_to_a_cell_by_its_own_settings(finished, tmp_path):

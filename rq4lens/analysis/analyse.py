@@ -22,9 +22,9 @@ from rq4lens.analysis.coverage.table import (
 )
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.rankings.compared import (
     Methods,
+    alignment,
     answer_coverage,
     compare_methods,
     fold_agreement,
@@ -57,7 +57,7 @@ from rq4lens.analysis.structure.controls import (
     measured_controls,
     random_controls,
 )
-from rq4lens.analysis.structure.heads import alignment, head_kinds
+from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.config import AnalysisEffort
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
@@ -300,7 +300,7 @@ class _Work:
         if self.activations is None:
             return None
         data = FitData.of(self.activations, self.layer.measured.layer)
-        return alignment(data, Scored.of_singles(self.layer), self.layer.bootstrap)
+        return alignment(data, self.layer.scored(), self.layer.bootstrap)
 
     @cached_property
     def agreements(self) -> tuple[Agreement, ...]:

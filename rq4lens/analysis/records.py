@@ -628,3 +628,26 @@ class LayerChoice:
     main: int | None
     control: int | None
     reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One layer of a cell of a study.
+
+    Args:
+        cell: name of the cell.
+        layer: the layer.
+        n_layers: how many layers the models have.
+        values: what is compared, by metric, of all heads of the layer.
+        k90: fewest heads that reach 90% of it.
+        gini: how unevenly single-head ``|ΔKL|`` lies on heads.
+        is_main: whether the sweep proposes it as main layer.
+    """
+
+    cell: str
+    layer: int
+    n_layers: int
+    values: Mapping[str, Estimate]
+    k90: float | None
+    gini: float | None
+    is_main: bool

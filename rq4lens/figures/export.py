@@ -50,22 +50,22 @@ _PAGE = """<!doctype html>
 """
 
 
-def html_page(figure: go.Figure, name: str, *, self_contained: bool = True) -> str:
-    """A figure as a page that needs no network."""
+def _page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
+    """A figure as a page that needs no network, with plotly in it or beside it."""
     body = to_html(
         figure,
         config=CONFIG,
         full_html=False,
-        include_plotlyjs=True if self_contained else "directory",
+        include_plotlyjs=plotly_js,
         include_mathjax=False,
         div_id=name,
         default_height=f"{_height(figure)}px",
     )
     paper = figure.layout.template.layout.paper_bgcolor or "#FFFFFF"
-    return _PAGE.format(title=escape(title_of(figure, name)), paper=paper, body=body)
+    return _PAGE.format(title=escape(_title_of(figure, name)), paper=paper, body=body)
 
 
-def title_of(figure: go.Figure, name: str) -> str:
+def _title_of(figure: go.Figure, name: str) -> str:
     """The title of a figure on one line; its name where it has none."""
     return str(figure.layout.title.text or name).replace("<br>", " ")
 
@@ -74,7 +74,7 @@ def write_html(figure: go.Figure, path: Path | str) -> Path:
     """Write one self-contained page; the file's name becomes the figure's id."""
     path = Path(path)
     make_directory(path.parent)
-    write_text_atomic(path, html_page(figure, path.stem))
+    write_text_atomic(path, _page(figure, path.stem))
     return path
 
 
@@ -102,28 +102,21 @@ def write_figures(
     make_directory(directory)
     write_bytes_atomic(directory / PLOTLY_JS, get_plotlyjs().encode())
     for name, figure in figures.items():
-        write_bytes_atomic(
-            directory / f"{name}.html", html_page(figure, name, self_contained=False).encode()
-        )
+        write_text_atomic(directory / f"{name}.html", _page(figure, name, plotly_js="directory"))
     pictures = static and find_browser() is not None
     if pictures:
-        _write_pictures(figures, directory)
-    write_bytes_atomic(directory / "index.html", _index(figures, title, pictures=pictures).encode())
+        with _kaleido():
+            for name, figure in figures.items():
+                for kind in ("png", "svg"):
+                    content = _picture(figure, kind, _WIDTH_PX, name)
+                    write_bytes_atomic(directory / f"{name}.{kind}", content)
+    write_text_atomic(directory / "index.html", _index(figures, title, pictures=pictures))
     return [NO_BROWSER] if static and not pictures else []
-
-
-def _write_pictures(figures: Mapping[str, go.Figure], directory: Path) -> None:
-    with _kaleido():
-        for name, figure in figures.items():
-            for kind in ("png", "svg"):
-                write_bytes_atomic(
-                    directory / f"{name}.{kind}", _picture(figure, kind, _WIDTH_PX, name)
-                )
 
 
 def _index(figures: Mapping[str, go.Figure], title: str, *, pictures: bool) -> str:
     items = "\n".join(
-        f'<li><a href="{name}.html">{escape(title_of(figure, name))}</a>'
+        f'<li><a href="{name}.html">{escape(_title_of(figure, name))}</a>'
         + (f' (<a href="{name}.png">PNG</a>, <a href="{name}.svg">SVG</a>)' if pictures else "")
         + "</li>"
         for name, figure in figures.items()
@@ -170,12 +163,8 @@ def picture(
 def _picture(figure: go.Figure, kind: str, width_px: int, name: str) -> bytes:
     import kaleido  # noqa: PLC0415 (half a second, and only pictures need it)
 
-    options = {
-        "format": kind,
-        "width": width_px,
-        "height": _height(figure),
-        "scale": 1 if kind == "svg" else _SCALE,
-    }
+    scale = 1 if kind == "svg" else _SCALE
+    options = {"format": kind, "width": width_px, "height": _height(figure), "scale": scale}
     drawing = figure.to_plotly_json()
     for place, trace in enumerate(drawing["data"]):
         trace["uid"] = f"{place}"  # otherwise random, and part of the SVG

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import plotly.graph_objects as go
 
+from rq4lens.analysis.records import Agreement, Interactions
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import grid_setting, shown
-from rq4lens.figures.saved import Record, estimate
 from rq4lens.results import GridResult
 
 Measure = Literal["kendall", "spearman", "rbo"]
@@ -26,21 +26,18 @@ _MOST_NUMBERS = 7
 
 def agreement_matrix(
     grid: GridResult,
-    agreements: Iterable[Record],
+    agreements: Iterable[Agreement],
     *,
     measure: Measure = "kendall",
     what: str = "rankings",
-    dark: bool = False,
 ) -> go.Figure:
     """How much rankings of the same heads agree, pair by pair.
 
     Args:
         grid: the grid the rankings belong to.
-        agreements: agreement records of an analysis (``first``, ``second`` and the measures with
-            their intervals); a pair that was not compared stays empty.
+        agreements: agreements of an analysis; a pair that was not compared stays empty.
         measure: which measure fills the cells.
         what: what differs between the rankings, for the title.
-        dark: the dark template.
 
     Returns:
         The figure: a symmetric heatmap, 1 on the diagonal.
@@ -48,20 +45,20 @@ def agreement_matrix(
     Raises:
         UserError: if nothing was compared.
     """
-    pairs = {(row["first"], row["second"]): row for row in agreements}
+    pairs = {frozenset((each.first, each.second)): each for each in agreements}
     if not pairs:
         raise UserError("there is no agreement to draw: compare at least two rankings.")
-    names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    cells = [[_agreement(pairs, row, column, measure) for column in names] for row in names]
+    names = list(
+        dict.fromkeys(name for each in pairs.values() for name in (each.first, each.second))
+    )
+    cells = [[_cell(pairs, row, column, measure) for column in names] for row in names]
     labels = [theme.plain(name) for name in names]
-    longest = max(len(name) for name in names)
+    label_px = 6 * max(len(name) for name in names)
     figure = go.Figure(
         go.Heatmap(
             x=labels,
             y=labels,
             z=[[value for value, _ in row] for row in cells],
-            hovertext=[[hover for _, hover in row] for row in cells],
-            hovertemplate="%{hovertext}<extra></extra>",
             colorscale=theme.DIVERGING,
             zmin=-1,
             zmax=1,
@@ -70,102 +67,85 @@ def agreement_matrix(
             colorbar=theme.color_bar(MEASURES[measure]),
             texttemplate="%{z:.2f}" if len(names) <= _MOST_NUMBERS else None,
             textfont={"size": 10},
+            **theme.hover([[hover for _, hover in row] for row in cells]),
         )
     )
-    figure.update_xaxes(type="category", tickangle=-60, showgrid=False, tickfont_size=10, dtick=1)
-    figure.update_yaxes(
-        type="category", autorange="reversed", showgrid=False, tickfont_size=10, dtick=1
-    )
-    notes = dict.fromkeys(row["note"] for row in pairs.values() if row.get("note"))
+    axis = {"type": "category", "showgrid": False, "tickfont_size": 10, "dtick": 1}
+    figure.update_xaxes(tickangle=-60, **axis)
+    figure.update_yaxes(autorange="reversed", **axis)
+    notes = dict.fromkeys(each.note for each in pairs.values() if each.note)
     if any(value is None for row in cells for value, _ in row):
         notes["empty: not compared"] = None
     return theme.frame(
         figure,
-        title=f"Agreement of {theme.plain(what)}",
-        setting=grid_setting(grid, "[..]: 95% bootstrap intervals over prompts", *notes),
-        height_px=200 + 6 * longest + max(200, 34 * len(names)),
-        rows=2,
-        left_px=24 + 6 * longest,
-        axis_px=20 + 6 * longest,
-        dark=dark,
+        f"Agreement of {theme.plain(what)}",
+        grid_setting(grid, "[..]: 95% bootstrap intervals over prompts", *notes),
+        theme.Layout(
+            200 + label_px + max(200, 34 * len(names)),
+            rows=2,
+            left_px=24 + label_px,
+            axis_px=20 + label_px,
+        ),
     )
 
 
-def _agreement(
-    pairs: dict[tuple[str, str], Record], row: str, column: str, measure: Measure
+def _cell(
+    pairs: Mapping[frozenset[str], Agreement], row: str, column: str, measure: Measure
 ) -> tuple[float | None, str]:
     title = f"<b>{theme.plain(row)}</b> and <b>{theme.plain(column)}</b>"
     if row == column:
         return 1.0, f"{title}<br>the same ranking"
-    record = pairs.get((row, column)) or pairs.get((column, row))
-    if record is None:
+    pair = pairs.get(frozenset((row, column)))
+    if pair is None:
         return None, f"{title}<br>not compared"
-    lines = [f"{MEASURES[name]} {shown(estimate(record, name), '')}" for name in MEASURES]
-    return estimate(record, measure).value, "<br>".join([title, *lines])
+    lines = [f"{text} {shown(getattr(pair, name))}" for name, text in MEASURES.items()]
+    return getattr(pair, measure).value, "<br>".join([title, *lines])
 
 
-def interaction_matrix(grid: GridResult, interactions: Record, *, dark: bool = False) -> go.Figure:
+def interaction_matrix(grid: GridResult, interactions: Interactions) -> go.Figure:
     """``Δ({i,j}) - Δ(i) - Δ(j)`` of every pair of heads.
 
     Args:
         grid: the measured grid.
-        interactions: the ``interactions`` record of an analysis.
-        dark: the dark template.
+        interactions: the ``interactions`` of an analysis.
 
     Returns:
         The figure: a heatmap; above 0 two heads repair more together than apart.
     """
     labels = [grid.label(head) for head in range(grid.n_heads)]
-    matrix = interactions["matrix_nats"]
+    matrix = interactions.matrix_nats.tolist()
     strongest = {
-        frozenset((row["first"], row["second"])): shown(estimate(row, "interaction"), "nats")
-        for row in interactions.get("strongest", ())
+        frozenset((pair.first, pair.second)): shown(pair.interaction, "nats")
+        for pair in interactions.strongest
     }
+
+    def hover(i: int, j: int) -> str:
+        if i == j:
+            return labels[i]
+        amount = strongest.get(frozenset((i, j)), f"{matrix[i][j]:.3g} nats")
+        return f"<b>{labels[i]}</b> with <b>{labels[j]}</b><br>interaction {amount}"
+
+    heads = range(grid.n_heads)
     figure = go.Figure(
         go.Heatmap(
-            z=[_without_diagonal(row, i) for i, row in enumerate(matrix)],
+            z=[[None if i == j else matrix[i][j] for j in heads] for i in heads],
             customdata=[[label] * len(labels) for label in labels],
-            hovertext=[
-                [_pair_hover(labels, i, j, value, strongest) for j, value in enumerate(row)]
-                for i, row in enumerate(matrix)
-            ],
-            hovertemplate="%{hovertext}<extra></extra>",
             colorscale=theme.DIVERGING,
             zmid=0,
             colorbar=theme.color_bar("Δ({i,j}) - Δ(i) - Δ(j), in nats"),
+            **theme.hover([[hover(i, j) for j in heads] for i in heads]),
         )
     )
-    head_axes(figure, f"head of layer {grid.settings.layer}", "head", grid.n_heads)
-    total, joint = (estimate(interactions, name) for name in ("sum_of_singles", "joint"))
+    axis = {"tick0": 0, "dtick": max(1, grid.n_heads // 8), "showgrid": False, "zeroline": False}
+    figure.update_xaxes(title_text=f"head of layer {grid.settings.layer}", **axis)
+    figure.update_yaxes(title_text="head", autorange="reversed", **axis)
     return theme.frame(
         figure,
-        title="Do heads add up, pair by pair",
-        setting=grid_setting(
+        "Do heads add up, pair by pair",
+        grid_setting(
             grid,
-            f"sum of singles {shown(total, 'nats')}",
-            f"all together {shown(joint, 'nats')}",
+            f"sum of singles {shown(interactions.sum_of_singles, 'nats')}",
+            f"all together {shown(interactions.joint, 'nats')}",
         ),
-        height_px=620,
-        rows=2,
-        dark=dark,
+        theme.Layout(620, rows=2),
     )
-
-
-def _without_diagonal(row: Sequence[float], place: int) -> list[float | None]:
-    return [None if column == place else value for column, value in enumerate(row)]
-
-
-def _pair_hover(
-    labels: Sequence[str], i: int, j: int, value: float, strongest: dict[frozenset[int], str]
-) -> str:
-    if i == j:
-        return labels[i]
-    number = strongest.get(frozenset((i, j)), f"{value:.3g} nats")
-    return f"<b>{labels[i]}</b> with <b>{labels[j]}</b><br>interaction {number}"
-
-
-def head_axes(figure: go.Figure, x_title: str, y_title: str, n_heads: int) -> None:
-    """Axes of head indices, both whole numbers, the first at the top left."""
-    whole: dict[str, Any] = {"tick0": 0, "dtick": max(1, n_heads // 8), "showgrid": False}
-    figure.update_xaxes(title_text=x_title, zeroline=False, **whole)
-    figure.update_yaxes(title_text=y_title, zeroline=False, autorange="reversed", **whole)

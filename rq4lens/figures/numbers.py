@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any
 
 import numpy as np
 
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate
+from rq4lens.analysis.effects.table import bootstrap_of, records
+from rq4lens.analysis.records import ConditionRecord, HeadKinds
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.structure.heads import head_kinds as tell_kinds
-from rq4lens.figures.saved import HasRecord, Record, as_record
-from rq4lens.figures.theme import GREY
-from rq4lens.results import ConditionResult, GridResult, GridSettings
+from rq4lens.figures.theme import GREY, KINDS
+from rq4lens.heads import Head
+from rq4lens.results import GridResult
+
+INTERVAL_NOTE = "bars and [..]: 95% bootstrap intervals over prompts"
 
 
-def setting_parts(
-    settings: GridSettings,
-    n_prompts: int,
-    *,
-    where: str | None = None,
-    alpha: str | None = None,
-    notes: Sequence[str] = (),
+def grid_setting(
+    grid: GridResult, *notes: str, where: str | None = None, alpha: str | None = None
 ) -> tuple[str, ...]:
-    """Everything a reader needs to know about how the numbers came about."""
-    baseline = settings.patching.raw_baseline
+    """Everything a reader needs to know about how the numbers of a grid came about."""
+    settings, patching = grid.settings, grid.settings.patching
+    baseline, k = patching.raw_baseline, patching.k_positions
     return (
         settings.pair,
         where or f"layer {settings.layer} of {settings.n_layers}",
-        f"α = {alpha or format(settings.patching.alpha, 'g')}",
-        f"{settings.patching.split}, n = {n_prompts}",
-        f"map {settings.patching.map_kind} per {settings.patching.map_scope}",
-        f"KL({settings.patching.kl_direction.replace('||', ' ‖ ')}) in nats",
+        f"α = {alpha or format(patching.alpha, 'g')}",
+        f"{patching.split}, n = {grid.n_prompts}",
+        f"map {patching.map_kind} per {patching.map_scope}",
+        f"KL({patching.kl_direction.replace('||', ' ‖ ')}) in nats",
         settings.dtype.removeprefix("torch."),
         *((f"raw baseline {baseline}",) if baseline != "identity" else ()),
-        *(
-            (f"last {settings.patching.k_positions} positions",)
-            if settings.patching.k_positions != 1
-            else ()
-        ),
+        *((f"last {k} positions",) if k != 1 else ()),
         *notes,
     )
-
-
-def grid_setting(grid: GridResult, *notes: str, alpha: str | None = None) -> tuple[str, ...]:
-    """The setting of one grid at its main layer."""
-    return setting_parts(grid.settings, grid.n_prompts, alpha=alpha, notes=notes)
 
 
 def any_grid(grids: Mapping[int, GridResult]) -> GridResult:
@@ -62,11 +53,10 @@ def layers_setting(grids: Mapping[int, GridResult], *notes: str) -> tuple[str, .
     named = (
         f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
     )
-    where = f"layers {named} of {grid.settings.n_layers}"
-    return setting_parts(grid.settings, grid.n_prompts, where=where, notes=notes)
+    return grid_setting(grid, *notes, where=f"layers {named} of {grid.settings.n_layers}")
 
 
-# Values further apart than this are not told apart by eye on a linear axis.
+# Values further apart than this cannot be told apart by eye on a linear axis.
 _WIDE = 100.0
 # A signed axis shows this many decades on each side of its linear part.
 _DECADES = 4
@@ -78,18 +68,25 @@ def is_wide(values: Iterable[float | None]) -> bool:
     return bool(known) and min(known) > 0 and max(known) > _WIDE * min(known)
 
 
-def lows(estimates: Iterable[Estimate]) -> list[float | None]:
-    """The lowest that each estimate may be; on a logarithmic axis none of them may reach 0."""
-    return [e.value if e.interval is None else e.interval.low for e in estimates]
+def effect_axis(title: str, estimates: Iterable[Estimate], **linear: Any) -> dict[str, Any]:
+    """An axis for effects in nats: logarithmic where they span decades, else from 0.
+
+    On a logarithmic axis not even the lower end of an interval may reach 0.
+    """
+    lows = [e.value if e.interval is None else e.interval.low for e in estimates]
+    if not is_wide(lows):
+        return {"title_text": f"{title} (nats)", "rangemode": "tozero", **linear}
+    return {
+        "title_text": f"{title} (nats, logarithmic)",
+        "type": "log",
+        "exponentformat": "power",
+        "dtick": 1,
+    }
 
 
 @dataclass(frozen=True)
 class SignedLog:
-    """An axis that is linear around 0 and logarithmic further out, on both sides.
-
-    Args:
-        unit: size below which it is linear, in the unit of the values; above 0.
-    """
+    """An axis that is linear below ``unit`` and logarithmic further out, on both sides of 0."""
 
     unit: float
 
@@ -117,132 +114,86 @@ class SignedLog:
         return [self.place(value) for value in inside], [f"{value:g}" for value in inside]
 
 
-Kind = Literal["re-coordinated", "rewired", "undecided", "idle"]
+def single_records(
+    grid: GridResult, heads: Sequence[int] | None = None
+) -> tuple[ConditionRecord, ...]:
+    """The records of single heads of the main layer: of all, in head order, or of some."""
+    heads = range(grid.n_heads) if heads is None else heads
+    return records(grid, [grid.single(head) for head in heads])
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
-INTERVAL_NOTE = "bars and [..]: 95% bootstrap intervals over prompts"
+
+def label_of(single: ConditionRecord) -> str:
+    """The name of the head of a single-head record: ``L26H3``."""
+    return Head(single.layer, single.heads[0]).label
 
 
-@dataclass(frozen=True)
-class ConditionNumbers:
-    """One condition with the intervals of its numbers.
-
-    Args:
-        condition: the measured condition.
-        label: its name in figures: ``L26H3`` for a single head.
-        KL_raw: mean KL of the raw patch, nats.
-        KL_mapped: mean KL of the mapped patch, nats.
-        delta: ``ΔKL``, nats.
-        drop_pct: share of the raw damage that the map repairs.
-        coverage_pct: share of ``ΔKL(ALL)``.
-    """
-
-    condition: ConditionResult
-    label: str
-    KL_raw: Estimate
-    KL_mapped: Estimate
-    delta: Estimate
-    drop_pct: Estimate
-    coverage_pct: Estimate
-
-    @property
-    def hover(self) -> str:
-        """Name, numbers and intervals, a line each."""
-        return "<br>".join(
-            (
-                f"<b>{self.label}</b>",
-                f"ΔKL {shown(self.delta, 'nats')}",
-                f"KL_raw {shown(self.KL_raw, 'nats')}",
-                f"KL_mapped {shown(self.KL_mapped, 'nats')}",
-                f"drop {shown(self.drop_pct, '%')}",
-                f"coverage {shown(self.coverage_pct, '%')}",
-            )
+def hover(record: ConditionRecord, name: str | None = None) -> str:
+    """Name, numbers and intervals of a condition, a line each; a single head names itself."""
+    return "<br>".join(
+        (
+            f"<b>{name or label_of(record)}</b>",
+            f"ΔKL {shown(record.delta, 'nats')}",
+            f"KL_raw {shown(record.KL_raw_mean, 'nats')}",
+            f"KL_mapped {shown(record.KL_mapped_mean, 'nats')}",
+            f"drop {shown(record.drop_pct, '%')}",
+            f"coverage {shown(record.coverage_pct, '%')}",
         )
+    )
 
 
-def numbers_of(
-    grid: GridResult,
-    conditions: Sequence[ConditionResult],
-    labels: Sequence[str],
-    bootstrap: Bootstrap | None = None,
-) -> list[ConditionNumbers]:
-    """Estimates and intervals of conditions of a grid."""
-    rows = condition_estimates(grid, conditions, bootstrap or bootstrap_of(grid))
-    return [
-        ConditionNumbers(
-            condition,
-            label,
-            row["KL_raw_mean"],
-            row["KL_mapped_mean"],
-            row["delta"],
-            row["drop_pct"],
-            row["coverage_pct"],
-        )
-        for condition, label, row in zip(conditions, labels, rows, strict=True)
-    ]
-
-
-def single_head_numbers(
-    grid: GridResult, bootstrap: Bootstrap | None = None
-) -> list[ConditionNumbers]:
-    """Estimates and intervals of every single head of the main layer, in head order."""
-    labels = [grid.label(head) for head in range(grid.n_heads)]
-    return numbers_of(grid, grid.singles, labels, bootstrap)
-
-
-def head_kinds(
-    grid: GridResult,
-    analysis: HasRecord | Record | None = None,
-    bootstrap: Bootstrap | None = None,
-) -> tuple[tuple[Kind, ...], str]:
+def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:
     """Which kind each head of the main layer is, in head order, and the rule in words."""
-    saved = as_record(analysis).get("kinds")
-    if saved:
-        return tuple(row["kind"] for row in saved["heads"]), saved["rule"]
-    kinds = tell_kinds(
+    if analysis is not None:
+        return analysis.kinds
+    return tell_kinds(
         np.stack([single.kl_raw_nats for single in grid.singles]),
         np.stack([single.kl_mapped_nats for single in grid.singles]),
         grid.full.KL_raw,
         grid.noise_floor_nats,
-        bootstrap or bootstrap_of(grid),
+        bootstrap_of(grid),
     )
-    return tuple(cast("Kind", row.kind) for row in kinds.heads), kinds.rule
 
 
-def shown(estimate: Estimate, unit: str) -> str:
+def by_kind(kinds: HeadKinds, heads: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
+    """Some heads by their kind, for every kind that any head of the layer is."""
+    heads, of = list(heads), {each.head: each.kind for each in kinds.heads}
+    for kind in KINDS:
+        if kind in of.values():
+            yield kind, [head for head in heads if of[head] == kind]
+
+
+def shown(estimate: Estimate, unit: str = "") -> str:
     """An estimate as text: ``0.012 nats [0.010, 0.014]``, or why there is none."""
     if estimate.value is None:
         return f"undefined: {estimate.reason}"
-    value = number(estimate.value, unit)
-    if estimate.interval is None:
-        return value
-    return f"{value} [{estimate.interval.low:.3g}, {estimate.interval.high:.3g}]"
+    return format(estimate, _form(unit))
 
 
 def number(value: float | None, unit: str = "") -> str:
     """A number with three significant digits and its unit."""
-    if value is None:
-        return "undefined"
-    return f"{value:.3g}%" if unit == "%" else f"{value:.3g} {unit}".rstrip()
+    return number_text(value, _form(unit))
+
+
+def _form(unit: str) -> str:
+    return f".3g{unit}" if unit in ("", "%") else f".3g {unit}"
 
 
 def error_bars(estimates: Sequence[Estimate], color: str = GREY) -> dict[str, object] | None:
     """Plotly error bars of estimates; None when no estimate has an interval."""
-    if all(estimate.interval is None for estimate in estimates):
+    arms = [
+        (None, None)
+        if each.value is None or each.interval is None
+        else (each.interval.high - each.value, each.value - each.interval.low)
+        for each in estimates
+    ]
+    if all(each.interval is None for each in estimates):
         return None
     return {
         "type": "data",
         "symmetric": False,
-        "array": [_arm(estimate, up=True) for estimate in estimates],
-        "arrayminus": [_arm(estimate, up=False) for estimate in estimates],
+        "array": [up for up, _ in arms],
+        "arrayminus": [down for _, down in arms],
         "thickness": 1.2,
         "color": color,
         "width": 3,
     }
-
-
-def _arm(estimate: Estimate, *, up: bool) -> float | None:
-    if estimate.value is None or estimate.interval is None:
-        return None
-    high, low = estimate.interval.high, estimate.interval.low
-    return high - estimate.value if up else estimate.value - low

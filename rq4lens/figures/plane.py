@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.records import ConditionRecord
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
-    KINDS,
-    ConditionNumbers,
-    Kind,
     SignedLog,
+    by_kind,
     error_bars,
     grid_setting,
     head_kinds,
+    hover,
     is_wide,
-    numbers_of,
+    label_of,
     shown,
-    single_head_numbers,
+    single_records,
 )
-from rq4lens.figures.saved import HasRecord, Record
 from rq4lens.results import GridResult
 
 # Two names closer than this (share of the plot's width and height) would touch at 400 px.
@@ -35,13 +35,7 @@ _MOST_NAMES = 10
 _EDGE = 0.15
 
 
-def head_plane(
-    grid: GridResult,
-    analysis: HasRecord | Record | None = None,
-    *,
-    bootstrap: Bootstrap | None = None,
-    dark: bool = False,
-) -> go.Figure:
+def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     """Each head of the main layer at (KL_raw, KL_mapped).
 
     Heads near the origin are idle; heads far right and low are re-coordinated, the map explains
@@ -51,33 +45,25 @@ def head_plane(
     Args:
         grid: the measured grid.
         analysis: an analysis of the grid, for the kinds of heads.
-        bootstrap: the resamples; made from the grid's prompts when left out.
-        dark: the dark template.
 
     Returns:
         The figure: one scatter trace per kind of head, ``customdata`` names the head.
     """
-    numbers = single_head_numbers(grid, bootstrap)
-    kinds, rule = head_kinds(grid, analysis, bootstrap)
+    numbers = single_records(grid)
+    kinds = head_kinds(grid, analysis)
     square = _Square.around(numbers)
     named = _names(numbers, square)
-    figure = go.Figure(
-        [_diagonal(square)]
-        + [
-            _points([n for n, own in zip(numbers, kinds, strict=True) if own == kind], kind, named)
-            for kind in KINDS
-            if kind in kinds
-        ]
-    )
+    figure = go.Figure(_diagonal(square))
+    for kind, heads in by_kind(kinds, range(grid.n_heads)):
+        figure.add_trace(_points([numbers[head] for head in heads], kind, named))
     scale = ", logarithmic" if square.is_log else ""
     figure.update_xaxes(title_text=f"KL_raw of the head alone (nats{scale})", **square.axis)
     figure.update_yaxes(title_text=f"KL_mapped (nats{scale})", **square.axis)
     return theme.frame(
         figure,
-        title=f"Heads of layer {grid.settings.layer}: raw against mapped",
-        setting=grid_setting(grid, "dotted: KL_mapped = KL_raw", INTERVAL_NOTE, rule),
-        height_px=560,
-        dark=dark,
+        f"Heads of layer {grid.settings.layer}: raw against mapped",
+        grid_setting(grid, "dotted: KL_mapped = KL_raw", INTERVAL_NOTE, kinds.rule),
+        theme.Layout(560),
     )
 
 
@@ -90,8 +76,8 @@ class _Square:
     is_log: bool
 
     @classmethod
-    def around(cls, numbers: Sequence[ConditionNumbers]) -> _Square:
-        both = [estimate for n in numbers for estimate in (n.KL_raw, n.KL_mapped)]
+    def around(cls, numbers: Sequence[ConditionRecord]) -> _Square:
+        both = [estimate for n in numbers for estimate in (n.KL_raw_mean, n.KL_mapped_mean)]
         values = [estimate.value for estimate in both if estimate.value is not None]
         high = max(values + [e.interval.high for e in both if e.interval is not None])
         if is_wide(values):
@@ -131,44 +117,41 @@ def _diagonal(square: _Square) -> go.Scatter:
     )
 
 
-def _points(
-    numbers: Sequence[ConditionNumbers], kind: Kind, named: Mapping[str, str]
-) -> go.Scatter:
+def _points(numbers: Sequence[ConditionRecord], kind: str, named: Mapping[str, str]) -> go.Scatter:
+    labels = [label_of(n) for n in numbers]
     return go.Scatter(
         name=kind,
-        x=[n.KL_raw.value for n in numbers],
-        y=[n.KL_mapped.value for n in numbers],
-        error_x=_faint(error_bars([n.KL_raw for n in numbers])),
-        error_y=_faint(error_bars([n.KL_mapped for n in numbers])),
+        x=[n.KL_raw_mean.value for n in numbers],
+        y=[n.KL_mapped_mean.value for n in numbers],
+        error_x=_faint_bars([n.KL_raw_mean for n in numbers]),
+        error_y=_faint_bars([n.KL_mapped_mean for n in numbers]),
         mode="markers+text",
-        text=[n.label if n.label in named else "" for n in numbers],
-        textposition=[named.get(n.label, "top center") for n in numbers],
+        text=[label if label in named else "" for label in labels],
+        textposition=[named.get(label, "top center") for label in labels],
         textfont={"size": 10},
-        customdata=[n.label for n in numbers],
-        hovertext=[f"{n.hover}<br>{kind}" for n in numbers],
-        hovertemplate="%{hovertext}<extra></extra>",
-        marker={"color": theme.KIND_COLORS[kind], "symbol": theme.KIND_SYMBOLS[kind], "size": 9},
+        customdata=labels,
+        marker=theme.kind_marker(kind),
+        **theme.hover([f"{hover(n)}<br>{kind}" for n in numbers]),
     )
 
 
-def _faint(bars: dict[str, object] | None) -> dict[str, object] | None:
-    return (
-        None if bars is None else {**bars, "width": 0, "color": theme.translucent(theme.GREY, 0.6)}
-    )
+def _faint_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
+    bars = error_bars(estimates, theme.translucent(theme.GREY, 0.6))
+    return None if bars is None else {**bars, "width": 0}
 
 
-def _names(numbers: Sequence[ConditionNumbers], square: _Square) -> dict[str, str]:
+def _names(numbers: Sequence[ConditionRecord], square: _Square) -> dict[str, str]:
     """Which heads are named beside their point, and on which side.
 
     Largest KL_raw first, as long as no two names touch in a narrow window.
     """
     places: list[tuple[float, float]] = []
     named: dict[str, str] = {}
-    for candidate in sorted(numbers, key=lambda n: -n.condition.KL_raw):
-        x = square.share(candidate.condition.KL_raw)
-        y = square.share(candidate.condition.KL_mapped)
+    for candidate in sorted(numbers, key=lambda n: -(n.KL_raw_mean.value or 0.0)):
+        x = square.share(candidate.KL_raw_mean.value or 0.0)
+        y = square.share(candidate.KL_mapped_mean.value or 0.0)
         if len(named) < _MOST_NAMES and all(_apart(x, y, other) for other in places):
-            named[candidate.label] = _side(x, y)
+            named[label_of(candidate)] = _side(x, y)
         places.append((x, y))
     return named
 
@@ -187,12 +170,7 @@ _ROW_PX = 40
 
 
 def per_prompt(
-    grid: GridResult,
-    heads: tuple[int, ...] | None = None,
-    *,
-    top: int = 8,
-    bootstrap: Bootstrap | None = None,
-    dark: bool = False,
+    grid: GridResult, heads: tuple[int, ...] | None = None, *, top: int = 8
 ) -> go.Figure:
     """Single-head ``ΔKL`` of every prompt, for the top heads.
 
@@ -201,9 +179,6 @@ def per_prompt(
         heads: the heads to show, first at the top; the best ``top`` of the grid's ranking when
             left out.
         top: how many heads to show then.
-        bootstrap: the resamples behind the intervals in the hover; made from the grid's prompts
-            when left out.
-        dark: the dark template.
 
     Returns:
         The figure: a box and its points per head; hover names head and prompt, and gives the head's
@@ -212,9 +187,7 @@ def per_prompt(
     heads = grid.ranking.top(top) if heads is None else heads
     values = np.concatenate([grid.single(head).delta_nats for head in heads])
     scale = SignedLog.of(values.tolist())
-    singles, labels = [grid.single(head) for head in heads], [grid.label(head) for head in heads]
-    numbers = numbers_of(grid, singles, labels, bootstrap)
-    figure = go.Figure([_box(grid, each, scale) for each in numbers])
+    figure = go.Figure([_box(grid, each, scale) for each in single_records(grid, heads)])
     figure.add_vline(x=0, line={"color": theme.GREY, "width": 1})
     figure.update_xaxes(title_text="ΔKL of the head alone, per prompt (nats)", nticks=7)
     notes = ["box: quartiles and median; a point a prompt"]
@@ -225,17 +198,15 @@ def per_prompt(
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     return theme.frame(
         figure,
-        title=f"The best heads of layer {grid.settings.layer}, prompt by prompt",
-        setting=grid_setting(grid, *notes),
-        height_px=190 + _ROW_PX * max(3, len(heads)),
-        rows=0,
-        dark=dark,
+        f"The best heads of layer {grid.settings.layer}, prompt by prompt",
+        grid_setting(grid, *notes),
+        theme.Layout(190 + _ROW_PX * max(3, len(heads)), rows=0),
     )
 
 
-def _box(grid: GridResult, numbers: ConditionNumbers, scale: SignedLog | None) -> go.Box:
-    label, values = numbers.label, numbers.condition.delta_nats
-    mean = f"mean of {grid.n_prompts} prompts {shown(numbers.delta, 'nats')}"
+def _box(grid: GridResult, single: ConditionRecord, scale: SignedLog | None) -> go.Box:
+    label, values = label_of(single), grid[single.cond].delta_nats
+    mean = f"mean of {grid.n_prompts} prompts {shown(single.delta, 'nats')}"
     return go.Box(
         name=label,
         orientation="h",
@@ -249,9 +220,10 @@ def _box(grid: GridResult, numbers: ConditionNumbers, scale: SignedLog | None) -
         line={"color": theme.GREY, "width": 1.2},
         fillcolor="rgba(0,0,0,0)",
         marker={"size": 3.5, "opacity": 0.5, "color": theme.DELTA},
-        hovertext=[
-            f"<b>{label}</b><br>prompt {theme.plain(prompt)}<br>ΔKL {value:.3g} nats<br>{mean}"
-            for prompt, value in zip(grid.prompt_ids, values, strict=True)
-        ],
-        hovertemplate="%{hovertext}<extra></extra>",
+        **theme.hover(
+            [
+                f"<b>{label}</b><br>prompt {theme.plain(prompt)}<br>ΔKL {value:.3g} nats<br>{mean}"
+                for prompt, value in zip(grid.prompt_ids, values, strict=True)
+            ]
+        ),
     )

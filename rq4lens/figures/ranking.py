@@ -7,37 +7,36 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Interval
+from rq4lens.analysis.records import ConditionRecord
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
-    KINDS,
-    ConditionNumbers,
-    Kind,
+    by_kind,
     error_bars,
     grid_setting,
     head_kinds,
+    hover,
     shown,
-    single_head_numbers,
+    single_records,
 )
-from rq4lens.figures.saved import HasRecord, Record
 from rq4lens.results import GridResult, HeadRanking
 
 _ROW_PX = 17
 AXIS_TITLES = {"delta": "ΔKL of the head alone (nats)", "drop_pct": "drop of the head alone (%)"}
 SE_NOTE = "bars: ± 1.96 standard errors"
+Ends = tuple[float, float]
 
 
 def ranking_bars(
     grid: GridResult,
     ranking: HeadRanking | None = None,
     *,
-    intervals: Sequence[tuple[float, float] | None] | None = None,
+    intervals: Sequence[Ends | None] | None = None,
     top: int | None = None,
-    analysis: HasRecord | Record | None = None,
-    bootstrap: Bootstrap | None = None,
-    dark: bool = False,
+    analysis: Analysis | None = None,
 ) -> go.Figure:
     """Heads of the main layer as bars, best first, coloured by their kind.
 
@@ -48,60 +47,64 @@ def ranking_bars(
             for the grid's own scores, or the ranking's standard errors.
         top: show only the best ``top`` heads.
         analysis: an analysis of the grid, for the kinds of heads.
-        bootstrap: the resamples; made from the grid's prompts when left out.
-        dark: the dark template.
 
     Returns:
         The figure: one bar trace per kind of head, ``customdata`` names the head.
     """
     ranking = ranking or grid.ranking
-    numbers = single_head_numbers(grid, bootstrap)
-    scores, note = _score_estimates(ranking, numbers, intervals)
-    shown_heads = ranking.heads[:top]
-    kinds, rule = head_kinds(grid, analysis, bootstrap)
-    figure = go.Figure(
-        [
-            _bars(
-                [head for head in shown_heads if kinds[head] == kind],
-                kind,
-                ranking,
-                numbers,
-                scores,
-            )
-            for kind in KINDS
-            if kind in kinds
-        ]
-    )
-    _axes(figure, ranking, [grid.label(head) for head in shown_heads])
+    singles = single_records(grid)
+    scores, note = _score_estimates(ranking, singles, intervals)
+    kinds = head_kinds(grid, analysis)
+    figure = go.Figure()
+    for kind, heads in by_kind(kinds, ranking.heads[:top]):
+        shape = {"shape": "/" if kind == "rewired" else "", "fillmode": "overlay", "size": 6}
+        figure.add_bar(
+            name=kind,
+            orientation="h",
+            y=[grid.label(head) for head in heads],
+            x=[scores[head].value for head in heads],
+            error_x=error_bars([scores[head] for head in heads]),
+            customdata=[grid.label(head) for head in heads],
+            marker={"color": theme.KINDS[kind][0], "pattern": shape},
+            **theme.hover([_hover(singles[head], kind, ranking) for head in heads]),
+        )
+    labels = [grid.label(head) for head in ranking.heads[:top]]
+    figure.update_layout(barmode="overlay", bargap=0.25)
+    theme.rows_of(figure, labels)
+    title = AXIS_TITLES.get(ranking.method, f"score by {theme.plain(ranking.method)}")
+    figure.update_xaxes(title_text=title, nticks=7)
     return theme.frame(
         figure,
-        title=f"Heads of layer {grid.settings.layer}, best first",
-        setting=grid_setting(grid, note, rule),
-        height_px=190 + _ROW_PX * max(6, len(shown_heads)),
-        dark=dark,
+        f"Heads of layer {grid.settings.layer}, best first",
+        grid_setting(grid, note, kinds.rule),
+        theme.Layout(190 + _ROW_PX * max(6, len(labels))),
     )
+
+
+def _hover(single: ConditionRecord, kind: str, ranking: HeadRanking) -> str:
+    rank = ranking.rank_of(single.heads[0])
+    return f"{hover(single)}<br>{kind} · rank {rank} by {ranking.method}"
 
 
 def _score_estimates(
     ranking: HeadRanking,
-    numbers: Sequence[ConditionNumbers],
-    intervals: Sequence[tuple[float, float] | None] | None,
+    singles: Sequence[ConditionRecord],
+    intervals: Sequence[Ends | None] | None,
 ) -> tuple[list[Estimate], str]:
     """The score of each head in head order, and a note on its intervals."""
     values = ranking.by_head
     if intervals is not None:
-        return [_given(value, pair) for value, pair in zip(values, intervals, strict=True)], (
-            "bars: 95% intervals"
-        )
+        return list(map(_between, values, intervals)), "bars: 95% intervals"
     if ranking.method in AXIS_TITLES:
-        own = [n.delta if ranking.method == "delta" else n.drop_pct for n in numbers]
+        own = [n.delta if ranking.method == "delta" else n.drop_pct for n in singles]
         # The same method at another alpha, or on other prompts, is another set of numbers.
         if all(_same(estimate.value, value) for estimate, value in zip(own, values, strict=True)):
             return own, INTERVAL_NOTE
     if ranking.standard_errors is None:
         return [Estimate(value) for value in values], "no intervals"
     errors = dict(zip(ranking.heads, ranking.standard_errors, strict=True))
-    return [_from_error(value, errors[head]) for head, value in enumerate(values)], SE_NOTE
+    ends = [_normal_ends(value, errors[head]) for head, value in enumerate(values)]
+    return list(map(_between, values, ends)), SE_NOTE
 
 
 def _same(one: float | None, other: float | None) -> bool:
@@ -110,64 +113,19 @@ def _same(one: float | None, other: float | None) -> bool:
     return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-15)
 
 
-def _given(value: float | None, pair: tuple[float, float] | None) -> Estimate:
-    return Estimate(value, None if pair is None else Interval(*pair, 0.95, "given"))
+def _between(value: float | None, ends: Ends | None) -> Estimate:
+    return Estimate(value, None if ends is None else Interval(*ends, LEVEL, "given"))
 
 
-def _from_error(value: float | None, error: float | None) -> Estimate:
+def _normal_ends(value: float | None, error: float | None) -> Ends | None:
     if value is None or error is None:
-        return Estimate(value)
-    return Estimate(value, Interval(value - 1.96 * error, value + 1.96 * error, 0.95, "normal"))
-
-
-def _bars(
-    heads: Sequence[int],
-    kind: Kind,
-    ranking: HeadRanking,
-    numbers: Sequence[ConditionNumbers],
-    scores: Sequence[Estimate],
-) -> go.Bar:
-    return go.Bar(
-        name=kind,
-        orientation="h",
-        y=[numbers[head].label for head in heads],
-        x=[scores[head].value for head in heads],
-        error_x=error_bars([scores[head] for head in heads]),
-        customdata=[numbers[head].label for head in heads],
-        hovertext=[
-            f"{numbers[head].hover}<br>{kind} · rank {ranking.rank_of(head)} by {ranking.method}"
-            for head in heads
-        ],
-        hovertemplate="%{hovertext}<extra></extra>",
-        marker={
-            "color": theme.KIND_COLORS[kind],
-            "pattern": {
-                "shape": "/" if kind == "rewired" else "",
-                "fillmode": "overlay",
-                "size": 6,
-            },
-        },
-    )
-
-
-def _axes(figure: go.Figure, ranking: HeadRanking, labels: Sequence[str]) -> None:
-    figure.update_layout(barmode="overlay", bargap=0.25)
-    figure.update_yaxes(
-        categoryorder="array",
-        categoryarray=list(labels),
-        range=[len(labels) - 0.5, -0.5],
-        type="category",
-        dtick=1,
-        showgrid=False,
-    )
-    figure.update_xaxes(
-        title_text=AXIS_TITLES.get(ranking.method, f"score by {theme.plain(ranking.method)}"),
-        nticks=7,
-    )
+        return None
+    return value - 1.96 * error, value + 1.96 * error
 
 
 _FLOW_ROW_PX = 16
 RankRanges = Mapping[int, tuple[int, int]]
+ACROSS_LAYERS = "layers"
 BY_INDEX = "head 3 of one layer is not head 3 of another: lines join equal indices only"
 
 
@@ -178,26 +136,20 @@ def rank_flow(
     what: str = "rankings",
     alpha: str | None = None,
     top: int = 8,
-    across_layers: bool = False,
     rank_ranges: Mapping[str, RankRanges] | None = None,
-    bootstrap: Bootstrap | None = None,
-    dark: bool = False,
 ) -> go.Figure:
     """Rank of every head under several rankings, joined by a line per head.
 
     Args:
         grid: the grid the rankings belong to.
         rankings: head indices, best first, by the name of the ranking, in drawing order.
-        what: what differs between the rankings, for the title: ``"blend strengths"``.
+        what: what differs between the rankings, for the title: ``"blend strengths"``. Between
+            ``"layers"``, heads are named by index, and the figure says that equal indices mean
+            nothing.
         alpha: the blend strengths of the rankings, when they are not the grid's own.
         top: heads in colour: the best ``top`` of the first ranking; the others stay grey.
-        across_layers: the rankings belong to different layers; heads are then named by index, and
-            the figure says that equal indices mean nothing.
         rank_ranges: where 95% of a head's resampled ranks lie, by the name of the ranking and head,
             for rankings that were resampled.
-        bootstrap: the resamples behind the intervals in the hover; made from the grid's prompts
-            when left out.
-        dark: the dark template.
 
     Returns:
         The figure: a line per head; ``meta`` names the head, and hover gives its single-head
@@ -208,24 +160,50 @@ def rank_flow(
     """
     if not rankings:
         raise UserError("there is no ranking to draw: give at least one.")
-    names = [theme.plain(name) for name in rankings]
-    orders = [list(heads) for heads in rankings.values()]
+    orders = {theme.plain(name): list(heads) for name, heads in rankings.items()}
     ranges = [(rank_ranges or {}).get(name, {}) for name in rankings]
-    effects = [] if across_layers else _effects(grid, bootstrap)
-    first = orders[0]
-    lines = [
-        _line(
-            _label(grid, head, across_layers),
-            names,
-            [order.index(head) + 1 if head in order else None for order in orders],
-            [_range(each.get(head)) for each in ranges],
-            effects[head] if effects else "",
-            place if place < top else None,
-        )
-        for place, head in enumerate(first)
-    ]
+    names, first = list(orders), next(iter(orders.values()))
+    by_index = what == ACROSS_LAYERS
+    labels = {head: f"H{head}" if by_index else grid.label(head) for head in first}
+    effects = {} if by_index else _effects(grid)
+    figure = go.Figure()
+    places = [*enumerate(first)]
     # Grey lines first, so that the coloured ones lie on top.
-    figure = go.Figure(lines[top:] + lines[:top])
+    for place, head in places[top:] + places[:top]:
+        ranks = [order.index(head) + 1 if head in order else None for order in orders.values()]
+        spans = [_range(each.get(head)) for each in ranges]
+        texts = [
+            f"<b>{labels[head]}</b><br>rank {rank}{span} · {name}{effects.get(head, '')}"
+            if rank
+            else ""
+            for name, rank, span in zip(names, ranks, spans, strict=True)
+        ]
+        figure.add_scatter(
+            name=labels[head],
+            meta=labels[head],
+            x=names,
+            y=ranks,
+            cliponaxis=False,
+            **_look(place if place < top else None),
+            **theme.hover(texts),
+        )
+    steep_px = _flow_axes(figure, names, [f"{i} · {labels[h]}" for i, h in enumerate(first, 1)])
+    return theme.frame(
+        figure,
+        f"Ranks of heads across {theme.plain(what)}",
+        grid_setting(grid, *([BY_INDEX] if by_index else []), alpha=alpha),
+        theme.Layout(
+            170 + _FLOW_ROW_PX * max(8, len(first)) + steep_px,
+            rows=0,
+            left_px=96,
+            right_px=26,
+            axis_px=24 + steep_px if steep_px else 34,
+        ),
+    )
+
+
+def _flow_axes(figure: go.Figure, names: Sequence[str], ranks: Sequence[str]) -> int:
+    """Names of rankings below and of ranks on the left; the height that steep names take, in px."""
     longest = max(len(name) for name in names)
     steep = longest * len(names) > 36
     figure.update_xaxes(
@@ -236,69 +214,35 @@ def rank_flow(
     )
     figure.update_yaxes(
         title_text=f"rank and head by {names[0]}",
-        range=[len(first) + 0.7, 0.3],
+        range=[len(ranks) + 0.7, 0.3],
         showgrid=False,
         zeroline=False,
-        tickvals=list(range(1, len(first) + 1)),
-        ticktext=[
-            f"{rank} · {_label(grid, head, across_layers)}" for rank, head in enumerate(first, 1)
-        ],
+        tickvals=list(range(1, len(ranks) + 1)),
+        ticktext=list(ranks),
         tickfont_size=10,
     )
-    return theme.frame(
-        figure,
-        title=f"Ranks of heads across {theme.plain(what)}",
-        setting=grid_setting(grid, *([BY_INDEX] if across_layers else []), alpha=alpha),
-        height_px=170 + _FLOW_ROW_PX * max(8, len(first)) + (7 * longest if steep else 0),
-        rows=0,
-        left_px=96,
-        right_px=26,
-        axis_px=24 + 7 * longest if steep else 34,
-        dark=dark,
-    )
+    return 7 * longest if steep else 0
 
 
-def _label(grid: GridResult, head: int, across_layers: bool) -> str:
-    return f"H{head}" if across_layers else grid.label(head)
-
-
-def _effects(grid: GridResult, bootstrap: Bootstrap | None) -> list[str]:
+def _effects(grid: GridResult) -> dict[int, str]:
     """A line of the hover for each head: its effect at the grid's own alpha."""
     alpha = f"at α = {grid.settings.patching.alpha:g}"
-    numbers = single_head_numbers(grid, bootstrap)
-    return [f"<br>ΔKL alone {alpha}: {shown(each.delta, 'nats')}" for each in numbers]
+    return {
+        head: f"<br>ΔKL alone {alpha}: {shown(single.delta, 'nats')}"
+        for head, single in enumerate(single_records(grid))
+    }
 
 
 def _range(ends: tuple[int, int] | None) -> str:
     return "" if ends is None else f" (95% in {ends[0]} to {ends[1]})"
 
 
-def _line(
-    label: str,
-    names: Sequence[str],
-    ranks: Sequence[int | None],
-    ranges: Sequence[str],
-    effect: str,
-    place: int | None,
-) -> go.Scatter:
-    style = {"color": theme.GREY, "width": 1} if place is None else theme.line_style(place)
-    return go.Scatter(
-        name=label,
-        meta=label,
-        x=list(names),
-        y=ranks,
-        mode="lines+markers",
-        cliponaxis=False,
-        line=style if place is None else {**style, "width": 2.5},
-        opacity=0.35 if place is None else 1,
-        marker={"size": 4 if place is None else 7, "symbol": _symbol(place)},
-        hovertext=[
-            f"<b>{label}</b><br>rank {rank}{span} · {name}{effect}" if rank else ""
-            for name, rank, span in zip(names, ranks, ranges, strict=True)
-        ],
-        hovertemplate="%{hovertext}<extra></extra>",
-    )
-
-
-def _symbol(place: int | None) -> str:
-    return "circle" if place is None else theme.SYMBOLS[place % len(theme.SYMBOLS)]
+def _look(place: int | None) -> dict[str, object]:
+    """How the line of the head at a place looks; grey without one."""
+    if place is None:
+        marker = {"size": 4, "symbol": "circle"}
+        line = {"color": theme.GREY, "width": 1}
+        return {"mode": "lines+markers", "line": line, "marker": marker, "opacity": 0.35}
+    marker = {"size": 7, "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)]}
+    line = {**theme.line_style(place), "width": 2.5}
+    return {"mode": "lines+markers", "line": line, "marker": marker, "opacity": 1}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -35,22 +36,16 @@ SEQUENCE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star")
 
-KIND_COLORS = {
-    "re-coordinated": BLUE,
-    "rewired": VERMILLION,
-    "undecided": ORANGE,
-    "idle": GREY,
-}
-KIND_SYMBOLS = {
-    "re-coordinated": "circle",
-    "rewired": "diamond",
-    "undecided": "square",
-    "idle": "circle-open",
+# The kinds of heads in drawing order, with colour and shape.
+KINDS = {
+    "re-coordinated": (BLUE, "circle"),
+    "rewired": (VERMILLION, "diamond"),
+    "undecided": (ORANGE, "square"),
+    "idle": (GREY, "circle-open"),
 }
 
 # Cividis is made for colour-blind readers; the diverging scale runs blue - pale - orange.
-SEQUENTIAL = "Cividis"
-SEQUENTIAL_STEPS = tuple(tuple(step) for step in get_colorscale(SEQUENTIAL))
+SEQUENTIAL = tuple(tuple(step) for step in get_colorscale("Cividis"))
 # Colours of depth lie on white and on dark grounds alike, so neither end may be pale or dark.
 DEPTH = [[0.0, BLUE], [0.5, GREY], [1.0, "#C97700"]]
 DIVERGING = (
@@ -64,13 +59,29 @@ DIVERGING = (
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 # A window of 400 px holds about this many letters of the setting line.
-SETTING_CHARACTERS = 66
-_SETTING_LINE_PX = 14
-_AXIS_PX = 46
-_LEFT_PX = 66
-_RIGHT_PX = 18
-_LEGEND_PX = 400 - _LEFT_PX - _RIGHT_PX + 2
+_SETTING_CHARACTERS = 66
+_SETTING_LINE_PX, _TITLE_PX = 14, 42
 _LEGEND_MARK_PX, _LEGEND_LETTER_PX = 46, 5.6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a figure.
+
+    Args:
+        rows: rows of room above the plot, for a colour bar or nothing; the legend's own and a
+            legend when left out.
+        axis_px: room below the plot for its axis.
+    """
+
+    height_px: int = 460
+    rows: int | None = None
+    left_px: int = 66
+    right_px: int = 18
+    axis_px: int = 46
+
+
+_LEGEND_PX = 400 - Layout.left_px - Layout.right_px + 2
 
 
 def template(*, dark: bool = False) -> go.layout.Template:
@@ -127,45 +138,36 @@ def plain(text: object) -> str:
     return escape(str(text), quote=False)
 
 
-def wrap(parts: Sequence[str], characters: int = SETTING_CHARACTERS) -> list[str]:
-    """Lines of at most ``characters`` letters, broken between parts where possible."""
+def wrap(parts: Sequence[str]) -> list[str]:
+    """Lines that fit into a narrow window, broken between parts where possible."""
     lines: list[str] = []
     for part in parts:
-        if lines and len(lines[-1]) + 3 + len(part) <= characters:
+        if lines and len(lines[-1]) + 3 + len(part) <= _SETTING_CHARACTERS:
             lines[-1] += f" · {part}"
         else:
-            lines.extend(textwrap.wrap(part, characters, break_on_hyphens=False) or [""])
+            lines.extend(textwrap.wrap(part, _SETTING_CHARACTERS, break_on_hyphens=False) or [""])
     return lines
 
 
 def frame(
-    figure: go.Figure,
-    *,
-    title: str,
-    setting: Sequence[str],
-    height_px: int = 460,
-    rows: int | None = None,
-    left_px: int = _LEFT_PX,
-    right_px: int = _RIGHT_PX,
-    axis_px: int = _AXIS_PX,
-    dark: bool = False,
+    figure: go.Figure, title: str, setting: Sequence[str], layout: Layout | None = None
 ) -> go.Figure:
     """Give a figure its title, its margins, its template and its setting line."""
+    layout = layout or Layout()
     lines = [plain(line) for line in wrap(setting)]
-    above = legend_rows(figure) if rows is None else rows
-    title_px = 18 + 20 * (1 + title.count("<br>"))
+    above = legend_rows(figure) if layout.rows is None else layout.rows
     figure.update_layout(
-        template=template(dark=dark),
+        template=template(),
         title={"text": title},
         meta={"setting": list(setting)},
-        height=height_px,
+        height=layout.height_px,
         autosize=True,
-        showlegend=rows is None,
+        showlegend=layout.rows is None,
         margin={
-            "l": left_px,
-            "r": right_px,
-            "t": title_px + 21 * above + 4,
-            "b": axis_px + _SETTING_LINE_PX * len(lines) + 10,
+            "l": layout.left_px,
+            "r": layout.right_px,
+            "t": _TITLE_PX + 21 * above,
+            "b": layout.axis_px + _SETTING_LINE_PX * len(lines) + 10,
             "autoexpand": False,
         },
     )
@@ -175,16 +177,39 @@ def frame(
         x=0,
         xref="paper",
         xanchor="left",
-        xshift=12 - left_px,
+        xshift=12 - layout.left_px,
         y=0,
         yref="paper",
         yanchor="top",
-        yshift=-axis_px,
+        yshift=-layout.axis_px,
         align="left",
         showarrow=False,
         font={"size": 10, "color": GREY},
     )
     return figure
+
+
+def kind_marker(kind: str) -> dict[str, Any]:
+    """The mark of a kind of head: colour and shape say the same."""
+    color, symbol = KINDS[kind]
+    return {"color": color, "symbol": symbol, "size": 9}
+
+
+def hover(texts: object) -> dict[str, Any]:
+    """What a trace says under the mouse: its texts and nothing else."""
+    return {"hovertext": texts, "hovertemplate": "%{hovertext}<extra></extra>"}
+
+
+def rows_of(figure: go.Figure, labels: Sequence[str]) -> None:
+    """Give a figure a row for each label, the first at the top."""
+    figure.update_yaxes(
+        categoryorder="array",
+        categoryarray=list(labels),
+        range=[len(labels) - 0.5, -0.5],
+        type="category",
+        dtick=1,
+        showgrid=False,
+    )
 
 
 def color_bar(title: str) -> dict[str, Any]:

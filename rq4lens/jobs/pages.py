@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rq4lens import figures
+from rq4lens.analysis.records import LayerComparison
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.saved import SavedLayers, SavedRun, read_layers, read_run
+from rq4lens.analysis.saved import SavedRun, read_layers, read_run
 from rq4lens.disk.files import read_json
 from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
 from rq4lens.results import GridResult
@@ -29,16 +30,8 @@ def write_pages(
     pictures = directory / FIGURES
     figures.write_html(figures.ranking_bars(grid, analysis=analysis), pictures / "ranking.html")
     figures.write_html(figures.coverage_curve(grid, analysis), pictures / "coverage.html")
-    layers = _layers_like(directory, grid)
-    figures.write_report(
-        directory / REPORT,
-        grid,
-        analysis,
-        prompts=texts,
-        provenance=provenance,
-        layers=layers.grids if layers else None,
-        comparison=layers.comparison if layers else None,
-    )
+    report = figures.Report(grid, analysis, texts, provenance, *_layers_like(directory, grid))
+    figures.write_report(directory / REPORT, report)
 
 
 def write_report_of(directory: Path) -> Path:
@@ -67,21 +60,20 @@ def draw_run(directory: Path, out: Path, *, static: bool = True) -> list[str]:
 
 def figures_of(saved: SavedRun) -> dict[str, Any]:
     """The figures of a finished run by name."""
-    layers = _layers_like(saved.directory, saved.grid)
+    layers, comparison = _layers_like(saved.directory, saved.grid)
     return figures.run_figures(
-        saved.grid,
-        saved.analysis,
-        layers=layers.grids if layers else None,
-        comparison=layers.comparison if layers else None,
-        provenance=saved.run,
+        saved.grid, saved.analysis, layers=layers, comparison=comparison, provenance=saved.run
     )
 
 
-def _layers_like(directory: Path, grid: GridResult) -> SavedLayers | None:
+def _layers_like(
+    directory: Path, grid: GridResult
+) -> tuple[Mapping[int, GridResult], LayerComparison | None]:
     """The sweep in a run directory, if its prompts and settings are those of the grid."""
     layers = read_layers(directory)
     if layers is None or grid.settings.layer not in layers.grids:
-        return None
+        return {}, None
     other = layers.grids[grid.settings.layer]
-    same_prompts = other.prompt_ids == grid.prompt_ids
-    return layers if same_prompts and other.settings.comparable_to(grid.settings) else None
+    if other.prompt_ids != grid.prompt_ids or not other.settings.comparable_to(grid.settings):
+        return {}, None
+    return layers.grids, layers.comparison

@@ -14,14 +14,15 @@ from plotly.io import to_html
 from rich.text import Text
 
 from rq4lens.analysis.effects.table import bootstrap_of
+from rq4lens.analysis.records import StudyRow
 from rq4lens.analysis.saved import SavedLayers, read_layers
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.layers import Metric
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.errors import UserError
-from rq4lens.figures.cost import study_layers
 from rq4lens.figures.export import CONFIG
+from rq4lens.figures.layers import study_layers
 from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
@@ -74,29 +75,6 @@ heads, and by how concentrated it is.</p>
 </body>
 </html>
 """
-
-
-@dataclass(frozen=True)
-class StudyRow:
-    """One layer of a cell.
-
-    Args:
-        cell: name of the cell.
-        layer: the layer.
-        n_layers: how many layers the models have.
-        values: what is compared, by metric, of all heads of the layer.
-        k90: fewest heads that reach 90% of it.
-        gini: how unevenly single-head ``|ΔKL|`` lies on heads.
-        is_main: whether the sweep proposes it as main layer.
-    """
-
-    cell: str
-    layer: int
-    n_layers: int
-    values: Mapping[str, Estimate]
-    k90: float | None
-    gini: float | None
-    is_main: bool
 
 
 @dataclass(frozen=True)
@@ -252,7 +230,7 @@ def _page(
         "share": lambda value: number_text(value, ".2f", "—"),
     }
     figure = to_html(
-        study_layers(list(map(flat, rows)), setting, plan.metrics),
+        study_layers(rows, setting, plan.metrics),
         config=CONFIG,
         full_html=False,
         include_plotlyjs=True,

@@ -10,6 +10,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
 from rq4lens.patching.measured import MeasuresPatches
@@ -64,3 +65,7 @@ class MeasuredLayer:
     def resampled_singles(self) -> Resampled:
         """Mean ``ΔKL`` of single heads in every resample."""
         return self.bootstrap.resampled(self.single_deltas)
+
+    def scored(self, name: str = "delta") -> Scored:
+        """Exact single-head ``ΔKL``, with which other rankings are compared."""
+        return Scored(name, self.single_deltas.mean(-1), self.resampled_singles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,11 @@ QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pc
 
 def bootstrap_of(grid: GridResult) -> Bootstrap:
     """The resamples of a grid: its prompts, by group, as often as its settings say."""
-    return Bootstrap(grid.groups, grid.settings.effort.resamples, grid.settings.effort.seed)
+    return _bootstrap(grid.groups, grid.settings.effort.resamples, grid.settings.effort.seed)
+
+
+# Everything that is said of a grid asks for the same resamples.
+_bootstrap = lru_cache(maxsize=1)(Bootstrap)
 
 
 def full_effect(
@@ -70,14 +75,16 @@ def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
     return full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
 
 
-def records(grid: GridResult) -> tuple[ConditionRecord, ...]:
-    """The records of ``rq4_results.json``, one per condition, in the order of the grid.
+def records(
+    grid: GridResult, conditions: Sequence[ConditionResult] | None = None
+) -> tuple[ConditionRecord, ...]:
+    """The records of ``rq4_results.json``: of some conditions, or of all in the grid's order.
 
     The denominator of every ``coverage_pct`` is ``ΔKL(ALL)`` of the main layer. That holds for
     ``ctrl_full`` too: its coverage says how much the control layer's map repairs, as a share of
     what the main layer's map repairs. Undefined values are null, with the reason beside them.
     """
-    conditions = list(grid.conditions.values())
+    conditions = list(grid.conditions.values()) if conditions is None else conditions
     estimates = condition_estimates(grid, conditions, bootstrap_of(grid))
     return tuple(
         _record(grid, condition, row) for condition, row in zip(conditions, estimates, strict=True)

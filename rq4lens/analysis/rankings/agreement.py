@@ -11,7 +11,6 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.stats import rankdata
 
-from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.records import Agreement
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
 from rq4lens.results import HeadRanking, ranks_of, single_scores
@@ -74,11 +73,6 @@ class Scored:
     ) -> Scored:
         """Scores that are means over prompts."""
         return cls(name, per_prompt.mean(-1), bootstrap.resampled(per_prompt))
-
-    @classmethod
-    def of_singles(cls, layer: MeasuredLayer, name: str = "delta") -> Scored:
-        """Exact single-head ``ΔKL``, with which other rankings are compared."""
-        return cls(name, layer.single_deltas.mean(-1), layer.resampled_singles)
 
 
 def _shares(means: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows head"]:

@@ -17,12 +17,13 @@ from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of
 from rq4lens.analysis.rankings.shapley import rank_by_shapley, shapley_of_orders
-from rq4lens.analysis.records import Agreement, CoverageCurve, MethodRow
+from rq4lens.analysis.records import Agreement, Alignment, CoverageCurve, MethodRow
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
 from rq4lens.errors import UserError
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData, refit
+from rq4lens.patching.maps.kinds import fit_block
 from rq4lens.patching.maps.map import MapKind
 from rq4lens.results import ConditionResult, GridResult, HeadRanking
 
@@ -79,7 +80,7 @@ def describe_ranking(
     ranking: HeadRanking, layer: MeasuredLayer, seconds: float | None = None
 ) -> tuple[MethodRow, CoverageCurve]:
     """One ranking beside exact single-head ``ΔKL``, with its coverage curve."""
-    curve, exact = ranking_curve(ranking, layer), Scored.of_singles(layer)
+    curve, exact = ranking_curve(ranking, layer), layer.scored()
     itself = ranking.method == exact.name and "file" not in ranking.settings
     scored = Scored.of(ranking, layer.bootstrap)
     row = MethodRow(
@@ -110,7 +111,7 @@ def metric_agreement(grid: GridResult, layer: MeasuredLayer) -> Agreement:
     """
     repair = np.stack([answer_repair_nats(single) for single in grid.singles])
     by_answer = Scored.of_prompts("answer log-probability", repair, layer.bootstrap)
-    return agreement("metric", by_answer, Scored.of_singles(layer), layer.ks, layer.bootstrap)
+    return agreement("metric", by_answer, layer.scored(), layer.ks, layer.bootstrap)
 
 
 def answer_repair_nats(condition: ConditionResult) -> Float64[ndarray, "prompt"]:
@@ -142,7 +143,7 @@ def map_kind_agreement(
 ) -> list[Agreement]:
     """Compare the ranking by ``ΔKL`` with those under other kinds of maps."""
     measured, own = layer.measured, experiment.maps[layer.measured.layer]
-    reference = Scored.of_singles(layer, own.kind)
+    reference = layer.scored(own.kind)
     data = FitData.of(activations, own.layer)
     z_base = activations.z("base", experiment.split, own.layer)
     kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
@@ -188,3 +189,25 @@ def seed_agreement(layer: MeasuredLayer, settings: RankingSettings) -> Agreement
         for ranking, name in zip(rankings, names, strict=True)
     )
     return agreement("seed", one, other, layer.ks, layer.bootstrap)
+
+
+NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
+
+
+def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:
+    """Shares of the first direction, and their rank correlation with causal scores."""
+    n_heads = data.x.shape[1]
+    x, y = (z.flatten(1).numpy() for z in (data.x, data.y))
+    details = fit_block("low_rank", x, y, data.groups).details
+    if not details["spread"] or details["spread"][0] == 0:
+        nothing = undefined(NO_DIRECTION)
+        return Alignment((), nothing, nothing, NO_DIRECTION)
+    share = head_shares(np.array(details["first_direction"]), n_heads)
+    compared = agreement("method", Scored("first direction", share), delta, (), bootstrap)
+    return Alignment(tuple(share.tolist()), compared.spearman, compared.kendall)
+
+
+def head_shares(direction: Float64[ndarray, "d"], n_heads: int) -> Float64[ndarray, "head"]:
+    """Share of a vector's squared length that lies on each head; sums to 1."""
+    squares = (direction**2).reshape(n_heads, -1).sum(-1)
+    return squares / squares.sum()

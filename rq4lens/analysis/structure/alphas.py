@@ -32,7 +32,7 @@ def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:
     raw, mapped = measured.kl_nats([measured.everything, *measured.singles])
     full = bootstrap.estimate(np.stack([raw[0], mapped[0]]), _four_numbers)
     scored = Scored.of_prompts(f"alpha {measured.alpha:g}", raw[1:] - mapped[1:], bootstrap)
-    own = Scored.of_singles(layer, f"alpha {layer.measured.alpha:g}")
+    own = layer.scored(f"alpha {layer.measured.alpha:g}")
     return AlphaPoint(
         alpha=measured.alpha,
         KL_raw=full[0],

@@ -1,4 +1,4 @@
-"""What kind of head each is, and how the first direction of a joint map lies on the heads."""
+"""What kind of head each is: idle, re-coordinated, rewired or undecided."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.rankings.agreement import Scored, agreement
-from rq4lens.analysis.records import Alignment, HeadKind, HeadKinds
+from rq4lens.analysis.records import HeadKind, HeadKinds
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
-from rq4lens.patching.maps.fitting import FitData
-from rq4lens.patching.maps.kinds import fit_block
 
 IDLE_SHARE = 0.1
 """Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
@@ -87,25 +84,3 @@ def rule(idle_below: float) -> str:
         f"95% interval of drop lies above {EXPLAINED_PCT:g}%; rewired: it lies below; undecided: "
         f"it holds {EXPLAINED_PCT:g}%"
     )
-
-
-NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
-
-
-def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:
-    """Shares of the first direction, and their rank correlation with causal scores."""
-    n_heads = data.x.shape[1]
-    x, y = (z.flatten(1).numpy() for z in (data.x, data.y))
-    details = fit_block("low_rank", x, y, data.groups).details
-    if not details["spread"] or details["spread"][0] == 0:
-        nothing = undefined(NO_DIRECTION)
-        return Alignment((), nothing, nothing, NO_DIRECTION)
-    share = head_shares(np.array(details["first_direction"]), n_heads)
-    compared = agreement("method", Scored("first direction", share), delta, (), bootstrap)
-    return Alignment(tuple(share.tolist()), compared.spearman, compared.kendall)
-
-
-def head_shares(direction: Float64[ndarray, "d"], n_heads: int) -> Float64[ndarray, "head"]:
-    """Share of a vector's squared length that lies on each head; sums to 1."""
-    squares = (direction**2).reshape(n_heads, -1).sum(-1)
-    return squares / squares.sum()

@@ -17,12 +17,7 @@ TALL = frozenset({"ranking"})
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
-
-    Args:
-        cells: its texts.
-        head: the head it belongs to; its first cell then chooses that head.
-    """
+    """A row of a table; where it belongs to a head, its first cell chooses that head."""
 
     cells: tuple[str, ...]
     head: str | None = None
@@ -30,15 +25,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Args:
-        caption: what it shows, and its units.
-        columns: the column names.
-        rows: the rows.
-        words: places of the columns that hold words instead of numbers.
-        long: places of the columns that hold sentences.
-    """
+    """A table; ``words`` and ``long`` are the places of columns with words and with sentences."""
 
     caption: str
     columns: tuple[str, ...]
@@ -61,16 +48,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """One section of the report.
-
-    Args:
-        id: its name in links.
-        title: its heading.
-        paragraphs: sentences.
-        tables: tables.
-        figures: names of its figures; those that were not drawn are left out.
-        blocks: folded text.
-    """
+    """One section of the report; ``id`` is its name in links."""
 
     id: str
     title: str
@@ -84,12 +62,7 @@ class Section:
 class PageFigure:
     """A figure as the page shows it: title, setting and switch are the page's, not the drawing's.
 
-    Args:
-        name: its name.
-        title: its title.
-        setting: the parts of its setting line.
-        height_px: its height.
-        drawing: data, layout and switch, plain JSON values.
+    The drawing is data, layout and switch, plain JSON values.
     """
 
     name: str
@@ -108,26 +81,20 @@ def page_figure(name: str, figure: go.Figure) -> PageFigure:
     """Take a figure apart: the page itself shows title, setting and switch, for every width."""
     drawing = json.loads(figure.to_json())
     layout = drawing["layout"]
-    title = layout.pop("title")["text"].replace("<br>", " ")
+    title = layout.pop("title")["text"]
     setting = tuple(layout.pop("meta")["setting"])
-    menus = layout.pop("updatemenus", [])
+    menu = layout.pop("updatemenus", [{}])[0]
+    switch_px = _SWITCH_PX if menu else 0
     layout.pop("template", None)
-    saved_px = _without_frame(layout) + (_SWITCH_PX if menus else 0)
-    layout["margin"]["t"] -= _TITLE_PX + (_SWITCH_PX if menus else 0)
-    layout["height"] -= saved_px
-    switch = menus[0]["buttons"] if menus else None
-    return PageFigure(
-        name,
-        title,
-        setting,
-        layout["height"],
-        {
-            "data": drawing["data"],
-            "layout": layout,
-            "switch": switch,
-            "active": menus[0]["active"] if menus else None,
-        },
-    )
+    layout["height"] -= _without_frame(layout) + switch_px
+    layout["margin"]["t"] -= _TITLE_PX + switch_px
+    shown = {
+        "data": drawing["data"],
+        "layout": layout,
+        "switch": menu.get("buttons"),
+        "active": menu.get("active"),
+    }
+    return PageFigure(name, title, setting, layout["height"], shown)
 
 
 def _without_frame(layout: dict[str, Any]) -> int:

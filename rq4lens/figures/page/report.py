@@ -21,92 +21,33 @@ from plotly.offline import get_plotlyjs
 from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
-from rq4lens.figures.numbers import grid_setting, shown
+from rq4lens.figures.numbers import grid_setting, label_of, shown
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.parts import PageFigure, Section, page_figure, script_json
-from rq4lens.figures.page.sections import Material, sections
-from rq4lens.figures.saved import HasRecord, Record, as_record
-from rq4lens.results import ConditionResult, GridResult
+from rq4lens.figures.page.sections import Report, sections
+from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
 
 
-def report_page(
-    grid: GridResult,
-    analysis: HasRecord | Record | None = None,
-    *,
-    prompts: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    layers: Mapping[int, GridResult] | None = None,
-    comparison: HasRecord | Record | None = None,
-) -> str:
+def report_page(report: Report) -> str:
     """A run as one HTML page that needs no network.
 
     Args:
-        grid: the measured grid.
-        analysis: an analysis of it, live or saved; without one its sections are left out.
-        prompts: the prompts' texts by id.
-        provenance: the content of ``run.json``; the grid's own when left out.
-        layers: the grid of each layer, from a sweep.
-        comparison: the comparison of these layers by the analysis, live or saved.
+        report: what the page is made from.
 
     Returns:
         The page. The same input gives the same page.
     """
-    material = Material(
-        grid,
-        as_record(analysis),
-        grid.provenance if provenance is None else provenance,
-        layers or {},
-        as_record(comparison),
-        prompts or {},
-    )
+    grid = report.grid
     drawn = run_figures(
         grid,
-        material.analysis,
-        layers=material.layers,
-        comparison=material.comparison,
-        provenance=material.provenance,
+        report.analysis,
+        layers=report.layers,
+        comparison=report.comparison,
+        provenance=report.run,
     )
     figures = {name: page_figure(name, figure) for name, figure in drawn.items()}
-    return _page(material, figures)
-
-
-def write_report(
-    path: Path | str,
-    grid: GridResult,
-    analysis: HasRecord | Record | None = None,
-    *,
-    prompts: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    layers: Mapping[int, GridResult] | None = None,
-    comparison: HasRecord | Record | None = None,
-) -> Path:
-    """Write :func:`report_page` to a file.
-
-    Args:
-        path: the file.
-        grid: the measured grid.
-        analysis: an analysis of it, live or saved.
-        prompts: the prompts' texts by id.
-        provenance: the content of ``run.json``; the grid's own when left out.
-        layers: the grid of each layer, from a sweep.
-        comparison: the comparison of these layers by the analysis, live or saved.
-
-    Returns:
-        The file.
-    """
-    page = report_page(
-        grid, analysis, prompts=prompts, provenance=provenance, layers=layers, comparison=comparison
-    )
-    path = Path(path)
-    make_directory(path.parent)
-    write_text_atomic(path, page)
-    return path
-
-
-def _page(material: Material, figures: Mapping[str, PageFigure]) -> str:
-    grid = material.grid
     plotly, script = get_plotlyjs(), _read("report.js")
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
@@ -115,13 +56,29 @@ def _page(material: Material, figures: Mapping[str, PageFigure]) -> str:
         title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
         setting=grid_setting(grid),
         labels=[grid.label(head) for head in range(grid.n_heads)],
-        sections=[_with_figures(section, figures) for section in sections(material)],
+        sections=[_with_figures(section, figures) for section in sections(report)],
         policy=_policy(plotly, script),
         css=Markup(_read("report.css")),
-        data=Markup(script_json(_data(material, figures))),
+        data=Markup(script_json(_data(report, figures))),
         plotly=Markup(plotly),
         script=Markup(script),
     )
+
+
+def write_report(path: Path | str, report: Report) -> Path:
+    """Write :func:`report_page` to a file.
+
+    Args:
+        path: the file.
+        report: what the page is made from.
+
+    Returns:
+        The file.
+    """
+    path = Path(path)
+    make_directory(path.parent)
+    write_text_atomic(path, report_page(report))
+    return path
 
 
 def _with_figures(section: Section, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
@@ -145,9 +102,9 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _data(material: Material, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
-    grid = material.grid
-    everywhere = {grid.settings.layer: grid, **material.layers}
+def _data(report: Report, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
+    grid = report.grid
+    everywhere = {grid.settings.layer: grid, **report.layers}
     return {
         "config": CONFIG,
         "templates": {
@@ -159,14 +116,14 @@ def _data(material: Material, figures: Mapping[str, PageFigure]) -> dict[str, An
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],
         "numbers": {
-            numbers.label: f"ΔKL {shown(numbers.delta, 'nats')}" for numbers in material.heads
+            label_of(single): f"ΔKL {shown(single.delta, 'nats')}" for single in report.singles
         },
-        "prompts": _prompt_data(material),
+        "prompts": _prompt_data(report),
     }
 
 
-def _prompt_data(material: Material) -> dict[str, Any]:
-    grid = material.grid
+def _prompt_data(report: Report) -> dict[str, Any]:
+    grid = report.grid
     fixed = [("all heads", None, grid.full)]
     if grid.control is not None:
         fixed.append((f"all heads of control layer {grid.control.layer}", None, grid.control))
@@ -175,7 +132,7 @@ def _prompt_data(material: Material) -> dict[str, Any]:
     ]
     return {
         "ids": list(grid.prompt_ids),
-        "texts": [material.texts.get(prompt) for prompt in grid.prompt_ids],
+        "texts": [report.prompts.get(prompt) for prompt in grid.prompt_ids],
         "groups": list(grid.groups),
         "conditions": [_condition(*each) for each in (*fixed, *single)],
     }

@@ -61,7 +61,7 @@ def shipped():
 @pytest.fixture(scope="module")
 def grid():
     """The main job on the shipped pair, at the layers its preset names."""
-    settings = preset("etiquette")
+    settings = preset("etiquette").patching
     pair = load_pair("etiquette")
     maps = fit_maps(pair, [settings.layer, settings.control_layer])
     return grid_of(pair, maps, settings.layer, settings.control_layer, settings.alpha)

@@ -137,7 +137,7 @@ def test_what_killed_writes_left_is_gone_after_the_run_that_resumes(pair, undist
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         (place / of_a_killed_process()).write_text("half a fi")
     assert len(list(folder.rglob("*.tmp"))) > 3
-    run_study(config_from(pair), folder)
+    run_job(config_from(pair), folder)
     assert not list(folder.rglob("*.tmp"))
 
 

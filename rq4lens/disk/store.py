@@ -173,14 +173,14 @@ class Store:
         set_aside(path)
 
 
-class Record(NamedTuple):
+class StoredRecord(NamedTuple):
     """A record that agrees with its checksum."""
 
     ingredients: dict[str, Any]
     payload: Any
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> StoredRecord:
     """Read a record and check that it is whole.
 
     Raises:
@@ -200,10 +200,10 @@ def read_record(path: Path) -> Record:
         raise ValueError("no ingredients")
     if _sha256(canonical_json(record["payload"])) != record["payload_sha256"]:
         raise ValueError("the checksum does not match")
-    return Record(record["ingredients"], record["payload"])
+    return StoredRecord(record["ingredients"], record["payload"])
 
 
-def _record_of(path: Path, ingredients: Ingredients) -> Record:
+def _record_of(path: Path, ingredients: Ingredients) -> StoredRecord:
     record = read_record(path)
     if canonical_json(record.ingredients) != canonical_json(ingredients.to_dict()):
         raise ValueError("made from other ingredients")
@@ -214,7 +214,7 @@ class DamagedTensorsError(ValueError):
     """Tensors that do not agree with their record."""
 
 
-def read_tensors(path: Path, record: Record) -> dict[str, Tensor]:
+def read_tensors(path: Path, record: StoredRecord) -> dict[str, Tensor]:
     """The tensors beside the record that was read from a path.
 
     Raises:

@@ -126,19 +126,18 @@ class Bench:
 
     def maps(self, layers: Sequence[int]) -> dict[int, LayerMap]:
         """The maps of some layers: from the run directory, or fitted once."""
-        patching, missing = (
-            self.config.patching,
-            [each for each in layers if each not in self._maps],
-        )
-        how: dict[str, Any] = {"scope": patching.map_scope, "seed": self.config.effort.seed}
-        if self.directory is None:
-            self._maps |= fit_maps(
-                self.pair, missing, patching.map_kind, activations=self.activations, **how
-            )
-        else:
-            store = Store(self.directory / MAPS, fresh=self.fresh)
-            self._maps |= maps_from(store, self.activations, missing, patching.map_kind, **how)
+        missing = [layer for layer in layers if layer not in self._maps]
+        if missing:
+            self._maps |= self._fit(missing)
         return {layer: self._maps[layer] for layer in layers}
+
+    def _fit(self, layers: Sequence[int]) -> dict[int, LayerMap]:
+        kind, scope = self.config.patching.map_kind, self.config.patching.map_scope
+        how: dict[str, Any] = {"scope": scope, "seed": self.config.effort.seed}
+        if self.directory is None:
+            return fit_maps(self.pair, layers, kind, activations=self.activations, **how)
+        store = Store(self.directory / MAPS, fresh=self.fresh)
+        return maps_from(store, self.activations, layers, kind, **how)
 
     def measurer(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Measurer:
         """Some layers ready to be measured; the one that was made last stays.

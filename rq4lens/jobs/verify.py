@@ -28,7 +28,7 @@ from rq4lens.disk.run import (
     file_sha256,
     ranking_file,
 )
-from rq4lens.disk.store import Record, content_key, read_record
+from rq4lens.disk.store import StoredRecord, content_key, read_record
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import SIDES, ModelPair
@@ -225,8 +225,8 @@ def _check_conditions(saved: SavedRun) -> Check:
 _Address = tuple[int, int, tuple[int, ...], float, str]
 
 
-def _records(directory: Path) -> tuple[dict[_Address, list[Record]], list[str]]:
-    found: dict[_Address, list[Record]] = defaultdict(list)
+def _records(directory: Path) -> tuple[dict[_Address, list[StoredRecord]], list[str]]:
+    found: dict[_Address, list[StoredRecord]] = defaultdict(list)
     damaged = []
     for path in sorted(directory.glob("*.json")):
         try:
@@ -247,7 +247,7 @@ def _against_records(
     saved: SavedRun,
     condition: ConditionResult,
     kind: str,
-    found: Mapping[_Address, Sequence[Record]],
+    found: Mapping[_Address, Sequence[StoredRecord]],
 ) -> list[str]:
     source, heads = SELF if condition.cond == SELF else kind, condition.heads
     address = (condition.layer, heads.n_heads, heads.indices, condition.alpha, source)

@@ -56,7 +56,7 @@ class Planned(NamedTuple):
         return raw, mapped
 
 
-class Row(NamedTuple):
+class PatchRow(NamedTuple):
     """The effect of one patch on each prompt."""
 
     kl_nats: ndarray
@@ -98,7 +98,7 @@ class Measurer:
         self.source = source
         self.records = records
         self.chunks = chunks
-        self._known: dict[tuple[int, float, str], dict[Indices, Row]] = {}
+        self._known: dict[tuple[int, float, str], dict[Indices, PatchRow]] = {}
         self._fingerprints: dict[tuple[int, str], str | None] = {}
 
     @classmethod
@@ -132,7 +132,7 @@ class Measurer:
         other._fingerprints = {key: tensor_fingerprint(tensor) for key, tensor in extra.items()}
         return other
 
-    def known(self, layer: int, alpha: float, source: str) -> Mapping[Indices, Row]:
+    def known(self, layer: int, alpha: float, source: str) -> Mapping[Indices, PatchRow]:
         """What is known, by head set, in the order in which it was measured; it grows."""
         return self._known.setdefault((layer, alpha, source), {})
 
@@ -141,8 +141,8 @@ class Measurer:
         for each in grid.conditions.values():
             if each.cond not in {"self", "none"}:
                 patches = Planned(each.cond, each.layer, each.heads, each.alpha).patches
-                raw = Row(each.kl_raw_nats, each.answer_logprob_change_raw_nats)
-                mapped = Row(each.kl_mapped_nats, each.answer_logprob_change_mapped_nats)
+                raw = PatchRow(each.kl_raw_nats, each.answer_logprob_change_raw_nats)
+                mapped = PatchRow(each.kl_mapped_nats, each.answer_logprob_change_mapped_nats)
                 self._learn(patches, (raw, mapped))
 
     # Effects
@@ -159,7 +159,7 @@ class Measurer:
         rows = np.array([self._row(patch) for patch in patches]).reshape(-1, 2, len(self.groups))
         return Effects(rows[:, 0], rows[:, 1])
 
-    def _stored(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
+    def _stored(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
         if self.chunks is None:
             return self._measured(patches, progress)
         conditions = tuple(map(self._ingredients, patches))
@@ -222,7 +222,7 @@ class Measurer:
             self.records.put(self._ingredients(patch), _joined(ids, numbers))
         return []
 
-    def _recorded(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
+    def _recorded(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
         records = [self._record(patch) for patch in patches]
         found = [row for row in records if row is not None]
         if len(found) == len(patches):
@@ -235,9 +235,11 @@ class Measurer:
         # What is stored is what the table shows, even where this machine would round otherwise.
         return [before or new for before, new in zip(records, measured, strict=True)]
 
-    def _record(self, patch: Patch) -> Row | None:
+    def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return None if payload is None else Row(np.array(payload[KL]), np.array(payload[ANSWER]))
+        return (
+            None if payload is None else PatchRow(np.array(payload[KL]), np.array(payload[ANSWER]))
+        )
 
     def _condition(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._row(patch) for patch in plan.patches)
@@ -261,17 +263,17 @@ class Measurer:
             if patch.heads.indices not in self._beside(patch)
         ]
 
-    def _beside(self, patch: Patch) -> dict[Indices, Row]:
+    def _beside(self, patch: Patch) -> dict[Indices, PatchRow]:
         return self._known.setdefault((patch.layer, patch.alpha, patch.source), {})
 
-    def _row(self, patch: Patch) -> Row:
+    def _row(self, patch: Patch) -> PatchRow:
         return self._beside(patch)[patch.heads.indices]
 
-    def _learn(self, patches: Sequence[Patch], rows: Sequence[Row]) -> None:
+    def _learn(self, patches: Sequence[Patch], rows: Sequence[PatchRow]) -> None:
         for patch, row in zip(patches, rows, strict=True):
             self._beside(patch).setdefault(patch.heads.indices, row)
 
-    def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[Row]:
+    def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
         effects = self.source.effects(patches, progress)
         return _rows(effects.kl_nats, effects.answer_logprob_change_nats)
 
@@ -322,11 +324,11 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _rows(kl_nats: ndarray, changes: ndarray) -> list[Row]:
-    return [Row(*both) for both in zip(kl_nats, changes, strict=True)]
+def _rows(kl_nats: ndarray, changes: ndarray) -> list[PatchRow]:
+    return [PatchRow(*both) for both in zip(kl_nats, changes, strict=True)]
 
 
-def _payload(row: Row) -> dict[str, list[float]]:
+def _payload(row: PatchRow) -> dict[str, list[float]]:
     return {KL: row.kl_nats.tolist(), ANSWER: row.answer_logprob_change_nats.tolist()}
 
 

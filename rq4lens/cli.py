@@ -89,7 +89,7 @@ def demo(
 
     # The sweep first: the run takes its layers into the report, and its conditions from the store.
     sweep_layers(preset("etiquette"), out, fresh=fresh, stage=watched)
-    _run(preset("etiquette"), out, fresh=False)
+    _run(preset("etiquette"), out, fresh=False, replace=False)
 
 
 @app.command()
@@ -98,6 +98,9 @@ def run(
     config: RunConfig,
     out: Out = None,
     fresh: Fresh = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a finished run of other settings.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what memory it will take; measure nothing.")
     ] = False,
@@ -121,7 +124,7 @@ def run(
     if many.asked:
         by_many("run", config, None, directory, many, fresh)
     else:
-        _run(config, directory, fresh)
+        _run(config, directory, fresh, replace)
 
 
 @app.command()
@@ -337,18 +340,18 @@ def pairs(
         output.print(f"{each:<12}{preset(each).pair.about}")
 
 
-def _run(config: RunConfig, directory: Path, fresh: bool) -> None:
+def _run(config: RunConfig, directory: Path, fresh: bool, replace: bool) -> None:
     from rq4lens.jobs import run as job  # noqa: PLC0415 - keeps --help fast
 
     with kept_when_stopped(directory):
-        finished = job.run(config, directory, fresh=fresh, stage=watched)
+        finished = job.run(config, directory, fresh=fresh, replace=replace, stage=watched)
     output.print(finished.summary, end="")
     output.print(f"written to {directory}")
 
 
 def _default_directory(config: RunConfig) -> Path:
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair.name)
-    return Path("runs") / f"{name}_L{config.patching.layer}"
+    return Path("runs") / f"{name}_L{config.patching.layer}_alpha{config.patching.alpha:g}"
 
 
 def main() -> None:

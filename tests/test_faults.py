@@ -181,7 +181,7 @@ def test_results_of_another_pair_in_the_same_directory_are_not_used(pair, undist
     """The trap of reporting one model's numbers as another's: a swapped pair shares no record."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     swapped = pair | {"base": pair["tuned"], "tuned": pair["base"]}
-    run_job(config_from(swapped), folder)
+    run_job(config_from(swapped), folder, replace=True)
     assert counters(folder)["reused"] == 0
     alone = tmp_path / "alone"
     run_job(config_from(swapped), alone)
@@ -210,7 +210,7 @@ def test_a_changed_setting_never_meets_old_numbers(pair, undisturbed, tmp_path, 
     (an unchanged control layer), because it was measured among other conditions there.
     """
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    here = run_job(config_from(pair | change), folder).grid.conditions
+    here = run_job(config_from(pair | change), folder, replace=True).grid.conditions
     alone = run_job(config_from(pair | change), tmp_path / "alone").grid.conditions
     assert list(here) == list(alone)
     allowed = 1e-6 if counters(folder)["reused"] else 0
@@ -229,7 +229,7 @@ def test_other_train_prompts_never_meet_old_numbers(pair, undisturbed, tmp_path)
     lines = Path(pair["prompts"]).read_text().splitlines()
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("\n".join(lines[8:]))
-    run_job(config_from(moments | {"prompts": str(fewer)}), folder)
+    run_job(config_from(moments | {"prompts": str(fewer)}), folder, replace=True)
     run_job(config_from(moments | {"prompts": str(fewer)}), tmp_path / "alone")
     assert numbers(folder) == numbers(tmp_path / "alone")
     assert undisturbed.exists()

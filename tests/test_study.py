@@ -195,9 +195,14 @@ def test_a_finished_run_is_not_measured_again(config, finished, tmp_path):
 
 @pytest.mark.usefixtures("no_pages")
 def test_another_alpha_in_the_same_folder_takes_nothing_over(config, finished, tmp_path):
-    """A folder may hold two runs' conditions: each run has its own numbers."""
+    """A finished run is replaced only if that is asked for, and with the new run's own numbers."""
     directory = shutil.copytree(finished.directory, tmp_path / "run")
-    other = run_job(config.updated(alpha=0.6), directory)
+    before = (directory / "run.json").read_bytes()
+    said = r"holds a finished run of other settings \(alpha 0.3 there, 0.6 here\): name another"
+    with pytest.raises(UserError, match=said):
+        run_job(config.updated(alpha=0.6), directory)
+    assert (directory / "run.json").read_bytes() == before
+    other = run_job(config.updated(alpha=0.6), directory, replace=True)
     store = json.loads((directory / "run.json").read_text())["store"]
     assert store["reused"] == 0
     assert other.grid.full.KL_raw > 1.5 * finished.grid.full.KL_raw

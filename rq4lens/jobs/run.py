@@ -17,15 +17,17 @@ from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import write_grid, write_run
-from rq4lens.config import AnalysisEffort, RunConfig
+from rq4lens.config import AnalysisEffort, RunConfig, read_config
 from rq4lens.disk.files import write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
     FORMAT,
     PROMPTS,
+    RUN,
     ranking_file,
     remove_other_rankings,
 )
+from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import write_pages
@@ -40,6 +42,12 @@ from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.measured import Measurer
 from rq4lens.results import GridResult
 from rq4lens.screen.tables import summary_text
+
+SAME_RUN = {
+    *("about", "trust_remote_code", "device", "n_devices", "device_map", "batch_size"),
+    *("keep_both", "cache", "engine", "analysis", "random_sizes"),
+}
+"""Settings that change no number of a run, or only add to them."""
 
 LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
 
@@ -147,7 +155,14 @@ class Run:
     timings_seconds: Mapping[str, float]
 
 
-def run(config: RunConfig, directory: Path, *, fresh: bool = False, stage: Stage = silent) -> Run:
+def run(
+    config: RunConfig,
+    directory: Path,
+    *,
+    fresh: bool = False,
+    replace: bool = False,
+    stage: Stage = silent,
+) -> Run:
     """Run the main job and write its run directory.
 
     A run that was interrupted goes on where it stopped: finished conditions are taken from the
@@ -157,16 +172,39 @@ def run(config: RunConfig, directory: Path, *, fresh: bool = False, stage: Stage
         config: what to run.
         directory: the run directory; made if missing.
         fresh: measure everything again, whatever the directory holds.
+        replace: let this run take the place of a finished run of other settings.
         stage: opens a stage of the work, for progress bars.
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: if the configuration does not fit the pair, the directory holds other files, or
-            something cannot be read or written.
+        UserError: if the configuration does not fit the pair, the directory holds other files or
+            a finished run of other settings, or something cannot be read or written.
     """
+    if not replace:
+        refuse_other_run(config, directory)
     return run_on(Bench(config, directory, fresh=fresh, stage=stage))
+
+
+def refuse_other_run(config: RunConfig, directory: Path) -> None:
+    """Refuse to replace a finished run of other settings.
+
+    Raises:
+        UserError: if the directory holds one; the sentence names what differs.
+    """
+    try:
+        before = read_config(directory / RUN).flat(defaults=True)
+    except UserError:
+        return  # there is no finished run, or none that can be read
+    now = config.flat(defaults=True)
+    differing = [name for name in now if now[name] != before[name] and name not in SAME_RUN]
+    if differing:
+        what = "; ".join(f"{name} {before[name]} there, {now[name]} here" for name in differing)
+        raise UserError(
+            f"{str(directory)!r} holds a finished run of other settings ({what}): name another "
+            "folder with --out, or replace that run with --replace."
+        )
 
 
 def run_on(bench: Bench) -> Run:

@@ -1,7 +1,6 @@
 """Where each drawing lives: read when a name is first used, and by type checkers."""
 
 from .alphas import alpha_sweep as alpha_sweep
-from .cost import engine_cost as engine_cost
 from .coverage import coverage_curve as coverage_curve
 from .coverage import method_curves as method_curves
 from .export import find_browser as find_browser

@@ -41,7 +41,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>body {{ margin: 0; background: {paper}; }}</style>
+<style>{style}</style>
 </head>
 <body>
 {body}
@@ -50,9 +50,14 @@ _PAGE = """<!doctype html>
 """
 
 
-def _page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
-    """A figure as a page that needs no network, with plotly in it or beside it."""
-    body = to_html(
+def html_page(title: str, style: str, body: str) -> str:
+    """A page around a body, which is HTML already."""
+    return _PAGE.format(title=escape(title), style=style, body=body)
+
+
+def html_part(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
+    """A figure as a part of a page that needs no network, with plotly in it or beside it."""
+    html: str = to_html(
         figure,
         config=CONFIG,
         full_html=False,
@@ -61,8 +66,13 @@ def _page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
         div_id=name,
         default_height=f"{_height(figure)}px",
     )
+    return html
+
+
+def _figure_page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
     paper = figure.layout.template.layout.paper_bgcolor or "#FFFFFF"
-    return _PAGE.format(title=escape(_title_of(figure, name)), paper=paper, body=body)
+    style = f"body {{ margin: 0; background: {paper}; }}"
+    return html_page(_title_of(figure, name), style, html_part(figure, name, plotly_js))
 
 
 def _title_of(figure: go.Figure, name: str) -> str:
@@ -74,7 +84,7 @@ def write_html(figure: go.Figure, path: Path | str) -> Path:
     """Write one self-contained page; the file's name becomes the figure's id."""
     path = Path(path)
     make_directory(path.parent)
-    write_text_atomic(path, _page(figure, path.stem))
+    write_text_atomic(path, _figure_page(figure, path.stem))
     return path
 
 
@@ -102,7 +112,7 @@ def write_figures(
     make_directory(directory)
     write_bytes_atomic(directory / PLOTLY_JS, get_plotlyjs().encode())
     for name, figure in figures.items():
-        write_text_atomic(directory / f"{name}.html", _page(figure, name, plotly_js="directory"))
+        write_text_atomic(directory / f"{name}.html", _figure_page(figure, name, "directory"))
     pictures = static and find_browser() is not None
     if pictures:
         with _kaleido():
@@ -121,9 +131,8 @@ def _index(figures: Mapping[str, go.Figure], title: str, *, pictures: bool) -> s
         + "</li>"
         for name, figure in figures.items()
     )
-    return _PAGE.format(
-        title=escape(title), paper="#FFFFFF", body=f"<h1>{escape(title)}</h1>\n<ul>\n{items}\n</ul>"
-    ).replace("margin: 0;", "margin: 2rem; font-family: system-ui, sans-serif;")
+    style = "body { margin: 2rem; font-family: system-ui, sans-serif; background: #FFFFFF; }"
+    return html_page(title, style, f"<h1>{escape(title)}</h1>\n<ul>\n{items}\n</ul>")
 
 
 def find_browser() -> str | None:

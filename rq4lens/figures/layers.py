@@ -28,7 +28,6 @@ from rq4lens.results import GridResult
 if TYPE_CHECKING:
     from rq4lens.analysis.structure.layers import Metric
 
-HOVER_NOTE = "coverage in the hover: of the layer's own ΔKL of all heads"
 Span = tuple[int, int]
 
 
@@ -93,7 +92,11 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
     return theme.frame(
         figure,
         "Every head of every layer",
-        layers_setting(grids, "each head patched alone", HOVER_NOTE),
+        layers_setting(
+            grids,
+            "each head patched alone",
+            "coverage in the hover: of the layer's own ΔKL of all heads",
+        ),
         theme.Layout(250 + max(220, 14 * len(layers)), rows=4),
     )
 
@@ -133,14 +136,8 @@ def _switch(scales: Mapping[str, dict[str, Any]], active: int) -> dict[str, Any]
 
 def _button(quantity: Quantity, scale: Mapping[str, Any]) -> dict[str, Any]:
     change = {name: [value] for name, value in scale.items()}
-    return {
-        "label": quantity.name,
-        "method": "restyle",
-        "args": [{**change, "colorbar.title.text": [quantity.title]}, [0]],
-    }
-
-
-_ROW_PX = 17
+    change["colorbar.title.text"] = [quantity.title]
+    return {"label": quantity.name, "method": "restyle", "args": [change, [0]]}
 
 
 def global_ranking(
@@ -187,7 +184,7 @@ def global_ranking(
         figure,
         f"The best {len(best)} heads of all layers",
         layers_setting(grids, "bars: 95% bootstrap intervals over prompts, one head at a time"),
-        theme.Layout(210 + _ROW_PX * max(6, len(best)), rows=2),
+        theme.Layout(210 + 17 * max(6, len(best)), rows=2),
     )
 
 
@@ -234,13 +231,25 @@ def layer_curves(
     curves = {layer: compared.get(layer) or curve_points(grids[layer]) for layer in sorted(grids)}
     undefined = [str(layer) for layer, points in curves.items() if not points]
     span = (min(grids), max(grids))
-    figure = go.Figure(
-        [
-            _curve(layer, points, _color(layer, span), bold=layer == main)
-            for layer, points in curves.items()
-            if points
-        ]
-    )
+    figure = go.Figure()
+    for layer, points in curves.items():
+        if not points:
+            continue
+        figure.add_scatter(
+            name=f"layer {layer}",
+            meta=f"L{layer}",
+            x=[k for k, _ in points],
+            y=[coverage.value for _, coverage in points],
+            mode="lines+markers",
+            line={"color": _color(layer, span), "width": 4 if layer == main else 1.5},
+            marker={"size": 8 if layer == main else 5},
+            **theme.hover(
+                [
+                    f"<b>layer {layer}</b><br>k = {k}: coverage {shown(coverage, '%')}"
+                    for k, coverage in points
+                ]
+            ),
+        )
     figure.add_trace(_depth_scale(span))
     axes(figure, any_grid(grids).n_heads)
     notes = ["each layer relative to its own ΔKL of all heads"]
@@ -261,26 +270,6 @@ def _compared_curves(comparison: LayerComparison | None) -> dict[int, list[tuple
         for row in (comparison.rows if comparison else ())
         if row.curve is not None
     }
-
-
-def _curve(
-    layer: int, points: Sequence[tuple[int, Estimate]], color: str, *, bold: bool
-) -> go.Scatter:
-    return go.Scatter(
-        name=f"layer {layer}",
-        meta=f"L{layer}",
-        x=[k for k, _ in points],
-        y=[coverage.value for _, coverage in points],
-        mode="lines+markers",
-        line={"color": color, "width": 4 if bold else 1.5},
-        marker={"size": 8 if bold else 5},
-        **theme.hover(
-            [
-                f"<b>layer {layer}</b><br>k = {k}: coverage {shown(coverage, '%')}"
-                for k, coverage in points
-            ]
-        ),
-    )
 
 
 def _color(layer: int, span: Span) -> str:
@@ -321,7 +310,7 @@ def study_layers(
         figure.add_scatter(
             x=[row.layer if same_depth else row.layer / max(1, row.n_layers - 1) for row in own],
             y=[estimate.value for estimate in lead],
-            error_y=_thin_bars(lead),
+            error_y=error_bars(lead, thickness=1, width=2, color=None),
             name=name,
             mode="lines+markers",
             line=theme.line_style(place),
@@ -343,16 +332,9 @@ def study_layers(
 
 
 def _study_text(row: StudyRow, metrics: Sequence[Metric]) -> str:
-    values = ((metric, row.values[metric.name].value) for metric in metrics)
-    lines = [
-        f"{metric.label} {metric.text(value)}"
-        + ("" if metric.unit == "%" or value is None else f" {metric.unit}")
-        for metric, value in values
-    ]
-    return "<br>".join([f"layer {row.layer}", *lines])
-
-
-def _thin_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
-    """Error bars in the colour of their line."""
-    bars = error_bars(estimates)
-    return None if bars is None else {**bars, "thickness": 1, "width": 2, "color": None}
+    lines = [f"layer {row.layer}"]
+    for metric in metrics:
+        value = row.values[metric.name].value
+        unit = "" if metric.unit == "%" or value is None else f" {metric.unit}"
+        lines.append(f"{metric.label} {metric.text(value)}{unit}")
+    return "<br>".join(lines)

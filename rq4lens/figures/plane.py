@@ -12,7 +12,6 @@ import plotly.graph_objects as go
 
 from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import (
     INTERVAL_NOTE,
@@ -33,6 +32,7 @@ from rq4lens.results import GridResult
 _NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.06
 _MOST_NAMES = 10
 _EDGE = 0.15
+_FAINT = {"color": theme.translucent(theme.GREY, 0.6), "width": 0}
 
 
 def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
@@ -53,7 +53,17 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     kinds = head_kinds(grid, analysis)
     square = _Square.around(numbers)
     named = _names(numbers, square)
-    figure = go.Figure(_diagonal(square))
+    ends = [square.low, square.high]
+    figure = go.Figure()
+    figure.add_scatter(
+        name="no gain",
+        x=ends,
+        y=ends,
+        mode="lines",
+        line={"color": theme.GREY, "dash": "dot", "width": 1},
+        hoverinfo="skip",
+        showlegend=False,
+    )
     for kind, heads in by_kind(kinds, range(grid.n_heads)):
         figure.add_trace(_points([numbers[head] for head in heads], kind, named))
     scale = ", logarithmic" if square.is_log else ""
@@ -104,27 +114,14 @@ class _Square:
         return value / self.high
 
 
-def _diagonal(square: _Square) -> go.Scatter:
-    ends = [square.low, square.high]
-    return go.Scatter(
-        name="no gain",
-        x=ends,
-        y=ends,
-        mode="lines",
-        line={"color": theme.GREY, "dash": "dot", "width": 1},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-
-
 def _points(numbers: Sequence[ConditionRecord], kind: str, named: Mapping[str, str]) -> go.Scatter:
     labels = [label_of(n) for n in numbers]
     return go.Scatter(
         name=kind,
         x=[n.KL_raw_mean.value for n in numbers],
         y=[n.KL_mapped_mean.value for n in numbers],
-        error_x=_faint_bars([n.KL_raw_mean for n in numbers]),
-        error_y=_faint_bars([n.KL_mapped_mean for n in numbers]),
+        error_x=error_bars([n.KL_raw_mean for n in numbers], **_FAINT),
+        error_y=error_bars([n.KL_mapped_mean for n in numbers], **_FAINT),
         mode="markers+text",
         text=[label if label in named else "" for label in labels],
         textposition=[named.get(label, "top center") for label in labels],
@@ -133,11 +130,6 @@ def _points(numbers: Sequence[ConditionRecord], kind: str, named: Mapping[str, s
         marker=theme.kind_marker(kind),
         **theme.hover([f"{hover(n)}<br>{kind}" for n in numbers]),
     )
-
-
-def _faint_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
-    bars = error_bars(estimates, theme.translucent(theme.GREY, 0.6))
-    return None if bars is None else {**bars, "width": 0}
 
 
 def _names(numbers: Sequence[ConditionRecord], square: _Square) -> dict[str, str]:
@@ -164,9 +156,6 @@ def _side(x: float, y: float) -> str:
 
 def _apart(x: float, y: float, other: tuple[float, float]) -> bool:
     return abs(x - other[0]) > _NAME_WIDTH or abs(y - other[1]) > _NAME_HEIGHT
-
-
-_ROW_PX = 40
 
 
 def per_prompt(
@@ -200,7 +189,7 @@ def per_prompt(
         figure,
         f"The best heads of layer {grid.settings.layer}, prompt by prompt",
         grid_setting(grid, *notes),
-        theme.Layout(190 + _ROW_PX * max(3, len(heads)), rows=0),
+        theme.Layout(190 + 40 * max(3, len(heads)), rows=0),
     )
 
 

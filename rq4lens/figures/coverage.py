@@ -13,7 +13,7 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import INTERVAL_NOTE, error_bars, grid_setting, hover, shown
-from rq4lens.results import GridResult
+from rq4lens.results import ConditionResult, GridResult
 
 CROSS_FITTED = "cross-fitted"
 BEST_SUBSET = "best subset"
@@ -42,17 +42,19 @@ def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Fig
     Returns:
         The figure; where coverage is undefined, an empty one that says why.
     """
-    undefined_because = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
     figure = go.Figure()
     notes = [INTERVAL_NOTE]
+    undefined_because = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
     if undefined_because is not None:
         theme.message(figure, f"Coverage is undefined: {undefined_because}.")
     else:
-        control, control_note = _control(grid)
-        figure.add_traces([*_traces(grid, analysis), *control])
-        # Between the sizes that were measured the band of random sets is drawn straight.
-        sizes = ", ".join(str(row.k) for row in analysis.random) if analysis else ""
-        notes += [*([f"random sets of {sizes} heads"] if sizes else []), *control_note]
+        figure.add_traces(_traces(grid, analysis))
+        if analysis is not None and analysis.random:
+            # Between the sizes that were measured the band of random sets is drawn straight.
+            sizes = ", ".join(str(row.k) for row in analysis.random)
+            notes.append(f"random sets of {sizes} heads")
+        if grid.control is not None:
+            notes.append(_add_control(figure, grid, grid.control))
         axes(figure, grid.n_heads)
     return theme.frame(
         figure,
@@ -239,21 +241,19 @@ def _random_hover(row: RandomSets) -> str:
     return "<br>".join(lines)
 
 
-def _control(grid: GridResult) -> tuple[list[go.Scatter], list[str]]:
-    """A level line for the control layer, and the note that explains it."""
-    if grid.control is None:
-        return [], []
-    label = f"all heads of control layer {grid.control.layer}"
-    (control,) = records(grid, [grid.control])
-    line = go.Scatter(
-        name=f"control, layer {grid.control.layer}",
+def _add_control(figure: go.Figure, grid: GridResult, condition: ConditionResult) -> str:
+    """Draw a level line for the control layer; the note that explains it."""
+    label = f"all heads of control layer {condition.layer}"
+    (control,) = records(grid, [condition])
+    figure.add_scatter(
+        name=f"control, layer {condition.layer}",
         x=[0, grid.n_heads],
         y=[control.coverage_pct.value] * 2,
         mode="lines",
         line={"color": theme.CONTROL, "dash": "longdash", "width": 2},
         **theme.hover([hover(control, label)] * 2),
     )
-    return [line], [f"control: {label}, {shown(control.coverage_pct, '%')}"]
+    return f"control: {label}, {shown(control.coverage_pct, '%')}"
 
 
 def curve_points(grid: GridResult) -> list[tuple[int, Estimate]]:

@@ -25,7 +25,7 @@ from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, shown
 from rq4lens.figures.page.gallery import run_figures
-from rq4lens.figures.page.sections import Report, Section, sections
+from rq4lens.figures.page.sections import Report, sections
 from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
@@ -61,7 +61,8 @@ def report_page(report: Report) -> str:
         title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
         setting=grid_setting(grid),
         labels=[grid.label(head) for head in range(grid.n_heads)],
-        sections=[_with_figures(section, figures) for section in sections(report)],
+        sections=sections(report),
+        figures=figures,
         policy=_policy(plotly, script),
         css=Markup(_read("report.css")),
         data=Markup(script_json(_data(report, figures))),
@@ -84,11 +85,6 @@ def write_report(path: Path | str, report: Report) -> Path:
     make_directory(path.parent)
     write_text_atomic(path, report_page(report))
     return path
-
-
-def _with_figures(section: Section, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    drawn = [figures[name] for name in section.figures if name in figures]
-    return {**vars(section), "figures": drawn}
 
 
 def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:

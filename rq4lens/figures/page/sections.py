@@ -20,9 +20,9 @@ from rq4lens.analysis.records import (
 )
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.figures.maps import PREDICTORS, QUALITIES
 from rq4lens.figures.numbers import head_kinds, label_of, number, shown, single_records
 from rq4lens.figures.page.gallery import AGREEMENT_KINDS, map_diagnostics
+from rq4lens.figures.plane import PREDICTORS, QUALITIES
 from rq4lens.results import GridResult
 
 NO_PROMPTS = "The texts of the prompts were not given to this report; their ids and numbers were."
@@ -215,15 +215,16 @@ def _head_row(
 
 def controls(report: Report) -> Section | None:
     """Does the claim survive its controls?"""
-    rows = report.analysis.controls if report.analysis else ()
+    if report.analysis is None or not report.analysis.controls:
+        return None
     table = Table(
         "Difference: reference minus control; [..]: 95% intervals",
         ("control", "asks", "survives?", "difference", "reference", "control", "unit"),
-        tuple(map(_control_row, rows)),
+        tuple(map(_control_row, report.analysis.controls)),
         words=(2, 6),
         long=(1,),
     )
-    return Section("controls", "Controls", (), (table,)) if rows else None
+    return Section("controls", "Controls", (), (table,))
 
 
 def _control_row(row: Control) -> Row:

@@ -31,8 +31,6 @@ NO_BROWSER = (
     "'apt-get install chromium') or name it in BROWSER_PATH, and run this again."
 )
 _WIDTH_PX = 1000
-_FALLBACK_HEIGHT_PX = 480
-_SCALE = 2
 _RANDOM_ID = re.compile(rb'\bid="[\w-]*-([0-9a-f]{6})"')
 _REFERENCE = re.compile(rb"""(\bid="|href="#|url\(["']?#|&quot;#)([\w-]+)""")
 _PAGE = """<!doctype html>
@@ -172,7 +170,7 @@ def picture(
 def _picture(figure: go.Figure, kind: str, width_px: int, name: str) -> bytes:
     import kaleido  # noqa: PLC0415 (half a second, and only pictures need it)
 
-    scale = 1 if kind == "svg" else _SCALE
+    scale = 1 if kind == "svg" else 2
     options = {"format": kind, "width": width_px, "height": _height(figure), "scale": scale}
     drawing = figure.to_plotly_json()
     for place, trace in enumerate(drawing["data"]):
@@ -198,7 +196,7 @@ def _fixed_ids(svg: bytes, name: str) -> bytes:
 
 
 def _height(figure: go.Figure) -> int:
-    return int(figure.layout.height or _FALLBACK_HEIGHT_PX)
+    return int(figure.layout.height or 480)
 
 
 @contextmanager

@@ -8,9 +8,7 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import plotly.graph_objects as go
 import torch
 
 import rq4lens as rq
@@ -21,7 +19,7 @@ from rq4lens.patching.grid import run_sweep
 
 PAIR = "etiquette"
 HERE = Path(__file__).parent
-BENCHMARK = HERE.parent / "benchmarks" / "results" / "llama-8b.json"
+BENCHMARKS = HERE.parent / "benchmarks"
 
 
 def main(out: Path = HERE) -> None:
@@ -44,37 +42,14 @@ def main(out: Path = HERE) -> None:
         comparison=compare_layers(layers, every_layer),
         provenance=study.grid.provenance | {"maps": _maps(study)},
     )
-    drawn["engine_cost"] = engine_cost(json.loads(BENCHMARK.read_text()))
+    sys.path.append(str(BENCHMARKS))
+    from cost import engine_cost  # noqa: PLC0415 (benchmarks are scripts, not a package)
+
+    record = json.loads((BENCHMARKS / "results" / "llama-8b.json").read_text())
+    drawn["engine_cost"] = engine_cost(record)
     for sentence in rq.figures.write_figures(drawn, out, title=f"Figures of the pair {PAIR}"):
         print(sentence)
     print(f"{len(drawn)} figures in {out}")
-
-
-def engine_cost(record: dict[str, Any]) -> go.Figure:
-    """Times of one grid and of every head of every layer, the engine's and other ways'.
-
-    Args:
-        record: what ``benchmarks/engine.py`` wrote.
-    """
-    grid, scan = record["grid"], record["scan"]
-    hooks, library = record["hooks_seconds_per_condition"], record["library_seconds_per_condition"]
-    plain = "two plain forward passes"
-    seconds = {
-        plain: record["plain_forwards_seconds"],
-        "one grid: rq4lens": grid["seconds"],
-        "one grid: native hooks": grid["n_conditions"] * hooks,
-        "one grid: TransformerLens patching": grid["n_conditions"] * library,
-        "every head: rq4lens": scan["seconds"],
-        "every head: native hooks": scan["n_conditions"] * hooks,
-    }
-    setting = (
-        record["case"],
-        f"{grid['n_conditions']} and {scan['n_conditions']} conditions",
-        "hooks and patching extrapolated from a sample",
-        record["hardware"],
-        record["date"],
-    )
-    return rq.figures.engine_cost(seconds, reference=plain, setting=setting)
 
 
 def _maps(study: Study) -> dict[str, dict]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cost import cost_bars
 from synthetic import resampled, synthetic_grid
 from synthetic_analysis import METHODS, about, curve, synthetic_analysis, synthetic_diagnostics
 
@@ -319,7 +320,7 @@ def test_a_comparison_adds_ranges_of_ranks(layers, comparison):
 
 def test_cost_bars_carry_their_ratio():
     """Each bar says how many times the reference it takes."""
-    figure = figures.engine_cost({"plain": 2.0, "fast": 0.5}, reference="plain", setting=("cpu",))
+    figure = cost_bars({"plain": 2.0, "fast": 0.5}, reference="plain", setting=("cpu",))
     assert list(figure.data[0].text) == ["1×", "0.25×"]
     assert "cpu" in setting_of(figure)
 
@@ -360,7 +361,7 @@ def test_what_cannot_be_drawn_is_said_in_one_sentence(grid, layers):
     """Unknown quantities, missing references and empty input name what is allowed."""
     for draw, said in (
         (lambda: figures.layer_heatmap(layers, quantity="kl"), "'kl'.*delta, KL_raw"),
-        (lambda: figures.engine_cost({"a": 1.0}, reference="b", setting=()), "'b'.*a"),
+        (lambda: cost_bars({"a": 1.0}, reference="b", setting=()), "'b'.*a"),
         (lambda: figures.rank_flow(grid, {}), "at least one"),
         (lambda: figures.agreement_matrix(grid, ()), "at least two"),
     ):

@@ -13,7 +13,7 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.structure.layers import compare_layers
-from rq4lens.figures.page.parts import script_json
+from rq4lens.figures.page.report import script_json
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028"
 

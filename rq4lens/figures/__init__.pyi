@@ -1,7 +1,6 @@
 """Where each drawing lives: read when a name is first used, and by type checkers."""
 
 from .alphas import alpha_sweep as alpha_sweep
-from .cost import engine_cost as engine_cost
 from .coverage import coverage_curve as coverage_curve
 from .coverage import method_curves as method_curves
 from .export import find_browser as find_browser
@@ -11,7 +10,6 @@ from .export import write_html as write_html
 from .layers import global_ranking as global_ranking
 from .layers import layer_curves as layer_curves
 from .layers import layer_heatmap as layer_heatmap
-from .maps import map_quality as map_quality
 from .matrices import agreement_matrix as agreement_matrix
 from .matrices import interaction_matrix as interaction_matrix
 from .page.gallery import run_figures as run_figures
@@ -19,6 +17,7 @@ from .page.report import report_page as report_page
 from .page.report import write_report as write_report
 from .page.sections import Report as Report
 from .plane import head_plane as head_plane
+from .plane import map_quality as map_quality
 from .plane import per_prompt as per_prompt
 from .ranking import rank_flow as rank_flow
 from .ranking import ranking_bars as ranking_bars

@@ -36,7 +36,7 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
             name=name,
             x=[point.alpha for point in points],
             y=[value.value for value in values],
-            error_y=error_bars(values, color),
+            error_y=error_bars(values, color=color),
             mode="lines+markers",
             line={"color": color, "dash": dash, "width": 2},
             marker={"symbol": symbol, "size": 7},

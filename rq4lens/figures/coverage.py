@@ -13,7 +13,7 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import INTERVAL_NOTE, error_bars, grid_setting, hover, shown
-from rq4lens.results import GridResult
+from rq4lens.results import ConditionResult, GridResult
 
 CROSS_FITTED = "cross-fitted"
 BEST_SUBSET = "best subset"
@@ -30,18 +30,6 @@ class _Point(NamedTuple):
     added: str | None = None
 
 
-class _Style(NamedTuple):
-    color: str
-    symbol: str
-    dash: str
-    bars: bool = True
-
-
-_BEST_K = _Style(theme.BLUE, "circle", "solid")
-_CROSS_FITTED = _Style(theme.CROSS_FITTED, "square", "dot")
-_BEST_SUBSET = _Style(theme.BEST, "triangle-up", "dashdot", bars=False)
-
-
 def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     """Coverage of the best ``k`` heads against ``k``, with random head sets and the control.
 
@@ -54,17 +42,19 @@ def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Fig
     Returns:
         The figure; where coverage is undefined, an empty one that says why.
     """
-    undefined_because = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
     figure = go.Figure()
     notes = [INTERVAL_NOTE]
+    undefined_because = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
     if undefined_because is not None:
         theme.message(figure, f"Coverage is undefined: {undefined_because}.")
     else:
-        control, control_note = _control(grid)
-        figure.add_traces([*_traces(grid, analysis), *control])
-        # Between the sizes that were measured the band of random sets is drawn straight.
-        sizes = ", ".join(str(row.k) for row in analysis.random) if analysis else ""
-        notes += [*([f"random sets of {sizes} heads"] if sizes else []), *control_note]
+        figure.add_traces(_traces(grid, analysis))
+        if analysis is not None and analysis.random:
+            # Between the sizes that were measured the band of random sets is drawn straight.
+            sizes = ", ".join(str(row.k) for row in analysis.random)
+            notes.append(f"random sets of {sizes} heads")
+        if grid.control is not None:
+            notes.append(_add_control(figure, grid, grid.control))
         axes(figure, grid.n_heads)
     return theme.frame(
         figure,
@@ -89,21 +79,26 @@ def axes(figure: go.Figure, n_heads: int) -> None:
 
 def _traces(grid: GridResult, analysis: Analysis | None) -> list[go.Scatter]:
     curves = analysis.curves if analysis else ()
-    crossed = [curve for curve in curves if _is_cross_fitted(curve)]
-    subsets = [curve for curve in curves if curve.ranking == BEST_SUBSET]
     best = _curve_points(grid, curves[0]) if curves else _best_of_grid(grid)
+    traces = _random_band(analysis.random if analysis else ())
+    for curve in filter(_is_cross_fitted, curves):
+        points = _curve_points(grid, curve)
+        traces.append(_line(CROSS_FITTED, points, theme.CROSS_FITTED, "square", "dot"))
+    for curve in filter(_is_best_subset, curves):
+        points = _curve_points(grid, curve)
+        line = _line(BEST_SUBSET, points, theme.BEST, "triangle-up", "dashdot", bars=False)
+        traces.append(line)
+    traces.append(_line("best k", best, theme.BLUE, "circle", "solid"))
     seeds = _measured(grid, "rand", "random {k}")
-    return [
-        *_random_band(analysis.random if analysis else ()),
-        *(_line(CROSS_FITTED, _curve_points(grid, curve), _CROSS_FITTED) for curve in crossed),
-        *(_line(BEST_SUBSET, _curve_points(grid, curve), _BEST_SUBSET) for curve in subsets),
-        _line("best k", best, _BEST_K),
-        *([_scattered("random, seeds", seeds)] if seeds else []),
-    ]
+    return traces + ([_scattered("random, seeds", seeds)] if seeds else [])
 
 
 def _is_cross_fitted(curve: CoverageCurve) -> bool:
     return curve.ranking.endswith(f"({CROSS_FITTED})")
+
+
+def _is_best_subset(curve: CoverageCurve) -> bool:
+    return curve.ranking == BEST_SUBSET
 
 
 def _best_of_grid(grid: GridResult) -> list[_Point]:
@@ -154,16 +149,18 @@ def _named(grid: GridResult, heads: Sequence[int], most: int = 6) -> str:
     return names if len(heads) <= most else f"{names} and {len(heads) - most} more"
 
 
-def _line(name: str, points: Sequence[_Point], style: _Style) -> go.Scatter:
-    color = theme.translucent(style.color, 0.7)
+def _line(
+    name: str, points: Sequence[_Point], color: str, symbol: str, dash: str, *, bars: bool = True
+) -> go.Scatter:
+    coverage = [point.coverage for point in points]
     return go.Scatter(
         name=name,
         x=[point.k for point in points],
-        y=[point.coverage.value for point in points],
-        error_y=error_bars([point.coverage for point in points], color) if style.bars else None,
+        y=[each.value for each in coverage],
+        error_y=error_bars(coverage, color=theme.translucent(color, 0.7)) if bars else None,
         mode="lines+markers",
-        line={"color": style.color, "dash": style.dash, "width": 2},
-        marker={"symbol": style.symbol, "size": 6},
+        line={"color": color, "dash": dash, "width": 2},
+        marker={"symbol": symbol, "size": 6},
         customdata=[point.added for point in points],
         **theme.hover([point.hover for point in points]),
     )
@@ -244,21 +241,19 @@ def _random_hover(row: RandomSets) -> str:
     return "<br>".join(lines)
 
 
-def _control(grid: GridResult) -> tuple[list[go.Scatter], list[str]]:
-    """A level line for the control layer, and the note that explains it."""
-    if grid.control is None:
-        return [], []
-    label = f"all heads of control layer {grid.control.layer}"
-    (control,) = records(grid, [grid.control])
-    line = go.Scatter(
-        name=f"control, layer {grid.control.layer}",
+def _add_control(figure: go.Figure, grid: GridResult, condition: ConditionResult) -> str:
+    """Draw a level line for the control layer; the note that explains it."""
+    label = f"all heads of control layer {condition.layer}"
+    (control,) = records(grid, [condition])
+    figure.add_scatter(
+        name=f"control, layer {condition.layer}",
         x=[0, grid.n_heads],
         y=[control.coverage_pct.value] * 2,
         mode="lines",
         line={"color": theme.CONTROL, "dash": "longdash", "width": 2},
         **theme.hover([hover(control, label)] * 2),
     )
-    return [line], [f"control: {label}, {shown(control.coverage_pct, '%')}"]
+    return f"control: {label}, {shown(control.coverage_pct, '%')}"
 
 
 def curve_points(grid: GridResult) -> list[tuple[int, Estimate]]:
@@ -283,13 +278,13 @@ def method_curves(grid: GridResult, analysis: Analysis) -> go.Figure:
     curves = [
         curve
         for curve in analysis.curves
-        if curve.ranking != BEST_SUBSET and not _is_cross_fitted(curve)
+        if not _is_best_subset(curve) and not _is_cross_fitted(curve)
         if any(point.value is not None for point in curve.coverage_pct)
     ]
     for place, curve in enumerate(curves):
-        line, symbol = theme.line_style(place), theme.SYMBOLS[place % len(theme.SYMBOLS)]
-        style = _Style(line["color"], symbol, line["dash"], bars=False)
-        figure.add_trace(_line(theme.plain(curve.ranking), _curve_points(grid, curve), style))
+        name, symbol = theme.plain(curve.ranking), theme.SYMBOLS[place % len(theme.SYMBOLS)]
+        points, style = _curve_points(grid, curve), theme.line_style(place)
+        figure.add_trace(_line(name, points, symbol=symbol, bars=False, **style))
     axes(figure, grid.n_heads)
     return theme.frame(
         figure,

@@ -31,8 +31,6 @@ NO_BROWSER = (
     "'apt-get install chromium') or name it in BROWSER_PATH, and run this again."
 )
 _WIDTH_PX = 1000
-_FALLBACK_HEIGHT_PX = 480
-_SCALE = 2
 _RANDOM_ID = re.compile(rb'\bid="[\w-]*-([0-9a-f]{6})"')
 _REFERENCE = re.compile(rb"""(\bid="|href="#|url\(["']?#|&quot;#)([\w-]+)""")
 _PAGE = """<!doctype html>
@@ -41,7 +39,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>body {{ margin: 0; background: {paper}; }}</style>
+<style>{style}</style>
 </head>
 <body>
 {body}
@@ -50,9 +48,14 @@ _PAGE = """<!doctype html>
 """
 
 
-def _page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
-    """A figure as a page that needs no network, with plotly in it or beside it."""
-    body = to_html(
+def html_page(title: str, style: str, body: str) -> str:
+    """A page around a body, which is HTML already."""
+    return _PAGE.format(title=escape(title), style=style, body=body)
+
+
+def html_part(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
+    """A figure as a part of a page that needs no network, with plotly in it or beside it."""
+    html: str = to_html(
         figure,
         config=CONFIG,
         full_html=False,
@@ -61,8 +64,13 @@ def _page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
         div_id=name,
         default_height=f"{_height(figure)}px",
     )
+    return html
+
+
+def _figure_page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
     paper = figure.layout.template.layout.paper_bgcolor or "#FFFFFF"
-    return _PAGE.format(title=escape(_title_of(figure, name)), paper=paper, body=body)
+    style = f"body {{ margin: 0; background: {paper}; }}"
+    return html_page(_title_of(figure, name), style, html_part(figure, name, plotly_js))
 
 
 def _title_of(figure: go.Figure, name: str) -> str:
@@ -74,7 +82,7 @@ def write_html(figure: go.Figure, path: Path | str) -> Path:
     """Write one self-contained page; the file's name becomes the figure's id."""
     path = Path(path)
     make_directory(path.parent)
-    write_text_atomic(path, _page(figure, path.stem))
+    write_text_atomic(path, _figure_page(figure, path.stem))
     return path
 
 
@@ -102,7 +110,7 @@ def write_figures(
     make_directory(directory)
     write_bytes_atomic(directory / PLOTLY_JS, get_plotlyjs().encode())
     for name, figure in figures.items():
-        write_text_atomic(directory / f"{name}.html", _page(figure, name, plotly_js="directory"))
+        write_text_atomic(directory / f"{name}.html", _figure_page(figure, name, "directory"))
     pictures = static and find_browser() is not None
     if pictures:
         with _kaleido():
@@ -121,9 +129,8 @@ def _index(figures: Mapping[str, go.Figure], title: str, *, pictures: bool) -> s
         + "</li>"
         for name, figure in figures.items()
     )
-    return _PAGE.format(
-        title=escape(title), paper="#FFFFFF", body=f"<h1>{escape(title)}</h1>\n<ul>\n{items}\n</ul>"
-    ).replace("margin: 0;", "margin: 2rem; font-family: system-ui, sans-serif;")
+    style = "body { margin: 2rem; font-family: system-ui, sans-serif; background: #FFFFFF; }"
+    return html_page(title, style, f"<h1>{escape(title)}</h1>\n<ul>\n{items}\n</ul>")
 
 
 def find_browser() -> str | None:
@@ -163,7 +170,7 @@ def picture(
 def _picture(figure: go.Figure, kind: str, width_px: int, name: str) -> bytes:
     import kaleido  # noqa: PLC0415 (half a second, and only pictures need it)
 
-    scale = 1 if kind == "svg" else _SCALE
+    scale = 1 if kind == "svg" else 2
     options = {"format": kind, "width": width_px, "height": _height(figure), "scale": scale}
     drawing = figure.to_plotly_json()
     for place, trace in enumerate(drawing["data"]):
@@ -189,7 +196,7 @@ def _fixed_ids(svg: bytes, name: str) -> bytes:
 
 
 def _height(figure: go.Figure) -> int:
-    return int(figure.layout.height or _FALLBACK_HEIGHT_PX)
+    return int(figure.layout.height or 480)
 
 
 @contextmanager

@@ -11,25 +11,12 @@ from plotly.colors import sample_colorscale
 from rq4lens.analysis.records import ConditionRecord, LayerComparison, StudyRow
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.errors import UserError
-from rq4lens.figures import theme
+from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
-from rq4lens.figures.numbers import (
-    any_grid,
-    effect_axis,
-    error_bars,
-    hover,
-    label_of,
-    layers_setting,
-    shown,
-    single_records,
-)
 from rq4lens.results import GridResult
 
 if TYPE_CHECKING:
     from rq4lens.analysis.structure.layers import Metric
-
-HOVER_NOTE = "coverage in the hover: of the layer's own ΔKL of all heads"
-Span = tuple[int, int]
 
 
 class Quantity(NamedTuple):
@@ -66,17 +53,17 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
             f"the heatmap has no quantity {quantity!r}: choose {', '.join(QUANTITIES)}."
         )
     layers = sorted(grids)
-    singles = [single_records(grids[layer]) for layer in layers]
+    singles = [numbers.single_records(grids[layer]) for layer in layers]
     scales = {name: _scale(grids, name) for name in QUANTITIES}
-    heads = range(any_grid(grids).n_heads)
+    heads = range(numbers.any_grid(grids).n_heads)
     figure = go.Figure(
         go.Heatmap(
             x=list(heads),
             y=[str(layer) for layer in layers],
             colorbar=theme.color_bar(QUANTITIES[quantity].title),
-            customdata=[[label_of(each) for each in row] for row in singles],
+            customdata=[[numbers.label_of(each) for each in row] for row in singles],
             **scales[quantity],
-            **theme.hover([[hover(each) for each in row] for row in singles]),
+            **theme.hover([[numbers.hover(each) for each in row] for row in singles]),
         )
     )
     figure.update_layout(updatemenus=[_switch(scales, list(QUANTITIES).index(quantity))])
@@ -90,10 +77,11 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
     figure.update_yaxes(
         title_text="layer", type="category", autorange="reversed", showgrid=False, nticks=17
     )
+    note = "coverage in the hover: of the layer's own ΔKL of all heads"
     return theme.frame(
         figure,
         "Every head of every layer",
-        layers_setting(grids, "each head patched alone", HOVER_NOTE),
+        numbers.layers_setting(grids, "each head patched alone", note),
         theme.Layout(250 + max(220, 14 * len(layers)), rows=4),
     )
 
@@ -133,14 +121,8 @@ def _switch(scales: Mapping[str, dict[str, Any]], active: int) -> dict[str, Any]
 
 def _button(quantity: Quantity, scale: Mapping[str, Any]) -> dict[str, Any]:
     change = {name: [value] for name, value in scale.items()}
-    return {
-        "label": quantity.name,
-        "method": "restyle",
-        "args": [{**change, "colorbar.title.text": [quantity.title]}, [0]],
-    }
-
-
-_ROW_PX = 17
+    change["colorbar.title.text"] = [quantity.title]
+    return {"label": quantity.name, "method": "restyle", "args": [change, [0]]}
 
 
 def global_ranking(
@@ -159,48 +141,43 @@ def global_ranking(
     """
     best = _best(grids, top)
     ranges = _rank_ranges(comparison)
-    labels = [label_of(each) for each in best]
+    labels = [numbers.label_of(each) for each in best]
+    deltas = [each.delta for each in best]
     span = (min(grids), max(grids))
-    figure = go.Figure(
-        go.Scatter(
-            x=[each.delta.value for each in best],
-            y=labels,
-            error_x=error_bars([each.delta for each in best]),
-            mode="markers",
-            cliponaxis=False,
-            customdata=labels,
-            marker={"size": 10, "color": [_color(each.layer, span) for each in best]},
-            **theme.hover(
-                [
-                    f"{hover(each)}<br>rank {rank} of all layers{ranges.get(label_of(each), '')}"
-                    for rank, each in enumerate(best, 1)
-                ]
-            ),
-        )
+    texts = [
+        f"{numbers.hover(each)}<br>rank {rank} of all layers{ranges.get(label, '')}"
+        for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
+    ]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[delta.value for delta in deltas],
+        y=labels,
+        error_x=numbers.error_bars(deltas),
+        mode="markers",
+        cliponaxis=False,
+        customdata=labels,
+        marker={"size": 10, "color": [_color(each.layer, span) for each in best]},
+        **theme.hover(texts),
     )
     figure.add_trace(_depth_scale(span))
     theme.rows_of(figure, labels)
-    figure.update_xaxes(
-        **effect_axis("ΔKL of the head alone", [each.delta for each in best], nticks=7)
-    )
+    figure.update_xaxes(**numbers.effect_axis("ΔKL of the head alone", deltas, nticks=7))
     return theme.frame(
         figure,
         f"The best {len(best)} heads of all layers",
-        layers_setting(grids, "bars: 95% bootstrap intervals over prompts, one head at a time"),
-        theme.Layout(210 + _ROW_PX * max(6, len(best)), rows=2),
+        numbers.layers_setting(
+            grids, "bars: 95% bootstrap intervals over prompts, one head at a time"
+        ),
+        theme.Layout(210 + 17 * max(6, len(best)), rows=2),
     )
 
 
 def _best(grids: Mapping[int, GridResult], top: int) -> list[ConditionRecord]:
     """The best heads of all layers; ties break by layer, then by head."""
-    everyone = [(layer, head) for layer in sorted(grids) for head in range(grids[layer].n_heads)]
-    order = sorted(everyone, key=lambda pair: -grids[pair[0]].single(pair[1]).delta)[:top]
-    numbers: dict[tuple[int, int], ConditionRecord] = {}
-    for layer in {layer for layer, _ in order}:
-        heads = [head for own, head in order if own == layer]
-        rows = single_records(grids[layer], heads)
-        numbers |= {(layer, head): row for head, row in zip(heads, rows, strict=True)}
-    return [numbers[place] for place in order]
+    layers = [grids[layer] for layer in sorted(grids)]
+    places = [(grid, head) for grid in layers for head in range(grid.n_heads)]
+    places.sort(key=lambda place: -place[0].single(place[1]).delta)
+    return [numbers.single_records(grid, [head])[0] for grid, head in places[:top]]
 
 
 def _rank_ranges(comparison: LayerComparison | None) -> dict[str, str]:
@@ -232,26 +209,38 @@ def layer_curves(
     """
     compared = _compared_curves(comparison)
     curves = {layer: compared.get(layer) or curve_points(grids[layer]) for layer in sorted(grids)}
-    undefined = [str(layer) for layer, points in curves.items() if not points]
+    undefined: list[str] = []
     span = (min(grids), max(grids))
-    figure = go.Figure(
-        [
-            _curve(layer, points, _color(layer, span), bold=layer == main)
-            for layer, points in curves.items()
-            if points
-        ]
-    )
+    figure = go.Figure()
+    for layer, points in curves.items():
+        if not points:
+            undefined.append(str(layer))
+            continue
+        figure.add_scatter(
+            name=f"layer {layer}",
+            meta=f"L{layer}",
+            x=[k for k, _ in points],
+            y=[coverage.value for _, coverage in points],
+            mode="lines+markers",
+            line={"color": _color(layer, span), "width": 4 if layer == main else 1.5},
+            marker={"size": 8 if layer == main else 5},
+            **theme.hover([f"<b>layer {layer}</b><br>{_coverage(*point)}" for point in points]),
+        )
     figure.add_trace(_depth_scale(span))
-    axes(figure, any_grid(grids).n_heads)
+    axes(figure, numbers.any_grid(grids).n_heads)
     notes = ["each layer relative to its own ΔKL of all heads"]
     if undefined:
         notes.append(f"coverage undefined in layers {', '.join(undefined)}")
     return theme.frame(
         figure,
         "Coverage curves of the layers",
-        layers_setting(grids, *notes),
+        numbers.layers_setting(grids, *notes),
         theme.Layout(520, rows=2),
     )
+
+
+def _coverage(k: int, coverage: Estimate) -> str:
+    return f"k = {k}: coverage {numbers.shown(coverage, '%')}"
 
 
 def _compared_curves(comparison: LayerComparison | None) -> dict[int, list[tuple[int, Estimate]]]:
@@ -263,33 +252,12 @@ def _compared_curves(comparison: LayerComparison | None) -> dict[int, list[tuple
     }
 
 
-def _curve(
-    layer: int, points: Sequence[tuple[int, Estimate]], color: str, *, bold: bool
-) -> go.Scatter:
-    return go.Scatter(
-        name=f"layer {layer}",
-        meta=f"L{layer}",
-        x=[k for k, _ in points],
-        y=[coverage.value for _, coverage in points],
-        mode="lines+markers",
-        line={"color": color, "width": 4 if bold else 1.5},
-        marker={"size": 8 if bold else 5},
-        **theme.hover(
-            [
-                f"<b>layer {layer}</b><br>k = {k}: coverage {shown(coverage, '%')}"
-                for k, coverage in points
-            ]
-        ),
-    )
-
-
-def _color(layer: int, span: Span) -> str:
-    first, last = span
-    place = (layer - first) / max(1, last - first)
+def _color(layer: int, span: tuple[int, int]) -> str:
+    place = (layer - span[0]) / max(1, span[1] - span[0])
     return str(sample_colorscale(theme.DEPTH, [place])[0])
 
 
-def _depth_scale(span: Span) -> go.Scatter:
+def _depth_scale(span: tuple[int, int]) -> go.Scatter:
     """An invisible point that carries the colour bar of the layers."""
     return go.Scatter(
         x=[None],
@@ -321,7 +289,7 @@ def study_layers(
         figure.add_scatter(
             x=[row.layer if same_depth else row.layer / max(1, row.n_layers - 1) for row in own],
             y=[estimate.value for estimate in lead],
-            error_y=_thin_bars(lead),
+            error_y=numbers.error_bars(lead, thickness=1, width=2, color=None),
             name=name,
             mode="lines+markers",
             line=theme.line_style(place),
@@ -343,16 +311,9 @@ def study_layers(
 
 
 def _study_text(row: StudyRow, metrics: Sequence[Metric]) -> str:
-    values = ((metric, row.values[metric.name].value) for metric in metrics)
-    lines = [
-        f"{metric.label} {metric.text(value)}"
-        + ("" if metric.unit == "%" or value is None else f" {metric.unit}")
-        for metric, value in values
-    ]
-    return "<br>".join([f"layer {row.layer}", *lines])
-
-
-def _thin_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
-    """Error bars in the colour of their line."""
-    bars = error_bars(estimates)
-    return None if bars is None else {**bars, "thickness": 1, "width": 2, "color": None}
+    lines = [f"layer {row.layer}"]
+    for metric in metrics:
+        value = row.values[metric.name].value
+        unit = "" if metric.unit == "%" or value is None else f" {metric.unit}"
+        lines.append(f"{metric.label} {metric.text(value)}{unit}")
+    return "<br>".join(lines)

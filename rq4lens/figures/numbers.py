@@ -178,22 +178,16 @@ def _form(unit: str) -> str:
     return f".3g{unit}" if unit in ("", "%") else f".3g {unit}"
 
 
-def error_bars(estimates: Sequence[Estimate], color: str = GREY) -> dict[str, object] | None:
+def error_bars(estimates: Sequence[Estimate], **look: Any) -> dict[str, Any] | None:
     """Plotly error bars of estimates; None when no estimate has an interval."""
+    if all(each.interval is None for each in estimates):
+        return None
     arms = [
         (None, None)
         if each.value is None or each.interval is None
         else (each.interval.high - each.value, each.value - each.interval.low)
         for each in estimates
     ]
-    if all(each.interval is None for each in estimates):
-        return None
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [up for up, _ in arms],
-        "arrayminus": [down for _, down in arms],
-        "thickness": 1.2,
-        "color": color,
-        "width": 3,
-    }
+    up, down = map(list, zip(*arms, strict=True))
+    ends = {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
+    return {**ends, "thickness": 1.2, "width": 3, "color": GREY, **look}

@@ -1,38 +1,36 @@
-"""Heads by what their raw and their mapped patch do, and the top heads prompt by prompt."""
+"""Heads as points: raw against mapped patch, fit of the map against effect, prompt by prompt."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 
 from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.figures import theme
-from rq4lens.figures.numbers import (
-    INTERVAL_NOTE,
-    SignedLog,
-    by_kind,
-    error_bars,
-    grid_setting,
-    head_kinds,
-    hover,
-    is_wide,
-    label_of,
-    shown,
-    single_records,
-)
+from rq4lens.figures import numbers, theme
 from rq4lens.results import GridResult
 
 # Two names closer than this (share of the plot's width and height) would touch at 400 px.
 _NAME_WIDTH, _NAME_HEIGHT = 0.2, 0.06
 _MOST_NAMES = 10
 _EDGE = 0.15
+_FAINT = {"color": theme.translucent(theme.GREY, 0.6), "width": 0}
+
+Quality = Literal["r2", "cosine", "cka"]
+Fit = Mapping[str, Any]
+
+QUALITIES: dict[Quality, str] = {"r2": "R²", "cosine": "mean cosine", "cka": "linear CKA"}
+PREDICTORS = {
+    "fitted": "the map",
+    "mean": "always the mean",
+    "identity": "base z itself",
+    "shuffled": "map of shuffled pairs",
+}
 
 
 def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
@@ -49,20 +47,30 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     Returns:
         The figure: one scatter trace per kind of head, ``customdata`` names the head.
     """
-    numbers = single_records(grid)
-    kinds = head_kinds(grid, analysis)
-    square = _Square.around(numbers)
-    named = _names(numbers, square)
-    figure = go.Figure(_diagonal(square))
-    for kind, heads in by_kind(kinds, range(grid.n_heads)):
-        figure.add_trace(_points([numbers[head] for head in heads], kind, named))
+    singles = numbers.single_records(grid)
+    kinds = numbers.head_kinds(grid, analysis)
+    square = _Square.around(singles)
+    named = _names(singles, square)
+    ends = [square.low, square.high]
+    figure = go.Figure()
+    figure.add_scatter(
+        name="no gain",
+        x=ends,
+        y=ends,
+        mode="lines",
+        line={"color": theme.GREY, "dash": "dot", "width": 1},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    for kind, heads in numbers.by_kind(kinds, range(grid.n_heads)):
+        figure.add_trace(_points([singles[head] for head in heads], kind, named))
     scale = ", logarithmic" if square.is_log else ""
     figure.update_xaxes(title_text=f"KL_raw of the head alone (nats{scale})", **square.axis)
     figure.update_yaxes(title_text=f"KL_mapped (nats{scale})", **square.axis)
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}: raw against mapped",
-        grid_setting(grid, "dotted: KL_mapped = KL_raw", INTERVAL_NOTE, kinds.rule),
+        numbers.grid_setting(grid, "dotted: KL_mapped = KL_raw", numbers.INTERVAL_NOTE, kinds.rule),
         theme.Layout(560),
     )
 
@@ -76,11 +84,11 @@ class _Square:
     is_log: bool
 
     @classmethod
-    def around(cls, numbers: Sequence[ConditionRecord]) -> _Square:
-        both = [estimate for n in numbers for estimate in (n.KL_raw_mean, n.KL_mapped_mean)]
+    def around(cls, singles: Sequence[ConditionRecord]) -> _Square:
+        both = [estimate for n in singles for estimate in (n.KL_raw_mean, n.KL_mapped_mean)]
         values = [estimate.value for estimate in both if estimate.value is not None]
         high = max(values + [e.interval.high for e in both if e.interval is not None])
-        if is_wide(values):
+        if numbers.is_wide(values):
             return cls(min(values) / 2, high * 2, is_log=True)
         return cls(0.0, 1.08 * high or 1.0, is_log=False)
 
@@ -104,54 +112,36 @@ class _Square:
         return value / self.high
 
 
-def _diagonal(square: _Square) -> go.Scatter:
-    ends = [square.low, square.high]
-    return go.Scatter(
-        name="no gain",
-        x=ends,
-        y=ends,
-        mode="lines",
-        line={"color": theme.GREY, "dash": "dot", "width": 1},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-
-
-def _points(numbers: Sequence[ConditionRecord], kind: str, named: Mapping[str, str]) -> go.Scatter:
-    labels = [label_of(n) for n in numbers]
+def _points(singles: Sequence[ConditionRecord], kind: str, named: Mapping[str, str]) -> go.Scatter:
+    labels = [numbers.label_of(n) for n in singles]
     return go.Scatter(
         name=kind,
-        x=[n.KL_raw_mean.value for n in numbers],
-        y=[n.KL_mapped_mean.value for n in numbers],
-        error_x=_faint_bars([n.KL_raw_mean for n in numbers]),
-        error_y=_faint_bars([n.KL_mapped_mean for n in numbers]),
+        x=[n.KL_raw_mean.value for n in singles],
+        y=[n.KL_mapped_mean.value for n in singles],
+        error_x=numbers.error_bars([n.KL_raw_mean for n in singles], **_FAINT),
+        error_y=numbers.error_bars([n.KL_mapped_mean for n in singles], **_FAINT),
         mode="markers+text",
         text=[label if label in named else "" for label in labels],
         textposition=[named.get(label, "top center") for label in labels],
         textfont={"size": 10},
         customdata=labels,
         marker=theme.kind_marker(kind),
-        **theme.hover([f"{hover(n)}<br>{kind}" for n in numbers]),
+        **theme.hover([f"{numbers.hover(n)}<br>{kind}" for n in singles]),
     )
 
 
-def _faint_bars(estimates: Sequence[Estimate]) -> dict[str, object] | None:
-    bars = error_bars(estimates, theme.translucent(theme.GREY, 0.6))
-    return None if bars is None else {**bars, "width": 0}
-
-
-def _names(numbers: Sequence[ConditionRecord], square: _Square) -> dict[str, str]:
+def _names(singles: Sequence[ConditionRecord], square: _Square) -> dict[str, str]:
     """Which heads are named beside their point, and on which side.
 
     Largest KL_raw first, as long as no two names touch in a narrow window.
     """
     places: list[tuple[float, float]] = []
     named: dict[str, str] = {}
-    for candidate in sorted(numbers, key=lambda n: -(n.KL_raw_mean.value or 0.0)):
+    for candidate in sorted(singles, key=lambda n: -(n.KL_raw_mean.value or 0.0)):
         x = square.share(candidate.KL_raw_mean.value or 0.0)
         y = square.share(candidate.KL_mapped_mean.value or 0.0)
         if len(named) < _MOST_NAMES and all(_apart(x, y, other) for other in places):
-            named[label_of(candidate)] = _side(x, y)
+            named[numbers.label_of(candidate)] = _side(x, y)
         places.append((x, y))
     return named
 
@@ -166,7 +156,59 @@ def _apart(x: float, y: float, other: tuple[float, float]) -> bool:
     return abs(x - other[0]) > _NAME_WIDTH or abs(y - other[1]) > _NAME_HEIGHT
 
 
-_ROW_PX = 40
+def map_quality(
+    grid: GridResult,
+    diagnostics: Sequence[Fit],
+    *,
+    quality: Quality = "r2",
+    analysis: Analysis | None = None,
+) -> go.Figure:
+    """How well the map predicts each head's held-out z, against the head's ``ΔKL``.
+
+    Args:
+        grid: the measured grid.
+        diagnostics: held-out fit of each head of the main layer, as ``run.json`` keeps it:
+            ``head`` and, for ``fitted``, ``mean``, ``identity`` and ``shuffled``, the ``r2``,
+            ``cosine`` and ``cka``.
+        quality: which of them stands on the x axis.
+        analysis: an analysis of the grid, for the kinds of heads.
+
+    Returns:
+        The figure: a point per head, coloured by its kind.
+    """
+    singles = numbers.single_records(grid)
+    kinds = numbers.head_kinds(grid, analysis)
+    fits = {row["head"]: row for row in diagnostics}
+    figure = go.Figure()
+    for kind, heads in numbers.by_kind(kinds, fits):
+        own = [singles[head] for head in heads]
+        figure.add_scatter(
+            name=kind,
+            x=[fits[head]["fitted"][quality] for head in heads],
+            y=[each.delta.value for each in own],
+            error_y=numbers.error_bars([each.delta for each in own]),
+            mode="markers",
+            customdata=[grid.label(head) for head in heads],
+            marker=theme.kind_marker(kind),
+            **theme.hover([_fit_hover(singles[head], fits[head]) for head in heads]),
+        )
+    figure.update_xaxes(title_text=f"held-out {QUALITIES[quality]} of the map", nticks=8)
+    figure.update_yaxes(title_text="ΔKL of the head alone (nats)")
+    return theme.frame(
+        figure,
+        f"Map quality and causal effect, layer {grid.settings.layer}",
+        numbers.grid_setting(grid, "fit measured on prompts held out of train", kinds.rule),
+        theme.Layout(520),
+    )
+
+
+def _fit_hover(single: ConditionRecord, fit: Fit) -> str:
+    fits = [
+        f"{name}: " + ", ".join(f"{QUALITIES[q]} {numbers.number(fit[key][q])}" for q in QUALITIES)
+        for key, name in PREDICTORS.items()
+        if key in fit
+    ]
+    return "<br>".join([numbers.hover(single), *fits])
 
 
 def per_prompt(
@@ -186,8 +228,8 @@ def per_prompt(
     """
     heads = grid.ranking.top(top) if heads is None else heads
     values = np.concatenate([grid.single(head).delta_nats for head in heads])
-    scale = SignedLog.of(values.tolist())
-    figure = go.Figure([_box(grid, each, scale) for each in single_records(grid, heads)])
+    scale = numbers.SignedLog.of(values.tolist())
+    figure = go.Figure([_box(grid, each, scale) for each in numbers.single_records(grid, heads)])
     figure.add_vline(x=0, line={"color": theme.GREY, "width": 1})
     figure.update_xaxes(title_text="ΔKL of the head alone, per prompt (nats)", nticks=7)
     notes = ["box: quartiles and median; a point a prompt"]
@@ -199,14 +241,14 @@ def per_prompt(
     return theme.frame(
         figure,
         f"The best heads of layer {grid.settings.layer}, prompt by prompt",
-        grid_setting(grid, *notes),
-        theme.Layout(190 + _ROW_PX * max(3, len(heads)), rows=0),
+        numbers.grid_setting(grid, *notes),
+        theme.Layout(190 + 40 * max(3, len(heads)), rows=0),
     )
 
 
-def _box(grid: GridResult, single: ConditionRecord, scale: SignedLog | None) -> go.Box:
-    label, values = label_of(single), grid[single.cond].delta_nats
-    mean = f"mean of {grid.n_prompts} prompts {shown(single.delta, 'nats')}"
+def _box(grid: GridResult, single: ConditionRecord, scale: numbers.SignedLog | None) -> go.Box:
+    label, values = numbers.label_of(single), grid[single.cond].delta_nats
+    mean = f"mean of {grid.n_prompts} prompts {numbers.shown(single.delta, 'nats')}"
     return go.Box(
         name=label,
         orientation="h",

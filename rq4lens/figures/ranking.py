@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 
 from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
 from rq4lens.errors import UserError
-from rq4lens.figures import theme
-from rq4lens.figures.numbers import (
-    INTERVAL_NOTE,
-    by_kind,
-    error_bars,
-    grid_setting,
-    head_kinds,
-    hover,
-    shown,
-    single_records,
-)
+from rq4lens.figures import numbers, theme
 from rq4lens.results import GridResult, HeadRanking
 
-_ROW_PX = 17
 AXIS_TITLES = {"delta": "ΔKL of the head alone (nats)", "drop_pct": "drop of the head alone (%)"}
-SE_NOTE = "bars: ± 1.96 standard errors"
 Ends = tuple[float, float]
 
 
@@ -52,18 +40,18 @@ def ranking_bars(
         The figure: one bar trace per kind of head, ``customdata`` names the head.
     """
     ranking = ranking or grid.ranking
-    singles = single_records(grid)
+    singles = numbers.single_records(grid)
     scores, note = _score_estimates(ranking, singles, intervals)
-    kinds = head_kinds(grid, analysis)
+    kinds = numbers.head_kinds(grid, analysis)
     figure = go.Figure()
-    for kind, heads in by_kind(kinds, ranking.heads[:top]):
+    for kind, heads in numbers.by_kind(kinds, ranking.heads[:top]):
         shape = {"shape": "/" if kind == "rewired" else "", "fillmode": "overlay", "size": 6}
         figure.add_bar(
             name=kind,
             orientation="h",
             y=[grid.label(head) for head in heads],
             x=[scores[head].value for head in heads],
-            error_x=error_bars([scores[head] for head in heads]),
+            error_x=numbers.error_bars([scores[head] for head in heads]),
             customdata=[grid.label(head) for head in heads],
             marker={"color": theme.KINDS[kind][0], "pattern": shape},
             **theme.hover([_hover(singles[head], kind, ranking) for head in heads]),
@@ -76,14 +64,14 @@ def ranking_bars(
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
-        grid_setting(grid, note, kinds.rule),
-        theme.Layout(190 + _ROW_PX * max(6, len(labels))),
+        numbers.grid_setting(grid, note, kinds.rule),
+        theme.Layout(190 + 17 * max(6, len(labels))),
     )
 
 
 def _hover(single: ConditionRecord, kind: str, ranking: HeadRanking) -> str:
     rank = ranking.rank_of(single.heads[0])
-    return f"{hover(single)}<br>{kind} · rank {rank} by {ranking.method}"
+    return f"{numbers.hover(single)}<br>{kind} · rank {rank} by {ranking.method}"
 
 
 def _score_estimates(
@@ -96,21 +84,16 @@ def _score_estimates(
     if intervals is not None:
         return list(map(_between, values, intervals)), "bars: 95% intervals"
     if ranking.method in AXIS_TITLES:
-        own = [n.delta if ranking.method == "delta" else n.drop_pct for n in singles]
+        own = [getattr(each, ranking.method) for each in singles]
         # The same method at another alpha, or on other prompts, is another set of numbers.
-        if all(_same(estimate.value, value) for estimate, value in zip(own, values, strict=True)):
-            return own, INTERVAL_NOTE
+        measured, given = np.array([[each.value for each in own], values], dtype=float)
+        if np.allclose(measured, given, rtol=1e-9, atol=1e-15, equal_nan=True):
+            return own, numbers.INTERVAL_NOTE
     if ranking.standard_errors is None:
         return [Estimate(value) for value in values], "no intervals"
     errors = dict(zip(ranking.heads, ranking.standard_errors, strict=True))
     ends = [_normal_ends(value, errors[head]) for head, value in enumerate(values)]
-    return list(map(_between, values, ends)), SE_NOTE
-
-
-def _same(one: float | None, other: float | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-15)
+    return list(map(_between, values, ends)), "bars: ± 1.96 standard errors"
 
 
 def _between(value: float | None, ends: Ends | None) -> Estimate:
@@ -123,9 +106,7 @@ def _normal_ends(value: float | None, error: float | None) -> Ends | None:
     return value - 1.96 * error, value + 1.96 * error
 
 
-_FLOW_ROW_PX = 16
 RankRanges = Mapping[int, tuple[int, int]]
-ACROSS_LAYERS = "layers"
 BY_INDEX = "head 3 of one layer is not head 3 of another: lines join equal indices only"
 
 
@@ -163,7 +144,7 @@ def rank_flow(
     orders = {theme.plain(name): list(heads) for name, heads in rankings.items()}
     ranges = [(rank_ranges or {}).get(name, {}) for name in rankings]
     names, first = list(orders), next(iter(orders.values()))
-    by_index = what == ACROSS_LAYERS
+    by_index = what == "layers"
     labels = {head: f"H{head}" if by_index else grid.label(head) for head in first}
     effects = {} if by_index else _effects(grid)
     figure = go.Figure()
@@ -191,9 +172,9 @@ def rank_flow(
     return theme.frame(
         figure,
         f"Ranks of heads across {theme.plain(what)}",
-        grid_setting(grid, *([BY_INDEX] if by_index else []), alpha=alpha),
+        numbers.grid_setting(grid, *([BY_INDEX] if by_index else []), alpha=alpha),
         theme.Layout(
-            170 + _FLOW_ROW_PX * max(8, len(first)) + steep_px,
+            170 + 16 * max(8, len(first)) + steep_px,
             rows=0,
             left_px=96,
             right_px=26,
@@ -228,8 +209,8 @@ def _effects(grid: GridResult) -> dict[int, str]:
     """A line of the hover for each head: its effect at the grid's own alpha."""
     alpha = f"at α = {grid.settings.patching.alpha:g}"
     return {
-        head: f"<br>ΔKL alone {alpha}: {shown(single.delta, 'nats')}"
-        for head, single in enumerate(single_records(grid))
+        head: f"<br>ΔKL alone {alpha}: {numbers.shown(single.delta, 'nats')}"
+        for head, single in enumerate(numbers.single_records(grid))
     }
 
 

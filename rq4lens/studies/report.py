@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 from jinja2 import Environment
 from markupsafe import Markup
-from plotly.io import to_html
 from rich.text import Text
 
 from rq4lens.analysis.effects.table import bootstrap_of
@@ -21,7 +20,7 @@ from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.layers import Metric
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.errors import UserError
-from rq4lens.figures.export import CONFIG
+from rq4lens.figures.export import html_page, html_part
 from rq4lens.figures.layers import study_layers
 from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
@@ -30,13 +29,7 @@ REPORT = "study.html"
 ROWS = "study.json"
 NO_MAIN = "the sweep proposes no main layer"
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
+_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -44,10 +37,8 @@ th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #dd
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.main { font-weight: 600; }
-</style>
-</head>
-<body>
-<h1>{{ name }}</h1>
+"""
+_BODY = """<h1>{{ name }}</h1>
 {{ figure }}
 <h2>Proposed layers</h2>
 <div class="wide"><table>
@@ -71,10 +62,7 @@ tr.main { font-weight: 600; }
 control layers are proposed by ΔKL(ALL), whatever is compared; k90 is of the coverage curve of the
 layer's own ranking, Gini of its single-head |ΔKL|. Bold: the proposed main layer of its sweep.
 Head indices mean nothing across layers or pairs: layers are compared by the effect of all their
-heads, and by how concentrated it is.</p>
-</body>
-</html>
-"""
+heads, and by how concentrated it is.</p>"""
 
 
 @dataclass(frozen=True)
@@ -229,15 +217,8 @@ def _page(
         "count": lambda value: number_text(value, ".0f", "—"),
         "share": lambda value: number_text(value, ".2f", "—"),
     }
-    figure = to_html(
-        study_layers(rows, setting, plan.metrics),
-        config=CONFIG,
-        full_html=False,
-        include_plotlyjs=True,
-        include_mathjax=False,
-        div_id="study_layers",
-    )
-    return environment.from_string(_PAGE).render(
+    figure = html_part(study_layers(rows, setting, plan.metrics), "study_layers")
+    body = environment.from_string(_BODY).render(
         name=plan.name,
         figure=Markup(figure),
         rows=rows,
@@ -245,3 +226,4 @@ def _page(
         metrics=plan.metrics,
         lead=plan.metrics[0],
     )
+    return html_page(plan.name, _STYLE, body)

@@ -15,13 +15,10 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.figures.alphas import alpha_sweep
 from rq4lens.figures.coverage import coverage_curve, method_curves
 from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
-from rq4lens.figures.maps import map_quality
 from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
-from rq4lens.figures.plane import head_plane, per_prompt
+from rq4lens.figures.plane import head_plane, map_quality, per_prompt
 from rq4lens.figures.ranking import rank_flow, ranking_bars
 from rq4lens.results import GridResult
-
-Drawings = Iterator[tuple[str, go.Figure]]
 
 AGREEMENT_KINDS = {"map_kind": "map kinds", "metric": "metrics", "fold": "folds", "seed": "seeds"}
 
@@ -71,7 +68,7 @@ def map_diagnostics(grid: GridResult, provenance: Mapping[str, Any]) -> list[dic
     return list(fitted.get("diagnostics") or ())
 
 
-def _of_analysis(grid: GridResult, analysis: Analysis) -> Drawings:
+def _of_analysis(grid: GridResult, analysis: Analysis) -> Iterator[tuple[str, go.Figure]]:
     if len(analysis.rankings) > 1:
         what = "ranking methods"
         orders = {ranking.method: ranking.heads for ranking in analysis.rankings}

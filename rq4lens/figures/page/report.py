@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -23,11 +25,14 @@ from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, shown
 from rq4lens.figures.page.gallery import run_figures
-from rq4lens.figures.page.parts import PageFigure, Section, page_figure, script_json
 from rq4lens.figures.page.sections import Report, sections
 from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
+_TITLE_PX = 34
+_SWITCH_PX = 42
+# The place of a figure in the page's grid, where it is not the usual one.
+_SHAPES = {"layers": "wide", "interactions": "wide", "ranking": "tall"}
 
 
 def report_page(report: Report) -> str:
@@ -56,7 +61,8 @@ def report_page(report: Report) -> str:
         title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
         setting=grid_setting(grid),
         labels=[grid.label(head) for head in range(grid.n_heads)],
-        sections=[_with_figures(section, figures) for section in sections(report)],
+        sections=sections(report),
+        figures=figures,
         policy=_policy(plotly, script),
         css=Markup(_read("report.css")),
         data=Markup(script_json(_data(report, figures))),
@@ -81,9 +87,49 @@ def write_report(path: Path | str, report: Report) -> Path:
     return path
 
 
-def _with_figures(section: Section, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
-    drawn = [figures[name] for name in section.figures if name in figures]
-    return {**vars(section), "figures": drawn}
+def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
+    """Take a figure apart: the page itself shows title, setting and switch, for every width."""
+    drawing = json.loads(figure.to_json())
+    layout = drawing["layout"]
+    title = layout.pop("title")["text"]
+    setting = layout.pop("meta")["setting"]
+    menu = layout.pop("updatemenus", [{}])[0]
+    switch_px = _SWITCH_PX if menu else 0
+    layout.pop("template", None)
+    layout["height"] -= _without_setting(layout) + _TITLE_PX + switch_px
+    layout["margin"]["t"] -= _TITLE_PX + switch_px
+    return {
+        "name": name,
+        "title": title,
+        "setting": setting,
+        "shape": _SHAPES.get(name, ""),
+        "height_px": layout["height"],
+        "drawing": {
+            "data": drawing["data"],
+            "layout": layout,
+            "switch": menu.get("buttons"),
+            "active": menu.get("active"),
+        },
+    }
+
+
+def _without_setting(layout: dict[str, Any]) -> int:
+    """Remove the drawn setting line; the height that this gives back."""
+    notes = layout["annotations"]
+    line = next(note for note in notes if note.get("name") == "setting")
+    notes.remove(line)
+    axis_px = -line["yshift"]
+    saved_px = layout["margin"]["b"] - axis_px
+    layout["margin"]["b"] = axis_px
+    return int(saved_px)
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a ``script`` element: nothing in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def _read(name: str) -> str:
@@ -102,7 +148,7 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _data(report: Report, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
+def _data(report: Report, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     grid = report.grid
     everywhere = {grid.settings.layer: grid, **report.layers}
     return {
@@ -111,7 +157,7 @@ def _data(report: Report, figures: Mapping[str, PageFigure]) -> dict[str, Any]:
             name: theme.template(dark=dark).to_plotly_json()
             for name, dark in (("light", False), ("dark", True))
         },
-        "figures": {name: figure.drawing for name, figure in figures.items()},
+        "figures": {name: figure["drawing"] for name, figure in figures.items()},
         "labels": [
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],
@@ -127,9 +173,8 @@ def _prompt_data(report: Report) -> dict[str, Any]:
     fixed = [("all heads", None, grid.full)]
     if grid.control is not None:
         fixed.append((f"all heads of control layer {grid.control.layer}", None, grid.control))
-    single = [
-        (grid.label(head), grid.label(head), grid.single(head)) for head in range(grid.n_heads)
-    ]
+    labels = [grid.label(head) for head in range(grid.n_heads)]
+    single = zip(labels, labels, grid.singles, strict=True)
     return {
         "ids": list(grid.prompt_ids),
         "texts": [report.prompts.get(prompt) for prompt in grid.prompt_ids],
@@ -147,8 +192,6 @@ def _condition(name: str, head: str | None, condition: ConditionResult) -> dict[
     }
 
 
-def _short(value: float, digits: int = 6) -> float:
-    """A number with so many significant digits: the page shows three."""
-    return (
-        0.0 if value == 0 else round(float(value), digits - 1 - math.floor(math.log10(abs(value))))
-    )
+def _short(value: float) -> float:
+    """A number with six significant digits: the page shows three."""
+    return 0.0 if value == 0 else round(float(value), 5 - math.floor(math.log10(abs(value))))

@@ -20,19 +20,50 @@ from rq4lens.analysis.records import (
 )
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.figures.maps import PREDICTORS
-from rq4lens.figures.numbers import (
-    head_kinds,
-    label_of,
-    number,
-    shown,
-    single_records,
-)
-from rq4lens.figures.page.gallery import map_diagnostics
-from rq4lens.figures.page.parts import Block, Row, Section, Table
+from rq4lens.figures.numbers import head_kinds, label_of, number, shown, single_records
+from rq4lens.figures.page.gallery import AGREEMENT_KINDS, map_diagnostics
+from rq4lens.figures.plane import PREDICTORS, QUALITIES
 from rq4lens.results import GridResult
 
 NO_PROMPTS = "The texts of the prompts were not given to this report; their ids and numbers were."
+
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; ``words`` and ``long`` are the places of columns with words and with sentences.
+
+    In a table ``of_heads`` the first cell of a row chooses its head.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    words: tuple[int, ...] = ()
+    long: tuple[int, ...] = ()
+    of_heads: bool = False
+
+    def kind(self, place: int) -> str:
+        """What a column holds; decides its alignment and whether it wraps."""
+        return "long" if place in self.long else "words" if place in self.words else "number"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the report.
+
+    ``id`` is its name in links, ``figures`` are names; ``blocks`` are titles and long texts that
+    stay folded.
+    """
+
+    id: str
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[str, ...] = ()
+    blocks: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,10 +118,8 @@ def findings(report: Report) -> Section:
     """The claim paragraph, or the main numbers where no analysis wrote one."""
     claims = report.analysis.claims if report.analysis else ()
     paragraph = " ".join(claims or _main_numbers(report.grid))
-    audit = report.run.get("audit")
-    warning = audit.get("warning") if isinstance(audit, Mapping) else None
-    warnings = (str(warning),) if warning else ()
-    return Section("findings", "What was found", (*warnings, paragraph))
+    warning = (report.run.get("audit") or {}).get("warning")
+    return Section("findings", "What was found", (warning, paragraph) if warning else (paragraph,))
 
 
 def _main_numbers(grid: GridResult) -> Iterator[str]:
@@ -121,28 +150,30 @@ def coverage(report: Report) -> Section:
             _coverage_row(each, str(grid[each.cond].heads), crossed.get(each.cond))
             for each in records(grid, conditions)
         ),
-        words=frozenset({6}),
+        words=(6,),
     )
     return Section("coverage", "Few heads or many", (), (table,), ("coverage", "methods"))
 
 
+def _or_dash(value: Estimate | None, unit: str = "") -> str:
+    return "–" if value is None or value.value is None else shown(value, unit)
+
+
+def _p_text(p_value: float | None) -> str:
+    return "–" if p_value is None else number(p_value)
+
+
 def _coverage_row(condition: ConditionRecord, heads: str, crossed: CoverageRow | None) -> Row:
     where = f" (layer {condition.layer})" if condition.cond == "ctrl_full" else ""
-    return Row(
-        (
-            condition.cond + where,
-            str(len(condition.heads)),
-            shown(condition.delta),
-            shown(condition.coverage_pct, "%"),
-            _or_dash(crossed.cross_fitted_coverage_pct, "%") if crossed else "–",
-            number(crossed.p_value) if crossed and crossed.p_value is not None else "–",
-            heads,
-        )
+    return (
+        condition.cond + where,
+        str(len(condition.heads)),
+        shown(condition.delta),
+        shown(condition.coverage_pct, "%"),
+        _or_dash(crossed.cross_fitted_coverage_pct if crossed else None, "%"),
+        _p_text(crossed.p_value if crossed else None),
+        heads,
     )
-
-
-def _or_dash(value: Estimate, unit: str = "") -> str:
-    return "–" if value.value is None else shown(value, unit)
 
 
 def heads(report: Report) -> Section:
@@ -163,7 +194,8 @@ def heads(report: Report) -> Section:
             _head_row(report.singles[head], str(rank), kinds.heads[head].kind, p_values)
             for rank, head in enumerate(grid.ranking.heads, 1)
         ),
-        words=frozenset({2}),
+        words=(2,),
+        of_heads=True,
     )
     text = (
         f"Kinds of heads: {kinds.rule}.",
@@ -175,38 +207,38 @@ def heads(report: Report) -> Section:
 def _head_row(
     single: ConditionRecord, rank: str, kind: str, p_values: Mapping[str, float | None]
 ) -> Row:
-    label, p_value = label_of(single), p_values.get(label_of(single))
+    label = label_of(single)
     effects = (shown(each) for each in (single.delta, single.KL_raw_mean, single.KL_mapped_mean))
-    p_text = "–" if p_value is None else number(p_value)
-    return Row((label, rank, kind, *effects, f"{single.drop_pct:.3g%}", p_text), head=label)
+    drop, p_text = f"{single.drop_pct:.3g%}", _p_text(p_values.get(label))
+    return label, rank, kind, *effects, drop, p_text
 
 
 def controls(report: Report) -> Section | None:
     """Does the claim survive its controls?"""
-    rows = report.analysis.controls if report.analysis else ()
+    if report.analysis is None or not report.analysis.controls:
+        return None
     table = Table(
         "Difference: reference minus control; [..]: 95% intervals",
         ("control", "asks", "survives?", "difference", "reference", "control", "unit"),
-        tuple(_control_row(row) for row in rows),
-        words=frozenset({2, 6}),
-        long=frozenset({1}),
+        tuple(map(_control_row, report.analysis.controls)),
+        words=(2, 6),
+        long=(1,),
     )
-    return Section("controls", "Controls", (), (table,)) if rows else None
+    return Section("controls", "Controls", (), (table,))
 
 
 def _control_row(row: Control) -> Row:
     verdict = {True: "yes", False: "no", None: "no verdict"}[row.survives]
     cells = (_or_dash(each) for each in (row.difference, row.reference, row.value))
     reason = f" ({row.reason})" if row.reason else ""
-    return Row((row.name, row.question + reason, verdict, *cells, row.unit))
+    return row.name, row.question + reason, verdict, *cells, row.unit
 
 
 def layers(report: Report) -> Section | None:
     """The layers beside each other."""
     if len(report.layers) < 2:
         return None
-    rows = report.comparison.rows if report.comparison else ()
-    compared = {row.layer: row for row in rows}
+    compared = {row.layer: row for row in (report.comparison.rows if report.comparison else ())}
     table = Table(
         "All heads of a layer patched at once, nats; k90: heads that reach 90% of it; "
         "[..]: 95% intervals",
@@ -227,15 +259,13 @@ def _layer_row(grid: GridResult, compared: LayerRow | None) -> Row:
         raw, mapped = compared.KL_raw, compared.KL_mapped
         delta, drop = compared.delta, compared.drop_pct
     best = grid.ranking_by("delta").top(1)[0]
-    return Row(
-        (
-            str(grid.settings.layer),
-            *(shown(each) for each in (raw, mapped, delta)),
-            _or_dash(drop, "%"),
-            _or_dash(compared.curve.k90) if compared and compared.curve else "–",
-            _or_dash(compared.concentration.gini) if compared else "–",
-            f"{grid.label(best)} ({number(grid.single(best).delta)})",
-        )
+    return (
+        str(grid.settings.layer),
+        *(shown(each) for each in (raw, mapped, delta)),
+        _or_dash(drop, "%"),
+        _or_dash(compared.curve.k90 if compared and compared.curve else None),
+        _or_dash(compared.concentration.gini if compared else None),
+        f"{grid.label(best)} ({number(grid.single(best).delta)})",
     )
 
 
@@ -249,18 +279,10 @@ def rankings(report: Report) -> Section | None:
     tables = [_agreement_table(agreements)] if agreements else []
     if analysis.stability.heads:
         tables.append(_stability_table(report.grid, analysis.stability))
-    figures = (
-        "alpha_flow",
-        "alpha",
-        "methods_flow",
-        "methods_agreement",
-        "map_kind_agreement",
-        "metric_agreement",
-        "fold_agreement",
-        "seed_agreement",
-    )
     if not tables and len(analysis.alphas) < 2:
         return None
+    agreeing = (f"{name}_agreement" for name in ("methods", *AGREEMENT_KINDS))
+    figures = ("alpha_flow", "alpha", "methods_flow", *agreeing)
     return Section("rankings", "How firm the ranking is", (), tuple(tables), figures)
 
 
@@ -269,19 +291,17 @@ def _agreement_table(rows: Sequence[Agreement]) -> Table:
         "Agreement of rankings of the same heads; [..]: 95% intervals",
         ("ranking", "and", "differ in", "Kendall's τ", "Spearman's ρ", "rank-biased overlap", ""),
         tuple(
-            Row(
-                (
-                    row.first,
-                    row.second,
-                    row.kind.replace("_", " "),
-                    *(_or_dash(each) for each in (row.kendall, row.spearman, row.rbo)),
-                    row.note or "",
-                )
+            (
+                row.first,
+                row.second,
+                row.kind.replace("_", " "),
+                *(_or_dash(each) for each in (row.kendall, row.spearman, row.rbo)),
+                row.note or "",
             )
             for row in rows
         ),
-        words=frozenset({1, 2}),
-        long=frozenset({6}),
+        words=(1, 2),
+        long=(6,),
     )
 
 
@@ -292,18 +312,16 @@ def _stability_table(grid: GridResult, stability: RankStability, most: int = 12)
         "and how often among the best k",
         ("head", "rank", "from", "to", *(f"top {k}" for k in sizes)),
         tuple(
-            Row(
-                (
-                    grid.label(row.head),
-                    str(row.rank),
-                    str(row.rank_low or "–"),
-                    str(row.rank_high or "–"),
-                    *(f"{100 * row.top_probability[k]:.0f}%" for k in sizes),
-                ),
-                head=grid.label(row.head),
+            (
+                grid.label(row.head),
+                str(row.rank),
+                str(row.rank_low or "–"),
+                str(row.rank_high or "–"),
+                *(f"{100 * row.top_probability[k]:.0f}%" for k in sizes),
             )
             for row in stability.heads[:most]
         ),
+        of_heads=True,
     )
 
 
@@ -324,21 +342,18 @@ def structure(report: Report) -> Section | None:
     ]
     pairs = analysis.interactions
     if pairs is not None:
+        predicted = "ΔKL of all heads, predicted by singles and pairs"
         values += [
             ("sum of single-head ΔKL", pairs.sum_of_singles, "nats"),
             ("ΔKL of all heads together", pairs.joint, "nats"),
             ("their ratio (1: heads add up)", pairs.sum_over_joint, ""),
-            (
-                "ΔKL of all heads, predicted by singles and pairs",
-                pairs.pairwise_prediction,
-                "nats",
-            ),
+            (predicted, pairs.pairwise_prediction, "nats"),
         ]
-    rows = tuple(Row((name, _or_dash(value, unit))) for name, value, unit in values)
+    if not values:
+        return None
+    rows = tuple((name, _or_dash(value, unit)) for name, value, unit in values)
     table = Table("Concentration and interaction; [..]: 95% intervals", ("", "value"), rows)
-    return (
-        Section("structure", "Do heads add up", (), (table,), ("interactions",)) if rows else None
-    )
+    return Section("structure", "Do heads add up", (), (table,), ("interactions",))
 
 
 def maps(report: Report) -> Section | None:
@@ -350,7 +365,7 @@ def maps(report: Report) -> Section | None:
         "Mean over heads of the held-out fit; the map has to beat the other predictors",
         ("predictor", "R²", "cosine", "CKA"),
         tuple(
-            Row((name, *(_mean([fit[key][q] for fit in fits]) for q in ("r2", "cosine", "cka"))))
+            (name, *(_mean([fit[key][quality] for fit in fits]) for quality in QUALITIES))
             for key, name in PREDICTORS.items()
         ),
     )
@@ -376,12 +391,12 @@ def provenance(report: Report) -> Section:
         **{name.replace("_", " "): value for name, value in grid.settings.to_dict().items()},
         "prompts measured": grid.n_prompts,
         "noise floor": number(grid.noise_floor_nats, "nats"),
-        **_audit(run.get("audit")),
+        **_read_alike(run.get("audit")),
         **{name: run[name] for name in ("rq4lens", "device") if name in run},
     }
-    rows = tuple(Row((name, _plain_value(value))) for name, value in settings.items())
-    table = Table("Settings", ("setting", "value"), rows, long=frozenset({1}))
-    blocks = (Block("run.json", json.dumps(run, indent=1, default=str)),) if run else ()
+    rows = tuple((name, _plain_value(value)) for name, value in settings.items())
+    table = Table("Settings", ("setting", "value"), rows, long=(1,))
+    blocks = (("run.json", json.dumps(run, indent=1, default=str)),) if run else ()
     text = (
         "To repeat this run: rq4lens run RUN/run.json --out repeat, where RUN is the run directory "
         "this report stands in. The same settings and seeds give the same numbers.",
@@ -389,9 +404,9 @@ def provenance(report: Report) -> Section:
     return Section("provenance", "How it was made", text, (table,), (), blocks)
 
 
-def _audit(audit: Any) -> dict[str, Any]:
+def _read_alike(audit: Mapping[str, Any] | None) -> dict[str, Any]:
     """How many prompts both models read alike, and how many were cut."""
-    if not isinstance(audit, Mapping):
+    if audit is None:
         return {}
     n, n_misaligned = audit.get("n", 0), audit.get("n_misaligned", 0)
     counts: dict[str, Any] = {"prompts read alike by both models": f"{n - n_misaligned} of {n}"}

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
 
-_ROW_PX = 34
+ROW_PX = 34
 
 
-def engine_cost(
-    seconds: Mapping[str, float], *, reference: str, setting: Sequence[str]
-) -> go.Figure:
+def engine_cost(record: dict[str, Any]) -> go.Figure:
+    """Times of one grid and of every head of every layer, the engine's and other ways'.
+
+    Args:
+        record: what ``benchmarks/engine.py`` wrote.
+    """
+    grid, scan = record["grid"], record["scan"]
+    hooks, library = record["hooks_seconds_per_condition"], record["library_seconds_per_condition"]
+    plain = "two plain forward passes"
+    seconds = {
+        plain: record["plain_forwards_seconds"],
+        "one grid: rq4lens": grid["seconds"],
+        "one grid: native hooks": grid["n_conditions"] * hooks,
+        "one grid: TransformerLens patching": grid["n_conditions"] * library,
+        "every head: rq4lens": scan["seconds"],
+        "every head: native hooks": scan["n_conditions"] * hooks,
+    }
+    setting = (
+        record["case"],
+        f"{grid['n_conditions']} and {scan['n_conditions']} conditions",
+        "hooks and patching extrapolated from a sample",
+        record["hardware"],
+        record["date"],
+    )
+    return cost_bars(seconds, reference=plain, setting=setting)
+
+
+def cost_bars(seconds: Mapping[str, float], *, reference: str, setting: Sequence[str]) -> go.Figure:
     """Times of several ways to do the same work, on a logarithmic axis.
 
     Args:
@@ -54,7 +80,7 @@ def engine_cost(
     )
     figure.update_xaxes(type="log", title_text="seconds, logarithmic", dtick=1)
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False, dtick=1)
-    height_px = 170 + _ROW_PX * max(3, len(seconds))
+    height_px = 170 + ROW_PX * max(3, len(seconds))
     return theme.frame(
         figure,
         "Time of the same work",

@@ -10,14 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from rq4lens.disk.files import read_regular_file, short_reason
@@ -96,8 +89,6 @@ class Reading(Settings):
             answer, ``"marker"`` at the last character of a marker's last occurrence, ``"offset"``
             at the character that the prompt names.
         marker: the marker of prompts that name none.
-        max_tokens: longer prompts lose tokens on the left, but not their BOS.
-        exclude_misaligned: leave out prompts that the two models do not read alike.
 
     Raises:
         UserError: if a value is not allowed, or a marker is given that no rule looks for.
@@ -148,19 +139,9 @@ class Patching(Settings):
     """How base activations are patched into the tuned model, and what is measured of it.
 
     Attributes:
-        layer: the main layer.
-        control_layer: the control layer, if any.
-        alpha: blend strength, in [0, 1].
-        k: sizes of the top-k and random-k head sets.
-        random_seeds: seeds of the random-k head sets.
-        rank_by: the score that orders single heads.
-        map_kind: kind of the map from base to tuned activations.
         map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
-        split: the prompts that are measured.
-        k_positions: how many positions are patched, the decision token last.
         raw_baseline: what the raw patch inserts: ``"identity"`` base z itself, ``"moments"`` base
             z matched in mean and spread (fitted on train).
-        kl_direction: which way the divergence is taken.
 
     Raises:
         UserError: if a value is not allowed.
@@ -282,9 +263,8 @@ class RunConfig(BaseModel):
     def flat(self, *, defaults: bool = False) -> dict[str, Any]:
         """What was set, by the keys of a TOML file, as plain JSON values; or every setting."""
         flat: dict[str, Any] = {}
-        for part in PARTS:
-            settings: Settings = getattr(self, part)
-            flat |= settings.model_dump(mode="json", by_alias=True, exclude_unset=not defaults)
+        for _, part in self:
+            flat |= part.model_dump(mode="json", by_alias=True, exclude_unset=not defaults)
         return flat
 
     def updated(self, **changes: Any) -> RunConfig:
@@ -314,23 +294,12 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
             allowed.
     """
     _refuse_unknown(values, SETTINGS, where)
-    return RunConfig(
-        pair=PairSource.checked(values, where),
-        reading=Reading.checked(values, where),
-        patching=Patching.checked(values, where),
-        place=Place.checked(values, where),
-        effort=Effort.checked(values, where),
-    )
+    parts: dict[str, Any] = {name: part.checked(values, where) for name, part in PARTS.items()}
+    return RunConfig(**parts)
 
 
 def read_config(path: Path) -> RunConfig:
     """Read a TOML file, or the ``run.json`` of a finished run to repeat it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The configuration.
 
     Raises:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
@@ -376,24 +345,14 @@ def preset_names() -> tuple[str, ...]:
 def preset(name: str) -> RunConfig:
     """The settings of a pair that comes with the package.
 
-    Args:
-        name: one of :func:`preset_names`.
-
-    Returns:
-        Its configuration.
-
     Raises:
-        UserError: if there is no such pair.
+        UserError: if ``name`` is none of :func:`preset_names`.
     """
     return config_from(tomllib.loads(preset_text(name)), f"preset {name!r}")
 
 
 def preset_text(name: str) -> str:
-    """The TOML file of a preset.
-
-    Raises:
-        UserError: if there is no such pair.
-    """
+    """The TOML file of a preset."""
     if name not in preset_names():
         raise UserError(
             f"pair {name!r} does not exist: choose one of {', '.join(preset_names())}, or give "
@@ -414,12 +373,10 @@ def _refuse_truth(values: Mapping[str, Any], known: Mapping[str, FieldInfo], whe
     """True would pass for the number 1."""
     for key, value in values.items():
         parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(each, bool) for each in parts) and "bool" not in str(
-            known[key].annotation
-        ):
-            raise UserError(
-                _not_allowed(where, key, known[key], value, "true and false are no numbers")
-            )
+        takes_truth = "bool" in str(known[key].annotation)
+        if any(isinstance(each, bool) for each in parts) and not takes_truth:
+            message = "true and false are no numbers"
+            raise UserError(_not_allowed(where, key, known[key], value, message))
 
 
 def _sentence(problem: ValidationError, known: Mapping[str, FieldInfo], where: str) -> str:

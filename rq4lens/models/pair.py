@@ -300,11 +300,7 @@ class ModelPair:
 
 
 def require_same_heads(base: Shape, tuned: Shape) -> None:
-    """Refuse models whose heads cannot be compared one by one.
-
-    Raises:
-        UserError: if they differ in layers, heads or head width.
-    """
+    """Refuse models whose heads cannot be compared one by one."""
     for what in ("n_layers", "n_heads", "d_head"):
         of_base, of_tuned = getattr(base, what), getattr(tuned, what)
         if of_base != of_tuned:

@@ -16,10 +16,6 @@ from pydantic.fields import FieldInfo
 from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
 
-SUPPLY = "SUPPLY"
-"""Start of a preset's ``prompts`` entry when the user has to bring the file."""
-
-
 S = TypeVar("S", bound="Settings")
 
 
@@ -130,9 +126,7 @@ MapKind = Literal[
     "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
 ]
 MapScope = Literal["head", "layer"]
-RawBaseline = Literal["identity", "moments"]
 KLDirection = Literal["patched||clean", "clean||patched"]
-EngineName = Literal["suffix", "cached", "hooks"]
 
 
 class Patching(Settings):
@@ -163,7 +157,7 @@ class Patching(Settings):
     k_positions: int = Field(
         default=1, ge=1, description="patched positions, the decision token last"
     )
-    raw_baseline: RawBaseline = Field(
+    raw_baseline: Literal["identity", "moments"] = Field(
         default="identity", description="raw patch: base z itself, or matched in mean and spread"
     )
     kl_direction: KLDirection = Field(
@@ -181,7 +175,7 @@ class Patching(Settings):
 class Place(Settings):
     """Where models and their work are: engine, devices, number format, memory."""
 
-    engine: EngineName = Field(
+    engine: Literal["suffix", "cached", "hooks"] = Field(
         default="suffix", description="fast engines, or hooks, the reference"
     )
     device: str = Field(default="auto", description="cpu, cuda, cuda:1 and so on, mps, or auto")

@@ -77,9 +77,7 @@ class StoreCounters:
 class Store:
     """A directory of small verified JSON records, some with tensors beside them.
 
-    Args:
-        directory: where the records lie; made when the first one is written.
-        fresh: do not use any record that is there; new ones replace them.
+    It is made when the first record is written; a ``fresh`` store uses no record that is there.
     """
 
     def __init__(self, directory: Path, fresh: bool = False) -> None:

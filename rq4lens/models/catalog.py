@@ -7,23 +7,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rq4lens.config import (
-    SUPPLY,
-    PairSource,
-    Place,
-    Reading,
-    RunConfig,
-    Settings,
-    preset,
-    preset_names,
-)
+from rq4lens.config import PairSource, Place, Reading, RunConfig, Settings, preset, preset_names
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
@@ -40,6 +30,9 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
 
 BUILTIN = ("etiquette",)
+
+SUPPLY = "SUPPLY"
+"""Start of a preset's ``prompts`` entry when the user has to bring the file."""
 
 SHARE_FOR_WEIGHTS = 0.7
 """Of the free memory, for both models' weights; activations and rows need the rest."""
@@ -143,7 +136,14 @@ def prompts_of(source: PairSource) -> PromptSet:
     """The prompts of a pair, or those of the built-in pair."""
     if is_builtin(source) and source.prompts is None:
         return PromptSet.from_jsonl(_builtin_folder(source.name) / "prompts.jsonl")
-    return PromptSet.of(_required_prompts(source))
+    if source.prompts is None or source.prompts.startswith(SUPPLY):
+        wish = (source.prompts or "").removeprefix(SUPPLY).strip(": ")
+        raise UserError(
+            f"pair {source.name!r} needs your prompts"
+            + (f" ({wish})" if wish else "")
+            + ": give a JSONL file with --prompts FILE."
+        )
+    return PromptSet.of(source.prompts)
 
 
 def is_builtin(source: PairSource) -> bool:
@@ -161,21 +161,17 @@ class _Origin(NamedTuple):
 
 
 def _origin(source: PairSource, side: Side) -> _Origin:
+    path, revision = getattr(source, side), getattr(source, f"{side}_revision")
+    name = path
     if is_builtin(source):
-        folder = _builtin_folder(source.name) / side
+        path, revision = str(_builtin_folder(source.name) / side), None
         name = f"{source.name}/{side} (built in)"
-        return _Origin(str(folder), None, name, source.trust_remote_code)
-    path, revision = (
-        (source.base, source.base_revision)
-        if side == "base"
-        else (source.tuned, source.tuned_revision)
-    )
     if path is None:
         raise UserError(
             f"no {side} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "
             "or give your own with --base and --tuned."
         )
-    return _Origin(path, revision, path, source.trust_remote_code)
+    return _Origin(path, revision, name, source.trust_remote_code)
 
 
 def size_of(source: PairSource, side: Side, place: Place) -> ModelSize:
@@ -323,17 +319,4 @@ def _load(origin: _Origin, place: Place) -> LoadedModel:
 
 
 def _builtin_folder(name: str) -> Path:
-    # Installed packages are plain folders; as_file would only matter for zipped ones.
-    with as_file(files("rq4lens.models").joinpath(f"builtin/{name}")) as folder:
-        return Path(folder)
-
-
-def _required_prompts(source: PairSource) -> Path:
-    if source.prompts is None or source.prompts.startswith(SUPPLY):
-        wish = (source.prompts or "").removeprefix(SUPPLY).strip(": ")
-        raise UserError(
-            f"pair {source.name!r} needs your prompts"
-            + (f" ({wish})" if wish else "")
-            + ": give a JSONL file with --prompts FILE."
-        )
-    return Path(source.prompts)
+    return Path(__file__).parent / "builtin" / name

@@ -19,6 +19,11 @@ from rq4lens.errors import UserError
 S = TypeVar("S", bound="Settings")
 
 
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A setting: its default, and what it means in TOML files, options and error sentences."""
+    return Field(default=default, description=meaning, **limits)
+
+
 class Settings(BaseModel):
     """One part of a configuration: frozen, and checked where it is made.
 
@@ -60,20 +65,20 @@ class Settings(BaseModel):
 class PairSource(Settings):
     """Which pair of models, on which prompts."""
 
-    about: str = Field(default="", description="what the pair is")
+    about: str = setting("", "what the pair is")
     name: str = Field(
         default="custom",
         alias="pair",
         description="name of the pair; one of `rq4lens pairs` or your own",
     )
-    base: str | None = Field(default=None, description="base model: hub id or folder")
-    tuned: str | None = Field(default=None, description="fine-tuned model: hub id or folder")
-    base_revision: str | None = Field(default=None, description="revision of the base hub id")
-    tuned_revision: str | None = Field(default=None, description="revision of the tuned hub id")
-    prompts: str | None = Field(
-        default=None, description="JSONL or CSV file, or folder of a saved Hugging Face dataset"
+    base: str | None = setting(None, "base model: hub id or folder")
+    tuned: str | None = setting(None, "fine-tuned model: hub id or folder")
+    base_revision: str | None = setting(None, "revision of the base hub id")
+    tuned_revision: str | None = setting(None, "revision of the tuned hub id")
+    prompts: str | None = setting(
+        None, "JSONL or CSV file, or folder of a saved Hugging Face dataset"
     )
-    trust_remote_code: bool = Field(default=False, description="let a checkpoint run its own code")
+    trust_remote_code: bool = setting(False, "let a checkpoint run its own code")
 
 
 class Reading(Settings):
@@ -90,18 +95,14 @@ class Reading(Settings):
         UserError: if a value is not allowed, or a marker is given that no rule looks for.
     """
 
-    decision_rule: Literal["last", "last_content", "before_answer", "marker", "offset"] = Field(
-        default="last", description="at which token of a prompt the next one is compared"
+    decision_rule: Literal["last", "last_content", "before_answer", "marker", "offset"] = setting(
+        "last", "at which token of a prompt the next one is compared"
     )
-    marker: str | None = Field(
-        default=None, description="string that rule marker decides at the end of"
+    marker: str | None = setting(None, "string that rule marker decides at the end of")
+    max_tokens: int | None = setting(
+        None, "longer prompts lose tokens on the left, but not their BOS", ge=1
     )
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="longer prompts lose tokens on the left, but not their BOS"
-    )
-    exclude_misaligned: bool = Field(
-        default=False, description="leave out prompts that the models do not read alike"
-    )
+    exclude_misaligned: bool = setting(False, "leave out prompts that the models do not read alike")
 
     @model_validator(mode="after")
     def _marker_has_its_rule(self) -> Reading:
@@ -141,28 +142,22 @@ class Patching(Settings):
         UserError: if a value is not allowed.
     """
 
-    layer: int | None = Field(default=None, ge=0, description="layer whose heads are patched")
-    control_layer: int | None = Field(default=None, ge=0, description="the control layer")
-    alpha: float = Field(default=0.3, ge=0, le=1, description="blend strength, from 0 to 1")
-    k: tuple[int, ...] = Field(
-        default=(1, 2, 4, 8), description="sizes of top-k and of random sets"
+    layer: int | None = setting(None, "layer whose heads are patched", ge=0)
+    control_layer: int | None = setting(None, "the control layer", ge=0)
+    alpha: float = setting(0.3, "blend strength, from 0 to 1", ge=0, le=1)
+    k: tuple[int, ...] = setting((1, 2, 4, 8), "sizes of top-k and of random sets")
+    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = setting(
+        (0, 1, 2), "seeds of the random-k sets"
     )
-    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0, 1, 2), description="seeds of the random-k sets"
+    rank_by: RankBy = setting("delta", "score of single heads")
+    map_kind: MapKind = setting("procrustes_scaled", "kind of map")
+    map_scope: MapScope = setting("head", "map per head or joint")
+    split: str = setting("val", "split of the prompts that are measured")
+    k_positions: int = setting(1, "patched positions, the decision token last", ge=1)
+    raw_baseline: Literal["identity", "moments"] = setting(
+        "identity", "raw patch: base z itself, or matched in mean and spread"
     )
-    rank_by: RankBy = Field(default="delta", description="score of single heads")
-    map_kind: MapKind = Field(default="procrustes_scaled", description="kind of map")
-    map_scope: MapScope = Field(default="head", description="map per head or joint")
-    split: str = Field(default="val", description="split of the prompts that are measured")
-    k_positions: int = Field(
-        default=1, ge=1, description="patched positions, the decision token last"
-    )
-    raw_baseline: Literal["identity", "moments"] = Field(
-        default="identity", description="raw patch: base z itself, or matched in mean and spread"
-    )
-    kl_direction: KLDirection = Field(
-        default="patched||clean", description="which way the divergence is taken"
-    )
+    kl_direction: KLDirection = setting("patched||clean", "which way the divergence is taken")
 
     @field_validator("k", "random_seeds", mode="after")
     @classmethod
@@ -175,61 +170,52 @@ class Patching(Settings):
 class Place(Settings):
     """Where models and their work are: engine, devices, number format, memory."""
 
-    engine: Literal["suffix", "cached", "hooks"] = Field(
-        default="suffix", description="fast engines, or hooks, the reference"
+    engine: Literal["suffix", "cached", "hooks"] = setting(
+        "suffix", "fast engines, or hooks, the reference"
     )
-    device: str = Field(default="auto", description="cpu, cuda, cuda:1 and so on, mps, or auto")
-    n_devices: int = Field(default=1, ge=1, description="over how many GPUs each model is spread")
-    device_map: str | None = Field(
-        default=None, description="GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
+    device: str = setting("auto", "cpu, cuda, cuda:1 and so on, mps, or auto")
+    n_devices: int = setting(1, "over how many GPUs each model is spread", ge=1)
+    device_map: str | None = setting(
+        None, "GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
     )
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        default="float32", description="number format of the models"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+        "float32", "number format of the models"
     )
-    batch_size: int = Field(default=32, ge=1, description="prompts per forward pass")
-    keep_both: bool | None = Field(
-        default=None, description="hold both models at once; decided by free memory when left out"
+    batch_size: int = setting(32, "prompts per forward pass", ge=1)
+    keep_both: bool | None = setting(
+        None, "hold both models at once; decided by free memory when left out"
     )
-    cache: str | None = Field(
-        default=None,
-        description="folder of base activations that runs share; the run's own if left out",
+    cache: str | None = setting(
+        None, "folder of base activations that runs share; the run's own if left out"
     )
 
 
 class Effort(Settings):
     """How much is measured and drawn beyond the grid, and from which seed."""
 
-    analysis: Literal["full", "grid"] = Field(
-        default="full", description="full, or grid: only what the grid's own conditions support"
+    analysis: Literal["full", "grid"] = setting(
+        "full", "full, or grid: only what the grid's own conditions support"
     )
-    random_sizes: Literal["affordable", "every", "k"] = Field(
-        default="affordable",
-        description="where random sets are measured: as many k as can be afforded, every k, or k",
+    random_sizes: Literal["affordable", "every", "k"] = setting(
+        "affordable", "where random sets are measured: as many k as can be afforded, every k, or k"
     )
-    resamples: int = Field(default=10_000, ge=100, le=1_000_000, description="bootstrap resamples")
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="seed of folds, resamples, planted heads"
-    )
+    resamples: int = setting(10_000, "bootstrap resamples", ge=100, le=1_000_000)
+    seed: int = setting(0, "seed of folds, resamples, planted heads", ge=0, lt=2**32)
 
 
 class AnalysisEffort(Settings):
     """What an analysis measures and compares beyond the grid."""
 
-    n_random_sets: int = Field(
-        default=1000, ge=1, description="random sets drawn of each size that has more"
+    n_random_sets: int = setting(1000, "random sets drawn of each size that has more", ge=1)
+    random_ks: tuple[int, ...] | None = setting(
+        None, "sizes of random sets besides the grid's; if left out, as many as affordable"
     )
-    random_ks: tuple[int, ...] | None = Field(
-        default=None,
-        description="sizes of random sets besides the grid's; if left out, as many as affordable",
+    n_splits: int = setting(5, "random half splits behind the cross-fitted numbers", ge=1)
+    methods: tuple[str, ...] | None = setting(
+        None, "ranking methods to compare; all of them if left out"
     )
-    n_splits: int = Field(
-        default=5, ge=1, description="random half splits behind the cross-fitted numbers"
-    )
-    methods: tuple[str, ...] | None = Field(
-        default=None, description="ranking methods to compare; all of them if left out"
-    )
-    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        default=(0.1, 0.3, 0.5, 0.7, 1.0), description="blend strengths of the sweep"
+    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = setting(
+        (0.1, 0.3, 0.5, 0.7, 1.0), "blend strengths of the sweep"
     )
 
 

@@ -95,10 +95,6 @@ def vocabulary_of(adapter: Checkpoint) -> int | None:
 REFUSED = ("megatron_config", "layer_replication")
 """The one imports a module by name, the other makes a model of other layers."""
 
-NOT_MERGED = ("XLORA",)
-"""Mixes adapters that it fetches from elsewhere."""
-
-
 PATTERNS = (
     "target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern",
     "alpha_pattern",
@@ -133,7 +129,8 @@ def _check_type(kind: Any, adapter: Checkpoint) -> None:
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise adapter.wrong("peft_type", kind, "a type that the installed PEFT knows, as 'LORA'")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-    if kind in NOT_MERGED or not hasattr(tuner, "merge_and_unload"):
+    # X-LoRA mixes adapters that it fetches from elsewhere.
+    if kind == "XLORA" or not hasattr(tuner, "merge_and_unload"):
         spelled = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__.removesuffix("Config")
         raise UserError(
             f"{adapter.source} is a {spelled} adapter ({kind}), which is no change of weights; "

@@ -20,10 +20,9 @@ from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATION
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
-from rq4lens.models.load.architectures import StateDict, find_architecture
+from rq4lens.models.load.architectures import StateDict, find_architecture, write_longrope_tables
 from rq4lens.models.load.checkpoint import explained
 from rq4lens.models.load.devices import AT_THE_EXIT, Placement, bring_inputs
-from rq4lens.models.load.rotary import write_longrope_tables
 
 
 @torch.no_grad()

@@ -13,13 +13,10 @@ from torch import Tensor
 from rq4lens.models.load.adapters import base_of
 from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint, locate
 
-ARITHMETIC_LIBRARIES = ("torch", "transformer-lens")
-"""Another version of these may round, or read a configuration, in another way."""
-
 
 def arithmetic_libraries() -> str:
-    """The versions of the libraries that do the arithmetic."""
-    return ", ".join(f"{name} {version(name)}" for name in ARITHMETIC_LIBRARIES)
+    """The libraries of which another version may round, or read a configuration, in another way."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens"))
 
 
 def checkpoint_fingerprint(source: str | Path, revision: str | None = None) -> str:

@@ -23,15 +23,8 @@ from rq4lens.cluster.commands import (
     study,
 )
 from rq4lens.cluster.many import Many
-from rq4lens.config import (
-    PARTS,
-    PairSource,
-    Reading,
-    RunConfig,
-    preset,
-    preset_names,
-    preset_text,
-)
+from rq4lens.config import PARTS, PairSource, Reading, RunConfig, preset, preset_names, preset_text
+from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.errors import UserError
 from rq4lens.screen.options import IgSteps, RankingFiles, RankOut, Target, takes_config
 from rq4lens.screen.terminal import errors, kept_when_stopped, output, watched
@@ -48,8 +41,6 @@ EVERY_PART = tuple(PARTS.values())
 ANALYSIS = ("analysis", "random_sizes")
 """Settings of the full analysis, which the main job alone makes."""
 
-VERBOSE = ("-v", "--verbose")
-
 *_others, _last = METHODS
 METHOD_HELP = f"{', '.join(_others)} or {_last}; several with commas, or ALL."
 
@@ -63,20 +54,14 @@ def _common(
         bool, typer.Option("--verbose", "-v", help="Say what is reused or computed, and why.")
     ] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[_log_handler()],
+    handler: logging.Handler = (
+        RichHandler(console=errors, show_path=False, show_time=False)
+        if errors.is_terminal
+        else logging.StreamHandler()  # every message stays one line, so that it can be searched for
     )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
     logging.getLogger("rq4lens").setLevel(logging.INFO if verbose else logging.WARNING)
-
-
-def _log_handler() -> logging.Handler:
-    # In a file every message stays one line, so that it can be searched for.
-    if not errors.is_terminal:
-        return logging.StreamHandler()
-    return RichHandler(console=errors, show_path=False, show_time=False)
 
 
 @app.command()
@@ -119,7 +104,10 @@ def run(
 
         output.print(plan_memory(config).table)
         return
-    directory = out or _default_directory(config)
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair.name)
+    directory = (
+        out or Path("runs") / f"{name}_L{config.patching.layer}_alpha{config.patching.alpha:g}"
+    )
     many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
         by_many("run", config, None, directory, many, fresh)
@@ -225,9 +213,13 @@ def audit(
 
     Needs their tokenizers, not their weights.
     """
-    from rq4lens.screen.audit import audit_config, audit_parts, audit_text  # noqa: PLC0415
+    from rq4lens.models.catalog import audit_of  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.screen.audit import audit_parts, audit_text  # noqa: PLC0415
 
-    found = audit_config(config, out)
+    refuse_no_file(out)
+    found = audit_of(config.pair, config.reading)
+    if out is not None:
+        write_json_atomic(out, found.to_dict())
     if output.is_terminal:
         for part in audit_parts(found, every_prompt=every):
             output.print(part, soft_wrap=False)
@@ -349,17 +341,13 @@ def _run(config: RunConfig, directory: Path, fresh: bool, replace: bool) -> None
     output.print(f"written to {directory}")
 
 
-def _default_directory(config: RunConfig) -> Path:
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair.name)
-    return Path("runs") / f"{name}_L{config.patching.layer}_alpha{config.patching.alpha:g}"
-
-
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     try:
         # They may stand behind the command too, where one looks for them.
-        arguments = sorted(sys.argv[1:], key=lambda each: each not in VERBOSE) or ["--help"]
-        sys.exit(app(args=arguments, prog_name="rq4lens", standalone_mode=False) or 0)
+        arguments = sorted(sys.argv[1:], key=lambda each: each not in ("-v", "--verbose"))
+        said = app(args=arguments or ["--help"], prog_name="rq4lens", standalone_mode=False)
+        sys.exit(said or 0)
     except UserError as problem:
         _fail(str(problem))
     except typer.Abort:

@@ -10,24 +10,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
 
-SUPPLY = "SUPPLY"
-"""Start of a preset's ``prompts`` entry when the user has to bring the file."""
-
-
 S = TypeVar("S", bound="Settings")
+
+
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A setting: its default, and what it means in TOML files, options and error sentences."""
+    return Field(default=default, description=meaning, **limits)
 
 
 class Settings(BaseModel):
@@ -71,20 +65,20 @@ class Settings(BaseModel):
 class PairSource(Settings):
     """Which pair of models, on which prompts."""
 
-    about: str = Field(default="", description="what the pair is")
+    about: str = setting("", "what the pair is")
     name: str = Field(
         default="custom",
         alias="pair",
         description="name of the pair; one of `rq4lens pairs` or your own",
     )
-    base: str | None = Field(default=None, description="base model: hub id or folder")
-    tuned: str | None = Field(default=None, description="fine-tuned model: hub id or folder")
-    base_revision: str | None = Field(default=None, description="revision of the base hub id")
-    tuned_revision: str | None = Field(default=None, description="revision of the tuned hub id")
-    prompts: str | None = Field(
-        default=None, description="JSONL or CSV file, or folder of a saved Hugging Face dataset"
+    base: str | None = setting(None, "base model: hub id or folder")
+    tuned: str | None = setting(None, "fine-tuned model: hub id or folder")
+    base_revision: str | None = setting(None, "revision of the base hub id")
+    tuned_revision: str | None = setting(None, "revision of the tuned hub id")
+    prompts: str | None = setting(
+        None, "JSONL or CSV file, or folder of a saved Hugging Face dataset"
     )
-    trust_remote_code: bool = Field(default=False, description="let a checkpoint run its own code")
+    trust_remote_code: bool = setting(False, "let a checkpoint run its own code")
 
 
 class Reading(Settings):
@@ -96,25 +90,19 @@ class Reading(Settings):
             answer, ``"marker"`` at the last character of a marker's last occurrence, ``"offset"``
             at the character that the prompt names.
         marker: the marker of prompts that name none.
-        max_tokens: longer prompts lose tokens on the left, but not their BOS.
-        exclude_misaligned: leave out prompts that the two models do not read alike.
 
     Raises:
         UserError: if a value is not allowed, or a marker is given that no rule looks for.
     """
 
-    decision_rule: Literal["last", "last_content", "before_answer", "marker", "offset"] = Field(
-        default="last", description="at which token of a prompt the next one is compared"
+    decision_rule: Literal["last", "last_content", "before_answer", "marker", "offset"] = setting(
+        "last", "at which token of a prompt the next one is compared"
     )
-    marker: str | None = Field(
-        default=None, description="string that rule marker decides at the end of"
+    marker: str | None = setting(None, "string that rule marker decides at the end of")
+    max_tokens: int | None = setting(
+        None, "longer prompts lose tokens on the left, but not their BOS", ge=1
     )
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="longer prompts lose tokens on the left, but not their BOS"
-    )
-    exclude_misaligned: bool = Field(
-        default=False, description="leave out prompts that the models do not read alike"
-    )
+    exclude_misaligned: bool = setting(False, "leave out prompts that the models do not read alike")
 
     @model_validator(mode="after")
     def _marker_has_its_rule(self) -> Reading:
@@ -139,55 +127,37 @@ MapKind = Literal[
     "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
 ]
 MapScope = Literal["head", "layer"]
-RawBaseline = Literal["identity", "moments"]
 KLDirection = Literal["patched||clean", "clean||patched"]
-EngineName = Literal["suffix", "cached", "hooks"]
 
 
 class Patching(Settings):
     """How base activations are patched into the tuned model, and what is measured of it.
 
     Attributes:
-        layer: the main layer.
-        control_layer: the control layer, if any.
-        alpha: blend strength, in [0, 1].
-        k: sizes of the top-k and random-k head sets.
-        random_seeds: seeds of the random-k head sets.
-        rank_by: the score that orders single heads.
-        map_kind: kind of the map from base to tuned activations.
         map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
-        split: the prompts that are measured.
-        k_positions: how many positions are patched, the decision token last.
         raw_baseline: what the raw patch inserts: ``"identity"`` base z itself, ``"moments"`` base
             z matched in mean and spread (fitted on train).
-        kl_direction: which way the divergence is taken.
 
     Raises:
         UserError: if a value is not allowed.
     """
 
-    layer: int | None = Field(default=None, ge=0, description="layer whose heads are patched")
-    control_layer: int | None = Field(default=None, ge=0, description="the control layer")
-    alpha: float = Field(default=0.3, ge=0, le=1, description="blend strength, from 0 to 1")
-    k: tuple[int, ...] = Field(
-        default=(1, 2, 4, 8), description="sizes of top-k and of random sets"
+    layer: int | None = setting(None, "layer whose heads are patched", ge=0)
+    control_layer: int | None = setting(None, "the control layer", ge=0)
+    alpha: float = setting(0.3, "blend strength, from 0 to 1", ge=0, le=1)
+    k: tuple[int, ...] = setting((1, 2, 4, 8), "sizes of top-k and of random sets")
+    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = setting(
+        (0, 1, 2), "seeds of the random-k sets"
     )
-    random_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(0, 1, 2), description="seeds of the random-k sets"
+    rank_by: RankBy = setting("delta", "score of single heads")
+    map_kind: MapKind = setting("procrustes_scaled", "kind of map")
+    map_scope: MapScope = setting("head", "map per head or joint")
+    split: str = setting("val", "split of the prompts that are measured")
+    k_positions: int = setting(1, "patched positions, the decision token last", ge=1)
+    raw_baseline: Literal["identity", "moments"] = setting(
+        "identity", "raw patch: base z itself, or matched in mean and spread"
     )
-    rank_by: RankBy = Field(default="delta", description="score of single heads")
-    map_kind: MapKind = Field(default="procrustes_scaled", description="kind of map")
-    map_scope: MapScope = Field(default="head", description="map per head or joint")
-    split: str = Field(default="val", description="split of the prompts that are measured")
-    k_positions: int = Field(
-        default=1, ge=1, description="patched positions, the decision token last"
-    )
-    raw_baseline: RawBaseline = Field(
-        default="identity", description="raw patch: base z itself, or matched in mean and spread"
-    )
-    kl_direction: KLDirection = Field(
-        default="patched||clean", description="which way the divergence is taken"
-    )
+    kl_direction: KLDirection = setting("patched||clean", "which way the divergence is taken")
 
     @field_validator("k", "random_seeds", mode="after")
     @classmethod
@@ -200,61 +170,52 @@ class Patching(Settings):
 class Place(Settings):
     """Where models and their work are: engine, devices, number format, memory."""
 
-    engine: EngineName = Field(
-        default="suffix", description="fast engines, or hooks, the reference"
+    engine: Literal["suffix", "cached", "hooks"] = setting(
+        "suffix", "fast engines, or hooks, the reference"
     )
-    device: str = Field(default="auto", description="cpu, cuda, cuda:1 and so on, mps, or auto")
-    n_devices: int = Field(default=1, ge=1, description="over how many GPUs each model is spread")
-    device_map: str | None = Field(
-        default=None, description="GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
+    device: str = setting("auto", "cpu, cuda, cuda:1 and so on, mps, or auto")
+    n_devices: int = setting(1, "over how many GPUs each model is spread", ge=1)
+    device_map: str | None = setting(
+        None, "GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
     )
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        default="float32", description="number format of the models"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
+        "float32", "number format of the models"
     )
-    batch_size: int = Field(default=32, ge=1, description="prompts per forward pass")
-    keep_both: bool | None = Field(
-        default=None, description="hold both models at once; decided by free memory when left out"
+    batch_size: int = setting(32, "prompts per forward pass", ge=1)
+    keep_both: bool | None = setting(
+        None, "hold both models at once; decided by free memory when left out"
     )
-    cache: str | None = Field(
-        default=None,
-        description="folder of base activations that runs share; the run's own if left out",
+    cache: str | None = setting(
+        None, "folder of base activations that runs share; the run's own if left out"
     )
 
 
 class Effort(Settings):
     """How much is measured and drawn beyond the grid, and from which seed."""
 
-    analysis: Literal["full", "grid"] = Field(
-        default="full", description="full, or grid: only what the grid's own conditions support"
+    analysis: Literal["full", "grid"] = setting(
+        "full", "full, or grid: only what the grid's own conditions support"
     )
-    random_sizes: Literal["affordable", "every", "k"] = Field(
-        default="affordable",
-        description="where random sets are measured: as many k as can be afforded, every k, or k",
+    random_sizes: Literal["affordable", "every", "k"] = setting(
+        "affordable", "where random sets are measured: as many k as can be afforded, every k, or k"
     )
-    resamples: int = Field(default=10_000, ge=100, le=1_000_000, description="bootstrap resamples")
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="seed of folds, resamples, planted heads"
-    )
+    resamples: int = setting(10_000, "bootstrap resamples", ge=100, le=1_000_000)
+    seed: int = setting(0, "seed of folds, resamples, planted heads", ge=0, lt=2**32)
 
 
 class AnalysisEffort(Settings):
     """What an analysis measures and compares beyond the grid."""
 
-    n_random_sets: int = Field(
-        default=1000, ge=1, description="random sets drawn of each size that has more"
+    n_random_sets: int = setting(1000, "random sets drawn of each size that has more", ge=1)
+    random_ks: tuple[int, ...] | None = setting(
+        None, "sizes of random sets besides the grid's; if left out, as many as affordable"
     )
-    random_ks: tuple[int, ...] | None = Field(
-        default=None,
-        description="sizes of random sets besides the grid's; if left out, as many as affordable",
+    n_splits: int = setting(5, "random half splits behind the cross-fitted numbers", ge=1)
+    methods: tuple[str, ...] | None = setting(
+        None, "ranking methods to compare; all of them if left out"
     )
-    n_splits: int = Field(
-        default=5, ge=1, description="random half splits behind the cross-fitted numbers"
-    )
-    methods: tuple[str, ...] | None = Field(
-        default=None, description="ranking methods to compare; all of them if left out"
-    )
-    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        default=(0.1, 0.3, 0.5, 0.7, 1.0), description="blend strengths of the sweep"
+    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = setting(
+        (0.1, 0.3, 0.5, 0.7, 1.0), "blend strengths of the sweep"
     )
 
 
@@ -282,9 +243,8 @@ class RunConfig(BaseModel):
     def flat(self, *, defaults: bool = False) -> dict[str, Any]:
         """What was set, by the keys of a TOML file, as plain JSON values; or every setting."""
         flat: dict[str, Any] = {}
-        for part in PARTS:
-            settings: Settings = getattr(self, part)
-            flat |= settings.model_dump(mode="json", by_alias=True, exclude_unset=not defaults)
+        for _, part in self:
+            flat |= part.model_dump(mode="json", by_alias=True, exclude_unset=not defaults)
         return flat
 
     def updated(self, **changes: Any) -> RunConfig:
@@ -314,23 +274,12 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
             allowed.
     """
     _refuse_unknown(values, SETTINGS, where)
-    return RunConfig(
-        pair=PairSource.checked(values, where),
-        reading=Reading.checked(values, where),
-        patching=Patching.checked(values, where),
-        place=Place.checked(values, where),
-        effort=Effort.checked(values, where),
-    )
+    parts: dict[str, Any] = {name: part.checked(values, where) for name, part in PARTS.items()}
+    return RunConfig(**parts)
 
 
 def read_config(path: Path) -> RunConfig:
     """Read a TOML file, or the ``run.json`` of a finished run to repeat it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The configuration.
 
     Raises:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
@@ -376,24 +325,14 @@ def preset_names() -> tuple[str, ...]:
 def preset(name: str) -> RunConfig:
     """The settings of a pair that comes with the package.
 
-    Args:
-        name: one of :func:`preset_names`.
-
-    Returns:
-        Its configuration.
-
     Raises:
-        UserError: if there is no such pair.
+        UserError: if ``name`` is none of :func:`preset_names`.
     """
     return config_from(tomllib.loads(preset_text(name)), f"preset {name!r}")
 
 
 def preset_text(name: str) -> str:
-    """The TOML file of a preset.
-
-    Raises:
-        UserError: if there is no such pair.
-    """
+    """The TOML file of a preset."""
     if name not in preset_names():
         raise UserError(
             f"pair {name!r} does not exist: choose one of {', '.join(preset_names())}, or give "
@@ -414,12 +353,10 @@ def _refuse_truth(values: Mapping[str, Any], known: Mapping[str, FieldInfo], whe
     """True would pass for the number 1."""
     for key, value in values.items():
         parts = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(each, bool) for each in parts) and "bool" not in str(
-            known[key].annotation
-        ):
-            raise UserError(
-                _not_allowed(where, key, known[key], value, "true and false are no numbers")
-            )
+        takes_truth = "bool" in str(known[key].annotation)
+        if any(isinstance(each, bool) for each in parts) and not takes_truth:
+            message = "true and false are no numbers"
+            raise UserError(_not_allowed(where, key, known[key], value, message))
 
 
 def _sentence(problem: ValidationError, known: Mapping[str, FieldInfo], where: str) -> str:

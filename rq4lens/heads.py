@@ -88,13 +88,6 @@ class HeadSet:
     def parse(cls, spec: str, n_heads: int) -> HeadSet:
         """Read ``"3,7,12"``, ``"0-3,8"``, ``"ALL"`` or ``"NONE"`` (case does not matter).
 
-        Args:
-            spec: the written head set.
-            n_heads: number of heads of the layer.
-
-        Returns:
-            The set that is meant.
-
         Raises:
             UserError: if the spec is empty, has a word or sign in it, names a range backwards,
                 or names a head that the layer does not have.
@@ -104,9 +97,8 @@ class HeadSet:
             return cls.all(n_heads)
         if word == "NONE":
             return cls.none(n_heads)
-        return cls.of(
-            (head for part in spec.split(",") for head in _parse_part(part, spec)), n_heads
-        )
+        heads = (head for part in spec.split(",") for head in _parse_part(part, spec))
+        return cls.of(heads, n_heads)
 
     @property
     def mask(self) -> tuple[int, ...]:

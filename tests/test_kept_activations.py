@@ -18,7 +18,7 @@ from rq4lens.jobs.rank import rank_layer
 from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
-from rq4lens.models.cards import checkpoint_fingerprint
+from rq4lens.models.load.fingerprint import checkpoint_fingerprint
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

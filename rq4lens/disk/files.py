@@ -30,11 +30,7 @@ TEMPORARY = re.compile(r"\.(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-)?[0-9a-
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value: sorted keys, no spaces, ASCII, floats round-trip exactly.
-
-    Raises:
-        UserError: if the value holds anything else.
-    """
+    """The one spelling of a JSON value: sorted keys, no spaces, ASCII, exact floats."""
     _refuse_foreign_types(value, "value")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -50,16 +46,8 @@ def read_text(
 ) -> Any:
     """What the text of a file says.
 
-    Args:
-        path: the file.
-        what: what it is, for the sentence, such as ``"prompt file"``.
-        parse: from its text to what it says; raises ``ValueError`` where it says nothing.
-        form: what it should be written in.
-        missing: what to do when it is not there.
-        fix: what to do when it cannot be read.
-
-    Raises:
-        UserError: if the file is missing, is no regular file, or cannot be parsed.
+    ``parse`` raises ``ValueError`` where the text says nothing; ``what`` it is, the ``form`` it
+    should have, and what to do if it is ``missing`` or to ``fix`` it stand in the error sentence.
     """
     name = f"{what} {str(path)!r}".lstrip()
     try:
@@ -73,41 +61,25 @@ def read_text(
 
 
 def read_json(path: Path) -> Any:
-    """Read a strict JSON file.
-
-    Raises:
-        UserError: if the file is missing, is no regular file, or does not hold strict JSON.
-    """
+    """Read a strict JSON file."""
     fix = "restore it, or remove it and run again"
     return read_text(path, "", parse=parse_json, form="JSON", fix=fix)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write strict, indented JSON that is complete under its name or absent.
-
-    Raises:
-        UserError: if the value is not JSON, or the file cannot be written.
-    """
+    """Write strict, indented JSON that is complete under its name or absent."""
     _refuse_foreign_types(value, path.name)
     # ASCII only: no character of a prompt, such as a right-to-left mark, acts on the reader.
     write_text_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text that is complete under its name or absent.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
+    """Write UTF-8 text that is complete under its name or absent."""
     write_bytes_atomic(path, text.encode())
 
 
 def refuse_no_file(path: Path | None) -> None:
-    """Refuse, before work is done for it, a file that could not be written.
-
-    Raises:
-        UserError: if it is a directory, or its directory does not exist.
-    """
+    """Refuse, before work is done for it, a file that could not be written."""
     if path is None:
         return
     if path.is_dir():
@@ -120,11 +92,7 @@ def refuse_no_file(path: Path | None) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it; one that is there already is fine.
-
-    Raises:
-        UserError: if it cannot be made.
-    """
+    """Make a directory and those above it; one that is there already is fine."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -134,26 +102,9 @@ def make_directory(path: Path) -> None:
         ) from problem
 
 
-def refuse_no_directory(path: Path) -> None:
-    """Refuse a path where something else than a directory lies.
-
-    Raises:
-        UserError: if it is there and no directory.
-    """
-    if os.path.lexists(path) and not path.is_dir():
-        raise UserError(
-            f"cannot make the directory {str(path)!r} (a file lies there): choose another place "
-            "with --out."
-        )
-
-
 @contextlib.contextmanager
 def made_directory(path: Path) -> Iterator[None]:
-    """Make a directory, and take it away again if the work in it fails before anything is written.
-
-    Raises:
-        UserError: if it cannot be made.
-    """
+    """Make a directory; take it away again if work in it fails before anything is written."""
     was_there = path.exists()
     make_directory(path)
     try:
@@ -166,11 +117,7 @@ def made_directory(path: Path) -> Iterator[None]:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is complete under its name or absent, whatever interrupts the write.
-
-    Raises:
-        UserError: if the file cannot be written; nothing is left under its name or beside it.
-    """
+    """Write a file that is complete under its name or absent, whatever interrupts the write."""
     try:
         _replace_through_temporary(path, data)
     except OSError as problem:
@@ -199,22 +146,12 @@ def _refuse_foreign_types(value: Any, where: str) -> None:
 
 
 def read_regular_file(path: Path) -> str:
-    """The UTF-8 text of a regular file of sane size.
-
-    Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is a directory, pipe or device, is too large, or is not UTF-8.
-    """
+    """The UTF-8 text of a regular file of sane size; anything else is an OSError or ValueError."""
     return read_regular_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
 
 
 def read_regular_bytes(path: Path, most: int | None = None) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is a directory, pipe or device, or is too large.
-    """
+    """The content of a regular file; a directory, pipe or device is a ValueError."""
     # O_NONBLOCK: opening a named pipe that lies there instead of a file must not hang.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:  # noqa: PTH123 - from a descriptor
@@ -227,12 +164,7 @@ def read_regular_bytes(path: Path, most: int | None = None) -> bytes:
 
 
 def parse_json(text: str, *, unique_keys: bool = False) -> Any:
-    """The value of a strict JSON text.
-
-    Raises:
-        ValueError: if the text is not JSON, or holds a number that is not finite.
-        RecursionError: if it is nested too deeply to read.
-    """
+    """The value of a strict JSON text; a ValueError or RecursionError if it is none."""
     pairs = _object_of_unique_keys if unique_keys else None
     value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=pairs)
     json.dumps(value, allow_nan=False)  # an overflowing literal such as 1e999 reads as infinity
@@ -266,7 +198,7 @@ def short_reason(problem: BaseException, most: int = 200) -> str:
 
 def _replace_through_temporary(path: Path, data: bytes, attempts: int = 3) -> None:
     for attempt in range(1, attempts + 1):
-        temporary = _temporary(path)
+        temporary = path.with_name(f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
         try:
             _write_synced(temporary, data)
             os.replace(temporary, path)  # noqa: PTH105 - the atomic rename, by its known name
@@ -330,10 +262,6 @@ def _is_left(path: Path) -> bool:
     if name["machine"] == _machine():
         return not psutil.pid_exists(int(name["pid"]))
     return path.lstat().st_mtime < time.time() - LEFT_SECONDS
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
 
 
 def _machine() -> str:

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rq4lens.disk.files import (
-    read_regular_bytes,
-)
+from rq4lens.disk.files import read_regular_bytes
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.results import HOOK, ConditionResult, GridResult, GridSettings
@@ -52,11 +50,7 @@ MAX_HEADS = 10_000
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse to write a run among somebody's own files.
-
-    Raises:
-        UserError: if it holds files, and none by which a run directory is known.
-    """
+    """Refuse to write a run among somebody's own files."""
     try:
         there = {entry.name for entry in directory.iterdir() if not entry.name.startswith(".")}
     except OSError:
@@ -126,11 +120,7 @@ def grid_of_table(
     noise_floor_nats: float,
     provenance: Mapping[str, Any] | None = None,
 ) -> GridResult:
-    """A grid from the table that :func:`per_prompt_table` made of it.
-
-    Raises:
-        ValueError: if a condition lacks a prompt, repeats one or has a number that is not finite.
-    """
+    """A grid from the table that :func:`per_prompt_table` made; a damaged one is a ValueError."""
     if not 1 <= settings.n_heads <= MAX_HEADS:
         raise ValueError(f"{settings.n_heads} heads")
     ids = dict(zip(map(str, table["prompt_id"]), map(str, table["group"]), strict=True))

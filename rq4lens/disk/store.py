@@ -48,11 +48,7 @@ NUMERICS_VERSION = "2"
 
 
 def content_key(ingredients: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of the ingredients, as 64 hexadecimal digits.
-
-    Raises:
-        UserError: if an ingredient is not a JSON value, or a number is not finite.
-    """
+    """SHA-256 of the canonical JSON of the ingredients, as 64 hexadecimal digits."""
     return _sha256(canonical_json(dict(ingredients)))
 
 
@@ -81,12 +77,7 @@ class StoreCounters:
 class Store:
     """A directory of small verified JSON records, some with tensors beside them.
 
-    Args:
-        directory: where the records lie; made when the first one is written.
-        fresh: do not use any record that is there; new ones replace them.
-
-    Raises:
-        UserError: if a file lies there instead of a directory.
+    It is made when the first record is written; a ``fresh`` store uses no record that is there.
     """
 
     def __init__(self, directory: Path, fresh: bool = False) -> None:
@@ -113,11 +104,7 @@ class Store:
         return self._believed(path, lambda: read_tensors(path, _record_of(path, ingredients)))
 
     def put(self, ingredients: Ingredients, payload: Any) -> Path:
-        """Store a payload; another process may write the same record at the same time.
-
-        Raises:
-            UserError: if the payload is not JSON, or the file cannot be written.
-        """
+        """Store a payload; another process may write the same record at the same time."""
         path = self.path(ingredients)
         text = canonical_json(payload)
         head = canonical_json({"format": FORMAT, "ingredients": ingredients.to_dict()})
@@ -134,11 +121,7 @@ class Store:
         tensors: Mapping[str, Tensor],
         payload: Mapping[str, Any] = MappingProxyType({}),
     ) -> Path:
-        """Store tensors in a safetensors file beside the record of their payload and checksum.
-
-        Raises:
-            UserError: if the payload is not JSON, or a file cannot be written.
-        """
+        """Store tensors in a safetensors file beside the record of their payload and checksum."""
         from safetensors.torch import save  # noqa: PLC0415 - loads torch
 
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
@@ -181,13 +164,7 @@ class StoredRecord(NamedTuple):
 
 
 def read_record(path: Path) -> StoredRecord:
-    """Read a record and check that it is whole.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is no record, or does not agree with its checksum.
-        RecursionError: if it is nested too deeply to read.
-    """
+    """Read a record; it is whole, or the reading fails as that of any file or JSON."""
     if path.is_symlink():
         raise ValueError("a symlink instead of a record")
     record = parse_json(read_regular_file(path))
@@ -215,11 +192,7 @@ class DamagedTensorsError(ValueError):
 
 
 def read_tensors(path: Path, record: StoredRecord) -> dict[str, Tensor]:
-    """The tensors beside the record that was read from a path.
-
-    Raises:
-        DamagedTensorsError: if they are missing, cannot be read, or do not agree with the record.
-    """
+    """The tensors beside the record that was read from a path."""
     from safetensors.torch import load  # noqa: PLC0415 - loads torch
 
     path = path.with_suffix(TENSORS)

@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rq4lens.config import (
-    SUPPLY,
-    PairSource,
-    Place,
-    Reading,
-    RunConfig,
-    Settings,
-    preset,
-    preset_names,
-)
+from rq4lens.config import PairSource, Place, Reading, RunConfig, Settings, preset, preset_names
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
-from rq4lens.models.cards import CardIngredients, checkpoint_fingerprint, kept_card
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
-from rq4lens.models.load.fingerprint import arithmetic_libraries
+from rq4lens.models.load.fingerprint import arithmetic_libraries, checkpoint_fingerprint
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
@@ -41,6 +30,9 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Settings)
 
 BUILTIN = ("etiquette",)
+
+SUPPLY = "SUPPLY"
+"""Start of a preset's ``prompts`` entry when the user has to bring the file."""
 
 SHARE_FOR_WEIGHTS = 0.7
 """Of the free memory, for both models' weights; activations and rows need the rest."""
@@ -99,11 +91,7 @@ def pair_from(
     prompts: PromptSet | None = None,
     cache: Path | None = None,
 ) -> ModelPair:
-    """Load the pair that settings name; the base model's card may be cached.
-
-    Raises:
-        UserError: if something is missing or a model cannot be loaded.
-    """
+    """Load the pair that settings name; the base model's card may be cached."""
     devices_of(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
     members = _members(source, place, cache)
@@ -120,11 +108,7 @@ def pair_from(
 
 
 def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
-    """The prompts that a run reads: some may be left out as misaligned.
-
-    Raises:
-        UserError: if prompts or tokenizers cannot be read, or no prompt is left.
-    """
+    """The prompts that a run reads: some may be left out as misaligned."""
     return _aligned(prompts_of(source), _members(source, Place()), reading)
 
 
@@ -142,25 +126,24 @@ def _aligned(prompts: PromptSet, members: Mapping[Side, PairMember], reading: Re
 
 
 def audit_of(source: PairSource, reading: Reading) -> Audit:
-    """Audit the prompts of a pair, from the tokenizers of its models alone.
-
-    Raises:
-        UserError: if prompts or tokenizers cannot be read.
-    """
+    """Audit the prompts of a pair, from the tokenizers of its models alone."""
     prompts, members = prompts_of(source), _members(source, Place())
     audit = audit_prompts(prompts, _tokenizers(members), reading)
     return replace(audit, excluded=audit.misaligned) if reading.exclude_misaligned else audit
 
 
 def prompts_of(source: PairSource) -> PromptSet:
-    """The prompts of a pair, or those of the built-in pair.
-
-    Raises:
-        UserError: if there are none, or they cannot be read.
-    """
+    """The prompts of a pair, or those of the built-in pair."""
     if is_builtin(source) and source.prompts is None:
         return PromptSet.from_jsonl(_builtin_folder(source.name) / "prompts.jsonl")
-    return PromptSet.of(_required_prompts(source))
+    if source.prompts is None or source.prompts.startswith(SUPPLY):
+        wish = (source.prompts or "").removeprefix(SUPPLY).strip(": ")
+        raise UserError(
+            f"pair {source.name!r} needs your prompts"
+            + (f" ({wish})" if wish else "")
+            + ": give a JSONL file with --prompts FILE."
+        )
+    return PromptSet.of(source.prompts)
 
 
 def is_builtin(source: PairSource) -> bool:
@@ -178,29 +161,21 @@ class _Origin(NamedTuple):
 
 
 def _origin(source: PairSource, side: Side) -> _Origin:
+    path, revision = getattr(source, side), getattr(source, f"{side}_revision")
+    name = path
     if is_builtin(source):
-        folder = _builtin_folder(source.name) / side
+        path, revision = str(_builtin_folder(source.name) / side), None
         name = f"{source.name}/{side} (built in)"
-        return _Origin(str(folder), None, name, source.trust_remote_code)
-    path, revision = (
-        (source.base, source.base_revision)
-        if side == "base"
-        else (source.tuned, source.tuned_revision)
-    )
     if path is None:
         raise UserError(
             f"no {side} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "
             "or give your own with --base and --tuned."
         )
-    return _Origin(path, revision, path, source.trust_remote_code)
+    return _Origin(path, revision, name, source.trust_remote_code)
 
 
 def size_of(source: PairSource, side: Side, place: Place) -> ModelSize:
-    """What a model of a pair will take; its weights are not read, nor fetched.
-
-    Raises:
-        UserError: if there is no such checkpoint, or no model can be built from it.
-    """
+    """What a model of a pair will take; its weights are not read, nor fetched."""
     origin = _origin(source, side)
     return model_size(
         origin.path,
@@ -213,11 +188,7 @@ def size_of(source: PairSource, side: Side, place: Place) -> ModelSize:
 def tokens_of(
     source: PairSource, side: Side, prompts: PromptSet, reading: Reading
 ) -> TokenizedPrompts:
-    """Prompts as a model of a pair reads them; its weights are not needed.
-
-    Raises:
-        UserError: if its tokenizer or a prompt cannot be read.
-    """
+    """Prompts as a model of a pair reads them; its weights are not needed."""
     return tokenize(prompts, _load_tokenizer(_origin(source, side)), reading)
 
 
@@ -247,11 +218,7 @@ def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:
 
 
 def resolve_device(device: str) -> str:
-    """``"auto"`` becomes ``"cuda"`` where there is one, and ``"cpu"`` elsewhere.
-
-    Raises:
-        UserError: if the device does not exist here.
-    """
+    """``"auto"`` becomes ``"cuda"`` where there is one, and ``"cpu"`` elsewhere."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -268,24 +235,57 @@ def resolve_device(device: str) -> str:
 
 
 def devices_of(place: Place) -> Devices:
-    """The devices that each model of a pair goes to.
-
-    Raises:
-        UserError: if one does not exist here, or the settings do not go together.
-    """
+    """The devices that each model of a pair goes to."""
     device = place.device if place.device_map else resolve_device(place.device)
     return chosen_devices(device, place.n_devices, place.device_map)
 
 
 def keep_base_card(source: PairSource, place: Place, pair: ModelPair, directory: Path) -> None:
-    """Cache the card of a base model that was loaded, for :func:`pair_from` to find.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
+    """Cache the card of a base model that was loaded, for :func:`pair_from` to find."""
     if pair.base.was_loaded:
         ingredients = _card_ingredients(_origin(source, "base"), place)
         Store(directory).put(ingredients, pair.base.card.to_dict())
+
+
+@dataclass(frozen=True)
+class _CardIngredients:
+    """What a card is addressed by: everything that can change what is known of a model."""
+
+    checkpoint: str
+    dtype: str
+    device: str
+    """Kind of device; an adapter is merged there."""
+    trust_remote_code: bool
+    libraries: str
+
+    @property
+    def label(self) -> str:
+        return f"card_{self.dtype}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _card_ingredients(origin: _Origin, place: Place) -> _CardIngredients:
+    return _CardIngredients(
+        checkpoint_fingerprint(origin.path, origin.revision),
+        place.dtype,
+        torch.device(resolve_device(place.device)).type,
+        origin.trust_remote_code,
+        arithmetic_libraries(),
+    )
+
+
+def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | None:
+    """The card of a model that was loaded before, so that it need not be loaded to be known."""
+    if not directory.is_dir():
+        return None  # spares the reading of the whole checkpoint
+    values = Store(directory).get(_card_ingredients(origin, place)) or {}
+    try:
+        # The same files may lie elsewhere by now.
+        return ModelCard(**(values | {"source": origin.name}))
+    except TypeError:  # no card, or one of a version that knew more or less of a model
+        return None
 
 
 def _members(source: PairSource, place: Place, cache: Path | None = None) -> dict[Side, PairMember]:
@@ -296,24 +296,6 @@ def _members(source: PairSource, place: Place, cache: Path | None = None) -> dic
         "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),
         "tuned": PairMember(partial(_load, tuned, place), partial(_load_tokenizer, tuned)),
     }
-
-
-def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | None:
-    if not directory.is_dir():
-        return None  # spares the reading of the whole checkpoint
-    card = kept_card(Store(directory), _card_ingredients(origin, place))
-    # The same files may lie elsewhere by now.
-    return None if card is None else replace(card, source=origin.name)
-
-
-def _card_ingredients(origin: _Origin, place: Place) -> CardIngredients:
-    return CardIngredients(
-        checkpoint=checkpoint_fingerprint(origin.path, origin.revision),
-        dtype=place.dtype,
-        device=torch.device(resolve_device(place.device)).type,
-        trust_remote_code=origin.trust_remote_code,
-        libraries=arithmetic_libraries(),
-    )
 
 
 def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedTokenizerBase]:
@@ -337,17 +319,4 @@ def _load(origin: _Origin, place: Place) -> LoadedModel:
 
 
 def _builtin_folder(name: str) -> Path:
-    # Installed packages are plain folders; as_file would only matter for zipped ones.
-    with as_file(files("rq4lens.models").joinpath(f"builtin/{name}")) as folder:
-        return Path(folder)
-
-
-def _required_prompts(source: PairSource) -> Path:
-    if source.prompts is None or source.prompts.startswith(SUPPLY):
-        wish = (source.prompts or "").removeprefix(SUPPLY).strip(": ")
-        raise UserError(
-            f"pair {source.name!r} needs your prompts"
-            + (f" ({wish})" if wish else "")
-            + ": give a JSONL file with --prompts FILE."
-        )
-    return Path(source.prompts)
+    return Path(__file__).parent / "builtin" / name

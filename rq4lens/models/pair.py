@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -112,9 +113,8 @@ class PairMember:
         self._load_tokenizer = load_tokenizer
         self._find_card = find_card
         self._loaded: LoadedModel | None = None
-        self._was_loaded = False
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._card: ModelCard | None = None
+        self.was_loaded = False
+        """Whether the weights were ever loaded."""
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> PairMember:
@@ -126,7 +126,7 @@ class PairMember:
         """The loaded model; loads it if need be."""
         if self._loaded is None:
             self._loaded = self._load()
-            self._was_loaded = True
+            self.was_loaded = True
         return self._loaded
 
     @property
@@ -134,29 +134,18 @@ class PairMember:
         """The model."""
         return self.loaded.model
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer; it stays after a release, and needs no weights."""
-        if self._tokenizer is None:
-            if self._loaded is None and self._load_tokenizer is not None:
-                self._tokenizer = self._load_tokenizer()
-            else:
-                self._tokenizer = self.loaded.tokenizer
-        return self._tokenizer
+        if self._loaded is None and self._load_tokenizer is not None:
+            return self._load_tokenizer()
+        return self.loaded.tokenizer
 
-    @property
+    @cached_property
     def card(self) -> ModelCard:
         """What is known of the model; stays after a release, and may have been kept from before."""
-        if self._card is None and self._loaded is None and self._find_card is not None:
-            self._card = self._find_card()
-        if self._card is None:
-            self._card = ModelCard.of(self.loaded)
-        return self._card
-
-    @property
-    def was_loaded(self) -> bool:
-        """Whether the weights were ever loaded."""
-        return self._was_loaded
+        found = None if self._loaded or self._find_card is None else self._find_card()
+        return found or ModelCard.of(self.loaded)
 
     @property
     def is_loaded(self) -> bool:
@@ -166,7 +155,7 @@ class PairMember:
     @property
     def known(self) -> bool:
         """Whether the model's card is there without loading it."""
-        return self._card is not None or self._loaded is not None
+        return "card" in vars(self) or self._loaded is not None
 
     def release(self) -> None:
         """Let go of the weights; the next use loads them again."""
@@ -243,11 +232,8 @@ class ModelPair:
             UserError: if no prompt has this split, or one is longer than the model's context or
                 has a token that the model does not know.
         """
-        if (side, split) not in self._tokens:
-            self._tokens[side, split] = self._read(side, split)
-        return self._tokens[side, split]
-
-    def _read(self, side: Side, split: str) -> TokenizedPrompts:
+        if (side, split) in self._tokens:
+            return self._tokens[side, split]
         prompts, member = self.prompts.split(split), self.member(side)
         if not member.known:
             self.use(side)  # makes room for it
@@ -256,6 +242,7 @@ class ModelPair:
         if tokens is None or self.member(other).tokenizer is not member.tokenizer:
             tokens = tokenize(prompts, member.tokenizer, self.reading)
         _refuse_unreadable(tokens, member.card, side)
+        self._tokens[side, split] = tokens
         return tokens
 
     def token_fingerprint(self, side: Side, split: str) -> str:
@@ -265,9 +252,8 @@ class ModelPair:
     def audit(self) -> Audit:
         """Whether both models read the prompts alike, those that were left out included."""
         prompts = PromptSet((*self.prompts.prompts, *self.excluded))
-        audit = audit_prompts(
-            prompts, {side: self.member(side).tokenizer for side in SIDES}, self.reading
-        )
+        tokenizers = {side: self.member(side).tokenizer for side in SIDES}
+        audit = audit_prompts(prompts, tokenizers, self.reading)
         return replace(audit, excluded=tuple(prompt.id for prompt in self.excluded))
 
     @property
@@ -300,11 +286,7 @@ class ModelPair:
 
 
 def require_same_heads(base: Shape, tuned: Shape) -> None:
-    """Refuse models whose heads cannot be compared one by one.
-
-    Raises:
-        UserError: if they differ in layers, heads or head width.
-    """
+    """Refuse models whose heads cannot be compared one by one."""
     for what in ("n_layers", "n_heads", "d_head"):
         of_base, of_tuned = getattr(base, what), getattr(tuned, what)
         if of_base != of_tuned:
@@ -343,7 +325,5 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def config_fingerprint(model: HookedModel) -> str:
     """Hash of a model's configuration, whatever device it is on and wherever it came from."""
     elsewhere = {"device", "n_devices", "tokenizer_name", "model_name", "seed", "init_weights"}
-    values = {
-        name: str(value) for name, value in model.cfg.to_dict().items() if name not in elsewhere
-    }
+    values = {k: str(value) for k, value in model.cfg.to_dict().items() if k not in elsewhere}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,38 +1,21 @@
-"""The audit of a configuration's prompts: made, kept and printed."""
+"""The audit of prompts as a terminal shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rq4lens.config import RunConfig
-from rq4lens.disk.files import refuse_no_file, write_json_atomic
-from rq4lens.models.catalog import audit_of
 from rq4lens.models.prompts.audit import AUDIT_SIDES, Audit, PromptAudit, SideAudit
-from rq4lens.screen.tables import plain_text
+from rq4lens.screen.tables import UNCUT, text_of
 
 WIDTH = 120
 """Columns of the table where no terminal says how many there are."""
 
 EXAMPLES = 5
 """How many prompts that align are shown beside those that do not."""
-
-
-def audit_config(config: RunConfig, out: Path | None = None) -> Audit:
-    """Audit the prompts of a configuration; only the tokenizers of its models are loaded.
-
-    Raises:
-        UserError: if prompts or tokenizers cannot be read.
-    """
-    refuse_no_file(out)
-    audit = audit_of(config.pair, config.reading)
-    if out is not None:
-        write_json_atomic(out, audit.to_dict())
-    return audit
 
 
 def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableType]:
@@ -47,12 +30,7 @@ def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableT
 
 def audit_text(audit: Audit, *, every_prompt: bool = False) -> str:
     """The audit as plain text."""
-
-    def show(console: Console) -> None:
-        for part in audit_parts(audit, every_prompt=every_prompt):
-            console.print(part, soft_wrap=isinstance(part, Text))
-
-    return plain_text(show, WIDTH)
+    return text_of(audit_parts(audit, every_prompt=every_prompt), sentences=UNCUT, tables=WIDTH)
 
 
 def _shown(audit: Audit, every_prompt: bool) -> Iterator[PromptAudit]:

@@ -16,6 +16,10 @@ from rq4lens.errors import UserError
 NO_OPTION = ("about",)
 """Settings of a file that decide nothing."""
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CONFIG]", help="TOML file, or the run.json of a run to repeat."),
+]
 RankingFiles = Annotated[
     list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
 ]
@@ -57,14 +61,14 @@ def takes_config(
     names = [
         name
         for part in parts
-        for name in ([part] if isinstance(part, str) else _keys(part))
+        for name in ([part] if isinstance(part, str) else part.by_file_key())
         if name not in (*NO_OPTION, *without)
     ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        parameters = [_file_parameter()] if config_file else []
-        parameters += [_parameter(name) for name in names]
+        parameters = [_keyword("config", ConfigFile)] if config_file else []
+        parameters += [_keyword(name, _option(name)) for name in names]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
         @functools.wraps(command)
@@ -79,10 +83,6 @@ def takes_config(
         return wrapper
 
     return decorate
-
-
-def _keys(part: type[Settings]) -> list[str]:
-    return [field.alias or name for name, field in part.model_fields.items()]
 
 
 def _assemble(
@@ -120,28 +120,16 @@ def _plain(name: str, value: Any) -> Any:
         ) from None
 
 
-def _file_parameter() -> inspect.Parameter:
-    annotation = Annotated[
-        Path | None,
-        typer.Argument(metavar="[CONFIG]", help="TOML file, or the run.json of a run to repeat."),
-    ]
-    return inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
+def _keyword(name: str, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
 
 
-def _parameter(name: str) -> inspect.Parameter:
-    field, flag = SETTINGS[name], f"--{name.replace('_', '-')}"
-    said = field.description or name
+def _option(name: str) -> Any:
+    said, flag = SETTINGS[name].description or name, f"--{name.replace('_', '-')}"
     text = f"{said[:1].upper()}{said[1:]}.{_default_note(name)}"
-    annotation: Any = (
-        Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
-        if bool in _kinds(name)
-        else Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(name))]
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
+    if bool in _kinds(name):
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
+    return Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(name))]
 
 
 def _default_note(name: str) -> str:

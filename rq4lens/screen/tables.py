@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import StringIO
 
 from rich.console import Console, RenderableType
@@ -25,47 +25,38 @@ from rq4lens.results import GridSettings, HeadRanking
 _SIZED = re.compile(r"(top|rand)(\d+)")
 
 WIDTH = 100
-"""Columns after which sentences are broken; tables are as wide as they are."""
+"""Columns after which sentences are broken."""
 
 UNCUT = 10_000
 TOP_HEADS = 8
 
 
-def plain_text(show: Callable[[Console], None], width: int) -> str:
-    """What is shown on a console of some columns, as plain text."""
+def text_of(parts: Sequence[RenderableType], *, sentences: int = WIDTH, tables: int = UNCUT) -> str:
+    """Sentences and tables, each of so many columns at most, as plain text."""
     text = StringIO()
     # In a notebook rich would display the text, or colour it, instead of writing it as it is.
-    show(Console(file=text, width=width, force_jupyter=False, color_system=None))
+    console = Console(file=text, width=UNCUT, force_jupyter=False, color_system=None)
+    for part in parts:
+        console.print(part, width=sentences if isinstance(part, Text) else tables)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def print_summary(
-    console: Console,
-    settings: GridSettings,
-    records: Sequence[ConditionRecord],
-    claims: Sequence[str] = (),
-) -> None:
-    """Print what a run found."""
-    by_name = {record.cond: record for record in records}
-    full = by_name["full"]
-    lines: list[RenderableType] = [
-        Text(setting_line(settings, full.n), style="dim"),
-        Text(full_line(full), style="bold"),
-        coverage_table(records),
-        Text(control_line(full, by_name.get("ctrl_full"))),
-        Text(checks_line(by_name["none"], by_name["self"]), style="dim"),
-    ]
-    if claims:
-        lines += [Text(), Text(" ".join(claims))]
-    for line in lines:
-        console.print(line)
 
 
 def summary_text(
     settings: GridSettings, records: Sequence[ConditionRecord], claims: Sequence[str] = ()
 ) -> str:
-    """The same as plain text."""
-    return plain_text(lambda console: print_summary(console, settings, records, claims), WIDTH)
+    """What a run found, as plain text."""
+    by_name = {record.cond: record for record in records}
+    full = by_name["full"]
+    lines: list[RenderableType] = [
+        Text(setting_line(settings, full.n)),
+        Text(full_line(full)),
+        coverage_table(records),
+        Text(control_line(full, by_name.get("ctrl_full"))),
+        Text(checks_line(by_name["none"], by_name["self"])),
+    ]
+    if claims:
+        lines += [Text(), Text(" ".join(claims))]
+    return text_of(lines, tables=WIDTH)
 
 
 def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
@@ -138,7 +129,8 @@ def coverage_table(records: Sequence[ConditionRecord]) -> Table:
     table = columns("condition", "ΔKL (nats)", "95% CI", "coverage", "95% CI")
     table.caption_justify = "center"
     table.add_column("heads", overflow="fold")
-    for record in sorted(filter(_in_table, records), key=_table_key):
+    sized = (each for each in records if each.cond == "full" or _SIZED.match(each.cond))
+    for record in sorted(sized, key=_table_key):
         table.add_row(
             record.cond,
             number_text(record.delta.value, "auto"),
@@ -153,16 +145,12 @@ def coverage_table(records: Sequence[ConditionRecord]) -> Table:
     return table
 
 
-def _in_table(record: ConditionRecord) -> bool:
-    return record.cond == "full" or _SIZED.match(record.cond) is not None
-
-
 def _table_key(record: ConditionRecord) -> tuple[int, str]:
     match = _SIZED.match(record.cond)
     # The full set last: it is the 100% the others are read against. "top" before "rand" within k.
-    return (
-        (10**9, "") if match is None else (int(match[2]), "0" if match[1] == "top" else record.cond)
-    )
+    if match is None:
+        return 10**9, ""
+    return int(match[2]), "0" if match[1] == "top" else record.cond
 
 
 def sweep_text(
@@ -173,15 +161,13 @@ def sweep_text(
         f"{row.head} {number_text(row.delta.value, 'auto')}"
         for row in comparison.ranking[:TOP_HEADS]
     )
-    return text_of(
-        [
-            Text(setting_line(settings, n_prompts, where=f"{settings.n_layers} layers")),
-            _layer_table(comparison),
-            Text(f"heads of all layers by ΔKL (nats): {best}"),
-            Text(_tests_line(comparison.tests)),
-            *(Text(reason) for reason in choice.reasons),
-        ]
+    sentences = (
+        f"heads of all layers by ΔKL (nats): {best}",
+        _tests_line(comparison.tests),
+        *choice.reasons,
     )
+    head = Text(setting_line(settings, n_prompts, where=f"{settings.n_layers} layers"))
+    return text_of([head, _layer_table(comparison), *map(Text, sentences)])
 
 
 def _tests_line(tests: HeadTests) -> str:
@@ -279,16 +265,6 @@ def columns(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def text_of(parts: Sequence[RenderableType]) -> str:
-    """Sentences and tables as plain text."""
-
-    def show(console: Console) -> None:
-        for part in parts:
-            console.print(part, width=WIDTH if isinstance(part, Text) else None)
-
-    return plain_text(show, UNCUT)
 
 
 def _number(estimate: Estimate | None, form: str) -> str:

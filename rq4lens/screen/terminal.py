@@ -54,14 +54,9 @@ def kept_when_stopped(directory: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        again = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-        kept = (
-            "nothing is kept without --out"
-            if directory is None
-            else (
-                f"what is finished is kept in {directory}; go on with: "
-                f"{shlex.join(['rq4lens', *again])}"
-            )
-        )
+        kept = "nothing is kept without --out"
+        if directory is not None:
+            again = shlex.join(["rq4lens", *(each for each in sys.argv[1:] if each != "--fresh")])
+            kept = f"what is finished is kept in {directory}; go on with: {again}"
         errors.print(f"stopped; {kept}")
         raise typer.Exit(130) from None

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rq4lens.disk.files import short_reason, short_value
+from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
-from rq4lens.models.load.checkpoint import Checkpoint, locate, read_json
+from rq4lens.models.load.checkpoint import Checkpoint, explained, locate, read_json
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 """How the supported architectures end the name of their input embedding."""
@@ -66,18 +66,11 @@ def merge_adapter(base_model: Any, adapter: Checkpoint) -> Any:
     n_tokens = vocabulary_of(adapter)
     if n_tokens is not None and n_tokens != base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(n_tokens)
-    try:
+    what = f"The adapter {adapter.source} cannot be merged into its base model"
+    with explained(what, "use the base and the files that it was trained with"):
         adapted = PeftModel.from_pretrained(base_model, str(adapter.folder))
         _require_whole(adapted, adapter)
         return adapted.merge_and_unload().eval()
-    except UserError:
-        raise
-    except Exception as problem:  # PEFT checks what it reads by failing in any way
-        raise UserError(
-            f"The adapter {adapter.source} cannot be merged into its base model "
-            f"({type(problem).__name__}: {short_reason(problem)}); use the base and the files that "
-            "it was trained with."
-        ) from problem
 
 
 def _require_whole(adapted: Any, adapter: Checkpoint) -> None:
@@ -102,10 +95,6 @@ def vocabulary_of(adapter: Checkpoint) -> int | None:
 REFUSED = ("megatron_config", "layer_replication")
 """The one imports a module by name, the other makes a model of other layers."""
 
-NOT_MERGED = ("XLORA",)
-"""Mixes adapters that it fetches from elsewhere."""
-
-
 PATTERNS = (
     "target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern",
     "alpha_pattern",
@@ -116,37 +105,36 @@ PATTERNS = (
 def check_adapter(adapter: Checkpoint) -> None:
     """Refuse an adapter that is no change of weights, or whose patterns are broken."""
     settings = adapter_settings(adapter)
-    _check_type(settings, adapter.source)
+    _check_type(settings.get("peft_type"), adapter)
     for name in REFUSED:
         if settings.get(name) is not None:
-            raise _wrong(name, settings[name], adapter.source, "null")
+            raise adapter.wrong(name, settings[name], "null")
     rank = settings.get("r", 1)
     if not (isinstance(rank, int) and rank >= 1):
-        raise _wrong("r", rank, adapter.source, "a whole number from 1")
+        raise adapter.wrong("r", rank, "a whole number from 1")
     for name, pattern in _patterns(settings):
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError, TypeError):
-            raise _wrong(
-                name, pattern, adapter.source, "a list of names of modules, or a pattern of them"
-            ) from None
+            allowed = "a list of names of modules, or a pattern of them"
+            raise adapter.wrong(name, pattern, allowed) from None
 
 
-def _check_type(settings: Mapping[str, Any], source: str) -> None:
+def _check_type(kind: Any, adapter: Checkpoint) -> None:
     from peft.mapping import (  # noqa: PLC0415 - an optional extra
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
 
-    kind = settings.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise _wrong("peft_type", kind, source, "a type that the installed PEFT knows, as 'LORA'")
+        raise adapter.wrong("peft_type", kind, "a type that the installed PEFT knows, as 'LORA'")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-    if kind in NOT_MERGED or not hasattr(tuner, "merge_and_unload"):
+    # X-LoRA mixes adapters that it fetches from elsewhere.
+    if kind == "XLORA" or not hasattr(tuner, "merge_and_unload"):
         spelled = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__.removesuffix("Config")
         raise UserError(
-            f"{source} is a {spelled} adapter ({kind}), which is no change of weights; only "
-            "adapters that can be merged into the weights, as LoRA, are allowed."
+            f"{adapter.source} is a {spelled} adapter ({kind}), which is no change of weights; "
+            "only adapters that can be merged into the weights, as LoRA, are allowed."
         )
 
 
@@ -154,10 +142,3 @@ def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in PATTERNS:
         value = settings.get(name) or []
         yield from ((name, each) for each in (value if isinstance(value, list | dict) else [value]))
-
-
-def _wrong(name: str, value: Any, source: str, allowed: str) -> UserError:
-    return UserError(
-        f"{name}={short_value(value)} in adapter_config.json of {source} must be {allowed}; "
-        "restore the file that PEFT wrote."
-    )

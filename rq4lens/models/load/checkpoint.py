@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,12 +26,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rq4lens.disk.files import (
-    parse_json,
-    read_regular_file,
-    short_reason,
-    short_value,
-)
+from rq4lens.disk.files import parse_json, read_regular_file, short_reason, short_value
 from rq4lens.errors import UserError
 
 
@@ -48,6 +46,19 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold an object, as {{...}}; restore the file.")
     return value
+
+
+@contextmanager
+def explained(what: str, fix: str) -> Iterator[None]:
+    """Turn what a library raises on a damaged checkpoint into one sentence."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # a configuration can make it fail in any way
+        raise UserError(
+            f"{what} ({type(problem).__name__}: {short_reason(problem)}); {fix}."
+        ) from problem
 
 
 WEIGHTS = "model.safetensors"
@@ -81,17 +92,14 @@ SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 class Checkpoint:
     """A Hugging Face folder on this machine, with what may be done with it.
 
-    Attributes:
-        source: What the user asked for: a folder or a hub id.
-        revision: The commit of a hub id; None for a folder.
-        with_weights: Whether weights on the hub are fetched too, also those of an adapter's base.
-        trust_remote_code: Whether code that it brings along may run.
+    ``source`` is what the user asked for; ``revision`` the commit of a hub id, None for a folder.
     """
 
     source: str
     folder: Path
     revision: str | None
     with_weights: bool = True
+    """Whether weights on the hub are fetched too, also those of an adapter's base."""
     trust_remote_code: bool = False
 
     @property
@@ -121,6 +129,16 @@ class Checkpoint:
             )
         return stated[0] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(
             str(self.config.get("model_type"))
+        )
+
+    def wrong(self, name: str, value: Any, allowed: str) -> UserError:
+        """What is said of a setting that cannot be meant."""
+        file, writer = "config.json", "save_pretrained"
+        if self.is_adapter:
+            file, writer = "adapter_config.json", "PEFT"
+        return UserError(
+            f"{name}={short_value(value)} in {file} of {self.source} must be {allowed}; restore "
+            f"the file that {writer} wrote."
         )
 
     @property

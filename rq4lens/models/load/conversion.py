@@ -9,6 +9,7 @@ parameters themselves, so that a model is never in memory twice; TransformerLens
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 from transformers import PreTrainedTokenizerBase
 
-from rq4lens.disk.files import short_reason
 from rq4lens.errors import UserError
-from rq4lens.models.load.architectures import Architecture, StateDict, find_architecture
+from rq4lens.models.load.architectures import StateDict, find_architecture, write_longrope_tables
+from rq4lens.models.load.checkpoint import explained
 from rq4lens.models.load.devices import AT_THE_EXIT, Placement, bring_inputs
-from rq4lens.models.load.rotary import write_longrope_tables
 
 
 @torch.no_grad()
@@ -30,7 +30,6 @@ def hooked_from(
     hf_model: Any, architecture: str, *, dtype: torch.dtype, placement: Placement
 ) -> HookedTransformer:
     """Convert a Hugging Face model; the result takes over its memory."""
-    entry = find_architecture(architecture)
     here = str(hf_model.get_input_embeddings().weight.device)
     cfg = hooked_config(
         hf_model.config,
@@ -46,7 +45,7 @@ def hooked_from(
         )
     with init_empty_weights():
         model = HookedTransformer(cfg, move_to_device=False)
-    _assign(model, _converted(hf_model, entry, cfg))
+    _assign(model, _converted(hf_model, architecture, cfg))
     write_longrope_tables(model, hf_model.config)
     _place(model, placement)
     return model.eval()
@@ -56,12 +55,8 @@ def hooked_config(
     hf_config: Any, architecture: str, *, dtype: torch.dtype, device: str, n_devices: int = 1
 ) -> HookedTransformerConfig:
     """The configuration that a Hugging Face configuration means in TransformerLens."""
-    try:
+    with _converting(architecture):
         fields = find_architecture(architecture).config(hf_config)
-    except UserError:
-        raise
-    except Exception as error:  # a configuration may say anything
-        raise _foreign(architecture, error) from error
     if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
         raise UserError(
             f"The activation function {fields['act_fn']!r} of this checkpoint is unknown to "
@@ -87,19 +82,15 @@ def hooked_skeleton(cfg: HookedTransformerConfig) -> HookedTransformer:
     return model
 
 
-def _converted(hf_model: Any, entry: Architecture, cfg: HookedTransformerConfig) -> StateDict:
-    try:
-        weights = entry.weights(hf_model, cfg)
-    except (AttributeError, AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise _foreign(cfg.original_architecture, error) from error
+def _converted(hf_model: Any, architecture: str, cfg: HookedTransformerConfig) -> StateDict:
+    with _converting(architecture):
+        weights = find_architecture(architecture).weights(hf_model, cfg)
     return _untied({name: _as_type(tensor, cfg.dtype) for name, tensor in weights.items()})
 
 
-def _foreign(architecture: str | None, error: Exception) -> UserError:
-    return UserError(
-        f"TransformerLens cannot convert this {architecture} ({type(error).__name__}: "
-        f"{short_reason(error)}); use a checkpoint of the usual form."
-    )
+def _converting(architecture: str) -> AbstractContextManager[None]:
+    what = f"TransformerLens cannot convert this {architecture}"
+    return explained(what, "use a checkpoint of the usual form")
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from rq4lens.disk.files import short_reason, short_value
+from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
 from rq4lens.models.load.architectures import ARCHITECTURES, find_architecture
-from rq4lens.models.load.checkpoint import LEFTOVER, Checkpoint
+from rq4lens.models.load.checkpoint import LEFTOVER, Checkpoint, explained
 from rq4lens.models.load.devices import Placement
 
 SIZES = (
@@ -39,15 +39,8 @@ def loadable_architecture(checkpoint: Checkpoint) -> str:
         for name in SIZES:
             value: Any = part.get(name)
             if value is not None and not (isinstance(value, int) and 1 <= value < 2**31):
-                raise _wrong(checkpoint, name, value, f"a whole number from 1 to {2**31 - 1}")
+                raise checkpoint.wrong(name, value, f"a whole number from 1 to {2**31 - 1}")
     return str(architecture)
-
-
-def _wrong(checkpoint: Checkpoint, name: str, value: Any, allowed: str) -> UserError:
-    return UserError(
-        f"{name}={short_value(value)} in config.json of {checkpoint.source} must be {allowed}; "
-        "restore the file that save_pretrained wrote."
-    )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -67,7 +60,7 @@ def _check_model_type(checkpoint: Checkpoint) -> None:
     config, source = checkpoint.config, checkpoint.source
     own_code = config.get("auto_map")
     if own_code is not None and not isinstance(own_code, dict):
-        raise _wrong(checkpoint, "auto_map", own_code, "an object that names classes")
+        raise checkpoint.wrong("auto_map", own_code, "an object that names classes")
     named = config.get("model_type")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(named) if isinstance(named, str) else None
     if known is None and own_code:
@@ -200,20 +193,18 @@ def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> 
 @contextmanager
 def _reading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what transformers raises on a damaged folder into one sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
+    what = f"The {part} of {checkpoint.source}"
+    fix = "restore the folder, or save it again with save_pretrained"
+    with explained(f"{what} cannot be read", fix):
+        try:
+            yield
+        except Exception as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise UserError(
-                f"The {part} of {checkpoint.source} needs code that it brings along; read that "
-                "code, and if you trust it pass trust_remote_code=True."
+                f"{what} needs code that it brings along; read that code, and if you trust it "
+                "pass trust_remote_code=True."
             ) from error
-        raise UserError(
-            f"The {part} of {checkpoint.source} cannot be read ({type(error).__name__}: "
-            f"{short_reason(error)}); restore the folder, or save it again with save_pretrained."
-        ) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.disk.files import short_reason
 from rq4lens.errors import UserError
+from rq4lens.models.load.checkpoint import explained
 
 CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -32,7 +33,6 @@ float64 is held to the same share as float32.
 """
 
 Logits = Sequence[Float[Tensor, "1 _pos vocab"]]
-
 
 MAX_CHECK_TOKENS = 256
 
@@ -63,15 +63,9 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int
 def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) -> Logits:
     """Logits of the Hugging Face model."""
     device = hf_model.get_input_embeddings().weight.device
-    try:
+    what = f"{hf_model.name_or_path} cannot read a plain sentence"
+    with explained(what, "restore the config.json that belongs to the weights"):
         return [hf_model(input_ids=row.to(device), use_cache=False).logits.cpu() for row in tokens]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as problem:  # a configuration may be readable and yet compute nothing
-        raise UserError(
-            f"{hf_model.name_or_path} cannot read a plain sentence ({type(problem).__name__}: "
-            f"{short_reason(problem)}); restore the config.json that belongs to the weights."
-        ) from problem
 
 
 @torch.no_grad()
@@ -93,7 +87,8 @@ def require_same_logits(
     largest = float(by_position.max())
     # Rounding may flip the choice of an expert at a few positions, never at most of them.
     judged = largest if model.cfg.dtype.itemsize > 2 else float(by_position.median())
-    allowed = TOLERANCES[model.cfg.dtype] * max(1.0, _largest(expected))
+    largest_logit = max(float(row.abs().max()) for row in expected)
+    allowed = TOLERANCES[model.cfg.dtype] * max(1.0, largest_logit)
     if not judged <= allowed:  # written so that NaN is refused too
         raise UserError(
             f"{source} as a HookedTransformer differs from its Hugging Face model by up to "
@@ -101,7 +96,3 @@ def require_same_logits(
             "tell rounding from a real mismatch, or pass check_logits=False to use it all the same."
         )
     return largest
-
-
-def _largest(values: Sequence[Tensor]) -> float:
-    return max(float(value.abs().max()) for value in values)

@@ -20,12 +20,6 @@ from rq4lens.models.prompts.record import KEYS
 Located = tuple[str, Any]
 """Where a record stands, and its value."""
 
-NESTED = ("messages", "meta")
-"""What a cell of a CSV file holds as JSON."""
-
-SPLIT_ALIASES = {"validation": "val"}
-"""Names that data sets give to the splits of this package."""
-
 
 def read_records(path: Path) -> Iterator[Located]:
     """The records of a JSONL file, a CSV file, or the folder of a saved Hugging Face dataset."""
@@ -70,7 +64,8 @@ def dataset_records(dataset: Any, where: str = "the dataset") -> Iterator[Locate
         yield from _rows(dataset, None, where)
         return
     for name, rows in dataset.items():
-        yield from _rows(rows, SPLIT_ALIASES.get(name, name), f"{where}, split {name!r}")
+        split = "val" if name == "validation" else name
+        yield from _rows(rows, split, f"{where}, split {name!r}")
 
 
 def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Located]:
@@ -118,7 +113,7 @@ def _csv_record(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
     if None in row or None in row.values():
         raise UserError(f"{where} has more or fewer cells than the first line: give each column.")
     record: dict[str, Any] = {key: value for key, value in row.items() if value != ""}
-    for key in NESTED:
+    for key in ("messages", "meta"):
         if key in record:
             record[key] = _parse(record[key], f"{where}, column {key!r},", "write it as JSON")
     if str(record.get("offset", "")).isdecimal():

@@ -15,13 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.files import (
-    Located,
-    csv_records,
-    dataset_records,
-    jsonl_records,
-    read_records,
-)
+from rq4lens.models.prompts import files
 from rq4lens.models.prompts.record import Prompt, prompt_of_record
 
 PaddingSide = Literal["right", "left"]
@@ -62,16 +56,13 @@ class PromptSet:
                 of a JSONL line, or of :class:`Prompt`; or such lists by split.
             split: the split of a list of strings.
 
-        Returns:
-            The prompts, checked.
-
         Raises:
             UserError: if something is missing, unknown or of another type.
         """
         if isinstance(source, PromptSet):
             return source
         if isinstance(source, str | Path):
-            return cls._of_records(read_records(Path(source)))
+            return cls._of_records(files.read_records(Path(source)))
         if isinstance(source, list | tuple):
             return cls._of_list(source, split)
         return cls.from_dataset(source)
@@ -82,31 +73,21 @@ class PromptSet:
 
         Optional keys are ``group``, ``answer``, ``offset``, ``marker`` and ``meta``.
 
-        Args:
-            path: the file.
-
-        Returns:
-            The prompts, checked.
-
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.
         """
-        return cls._of_records(jsonl_records(Path(path)))
+        return cls._of_records(files.jsonl_records(Path(path)))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> PromptSet:
         """Read a CSV file whose columns are the keys of a JSONL line.
 
-        Args:
-            path: the file; ``messages`` and ``meta`` stand in their cells as JSON.
-
-        Returns:
-            The prompts, checked.
+        ``messages`` and ``meta`` stand in their cells as JSON.
 
         Raises:
             UserError: if the file is missing, is not UTF-8 or CSV, or lacks a column.
         """
-        return cls._of_records(csv_records(Path(path)))
+        return cls._of_records(files.csv_records(Path(path)))
 
     @classmethod
     def from_dataset(cls, dataset: Any) -> PromptSet:
@@ -114,10 +95,7 @@ class PromptSet:
 
         Args:
             dataset: a ``Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
-                names are the splits (``validation`` is ``val``).
-
-        Returns:
-            The prompts, checked; other columns are kept as their ``meta``.
+                names are the splits (``validation`` is ``val``). Other columns become ``meta``.
 
         Raises:
             UserError: if it is no dataset, or lacks a column.
@@ -127,7 +105,7 @@ class PromptSet:
                 f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
                 "dataset, or a list."
             )
-        return cls._of_records(dataset_records(dataset))
+        return cls._of_records(files.dataset_records(dataset))
 
     @classmethod
     def _of_list(cls, items: Sequence[Any], split: str | None) -> PromptSet:
@@ -139,11 +117,11 @@ class PromptSet:
                     "a list of plain strings says no split: name it with split=..., or give "
                     '{"train": [...], "val": [...]}.'
                 )
-            return cls._of_records(dataset_records({split: items}, "the list"))
+            return cls._of_records(files.dataset_records({split: items}, "the list"))
         return cls._of_records((f"prompt {n} of the list", item) for n, item in enumerate(items))
 
     @classmethod
-    def _of_records(cls, records: Iterable[Located]) -> PromptSet:
+    def _of_records(cls, records: Iterable[files.Located]) -> PromptSet:
         return cls(tuple(prompt_of_record(record, where) for where, record in records))
 
     def without(self, ids: Collection[str]) -> PromptSet:

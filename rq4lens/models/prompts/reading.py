@@ -22,13 +22,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """One prompt as one model reads it, before it is cut.
+    """One prompt as one model reads it, before it is cut: ``n_dropped`` tokens on the left.
 
-    Args:
-        spans: the characters of each token; None for one that the tokenizer added of itself.
-            None altogether if the tokenizer cannot tell.
-        n_dropped: how many tokens are cut off on the left.
-        has_bos: whether the first token is the tokenizer's BOS, which is not cut off.
+    Spans are None for tokens that the tokenizer added of itself, or altogether if it cannot tell.
     """
 
     prompt: Prompt

@@ -27,28 +27,20 @@ class Part(NamedTuple):
 
 
 class TextEnd(NamedTuple):
-    """A place of the rendered text in terms of the prompt's text, so that models can be compared.
-
-    Args:
-        end: how many characters of the prompt's text stand before it.
-        in_template: whether it lies in what the template adds.
-    """
+    """A place of the rendered text in terms of the prompt's text; so models can be compared."""
 
     end: int
+    """How many characters of the prompt's text stand before it."""
     in_template: bool
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as one model is given it.
-
-    Args:
-        parts: the pieces of the prompt's text in it; plain text is one piece. None if the template
-            does not hold every message as it was written.
-    """
+    """A prompt as one model is given it."""
 
     text: str
     parts: tuple[Part, ...] | None
+    """The pieces of the prompt's text; None if the template does not hold every one as written."""
 
     def index_of(self, character: int) -> int:
         """Index in the rendered text of a character of the prompt's text; ``parts`` are known."""

@@ -100,11 +100,8 @@ def reading(point: HookPoint, read: Reader | None) -> Iterator[None]:
     if read is None:
         yield
         return
-    handle = point.register_forward_hook(lambda _point, _inputs, value: read(value))
-    try:
+    with point.register_forward_hook(lambda _point, _inputs, value: read(value)):
         yield
-    finally:
-        handle.remove()
 
 
 def device_of(model: HookedModel) -> torch.device:

@@ -59,8 +59,8 @@ class ContentChange:
         return self.shortfall == (0, 0)
 
 
-LayerInput = tuple[TokenBatch, Float[Tensor, "prompt pos d_model"]]
-"""A batch of prompts, and what a layer reads of it: the residual stream before it."""
+LayerInput = tuple[TokenBatch, Tensor]
+"""A batch of prompts and the residual stream before a layer, ``[prompt pos d_model]``."""
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ class AttendedInputs:
             batch_size: prompts per forward pass.
         """
         inputs = layer_inputs(model, prompts, layer, batch_size)
-        return cls(prompts, layer, *_read_all(model, layer, inputs))
+        return cls(prompts, layer, *_read(model, layer, inputs))
 
     def change_in(
         self, model: HookedTransformer, heads: tuple[int, ...], inputs: Sequence[LayerInput]
@@ -116,7 +116,7 @@ class AttendedInputs:
             inputs: what this layer of the copy reads on the prompts, see :func:`layer_inputs`: read
                 once for many changes of the layer.
         """
-        _, new_z = _read_all(model, self.layer, inputs)
+        _, new_z = _read(model, self.layer, inputs)
         changes = [_change(self.z[:, head], new_z[:, head]) for head in heads]
         return ContentChange(
             min(change.size for change in changes), max(change.explained_pct for change in changes)
@@ -182,22 +182,13 @@ def _unit(conditions: Float[Tensor, "head d_model condition"]) -> Tensor:
     return conditions / size.where(size > 0, 1.0)
 
 
-def _read_all(
+def _read(
     model: HookedTransformer, layer: int, inputs: Sequence[LayerInput]
 ) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
-    parts = zip(*(_read(model, layer, each) for each in inputs), strict=True)
-    order = torch.argsort(torch.cat([batch.rows for batch, _ in inputs]))
-    x, z = (torch.cat(part)[order] for part in parts)
-    return x, z
-
-
-def _read(
-    model: HookedTransformer, layer: int, given: LayerInput
-) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
-    batch, residual = given
-    seen: dict[str, Tensor] = {}
     attention: Any = model.blocks[layer].attn
-    rows = torch.arange(len(batch.rows))
+    pattern_site, site = f"blocks.{layer}.attn.hook_pattern", z_site(layer)
+    seen: dict[str, Tensor] = {}
+    read: list[tuple[Tensor, Tensor]] = []
 
     def keep(value: Tensor, hook: HookPoint) -> None:
         seen[str(hook.name)] = value.double().cpu()
@@ -205,17 +196,17 @@ def _read(
     def keep_input(_module: Any, _args: Any, inputs: dict[str, Tensor]) -> None:
         seen["input"] = inputs["value_input"].double().cpu()
 
-    handle = attention.register_forward_pre_hook(keep_input, with_kwargs=True)
-    pattern_site, site = f"blocks.{layer}.attn.hook_pattern", z_site(layer)
-    try:
-        model.run_with_hooks(
-            residual,
-            start_at_layer=layer,
-            stop_at_layer=layer + 1,
-            fwd_hooks=[(pattern_site, keep), (site, keep)],
-        )
-    finally:
-        handle.remove()
-    pattern = seen[pattern_site][rows, :, batch.decision]
-    x = einops.einsum(pattern, seen["input"], "prompt head key, prompt key d -> prompt head d")
-    return x, seen[site][rows, batch.decision]
+    with (
+        attention.register_forward_pre_hook(keep_input, with_kwargs=True),
+        model.hooks(fwd_hooks=[(pattern_site, keep), (site, keep)]),
+    ):
+        for batch, residual in inputs:
+            model(residual, start_at_layer=layer, stop_at_layer=layer + 1)
+            rows = torch.arange(len(batch.rows))
+            pattern = seen[pattern_site][rows, :, batch.decision]
+            axes = "prompt head key, prompt key d -> prompt head d"
+            x = einops.einsum(pattern, seen["input"], axes)
+            read.append((x, seen[site][rows, batch.decision]))
+    order = torch.argsort(torch.cat([batch.rows for batch, _ in inputs]))
+    x, z = (torch.cat(part)[order] for part in zip(*read, strict=True))
+    return x, z

@@ -14,7 +14,6 @@ from rq4lens.patching.patch import (
     Patch,
     Sources,
     blend,
-    head_mask,
     next_token_effects,
 )
 
@@ -140,7 +139,7 @@ def test_only_the_named_heads_and_positions_change(model, prompts, padding_side,
 def test_the_blend_is_exact_at_both_ends():
     """α = 0 gives z and α = 1 gives the source, bit for bit, and a source equal to z gives z."""
     z, source = torch.randn(5, 4, 3), 1000 * torch.randn(5, 4, 3)
-    mask = head_mask(HeadSet.of([0, 2], 4))
+    mask = torch.tensor(HeadSet.of([0, 2], 4).mask, dtype=torch.bool)
     assert torch.equal(blend(z, source, mask, 0.0), z)
     full = blend(z, source, mask, 1.0)
     assert torch.equal(full[:, [0, 2]], source[:, [0, 2]])

@@ -26,8 +26,7 @@ from rq4lens.heads import Head
 from rq4lens.jobs.bench import Bench
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.maps.diagnostics import cka, fit_quality, mean_cosine, r2
-from rq4lens.patching.maps.fitting import fit_maps, maps_from
+from rq4lens.patching.maps.fitting import cka, fit_maps, fit_quality, maps_from, mean_cosine, r2
 from rq4lens.patching.maps.kinds import LOW_RANK, fit_block
 from rq4lens.patching.maps.map import (
     MAP_KINDS,

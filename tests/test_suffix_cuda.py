@@ -15,9 +15,9 @@ from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import Patching
 from rq4lens.patching.engines import row_engine
 from rq4lens.patching.engines.choice import make_engine
-from rq4lens.patching.engines.difference_sums import summed_by_tensors
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.patch import summed_by_tensors
 
 if torch.cuda.is_available():
     from rq4lens.patching.engines.difference_kernel import summed_by_kernel

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import einops
 import torch
@@ -22,6 +20,7 @@ from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.engines.layout import Steps, fused_norms, side_by_side, store_for_products
+from rq4lens.patching.keys import NamedIngredients
 
 Reader = Callable[[Tensor], None]
 """Takes the activations that pass a hook point."""
@@ -33,11 +32,7 @@ def z_site(layer: int) -> str:
 
 
 def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "prompt position"]:
-    """Indices of the last ``k_positions`` tokens of each padded row, the decision token last.
-
-    Raises:
-        UserError: if a prompt is shorter than that.
-    """
+    """Indices of the last ``k_positions`` tokens of each padded row, the decision token last."""
     shortest = int(batch.lengths.min())
     if not 1 <= k_positions <= shortest:
         raise UserError(
@@ -105,11 +100,8 @@ def reading(point: HookPoint, read: Reader | None) -> Iterator[None]:
     if read is None:
         yield
         return
-    handle = point.register_forward_hook(lambda _point, _inputs, value: read(value))
-    try:
+    with point.register_forward_hook(lambda _point, _inputs, value: read(value)):
         yield
-    finally:
-        handle.remove()
 
 
 def device_of(model: HookedModel) -> torch.device:
@@ -130,9 +122,6 @@ def capture_z(
     """Activations ``z`` of every head at the patched positions.
 
     The forward pass ends where the last of them has been read.
-
-    Raises:
-        UserError: if the model has no such layer.
     """
     check_layers(layers, model.cfg.n_layers)
     cfg = model.cfg
@@ -174,11 +163,7 @@ class _LastOneRead(Exception):  # noqa: N818 - the expected end of a pass, not a
 
 
 def check_layers(layers: Sequence[int], n_layers: int) -> None:
-    """Refuse layers that the model does not have.
-
-    Raises:
-        UserError: if the list is empty or a layer is outside ``[0, n_layers)``.
-    """
+    """Refuse layers that the model does not have."""
     if not layers:
         raise UserError("no layer was named: name at least one.")
     for layer in layers:
@@ -188,45 +173,11 @@ def check_layers(layers: Sequence[int], n_layers: int) -> None:
             )
 
 
-Z = "z"
-"""Name of the stored tensor."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationIngredients:
-    """Everything that can change activations of one layer. Batch size and padding change none."""
-
-    weights: str
-    config: str
-    tokens: str
-    """Fingerprint of the tokens that the model reads, cut at the decision token."""
-    layer: int
-    k_positions: int
-    dtype: str
-    device: str
-    libraries: str
-    numerics_version: str = NUMERICS_VERSION
-
-    @property
-    def label(self) -> str:
-        """A readable start of the file name."""
-        return f"z_L{self.layer}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name."""
-        return asdict(self)
-
-
 class PairActivations:
     """Activations z of both models at the decision token, each captured once.
 
-    Args:
-        pair: the pair.
-        k_positions: how many positions to keep, the decision token last.
-        batch_size: prompts per forward pass.
-        store: where activations of the base model are looked up before it is loaded, if anywhere.
-        device: kind of device that the base model runs on, such as ``"cuda"``; it rounds in its
-            own way, so the store tells them apart.
+    Activations of the base model are looked up in the store, if there is one, before it is loaded;
+    the kind of device is named because each rounds in its own way.
     """
 
     def __init__(
@@ -267,14 +218,10 @@ class PairActivations:
         return self._captured[side, split, layer]
 
     def keep(self) -> None:
-        """Store what was captured of the base model, for runs that need not load it any more.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Store what was captured of the base model, for runs that need not load it any more."""
         for (side, split, layer), z in self._captured.items():
             if self.store is not None and side == "base" and (split, layer) not in self._on_disk:
-                self.store.put_tensors(self._ingredients(split, layer), {Z: z})
+                self.store.put_tensors(self._ingredients(split, layer), {"z": z})
                 self._on_disk.add((split, layer))
 
     def _look_up(self, split: str, layers: Sequence[int]) -> None:
@@ -283,18 +230,21 @@ class PairActivations:
                 continue
             found = self.store.get_tensors(self._ingredients(split, layer))
             if found is not None:
-                self._captured["base", split, layer] = found[Z]
+                self._captured["base", split, layer] = found["z"]
                 self._on_disk.add((split, layer))
 
-    def _ingredients(self, split: str, layer: int) -> ActivationIngredients:
+    def _ingredients(self, split: str, layer: int) -> NamedIngredients:
+        """Everything that can change activations of one layer; batch size and padding cannot."""
         card = self.pair.base.card
-        return ActivationIngredients(
-            weights=card.weights_fingerprint,
-            config=card.config_fingerprint,
-            tokens=self.pair.token_fingerprint("base", split),
-            layer=layer,
-            k_positions=self.k_positions,
-            dtype=card.dtype,
-            device=self.device,
-            libraries=arithmetic_libraries(),
-        )
+        values = {
+            "weights": card.weights_fingerprint,
+            "config": card.config_fingerprint,
+            "tokens": self.pair.token_fingerprint("base", split),
+            "layer": layer,
+            "k_positions": self.k_positions,
+            "dtype": card.dtype,
+            "device": self.device,
+            "libraries": arithmetic_libraries(),
+            "numerics_version": NUMERICS_VERSION,
+        }
+        return NamedIngredients(f"z_L{layer}", values)

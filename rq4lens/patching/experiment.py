@@ -28,9 +28,6 @@ from rq4lens.patching.patch import (
     Sources,
 )
 
-PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
-"""Settings that are decided when an experiment is prepared."""
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -188,21 +185,17 @@ def prepare(
     )
     settings = settings.but(k_positions=activations.k_positions)
     activations.capture("base", split, list(maps))
-    raw_maps = (
-        {}
-        if settings.raw_baseline == "identity"
-        else fit_maps(pair, list(maps), "moments", activations=activations)
-    )
-    every, groups = pair.tokens("tuned", split), pair.prompts.split(split).groups
-    chosen = slice(None) if rows is None else list(rows)
-    prompts = every if rows is None else every.some(rows)
-    tuned_engine = make_engine(
-        pair.use("tuned").model,
-        prompts,
-        settings,
-        place if rows is None else place.but(batch_size=len(rows)),
-        first_layer=min(maps),
-    )
+    raw_maps: dict[int, LayerMap] = {}
+    if settings.raw_baseline != "identity":
+        raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
+    prompts, groups = pair.tokens("tuned", split), pair.prompts.split(split).groups
+    chosen: slice | list[int] = slice(None)
+    if rows is not None:
+        chosen = list(rows)
+        prompts, groups = prompts.some(rows), tuple(groups[row] for row in rows)
+        place = place.but(batch_size=len(rows))
+    model = pair.use("tuned").model
+    tuned_engine = make_engine(model, prompts, settings, place, first_layer=min(maps))
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():
         z_base = activations.z("base", split, layer)
@@ -214,7 +207,7 @@ def prepare(
         pair=pair,
         settings=settings,
         prompts=prompts,
-        groups=groups if rows is None else tuple(groups[row] for row in rows),
+        groups=groups,
         maps=dict(maps),
         sources=Sources(tensors),
         engine=tuned_engine,

@@ -10,7 +10,8 @@ from rq4lens.config import Effort, Patching
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.pair import ModelPair
-from rq4lens.patching.experiment import PREPARED, Experiment, prepare
+from rq4lens.patching.experiment import Experiment, prepare
+from rq4lens.patching.keys import PREPARED
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer, Planned
 from rq4lens.patching.patch import SELF, Progress
@@ -25,15 +26,7 @@ from rq4lens.results import (
 
 @dataclass(frozen=True)
 class GridPlan:
-    """Which conditions the grid has.
-
-    Args:
-        n_heads: heads per layer.
-        settings: names the layers, the sizes of head sets and the random seeds.
-
-    Raises:
-        UserError: if no layer is named, a layer is its own control, or a k does not fit.
-    """
+    """Which conditions the grid has."""
 
     n_heads: int
     settings: Patching
@@ -76,15 +69,13 @@ class GridPlan:
         """Every condition whose head set is known before anything is measured."""
         n_heads = self.n_heads
         planned = [self._planned(f"head{h}", HeadSet.of([h], n_heads)) for h in range(n_heads)]
-        planned += [
-            self._planned(f"rand{k}_s{seed}", random_heads(k, seed, n_heads))
-            for k in self.settings.k
-            for seed in self.settings.random_seeds
-        ]
+        for k in self.settings.k:
+            for seed in self.settings.random_seeds:
+                drawn = HeadSet.of(random.Random(seed).sample(range(n_heads), k), n_heads)
+                planned.append(self._planned(f"rand{k}_s{seed}", drawn))
         if self.control_layer is not None:
-            everything = HeadSet.all(n_heads)
             alpha = self.settings.alpha
-            planned.append(Planned("ctrl_full", self.control_layer, everything, alpha))
+            planned.append(Planned("ctrl_full", self.control_layer, HeadSet.all(n_heads), alpha))
         return [*planned, *self.checks()]
 
     def checks(self) -> list[Planned]:
@@ -100,10 +91,6 @@ class GridPlan:
         """The top-k conditions, once the single heads are ranked."""
         return [self._planned(f"top{k}", ranking.top_set(k)) for k in self.settings.k]
 
-    def patch(self, heads: HeadSet) -> list[Planned]:
-        """One head set, called ``patch``, and the checks."""
-        return [self._planned("patch", heads), *self.checks()]
-
     def _planned(self, cond: str, heads: HeadSet, source: str | None = None) -> Planned:
         return Planned(cond, self.layer, heads, self.settings.alpha, source)
 
@@ -115,14 +102,6 @@ class GridPlan:
             names += [f"top{k}", *(f"rand{k}_s{seed}" for seed in self.settings.random_seeds)]
         control = [] if self.control_layer is None else ["ctrl_full"]
         return [*names, *control, "none", "self"]
-
-
-def random_heads(k: int, seed: int, n_heads: int) -> HeadSet:
-    """The random head set ``rand{k}_s{seed}``.
-
-    Its heads are ``sorted(random.Random(seed).sample(range(n_heads), k))``.
-    """
-    return HeadSet.of(random.Random(seed).sample(range(n_heads), k), n_heads)
 
 
 def run_grid(
@@ -172,7 +151,13 @@ def measure_grid(
     """
     measurer = Measurer.of(measurer)
     plan = GridPlan(measurer.experiment.n_heads, settings)
-    _check_maps(plan, measurer.experiment.maps)
+    for needed in plan.layers:
+        if needed not in measurer.experiment.maps:
+            raise UserError(
+                f"layer {needed} has no map: maps are fitted for "
+                f"{sorted(measurer.experiment.maps)}; fit it with "
+                f"fit_maps(pair, layers=[..., {needed}])."
+            )
     fixed = measurer.conditions(plan.fixed(), progress)
     singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
     top = plan.top(rank_conditions(singles, settings.rank_by))
@@ -191,13 +176,12 @@ def measure_condition(
 
     Coverage is a share of the whole layer's effect and is only defined above the noise floor, so
     these are measured along with it.
-
-    Returns:
-        A grid of the conditions ``patch``, ``full``, ``none`` and ``self``.
     """
     measurer = Measurer.of(measurer)
     settings = settings.but(control_layer=None, k=(), random_seeds=())
-    conditions = measurer.conditions(GridPlan(measurer.experiment.n_heads, settings).patch(heads))
+    plan = GridPlan(measurer.experiment.n_heads, settings)
+    patch = Planned("patch", plan.layer, heads, settings.alpha)
+    conditions = measurer.conditions([patch, *plan.checks()])
     return _result(measurer.experiment, settings, effort, conditions)
 
 
@@ -234,6 +218,7 @@ def _result(
     conditions: Mapping[str, ConditionResult],
 ) -> GridResult:
     pair, layer_map = experiment.pair, experiment.maps[int(settings.layer or 0)]
+    checks = [conditions["none"], conditions["self"]]
     return GridResult(
         settings=GridSettings(
             pair=pair.name,
@@ -255,19 +240,5 @@ def _result(
         prompt_ids=experiment.prompt_ids,
         groups=experiment.groups,
         conditions=conditions,
-        noise_floor_nats=_noise_floor(conditions),
+        noise_floor_nats=max(abs(kl) for each in checks for kl in (each.KL_raw, each.KL_mapped)),
     )
-
-
-def _noise_floor(conditions: Mapping[str, ConditionResult]) -> float:
-    checks = [conditions["none"], conditions["self"]]
-    return max(abs(kl) for check in checks for kl in (check.KL_raw, check.KL_mapped))
-
-
-def _check_maps(plan: GridPlan, maps: Mapping[int, LayerMap]) -> None:
-    for needed in plan.layers:
-        if needed not in maps:
-            raise UserError(
-                f"layer {needed} has no map: maps are fitted for {sorted(maps)}; fit it with "
-                f"fit_maps(pair, layers=[..., {needed}])."
-            )

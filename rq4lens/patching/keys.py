@@ -6,23 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from rq4lens.config import Patching
 from rq4lens.disk.store import NUMERICS_VERSION, content_key
-from rq4lens.models.load.fingerprint import arithmetic_libraries
-from rq4lens.models.pair import SIDES
-from rq4lens.patching.activations import device_of
-from rq4lens.patching.experiment import PREPARED, Experiment
 from rq4lens.patching.patch import Patch
 
-FINGERPRINTS = ("weights", "config", "tokenizer")
-"""What a model is known by; the same weights under another configuration are another model."""
+PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
+"""Settings that are decided when an experiment is prepared."""
+
+
+class NamedIngredients(NamedTuple):
+    """Everything that a record depends on, by name, and a readable start of its file name."""
+
+    label: str
+    values: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name."""
+        return self.values
 
 
 def identity(card: Mapping[str, Any]) -> dict[str, str]:
-    """The fingerprints of a model's card."""
-    return {part: card[f"{part}_fingerprint"] for part in FINGERPRINTS}
+    """What a model is known by; the same weights under another configuration are another model."""
+    return {part: card[f"{part}_fingerprint"] for part in ("weights", "config", "tokenizer")}
 
 
 def measured_parts(patching: Patching) -> dict[str, Any]:
@@ -35,17 +42,7 @@ class MeasuredOn:
     """Everything but the patch that can change an effect.
 
     Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-
-    Args:
-        models: fingerprints of each model.
-        prompts: fingerprint of the split.
-        tokens: fingerprint of what each model reads of it, cut at the decision token.
-        decision_rule: where prompts are decided.
-        patching: what :func:`measured_parts` gives.
-        dtype: number format of the models.
-        device: kind of device; they round differently.
-        libraries: versions of the libraries that do the arithmetic.
-        numerics_version: version of this package's own arithmetic.
+    Models, prompts and tokens are fingerprints; ``device`` is its kind, which decides rounding.
     """
 
     models: Mapping[str, Mapping[str, str]]
@@ -57,21 +54,6 @@ class MeasuredOn:
     device: str
     libraries: str
     numerics_version: str = NUMERICS_VERSION
-
-    @classmethod
-    def of(cls, experiment: Experiment) -> MeasuredOn:
-        """What all effects of an experiment share."""
-        pair, split = experiment.pair, experiment.split
-        return cls(
-            models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
-            prompts=pair.prompts.split(split).fingerprint,
-            tokens={side: pair.token_fingerprint(side, split) for side in SIDES},
-            decision_rule=pair.decision_rule,
-            patching=measured_parts(experiment.settings),
-            dtype=pair.tuned.card.dtype,
-            device=device_of(experiment.tuned_model).type,
-            libraries=arithmetic_libraries(),
-        )
 
 
 @dataclass(frozen=True)
@@ -100,9 +82,8 @@ class ConditionIngredients:
 class ChunkIngredients:
     """Everything that can change the effects of patches that were measured together.
 
-    Args:
-        conditions: the patches; those of one layer, strength and source stand together.
-        prompt_ids: the measured prompts, in order; they may be a part of the split.
+    Patches of one layer, strength and source stand together; the prompts, in order, may be a part
+    of the split.
     """
 
     conditions: Sequence[ConditionIngredients]

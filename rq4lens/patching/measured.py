@@ -12,9 +12,17 @@ from numpy import ndarray
 
 from rq4lens.disk.store import Store, content_key
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.fingerprint import tensor_fingerprint
+from rq4lens.models.load.fingerprint import arithmetic_libraries, tensor_fingerprint
+from rq4lens.models.pair import SIDES
+from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.keys import ChunkIngredients, ConditionIngredients, MeasuredOn
+from rq4lens.patching.keys import (
+    ChunkIngredients,
+    ConditionIngredients,
+    MeasuredOn,
+    identity,
+    measured_parts,
+)
 from rq4lens.patching.patch import MAPPED, RAW, SELF, Effects, Patch, Progress
 from rq4lens.results import ConditionResult, GridResult
 
@@ -32,15 +40,7 @@ MEASURED_TOGETHER = 2048
 
 
 class Planned(NamedTuple):
-    """A condition to be measured.
-
-    Args:
-        cond: its name.
-        layer: the patched layer.
-        heads: the patched heads.
-        alpha: blend strength.
-        source: None for the raw and mapped pair, or the one source that stands in both columns.
-    """
+    """A condition to be measured; a ``source`` stands in both columns, raw and mapped."""
 
     cond: str
     layer: int
@@ -132,7 +132,7 @@ class Measurer:
         other._fingerprints = {key: tensor_fingerprint(tensor) for key, tensor in extra.items()}
         return other
 
-    def known(self, layer: int, alpha: float, source: str) -> Mapping[Indices, PatchRow]:
+    def known(self, layer: int, alpha: float, source: str) -> dict[Indices, PatchRow]:
         """What is known, by head set, in the order in which it was measured; it grows."""
         return self._known.setdefault((layer, alpha, source), {})
 
@@ -168,14 +168,12 @@ class Measurer:
         if found is not None:
             self._report(len(patches), progress)
             return _rows(found[KL].numpy(), found[ANSWER].numpy())
-        measured = self._measured(patches, progress)
-        kl_nats, changes = (np.stack(each) for each in zip(*measured, strict=True))
-        masks = np.array([patch.heads.mask for patch in patches], dtype=np.uint8)
-        arrays = {KL: kl_nats, ANSWER: changes, "heads": masks}
-        self.chunks.put_tensors(
-            ingredients, {name: torch.from_numpy(array) for name, array in arrays.items()}
-        )
-        return measured
+        effects = self.source.effects(patches, progress)
+        kl_nats, changes = effects.kl_nats, effects.answer_logprob_change_nats
+        tensors = {KL: torch.from_numpy(kl_nats), ANSWER: torch.from_numpy(changes)}
+        tensors["heads"] = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
+        self.chunks.put_tensors(ingredients, tensors)
+        return _rows(kl_nats, changes)
 
     # Conditions of a grid
 
@@ -194,32 +192,33 @@ class Measurer:
     def part(self, planned: Sequence[Planned], progress: Progress | None = None) -> dict[str, Any]:
         """What the experiment's prompts, a part of the split, add to some conditions."""
         patches = _patches(planned)
-        rows = [
-            row
-            for chunk in _chunks(patches, RECORDED_TOGETHER)
-            for row in self._measured(chunk, progress)
-        ]
+        chunks = _chunks(patches, RECORDED_TOGETHER)
         return {
             "prompts": list(self.experiment.prompt_ids),
-            "keys": [self._key(patch) for patch in patches],
-            "patches": [_payload(row) for row in rows],
+            "keys": self._keys(patches),
+            "patches": [_payload(row) for some in chunks for row in self._measured(some, progress)],
         }
 
     def join(self, planned: Sequence[Planned], parts: Sequence[Mapping[str, Any]]) -> list[int]:
         """Record conditions that were measured in parts of the prompts.
 
-        Returns:
-            Places of the parts that were made of something else; nothing is recorded then.
+        Nothing is recorded if parts were made of something else; their places are returned.
         """
         patches = _patches(planned)
-        keys = [self._key(patch) for patch in patches]
+        keys = self._keys(patches)
         foreign = [place for place, part in enumerate(parts) if part["keys"] != keys]
         if foreign or self.records is None:
             return foreign
         ids = self.experiment.pair.tokens("tuned", self.experiment.split).ids
         for place, patch in enumerate(patches):
-            numbers = [(part["prompts"], part["patches"][place]) for part in parts]
-            self.records.put(self._ingredients(patch), _joined(ids, numbers))
+            joined = {}
+            for name in (KL, ANSWER):
+                by_id: dict[str, float] = {}
+                for part in parts:
+                    numbers = part["patches"][place][name]
+                    by_id.update(zip(part["prompts"], numbers, strict=True))
+                joined[name] = [by_id[each] for each in ids]
+            self.records.put(self._ingredients(patch), joined)
         return []
 
     def _recorded(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
@@ -237,9 +236,7 @@ class Measurer:
 
     def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return (
-            None if payload is None else PatchRow(np.array(payload[KL]), np.array(payload[ANSWER]))
-        )
+        return PatchRow(np.array(payload[KL]), np.array(payload[ANSWER])) if payload else None
 
     def _condition(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._row(patch) for patch in plan.patches)
@@ -257,14 +254,11 @@ class Measurer:
     # Memory and keys
 
     def _unknown(self, patches: Sequence[Patch]) -> list[Patch]:
-        return [
-            patch
-            for patch in dict.fromkeys(patches)
-            if patch.heads.indices not in self._beside(patch)
-        ]
+        wanted = dict.fromkeys(patches)
+        return [patch for patch in wanted if patch.heads.indices not in self._beside(patch)]
 
     def _beside(self, patch: Patch) -> dict[Indices, PatchRow]:
-        return self._known.setdefault((patch.layer, patch.alpha, patch.source), {})
+        return self.known(patch.layer, patch.alpha, patch.source)
 
     def _row(self, patch: Patch) -> PatchRow:
         return self._beside(patch)[patch.heads.indices]
@@ -281,15 +275,26 @@ class Measurer:
         if progress is not None:
             progress(n_patches * len(self.groups))
 
-    def _key(self, patch: Patch) -> str:
-        return content_key(self._ingredients(patch).to_dict())
+    def _keys(self, patches: Sequence[Patch]) -> list[str]:
+        return [content_key(self._ingredients(patch).to_dict()) for patch in patches]
 
     def _ingredients(self, patch: Patch) -> ConditionIngredients:
         return ConditionIngredients(self._on, patch, self._made_by(patch.layer, patch.source))
 
     @cached_property
     def _on(self) -> MeasuredOn:
-        return MeasuredOn.of(self.experiment)
+        experiment = self.experiment
+        pair, split = experiment.pair, experiment.split
+        return MeasuredOn(
+            models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
+            prompts=pair.prompts.split(split).fingerprint,
+            tokens={side: pair.token_fingerprint(side, split) for side in SIDES},
+            decision_rule=pair.decision_rule,
+            patching=measured_parts(experiment.settings),
+            dtype=pair.tuned.card.dtype,
+            device=device_of(experiment.tuned_model).type,
+            libraries=arithmetic_libraries(),
+        )
 
     def _made_by(self, layer: int, source: str) -> str | None:
         """Fingerprint of the map that a source went through, or of what else it is.
@@ -298,11 +303,8 @@ class Measurer:
         """
         if (layer, source) not in self._fingerprints:
             layer_map = self.experiment.source_maps.get((layer, source))
-            if layer_map is not None:
-                found = layer_map.fingerprint
-            elif source in {RAW, SELF}:
-                found = None
-            else:
+            found = layer_map.fingerprint if layer_map else None
+            if found is None and source not in {RAW, SELF}:
                 found = tensor_fingerprint(self.experiment.sources[layer, source])
             self._fingerprints[layer, source] = found
         return self._fingerprints[layer, source]
@@ -330,18 +332,3 @@ def _rows(kl_nats: ndarray, changes: ndarray) -> list[PatchRow]:
 
 def _payload(row: PatchRow) -> dict[str, list[float]]:
     return {KL: row.kl_nats.tolist(), ANSWER: row.answer_logprob_change_nats.tolist()}
-
-
-def _joined(
-    ids: Sequence[str], parts: Sequence[tuple[Sequence[str], Mapping[str, Sequence[float]]]]
-) -> dict[str, list[float]]:
-    """Numbers of one patch in the order of the ids, from parts that hold each id once."""
-    joined = {}
-    for name in (KL, ANSWER):
-        by_id = {
-            each: number
-            for prompts, numbers in parts
-            for each, number in zip(prompts, numbers[name], strict=True)
-        }
-        joined[name] = [by_id[each] for each in ids]
-    return joined

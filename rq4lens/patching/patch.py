@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import einops
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.engines.difference_sums import difference_sums
+
+logger = logging.getLogger(__name__)
 
 RAW = "raw"
 MAPPED = "mapped"
@@ -57,11 +60,6 @@ Intervention = tuple[Patch, ...]
 """Patches that are applied in the same forward pass; at most one per layer."""
 
 
-def head_mask(heads: HeadSet, device: torch.device | None = None) -> Bool[Tensor, "head"]:
-    """The head set as booleans, one per head of the layer."""
-    return torch.tensor(heads.mask, dtype=torch.bool, device=device)
-
-
 def blend(
     z: Float[Tensor, "*rows head d_head"],
     source: Float[Tensor, "*rows head d_head"],
@@ -80,11 +78,7 @@ def blend(
 
 
 def patched_first(direction: KLDirection) -> bool:
-    """Whether the divergence is ``KL(p_patched || p_clean)``.
-
-    Raises:
-        UserError: if there is no such direction.
-    """
+    """Whether the divergence is ``KL(p_patched || p_clean)``."""
     if direction not in get_args(KLDirection):
         allowed = " or ".join(get_args(KLDirection))
         raise UserError(f"kl_direction {direction!r} does not exist: choose {allowed}.")
@@ -127,20 +121,69 @@ def effects_by_difference(
 
     Rounding is relative to ``δ`` here, not to the log-probabilities, so small effects keep their
     digits in float32, and equal logits give exactly 0.
+
+    A GPU kernel reads each logit once; as tensor operations they pass through memory fourteen
+    times, a seventh of a scan where the vocabulary is large.
     """
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
     tilted = patched_first(direction)
-    excess, moment = difference_sums(
-        patched_logits,
-        clean,
-        clean.softmax(-1),
-        clean.argmax(-1, keepdim=True),
-        tilted=tilted,
-        by_kernel=by_kernel,
-    )
+    sums = summed_by_tensors
+    if by_kernel and patched_logits.is_cuda:
+        n_vocab = patched_logits.shape[-1]
+        if _kernel_works(patched_logits.device, patched_logits.dtype, clean.dtype, n_vocab):
+            from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
+
+            sums = summed_by_kernel
+    q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
+    excess, moment = sums(patched_logits, clean, q, answer, tilted=tilted)
     ln_z = excess.log1p()
     kl = moment / (1 + excess) - ln_z if tilted else ln_z - moment
     return kl, -ln_z
+
+
+def summed_by_tensors(
+    patched: Float[Tensor, "prompt row vocab"],
+    clean: Float[Tensor, "prompt 1 vocab"],
+    q: Float[Tensor, "prompt 1 vocab"],
+    answer: Int[Tensor, "prompt 1 1"],
+    *,
+    tilted: bool,
+) -> tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row"]]:
+    """``Σ q (exp(δ) - 1)`` and ``Σ w δ``, where ``w`` is ``q exp(δ)`` if tilted, else ``q``.
+
+    ``δ`` counts from its value at the answer, so both sums are small where the effect is small.
+    """
+    delta = patched - clean
+    delta -= delta.take_along_dim(answer, -1)
+    gained = delta.expm1().mul_(q)
+    excess = gained.sum(-1)
+    if tilted:
+        return excess, gained.add_(q).mul_(delta).sum(-1)
+    return excess, delta.mul_(q).sum(-1)
+
+
+@cache
+def _kernel_works(
+    device: torch.device, dtype: torch.dtype, precise: torch.dtype, n_vocab: int
+) -> bool:
+    """Whether the kernel can be built here: it takes Triton and a C compiler."""
+    if precise != torch.float32:
+        return False
+    try:
+        from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
+
+        row = torch.zeros(1, 1, n_vocab, device=device)
+        summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), tilted=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # Triton raises errors of many kinds; the other way is exact too
+        logger.warning(
+            "divergences are summed without the GPU kernel, which is slower but as exact (%s: %s)",
+            type(problem).__name__,
+            problem,
+        )
+        return False
+    return True
 
 
 def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
@@ -150,17 +193,10 @@ def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows voc
     return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
 
 
-class Sources(Mapping[tuple[int, str], Tensor]):
+class Sources(dict[tuple[int, str], Tensor]):
     """What is blended in, by layer and source name.
 
-    Each tensor is ``[prompt position head d_head]``; ``position`` runs over the patched positions,
-    the decision token last.
-
-    Args:
-        tensors: the activations, by ``(layer, source)``.
-
-    Raises:
-        UserError: if two tensors differ in their number of prompts or positions.
+    ``position`` runs over the patched positions, the decision token last.
     """
 
     def __init__(
@@ -172,21 +208,13 @@ class Sources(Mapping[tuple[int, str], Tensor]):
                 f"sources disagree on prompts and positions: {sorted(shapes)}; capture them all "
                 "on the same prompts with the same number of positions."
             )
-        self._tensors = dict(tensors)
+        super().__init__(tensors)
 
-    def __getitem__(self, key: tuple[int, str]) -> Float[Tensor, "prompt position head d_head"]:
-        if key not in self._tensors:
-            known = ", ".join(f"{source!r} at layer {layer}" for layer, source in self._tensors)
-            raise UserError(
-                f"no activations for source {key[1]!r} at layer {key[0]}: there are {known}."
-            )
-        return self._tensors[key]
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    def __missing__(self, key: tuple[int, str]) -> Tensor:
+        known = ", ".join(f"{source!r} at layer {layer}" for layer, source in self)
+        raise UserError(
+            f"no activations for source {key[1]!r} at layer {key[0]}: there are {known}."
+        )
 
 
 @dataclass(frozen=True)

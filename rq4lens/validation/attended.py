@@ -8,18 +8,20 @@ has to be read from what is left of ``x`` once everything that goes along with `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import einops
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
+from rq4lens.patching.activations import forward_batch, z_site
 
 ROUNDING = 1e-6
 """Relative size of what float32 sums of equal numbers differ by."""
@@ -36,12 +38,10 @@ Half of the share above which a map is said to explain a head.
 
 @dataclass(frozen=True)
 class ContentChange:
-    """How activations changed.
+    """How activations changed: root mean square, relative to how far the old ones vary.
 
-    Args:
-        size: root mean square of the change, relative to how far the old activations vary.
-        explained_pct: share of the squared change that the best affine map from the old
-            activations explains, over the same prompts; in [0, 100].
+    ``explained_pct`` is the share of the squared change that the best affine map from the old
+    activations explains, over the same prompts.
     """
 
     size: float
@@ -59,13 +59,8 @@ class ContentChange:
         return self.shortfall == (0, 0)
 
 
-@dataclass(frozen=True)
-class LayerInput:
-    """What a layer reads of a batch of prompts: the residual stream before it."""
-
-    rows: Int[Tensor, " prompt"]
-    decision: Int[Tensor, " prompt"]
-    residual: Float[Tensor, "prompt pos d_model"]
+LayerInput = tuple[TokenBatch, Tensor]
+"""A batch of prompts and the residual stream before a layer, ``[prompt pos d_model]``."""
 
 
 @torch.no_grad()
@@ -74,12 +69,7 @@ def layer_inputs(
 ) -> tuple[LayerInput, ...]:
     """What a layer of a model reads of prompts."""
     return tuple(
-        LayerInput(
-            batch.rows,
-            batch.decision,
-            model(batch.tokens.to(model.cfg.device), padding_side="right", stop_at_layer=layer),
-        )
-        for batch in prompts.batches(batch_size)
+        (batch, forward_batch(model, batch, layer)) for batch in prompts.batches(batch_size)
     )
 
 
@@ -112,11 +102,8 @@ class AttendedInputs:
             layer: the layer.
             batch_size: prompts per forward pass.
         """
-        return cls(
-            prompts,
-            layer,
-            *_read_all(model, layer, layer_inputs(model, prompts, layer, batch_size)),
-        )
+        inputs = layer_inputs(model, prompts, layer, batch_size)
+        return cls(prompts, layer, *_read(model, layer, inputs))
 
     def change_in(
         self, model: HookedTransformer, heads: tuple[int, ...], inputs: Sequence[LayerInput]
@@ -129,7 +116,7 @@ class AttendedInputs:
             inputs: what this layer of the copy reads on the prompts, see :func:`layer_inputs`: read
                 once for many changes of the layer.
         """
-        _, new_z = _read_all(model, self.layer, inputs)
+        _, new_z = _read(model, self.layer, inputs)
         changes = [_change(self.z[:, head], new_z[:, head]) for head in heads]
         return ContentChange(
             min(change.size for change in changes), max(change.explained_pct for change in changes)
@@ -195,39 +182,31 @@ def _unit(conditions: Float[Tensor, "head d_model condition"]) -> Tensor:
     return conditions / size.where(size > 0, 1.0)
 
 
-def _read_all(
+def _read(
     model: HookedTransformer, layer: int, inputs: Sequence[LayerInput]
 ) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
-    parts = zip(*(_read(model, layer, each) for each in inputs), strict=True)
-    order = torch.argsort(torch.cat([each.rows for each in inputs]))
-    x, z = (torch.cat(part)[order] for part in parts)
-    return x, z
-
-
-def _read(
-    model: HookedTransformer, layer: int, given: LayerInput
-) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
-    seen: dict[str, Tensor] = {}
     attention: Any = model.blocks[layer].attn
-    rows = torch.arange(len(given.rows))
+    pattern_site, site = f"blocks.{layer}.attn.hook_pattern", z_site(layer)
+    seen: dict[str, Tensor] = {}
+    read: list[tuple[Tensor, Tensor]] = []
 
-    def keep(name: str) -> Callable[..., None]:
-        return lambda value, hook: seen.update({name: value.double().cpu()})  # noqa: ARG005
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        seen[str(hook.name)] = value.double().cpu()
 
     def keep_input(_module: Any, _args: Any, inputs: dict[str, Tensor]) -> None:
         seen["input"] = inputs["value_input"].double().cpu()
 
-    handle = attention.register_forward_pre_hook(keep_input, with_kwargs=True)
-    names = {name: f"blocks.{layer}.attn.hook_{name}" for name in ("pattern", "z")}
-    try:
-        model.run_with_hooks(
-            given.residual,
-            start_at_layer=layer,
-            stop_at_layer=layer + 1,
-            fwd_hooks=[(site, keep(name)) for name, site in names.items()],
-        )
-    finally:
-        handle.remove()
-    pattern = seen["pattern"][rows, :, given.decision]
-    x = einops.einsum(pattern, seen["input"], "prompt head key, prompt key d -> prompt head d")
-    return x, seen["z"][rows, given.decision]
+    with (
+        attention.register_forward_pre_hook(keep_input, with_kwargs=True),
+        model.hooks(fwd_hooks=[(pattern_site, keep), (site, keep)]),
+    ):
+        for batch, residual in inputs:
+            model(residual, start_at_layer=layer, stop_at_layer=layer + 1)
+            rows = torch.arange(len(batch.rows))
+            pattern = seen[pattern_site][rows, :, batch.decision]
+            axes = "prompt head key, prompt key d -> prompt head d"
+            x = einops.einsum(pattern, seen["input"], axes)
+            read.append((x, seen[site][rows, batch.decision]))
+    order = torch.argsort(torch.cat([batch.rows for batch, _ in inputs]))
+    x, z = (torch.cat(part)[order] for part in zip(*read, strict=True))
+    return x, z

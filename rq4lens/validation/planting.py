@@ -205,7 +205,8 @@ def plant(
         shares = kind != "rewired" or bool(set(how.weights) & set(SHARED_WEIGHTS))
         for group in _groups(tuned, heads, shares):
             _refuse_second_change(group, changes)
-            site = _Site(tuned, group, _generator(how.seed, kind, group[0]))
+            seeds = [how.seed, crc32(kind.encode()), group[0].layer, group[0].index]
+            site = _Site(tuned, group, np.random.default_rng(seeds))
             changes.append(_PLANTERS[kind](site, how))
     return PlantedPair(base, tuned, tuple(changes), how)
 
@@ -263,52 +264,49 @@ def _rewire(site: _Site, how: Planting) -> PlantedChange:
         for head in (site.heads[:1] if name in SHARED_WEIGHTS else site.heads)
     }
 
-    def write_new(size: float) -> _Weights:
-        new = {key: _with_new_content(site, how, key[0], old[key], size) for key in old}
-        return _write(site, new)
+    def write(new: _Weights) -> None:
+        for key, weight in new.items():
+            site.weight(*key).copy_(weight)
+
+    def draw(size: float) -> _Weights:
+        return {key: _with_new_content(site, how, key[0], old[key], size) for key in old}
 
     if attended is None:
-        write_new(1.0)
+        write(draw(1.0))
         return PlantedChange("rewired", site.heads, weights=weights)
     indices = tuple(head.index for head in site.heads)
     inputs = layer_inputs(site.model, attended.prompts, attended.layer)
     best = None
     for size in (size for size in SIZES for _ in range(DRAWS)):
-        new = write_new(size)
+        new = draw(size)
+        write(new)
         content = attended.change_in(site.model, indices, inputs)
         if best is None or content.shortfall < best[1].shortfall:
             best = new, content
         if content.is_rewired:
             break
     assert best is not None
-    _write(site, best[0])
+    write(best[0])
     return PlantedChange("rewired", site.heads, weights=weights, content=best[1])
-
-
-def _write(site: _Site, new: _Weights) -> _Weights:
-    for key, weight in new.items():
-        site.weight(*key).copy_(weight)
-    return new
 
 
 def _with_new_content(
     site: _Site, how: Planting, name: WeightName, weight: Tensor, size: float
 ) -> Tensor:
-    content = _random_matrix(site, weight, how.rank)
+    rows, columns = weight.shape
+    if how.rank is None:
+        content = site.normal(rows, columns)
+    else:
+        content = site.normal(rows, how.rank) @ site.normal(how.rank, columns)
     if name == "W_V" and how.attended is not None:
-        return _exact(weight) + _unread(how.attended, site.heads, how.strength, content)
+        if site.heads[0].layer != how.attended.layer:
+            raise UserError(
+                f"head {site.heads[0]} is not of layer {how.attended.layer}, whose attended inputs "
+                "were given: give those of the layer that is rewired."
+            )
+        indices = tuple(head.index for head in site.heads)
+        return _exact(weight) + how.attended.unread(indices, how.strength, content)
     return _added(weight, content, size * how.strength)
-
-
-def _unread(
-    attended: AttendedInputs, heads: tuple[Head, ...], strength: float, mixing: Tensor
-) -> Tensor:
-    if heads[0].layer != attended.layer:
-        raise UserError(
-            f"head {heads[0]} is not of layer {attended.layer}, whose attended inputs were given: "
-            "give those of the layer that is rewired."
-        )
-    return attended.unread(tuple(head.index for head in heads), strength, mixing)
 
 
 def _shift(site: _Site, how: Planting) -> PlantedChange:
@@ -347,17 +345,6 @@ def _added(weight: Tensor, content: Tensor, strength: float) -> Tensor:
     return old + strength * old.norm() / content.norm() * content
 
 
-def _random_matrix(site: _Site, like: Tensor, rank: int | None) -> Float[Tensor, "row column"]:
-    rows, columns = like.shape
-    if rank is None:
-        return site.normal(rows, columns)
-    return site.normal(rows, rank) @ site.normal(rank, columns)
-
-
-def _generator(seed: int, kind: str, head: Head) -> np.random.Generator:
-    return np.random.default_rng([seed, crc32(kind.encode()), head.layer, head.index])
-
-
 def _heads_per_group(model: HookedTransformer) -> int:
     return model.cfg.n_heads // (model.cfg.n_key_value_heads or model.cfg.n_heads)
 
@@ -367,23 +354,19 @@ def _groups(
 ) -> list[tuple[Head, ...]]:
     """The heads that are changed together, in order and without repetition."""
     width = _heads_per_group(model) if shares else 1
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     firsts = set()
     for head in heads:
-        _check_exists(model, head)
+        if not (0 <= head.layer < n_layers and 0 <= head.index < n_heads):
+            raise UserError(
+                f"head {head} does not exist: the model has layers 0 to {n_layers - 1} with heads "
+                f"0 to {n_heads - 1}; plant in those."
+            )
         firsts.add(Head(head.layer, head.index // width * width))
     return [
         tuple(Head(first.layer, first.index + step) for step in range(width))
         for first in sorted(firsts)
     ]
-
-
-def _check_exists(model: HookedTransformer, head: Head) -> None:
-    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    if not (0 <= head.layer < n_layers and 0 <= head.index < n_heads):
-        raise UserError(
-            f"head {head} does not exist: the model has layers 0 to {n_layers - 1} with heads "
-            f"0 to {n_heads - 1}; plant in those."
-        )
 
 
 def _refuse_second_change(group: tuple[Head, ...], changes: Sequence[PlantedChange]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any, Literal
 
 import einops
@@ -109,8 +109,7 @@ class LayerCost:
 class Chosen:
     """The heads of one planted pair, by kind of change, one of each value head.
 
-    Args:
-        cost_nats: what each of their value heads costs the base model, where that decided.
+    ``cost_nats`` is what each of their value heads costs the base model, where that decided.
     """
 
     layer: int
@@ -146,6 +145,7 @@ class BaseHeads:
         cfg = self._model.cfg
         self.n_layers, self.n_heads = cfg.n_layers, cfg.n_heads
         self.n_groups = cfg.n_key_value_heads or cfg.n_heads
+        self._width = self.n_heads // self.n_groups
         self.cost = cache(self._cost)
         self.attended = cache(self._attended)
 
@@ -167,18 +167,17 @@ class BaseHeads:
         everywhere = among == "all"
         drawn = int(rng.choice(self.n_layers if everywhere else self.layers))
         layer = drawn if layer is None else layer
-        candidates = (
-            list(range(self.n_groups))
-            if everywhere
-            else self.cost(layer).mattering(at_least=len(planted))
-        )
-        width = self.n_heads // self.n_groups
+        cost = None if everywhere else self.cost(layer)
+        candidates = cost.mattering(len(planted)) if cost else list(range(self.n_groups))
         order = iter(rng.permutation(candidates).tolist())
-        heads = {
-            kind: tuple(Head(layer, width * next(order)) for _ in range(count))
-            for kind, count in fitted(planted, self.n_groups, len(candidates)).items()
-        }
-        return Chosen(layer, heads, among, self._costs(heads) if not everywhere else {})
+        heads: dict[ChangeKind, tuple[Head, ...]] = {}
+        costs: dict[Head, float] = {}
+        for kind, count in fitted(planted, self.n_groups, len(candidates)).items():
+            groups = [next(order) for _ in range(count)]
+            heads[kind] = tuple(Head(layer, self._width * group) for group in groups)
+            if cost:
+                costs |= zip(heads[kind], cost.group_nats[groups].tolist(), strict=True)
+        return Chosen(layer, heads, among, costs)
 
     @cached_property
     def layers(self) -> Sequence[int]:
@@ -186,18 +185,11 @@ class BaseHeads:
         full = np.array([self.cost(layer).full_nats for layer in range(self.n_layers)])
         return np.flatnonzero(full >= IDLE_SHARE * full.mean()).tolist()
 
-    def _costs(self, heads: Mapping[ChangeKind, tuple[Head, ...]]) -> dict[Head, float]:
-        width = self.n_heads // self.n_groups
-        return {
-            head: float(self.cost(head.layer).group_nats[head.index // width])
-            for head in chain.from_iterable(heads.values())
-        }
-
     def _cost(self, layer: int) -> LayerCost:
         z = self._engine.tuned_z(layer)
         sources = Sources({(layer, "mean"): z.mean(0, keepdim=True).expand_as(z).contiguous()})
-        width = self.n_heads // self.n_groups
-        groups = [range(start, start + width) for start in range(0, self.n_heads, width)]
+        starts = range(0, self.n_heads, self._width)
+        groups = [range(start, start + self._width) for start in starts]
         sets = [HeadSet.of(heads, self.n_heads) for heads in (*groups, range(self.n_heads))]
         patches = [(Patch(layer, heads, 1.0, "mean"),) for heads in sets]
         kl_nats = self._engine.effects(patches, sources).kl_nats.mean(-1)
@@ -249,11 +241,8 @@ def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
 class Trial:
     """One planted pair, ready to be asked.
 
-    Args:
-        chosen: where it was planted, and why there.
-        measured: the layer's head sets on the prompts that ranking methods see.
-        of_kinds: the same on all val prompts, for the kinds of heads.
-        of_truth: the same on train prompts, for the size of what was planted.
+    The layer's head sets are measured on the prompts that ranking methods see; on all val prompts,
+    for the kinds of heads; and on train prompts, for the size of what was planted.
     """
 
     scenario: Scenario
@@ -308,7 +297,8 @@ class Trial:
             return kind
         # The weights are new, but a map explains more of what came out than a rewired head's may.
         kind = PARTLY if kind == "rewired" and head in self._partly_explained else kind
-        return f"{kind}, {TOO_SMALL}" if self._kl_raw[head] <= self._idle_below else kind
+        idle_below = idle_line(self._kl_raw[-1], self.of_truth.n_heads)
+        return f"{kind}, {TOO_SMALL}" if self._kl_raw[head] <= idle_below else kind
 
     @cached_property
     def _partly_explained(self) -> set[int]:
@@ -324,23 +314,14 @@ class Trial:
         kl_raw: list[float] = self.of_truth.kl_nats(sets)[0].mean(-1).tolist()
         return kl_raw
 
-    @property
-    def _idle_below(self) -> float:
-        return idle_line(self._kl_raw[-1], self.of_truth.n_heads)
-
     def recovery(self, method: str | RankingMethod) -> tuple[float, float]:
         """Average precision and AUROC of a method."""
-        rank = (
-            rank_heads(method, self.measured) if isinstance(method, str) else method(self.measured)
-        )
-        heads = range(self.measured.n_heads)
-        planted = self.planted.truth
-        is_sought = [planted.get(Head(self.layer, h)) == self.scenario.sought for h in heads]
+        measured, planted = self.measured, self.planted.truth
+        rank = rank_heads(method, measured) if isinstance(method, str) else method(measured)
+        heads = [Head(self.layer, index) for index in range(measured.n_heads)]
+        truth = [planted.get(head) == self.scenario.sought for head in heads]
         scores = strengths(rank)
-        return (
-            float(average_precision_score(is_sought, scores)),
-            float(roc_auc_score(is_sought, scores)),
-        )
+        return float(average_precision_score(truth, scores)), float(roc_auc_score(truth, scores))
 
     def kinds(self) -> Iterator[tuple[str, str, str]]:
         """Truth and verdict of each head."""

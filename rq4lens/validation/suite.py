@@ -30,6 +30,7 @@ from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelCard, ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.patching.activations import check_layers, device_of
+from rq4lens.patching.keys import NamedIngredients, identity
 from rq4lens.patching.patch import Progress
 from rq4lens.validation.planting import Planting, plant
 from rq4lens.validation.scenarios import LEVEL, SCENARIOS, BaseHeads, Scenario, Trial
@@ -110,12 +111,10 @@ def validate(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one planted pair said, method by method, head by head and null by null experiment.
+    """What one planted pair said, as :class:`Validation` counts it.
 
-    Args:
-        recoveries: average precision and AUROC of each method.
-        kinds: scenario, truth and verdict of each head.
-        planted: the scenario, which heads were chosen and why, and the truth.
+    ``recoveries`` are average precision and AUROC by method, ``kinds`` scenario, truth and verdict
+    by head.
     """
 
     recoveries: tuple[tuple[float, float], ...]
@@ -126,23 +125,6 @@ class Outcome:
 
 _OUTCOME = TypeAdapter(Outcome)
 _INGREDIENTS = TypeAdapter(dict[str, Any])
-
-
-@dataclass(frozen=True)
-class PlantedIngredients:
-    """Everything that can change what a planted pair says, by name."""
-
-    values: Mapping[str, Any]
-
-    @property
-    def label(self) -> str:
-        """Scenario and number of the pair."""
-        return f"{self.values['scenario'].name}_{self.values['number']}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name, as JSON values."""
-        values: dict[str, Any] = _INGREDIENTS.dump_python(dict(self.values), mode="json")
-        return values
 
 
 @dataclass(frozen=True)
@@ -163,7 +145,19 @@ class Suite:
     settings: ValidationSettings = DEFAULTS
 
     def __post_init__(self) -> None:
-        _check(self.base, self.settings)
+        model = self.base.model
+        if not isinstance(model, HookedTransformer):
+            raise UserError(
+                f"{self.base.source!r} loads as a {type(model).__name__}: planting needs weights "
+                "per head, as a HookedTransformer has them."
+            )
+        if (model.cfg.n_key_value_heads or model.cfg.n_heads) < 4:
+            raise UserError(
+                f"{self.base.source!r} has fewer than 4 value heads in a layer: too few to plant "
+                "some and leave others."
+            )
+        if self.settings.layers:
+            check_layers(self.settings.layers, model.cfg.n_layers)
 
     def __len__(self) -> int:
         """How many planted pairs there are."""
@@ -224,7 +218,7 @@ class Suite:
         return Validation(
             settings=settings,
             recoveries=tuple(
-                Recovery(*key, *zip(*values, strict=True)) for key, values in scores.items()
+                Recovery(*key, *zip(*each, strict=True)) for key, each in scores.items()
             ),
             kinds=dict(Counter(kind for outcome in outcomes for kind in outcome.kinds)),
             false_alarms=FalseAlarms.of(
@@ -284,7 +278,8 @@ class Suite:
     def _card(self) -> ModelCard:
         return PairMember.of(self.base).card
 
-    def _ingredients(self, scenario: Scenario, number: int) -> PlantedIngredients:
+    def _ingredients(self, scenario: Scenario, number: int) -> NamedIngredients:
+        """Everything that can change what a planted pair says."""
         given = self.settings
         own = next((each for each in given.methods if not isinstance(each, str)), None)
         if own is not None:
@@ -293,38 +288,20 @@ class Suite:
                 "changes: validate it without a store."
             )
         names = ("n_val", "reading", "alpha", "drift", "strength", "seed", "methods")
-        return PlantedIngredients(
-            {
-                **{name: getattr(given, name) for name in names},
-                "weights": self._card.weights_fingerprint,
-                "config": self._card.config_fingerprint,
-                "tokenizer": self._card.tokenizer_fingerprint,
-                "dtype": self._card.dtype,
-                "device": device_of(self.base.model).type,
-                "prompts": self._used.fingerprint,
-                "scenario": scenario,
-                "layers": given.layers or (),
-                "number": number,
-                "libraries": arithmetic_libraries(),
-                "numerics_version": NUMERICS_VERSION,
-            }
-        )
-
-
-def _check(base: LoadedModel, settings: ValidationSettings) -> None:
-    model = base.model
-    if not isinstance(model, HookedTransformer):
-        raise UserError(
-            f"{base.source!r} loads as a {type(model).__name__}: planting needs weights per head, "
-            "as a HookedTransformer has them."
-        )
-    if (model.cfg.n_key_value_heads or model.cfg.n_heads) < 4:
-        raise UserError(
-            f"{base.source!r} has fewer than 4 value heads in a layer: too few to plant some and "
-            "leave others."
-        )
-    if settings.layers:
-        check_layers(settings.layers, model.cfg.n_layers)
+        values = {
+            **{name: getattr(given, name) for name in names},
+            **identity(self._card.to_dict()),
+            "dtype": self._card.dtype,
+            "device": device_of(self.base.model).type,
+            "prompts": self._used.fingerprint,
+            "scenario": scenario,
+            "layers": given.layers or (),
+            "number": number,
+            "libraries": arithmetic_libraries(),
+            "numerics_version": NUMERICS_VERSION,
+        }
+        plain = _INGREDIENTS.dump_python(values, mode="json")
+        return NamedIngredients(f"{scenario.name}_{number}", plain)
 
 
 def _name(method: str | RankingMethod) -> str:
@@ -472,15 +449,7 @@ def _alarms(alarms: FalseAlarms) -> str:
 
 @dataclass(frozen=True)
 class ValidationRequest:
-    """What is to be validated, as any process understands it.
-
-    Args:
-        config: names the base model, the prompts and alpha.
-        methods: names of ranking methods.
-        layer: the layer to plant in; None draws one per pair.
-        pairs: planted pairs per scenario.
-        drift: how far every weight moves, relative to its matrix.
-    """
+    """What is to be validated, as any process understands it; without a layer one is drawn."""
 
     config: RunConfig
     methods: tuple[str, ...] = tuple(METHODS)
@@ -489,11 +458,7 @@ class ValidationRequest:
     drift: float = 0.02
 
     def suite(self) -> Suite:
-        """Load the base model.
-
-        Raises:
-            UserError: if a method does not exist, or the model cannot be loaded or planted in.
-        """
+        """Load the base model."""
         settings = ValidationSettings(
             methods=self.methods,
             layers=None if self.layer is None else [self.layer],
@@ -512,11 +477,7 @@ class ValidationRequest:
 
 
 def base_of(config: RunConfig) -> tuple[LoadedModel, PromptSet]:
-    """The base model and the prompts that a configuration names; a tuned model is not loaded.
-
-    Raises:
-        UserError: if something is missing or the model cannot be loaded.
-    """
+    """The base model and the prompts that a configuration names; a tuned model is not loaded."""
     source = config.pair.but(tuned=config.pair.tuned or config.pair.base)
     pair = pair_from(source, config.reading, config.place.but(keep_both=False))
     return pair.use("base").loaded, pair.prompts

@@ -57,15 +57,10 @@ class SharedKeys:
     """Keys and values of the positions before the patched ones, as a row's query meets them.
 
     The last columns (one per patched position) belong to the row's own keys: they hold zeros here.
-    Keys are normed, clipped and rotated, values clipped.
-
-    Args:
-        bias: added to the attention scores: the position bias, or minus infinity where a query
-            must not look; None where it changes nothing.
-        position_mask: ones for the prompt's tokens, aligned to the right; it tells the rotary
-            embedding at which positions the rows stand.
-        own_scale: set where the rotation of the query has been moved into the keys, see
-            :func:`turn_to_decision`; a row's own key is then only scaled by this, not rotated.
+    Keys are normed, clipped and rotated, values clipped. Where :func:`turn_to_decision` has moved
+    the rotation of the query into the keys, a row's own key is only scaled by ``own_scale``.
+    ``position_mask`` has ones for the prompt's tokens, aligned to the right; it tells the rotary
+    embedding at which positions the rows stand.
     """
 
     keys: Float[Tensor, "prompt kv_head key d_head"]
@@ -179,21 +174,17 @@ def _attend(
     scores = rearrange(q, f"{per_head} -> {with_shared} d_head", **sizes) @ shared.keys.mT
     scores = rearrange(scores, f"{with_shared} key -> {six} key", **sizes)
     scores[..., own] = rearrange(q_own @ k.mT, f"{with_own} own -> {six} own", **sizes)
-    pattern = _attention_pattern(attn, scores, shared.bias).to(v.dtype)
+    # In place where it can be: these are the largest tensors of a model with many small heads.
+    scores = apply_softcap(scores.div_(attn.attn_scale), attn.cfg.attn_scores_soft_cap)
+    if shared.bias is not None:
+        scores = scores.add_(shared.bias)
+    pattern = functional.softmax(scores, dim=-1).to(v.dtype)
     z = pattern.flatten(2, 4) @ shared.values
     z = rearrange(z, f"{with_shared} d_head -> {with_own} d_head", **sizes)
     own_pattern = rearrange(pattern[..., own], f"{six} own -> {with_own} own")
     for weight, value in zip(own_pattern.split(1, dim=-1), v.split(1, dim=1), strict=True):
         z = torch.addcmul(z, weight, value)
     return rearrange(z, f"{with_own} d_head -> {per_head}", **sizes)
-
-
-def _attention_pattern(attn: Any, scores: Tensor, bias: Tensor | None) -> Tensor:
-    # In place where it can be: these are the largest tensors of a model with many small heads.
-    scores = apply_softcap(scores.div_(attn.attn_scale), attn.cfg.attn_scores_soft_cap)
-    if bias is not None:
-        scores = scores.add_(bias)
-    return functional.softmax(scores, dim=-1)
 
 
 def is_post_norm(block: TransformerBlock) -> bool:

@@ -8,7 +8,7 @@ computes in a cached forward pass is what is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from einops import rearrange, repeat
@@ -105,26 +105,21 @@ class CachedEngine(RowEngine):
         def per_row(tensor: Tensor) -> Tensor:
             return repeat(tensor[prompts], "prompt ... -> (prompt row) ...", row=n_rows)
 
-        def blending(patched_layer: int) -> Callable[[Tensor, HookPoint], Tensor]:
-            def hook(z: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - passed by the library
-                by_row = rearrange(z.clone(), "(prompt row) ... -> prompt row ...", row=n_rows)
-                rows.blend_into(by_row, patched_layer, sources)
-                return by_row.flatten(0, 1)
-
-            return hook
-
-        def entry(index: int) -> TransformerLensKeyValueCacheEntry:
-            here = clean.layers[index].earlier
-            return TransformerLensKeyValueCacheEntry(
-                per_row(here.keys), per_row(here.values), frozen=True
-            )
+        def blended(z: Tensor, hook: HookPoint) -> Tensor:
+            by_row = rearrange(z.clone(), "(prompt row) ... -> prompt row ...", row=n_rows)
+            rows.blend_into(by_row, hook.layer(), sources)
+            return by_row.flatten(0, 1)
 
         mask = per_row(at.earlier.attention_mask)
-        entries = [entry(index) for index in range(layer, self.model.cfg.n_layers)]
+        earlier = [clean.layers[index].earlier for index in range(layer, self.model.cfg.n_layers)]
+        entries = [
+            TransformerLensKeyValueCacheEntry(per_row(each.keys), per_row(each.values), frozen=True)
+            for each in earlier
+        ]
         # Layers below are not run again: any entry may stand in their place.
         cache = TransformerLensKeyValueCache([entries[0]] * layer + entries, mask, frozen=True)
         patched = sorted({patched_layer for patched_layer, _ in rows.patches})
-        with self.model.hooks(fwd_hooks=[(z_site(each), blending(each)) for each in patched]):
+        with self.model.hooks(fwd_hooks=[(z_site(each), blended) for each in patched]):
             logits = self.model(
                 per_row(at.resid),
                 start_at_layer=layer,

@@ -33,7 +33,6 @@ two orders of the same sums drift apart by several percent over the depth of a l
 engine that leaves something out is off by much more.
 """
 
-
 FASTEST_FIRST: dict[str, type[RowEngine]] = {"suffix": SuffixEngine, "cached": CachedEngine}
 
 
@@ -51,9 +50,6 @@ def make_engine(
     An engine is used only if it covers the model's architecture and agrees with the native hooks on
     two of the prompts; otherwise the next one is tried: suffix, cached, hooks. Which one it became
     and why is logged once and stands in ``name`` and ``fallback_reason``.
-
-    Raises:
-        UserError: if a prompt has fewer tokens than positions to patch.
     """
     settings, place = settings or Patching(), place or Place()
     order = [*FASTEST_FIRST, "hooks"]

@@ -44,12 +44,9 @@ def each_tensor(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
 
 @dataclass(frozen=True)
 class CleanLayer:
-    """What one layer of the clean pass leaves behind.
+    """What one layer of the clean pass leaves behind at the patched positions.
 
-    Args:
-        resid: the residual stream entering the layer, at the patched positions.
-        z: the head activations there.
-        earlier: keys and values of the positions before, in the form that the engine needs.
+    ``earlier`` is keys and values of the positions before, in the form that the engine needs.
     """
 
     resid: Float[Tensor, "prompt position d_model"]
@@ -60,6 +57,10 @@ class CleanLayer:
         """The same for some of the prompts."""
         return each_tensor(self, lambda tensor: tensor[prompts])
 
+    def to(self, device: torch.device) -> CleanLayer:
+        """The same on a device."""
+        return each_tensor(self, lambda tensor: tensor.to(device))
+
     @property
     def n_bytes(self) -> int:
         """Memory of what depends on the layer: masks are shared by all."""
@@ -69,13 +70,10 @@ class CleanLayer:
 
 @dataclass(frozen=True)
 class CleanBatch:
-    """A batch of prompts after its clean pass.
+    """A batch of prompts, ``rows`` of the engine's, after its clean pass.
 
-    Args:
-        rows: which prompts of the engine these are.
-        layers: what is stored, by layer, where the layer is.
-        entering: the residual stream of two prompts, :func:`shortest_and_longest`, before the
-            lowest layer; the start-up check runs native hooks on it, or on tokens without it.
+    ``entering`` is the residual stream of two prompts, :func:`shortest_and_longest`, before the
+    lowest layer; the start-up check runs native hooks on it, or on tokens without it.
     """
 
     rows: Int[Tensor, "prompt"]
@@ -84,18 +82,11 @@ class CleanBatch:
 
     def to(self, placement: Placement) -> CleanBatch:
         """The batch with each layer on its device."""
-        layers = {
-            index: each_tensor(layer, _mover(placement.layers[index]))
-            for index, layer in self.layers.items()
-        }
+        layers = {index: each.to(placement.layers[index]) for index, each in self.layers.items()}
         entering = self.entering
         if entering is not None:
             entering = entering.to(placement.layers[min(layers)])
         return CleanBatch(self.rows, layers, entering)
-
-
-def _mover(device: torch.device) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(device)
 
 
 def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
@@ -121,8 +112,11 @@ def clean_pass(
     placement = Placement.of(model)
     read = reader_at(patched_positions(batch, n_positions))
     layers: dict[int, CleanLayer] = {}
+    z: list[Tensor] = []
     bias = _bias_of_layers(batch, n_positions)
-    position_mask = copied_once(_aligned_right(batch.lengths))
+    longest = int(batch.lengths.max())
+    aligned_right = torch.arange(longest) >= longest - batch.lengths[:, None]
+    position_mask = copied_once(aligned_right.long())
     resid = yield from forward_steps(model, batch, first_layer, readers={})
     entering = resid[shortest_and_longest(len(resid))].clone()
     for layer in range(first_layer, model.cfg.n_layers):
@@ -131,8 +125,7 @@ def clean_pass(
         resid = resid.to(device)
         block, seen = model.blocks[layer], _SeenKeys(resid)
         at_positions = read(resid)
-        z: list[Tensor] = []
-        with reading(block.attn.hook_z, _into(z, read)):
+        with reading(block.attn.hook_z, lambda value: z.append(read(value))):
             if layer < model.cfg.n_layers - 1:
                 resid = block(resid, past_kv_cache_entry=seen)
             else:
@@ -140,7 +133,7 @@ def clean_pass(
                 block.attn(read_in, read_in, read_in, past_kv_cache_entry=seen)
         bias_here = bias(block.attn, device)
         shared = seen.share(block.attn, n_positions, bias_here, position_mask(device))
-        layers[layer] = CleanLayer(at_positions, z[0], shared)
+        layers[layer] = CleanLayer(at_positions, z.pop(), shared)
     return CleanBatch(batch.rows, layers, entering)
 
 
@@ -213,12 +206,3 @@ def _bias_of_layers(
         return made[key]
 
     return bias
-
-
-def _aligned_right(lengths: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt pos"]:
-    longest = int(lengths.max())
-    return (torch.arange(longest) >= longest - lengths[:, None]).long()
-
-
-def _into(found: list[Tensor], read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
-    return lambda value: found.append(read(value))

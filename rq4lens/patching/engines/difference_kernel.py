@@ -1,4 +1,4 @@
-"""The Triton kernel of :func:`rq4lens.patching.engines.difference_sums.difference_sums`."""
+"""The Triton kernel of :func:`rq4lens.patching.patch.summed_by_tensors`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     blend,
-    head_mask,
     next_token_effects,
 )
 
@@ -62,13 +61,10 @@ def patched_heads(
         UserError: if a source does not have the shape of the site it is patched into.
     """
     positions = patched_positions(batch, k_positions)
-    hooks = [
-        (
-            z_site(patch.layer),
-            _patch_hook(patch, sources[patch.layer, patch.source], batch, positions),
-        )
-        for patch in intervention
-    ]
+    hooks = []
+    for patch in intervention:
+        source = sources[patch.layer, patch.source]
+        hooks.append((z_site(patch.layer), _patch_hook(patch, source, batch, positions)))
     with model.hooks(fwd_hooks=hooks):
         yield model
 
@@ -86,10 +82,11 @@ def _patch_hook(
         current = z[rows, at]
         # An engine checks the number of prompts; here only a batch of them is known.
         n_prompts = max(len(source), int(batch.rows.max()) + 1)
-        check_source((patch.layer, patch.source), source, (n_prompts, *current.shape[1:]))
+        _check_source((patch.layer, patch.source), source, (n_prompts, *current.shape[1:]))
         incoming = source[batch.rows].to(z.device)
         z = z.clone()
-        z[rows, at] = blend(current, incoming, head_mask(patch.heads, z.device), patch.alpha)
+        mask = torch.tensor(patch.heads.mask, dtype=torch.bool, device=z.device)
+        z[rows, at] = blend(current, incoming, mask, patch.alpha)
         return z
 
     return write
@@ -98,12 +95,7 @@ def _patch_hook(
 class HookEngine:
     """Measures each intervention by a full forward pass of the tuned model.
 
-    Args:
-        model: the tuned model.
-        prompts: the measured prompts, tokenized for the tuned model.
-        settings: how many positions are patched, and which way the divergence is taken.
-        place: how many prompts a forward pass takes.
-        padding_side: where shorter prompts are filled up; it changes no number.
+    The padding side changes no number.
     """
 
     name = "hooks"
@@ -147,11 +139,7 @@ class HookEngine:
         sources: Sources,
         progress: Progress | None = None,
     ) -> Effects:
-        """Effect of each intervention on each prompt.
-
-        Raises:
-            UserError: if a layer, head set or source does not fit the model.
-        """
+        """Effect of each intervention on each prompt."""
         k_positions = self.settings.k_positions
         used_sources(interventions, sources, self.model, (len(self.prompts), k_positions))
         kl, change = np.empty((2, len(interventions), len(self.prompts)))
@@ -171,12 +159,15 @@ class HookEngine:
         return logits[torch.arange(len(logits)), batch.decision]
 
 
-def check_interventions(interventions: Sequence[Intervention], model: HookedModel) -> None:
-    """Refuse interventions that the model cannot take.
+def used_sources(
+    interventions: Sequence[Intervention],
+    sources: Sources,
+    model: HookedModel,
+    shape: tuple[int, int],
+) -> dict[tuple[int, str], Tensor]:
+    """The sources that interventions name, if the model can take both.
 
-    Raises:
-        UserError: for a layer the model does not have, a head set made for another number of heads,
-            or two patches of one layer in one intervention.
+    ``shape`` is the number of prompts and of patched positions.
     """
     patches = {patch for intervention in interventions for patch in intervention}
     if patches:
@@ -196,33 +187,15 @@ def check_interventions(interventions: Sequence[Intervention], model: HookedMode
                 "head sets, or measure the patches one by one."
             )
 
-
-def used_sources(
-    interventions: Sequence[Intervention],
-    sources: Sources,
-    model: HookedModel,
-    shape: tuple[int, int],
-) -> dict[tuple[int, str], Tensor]:
-    """The sources that interventions name, if the model can take both.
-
-    ``shape`` is the number of prompts and of patched positions.
-
-    Raises:
-        UserError: if a layer, head set or source does not fit the model.
-    """
-    check_interventions(interventions, model)
-    keys = {(patch.layer, patch.source) for group in interventions for patch in group}
-    for key in sorted(keys):
-        check_source(key, sources[key], (*shape, model.cfg.n_heads, model.cfg.d_head))
-    return {key: sources[key] for key in sorted(keys)}
+    keys = {(patch.layer, patch.source) for patch in patches}
+    used = {key: sources[key] for key in sorted(keys)}
+    for key, source in used.items():
+        _check_source(key, source, (*shape, model.cfg.n_heads, model.cfg.d_head))
+    return used
 
 
-def check_source(key: tuple[int, str], source: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a source that does not fit the site it is patched into.
-
-    Raises:
-        UserError: if the shapes differ.
-    """
+def _check_source(key: tuple[int, str], source: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a source that does not fit the site it is patched into."""
     if tuple(source.shape) != shape:
         layer, name = key
         raise UserError(

@@ -27,7 +27,8 @@ def fused_norms(part: nn.Module, *, half_only: bool = False) -> Iterator[None]:
     chosen = [
         module
         for module in part.modules()
-        if _is_plain(module) and (_is_half(module) or not half_only)
+        if _is_plain(module)
+        and (not half_only or module.cfg.dtype in {torch.float16, torch.bfloat16})
     ]
     for norm in chosen:
         norm.forward = partial(_fused, norm)
@@ -46,17 +47,10 @@ def _is_plain(norm: Any) -> bool:
     return not any(point.fwd_hooks or point.bwd_hooks for point in points)
 
 
-def _is_half(norm: Any) -> bool:
-    return norm.cfg.dtype in {torch.float16, torch.bfloat16}
-
-
 def _fused(norm: Any, rows: Float[Tensor, "*rows d_model"]) -> Tensor:
     if isinstance(norm, RMSNorm):
         return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps)
     return functional.layer_norm(rows, norm.w.shape, norm.w, norm.b, norm.eps)
-
-
-_HEADS_LAST = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
 
 
 def store_for_products(parts: Iterable[nn.Module]) -> None:
@@ -68,20 +62,16 @@ def store_for_products(parts: Iterable[nn.Module]) -> None:
     """
     for module in chain.from_iterable(part.modules() for part in parts):
         if isinstance(module, AbstractAttention):
-            _store_attention(module)
+            weights = dict(module.named_parameters(recurse=False))
+            for name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V"):
+                if name in weights:
+                    _store(weights[name], (0, 2, 1))
+            _store(weights["W_O"], (2, 0, 1))
         elif isinstance(module, GatedMLP):
             for weight in (module.W_gate, module.W_in, module.W_out):
                 _store(weight, (1, 0))
         elif isinstance(module, Unembed):
             _store(module.W_U, (1, 0))
-
-
-def _store_attention(attn: AbstractAttention) -> None:
-    weights = dict(attn.named_parameters(recurse=False))
-    for name in _HEADS_LAST:
-        if name in weights:
-            _store(weights[name], (0, 2, 1))
-    _store(weights["W_O"], (2, 0, 1))
 
 
 def _store(weight: nn.Parameter | Tensor, order: tuple[int, ...]) -> None:

@@ -106,9 +106,6 @@ class RowBudget:
         """Work through a block in pieces that fit, halving the pieces when memory runs out.
 
         What is finished stays finished: only the piece that failed is divided and tried again.
-
-        Raises:
-            UserError: if a single row does not fit.
         """
         pending = [whole] if whole.n_rows else []
         while pending:

@@ -117,13 +117,10 @@ class Rows:
         for row, intervention in enumerate(self.interventions):
             for patch in intervention:
                 found.setdefault((patch.layer, patch.source), []).append((row, patch))
-        return {
-            key: self._layer_patch(members, self.placement.layers[key[0]])
-            for key, members in found.items()
-        }
+        return {key: self._layer_patch(key[0], members) for key, members in found.items()}
 
-    @staticmethod
-    def _layer_patch(members: list[tuple[int, Patch]], device: torch.device) -> LayerPatch:
+    def _layer_patch(self, layer: int, members: list[tuple[int, Patch]]) -> LayerPatch:
+        device = self.placement.layers[layer]
         rows = torch.tensor([row for row, _ in members])
         mask = torch.tensor([patch.heads.mask for _, patch in members], dtype=torch.bool)
         alpha = torch.tensor([patch.alpha for _, patch in members], dtype=torch.float64)
@@ -142,27 +139,15 @@ class Rows:
         for (patched_layer, source), patch in self.patches.items():
             if patched_layer == layer:
                 current = z[:, patch.rows]
-                incoming = rearrange(
-                    sources[layer, source],
-                    "prompt position head d_head -> prompt 1 position head d_head",
-                )
-                z[:, patch.rows] = blend(
-                    current, incoming.expand_as(current), patch.mask, patch.alpha
-                )
+                incoming = sources[layer, source][:, None].expand_as(current)
+                z[:, patch.rows] = blend(current, incoming, patch.mask, patch.alpha)
 
 
 class RowEngine(ABC):
     """Measures interventions on the tuned model from one clean pass of it.
 
-    Args:
-        model: the tuned model.
-        prompts: the measured prompts, tokenized for the tuned model.
-        settings: how many positions are patched, and which way the divergence is taken.
-        place: how many prompts a clean forward pass takes, if memory allows.
-        first_layer: the lowest layer that will be asked for; a lower one is served too, by another
-            clean pass.
-        max_bytes: memory on each device for everything the engine stores and computes; by default
-            half of what is free on the fullest GPU.
+    A layer below ``first_layer`` is served too, by another clean pass. ``max_bytes`` is memory on
+    each device for all that is stored and computed; by default half of what is free on the fullest.
     """
 
     name: str
@@ -233,11 +218,7 @@ class RowEngine(ABC):
         return {"kept_bytes": stored, **self._memory.report()}
 
     def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of the tuned model at the patched positions of a layer.
-
-        Raises:
-            UserError: if the model has no such layer.
-        """
+        """Clean activations of the tuned model at the patched positions of a layer."""
         cfg, k_positions = self.model.cfg, self.settings.k_positions
         check_layers([layer], cfg.n_layers)
         shape = (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head)
@@ -252,12 +233,7 @@ class RowEngine(ABC):
         sources: Sources,
         progress: Progress | None = None,
     ) -> Effects:
-        """Effect of each intervention on each prompt.
-
-        Raises:
-            UserError: if a layer, head set or source does not fit the model, or if memory runs out
-                with a single row in flight.
-        """
+        """Effect of each intervention on each prompt."""
         last = self.model.cfg.n_layers - 1
         entries = [entry_layer(intervention, last) for intervention in interventions]
         order = sorted(range(len(interventions)), key=entries.__getitem__)
@@ -343,15 +319,12 @@ class RowEngine(ABC):
         """A source where the layer is that it is blended into."""
         return source.to(self.placement.layers[key[0]], self.model.cfg.dtype, non_blocking=True)
 
+    @torch.no_grad()
     def clean_batches(self, lowest: int) -> list[CleanBatch]:
         """The clean pass, made on first use; a layer below its first one makes another."""
-        if not self._clean or lowest < self.first_layer:
-            self.first_layer = min(lowest, self.first_layer)
-            self._clean = self._clean_passes()
-        return self._clean
-
-    @torch.no_grad()
-    def _clean_passes(self) -> list[CleanBatch]:
+        if self._clean and lowest >= self.first_layer:
+            return self._clean
+        self.first_layer = min(lowest, self.first_layer)
         every = next(self.prompts.batches(len(self.prompts), self.padding_side))
         made: list[CleanBatch] = []
         main_memory = Placement.all_on(torch.device("cpu"), self.model.cfg.n_layers)
@@ -362,4 +335,5 @@ class RowEngine(ABC):
             made.extend(clean if on_device else clean.to(main_memory) for clean in batches)
 
         self._memory.passes.run(RowBlock(slice(0, len(self.prompts)), slice(0, 1)), work)
+        self._clean = made
         return made

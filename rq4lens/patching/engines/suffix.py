@@ -29,8 +29,6 @@ BATCHES_PER_DEVICE = 3
 """Of a model that is spread over several. Only one device has work when the first batch begins and
 when the last one ends; with more and smaller batches it is the caller that cannot keep up."""
 
-MIRRORED = {TransformerBlock, Attention, GroupedQueryAttention}
-
 
 class SuffixEngine(RowEngine):
     """Measures interventions on the tuned model; exact and fast.
@@ -48,7 +46,8 @@ class SuffixEngine(RowEngine):
         cfg = model.cfg
         parts = [part for block in model.blocks for part in (block, getattr(block, "attn", None))]
         # Exactly these classes: a subclass may do something in forward that is not repeated here.
-        foreign = {type(part).__name__ for part in parts if type(part) not in MIRRORED}
+        mirrored = {TransformerBlock, Attention, GroupedQueryAttention}
+        foreign = {type(part).__name__ for part in parts if type(part) not in mirrored}
         return {
             f"its blocks are made of {', '.join(sorted(foreign))}": bool(foreign),
             f"its position embedding is {cfg.positional_embedding_type}": (

@@ -1,16 +1,16 @@
-"""Fitting the maps of a pair on its train prompts, and reusing those that a store holds."""
+"""Fitting the maps of a pair on its train prompts, judging them, and reusing stored ones."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import einops
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float64, Shaped
 from numpy import ndarray
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
@@ -20,12 +20,12 @@ from rq4lens.errors import UserError
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
-from rq4lens.patching.maps.diagnostics import diagnose
 from rq4lens.patching.maps.kinds import fit_block
 from rq4lens.patching.maps.map import (
     DEFAULT_KIND,
     MAP_KINDS,
     MAP_SCOPES,
+    FitQuality,
     HeadDiagnostics,
     LayerMap,
     MapKind,
@@ -38,7 +38,6 @@ from rq4lens.patching.maps.map import (
 MAP_NUMERICS = 1
 """Raised whenever the same ingredients would give other map weights than before."""
 
-CALIBRATION_SHARE = 0.2
 MIN_GROUPS = 5
 
 
@@ -76,11 +75,11 @@ def fit_maps(
             to hold some out.
     """
     activations = activations or PairActivations(pair)
-    return _fitted(_recipes(activations, layers, kind, scope, seed), activations)
+    return maps_from(None, activations, layers, kind, scope=scope, seed=seed)
 
 
 def maps_from(
-    store: Store,
+    store: Store | None,
     activations: PairActivations,
     layers: Sequence[int],
     kind: MapKind = DEFAULT_KIND,
@@ -88,18 +87,25 @@ def maps_from(
     scope: MapScope = "head",
     seed: int = 0,
 ) -> dict[int, LayerMap]:
-    """The maps that :func:`fit_maps` gives, from a store; those that it lacks are fitted into it.
-
-    Raises:
-        UserError: if the kind, scope or a layer does not exist, or a map cannot be written.
-    """
-    recipes = _recipes(activations, layers, kind, scope, seed)
-    stored = {recipe.layer: get_map(store, recipe) for recipe in recipes}
-    missing = [recipe for recipe in recipes if stored[recipe.layer] is None]
-    fitted = _fitted(missing, activations)
+    """What :func:`fit_maps` gives, from a store; maps that it lacks are fitted and stored."""
+    if kind not in MAP_KINDS:
+        raise UserError(f"map kind {kind!r} does not exist: choose one of {', '.join(MAP_KINDS)}.")
+    if scope not in MAP_SCOPES:
+        raise UserError(f"map scope {scope!r} does not exist: choose 'head' or 'layer'.")
+    pair, k_positions = activations.pair, activations.k_positions
+    check_layers(layers, pair.n_layers)
+    maps: dict[int, LayerMap | None] = {}
+    recipes = [MapRecipe(pair, layer, kind, scope, seed, k_positions) for layer in layers]
+    for recipe in recipes:
+        maps[recipe.layer] = None if store is None else get_map(store, recipe)
+    missing = [recipe for recipe in recipes if maps[recipe.layer] is None]
+    for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
+        activations.capture(side, FIT_SPLIT, [recipe.layer for recipe in missing])
     for recipe in missing:
-        put_map(store, recipe, fitted[recipe.layer])
-    return {layer: found or fitted[layer] for layer, found in stored.items()}
+        fitted = maps[recipe.layer] = _fit(recipe, activations)
+        if store is not None:
+            put_map(store, recipe, fitted)
+    return {layer: layer_map for layer, layer_map in maps.items() if layer_map is not None}
 
 
 @dataclass(frozen=True)
@@ -139,33 +145,9 @@ class MapRecipe:
         }
 
 
-def _recipes(
-    activations: PairActivations, layers: Sequence[int], kind: MapKind, scope: MapScope, seed: int
-) -> list[MapRecipe]:
-    if kind not in MAP_KINDS:
-        raise UserError(f"map kind {kind!r} does not exist: choose one of {', '.join(MAP_KINDS)}.")
-    if scope not in MAP_SCOPES:
-        raise UserError(f"map scope {scope!r} does not exist: choose 'head' or 'layer'.")
-    pair, k_positions = activations.pair, activations.k_positions
-    check_layers(layers, pair.n_layers)
-    return [MapRecipe(pair, layer, kind, scope, seed, k_positions) for layer in layers]
-
-
-def _fitted(recipes: Sequence[MapRecipe], activations: PairActivations) -> dict[int, LayerMap]:
-    for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
-        activations.capture(side, FIT_SPLIT, [recipe.layer for recipe in recipes])
-    return {recipe.layer: _fit(recipe, activations) for recipe in recipes}
-
-
 @dataclass(frozen=True)
 class FitData:
-    """The rows that the map of one layer is fitted on, in float64.
-
-    Args:
-        x: base activations.
-        y: tuned activations.
-        groups: the group of each row.
-    """
+    """The rows that the map of one layer is fitted on: base and tuned activations in float64."""
 
     x: Float[Tensor, "row head d_head"]
     y: Float[Tensor, "row head d_head"]
@@ -193,45 +175,48 @@ class FitData:
 def refit(layer_map: LayerMap, data: FitData, kind: MapKind | None = None) -> LayerMap:
     """A map of the same scope on other rows or of another kind; it has no diagnostics."""
     kind = kind or layer_map.kind
-    blocks = _fit_blocks(kind, layer_map.scope, data)
-    return replace(
-        layer_map, kind=kind, weight=blocks.weight, bias=blocks.bias, diagnostics=(), details={}
-    )
-
-
-class _Blocks(NamedTuple):
-    weight: Float[Tensor, "block d_block d_block"]
-    bias: Float[Tensor, "block d_block"]
-    details: dict[str, Any]
+    weight, bias, _ = _fit_blocks(kind, layer_map.scope, data)
+    return replace(layer_map, kind=kind, weight=weight, bias=bias, diagnostics=(), details={})
 
 
 def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
     data = FitData.of(activations, recipe.layer)
-    blocks = _fit_blocks(recipe.kind, recipe.scope, data)
-    _warn_if_few(len(data.x), blocks.weight.shape[-1], recipe.layer)
+    weight, bias, details = _fit_blocks(recipe.kind, recipe.scope, data)
+    rows, width = len(data.x), weight.shape[-1]
+    if rows < 2 * width:
+        warnings.warn(
+            f"the map of layer {recipe.layer} is {width} wide and has only {rows} train rows: it "
+            "may fit them without generalising; use more train prompts or maps per head, and read "
+            "the held-out R².",
+            stacklevel=4,
+        )
     fitted = LayerMap(
         layer=recipe.layer,
         kind=recipe.kind,
         scope=recipe.scope,
-        weight=blocks.weight,
-        bias=blocks.bias,
+        weight=weight,
+        bias=bias,
         n_heads=recipe.pair.n_heads,
         ingredients=recipe.to_dict(),
-        details={"train_rows": len(data.x), "blocks": blocks.details},
+        details={"train_rows": rows, "blocks": details},
     )
     return replace(fitted, diagnostics=_held_out(fitted, data, recipe.seed))
 
 
-def _fit_blocks(kind: MapKind, scope: MapScope, data: FitData) -> _Blocks:
+def _fit_blocks(
+    kind: MapKind, scope: MapScope, data: FitData
+) -> tuple[Float[Tensor, "block d_block d_block"], Float[Tensor, "block d_block"], dict[str, Any]]:
+    """Weights, biases, and what the fits chose by themselves."""
     x, y = (to_blocks(z, scope).numpy() for z in (data.x, data.y))
     fits = [fit_block(kind, x[:, block], y[:, block], data.groups) for block in range(x.shape[1])]
     weight = torch.tensor(np.stack([fit.weight for fit in fits]), dtype=torch.float32)
     bias = torch.tensor(np.stack([fit.bias for fit in fits]), dtype=torch.float32)
     details = {str(block): fit.details for block, fit in enumerate(fits) if fit.details}
-    return _Blocks(weight, bias, details)
+    return weight, bias, details
 
 
 def _held_out(fitted: LayerMap, data: FitData, seed: int) -> tuple[HeadDiagnostics, ...]:
+    """How well predictors of the tuned activations do on held-out prompts, head by head."""
     x, y, groups = data.x, data.y, data.groups
     n_groups = len(np.unique(groups))
     if n_groups < MIN_GROUPS:
@@ -241,28 +226,52 @@ def _held_out(fitted: LayerMap, data: FitData, seed: int) -> tuple[HeadDiagnosti
             stacklevel=5,
         )
         return ()
-    split = GroupShuffleSplit(1, test_size=CALIBRATION_SHARE, random_state=seed)
+    split = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
     kept, held = next(split.split(x, groups=groups))
     unpaired = np.random.default_rng(seed).permutation(kept)
 
-    def predict(targets: Any) -> Any:
+    def predict(targets: Any) -> Tensor:
         rows = FitData(x[kept], y[targets], groups[kept])
-        return refit(fitted, rows)(x[held]).numpy()
+        return refit(fitted, rows)(x[held])
 
-    return diagnose(
-        y[held].numpy(),
-        fitted=predict(kept),
-        mean=y[kept].mean(0).numpy(),
-        identity=x[held].numpy(),
-        shuffled=predict(unpaired),
+    constant = y[kept].mean(0).expand_as(y[held])
+    predictors = [predict(kept), constant, x[held], predict(unpaired)]
+    target, *predicted = (each.numpy() for each in (y[held], *predictors))
+    return tuple(
+        HeadDiagnostics(head, *(fit_quality(each[:, head], target[:, head]) for each in predicted))
+        for head in range(target.shape[1])
     )
 
 
-def _warn_if_few(rows: int, width: int, layer: int) -> None:
-    if rows < 2 * width:
-        warnings.warn(
-            f"the map of layer {layer} is {width} wide and has only {rows} train rows: it may fit "
-            "them without generalising; use more train prompts or maps per head, and read the "
-            "held-out R².",
-            stacklevel=5,
-        )
+Rows = Float64[ndarray, "row d_head"]
+
+
+def fit_quality(predicted: Rows, target: Rows) -> FitQuality:
+    """R², mean cosine and linear CKA of predictions; None where a quantity is undefined."""
+    return FitQuality(r2(predicted, target), mean_cosine(predicted, target), cka(predicted, target))
+
+
+def r2(predicted: Rows, target: Rows) -> float | None:
+    """``1 - |target - predicted|² / |target - mean(target)|²``, at most 1."""
+    spread = ((target - target.mean(axis=0)) ** 2).sum()
+    return float(1 - ((target - predicted) ** 2).sum() / spread) if spread > 0 else None
+
+
+def mean_cosine(predicted: Rows, target: Rows) -> float | None:
+    """Mean over rows of the cosine between prediction and target."""
+    norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(target, axis=1)
+    return float(((predicted * target).sum(axis=1) / norms).mean()) if norms.all() else None
+
+
+def cka(predicted: Rows, target: Rows) -> float | None:
+    """Linear centred kernel alignment, in [0, 1].
+
+    Source: Kornblith et al., "Similarity of neural network representations revisited" (2019),
+    the linear case of equation 4.
+    """
+    x, y = predicted - predicted.mean(axis=0), target - target.mean(axis=0)
+    scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    # A constant predictor has no spread up to rounding; its alignment is not defined.
+    if np.allclose(x, 0) or np.allclose(y, 0):
+        return None
+    return float(np.linalg.norm(x.T @ y) ** 2 / scale)

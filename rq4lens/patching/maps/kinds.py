@@ -34,7 +34,6 @@ class Fit:
 
 Rows = Float64[ndarray, "row d"]
 Groups = Shaped[ndarray, "row"]
-Fitter = Callable[[Rows, Rows, Groups], Fit]
 
 
 def fit_block(kind: MapKind, x: Rows, y: Rows, groups: Groups) -> Fit:
@@ -152,7 +151,7 @@ def _through_means(weight: Float64[ndarray, "d d"], x: Rows, y: Rows, **details:
     return Fit(weight, y.mean(axis=0) - x.mean(axis=0) @ weight, details)
 
 
-FITTERS: dict[MapKind, Fitter] = {
+FITTERS: dict[MapKind, Callable[[Rows, Rows, Groups], Fit]] = {
     "identity": _identity,
     "mean_shift": _mean_shift,
     "moments": _moments,

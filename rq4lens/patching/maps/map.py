@@ -175,11 +175,7 @@ def from_blocks(
 
 
 def put_map(store: Store, ingredients: Ingredients, layer_map: LayerMap) -> Path:
-    """Store a map.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
+    """Store a map."""
     tensors = {"weight": layer_map.weight, "bias": layer_map.bias}
     return store.put_tensors(ingredients, tensors, layer_map.to_dict())
 
@@ -199,12 +195,7 @@ def get_map(store: Store, ingredients: Ingredients) -> LayerMap | None:
 
 
 def load_map(path: Path) -> LayerMap:
-    """Read a map back and check it.
-
-    Raises:
-        UserError: if a file is missing or damaged, or the tensors are not finite, do not have the
-            shapes that the record promises, or are not the ones that were written with it.
-    """
+    """Read a map back and check it."""
     try:
         record = read_record(path.with_suffix(".json"))
         tensors = read_tensors(path, record)

@@ -11,13 +11,7 @@ from numpy import ndarray
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, prefixes
 from rq4lens.analysis.records import CoverageCurve
-from rq4lens.analysis.statistics.bootstrap import (
-    LEVEL,
-    Estimate,
-    Resampled,
-    exact,
-    undefined,
-)
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Resampled, exact, undefined
 from rq4lens.results import HeadRanking
 
 CARRIED = 0.9
@@ -44,7 +38,7 @@ def curve_of(
     shares = means.apply(share_of_full)
     reason = layer.full.undefined_because
     low, high = simultaneous_band(shares) if reason is None else (np.empty(0), np.empty(0))
-    areas = _areas(shares, reason)
+    area_pct, cmd, k90 = _areas(shares, reason)
     return CoverageCurve(
         ranking=name,
         head_sets=tuple(sets),
@@ -52,9 +46,9 @@ def curve_of(
         coverage_pct=tuple(_coverage(shares, reason)),
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
-        area_pct=areas[0],
-        cmd=areas[1],
-        k90=areas[2],
+        area_pct=area_pct,
+        cmd=cmd,
+        k90=k90,
         exhaustive=exhaustive,
     )
 
@@ -98,19 +92,19 @@ def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
         return np.stack([100 * area(f), area(np.abs(1 - f))], axis=-1)
 
     # k90 takes whole numbers only: a smooth correction of its quantiles would make no sense.
-    k90 = shares.apply(lambda f: fewest_heads(f)[..., None]).estimates(method="percentile")
+    k90 = shares.apply(lambda f: fewest_heads(f)[..., None]).estimates("percentile")
     return [*shares.apply(areas).estimates(), *k90]
 
 
 def simultaneous_band(
-    curves: Resampled, level: float = LEVEL
+    curves: Resampled,
 ) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
-    """A band that holds the whole curve at once with the given confidence.
+    """A band that holds the whole curve at once with 95% confidence.
 
     Its half-width is a number of standard deviations, the same at every k.
     """
     spread = curves.draws.std(0)
     varies = spread > 1e-12 * spread.max(initial=0.0)
     deviations = np.abs(curves.draws - curves.point)[:, varies] / spread[varies]
-    width = spread * np.quantile(deviations.max(-1, initial=0.0), level)
+    width = spread * np.quantile(deviations.max(-1, initial=0.0), LEVEL)
     return curves.point - width, curves.point + width

@@ -149,20 +149,9 @@ def random_sets(
     rankings: RandomRankings, k: int, full_delta: float | None, seeds: Mapping[int, Indices]
 ) -> RandomSets:
     """Random head sets of one size: all of them when they are few, draws otherwise."""
-    measured = rankings.measured
-    delta = measured.delta(rankings.sets(k))
-    exhaustive = rankings.is_exhaustive(k)
-    return replace(
-        described(k, delta, full_delta, deltas_of(measured, seeds)), exhaustive=exhaustive
-    )
-
-
-def sets_of_seeds(
-    measured: MeasuredSets, k: int, full_delta: float | None, seeds: Mapping[int, Indices]
-) -> RandomSets:
-    """The run's own random sets as all that is known of random sets of that size."""
-    of_seeds = deltas_of(measured, seeds)
-    return described(k, np.array(list(of_seeds.values())), full_delta, of_seeds)
+    delta, of_seeds = rankings.measured.delta(rankings.sets(k)), deltas_of(rankings.measured, seeds)
+    drawn = described(k, delta, full_delta, of_seeds)
+    return replace(drawn, exhaustive=rankings.is_exhaustive(k))
 
 
 def deltas_of(measured: MeasuredSets, seeds: Mapping[int, Indices]) -> dict[int, float]:
@@ -194,7 +183,7 @@ def described(
 
 
 def random_band(
-    random_pct: Float64[ndarray, "ranking k"], level: float = LEVEL
+    random_pct: Float64[ndarray, "ranking k"],
 ) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
     """Lower and upper end of a band that holds a random ranking's coverage at every k at once.
 
@@ -207,7 +196,7 @@ def random_band(
         extreme rank length.
     """
     places = _by_extremeness(random_pct)
-    held = random_pct[places >= np.sort(places)[-ceil(level * len(places))]]
+    held = random_pct[places >= np.sort(places)[-ceil(LEVEL * len(places))]]
     return held.min(0), held.max(0)
 
 
@@ -232,11 +221,8 @@ ROUNDING = 1e-12
 
 def untestable_because(cross_fit: CrossFit) -> str | None:
     """Why the test cannot be made; None when it can."""
-    if cross_fit.undefined_because is not None:
-        return cross_fit.undefined_because
-    if len(set(cross_fit.measured.groups)) < FEWEST_GROUPS:
-        return TOO_FEW_TO_TEST
-    return None
+    too_few = len(set(cross_fit.measured.groups)) < FEWEST_GROUPS
+    return cross_fit.undefined_because or (TOO_FEW_TO_TEST if too_few else None)
 
 
 def cross_fitted_p_value(

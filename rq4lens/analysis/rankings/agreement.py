@@ -146,7 +146,7 @@ def _estimate(
     def of_both(scores: Scores) -> ndarray:
         return measure(*np.split(scores, 2, axis=-1))[..., None]
 
-    return together.apply(of_both).estimates(method="percentile")[0]
+    return together.apply(of_both).estimates("percentile")[0]
 
 
 def _together(first: Scored, second: Scored, bootstrap: Bootstrap) -> Resampled | None:

@@ -13,18 +13,19 @@ from numpy import ndarray
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
 from rq4lens.analysis.rankings.exact import single_ranking
+from rq4lens.analysis.rankings.stability import rank_ranges
 from rq4lens.analysis.records import Agreement, LayerComparison, LayerRow, RankedHead
-from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap, Estimate, number_text
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, number_text
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.results import ConditionResult, GridResult, RankBy, ranks_of
+from rq4lens.results import ConditionResult, GridResult, RankBy, kl_nats_of, order_of, ranks_of
 
 
 @dataclass(frozen=True)
@@ -128,32 +129,31 @@ def compare_layers(
         UserError: if there is no layer, or the grids differ in prompts or alpha.
     """
     _check(grids)
-    layers = tuple(sorted(grids))
-    any_grid = grids[layers[0]]
-    bootstrap = bootstrap_of(any_grid)
-    singles = np.stack([_singles(grids[layer]) for layer in layers])
+    grids = {layer: grids[layer] for layer in sorted(grids)}
+    layers, any_grid = tuple(grids), next(iter(grids.values()))
+    bootstrap, alpha = bootstrap_of(any_grid), any_grid.settings.patching.alpha
+    singles = np.stack([kl_nats_of(grid.singles) for grid in grids.values()])
     delta = singles[:, 0] - singles[:, 1]
     raw, mapped = singles.mean(-1).swapaxes(0, 1)
+    threshold = float(np.quantile(np.abs(delta.mean(-1)), CHURN_QUANTILE))
     heads = [Head(layer, head) for layer in layers for head in range(any_grid.n_heads)]
-    alpha = any_grid.settings.patching.alpha
     of_heads = delta.reshape(len(heads), -1)
-    tests = head_tests(
-        [(head, alpha) for head in heads],
-        of_heads,
-        any_grid.groups,
-        n_flips=bootstrap.n_resamples,
-        seed=bootstrap.seed,
-    )
     return LayerComparison(
         layers=layers,
         alpha=alpha,
         KL_raw=raw,
         KL_mapped=mapped,
         delta=raw - mapped,
-        drop_pct=tuple(_drops(grids[layer]) for layer in layers),
-        rows=_rows(grids, experiment, bootstrap, float(_threshold(delta))),
+        drop_pct=tuple(tuple(head.drop_pct for head in grid.singles) for grid in grids.values()),
+        rows=tuple(_row(grid, experiment, bootstrap, threshold) for grid in grids.values()),
         ranking=_global_ranking(heads, of_heads, bootstrap),
-        tests=tests,
+        tests=head_tests(
+            [(head, alpha) for head in heads],
+            of_heads,
+            any_grid.groups,
+            n_flips=bootstrap.n_resamples,
+            seed=bootstrap.seed,
+        ),
         by_index=_by_index(layers, delta, any_grid.settings.patching.k, bootstrap),
     )
 
@@ -177,41 +177,15 @@ def _check(grids: Mapping[int, GridResult]) -> None:
             )
 
 
-def _singles(grid: GridResult) -> Float64[ndarray, "kind head prompt"]:
-    return np.stack(
-        [
-            np.stack([single.kl_raw_nats for single in grid.singles]),
-            np.stack([single.kl_mapped_nats for single in grid.singles]),
-        ]
-    )
-
-
-def _drops(grid: GridResult) -> tuple[float | None, ...]:
-    return tuple(single.drop_pct for single in grid.singles)
-
-
-def _threshold(delta: Float64[ndarray, "layer head prompt"]) -> float:
-    return float(np.quantile(np.abs(delta.mean(-1)), CHURN_QUANTILE))
-
-
-def _rows(
-    grids: Mapping[int, GridResult],
-    experiment: MeasuresPatches | None,
-    bootstrap: Bootstrap,
-    threshold: float,
-) -> tuple[LayerRow, ...]:
-    return tuple(_row(grids[layer], experiment, bootstrap, threshold) for layer in sorted(grids))
-
-
 def _row(
     grid: GridResult,
     experiment: MeasuresPatches | None,
     bootstrap: Bootstrap,
     threshold: float,
 ) -> LayerRow:
-    full = full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
+    full = grid_full_effect(grid, bootstrap)
     estimates = condition_estimates(grid, [grid.full], bootstrap)[0]
-    raw, mapped = _singles(grid)
+    raw, mapped = kl_nats_of(grid.singles)
     curve = None
     if experiment is not None:
         measured, patching = MeasuredSets.of_grid(grid, experiment), grid.settings.patching
@@ -234,22 +208,10 @@ def _global_ranking(
     heads: Sequence[Head], delta_nats: PerPrompt, bootstrap: Bootstrap
 ) -> tuple[RankedHead, ...]:
     resampled = bootstrap.resampled(delta_nats)
-    estimates = resampled.estimates()
-    seen = bootstrap.n_groups > 1
-    tails = np.quantile(
-        ranks_of(resampled.draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest"
-    )
-    order = np.argsort(-resampled.point, kind="stable")
+    estimates, ranges = resampled.estimates(), rank_ranges(ranks_of(resampled.draws), bootstrap)
     return tuple(
-        RankedHead(
-            head=heads[at],
-            rank=rank,
-            delta=estimates[at],
-            rank_low=int(tails[0, at]) if seen else None,
-            rank_high=int(tails[1, at]) if seen else None,
-            reason=None if seen else ONE_GROUP,
-        )
-        for rank, at in enumerate(order, 1)
+        RankedHead(heads[at], rank, estimates[at], *ranges[at])
+        for rank, at in enumerate(order_of(resampled.point), 1)
     )
 
 

@@ -106,11 +106,9 @@ class GridSettings:
         """
         flat = {**values, "k": values.get("ks")}
         own = {name: flat[name] for name in cls.__dataclass_fields__ if name in flat}
-        parts = {
-            "patching": Patching.checked(flat, "the settings of the grid"),
-            "effort": Effort.checked(flat, "the settings of the grid"),
-        }
-        return TypeAdapter(cls).validate_python({**own, **parts})
+        own["patching"] = Patching.checked(flat, "the settings of the grid")
+        own["effort"] = Effort.checked(flat, "the settings of the grid")
+        return TypeAdapter(cls).validate_python(own)
 
     def comparable_to(self, other: GridSettings) -> bool:
         """Whether two grids differ at most in layers, head sets and seeds."""

@@ -55,12 +55,10 @@ class AnalysisSettings:
         Raises:
             ValueError: if one is missing or of another type.
         """
-        parts = {
-            "grid": GridSettings.from_dict(values),
-            "effort": AnalysisEffort.checked(values, "the settings of the analysis"),
-        }
+        grid = GridSettings.from_dict(values)
+        effort = AnalysisEffort.checked(values, "the settings of the analysis")
         own = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return TypeAdapter(cls).validate_python({**own, **parts})
+        return TypeAdapter(cls).validate_python({**own, "grid": grid, "effort": effort})
 
 
 @dataclass(frozen=True)

@@ -124,5 +124,4 @@ class Analysis(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``analysis.json``, strict JSON values; every null has its reason."""
-        record: dict[str, Any] = to_json(self)
-        return record
+        return dict(to_json(self))

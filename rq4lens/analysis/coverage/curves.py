@@ -37,13 +37,18 @@ def curve_of(
     means = layer.bootstrap.resampled(delta_nats)
     shares = means.apply(share_of_full)
     reason = layer.full.undefined_because
-    low, high = simultaneous_band(shares) if reason is None else (np.empty(0), np.empty(0))
-    area_pct, cmd, k90 = _areas(shares, reason)
+    if reason is None:
+        (low, high), coverage_pct = simultaneous_band(shares), _coverage(shares)
+        area_pct, cmd, k90 = _areas(shares)
+    else:
+        low = high = np.empty(0)
+        coverage_pct = [undefined(reason)] * len(sets)
+        area_pct = cmd = k90 = undefined(reason)
     return CoverageCurve(
         ranking=name,
         head_sets=tuple(sets),
         delta_nats=tuple(means.estimates()),
-        coverage_pct=tuple(_coverage(shares, reason)),
+        coverage_pct=tuple(coverage_pct),
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
         area_pct=area_pct,
@@ -76,18 +81,13 @@ def fewest_heads(shares: Curves, share: float = CARRIED) -> ndarray:
     return np.argmax(np.concatenate([reached, last], axis=-1), axis=-1)
 
 
-def _coverage(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
-    if undefined_because is not None:
-        return [undefined(undefined_because)] * len(shares.point)
+def _coverage(shares: Resampled) -> list[Estimate]:
     estimates = shares.apply(lambda f: 100 * f).estimates()
     # No heads cover nothing and all heads cover everything: that is what coverage means.
     return [exact(0.0), *estimates[1:-1], exact(100.0)]
 
 
-def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
-    if undefined_because is not None:
-        return [undefined(undefined_because)] * 3
-
+def _areas(shares: Resampled) -> list[Estimate]:
     def areas(f: Curves) -> ndarray:
         return np.stack([100 * area(f), area(np.abs(1 - f))], axis=-1)
 

@@ -140,19 +140,18 @@ def coverage(inputs: CoverageInputs) -> Coverage:
     """The coverage table with curves, random sets and cross-fitting."""
     layer = inputs.layer
     random = _with_band(inputs, tuple(_judged(inputs, k) for k in inputs.random_ks))
-    plain, crossed = ranking_curve(inputs.ranking, layer), _cross_fitted(inputs)
-    missing = undefined(layer.full.undefined_because or inputs.cross_fit.undefined_because or "")
+    plain, cross_fit = ranking_curve(inputs.ranking, layer), inputs.cross_fit
+    curves = [plain]
+    if cross_fit.undefined_because is None:
+        name = f"{inputs.ranking.method} (cross-fitted)"
+        curves.append(cross_fitted_curve(name, cross_fit, layer))
+        crossed = curves[1].coverage_pct
+    else:
+        missing = undefined(layer.full.undefined_because or cross_fit.undefined_because)
+        crossed = (missing,) * len(plain.coverage_pct)
     by_k = {sets.k: sets for sets in random}
-    rows = tuple(
-        _row(
-            inputs,
-            plain.coverage_pct[k],
-            missing if crossed is None else crossed.coverage_pct[k],
-            by_k[k],
-        )
-        for k in layer.ks
-    )
-    return Coverage(rows, (plain,) if crossed is None else (plain, crossed), random)
+    rows = tuple(_row(inputs, plain.coverage_pct[k], crossed[k], by_k[k]) for k in layer.ks)
+    return Coverage(rows, tuple(curves), random)
 
 
 def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
@@ -178,30 +177,19 @@ def _with_band(inputs: CoverageInputs, random: tuple[RandomSets, ...]) -> tuple[
     )
 
 
-def _cross_fitted(inputs: CoverageInputs) -> CoverageCurve | None:
-    if inputs.cross_fit.undefined_because is not None:
-        return None
-    name = f"{inputs.ranking.method} (cross-fitted)"
-    return cross_fitted_curve(name, inputs.cross_fit, inputs.layer)
-
-
-def _optimism(plain: Estimate, crossed: Estimate) -> Estimate:
-    """Plain minus cross-fitted coverage, in percentage points."""
-    if plain.value is None or crossed.value is None:
-        return crossed
-    return Estimate(plain.value - crossed.value, None, FROZEN)
-
-
 def _row(
     inputs: CoverageInputs, plain: Estimate, crossed: Estimate, random: RandomSets
 ) -> CoverageRow:
+    optimism = crossed
+    if plain.value is not None and crossed.value is not None:
+        optimism = Estimate(plain.value - crossed.value, None, FROZEN)
     return CoverageRow(
         k=random.k,
         ranking=inputs.ranking.method,
         heads=inputs.ranking.top(random.k),
         coverage_pct=plain,
         cross_fitted_coverage_pct=crossed,
-        optimism_pct=_optimism(plain, crossed),
+        optimism_pct=optimism,
         p_value=random.p_value,
         p_value_min=random.p_value_min,
         n_subsets=random.n_subsets,

@@ -109,9 +109,6 @@ def rank_by_of(names: Sequence[str]) -> RankBy | None:
     return next((ranks for name in names if (ranks := METRICS[name].ranks) is not None), None)
 
 
-PerPrompt = Float64[ndarray, "head prompt"]
-
-
 def compare_layers(
     grids: Mapping[int, GridResult],
     experiment: MeasuresPatches | None = None,
@@ -163,14 +160,10 @@ def _check(grids: Mapping[int, GridResult]) -> None:
         raise UserError("there is no layer to compare: measure the grid of at least one.")
     first = next(iter(grids.values()))
     for layer, grid in grids.items():
-        if grid.settings.layer != layer:
-            raise UserError(
-                f"the grid given for layer {layer} is one of layer {grid.settings.layer}."
-            )
-        if (
-            grid.prompt_ids != first.prompt_ids
-            or grid.settings.patching.alpha != first.settings.patching.alpha
-        ):
+        own, alphas = grid.settings.layer, {g.settings.patching.alpha for g in (first, grid)}
+        if own != layer:
+            raise UserError(f"the grid given for layer {layer} is one of layer {own}.")
+        if grid.prompt_ids != first.prompt_ids or len(alphas) > 1:
             raise UserError(
                 f"layer {layer} was measured on other prompts or at another alpha than layer "
                 f"{first.settings.layer}: compare layers of one sweep."
@@ -205,7 +198,7 @@ def _row(
 
 
 def _global_ranking(
-    heads: Sequence[Head], delta_nats: PerPrompt, bootstrap: Bootstrap
+    heads: Sequence[Head], delta_nats: Float64[ndarray, "head prompt"], bootstrap: Bootstrap
 ) -> tuple[RankedHead, ...]:
     resampled = bootstrap.resampled(delta_nats)
     estimates, ranges = resampled.estimates(), rank_ranges(ranks_of(resampled.draws), bootstrap)
@@ -222,11 +215,8 @@ def _by_index(
     bootstrap: Bootstrap,
 ) -> tuple[Agreement, ...]:
     """Neighbouring layers only: all pairs would only repeat a number that means little."""
-    scored = [
-        Scored.of_prompts(f"layer {layer}", each, bootstrap)
-        for layer, each in zip(layers, delta_nats, strict=True)
-    ]
+    named = zip(layers, delta_nats, strict=True)
+    scored = [Scored.of_prompts(f"layer {layer}", each, bootstrap) for layer, each in named]
     return tuple(
-        agreement("layer_index", first, second, ks, bootstrap, INDEX_NOTE)
-        for first, second in pairwise(scored)
+        agreement("layer_index", *both, ks, bootstrap, INDEX_NOTE) for both in pairwise(scored)
     )

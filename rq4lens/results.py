@@ -106,11 +106,9 @@ class GridSettings:
         """
         flat = {**values, "k": values.get("ks")}
         own = {name: flat[name] for name in cls.__dataclass_fields__ if name in flat}
-        parts = {
-            "patching": Patching.checked(flat, "the settings of the grid"),
-            "effort": Effort.checked(flat, "the settings of the grid"),
-        }
-        return TypeAdapter(cls).validate_python({**own, **parts})
+        own["patching"] = Patching.checked(flat, "the settings of the grid")
+        own["effort"] = Effort.checked(flat, "the settings of the grid")
+        return TypeAdapter(cls).validate_python(own)
 
     def comparable_to(self, other: GridSettings) -> bool:
         """Whether two grids differ at most in layers, head sets and seeds."""
@@ -342,14 +340,19 @@ class GridResult:
 
 def rank_conditions(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
     """Rank the heads of one layer from their single-head conditions, in head order."""
-    raw, mapped = (
-        np.stack([getattr(single, name) for single in singles])
-        for name in ("kl_raw_nats", "kl_mapped_nats")
-    )
+    raw, mapped = kl_nats_of(singles)
     ranking = rank_single_heads(
         raw, mapped, rank_by, layer=singles[0].layer, alpha=singles[0].alpha
     )
     return replace(ranking, settings={"metric": "kl"})
+
+
+def kl_nats_of(
+    conditions: Sequence[ConditionResult],
+) -> Float64[ndarray, "kind condition prompt"]:
+    """``KL_raw`` and ``KL_mapped`` of conditions on each prompt."""
+    raw = [condition.kl_raw_nats for condition in conditions]
+    return np.array([raw, [condition.kl_mapped_nats for condition in conditions]])
 
 
 def rank_single_heads(

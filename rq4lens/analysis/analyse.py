@@ -3,60 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from rq4lens.analysis import records
 from rq4lens.analysis.claims import claims
+from rq4lens.analysis.coverage import table
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
 from rq4lens.analysis.coverage.cross_fitted import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
-from rq4lens.analysis.coverage.table import (
-    Coverage,
-    CoverageInputs,
-    coverage,
-    coverage_of_grid,
-    seed_sets,
-)
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.rankings.compared import (
-    Methods,
-    alignment,
-    answer_coverage,
-    compare_methods,
-    fold_agreement,
-    map_kind_agreement,
-    metric_agreement,
-    seed_agreement,
-)
+from rq4lens.analysis.rankings import compared
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
 from rq4lens.analysis.rankings.stability import rank_stability
-from rq4lens.analysis.records import (
-    Agreement,
-    Alignment,
-    AlphaPoint,
-    Concentration,
-    Control,
-    CoverageCurve,
-    HeadKinds,
-    HeadTests,
-    Interactions,
-    RankStability,
-)
 from rq4lens.analysis.result import Analysis, AnalysisSettings
 from rq4lens.analysis.statistics.concentration import concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
+from rq4lens.analysis.structure import controls
 from rq4lens.analysis.structure.alphas import alpha_sweep
-from rq4lens.analysis.structure.controls import (
-    ControlInputs,
-    grid_controls,
-    measured_controls,
-    random_controls,
-)
 from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.config import AnalysisEffort
 from rq4lens.heads import Head
@@ -105,24 +73,12 @@ def analyse(
     Raises:
         UserError: if a size of random sets does not fit the layer.
     """
-    effort = effort or AnalysisEffort()
-    sizes = random_sizes(
-        grid.n_heads,
-        grid.settings.patching.k,
-        grid.n_prompts,
-        effort.n_random_sets,
-        effort.random_ks,
-    )
+    effort, own = effort or AnalysisEffort(), grid.settings.patching.k
+    sizes = random_sizes(grid.n_heads, own, grid.n_prompts, effort.n_random_sets, effort.random_ks)
     methods = tuple(METHODS) if effort.methods is None else effort.methods
-    work = _Work(
-        grid=grid,
-        layer=MeasuredLayer.of_grid(grid, experiment),
-        effort=effort.but(random_ks=sizes, methods=methods),
-        given_activations=activations,
-        neutral=neutral,
-        progress=progress,
-    )
-    return work.analysis()
+    effort = effort.but(random_ks=sizes, methods=methods)
+    layer = MeasuredLayer.of_grid(grid, experiment)
+    return _Work(grid, layer, effort, activations, neutral, progress).analysis()
 
 
 @dataclass(frozen=True)
@@ -139,13 +95,17 @@ class _Work:
     def analysis(self) -> Analysis:
         """Everything, part by part."""
         seconds = {name: self._seconds(name) for name in PARTS}
+        own, coverage = self.ranking.method, self.coverage
+        if self.best is not None:
+            coverage = coverage.with_best(self.best)
+        others = [curve for curve in self.compared.curves if curve.ranking != own]
         analysis = Analysis(
             settings=self.settings,
             full=self.layer.full,
-            coverage=self.table.rows,
-            curves=self.curves,
-            random=self.coverage.random,
-            rankings=self.rankings,
+            coverage=coverage.rows,
+            curves=(*coverage.curves[:1], *others, *coverage.curves[1:]),
+            random=coverage.random,
+            rankings=(self.ranking, *(r for r in self.compared.rankings if r.method != own)),
             methods=self.compared.rows,
             stability=self.stability,
             agreement=self.agreements,
@@ -201,29 +161,32 @@ class _Work:
         return single_ranking(self.layer.measured, self.layer.rank_by)
 
     @cached_property
-    def inputs(self) -> CoverageInputs:
+    def inputs(self) -> table.CoverageInputs:
         """What the coverage table is made from."""
-        return CoverageInputs(
+        return table.CoverageInputs(
             layer=self.layer,
             ranking=self.ranking,
             random_ks=self.effort.random_ks or (),
-            seed_sets=seed_sets(self.grid),
+            seed_sets=table.seed_sets(self.grid),
             n_random_sets=self.effort.n_random_sets,
             n_splits=self.effort.n_splits,
         )
 
     @cached_property
-    def coverage(self) -> Coverage:
-        found = coverage(self.inputs) if self.can_measure else coverage_of_grid(self.inputs)
-        by_answer = answer_coverage(self.grid, self.layer.bootstrap)
+    def coverage(self) -> table.Coverage:
+        of = table.coverage if self.can_measure else table.coverage_of_grid
+        found = of(self.inputs)
+        by_answer = compared.answer_coverage(self.grid, self.layer.bootstrap)
         rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
         return replace(found, rows=rows)
 
     @cached_property
-    def compared(self) -> Methods:
+    def compared(self) -> compared.Methods:
         if not self.can_measure:
-            return Methods((), (), ())
-        return compare_methods(self.effort.methods or (), self.layer, self.ranking_settings)
+            return compared.Methods((), (), ())
+        return compared.compare_methods(
+            self.effort.methods or (), self.layer, self.ranking_settings
+        )
 
     @property
     def ranking_settings(self) -> RankingSettings:
@@ -237,33 +200,16 @@ class _Work:
         return pairs.tolist() if every_size and len(pairs) > 1 else None
 
     @cached_property
-    def best(self) -> CoverageCurve | None:
+    def best(self) -> records.CoverageCurve | None:
         """The envelope of all head sets that were measured."""
         return best_subsets(self.layer) if self.can_measure else None
 
-    @property
-    def table(self) -> Coverage:
-        """Coverage beside the best sets found."""
-        return self.coverage if self.best is None else self.coverage.with_best(self.best)
-
-    @property
-    def rankings(self) -> tuple[HeadRanking, ...]:
-        own = self.ranking.method
-        return (self.ranking, *(r for r in self.compared.rankings if r.method != own))
-
-    @property
-    def curves(self) -> tuple[CoverageCurve, ...]:
-        """The run's own first, then the other methods, cross-fitted and envelope last."""
-        own = self.ranking.method
-        others = tuple(curve for curve in self.compared.curves if curve.ranking != own)
-        return (*self.table.curves[:1], *others, *self.table.curves[1:])
-
     @cached_property
-    def interactions(self) -> Interactions | None:
+    def interactions(self) -> records.Interactions | None:
         return interactions(self.layer) if self.can_measure else None
 
     @cached_property
-    def alphas(self) -> tuple[tuple[AlphaPoint, ...], tuple[MeasuredSets, ...]]:
+    def alphas(self) -> tuple[tuple[records.AlphaPoint, ...], tuple[MeasuredSets, ...]]:
         """The sweep over blend strengths, and the measurements behind it."""
         if not self.can_measure:
             return (), (self.layer.measured,)
@@ -271,67 +217,62 @@ class _Work:
         return tuple(points), tuple(measured)
 
     @cached_property
-    def tests(self) -> HeadTests:
+    def tests(self) -> records.HeadTests:
         """All heads at all blend strengths that were tried."""
-        layer, heads = self.layer.measured.layer, range(self.grid.n_heads)
-        at_alpha = self.alphas[1]
+        bootstrap, tried = self.layer.bootstrap, self.alphas[1]
         return head_tests(
-            [(Head(layer, head), each.alpha) for each in at_alpha for head in heads],
-            np.concatenate([each.delta_nats(each.singles) for each in at_alpha]),
+            [(Head(each.layer, head), each.alpha) for each in tried for (head,) in each.singles],
+            np.concatenate([each.delta_nats(each.singles) for each in tried]),
             self.grid.groups,
-            n_flips=self.layer.bootstrap.n_resamples,
-            seed=self.layer.bootstrap.seed,
+            n_flips=bootstrap.n_resamples,
+            seed=bootstrap.seed,
         )
 
     @cached_property
-    def controls(self) -> tuple[Control, ...]:
-        rows = grid_controls(self.grid, self.layer.bootstrap)
+    def controls(self) -> tuple[records.Control, ...]:
+        layer, control_layer = self.layer, self.grid.settings.patching.control_layer
+        rows = controls.grid_controls(self.grid, layer.bootstrap)
         if self.experiment is not None and self.activations is not None:
-            control_layer = self.grid.settings.patching.control_layer
-            rows += measured_controls(
-                ControlInputs(
-                    self.layer, self.experiment, self.activations, control_layer, self.neutral
-                )
+            inputs = controls.ControlInputs(
+                layer, self.experiment, self.activations, control_layer, self.neutral
             )
-        return (*rows, *random_controls(self.coverage.rows, self.grid.n_heads, self.layer.full))
+            rows += controls.measured_controls(inputs)
+        rows += controls.random_controls(self.coverage.rows, self.grid.n_heads, layer.full)
+        return tuple(rows)
 
     @cached_property
-    def alignment(self) -> Alignment | None:
+    def alignment(self) -> records.Alignment | None:
         if self.activations is None:
             return None
         data = FitData.of(self.activations, self.layer.measured.layer)
-        return alignment(data, self.layer.scored(), self.layer.bootstrap)
+        return compared.alignment(data, self.layer.scored(), self.layer.bootstrap)
 
     @cached_property
-    def agreements(self) -> tuple[Agreement, ...]:
+    def agreements(self) -> tuple[records.Agreement, ...]:
         """Rankings of the same heads across metrics, folds, seeds, kinds of maps and alphas."""
-        compared = [metric_agreement(self.grid, self.layer)]
+        found = [compared.metric_agreement(self.grid, self.layer)]
         if self.experiment is not None and self.activations is not None:
-            compared += map_kind_agreement(self.layer, self.experiment, self.activations)
-        at_alphas = (point.agreement for point in self.alphas[0] if point.agreement is not None)
-        return (*compared, *self._resampled, *at_alphas)
-
-    @property
-    def _resampled(self) -> Iterator[Agreement]:
-        """The same heads ranked on other prompts, and from other random permutations."""
+            found += compared.map_kind_agreement(self.layer, self.experiment, self.activations)
         halves = half_splits(self.grid.groups, 1, self.layer.bootstrap.seed)
-        if len(halves):
-            yield fold_agreement(self.layer, halves[0])
-        for ranking in self.compared.rankings:
-            if ranking.method == "shapley" and not ranking.settings["exact"]:
-                yield seed_agreement(self.layer, self.ranking_settings)
+        found += [compared.fold_agreement(self.layer, half) for half in halves]
+        found += [
+            compared.seed_agreement(self.layer, self.ranking_settings)
+            for ranking in self.compared.rankings
+            if ranking.method == "shapley" and not ranking.settings["exact"]
+        ]
+        return (*found, *(point.agreement for point in self.alphas[0] if point.agreement))
 
     @cached_property
-    def stability(self) -> RankStability:
+    def stability(self) -> records.RankStability:
         return rank_stability(self.ranking, self.layer)
 
     @cached_property
-    def kinds(self) -> HeadKinds:
+    def kinds(self) -> records.HeadKinds:
         full, floor = self.grid.full.KL_raw, self.grid.noise_floor_nats
         return head_kinds(*self.layer.singles, full, floor, self.layer.bootstrap)
 
     @cached_property
-    def concentration(self) -> tuple[Concentration, ...]:
+    def concentration(self) -> tuple[records.Concentration, ...]:
         scores = {"|ΔKL|": self.layer.single_deltas, "KL_raw": self.layer.singles[0]}
         return tuple(
             concentration(name, each, self.layer.bootstrap) for name, each in scores.items()

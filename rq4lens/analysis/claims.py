@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import Control, CoverageCurve, CoverageRow
+from rq4lens.analysis.records import Control, CoverageRow
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.structure.controls import QUESTIONS, SIGNIFICANT
@@ -34,36 +34,33 @@ NEAR_PCT = 80.0
 
 def claims(analysis: Analysis) -> tuple[str, ...]:
     """What the numbers support, sentence by sentence."""
-    return tuple(
-        sentence
-        for part in (_effect, _carriers, _certainty, _tests, _metric, _structure, _controls)
-        for sentence in part(analysis)
-    )
+    full, row = analysis.full, decisive_row(analysis)
+    sentences = [_effect(analysis)]
+    if full.is_harm:
+        sentences += _who_does_harm(analysis)
+    elif full.undefined_because is None and row is not None:
+        sentences += [*_carriers(analysis, row), *_beside_random(row)]
+    sentences += _tests(analysis)
+    if full.undefined_because is None:
+        sentences += _metric(analysis)
+        if not full.is_harm:  # without a repair there is no claim that could survive
+            sentences += [*_structure(analysis), *_controls(analysis)]
+    return tuple(sentences)
 
 
-def _effect(analysis: Analysis) -> Iterator[str]:
+def _effect(analysis: Analysis) -> str:
     settings, full = analysis.settings.grid, analysis.full
-    value = full.delta.value or 0.0
-    size = f"ΔKL(ALL) = {full.delta:.3g nats}"
     where = f"At layer {settings.layer} (alpha {settings.patching.alpha:g})"
-    if full.undefined_because is not None:
-        yield (
-            f"{where} nothing can be said about shares: {full.undefined_because}. "
-            "Coverage is undefined."
-        )
-    elif value < 0:
-        yield f"{where} the map makes the raw patch worse, not better: {size}."
-    else:
-        yield f"{where} the map repairs part of what the raw patch damages: {size}."
+    why = full.undefined_because
+    if why is not None:
+        return f"{where} nothing can be said about shares: {why}. Coverage is undefined."
+    does = "repairs part of what the raw patch damages"
+    if full.is_harm:
+        does = "makes the raw patch worse, not better"
+    return f"{where} the map {does}: ΔKL(ALL) = {full.delta:.3g nats}."
 
 
-def _carriers(analysis: Analysis) -> Iterator[str]:
-    if analysis.full.is_harm:
-        yield from _who_does_harm(analysis)
-        return
-    row, defined = decisive_row(analysis), analysis.full.undefined_because is None
-    if row is None or not defined:
-        return
+def _carriers(analysis: Analysis, row: CoverageRow) -> Iterator[str]:
     which = f"top {row.k}" if row.k > 1 else "first"
     names = _labels(analysis, row.heads)
     heads = f"The {which} of {analysis.settings.grid.n_heads} heads by {row.ranking} ({names})"
@@ -90,11 +87,10 @@ def _who_does_harm(analysis: Analysis) -> Iterator[str]:
     )
     for row in analysis.coverage:
         if row.best_heads is not None and (row.best_coverage_pct or 0.0) > MOST_PCT:
-            who = (
-                f"{row.k} of {analysis.settings.grid.n_heads} heads {'do' if row.k > 1 else 'does'}"
-            )
-            names = _labels(analysis, row.best_heads)
-            yield f"{who} {row.best_coverage_pct:.1f}% of it ({names}), chosen on the same prompts."
+            who = f"{row.k} of {analysis.settings.grid.n_heads} heads"
+            do, names = "do" if row.k > 1 else "does", _labels(analysis, row.best_heads)
+            share = f"{row.best_coverage_pct:.1f}%"
+            yield f"{who} {do} {share} of it ({names}), chosen on the same prompts."
             return
 
 
@@ -129,13 +125,6 @@ def decisive_row(analysis: Analysis) -> CoverageRow | None:
     return rows[-1] if rows else None
 
 
-def _certainty(analysis: Analysis) -> Iterator[str]:
-    row, full = decisive_row(analysis), analysis.full
-    shown = full.undefined_because is None and not full.is_harm
-    if row is not None and shown and row.random_mean_pct is not None:
-        yield _beside_random(row)
-
-
 def _tests(analysis: Analysis) -> Iterator[str]:
     """How many heads differ from zero; an effect of next to nothing can, too."""
     corrected = {
@@ -146,9 +135,9 @@ def _tests(analysis: Analysis) -> Iterator[str]:
     if not corrected:
         return
     firm = {head for head, p_value in corrected.items() if p_value <= SIGNIFICANT}
-    busy = firm - {kind.head for kind in analysis.kinds.heads if kind.kind == "idle"}
     weight = ""
     if firm:
+        busy = firm - {kind.head for kind in analysis.kinds.heads if kind.kind == "idle"}
         line = f"{analysis.kinds.idle_below_nats:.2g} nats"
         weight = f"; {len(busy)} of these are not idle (KL_raw above {line})"
     yield (
@@ -160,8 +149,6 @@ def _tests(analysis: Analysis) -> Iterator[str]:
 
 def _metric(analysis: Analysis) -> Iterator[str]:
     """Whether a second metric ranks the heads in another order."""
-    if analysis.full.undefined_because is not None:
-        return
     for found in analysis.agreement:
         tau = found.kendall
         if found.kind != "metric" or tau.value is None:
@@ -174,7 +161,9 @@ def _metric(analysis: Analysis) -> Iterator[str]:
             )
 
 
-def _beside_random(row: CoverageRow) -> str:
+def _beside_random(row: CoverageRow) -> Iterator[str]:
+    if row.random_mean_pct is None:
+        return
     drawn, between = f"Random sets of {row.k}", ""
     if row.n_subsets < ENOUGH_SETS and not row.exhaustive:
         drawn = f"The {row.n_subsets} random sets of {row.k}"
@@ -186,17 +175,18 @@ def _beside_random(row: CoverageRow) -> str:
         judged = (
             f"; ranked on other prompts the top {row.k} are {clearly}better (p = {row.p_value:.3g})"
         )
-    return f"{drawn} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
+    yield f"{drawn} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
 
 
 def _structure(analysis: Analysis) -> Iterator[str]:
-    curve, n_heads = _own_curve(analysis), analysis.settings.grid.n_heads
-    if curve is None or analysis.full.is_harm or n_heads == 1:
-        return
-    if curve.k90.value is None or curve.area_pct.value is None:
+    """How the effect lies on heads by the run's own curve, cross-fitted where it can be."""
+    own, n_heads = analysis.settings.ranking, analysis.settings.grid.n_heads
+    by_name = {curve.ranking: curve for curve in analysis.curves}
+    curve = by_name.get(f"{own} (cross-fitted)", by_name.get(own))
+    if curve is None or n_heads == 1 or curve.k90.value is None or curve.area_pct.value is None:
         return
     reading = spread_of(int(curve.k90.value), n_heads, curve.area_pct.value)
-    judged = ", ranked on other prompts," if curve.ranking != analysis.settings.ranking else ""
+    judged = ", ranked on other prompts," if curve.ranking != own else ""
     few = format(curve.k90, f".0f of {n_heads} heads")
     yield (
         f"90% takes {few}{judged} and the area under the curve is "
@@ -215,17 +205,9 @@ def spread_of(k90: int, n_heads: int, area_pct: float) -> str:
     return "it is spread over many heads"
 
 
-def _own_curve(analysis: Analysis) -> CoverageCurve | None:
-    """The cross-fitted curve of the run's own ranking, or the plain one where there is none."""
-    own = analysis.settings.ranking
-    by_name = {curve.ranking: curve for curve in analysis.curves}
-    return by_name.get(f"{own} (cross-fitted)", by_name.get(own))
-
-
 def _controls(analysis: Analysis) -> Iterator[str]:
     judged = [control for control in analysis.controls if control.survives is not None]
-    repairs = analysis.full.undefined_because is None and (analysis.full.delta.value or 0.0) > 0
-    if not judged or not repairs:  # without a repair there is no claim that could survive
+    if not judged:
         return
     failed = [control for control in judged if not control.survives]
     verdict = f"The claim survives {len(judged) - len(failed)} of {len(judged)} controls"

@@ -611,8 +611,7 @@ class LayerComparison(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as strict JSON values; every null has its reason."""
-        record: dict[str, Any] = to_json(self)
-        return record
+        return dict(to_json(self))
 
 
 @dataclass(frozen=True)

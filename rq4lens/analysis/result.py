@@ -8,23 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
-from rq4lens.analysis.records import (
-    NOT_MEASURED,
-    Agreement,
-    Alignment,
-    AlphaPoint,
-    Concentration,
-    Control,
-    CoverageCurve,
-    CoverageRow,
-    FullEffect,
-    HeadKinds,
-    HeadTests,
-    Interactions,
-    MethodRow,
-    RandomSets,
-    RankStability,
-)
+from rq4lens.analysis import records
 from rq4lens.analysis.statistics.bootstrap import LEVEL
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import AnalysisEffort
@@ -71,12 +55,10 @@ class AnalysisSettings:
         Raises:
             ValueError: if one is missing or of another type.
         """
-        parts = {
-            "grid": GridSettings.from_dict(values),
-            "effort": AnalysisEffort.checked(values, "the settings of the analysis"),
-        }
+        grid = GridSettings.from_dict(values)
+        effort = AnalysisEffort.checked(values, "the settings of the analysis")
         own = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return TypeAdapter(cls).validate_python({**own, **parts})
+        return TypeAdapter(cls).validate_python({**own, "grid": grid, "effort": effort})
 
 
 @dataclass(frozen=True)
@@ -109,28 +91,28 @@ class Analysis(Record):
 
     ALSO_SAVED: ClassVar[tuple[str, ...]] = ("areas",)
     BECAUSE: ClassVar[Mapping[str, str]] = {
-        "interactions": NOT_MEASURED,
+        "interactions": records.NOT_MEASURED,
         "alignment": (
             "only measured numbers were given: the direction comes from the models' activations"
         ),
     }
 
     settings: AnalysisSettings
-    full: FullEffect
-    coverage: tuple[CoverageRow, ...]
-    curves: tuple[CoverageCurve, ...]
-    random: tuple[RandomSets, ...]
+    full: records.FullEffect
+    coverage: tuple[records.CoverageRow, ...]
+    curves: tuple[records.CoverageCurve, ...]
+    random: tuple[records.RandomSets, ...]
     rankings: tuple[HeadRanking, ...]
-    methods: tuple[MethodRow, ...]
-    stability: RankStability
-    agreement: tuple[Agreement, ...]
-    concentration: tuple[Concentration, ...]
-    tests: HeadTests
-    interactions: Interactions | None
-    kinds: HeadKinds
-    controls: tuple[Control, ...]
-    alignment: Alignment | None
-    alphas: tuple[AlphaPoint, ...]
+    methods: tuple[records.MethodRow, ...]
+    stability: records.RankStability
+    agreement: tuple[records.Agreement, ...]
+    concentration: tuple[records.Concentration, ...]
+    tests: records.HeadTests
+    interactions: records.Interactions | None
+    kinds: records.HeadKinds
+    controls: tuple[records.Control, ...]
+    alignment: records.Alignment | None
+    alphas: tuple[records.AlphaPoint, ...]
     claims: tuple[str, ...]
     seconds: Mapping[str, float]
 
@@ -142,5 +124,4 @@ class Analysis(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``analysis.json``, strict JSON values; every null has its reason."""
-        record: dict[str, Any] = to_json(self)
-        return record
+        return dict(to_json(self))

@@ -12,7 +12,7 @@ from rq4lens.analysis.coverage.curves import curve_of
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.records import CoverageCurve, Interactions, PairInteraction
-from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, Estimate, undefined
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, undefined
 from rq4lens.analysis.statistics.sign_flips import NO_EFFECT, sign_flips
 
 BEAM = 4
@@ -119,17 +119,10 @@ def _strongest(
     chosen = np.argsort(-np.abs(of_pairs.mean(-1)), kind="stable")[:N_STRONGEST]
     estimates = bootstrap.estimate(of_pairs[chosen])
     testable = len(set(measured.groups)) > 1
-    return tuple(
-        _pair(int(first[pair]), int(second[pair]), estimate, flips.p_max_t[pair], testable)
-        for pair, estimate in zip(chosen, estimates, strict=True)
-    )
-
-
-def _pair(
-    first: int, second: int, estimate: Estimate, p_max_t: float, testable: bool
-) -> PairInteraction:
-    if not testable:
-        return PairInteraction(first, second, estimate, None, ONE_GROUP)
-    if not np.isfinite(p_max_t):
-        return PairInteraction(first, second, estimate, None, NO_EFFECT)
-    return PairInteraction(first, second, estimate, float(p_max_t))
+    pairs = []
+    for pair, estimate in zip(chosen, estimates, strict=True):
+        p_max_t = float(flips.p_max_t[pair])
+        reason = ONE_GROUP if not testable else NO_EFFECT if np.isnan(p_max_t) else None
+        shown = p_max_t if reason is None else None
+        pairs.append(PairInteraction(int(first[pair]), int(second[pair]), estimate, shown, reason))
+    return tuple(pairs)

@@ -15,12 +15,7 @@ from rq4lens.analysis.coverage.curves import curve_of
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
 from rq4lens.analysis.records import CoverageCurve
-from rq4lens.analysis.statistics.bootstrap import (
-    CONSTANT,
-    Estimate,
-    Interval,
-    group_membership,
-)
+from rq4lens.analysis.statistics.bootstrap import CONSTANT, Estimate, Interval, group_membership
 from rq4lens.results import RankBy, order_of, single_scores
 
 TOO_FEW_GROUPS = "there are fewer than two groups of prompts, so they cannot be split"
@@ -72,18 +67,16 @@ class CrossFit:
 
         Each prompt is scored with the top k heads of the half it does not belong to.
         """
-        return np.stack([self._scored(split) for split in range(len(self.first))])
+        scored = []
+        for first, orders in zip(self.first, self.orders.tolist(), strict=True):
+            of_first, of_second = (self.measured.delta_nats(prefixes(order)) for order in orders)
+            scored.append(np.where(first, of_second, of_first))
+        return np.stack(scored)
 
     @property
     def delta_nats(self) -> Float64[ndarray, "k prompt"]:
         """Out-of-half ``ΔKL`` for k = 0 to H, averaged over the splits."""
         return self.split_delta_nats.mean(0)
-
-    def _scored(self, split: int) -> Float64[ndarray, "k prompt"]:
-        of_first, of_second = (
-            self.measured.delta_nats(prefixes(order)) for order in self.orders[split].tolist()
-        )
-        return np.where(self.first[split], of_second, of_first)
 
 
 WIDENED = "{}, mean over splits, times sqrt(2): valid however the halves depend"

@@ -11,13 +11,7 @@ from numpy import ndarray
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, prefixes
 from rq4lens.analysis.records import CoverageCurve
-from rq4lens.analysis.statistics.bootstrap import (
-    LEVEL,
-    Estimate,
-    Resampled,
-    exact,
-    undefined,
-)
+from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Resampled, exact, undefined
 from rq4lens.results import HeadRanking
 
 CARRIED = 0.9
@@ -43,18 +37,23 @@ def curve_of(
     means = layer.bootstrap.resampled(delta_nats)
     shares = means.apply(share_of_full)
     reason = layer.full.undefined_because
-    low, high = simultaneous_band(shares) if reason is None else (np.empty(0), np.empty(0))
-    areas = _areas(shares, reason)
+    if reason is None:
+        (low, high), coverage_pct = simultaneous_band(shares), _coverage(shares)
+        area_pct, cmd, k90 = _areas(shares)
+    else:
+        low = high = np.empty(0)
+        coverage_pct = [undefined(reason)] * len(sets)
+        area_pct = cmd = k90 = undefined(reason)
     return CoverageCurve(
         ranking=name,
         head_sets=tuple(sets),
         delta_nats=tuple(means.estimates()),
-        coverage_pct=tuple(_coverage(shares, reason)),
+        coverage_pct=tuple(coverage_pct),
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
-        area_pct=areas[0],
-        cmd=areas[1],
-        k90=areas[2],
+        area_pct=area_pct,
+        cmd=cmd,
+        k90=k90,
         exhaustive=exhaustive,
     )
 
@@ -82,35 +81,30 @@ def fewest_heads(shares: Curves, share: float = CARRIED) -> ndarray:
     return np.argmax(np.concatenate([reached, last], axis=-1), axis=-1)
 
 
-def _coverage(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
-    if undefined_because is not None:
-        return [undefined(undefined_because)] * len(shares.point)
+def _coverage(shares: Resampled) -> list[Estimate]:
     estimates = shares.apply(lambda f: 100 * f).estimates()
     # No heads cover nothing and all heads cover everything: that is what coverage means.
     return [exact(0.0), *estimates[1:-1], exact(100.0)]
 
 
-def _areas(shares: Resampled, undefined_because: str | None) -> list[Estimate]:
-    if undefined_because is not None:
-        return [undefined(undefined_because)] * 3
-
+def _areas(shares: Resampled) -> list[Estimate]:
     def areas(f: Curves) -> ndarray:
         return np.stack([100 * area(f), area(np.abs(1 - f))], axis=-1)
 
     # k90 takes whole numbers only: a smooth correction of its quantiles would make no sense.
-    k90 = shares.apply(lambda f: fewest_heads(f)[..., None]).estimates(method="percentile")
+    k90 = shares.apply(lambda f: fewest_heads(f)[..., None]).estimates("percentile")
     return [*shares.apply(areas).estimates(), *k90]
 
 
 def simultaneous_band(
-    curves: Resampled, level: float = LEVEL
+    curves: Resampled,
 ) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
-    """A band that holds the whole curve at once with the given confidence.
+    """A band that holds the whole curve at once with 95% confidence.
 
     Its half-width is a number of standard deviations, the same at every k.
     """
     spread = curves.draws.std(0)
     varies = spread > 1e-12 * spread.max(initial=0.0)
     deviations = np.abs(curves.draws - curves.point)[:, varies] / spread[varies]
-    width = spread * np.quantile(deviations.max(-1, initial=0.0), level)
+    width = spread * np.quantile(deviations.max(-1, initial=0.0), LEVEL)
     return curves.point - width, curves.point + width

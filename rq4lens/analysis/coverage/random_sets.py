@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import ceil, comb
@@ -60,13 +60,20 @@ def random_sizes(
     Raises:
         UserError: if a named size does not fit the layer.
     """
+    for k in asked or ():
+        if not 1 <= k <= n_heads:
+            raise UserError(
+                f"random sets of {k} heads do not exist: the layer has {n_heads}; give sizes from "
+                f"1 to {n_heads}."
+            )
     if asked is not None:
-        return tuple(sorted({*own, *_existing(asked, n_heads)}))
+        return tuple(sorted({*own, *asked}))
     sizes = range(1, n_heads + 1)
     chosen = {1, *own, *(k for k in sizes if comb(n_heads, k) <= FEW_SETS)}
     left = MAX_ROWS // (2 * n_prompts) - sum(_n_sets(n_heads, k, n_random_sets) for k in chosen)
     while len(chosen) < n_heads:
-        k = _middle_of_widest_gap(chosen)
+        low, high = max(pairwise(sorted(chosen)), key=lambda gap: (gap[1] - gap[0], -gap[0]))
+        k = (low + high) // 2
         left -= _n_sets(n_heads, k, n_random_sets)
         if left < 0:
             break
@@ -76,21 +83,6 @@ def random_sizes(
 
 def _n_sets(n_heads: int, k: int, n_random_sets: int) -> int:
     return every if (every := comb(n_heads, k)) <= EXHAUSTIVE_LIMIT else n_random_sets
-
-
-def _middle_of_widest_gap(sizes: Iterable[int]) -> int:
-    low, high = max(pairwise(sorted(sizes)), key=lambda gap: (gap[1] - gap[0], -gap[0]))
-    return (low + high) // 2
-
-
-def _existing(asked: Sequence[int], n_heads: int) -> Sequence[int]:
-    for k in asked:
-        if not 1 <= k <= n_heads:
-            raise UserError(
-                f"random sets of {k} heads do not exist: the layer has {n_heads}; give sizes from "
-                f"1 to {n_heads}."
-            )
-    return asked
 
 
 QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
@@ -149,20 +141,9 @@ def random_sets(
     rankings: RandomRankings, k: int, full_delta: float | None, seeds: Mapping[int, Indices]
 ) -> RandomSets:
     """Random head sets of one size: all of them when they are few, draws otherwise."""
-    measured = rankings.measured
-    delta = measured.delta(rankings.sets(k))
-    exhaustive = rankings.is_exhaustive(k)
-    return replace(
-        described(k, delta, full_delta, deltas_of(measured, seeds)), exhaustive=exhaustive
-    )
-
-
-def sets_of_seeds(
-    measured: MeasuredSets, k: int, full_delta: float | None, seeds: Mapping[int, Indices]
-) -> RandomSets:
-    """The run's own random sets as all that is known of random sets of that size."""
-    of_seeds = deltas_of(measured, seeds)
-    return described(k, np.array(list(of_seeds.values())), full_delta, of_seeds)
+    delta, of_seeds = rankings.measured.delta(rankings.sets(k)), deltas_of(rankings.measured, seeds)
+    drawn = described(k, delta, full_delta, of_seeds)
+    return replace(drawn, exhaustive=rankings.is_exhaustive(k))
 
 
 def deltas_of(measured: MeasuredSets, seeds: Mapping[int, Indices]) -> dict[int, float]:
@@ -194,7 +175,7 @@ def described(
 
 
 def random_band(
-    random_pct: Float64[ndarray, "ranking k"], level: float = LEVEL
+    random_pct: Float64[ndarray, "ranking k"],
 ) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
     """Lower and upper end of a band that holds a random ranking's coverage at every k at once.
 
@@ -207,7 +188,7 @@ def random_band(
         extreme rank length.
     """
     places = _by_extremeness(random_pct)
-    held = random_pct[places >= np.sort(places)[-ceil(level * len(places))]]
+    held = random_pct[places >= np.sort(places)[-ceil(LEVEL * len(places))]]
     return held.min(0), held.max(0)
 
 
@@ -232,11 +213,8 @@ ROUNDING = 1e-12
 
 def untestable_because(cross_fit: CrossFit) -> str | None:
     """Why the test cannot be made; None when it can."""
-    if cross_fit.undefined_because is not None:
-        return cross_fit.undefined_because
-    if len(set(cross_fit.measured.groups)) < FEWEST_GROUPS:
-        return TOO_FEW_TO_TEST
-    return None
+    too_few = len(set(cross_fit.measured.groups)) < FEWEST_GROUPS
+    return cross_fit.undefined_because or (TOO_FEW_TO_TEST if too_few else None)
 
 
 def cross_fitted_p_value(
@@ -250,21 +228,12 @@ def cross_fitted_p_value(
     membership = group_membership(cross_fit.measured.groups)
     n_half = len(membership) // 2
     smallest = 2.0**-n_half
-    largest_t = float(student.isf(smallest, n_half - 1))
-    t = np.mean(
-        [
-            min(_skew_corrected_t(_gain(scores[k], average_nats), membership), largest_t)
-            for scores in cross_fit.split_delta_nats
-        ]
-    )
-    return PValue(float(student.sf(t, n_half - 1)), smallest)
-
-
-def _gain(
-    scores: Float64[ndarray, "prompt"], average_nats: Float64[ndarray, "prompt"]
-) -> Float64[ndarray, "prompt"]:
-    gain = scores - average_nats
-    return np.where(np.abs(gain) <= ROUNDING * np.abs(scores).max(), 0.0, gain)
+    scores = cross_fit.split_delta_nats[:, k]
+    gains = scores - average_nats
+    gains[np.abs(gains) <= ROUNDING * np.abs(scores).max(-1, keepdims=True)] = 0.0
+    t = [_skew_corrected_t(gain, membership) for gain in gains]
+    mean_t = np.minimum(t, student.isf(smallest, n_half - 1)).mean()
+    return PValue(float(student.sf(mean_t, n_half - 1)), smallest)
 
 
 def _skew_corrected_t(

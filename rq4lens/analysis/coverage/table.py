@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +13,10 @@ from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.coverage.random_sets import (
     RandomRankings,
     cross_fitted_p_value,
+    deltas_of,
+    described,
     random_band,
     random_sets,
-    sets_of_seeds,
     untestable_because,
 )
 from rq4lens.analysis.effects.layer import MeasuredLayer
@@ -35,9 +35,8 @@ class Coverage:
     """Coverage of one ranking, with everything it is to be compared with.
 
     Args:
-        rows: the coverage table, a row a k.
         curves: the plain and the cross-fitted curve; empty without an experiment.
-        random: random head sets by size, of more sizes than the table has rows.
+        random: random head sets, of more sizes than the table has rows.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -62,12 +61,8 @@ class CoverageInputs:
     """What a coverage table is made from.
 
     Args:
-        layer: the measured layer.
-        ranking: the ranking whose top k is shown.
         random_ks: the sizes of random sets, in ascending order; those shown are among them.
         seed_sets: the run's own random sets, by size and seed.
-        n_random_sets: random sets drawn of each size that has more.
-        n_splits: random half splits behind the cross-fitted numbers.
     """
 
     layer: MeasuredLayer
@@ -115,20 +110,14 @@ def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
 def coverage_of_grid(inputs: CoverageInputs) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
     layer = inputs.layer
-    random = {
-        k: replace(
-            sets_of_seeds(layer.measured, k, layer.full_delta, inputs.seed_sets[k]),
-            reasons=inputs.absent(*RANDOM_SHARES),
-        )
-        for k in layer.ks
-        if inputs.seed_sets.get(k)
-    }
     missing = undefined(layer.full.undefined_because or NOT_MEASURED)
-    rows = tuple(
-        _row(inputs, k, Selection(plain, missing, missing), random.get(k))
-        for k, plain in zip(layer.ks, _coverage_of_top(inputs), strict=True)
-    )
-    return Coverage(rows, (), tuple(random.values()))
+    random, rows = [], []
+    for k, plain in zip(layer.ks, _coverage_of_top(inputs), strict=True):
+        of_seeds = deltas_of(layer.measured, inputs.seed_sets.get(k, {}))
+        drawn = described(k, np.array(list(of_seeds.values())), layer.full_delta, of_seeds)
+        random.append(replace(drawn, reasons=inputs.absent(*RANDOM_SHARES)))
+        rows.append(_row(inputs, plain, missing, random[-1]))
+    return Coverage(tuple(rows), (), tuple(sets for sets in random if sets.n_subsets))
 
 
 def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
@@ -151,13 +140,18 @@ def coverage(inputs: CoverageInputs) -> Coverage:
     """The coverage table with curves, random sets and cross-fitting."""
     layer = inputs.layer
     random = _with_band(inputs, tuple(_judged(inputs, k) for k in inputs.random_ks))
-    plain, crossed = ranking_curve(inputs.ranking, layer), _cross_fitted(inputs)
+    plain, cross_fit = ranking_curve(inputs.ranking, layer), inputs.cross_fit
+    curves = [plain]
+    if cross_fit.undefined_because is None:
+        name = f"{inputs.ranking.method} (cross-fitted)"
+        curves.append(cross_fitted_curve(name, cross_fit, layer))
+        crossed = curves[1].coverage_pct
+    else:
+        missing = undefined(layer.full.undefined_because or cross_fit.undefined_because)
+        crossed = (missing,) * len(plain.coverage_pct)
     by_k = {sets.k: sets for sets in random}
-    rows = tuple(
-        _row(inputs, k, selection, by_k[k])
-        for k, selection in zip(layer.ks, _selections(inputs, plain, crossed), strict=True)
-    )
-    return Coverage(rows, (plain,) if crossed is None else (plain, crossed), random)
+    rows = tuple(_row(inputs, plain.coverage_pct[k], crossed[k], by_k[k]) for k in layer.ks)
+    return Coverage(rows, tuple(curves), random)
 
 
 def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
@@ -183,64 +177,26 @@ def _with_band(inputs: CoverageInputs, random: tuple[RandomSets, ...]) -> tuple[
     )
 
 
-class Selection(NamedTuple):
-    """Coverage of the top k with and without choosing them on the prompts they are scored on."""
-
-    coverage_pct: Estimate
-    cross_fitted_coverage_pct: Estimate
-    optimism_pct: Estimate
-
-
-def _cross_fitted(inputs: CoverageInputs) -> CoverageCurve | None:
-    if inputs.cross_fit.undefined_because is not None:
-        return None
-    name = f"{inputs.ranking.method} (cross-fitted)"
-    return cross_fitted_curve(name, inputs.cross_fit, inputs.layer)
-
-
-def _selections(
-    inputs: CoverageInputs, plain: CoverageCurve, crossed: CoverageCurve | None
-) -> list[Selection]:
-    """One for each size of the table."""
-    ks = inputs.layer.ks
-    if crossed is None:
-        reason = inputs.layer.full.undefined_because or inputs.cross_fit.undefined_because
-        missing = undefined(reason or "")
-        return [Selection(plain.coverage_pct[k], missing, missing) for k in ks]
-    by_k = [(plain.coverage_pct[k], crossed.coverage_pct[k]) for k in ks]
-    return [Selection(*both, _optimism(*both)) for both in by_k]
-
-
-def _optimism(plain: Estimate, crossed: Estimate) -> Estimate:
-    """Plain minus cross-fitted coverage, in percentage points."""
-    if plain.value is None or crossed.value is None:
-        return crossed
-    return Estimate(plain.value - crossed.value, None, FROZEN)
-
-
 def _row(
-    inputs: CoverageInputs, k: int, selection: Selection, random: RandomSets | None
+    inputs: CoverageInputs, plain: Estimate, crossed: Estimate, random: RandomSets
 ) -> CoverageRow:
+    optimism = crossed
+    if plain.value is not None and crossed.value is not None:
+        optimism = Estimate(plain.value - crossed.value, None, FROZEN)
     return CoverageRow(
-        k=k,
+        k=random.k,
         ranking=inputs.ranking.method,
-        heads=inputs.ranking.top(k),
+        heads=inputs.ranking.top(random.k),
+        coverage_pct=plain,
+        cross_fitted_coverage_pct=crossed,
+        optimism_pct=optimism,
+        p_value=random.p_value,
+        p_value_min=random.p_value_min,
+        n_subsets=random.n_subsets,
+        exhaustive=random.exhaustive,
+        random_mean_pct=random.mean_pct,
+        random_low_pct=random.quantiles_pct.get("0.025"),
+        random_high_pct=random.quantiles_pct.get("0.975"),
         reason=inputs.untested_because,
         reasons=inputs.absent(*ROW_SHARES),
-        **selection._asdict(),
-        **_beside(random),
     )
-
-
-def _beside(random: RandomSets | None) -> dict[str, Any]:
-    """What a row says of random sets of its size."""
-    quantiles = {} if random is None else random.quantiles_pct
-    return {
-        "p_value": None if random is None else random.p_value,
-        "p_value_min": None if random is None else random.p_value_min,
-        "n_subsets": 0 if random is None else random.n_subsets,
-        "exhaustive": random is not None and random.exhaustive,
-        "random_mean_pct": None if random is None else random.mean_pct,
-        "random_low_pct": quantiles.get("0.025"),
-        "random_high_pct": quantiles.get("0.975"),
-    }

@@ -24,11 +24,8 @@ class MeasuredLayer:
     """The measured head sets of one layer, and how tables of them are made.
 
     Args:
-        measured: the head sets; what is missing is measured when it is asked for.
         full: the full effect, the denominator of every coverage.
-        bootstrap: the resamples that all intervals share.
         ks: sizes of the head sets in tables.
-        rank_by: the score that orders single heads.
     """
 
     measured: MeasuredSets

@@ -83,15 +83,11 @@ class MeasuredSets:
 
     def with_mapped(self, sources: Mapping[str, Site]) -> dict[str, MeasuredSets]:
         """The same layer with something else in place of the mapped activations, by its name."""
-        return {
-            name: MeasuredSets(
-                self.measurer.with_sources({(self.layer, name): source}),
-                self.layer,
-                self.alpha,
-                mapped=name,
-            )
-            for name, source in sources.items()
-        }
+        views = {}
+        for name, source in sources.items():
+            measurer = self.measurer.with_sources({(self.layer, name): source})
+            views[name] = MeasuredSets(measurer, self.layer, self.alpha, mapped=name)
+        return views
 
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:
         """Measure those sets that are missing.
@@ -107,14 +103,12 @@ class MeasuredSets:
         """
         wanted = [tuple(sorted({int(head) for head in heads})) for heads in sets]
         missing = [heads for heads in dict.fromkeys(wanted) if heads and not self._has(heads)]
-        if missing:
-            self.measurer.require(
-                [
-                    Patch(self.layer, head_set, self.alpha, source)
-                    for head_set in (HeadSet(heads, self.n_heads) for heads in missing)
-                    for source in (RAW, self.mapped)
-                ]
-            )
+        patches = [
+            Patch(self.layer, head_set, self.alpha, source)
+            for head_set in (HeadSet(heads, self.n_heads) for heads in missing)
+            for source in (RAW, self.mapped)
+        ]
+        self.measurer.require(patches)
         return wanted
 
     def _has(self, heads: Indices) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,9 +19,17 @@ from rq4lens.analysis.statistics.bootstrap import (
     exact,
     undefined,
 )
-from rq4lens.results import HOOK, NO_RAW_EFFECT, ConditionResult, GridResult, HeadRanking
+from rq4lens.results import (
+    HOOK,
+    NO_RAW_EFFECT,
+    ConditionResult,
+    GridResult,
+    HeadRanking,
+    kl_nats_of,
+)
 
 QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct")
+RANKED = ("delta", "drop_pct", "KL_raw", "KL_mapped")
 
 
 def bootstrap_of(grid: GridResult) -> Bootstrap:
@@ -44,9 +52,8 @@ def full_effect(
     that the map does.
     """
     resampled = bootstrap.resampled(delta_nats[None])
-    delta = resampled.estimates()[0]
-    reason = _why_undefined(resampled, delta, noise_floor_nats)
-    return FullEffect(delta, noise_floor_nats, reason)
+    (delta,) = resampled.estimates()
+    return FullEffect(delta, noise_floor_nats, _why_undefined(resampled, delta, noise_floor_nats))
 
 
 def _why_undefined(resampled: Resampled, delta: Estimate, noise_floor_nats: float) -> str | None:
@@ -57,17 +64,13 @@ def _why_undefined(resampled: Resampled, delta: Estimate, noise_floor_nats: floa
         )
     if len(resampled.jackknife) == 0:
         return f"ΔKL(ALL) has no confidence interval: {ONE_GROUP}"
-    low, high = _reach(resampled, delta)
+    # Where all prompts agree to the last digit there is no interval: the draws' own range.
+    low, high = float(resampled.draws.min()), float(resampled.draws.max())
+    if delta.interval is not None:
+        low, high = delta.interval.pair
     if low <= 0 <= high:
         return f"the 95% interval of ΔKL(ALL), [{low:.3g}, {high:.3g}] nats, reaches 0"
     return None
-
-
-def _reach(resampled: Resampled, delta: Estimate) -> tuple[float, float]:
-    """The interval, or the draws' own range where all prompts agree to the last digit."""
-    if delta.interval is not None:
-        return delta.interval.low, delta.interval.high
-    return float(resampled.draws.min()), float(resampled.draws.max())
 
 
 def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
@@ -87,7 +90,19 @@ def records(
     conditions = list(grid.conditions.values()) if conditions is None else conditions
     estimates = condition_estimates(grid, conditions, bootstrap_of(grid))
     return tuple(
-        _record(grid, condition, row) for condition, row in zip(conditions, estimates, strict=True)
+        ConditionRecord(
+            layer=condition.layer,
+            hook=HOOK,
+            cond=condition.cond,
+            alpha=condition.alpha,
+            heads=condition.heads.indices,
+            head_mask=tuple(condition.heads.mask),
+            split=grid.settings.patching.split,
+            k_positions=grid.settings.patching.k_positions,
+            n=grid.n_prompts,
+            **row,
+        )
+        for condition, row in zip(conditions, estimates, strict=True)
     )
 
 
@@ -95,17 +110,20 @@ def condition_estimates(
     grid: GridResult, conditions: Sequence[ConditionResult], bootstrap: Bootstrap
 ) -> list[dict[str, Estimate]]:
     """The five numbers of each condition with their intervals, all on the same resamples."""
-    raw = np.stack([condition.kl_raw_nats for condition in (grid.full, *conditions)])
-    mapped = np.stack([condition.kl_mapped_nats for condition in (grid.full, *conditions)])
-    resampled = bootstrap.resampled(np.concatenate([raw, mapped])).apply(_five_numbers)
-    flat = resampled.estimates()
+    both = np.concatenate(kl_nats_of((grid.full, *conditions)))
+    flat = bootstrap.estimate(both, _five_numbers)
     undefined_because = grid_full_effect(grid, bootstrap).undefined_because
-    rows = [
-        dict(zip(QUANTITIES, flat[i :: len(conditions)], strict=True))
-        for i in range(len(conditions))
-    ]
-    for condition, row in zip(conditions, rows, strict=True):
-        _settle(row, condition is grid.full, undefined_because)
+    rows = []
+    for at, condition in enumerate(conditions):
+        row = dict(zip(QUANTITIES, flat[at :: len(conditions)], strict=True))
+        # What follows from the definitions does not come from the resamples.
+        if (row["KL_raw_mean"].value or 0.0) <= 0:
+            row["drop_pct"] = undefined(NO_RAW_EFFECT)
+        if undefined_because is not None:
+            row["coverage_pct"] = undefined(undefined_because)
+        elif condition is grid.full:
+            row["coverage_pct"] = exact(100.0)
+        rows.append(row)
     return rows
 
 
@@ -117,49 +135,14 @@ def _five_numbers(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
     return np.concatenate([x[..., 1:] for x in (raw, mapped, delta, drop, coverage)], axis=-1)
 
 
-def _settle(row: dict[str, Estimate], is_full: bool, undefined_because: str | None) -> None:
-    """Put in what follows from the definitions rather than from the resamples."""
-    raw = row["KL_raw_mean"].value
-    if raw is None or raw <= 0:
-        row["drop_pct"] = undefined(NO_RAW_EFFECT)
-    if undefined_because is not None:
-        row["coverage_pct"] = undefined(undefined_because)
-    elif is_full:
-        row["coverage_pct"] = exact(100.0)
-
-
-def _record(
-    grid: GridResult, condition: ConditionResult, estimates: Mapping[str, Estimate]
-) -> ConditionRecord:
-    return ConditionRecord(
-        layer=condition.layer,
-        hook=HOOK,
-        cond=condition.cond,
-        alpha=condition.alpha,
-        heads=condition.heads.indices,
-        head_mask=tuple(condition.heads.mask),
-        split=grid.settings.patching.split,
-        k_positions=grid.settings.patching.k_positions,
-        n=grid.n_prompts,
-        **estimates,
-    )
-
-
 def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[dict[str, Any]]:
     """The rows of the single-head ranking file, best first."""
-    ranking = ranking or grid.ranking
-    return [
-        _ranking_row(grid.single(head), head, rank) for rank, head in enumerate(ranking.heads, 1)
-    ]
-
-
-def _ranking_row(single: ConditionResult, head: int, rank: int) -> dict[str, Any]:
-    row = {
-        "head": head,
-        "rank": rank,
-        "delta": single.delta,
-        "drop_pct": single.drop_pct,
-        "KL_raw": single.KL_raw,
-        "KL_mapped": single.KL_mapped,
-    }
-    return row if single.drop_pct is not None else {**row, "drop_pct_reason": NO_RAW_EFFECT}
+    rows = []
+    for rank, head in enumerate((ranking or grid.ranking).heads, 1):
+        single = grid.single(head)
+        numbers = {name: getattr(single, name) for name in RANKED}
+        row: dict[str, Any] = {"head": head, "rank": rank, **numbers}
+        if single.drop_pct is None:
+            row["drop_pct_reason"] = NO_RAW_EFFECT
+        rows.append(row)
+    return rows

@@ -113,7 +113,11 @@ def agreement(
     reason = _why_uncorrelated(first, second)
 
     def estimate(measure: Measure) -> Estimate:
-        return _estimate(measure, first, second, together)
+        if together is None:
+            value = float(measure(first.scores[None], second.scores[None])[0])
+            return Estimate(value, None, first.no_interval or second.no_interval or FIXED)
+        of_both = together.apply(lambda both: measure(*np.split(both, 2, axis=-1))[..., None])
+        return of_both.estimates("percentile")[0]
 
     def correlation(measure: Measure) -> Estimate:
         return estimate(measure) if reason is None else undefined(reason)
@@ -136,24 +140,10 @@ def _why_uncorrelated(first: Scored, second: Scored) -> str | None:
     return ALL_TIED if any(np.ptp(scored.scores) == 0 for scored in (first, second)) else None
 
 
-def _estimate(
-    measure: Measure, first: Scored, second: Scored, together: Resampled | None
-) -> Estimate:
-    if together is None:
-        value = float(measure(first.scores[None], second.scores[None])[0])
-        return Estimate(value, None, first.no_interval or second.no_interval or FIXED)
-
-    def of_both(scores: Scores) -> ndarray:
-        return measure(*np.split(scores, 2, axis=-1))[..., None]
-
-    return together.apply(of_both).estimates(method="percentile")[0]
-
-
 def _together(first: Scored, second: Scored, bootstrap: Bootstrap) -> Resampled | None:
     """Both rankings' scores side by side; those that do not come from prompts stay fixed."""
-    if first.resampled is None and second.resampled is None:
-        return None
-    if first.no_interval or second.no_interval:
+    no_interval = first.no_interval or second.no_interval
+    if no_interval or (first.resampled is None and second.resampled is None):
         return None
     both = [scored.resampled or fixed(scored.scores, bootstrap) for scored in (first, second)]
     return Resampled(
@@ -176,16 +166,12 @@ def kendall(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     Source:
         Kendall, The Treatment of Ties in Ranking Problems (1945).
     """
-    signs = [np.sign(_pair_differences(scores)) for scores in (first, second)]
+    i, j = np.triu_indices(first.shape[-1], 1)
+    signs = [np.sign(scores[..., i] - scores[..., j]) for scores in (first, second)]
     agree = (signs[0] * signs[1]).sum(-1)
     untied = (np.abs(signs[0]).sum(-1), np.abs(signs[1]).sum(-1))
     with np.errstate(invalid="ignore"):
         return np.asarray(agree / np.sqrt(untied[0] * untied[1]))
-
-
-def _pair_differences(scores: Scores) -> Float64[ndarray, "*rows pair"]:
-    i, j = np.triu_indices(scores.shape[-1], 1)
-    return scores[..., i] - scores[..., j]
 
 
 def spearman(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
@@ -207,17 +193,12 @@ def rank_biased_overlap(
         (rankings of equal length without ties; ties here break by head index).
     """
     depth = np.arange(1, first.shape[-1] + 1)
-    overlap = _overlap_at_depth(first, second) / depth
+    # A head is among the first d of both rankings from the deeper of its two ranks on.
+    deeper = np.maximum(ranks_of(first), ranks_of(second))
+    overlap = (deeper[..., None] <= depth).sum(-2) / depth
     weights = persistence**depth
     body = (1 - persistence) / persistence * (overlap * weights).sum(-1)
     return np.asarray(overlap[..., -1] * weights[-1] + body)
-
-
-def _overlap_at_depth(first: Scores, second: Scores) -> Float64[ndarray, "*rows depth"]:
-    """How many heads both rankings have among their first d, for d = 1 to H."""
-    deeper = np.maximum(ranks_of(first), ranks_of(second))
-    depth = np.arange(1, first.shape[-1] + 1)
-    return (deeper[..., None] <= depth).sum(-2).astype(float)
 
 
 def top_jaccard(first: Scores, second: Scores, k: int) -> Float64[ndarray, "*rows"]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
-from rq4lens.analysis.effects.layer import MeasuredLayer, PerPrompt
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
@@ -31,11 +31,7 @@ from rq4lens.results import ConditionResult, GridResult, HeadRanking
 def rank_heads(
     method: str, measured: MeasuredSets, settings: RankingSettings = DEFAULTS
 ) -> HeadRanking:
-    """Rank the heads of a layer by a method.
-
-    Raises:
-        UserError: if there is no such method, or it needs an experiment and none was given.
-    """
+    """Rank the heads of a layer by a method."""
     ranking: HeadRanking = method_of(method).rank(measured, settings)
     return ranking
 
@@ -67,7 +63,9 @@ def compare_methods(
         try:
             ranking, seconds = timed_ranking(method, layer.measured, settings)
         except UserError as problem:
-            rows.append(_missing(method, str(problem)))
+            reason = str(problem)
+            nothing = undefined(reason)
+            rows.append(MethodRow(method, None, {}, nothing, nothing, None, reason, reason))
             continue
         row, curve = describe_ranking(ranking, layer, seconds)
         rows.append(row)
@@ -94,11 +92,6 @@ def describe_ranking(
         reasons={"seconds": "the ranking was read from a file"},
     )
     return row, curve
-
-
-def _missing(method: str, reason: str) -> MethodRow:
-    nothing = undefined(reason)
-    return MethodRow(method, None, {}, nothing, nothing, None, reason, reason)
 
 
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
@@ -157,38 +150,32 @@ def map_kind_agreement(
 
 def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> Agreement:
     """Compare the rankings by ``ΔKL`` on two halves of the prompts."""
-    one = _on_some("first half", layer.single_deltas, first, layer.bootstrap)
-    other = _on_some("second half", layer.single_deltas, ~first, layer.bootstrap)
-    return agreement("fold", one, other, layer.ks, layer.bootstrap)
-
-
-def _on_some(
-    name: str, per_prompt: PerPrompt, prompts: Bool[ndarray, "prompt"], bootstrap: Bootstrap
-) -> Scored:
-    """Scores that are means over some of the prompts; undefined in a resample without any."""
-    chosen = prompts.astype(float)[None]
-    sums = bootstrap.resampled(np.concatenate([per_prompt * chosen, chosen]))
-    means = sums.apply(lambda m: m[..., :-1] / m[..., -1:])
-    return Scored(name, means.point, means)
+    halves = []
+    for name, half in (("first half", first), ("second half", ~first)):
+        chosen = half.astype(float)[None]
+        sums = layer.bootstrap.resampled(np.concatenate([layer.single_deltas * chosen, chosen]))
+        # Means over some of the prompts are undefined in a resample without any of them.
+        means = sums.apply(lambda m: m[..., :-1] / m[..., -1:])
+        halves.append(Scored(name, means.point, means))
+    return agreement("fold", halves[0], halves[1], layer.ks, layer.bootstrap)
 
 
 def seed_agreement(layer: MeasuredLayer, settings: RankingSettings) -> Agreement:
     """Compare rankings by sampled Shapley values from different random permutations."""
-    measured = layer.measured
+    measured, bootstrap = layer.measured, layer.bootstrap
     if settings.orders is None:
-        both = [replace(settings, seed=seed) for seed in (settings.seed, settings.seed + 1)]
-        names = [f"shapley, seed {each.seed}" for each in both]
-        rankings = [rank_by_shapley(measured, each) for each in both]
+        rankings = {
+            f"shapley, seed {seed}": rank_by_shapley(measured, replace(settings, seed=seed))
+            for seed in (settings.seed, settings.seed + 1)
+        }
     else:
-        orders = np.array(settings.orders)
-        half = len(orders) // 2
-        names = ["shapley, one half of the orders", "shapley, the other half"]
-        rankings = [shapley_of_orders(measured, part) for part in (orders[:half], orders[half:])]
-    one, other = (
-        Scored.of(ranking, layer.bootstrap, name)
-        for ranking, name in zip(rankings, names, strict=True)
-    )
-    return agreement("seed", one, other, layer.ks, layer.bootstrap)
+        orders, half = np.array(settings.orders), len(settings.orders) // 2
+        rankings = {
+            "shapley, one half of the orders": shapley_of_orders(measured, orders[:half]),
+            "shapley, the other half": shapley_of_orders(measured, orders[half:]),
+        }
+    one, other = (Scored.of(ranking, bootstrap, name) for name, ranking in rankings.items())
+    return agreement("seed", one, other, layer.ks, bootstrap)
 
 
 NO_DIRECTION = "the base activations do not predict the change: there is no first direction"

@@ -26,6 +26,9 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.exact import per_prompt_ranking
 from rq4lens.analysis.rankings.gradients import (
     DecisionFunction,
+    RowsOfLogits,
+    RowsOfZ,
+    Site,
     as_rows,
     decision_functions,
     experiment_of,
@@ -48,7 +51,8 @@ class Curvature:
         self, gram: Gram, sets: Iterable[Iterable[int]], alpha: float
     ) -> Float64[ndarray, "condition prompt"]:
         """Approximate KL of head sets on each prompt."""
-        masks = _masks(sets, gram.shape[-1])
+        every_head = np.arange(gram.shape[-1])
+        masks = np.array([np.isin(every_head, list(heads)) for heads in sets], dtype=float)
         quadratic = einsum(masks, gram, masks, "set i, prompt i j, set j -> set prompt")
         return alpha**2 / 2 * quadratic
 
@@ -88,7 +92,7 @@ def curvature(measured: MeasuredSets) -> Curvature:
 @torch.no_grad()
 def _grams(
     function: DecisionFunction,
-    z: Float[Tensor, "prompt position head d_head"],
+    z: Site,
     deltas: Float[Tensor, "prompt source position head d_head"],
 ) -> Float[Tensor, "source prompt i j"]:
     """``Cov_p(u_i, u_j)`` of the logit changes of single heads, for each source."""
@@ -114,18 +118,10 @@ def _grams(
 
 def _logit_changes(
     function: DecisionFunction,
-    z: Float[Tensor, "prompt position head d_head"],
-    directions: Float[Tensor, "prompt row position head d_head"],
-) -> Float[Tensor, "prompt row vocab"]:
+    z: Site,
+    directions: RowsOfZ,
+) -> RowsOfLogits:
     """Directional derivatives of the logits at the clean point."""
     with forward_ad.dual_level():
         clean = as_rows(z).expand_as(directions).contiguous()
         return forward_ad.unpack_dual(function(forward_ad.make_dual(clean, directions))).tangent
-
-
-def _masks(sets: Iterable[Iterable[int]], n_heads: int) -> Float64[ndarray, "set head"]:
-    chosen = [list(heads) for heads in sets]
-    masks = np.zeros((len(chosen), n_heads))
-    for row, heads in enumerate(chosen):
-        masks[row, heads] = 1
-    return masks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def read_ranking(
     """
     path = Path(path)
     scores: dict[int, float] = {}
-    for head, score in (_entry(entry, path) for entry in _entries(_load(path), path)):
+    for head, score in _entries(_load(path), path):
         if not 0 <= head < n_heads:
             raise UserError(
                 f"{path.name} names head {head}, but layer {layer} has heads 0 to {n_heads - 1}: "
@@ -64,22 +64,17 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _entries(content: Any, path: Path) -> list[Any]:
-    if isinstance(content, dict):
-        return list(content.items())
-    if isinstance(content, list):
-        return content
-    raise UserError(f"{path.name} holds neither a list nor an object: write {FORM}.")
-
-
-def _entry(entry: Any, path: Path) -> tuple[int, float]:
-    if isinstance(entry, Mapping) and {"head", "score"} <= set(entry):
-        head, score = entry["head"], entry["score"]
-    elif isinstance(entry, list | tuple) and len(entry) == 2:
-        head, score = entry
-    else:
-        raise UserError(f"{path.name} holds {_shown(entry)}: write {FORM}.")
-    return _head(head, path), _score(score, head, path)
+def _entries(content: Any, path: Path) -> Iterator[tuple[int, float]]:
+    if not isinstance(content, dict | list):
+        raise UserError(f"{path.name} holds neither a list nor an object: write {FORM}.")
+    for entry in content.items() if isinstance(content, dict) else content:
+        if isinstance(entry, dict) and {"head", "score"} <= set(entry):
+            head, score = entry["head"], entry["score"]
+        elif isinstance(entry, list | tuple) and len(entry) == 2:
+            head, score = entry
+        else:
+            raise UserError(f"{path.name} holds {_shown(entry)}: write {FORM}.")
+        yield _head(head, path), _score(score, head, path)
 
 
 def _head(head: Any, path: Path) -> int:
@@ -111,20 +106,12 @@ def _shown(value: Any, limit: int = 60) -> str:
 def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:
     """The rows of a method's ranking file, best first: ``head, rank, score, se``."""
     errors = ranking.standard_errors or (None,) * ranking.n_heads
-    return [
-        _row(head, rank, score, error, ranking.reasons)
-        for rank, (head, score, error) in enumerate(
-            zip(ranking.heads, ranking.scores, errors, strict=True), 1
-        )
-    ]
-
-
-def _row(
-    head: int, rank: int, score: float | None, error: float | None, why: Mapping[str, str]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"head": head, "rank": rank, "score": score, "se": error}
-    if score is None:
-        row["score_reason"] = why["scores"]
-    if error is None:
-        row["se_reason"] = why["standard_errors"]
-    return row
+    rows: list[dict[str, Any]] = []
+    for head, score, error in zip(ranking.heads, ranking.scores, errors, strict=True):
+        row: dict[str, Any] = {"head": head, "rank": len(rows) + 1, "score": score, "se": error}
+        if score is None:
+            row["score_reason"] = ranking.reasons["scores"]
+        if error is None:
+            row["se_reason"] = ranking.reasons["standard_errors"]
+        rows.append(row)
+    return rows

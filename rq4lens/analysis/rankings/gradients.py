@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,80 +32,63 @@ from rq4lens.results import HeadRanking
 
 RowsOfZ = Float[Tensor, "prompt row position head d_head"]
 RowsOfLogits = Float[Tensor, "prompt row vocab"]
-
+Site = Float[Tensor, "prompt position head d_head"]
+PerHead = Float64[ndarray, "head prompt"]
 
 MAX_VALUES = 2**24
 """Numbers in the widest layer of a batch; bounds the memory of a derivative."""
 
 
-@runtime_checkable
-class DecisionFunction(Protocol):
-    """Logits at the decision token of some prompts, as a function of ``z`` at one layer."""
+@dataclass(frozen=True)
+class DecisionFunction:
+    """Logits at the decision token of some prompts, as a function of ``z`` at one layer.
 
-    @property
-    def rows(self) -> Int[Tensor, "prompt"]:
-        """Which prompts of the experiment these are."""
+    Args:
+        rows: which prompts of the experiment these are.
+    """
+
+    rows: Int[Tensor, "prompt"]
+    logits: Callable[[RowsOfZ], RowsOfLogits]
 
     def __call__(self, z: RowsOfZ) -> RowsOfLogits:
         """Logits of every row."""
+        return self.logits(z)
 
 
-@dataclass(frozen=True)
-class SuffixFunction:
+def _suffix_logits(
+    model: HookedTransformer, patched: int, batch: CleanBatch, prompts: slice, z: RowsOfZ
+) -> RowsOfLogits:
     """From ``z`` to logits over keys and values kept from the clean pass."""
-
-    model: HookedTransformer
-    layer: int
-    batch: CleanBatch
-    prompts: slice
-
-    @property
-    def rows(self) -> Int[Tensor, "prompt"]:
-        """Which prompts of the experiment these are."""
-        return self.batch.rows[self.prompts]
-
-    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
-        """Logits of every row."""
-        placement = Placement.of(self.model)
-        clean = self.batch.layers[self.layer].resid[self.prompts]
-        resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
-        resid = finish_block(self.model.blocks[self.layer], resid, z.to(clean.device))
-        for layer in range(self.layer + 1, self.model.cfg.n_layers):
-            block, at = self.model.blocks[layer], self.batch.layers[layer].of_prompts(self.prompts)
-            resid = resid.to(placement.layers[layer])
-            resid = finish_block(block, resid, row_z(block, resid, at.earlier))
-        return _unembed(self.model, resid[:, :, -1].to(placement.exit))
+    placement = Placement.of(model)
+    clean = batch.layers[patched].resid[prompts]
+    resid = repeat(clean, "prompt position d -> prompt row position d", row=z.shape[1])
+    resid = finish_block(model.blocks[patched], resid, z.to(clean.device))
+    for layer in range(patched + 1, model.cfg.n_layers):
+        block, at = model.blocks[layer], batch.layers[layer].of_prompts(prompts)
+        resid = resid.to(placement.layers[layer])
+        resid = finish_block(block, resid, row_z(block, resid, at.earlier))
+    resid = resid[:, :, -1].to(placement.exit)
+    if model.cfg.normalization_type is not None:
+        resid = model.ln_final(resid)
+    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
 
 
-@dataclass(frozen=True)
-class NativeFunction:
+def _native_logits(
+    model: HookedTransformer, layer: int, batch: TokenBatch, k_positions: int, z: RowsOfZ
+) -> RowsOfLogits:
     """From ``z`` to logits by full forward passes through a native hook."""
+    positions = patched_positions(batch, k_positions)
+    prompts = torch.arange(len(positions))
 
-    model: HookedTransformer
-    layer: int
-    batch: TokenBatch
-    k_positions: int
-
-    @property
-    def rows(self) -> Int[Tensor, "prompt"]:
-        """Which prompts of the experiment these are."""
-        return self.batch.rows
-
-    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
-        """Logits of every row."""
-        return torch.stack([self._one(row) for row in z.unbind(1)], dim=1)
-
-    def _one(self, z: Float[Tensor, "prompt position head d_head"]) -> Tensor:
-        positions = patched_positions(self.batch, self.k_positions)
-        prompts = torch.arange(len(positions))
-
+    def logits_of(row: Site) -> Tensor:
         def replace(clean: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - by the library
             at = (prompts[:, None].to(clean.device), positions.to(clean.device))
-            return clean.index_put(at, z.to(clean))
+            return clean.index_put(at, row.to(clean))
 
-        with self.model.hooks(fwd_hooks=[(z_site(self.layer), replace)]):
-            logits = forward_batch(self.model, self.batch)
-        return logits[prompts, self.batch.decision]
+        with model.hooks(fwd_hooks=[(z_site(layer), replace)]):
+            return forward_batch(model, batch)[prompts, batch.decision]
+
+    return torch.stack([logits_of(row) for row in z.unbind(1)], dim=1)
 
 
 def decision_functions(
@@ -117,11 +100,13 @@ def decision_functions(
     if isinstance(engine, SuffixEngine):
         for clean in engine.clean_batches(layer):
             for start in range(0, len(clean.rows), size):
-                here = clean.to(Placement.of(model))
-                yield SuffixFunction(model, layer, here, slice(start, start + size))
+                here, prompts = clean.to(Placement.of(model)), slice(start, start + size)
+                logits = partial(_suffix_logits, model, layer, here, prompts)
+                yield DecisionFunction(here.rows[prompts], logits)
     else:
         for batch in experiment.prompts.batches(size):
-            yield NativeFunction(model, layer, batch, experiment.k_positions)
+            logits = partial(_native_logits, model, layer, batch, experiment.k_positions)
+            yield DecisionFunction(batch.rows, logits)
 
 
 def _prompts_at_once(experiment: Experiment, rows_per_prompt: int) -> int:
@@ -131,19 +116,9 @@ def _prompts_at_once(experiment: Experiment, rows_per_prompt: int) -> int:
     return max(1, MAX_VALUES // (rows_per_prompt * experiment.k_positions * widest))
 
 
-def _unembed(model: HookedTransformer, resid: Float[Tensor, "prompt row d_model"]) -> RowsOfLogits:
-    if model.cfg.normalization_type is not None:
-        resid = model.ln_final(resid)
-    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
-
-
-def as_rows(z: Float[Tensor, "prompt position head d_head"]) -> RowsOfZ:
+def as_rows(z: Site) -> RowsOfZ:
     """Activations as the single row of their prompt."""
     return rearrange(z, "prompt position head d_head -> prompt 1 position head d_head")
-
-
-PerHead = Float64[ndarray, "head prompt"]
-Site = Float[Tensor, "prompt position head d_head"]
 
 
 def rank_by_grad_act(measured: MeasuredSets, settings: RankingSettings = DEFAULTS) -> HeadRanking:
@@ -153,11 +128,8 @@ def rank_by_grad_act(measured: MeasuredSets, settings: RankingSettings = DEFAULT
     """
     experiment = experiment_of(measured, "grad_act")
     z, target = experiment.sources[measured.layer, SELF], settings.target
-    gradient = path_gradients(
-        experiment, measured.layer, [torch.zeros_like(z)], CLEAN, settings.target
-    )
-    scores = np.abs(_dot(z, gradient[0]))
-    return per_prompt_ranking("grad_act", measured, scores, {"target": target})
+    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], CLEAN, target)[0]
+    return per_prompt_ranking("grad_act", measured, np.abs(_dot(z, gradient)), {"target": target})
 
 
 def rank_by_attribution(
@@ -199,12 +171,7 @@ def attributions(
 
 @dataclass(frozen=True)
 class Path:
-    """Points on a straight path at which a gradient is taken, and how they are averaged.
-
-    Args:
-        at: the points, as shares of the whole way.
-        weights: weight of each; they sum to 1.
-    """
+    """Points on a straight path (shares of the whole way) and the weights of an average there."""
 
     at: tuple[float, ...]
     weights: tuple[float, ...]
@@ -280,11 +247,7 @@ def _dot(first: Site, second: Site) -> PerHead:
 
 
 def experiment_of(measured: MeasuredSets, method: str) -> Experiment:
-    """The experiment behind the measurements, which has the model.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The experiment behind the measurements, which has the model; a sentence without one."""
     if not isinstance(measured.experiment, Experiment):
         raise UserError(
             f"ranking method {method!r} needs the models, not only measured numbers: give the "

@@ -28,9 +28,6 @@ class RankingSettings:
         ig_steps: points on the path of integrated gradients.
         seed: seed of the permutations that Shapley values are sampled from.
         orders: permutations to use instead, whose head sets may have been measured already.
-
-    Raises:
-        UserError: if the target does not exist, or there is no point on the path.
     """
 
     target: str = "answer_logprob"
@@ -98,11 +95,7 @@ GRADIENT_METHODS = tuple(name for name, method in METHODS.items() if method.need
 
 
 def method_of(name: str) -> Method:
-    """A ranking method by its name.
-
-    Raises:
-        UserError: if it does not exist.
-    """
+    """A ranking method by its name; a sentence if it does not exist."""
     if name not in METHODS:
         raise UserError(
             f"ranking method {name!r} does not exist: choose one of {', '.join(METHODS)}."
@@ -117,11 +110,7 @@ def methods_of(text: str) -> tuple[str, ...]:
 
 
 def refuse_unread(given: Iterable[tuple[str, object]], methods: Sequence[str]) -> None:
-    """Refuse settings, by name and value, that none of the chosen methods reads.
-
-    Raises:
-        UserError: if there is one.
-    """
+    """Refuse settings, by name and value, that none of the chosen methods reads."""
     for setting, value in given:
         readers = [name for name, method in METHODS.items() if setting in method.reads]
         if not set(readers) & set(methods):

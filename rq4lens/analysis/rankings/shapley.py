@@ -64,33 +64,20 @@ def sampled_shapley(
     errors are those of the sampling of permutations.
     """
     enough = tolerance * abs(float(measured.delta([measured.everything])[0]))
-    mean = MeanGains(measured)
+    mean, stopped = MeanGains(measured), "the largest number of permutations was reached"
     for orders in _rounds(measured.n_heads, max_pairs, seed):
         mean.add(orders)
         if mean.standard_errors.max() <= enough:
+            stopped = "standard errors are small enough"
             break
-    settings = {
-        "n_permutations": mean.n_permutations,
-        "exact": False,
-        "tolerance": tolerance,
-        "seed": seed,
-        "stopped": "standard errors are small enough"
-        if mean.standard_errors.max() <= enough
-        else "the largest number of permutations was reached",
-    }
-    return mean.ranking(settings)
+    return mean.ranking({"tolerance": tolerance, "seed": seed, "stopped": stopped})
 
 
 def shapley_of_orders(measured: MeasuredSets, orders: Pairs) -> HeadRanking:
     """Shapley values from given permutations, whose head sets may have been measured already."""
     mean = MeanGains(measured)
     mean.add(orders)
-    settings = {
-        "n_permutations": mean.n_permutations,
-        "exact": False,
-        "stopped": "every given permutation was used",
-    }
-    return mean.ranking(settings)
+    return mean.ranking({"stopped": "every given permutation was used"})
 
 
 class MeanGains:
@@ -111,16 +98,6 @@ class MeanGains:
             self._of_pairs.append(gains.mean(-1))
 
     @property
-    def n_permutations(self) -> int:
-        """Number of orders so far."""
-        return 2 * len(self._of_pairs)
-
-    @property
-    def per_prompt(self) -> Float64[ndarray, "head prompt"]:
-        """Mean gain of each head on each prompt."""
-        return self._total / len(self._of_pairs)
-
-    @property
     def standard_errors(self) -> Float64[ndarray, "head"]:
         """Standard error of each head's mean gain; infinite with one pair."""
         if len(self._of_pairs) < 2:
@@ -129,8 +106,10 @@ class MeanGains:
 
     def ranking(self, settings: Mapping[str, object]) -> HeadRanking:
         """Heads ranked by their mean gain."""
-        errors = self.standard_errors.tolist()
-        return per_prompt_ranking("shapley", self._measured, self.per_prompt, settings, errors)
+        n_pairs, errors = len(self._of_pairs), self.standard_errors.tolist()
+        settings = {"n_permutations": 2 * n_pairs, "exact": False, **settings}
+        per_prompt = self._total / n_pairs
+        return per_prompt_ranking("shapley", self._measured, per_prompt, settings, errors)
 
 
 def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Pairs]:

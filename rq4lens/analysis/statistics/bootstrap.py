@@ -55,10 +55,8 @@ def quantiles(
 
 def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "quantity"]:
     """Whether a quantity is the same in every resample, up to rounding of the weighted sums."""
-    spread = draws.max(0) - draws.min(0)
-    size = np.abs(draws).max(0)
-    rounding = 64 * np.finfo(float).eps * size
-    return ~(spread > rounding)
+    rounding = 64 * np.finfo(float).eps * np.abs(draws).max(0)
+    return ~(draws.max(0) - draws.min(0) > rounding)
 
 
 def number_text(value: float | None, form: str, absent: str = "undefined") -> str:
@@ -79,6 +77,7 @@ IntervalMethod = Literal["bca", "percentile"]
 
 LEVEL = 0.95
 ONE_GROUP = "there is only one group of prompts, so nothing shows how much groups differ"
+ZERO_DENOMINATOR = "its denominator is 0"
 CONSTANT = "every resample gives the same value, so resampling shows no spread"
 UNDEFINED_IN_RESAMPLES = "the quantity is undefined in some resamples (a denominator reaches 0)"
 
@@ -138,15 +137,8 @@ class Estimate:
 
     def fields(self, name: str) -> dict[str, Any]:
         """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""
-        fields: dict[str, Any] = {
-            name: self.value,
-            f"{name}_ci{100 * self._level:g}": None
-            if self.interval is None
-            else self.interval.pair,
-        }
-        if self.reason is not None:
-            fields[f"{name}_reason"] = self.reason
-        return fields
+        ends = None if self.interval is None else self.interval.pair
+        return _fields(name, self.value, "ci95", ends, self.reason)
 
     @classmethod
     def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Estimate:
@@ -158,16 +150,12 @@ class Estimate:
 
     def divided_by(self, unit: float) -> Estimate:
         """The same in another unit."""
-        if self.value is None or self.interval is None:
-            return replace(self, value=None if self.value is None else self.value / unit)
-        low, high = (end / unit for end in self.interval.pair)
-        return replace(
-            self, value=self.value / unit, interval=replace(self.interval, low=low, high=high)
-        )
-
-    @property
-    def _level(self) -> float:
-        return LEVEL if self.interval is None else self.interval.level
+        if self.value is None:
+            return self
+        interval = self.interval
+        if interval is not None:
+            interval = replace(interval, low=interval.low / unit, high=interval.high / unit)
+        return replace(self, value=self.value / unit, interval=interval)
 
 
 @dataclass(frozen=True)
@@ -195,8 +183,7 @@ class Spread:
     def fields(self, name: str) -> dict[str, Any]:
         """The spread as ``name``, ``name_range95`` and, where they are null, ``name_reason``."""
         ends = None if self.low is None else [self.low, self.high]
-        fields: dict[str, Any] = {name: self.value, f"{name}_range{100 * LEVEL:g}": ends}
-        return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
+        return _fields(name, self.value, "range95", ends, self.reason)
 
     @classmethod
     def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Spread:
@@ -204,6 +191,13 @@ class Spread:
         values = (fields[name], *(fields[f"{name}_range95"] or (None, None)))
         value, low, high = (None if each is None else float(each) for each in values)
         return cls(value, low, high, fields.get(f"{name}_reason"))
+
+
+def _fields(
+    name: str, value: float | None, mark: str, ends: Any, reason: str | None
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: value, f"{name}_{mark}": ends}
+    return fields if reason is None else {**fields, f"{name}_reason": reason}
 
 
 def undefined(reason: str) -> Estimate:
@@ -277,14 +271,13 @@ class Bootstrap:
         values: Float64[ndarray, "quantity prompt"],
         statistic: Callable[[ndarray], ndarray] | None = None,
         *,
-        level: float = LEVEL,
         method: IntervalMethod = "bca",
     ) -> list[Estimate]:
         """Estimates of means, or of functions of means, with their intervals."""
         resampled = self.resampled(values)
         if statistic is not None:
             resampled = resampled.apply(statistic)
-        return resampled.estimates(level=level, method=method)
+        return resampled.estimates(method)
 
 
 @dataclass(frozen=True)
@@ -298,35 +291,23 @@ class Resampled:
     def apply(self, statistic: Callable[[ndarray], ndarray]) -> Resampled:
         """The same resamples of a function of the quantities."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            point = np.asarray(statistic(self.point[None]), dtype=float)
-            draws = np.asarray(statistic(self.draws), dtype=float)
-            jackknife = np.asarray(statistic(self.jackknife), dtype=float)
+            point, draws, jackknife = (
+                np.asarray(statistic(each), dtype=float)
+                for each in (self.point[None], self.draws, self.jackknife)
+            )
         return Resampled(point[0], draws, jackknife)
 
-    def estimates(self, *, level: float = LEVEL, method: IntervalMethod = "bca") -> list[Estimate]:
+    def estimates(self, method: IntervalMethod = "bca") -> list[Estimate]:
         """Each quantity with its interval."""
-        reasons = self._reasons()
-        usable = [index for index, reason in enumerate(reasons) if reason is None]
-        bounds = dict(zip(usable, self._bounds(usable, level, method), strict=True))
-        return [
-            self._estimate(index, reason, bounds.get(index), level, method)
-            for index, reason in enumerate(reasons)
+        estimates = [
+            Estimate(value, None, reason) if np.isfinite(value) else undefined(ZERO_DENOMINATOR)
+            for value, reason in zip(self.point.tolist(), self._reasons(), strict=True)
         ]
-
-    def _estimate(
-        self,
-        index: int,
-        reason: str | None,
-        bounds: tuple[float, float] | None,
-        level: float,
-        method: str,
-    ) -> Estimate:
-        value = float(self.point[index])
-        if not np.isfinite(value):
-            return undefined("its denominator is 0")
-        if bounds is None:
-            return Estimate(value, None, reason)
-        return Estimate(value, Interval(*bounds, level, method))
+        usable = [index for index, each in enumerate(estimates) if each.reason is None]
+        for index, (low, high) in zip(usable, self._bounds(usable, method), strict=True):
+            interval = Interval(low, high, LEVEL, method)
+            estimates[index] = replace(estimates[index], interval=interval)
+        return estimates
 
     def _reasons(self) -> list[str | None]:
         """Why a quantity has no interval; None where it has one."""
@@ -339,18 +320,14 @@ class Resampled:
             for ok, same in zip(finite, constant, strict=True)
         ]
 
-    def _bounds(
-        self, usable: Sequence[int], level: float, method: IntervalMethod
-    ) -> list[tuple[float, float]]:
+    def _bounds(self, usable: Sequence[int], method: IntervalMethod) -> list[list[float]]:
         if not usable:
             return []
-        draws = self.draws[:, usable]
-        tails = np.array([(1 - level) / 2, (1 + level) / 2])
+        draws, tails = self.draws[:, usable], np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         levels = np.repeat(tails[:, None], len(usable), axis=1)
         if method == "bca":
             levels = bca_levels(self.point[usable], draws, self.jackknife[:, usable], tails)
-        ends = quantiles(draws, levels)
-        return [(float(low), float(high)) for low, high in ends.T]
+        return quantiles(draws, levels).T.tolist()
 
 
 def group_membership(groups: Sequence[str]) -> Float64[ndarray, "group prompt"]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from numpy import ndarray
 from statsmodels.stats.multitest import multipletests
 
@@ -87,14 +87,11 @@ def _sign_chunks(
     size = max(1, CHUNK_VALUES // n_values)
     for start in range(0, n_patterns, size):
         numbers = np.arange(start, min(start + size, n_patterns))
-        bits = (
-            _bits(numbers, n_groups) if exhaustive else rng.integers(0, 2, (len(numbers), n_groups))
-        )
+        if exhaustive:
+            bits = (numbers[:, None] >> np.arange(n_groups)) & 1
+        else:
+            bits = rng.integers(0, 2, (len(numbers), n_groups))
         yield 2.0 * bits - 1.0
-
-
-def _bits(numbers: Int64[ndarray, "flip"], n_bits: int) -> Int64[ndarray, "flip group"]:
-    return (numbers[:, None] >> np.arange(n_bits)) & 1
 
 
 def flips_for(n_tests: int, at_least: int = N_FLIPS) -> int:

@@ -21,7 +21,7 @@ from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData, refit
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.results import ConditionResult, GridResult
+from rq4lens.results import NO_CONTROL_LAYER, GridResult
 
 Site = Float[Tensor, "prompt position head d_head"]
 
@@ -106,18 +106,16 @@ def paired(
     The claim survives when the interval of the difference lies above 0.
     """
     means = bootstrap.resampled(np.stack([value, reference, reference - value]))
-    estimates = [*means.estimates(), _share(means.apply(lambda m: 100 * m[:, :1] / m[:, 1:2]))]
-    return _judged(name, question, estimates, unit)
+    return _judged(name, question, means.estimates(), means, unit)
 
 
-def _share(resampled: Resampled) -> Estimate:
-    share = resampled.estimates(method="percentile")[0]
-    return NO_SHARE if share.value is None else share
-
-
-def _judged(name: str, question: str, estimates: Sequence[Estimate], unit: str) -> Control:
-    value, reference, difference, share = estimates
+def _judged(
+    name: str, question: str, estimates: Sequence[Estimate], means: Resampled, unit: str
+) -> Control:
+    """The verdict of a difference; value and reference are the first two of the means."""
+    value, reference, difference = estimates
     interval = difference.interval
+    share = means.apply(lambda m: 100 * m[:, :1] / m[:, 1:2]).estimates("percentile")[0]
     return Control(
         name=name,
         question=question,
@@ -127,7 +125,7 @@ def _judged(name: str, question: str, estimates: Sequence[Estimate], unit: str) 
         unit=unit,
         survives=None if interval is None else interval.low > 0,
         reason=difference.reason if interval is None else None,
-        share_pct=share,
+        share_pct=NO_SHARE if share.value is None else share,
     )
 
 
@@ -139,33 +137,22 @@ def missing(name: str, question: str, reason: str, unit: str = DELTA_NATS) -> Co
 
 def grid_controls(grid: GridResult, bootstrap: Bootstrap) -> list[Control]:
     """The controls that the grid itself holds: the control layer and the self-patch."""
-    full = grid.full.delta_nats
+    full, control, itself = grid.full, grid.control, grid.conditions.get("self")
     layer = "Does the control layer's map repair as much of its own layer's damage?"
     nothing = "Does patching the tuned model into itself change nothing?"
-    control = grid.control
-    rows = [
-        paired("control layer", layer, control.delta_nats, full, bootstrap)
-        if isinstance(control, ConditionResult)
-        else missing("control layer", layer, "the run has no control layer")
-    ]
-    itself = grid.conditions.get("self")
+    if control is None:
+        rows = [missing("control layer", layer, NO_CONTROL_LAYER)]
+    else:
+        rows = [paired("control layer", layer, control.delta_nats, full.delta_nats, bootstrap)]
     if itself is not None:
-        both = itself.kl_raw_nats, grid.full.kl_raw_nats
+        both = itself.kl_raw_nats, full.kl_raw_nats
         rows.append(paired("self", nothing, *both, bootstrap, KL_RAW_NATS))
     return rows
 
 
 @dataclass(frozen=True)
 class ControlInputs:
-    """What the measured controls are made from.
-
-    Args:
-        layer: the main layer.
-        experiment: the pair, its maps and its engine.
-        activations: train and measured activations of the pair.
-        control_layer: the control layer, or None.
-        neutral: the same pair measured on neutral prompts; None where there are none.
-    """
+    """What the measured controls are made from; ``neutral`` is the pair on neutral prompts."""
 
     layer: MeasuredLayer
     experiment: Experiment
@@ -189,7 +176,7 @@ def measured_controls(inputs: ControlInputs) -> list[Control]:
             value = varied[name].delta_nats([everything])[0]
             rows.append(paired(name, question, value, reference, bootstrap))
         else:
-            rows.append(missing(name, question, "the run has no control layer"))
+            rows.append(missing(name, question, NO_CONTROL_LAYER))
     return [*rows, _neutral(inputs)]
 
 
@@ -210,26 +197,17 @@ def _neutral(inputs: ControlInputs) -> Control:
 
 def unpaired(name: str, question: str, value: Resampled, reference: Resampled) -> Control:
     """A control measured on other prompts than what it is compared with."""
-    # An interval needs several groups on both sides; no jackknife says that there are none.
-    alone = min(len(value.jackknife), len(reference.jackknife)) == 0
-    jackknife = value.jackknife[:0] if alone else reference.jackknife
-    # Without a jackknife over both sides there is no correction of skewness: percentiles.
-    difference, share = (
-        Resampled(both(reference.point, value.point), both(reference.draws, value.draws), jackknife)
-        for both in (np.subtract, _percent)
+    point, draws = (
+        np.concatenate([getattr(side, name) for side in (value, reference)], axis=-1)
+        for name in ("point", "draws")
     )
-    estimates = [
-        value.estimates()[0],
-        reference.estimates()[0],
-        difference.estimates(method="percentile")[0],
-        _share(share),
-    ]
-    return _judged(name, question, estimates, KL_RAW_NATS)
-
-
-def _percent(whole: ndarray, part: ndarray) -> ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 100 * part / whole
+    # An interval needs several groups on both sides; no jackknife says that there are none.
+    several = min(len(value.jackknife), len(reference.jackknife), 1)
+    both = Resampled(point, draws, point[None][:several])
+    # Without a jackknife over both sides there is no correction of skewness: percentiles.
+    difference = both.apply(lambda m: m[:, 1:] - m[:, :1]).estimates("percentile")
+    estimates = [*value.estimates(), *reference.estimates(), *difference]
+    return _judged(name, question, estimates, both, KL_RAW_NATS)
 
 
 def random_controls(rows: Sequence[CoverageRow], n_heads: int, full: FullEffect) -> list[Control]:
@@ -243,25 +221,25 @@ def random_controls(rows: Sequence[CoverageRow], n_heads: int, full: FullEffect)
 
 
 def _random(row: CoverageRow, is_harm: bool) -> Control:
-    name, question = f"random heads, k={row.k}", "Do as many random heads carry as much?"
-    reference = row.cross_fitted_coverage_pct
+    what = f"random heads, k={row.k}", "Do as many random heads carry as much?"
+    reference, mean_pct = row.cross_fitted_coverage_pct, row.random_mean_pct
     if is_harm:
-        return missing(
-            name, question, "the heads ranked first are those that do least harm", COVERAGE_PCT
-        )
-    if row.p_value is None or row.random_mean_pct is None or reference.value is None:
+        reason = "the heads ranked first are those that do least harm"
+        return missing(*what, reason, COVERAGE_PCT)
+    if row.p_value is None or mean_pct is None or reference.value is None:
         absent = reference.reason or row.reason or "there is no p-value"
-        return missing(name, question, absent, COVERAGE_PCT)
-    judged = f"judged by p = {row.p_value:.3g}"
-    difference = Estimate(reference.value - row.random_mean_pct, None, judged)
-    mean = Estimate(row.random_mean_pct, None, f"mean of {row.n_subsets} random sets")
-    assert row.p_value_min is not None
-    decides = row.p_value_min <= SIGNIFICANT
-    survives = row.p_value <= SIGNIFICANT if decides else None
-    reason = None if decides else f"no p-value below {row.p_value_min:.3g} can come out"
-    share = NO_SHARE
+        return missing(*what, absent, COVERAGE_PCT)
+    judged, smallest = f"judged by p = {row.p_value:.3g}", row.p_value_min or 0.0
+    decides, share = smallest <= SIGNIFICANT, NO_SHARE
     if reference.value:
-        share = Estimate(100 * row.random_mean_pct / reference.value, None, judged)
+        share = Estimate(100 * mean_pct / reference.value, None, judged)
     return Control(
-        name, question, mean, reference, difference, COVERAGE_PCT, survives, reason, share
+        *what,
+        value=Estimate(mean_pct, None, f"mean of {row.n_subsets} random sets"),
+        reference=reference,
+        difference=Estimate(reference.value - mean_pct, None, judged),
+        unit=COVERAGE_PCT,
+        survives=row.p_value <= SIGNIFICANT if decides else None,
+        reason=None if decides else f"no p-value below {smallest:.3g} can come out",
+        share_pct=share,
     )

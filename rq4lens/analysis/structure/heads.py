@@ -8,6 +8,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.records import HeadKind, HeadKinds
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
+from rq4lens.results import NO_RAW_EFFECT
 
 IDLE_SHARE = 0.1
 """Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
@@ -32,11 +33,11 @@ def head_kinds(
     resampled = bootstrap.resampled(np.concatenate([kl_raw_nats, kl_mapped_nats]))
     means = resampled.estimates()
     drops = resampled.apply(_drop_pct).estimates()
-    heads = tuple(
-        _kind(head, means[head], means[n_heads + head], drops[head], idle_below)
-        for head in range(n_heads)
-    )
-    return HeadKinds(heads, rule(idle_below), idle_below, EXPLAINED_PCT)
+    heads = []
+    for head, (raw, mapped) in enumerate(zip(means[:n_heads], means[n_heads:], strict=True)):
+        drop = undefined(NO_RAW_EFFECT) if (raw.value or 0.0) <= 0 else drops[head]
+        heads.append(HeadKind(head, kind_of(raw, drop, idle_below), raw, mapped, drop))
+    return HeadKinds(tuple(heads), rule(idle_below), idle_below, EXPLAINED_PCT)
 
 
 def idle_line(full_kl_raw: float, n_heads: int, noise_floor_nats: float = 0.0) -> float:
@@ -47,14 +48,6 @@ def idle_line(full_kl_raw: float, n_heads: int, noise_floor_nats: float = 0.0) -
 def _drop_pct(means: Float64[ndarray, "*rows both"]) -> ndarray:
     raw, mapped = np.split(means, 2, axis=-1)
     return 100 * (raw - mapped) / raw
-
-
-def _kind(
-    head: int, raw: Estimate, mapped: Estimate, drop: Estimate, idle_below: float
-) -> HeadKind:
-    if raw.value is None or raw.value <= 0:
-        drop = undefined("the raw patch changes nothing (KL_raw is 0)")
-    return HeadKind(head, kind_of(raw, drop, idle_below), raw, mapped, drop)
 
 
 def kind_of(raw: Estimate, drop: Estimate, idle_below: float) -> str:

@@ -13,18 +13,19 @@ from numpy import ndarray
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
 from rq4lens.analysis.rankings.exact import single_ranking
+from rq4lens.analysis.rankings.stability import rank_ranges
 from rq4lens.analysis.records import Agreement, LayerComparison, LayerRow, RankedHead
-from rq4lens.analysis.statistics.bootstrap import LEVEL, ONE_GROUP, Bootstrap, Estimate, number_text
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, number_text
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.results import ConditionResult, GridResult, RankBy, ranks_of
+from rq4lens.results import ConditionResult, GridResult, RankBy, kl_nats_of, order_of, ranks_of
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,6 @@ def rank_by_of(names: Sequence[str]) -> RankBy | None:
     return next((ranks for name in names if (ranks := METRICS[name].ranks) is not None), None)
 
 
-PerPrompt = Float64[ndarray, "head prompt"]
-
-
 def compare_layers(
     grids: Mapping[int, GridResult],
     experiment: MeasuresPatches | None = None,
@@ -128,32 +126,31 @@ def compare_layers(
         UserError: if there is no layer, or the grids differ in prompts or alpha.
     """
     _check(grids)
-    layers = tuple(sorted(grids))
-    any_grid = grids[layers[0]]
-    bootstrap = bootstrap_of(any_grid)
-    singles = np.stack([_singles(grids[layer]) for layer in layers])
+    grids = {layer: grids[layer] for layer in sorted(grids)}
+    layers, any_grid = tuple(grids), next(iter(grids.values()))
+    bootstrap, alpha = bootstrap_of(any_grid), any_grid.settings.patching.alpha
+    singles = np.stack([kl_nats_of(grid.singles) for grid in grids.values()])
     delta = singles[:, 0] - singles[:, 1]
     raw, mapped = singles.mean(-1).swapaxes(0, 1)
+    threshold = float(np.quantile(np.abs(delta.mean(-1)), CHURN_QUANTILE))
     heads = [Head(layer, head) for layer in layers for head in range(any_grid.n_heads)]
-    alpha = any_grid.settings.patching.alpha
     of_heads = delta.reshape(len(heads), -1)
-    tests = head_tests(
-        [(head, alpha) for head in heads],
-        of_heads,
-        any_grid.groups,
-        n_flips=bootstrap.n_resamples,
-        seed=bootstrap.seed,
-    )
     return LayerComparison(
         layers=layers,
         alpha=alpha,
         KL_raw=raw,
         KL_mapped=mapped,
         delta=raw - mapped,
-        drop_pct=tuple(_drops(grids[layer]) for layer in layers),
-        rows=_rows(grids, experiment, bootstrap, float(_threshold(delta))),
+        drop_pct=tuple(tuple(head.drop_pct for head in grid.singles) for grid in grids.values()),
+        rows=tuple(_row(grid, experiment, bootstrap, threshold) for grid in grids.values()),
         ranking=_global_ranking(heads, of_heads, bootstrap),
-        tests=tests,
+        tests=head_tests(
+            [(head, alpha) for head in heads],
+            of_heads,
+            any_grid.groups,
+            n_flips=bootstrap.n_resamples,
+            seed=bootstrap.seed,
+        ),
         by_index=_by_index(layers, delta, any_grid.settings.patching.k, bootstrap),
     )
 
@@ -163,44 +160,14 @@ def _check(grids: Mapping[int, GridResult]) -> None:
         raise UserError("there is no layer to compare: measure the grid of at least one.")
     first = next(iter(grids.values()))
     for layer, grid in grids.items():
-        if grid.settings.layer != layer:
-            raise UserError(
-                f"the grid given for layer {layer} is one of layer {grid.settings.layer}."
-            )
-        if (
-            grid.prompt_ids != first.prompt_ids
-            or grid.settings.patching.alpha != first.settings.patching.alpha
-        ):
+        own, alphas = grid.settings.layer, {g.settings.patching.alpha for g in (first, grid)}
+        if own != layer:
+            raise UserError(f"the grid given for layer {layer} is one of layer {own}.")
+        if grid.prompt_ids != first.prompt_ids or len(alphas) > 1:
             raise UserError(
                 f"layer {layer} was measured on other prompts or at another alpha than layer "
                 f"{first.settings.layer}: compare layers of one sweep."
             )
-
-
-def _singles(grid: GridResult) -> Float64[ndarray, "kind head prompt"]:
-    return np.stack(
-        [
-            np.stack([single.kl_raw_nats for single in grid.singles]),
-            np.stack([single.kl_mapped_nats for single in grid.singles]),
-        ]
-    )
-
-
-def _drops(grid: GridResult) -> tuple[float | None, ...]:
-    return tuple(single.drop_pct for single in grid.singles)
-
-
-def _threshold(delta: Float64[ndarray, "layer head prompt"]) -> float:
-    return float(np.quantile(np.abs(delta.mean(-1)), CHURN_QUANTILE))
-
-
-def _rows(
-    grids: Mapping[int, GridResult],
-    experiment: MeasuresPatches | None,
-    bootstrap: Bootstrap,
-    threshold: float,
-) -> tuple[LayerRow, ...]:
-    return tuple(_row(grids[layer], experiment, bootstrap, threshold) for layer in sorted(grids))
 
 
 def _row(
@@ -209,9 +176,9 @@ def _row(
     bootstrap: Bootstrap,
     threshold: float,
 ) -> LayerRow:
-    full = full_effect(grid.full.delta_nats, grid.noise_floor_nats, bootstrap)
+    full = grid_full_effect(grid, bootstrap)
     estimates = condition_estimates(grid, [grid.full], bootstrap)[0]
-    raw, mapped = _singles(grid)
+    raw, mapped = kl_nats_of(grid.singles)
     curve = None
     if experiment is not None:
         measured, patching = MeasuredSets.of_grid(grid, experiment), grid.settings.patching
@@ -231,25 +198,13 @@ def _row(
 
 
 def _global_ranking(
-    heads: Sequence[Head], delta_nats: PerPrompt, bootstrap: Bootstrap
+    heads: Sequence[Head], delta_nats: Float64[ndarray, "head prompt"], bootstrap: Bootstrap
 ) -> tuple[RankedHead, ...]:
     resampled = bootstrap.resampled(delta_nats)
-    estimates = resampled.estimates()
-    seen = bootstrap.n_groups > 1
-    tails = np.quantile(
-        ranks_of(resampled.draws), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest"
-    )
-    order = np.argsort(-resampled.point, kind="stable")
+    estimates, ranges = resampled.estimates(), rank_ranges(ranks_of(resampled.draws), bootstrap)
     return tuple(
-        RankedHead(
-            head=heads[at],
-            rank=rank,
-            delta=estimates[at],
-            rank_low=int(tails[0, at]) if seen else None,
-            rank_high=int(tails[1, at]) if seen else None,
-            reason=None if seen else ONE_GROUP,
-        )
-        for rank, at in enumerate(order, 1)
+        RankedHead(heads[at], rank, estimates[at], *ranges[at])
+        for rank, at in enumerate(order_of(resampled.point), 1)
     )
 
 
@@ -260,11 +215,8 @@ def _by_index(
     bootstrap: Bootstrap,
 ) -> tuple[Agreement, ...]:
     """Neighbouring layers only: all pairs would only repeat a number that means little."""
-    scored = [
-        Scored.of_prompts(f"layer {layer}", each, bootstrap)
-        for layer, each in zip(layers, delta_nats, strict=True)
-    ]
+    named = zip(layers, delta_nats, strict=True)
+    scored = [Scored.of_prompts(f"layer {layer}", each, bootstrap) for layer, each in named]
     return tuple(
-        agreement("layer_index", first, second, ks, bootstrap, INDEX_NOTE)
-        for first, second in pairwise(scored)
+        agreement("layer_index", *both, ks, bootstrap, INDEX_NOTE) for both in pairwise(scored)
     )

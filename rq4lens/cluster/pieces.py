@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from rq4lens.cluster.many import Division
 from rq4lens.config import RunConfig
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
@@ -151,22 +154,13 @@ def inward(layers: Sequence[int]) -> list[int]:
 
     A row patched at a layer runs through all layers above: low layers cost more.
     """
-    order, left = [], list(layers)
-    while left:
-        order.append(left.pop(0))
-        if left:
-            order.append(left.pop())
-    return order
+    in_turn = chain.from_iterable(zip(layers, reversed(layers), strict=True))
+    return list(in_turn)[: len(layers)]
 
 
 @dataclass(frozen=True)
 class Share:
-    """One part of a list of pieces, or of many lists end to end.
-
-    Args:
-        start: where it starts, from 0 to 1.
-        stop: where it ends.
-    """
+    """One part of a list of pieces, or of many lists end to end, which run from 0 to 1."""
 
     start: Fraction
     stop: Fraction
@@ -221,3 +215,25 @@ class Shard:
     def share(self) -> Share:
         """The part of the work that it is."""
         return Share(Fraction(self.number - 1, self.count), Fraction(self.number, self.count))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the work of a job is shared out.
+
+    Args:
+        shard: which share is measured.
+        division: whether prompts are divided too; the first share to come decides.
+        part: the part of the pieces, where it is not simply the shard's.
+        study: the directory of the study that the job belongs to, if it belongs to one.
+    """
+
+    shard: Shard
+    division: Division = "auto"
+    part: Share | None = None
+    study: Path | None = None
+
+    @property
+    def share(self) -> Share:
+        """The part of the pieces that is measured."""
+        return self.part or self.shard.share

@@ -52,7 +52,7 @@ class Pool:
         self,
         method: str,
         tasks: Iterable[Any],
-        done: Callable[[Any], None] = lambda _: None,
+        done: Callable[[Any], object] | None = None,
         needs: Callable[[Any], Hashable] = lambda _: None,
     ) -> None:
         """Have every task done once, by whichever worker is free.
@@ -75,6 +75,12 @@ class Pool:
                     self._opened(reference)
                 else:
                     self._collect(reference, left, done)
+
+    def ask(self, method: str, task: Any = None) -> Any:
+        """What one worker says of one task."""
+        said: list[Any] = []
+        self.run(method, [task], said.append)
+        return said[0]
 
     def _take(self, worker: ActorHandle, left: deque[Any], needs: Callable[[Any], Hashable]) -> Any:
         """The task that suits a worker best: what it has ready, else what nobody else has."""
@@ -104,13 +110,10 @@ class Pool:
             ray.kill(self._idle.pop())
 
     def _hire(self, wanted: int) -> None:
-        while self._n_workers < min(self.size, wanted):
+        there = len(self._opening) + len(self._idle) + len(self._busy)
+        for _ in range(there, min(self.size, wanted)):
             worker = self._start()
             self._opening[worker.open.remote()] = worker
-
-    @property
-    def _n_workers(self) -> int:
-        return len(self._opening) + len(self._idle) + len(self._busy)
 
     def _finished(self) -> list[Any]:
         references = [*self._busy, *self._opening]
@@ -128,7 +131,9 @@ class Pool:
         else:
             self._idle.append(worker)
 
-    def _collect(self, reference: Any, left: deque[Any], done: Callable[[Any], None]) -> None:
+    def _collect(
+        self, reference: Any, left: deque[Any], done: Callable[[Any], object] | None
+    ) -> None:
         worker, task = self._busy.pop(reference)
         try:
             result = _result(reference)
@@ -138,7 +143,8 @@ class Pool:
             left.appendleft(task)
         else:
             self._idle.append(worker)
-            done(result)
+            if done is not None:
+                done(result)
 
     def _count_loss(self, what: Hashable) -> None:
         self.lost += 1

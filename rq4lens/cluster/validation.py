@@ -26,12 +26,7 @@ def run_validation(
     fresh: bool = False,
     stage: Stage = silent,
 ) -> str:
-    """Validate ranking methods on the base model that a configuration names.
-
-    Raises:
-        UserError: if a method does not exist, the model cannot be loaded or planted in, or a
-            cluster has no folder to meet in.
-    """
+    """Validate ranking methods on the base model that a configuration names."""
     refuse_no_file(out)
     directory = None if out is None else kept_beside(out)
     if cluster is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.io import to_html
 from rich.text import Text
@@ -30,65 +30,13 @@ REPORT = "study.html"
 ROWS = "study.json"
 NO_MAIN = "the sweep proposes no main layer"
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-tr.main { font-weight: 600; }
-</style>
-</head>
-<body>
-<h1>{{ name }}</h1>
-{{ figure }}
-<h2>Proposed layers</h2>
-<div class="wide"><table>
-<tr><th>sweep</th><th>main</th><th>control</th><th>{{ lead.label }}(ALL), {{ lead.unit }}</th>
-<th>95% CI</th><th>best head</th><th>prompts</th></tr>
-{% for each in cells %}<tr><td><a href="{{ each.link }}">{{ each.cell }}</a></td>
-<td>{{ each.main }}</td><td>{{ each.control }}</td><td>{{ each | value(lead) }}</td>
-<td>{{ each | bounds(lead) }}</td><td>{{ each.best }}</td><td>{{ each.n_prompts }}</td></tr>
-{% endfor %}</table></div>
-<h2>Every layer</h2>
-<div class="wide"><table>
-<tr><th>sweep</th><th>layer</th>{% for metric in metrics %}<th>{{ metric.label }}(ALL)</th>
-<th>95% CI</th>{% endfor %}<th>k90</th><th>Gini</th></tr>
-{% for row in rows %}<tr{% if row.is_main %} class="main"{% endif %}><td>{{ row.cell }}</td>
-<td>{{ row.layer }}</td>{% for metric in metrics %}<td>{{ row | value(metric) }}</td>
-<td>{{ row | bounds(metric) }}</td>{% endfor %}<td>{{ row.k90 | count }}</td>
-<td>{{ row.gini | share }}</td></tr>
-{% endfor %}</table></div>
-<p>{% for metric in metrics %}{{ metric.label }}: {{ metric.meaning }}, in {{ metric.unit }}.
-{% endfor %}The best head is the one with the largest {{ lead.label }} of all single heads. Main and
-control layers are proposed by ΔKL(ALL), whatever is compared; k90 is of the coverage curve of the
-layer's own ranking, Gini of its single-head |ΔKL|. Bold: the proposed main layer of its sweep.
-Head indices mean nothing across layers or pairs: layers are compared by the effect of all their
-heads, and by how concentrated it is.</p>
-</body>
-</html>
-"""
-
 
 @dataclass(frozen=True)
 class StudyCell:
-    """One cell: the layers it proposes, and what they do.
+    """One cell: the layers it proposes, why, and what the main layer does, by metric.
 
     Args:
-        cell: name of the cell.
-        main: the proposed main layer.
-        control: the proposed control layer.
-        values: what is compared, by metric, of the main layer.
         best: the head with the largest first metric.
-        n_prompts: measured prompts.
-        reasons: why these layers.
     """
 
     cell: str
@@ -114,11 +62,7 @@ def flat(record: StudyRow | StudyCell) -> dict[str, Any]:
 
 
 def write_study_report(plan: StudyPlan, directory: Path) -> str:
-    """Write the page and its numbers.
-
-    Raises:
-        UserError: if a cell has no results, or they are damaged.
-    """
+    """Write the page and its numbers."""
     found = {cell: _read(cell, directory) for cell in plan.cells}
     rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
     cells = [_summary(cell, saved, plan.metrics, rows) for cell, saved in found.items()]
@@ -222,7 +166,9 @@ def _page(
     cells: Sequence[StudyCell],
 ) -> str:
     # Everything that is not the drawing is escaped; the drawing escapes its own texts.
-    environment = Environment(autoescape=True, finalize=_shown)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_shown
+    )
     environment.filters |= {
         "value": lambda row, metric: metric.text(row.values[metric.name].value),
         "bounds": lambda row, metric: _ends(row.values[metric.name], metric, "—", "{} to {}"),
@@ -237,7 +183,7 @@ def _page(
         include_mathjax=False,
         div_id="study_layers",
     )
-    return environment.from_string(_PAGE).render(
+    return environment.get_template("study.html.jinja").render(
         name=plan.name,
         figure=Markup(figure),
         rows=rows,

@@ -27,7 +27,6 @@ SMALL_WITH_REASON = {
     "analysis/structure/alphas.py": "the sweep over blend strengths, one question of the analysis",
     "models/load/fingerprint.py": "hashes that loading and cards share",
     "jobs/patch.py": "the job of one command",
-    "cluster/validation.py": "lets `rq4lens validate` start without Ray",
 }
 """Files below the usual length, and why each is a file."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, groupby
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -131,22 +131,17 @@ def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[P
     return [replace(piece, prompts=part) for part in parts for piece in pieces]
 
 
-def _chunks(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
+def _chunks(planned: Sequence[Planned]) -> list[list[Planned]]:
     """Conditions by chunks of their patches; what patches nothing new is in an earlier chunk."""
     seen: set[Patch] = set()
-    chunk: list[Planned] = []
-    begun = 0
+    numbered: list[tuple[int, Planned]] = []
     for each in planned:
         new = set(each.patches) - seen
-        if not new:
-            continue
-        if len(seen) // RECORDED_TOGETHER > begun and chunk:
-            yield chunk
-            chunk, begun = [], len(seen) // RECORDED_TOGETHER
-        chunk.append(each)
-        seen |= new
-    if chunk:
-        yield chunk
+        if new:
+            numbered.append((len(seen) // RECORDED_TOGETHER, each))
+            seen |= new
+    chunks = groupby(numbered, key=lambda pair: pair[0])
+    return [[each for _, each in chunk] for _, chunk in chunks]
 
 
 def inward(layers: Sequence[int]) -> list[int]:

@@ -29,19 +29,12 @@ class Pool:
     Args:
         start: starts a worker, an actor with a method ``open`` that makes it ready.
         size: how many workers are wanted.
-        patience_seconds: how long nothing may be at work.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], ActorHandle],
-        size: int,
-        patience_seconds: float = PATIENCE_SECONDS,
-    ) -> None:
+    def __init__(self, start: Callable[[], ActorHandle], size: int) -> None:
         self.size = size
         self.lost = 0
         self._start = start
-        self._patience_seconds = patience_seconds
         self._opening: dict[Any, ActorHandle] = {}
         self._idle: list[ActorHandle] = []
         self._busy: dict[Any, tuple[ActorHandle, Any]] = {}
@@ -157,7 +150,7 @@ class Pool:
             )
 
     def _refuse_to_wait_forever(self, idle_seconds: float) -> None:
-        if idle_seconds > self._patience_seconds:
+        if idle_seconds > PATIENCE_SECONDS:
             raise UserError(
                 f"no worker could be started for {idle_seconds:.0f} s: the cluster offers "
                 f"{dict(ray.available_resources())}; ask for less with --gpus-per-worker or "

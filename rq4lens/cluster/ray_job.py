@@ -243,11 +243,7 @@ def validate(
 
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[None]:
-    """A connection to Ray; one that is there already is used and left as it is.
-
-    Raises:
-        UserError: if there is no cluster at the address.
-    """
+    """A connection to Ray; one that is there already is used and left as it is."""
     if ray.is_initialized():
         yield
         return
@@ -280,12 +276,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
 
 
 def _require_listener(address: str) -> None:
-    """Ask whether anything listens at ``host:port``, where Ray itself would try for minutes.
-
-    Raises:
-        OSError: if nothing does.
-        ValueError: if this is no address.
-    """
+    """Ask whether anything listens at ``host:port``, where Ray itself would try for minutes."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     if parts.hostname is None or parts.port is None:
         raise ValueError("an address is HOST:PORT")

@@ -61,11 +61,13 @@ def run_shard(
                 for piece in together:
                     bench.measure(piece, job, measurer, progress)
     n_missing = len(job.missing(bench.marks))
-    done = f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
-    done += f"{len(pieces) - len(left)} were there already; "
-    if n_missing:
-        return f"{done}{n_missing} of {len(every)} pieces of the job are still missing\n"
-    return f"{done}all {len(every)} pieces are there: rq4lens merge {sharing.study or directory}\n"
+    state = f"{n_missing} of {len(every)} pieces of the job are still missing"
+    if not n_missing:
+        state = f"all {len(every)} pieces are there: rq4lens merge {sharing.study or directory}"
+    return (
+        f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
+        f"{len(pieces) - len(left)} were there already; {state}\n"
+    )
 
 
 def merge_job(

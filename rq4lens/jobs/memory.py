@@ -174,18 +174,6 @@ class RunMemory:
             yield f"  --batch-size {half} has half as many prompts in flight"
         yield "  --max-tokens N cuts long prompts from the left; fewer prompts need less, too"
 
-    def require_start(self) -> None:
-        """Refuse what cannot be measured whatever is halved: one model, one prompt, one row."""
-        smallest = self.work.smallest
-        if all(n + smallest <= self.free[place] for place, n in self.largest_model.items()):
-            return
-        place, weights = max(self.largest_model.items(), key=lambda item: item[1])
-        raise UserError(
-            f"a model of {gigabytes(weights)} and at least {gigabytes(smallest)} for one prompt do "
-            f"not fit in the {gigabytes(self.free[place])} free on {place}: "
-            f"{'; '.join(each.strip() for each in self._remedies())}."
-        )
-
 
 def plan_memory(config: RunConfig) -> RunMemory:
     """Estimate a run from the small files of its models and the tokens of its prompts."""
@@ -300,4 +288,13 @@ def say_and_require(memory: RunMemory) -> None:
         log.info(memory.line)
         return
     log.warning(memory.table)
-    memory.require_start()
+    largest, smallest = memory.largest_model, memory.work.smallest
+    # What does not fit with one model, one prompt and one row does not fit whatever is halved.
+    if any(n + smallest > memory.free[place] for place, n in largest.items()):
+        place, weights = max(largest.items(), key=lambda item: item[1])
+        _, *remedies = memory.advice
+        raise UserError(
+            f"a model of {gigabytes(weights)} and at least {gigabytes(smallest)} for one prompt do "
+            f"not fit in the {gigabytes(memory.free[place])} free on {place}: "
+            f"{'; '.join(map(str.strip, remedies))}."
+        )

@@ -143,20 +143,16 @@ def _check_plan(saved: SavedRun) -> _Finding:
     singles = [grid.single(head) for head in range(grid.n_heads)]
     ranking = rank_conditions(singles, grid.settings.patching.rank_by)
     promised = {each.cond: each for each in [*plan.fixed(), *plan.top(ranking)]}
+    patched = {
+        name: (found.layer, found.heads, found.alpha) for name, found in grid.conditions.items()
+    }
     differences = [
         f"{name} is not {each.heads} of layer {each.layer}"
         for name, each in promised.items()
-        if not _is_planned(grid.conditions.get(name), each)
+        if patched.get(name) != (each.layer, each.heads, each.alpha)
     ]
     differences += [f"{name} was not planned" for name in grid.conditions if name not in promised]
     return differences, f"{len(promised)} conditions patch what their names say"
-
-
-def _is_planned(condition: ConditionResult | None, planned: Planned) -> bool:
-    if condition is None:
-        return False
-    found = (condition.layer, condition.heads, condition.alpha)
-    return found == (planned.layer, planned.heads, planned.alpha)
 
 
 def _check_table(saved: SavedRun) -> _Finding:

@@ -133,16 +133,12 @@ class Work:
         conditions = KINDS * shape.n_heads
         return cls.grid(n_prompts, n_tokens, conditions, range(shape.n_layers))
 
-    @property
-    def n_rows(self) -> int:
-        """All rows."""
-        return sum(count for _, count in self.rows)
-
     def features(self, shape: Shape) -> tuple[float, float, float]:
         """What the seconds of the rows are made of: blocks visited, operations, logits."""
         lowest = min((layer for layer, _ in self.rows), default=shape.n_layers)
         flops = sum(count * row_flops(shape, layer, self.n_tokens) for layer, count in self.rows)
-        return float(shape.n_layers - lowest), flops, float(self.n_rows) * shape.d_vocab
+        n_rows = sum(count for _, count in self.rows)
+        return float(shape.n_layers - lowest), flops, float(n_rows * shape.d_vocab)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ NO_MAIN = "the sweep proposes no main layer"
 
 
 @dataclass(frozen=True)
-class StudyCell:
+class CellSummary:
     """One cell: the layers it proposes, why, and what the main layer does, by metric.
 
     Args:
@@ -53,7 +53,7 @@ class StudyCell:
         return quote(f"{CELLS}/{self.cell}/")
 
 
-def flat(record: StudyRow | StudyCell) -> dict[str, Any]:
+def flat(record: StudyRow | CellSummary) -> dict[str, Any]:
     """A record of ``study.json``, whose values stand beside its other keys."""
     plain = {**vars(record), **record.values}
     del plain["values"]
@@ -78,7 +78,7 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     return study_text(plan.name, cells, plan.metrics[0])
 
 
-def study_text(name: str, cells: Sequence[StudyCell], metric: Metric) -> str:
+def study_text(name: str, cells: Sequence[CellSummary], metric: Metric) -> str:
     """A study as plain text: a row per sweep with the layers it proposes."""
     table = columns("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
     for cell in cells:
@@ -127,10 +127,10 @@ def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[Stu
 
 def _summary(
     cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[StudyRow]
-) -> StudyCell:
+) -> CellSummary:
     no_main = dict.fromkeys((metric.name for metric in metrics), undefined(NO_MAIN))
     best = metrics[0].best_head(saved.grids)
-    return StudyCell(
+    return CellSummary(
         cell=cell.name,
         main=saved.choice.main,
         control=saved.choice.control,
@@ -163,7 +163,7 @@ def _page(
     plan: StudyPlan,
     setting: Sequence[str],
     rows: Sequence[StudyRow],
-    cells: Sequence[StudyCell],
+    cells: Sequence[CellSummary],
 ) -> str:
     # Everything that is not the drawing is escaped; the drawing escapes its own texts.
     environment = Environment(

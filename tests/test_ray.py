@@ -203,7 +203,9 @@ def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
     config, tmp_path, workers, stage_name
 ):
     """Whole sweeps for each worker where there are enough of them; else all share each sweep."""
-    pair = "\n".join(f"{name} = {getattr(config, name)!r}" for name in ("base", "tuned", "prompts"))
+    pair = "\n".join(
+        f"{name} = {getattr(config.pair, name)!r}" for name in ("base", "tuned", "prompts")
+    )
     path = tmp_path / "study.toml"
     path.write_text(
         f'alphas = [0.3, 0.6]\nlayers = "1"\n[settings]\ndevice = "cpu"\nresamples = 100\n'

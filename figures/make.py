@@ -14,7 +14,6 @@ import torch
 import rq4lens as rq
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import preset
-from rq4lens.jobs.run import Study
 from rq4lens.patching.grid import run_sweep
 
 PAIR = "etiquette"
@@ -31,16 +30,16 @@ def main(out: Path = HERE) -> None:
     # Sums in one order: more threads may add the same numbers in another.
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
-        study = rq.run(preset(PAIR), Path(folder))
-    pair = study.experiment.pair
+        run = rq.run(preset(PAIR), Path(folder))
+    pair = rq.load_pair(PAIR)
     every_layer = rq.prepare(pair, rq.fit_maps(pair, range(pair.n_layers)))
-    layers = run_sweep(every_layer, study.grid.settings.patching.alpha)
+    layers = run_sweep(every_layer, run.grid.settings.patching)
     drawn = rq.figures.run_figures(
-        study.grid,
-        study.analysis,
+        run.grid,
+        run.analysis,
         layers=layers,
         comparison=compare_layers(layers, every_layer),
-        provenance=study.grid.provenance | {"maps": _maps(study)},
+        provenance=run.run,
     )
     sys.path.append(str(BENCHMARKS))
     from cost import engine_cost  # noqa: PLC0415 (benchmarks are scripts, not a package)
@@ -50,10 +49,6 @@ def main(out: Path = HERE) -> None:
     for sentence in rq.figures.write_figures(drawn, out, title=f"Figures of the pair {PAIR}"):
         print(sentence)
     print(f"{len(drawn)} figures in {out}")
-
-
-def _maps(study: Study) -> dict[str, dict]:
-    return {str(layer): each.to_dict() for layer, each in study.experiment.maps.items()}
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def validate(
 
     Copies of it are made whose changed heads are known; nothing else is needed.
     """
-    from rq4lens.cluster.validation import kept_beside, run_validation  # noqa: PLC0415
+    from rq4lens.cluster.launch import kept_beside, run_validation  # noqa: PLC0415
     from rq4lens.validation.suite import ValidationRequest  # noqa: PLC0415
 
     many = Many(None, cluster, workers, gpus_per_worker)

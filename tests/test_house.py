@@ -13,7 +13,7 @@ from rq4lens.config import Settings
 
 PACKAGE = Path(rq4lens.config.__file__).parent
 
-MOST_LINES = 23_000
+MOST_LINES = 24_100
 MOST_FILES = 140
 FEWEST_LINES_OF_A_FILE = 60
 MOST_FILES_OF_A_FOLDER = 12
@@ -26,7 +26,6 @@ SMALL_WITH_REASON = {
     "jobs/progress.py": "what every job reports to, without importing a job",
     "analysis/structure/alphas.py": "the sweep over blend strengths, one question of the analysis",
     "jobs/patch.py": "the job of one command",
-    "cluster/validation.py": "lets `rq4lens validate` start without Ray",
 }
 """Files below the usual length, and why each is a file."""
 

@@ -17,6 +17,7 @@ from rq4lens.disk.run import ranking_file
 from rq4lens.errors import UserError
 from rq4lens.jobs.patch import patch_once
 from rq4lens.jobs.run import run as run_job
+from rq4lens.patching.maps.map import load_map
 
 KEPT = {"train": 160, "val": 24, "neutral": 0}
 
@@ -119,7 +120,8 @@ def test_the_provenance_says_everything(config, finished):
     assert run["prompts"]["splits"] == {"train": 160, "val": 24}
     for layer in (config.patching.layer, config.patching.control_layer):
         record = run["maps"][str(layer)]
-        assert record["fingerprint"] == finished.experiment.maps[layer].fingerprint
+        (path,) = (finished.directory / "maps").glob(f"*L{layer}*.safetensors")
+        assert record["fingerprint"] == load_map(path).fingerprint
         assert len(record["diagnostics"]) == 16
     assert run["libraries"]["torch"]
     assert run["engine"]["name"] == "suffix"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from pair_on_disk import write_pair
 
-from rq4lens.analysis.records import StudyRow
+from rq4lens.analysis.records import CellRow
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, undefined
 from rq4lens.analysis.structure.layers import COMPARED, METRICS
 from rq4lens.cli import main
@@ -284,7 +284,7 @@ def test_models_of_different_depth_are_shown_by_relative_depth():
         ends = None if layer == 0 else Interval(0.05 * layer, 0.2 * layer)
         values = {"delta": Estimate(0.1 * layer, ends, None if ends else "it is 0")}
         values |= {"KL_raw": Estimate(0.2), "drop_pct": undefined("made up")}
-        return StudyRow(cell, layer, n_layers, values, None, None, False)
+        return CellRow(cell, layer, n_layers, values, None, None, False)
 
     metrics = [METRICS[name] for name in COMPARED if name != "KL_mapped"]
     deep, flat = ([row(str(n), layer, n) for layer in range(n)] for n in (5, 3))

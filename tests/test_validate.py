@@ -12,8 +12,8 @@ from tiny import random_prompts, tiny_model, word_tokenizer
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
+from rq4lens.cluster.launch import run_validation
 from rq4lens.cluster.many import Cluster
-from rq4lens.cluster.validation import run_validation
 from rq4lens.config import Reading, config_from
 from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError

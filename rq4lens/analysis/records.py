@@ -630,7 +630,7 @@ class LayerChoice:
 
 
 @dataclass(frozen=True)
-class StudyRow:
+class CellRow:
     """One layer of a cell of a study.
 
     Args:

@@ -15,6 +15,7 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.disk.files import (
     read_json,
+    read_regular_file,
     short_reason,
     write_bytes_atomic,
     write_json_atomic,
@@ -39,15 +40,15 @@ from rq4lens.results import GridResult, GridSettings
 
 
 @dataclass(frozen=True)
-class SavedRun:
-    """A run read back from its directory.
+class Run:
+    """A finished run of the main job, measured just now or read from its directory.
 
     Args:
-        directory: where it was read from.
+        directory: the run directory.
         grid: every prompt's own numbers.
         records: the records of ``rq4_results.json``.
         analysis: what the analysis adds.
-        run: the provenance of ``run.json``.
+        run: how it was made, the content of ``run.json``.
     """
 
     directory: Path
@@ -55,6 +56,16 @@ class SavedRun:
     records: tuple[ConditionRecord, ...]
     analysis: Analysis
     run: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Run:
+        """Read a finished run; see :func:`read_run`."""
+        return read_run(directory)
+
+    @property
+    def summary(self) -> str:
+        """What the console printed."""
+        return read_regular_file(self.directory / SUMMARY)
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def write_run(directory: Path, analysis: Analysis, run: Mapping[str, Any], summa
     write_json_atomic(directory / RUN, {**run, "files_sha256": files})
 
 
-def read_run(directory: Path) -> SavedRun:
+def read_run(directory: Path | str) -> Run:
     """Read a finished run.
 
     Args:
@@ -102,6 +113,7 @@ def read_run(directory: Path) -> SavedRun:
         UserError: if it is not a finished run, was written by another version, or a file is
             damaged.
     """
+    directory = Path(directory)
     if not _exists(directory / RUN):
         raise UserError(
             f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
@@ -118,7 +130,7 @@ def read_run(directory: Path) -> SavedRun:
         )
         records = tuple(from_json(ConditionRecord, each) for each in saved)
         _check_completeness(grid, records)
-        return SavedRun(directory, grid, records, from_json(Analysis, analysis), run)
+        return Run(directory, grid, records, from_json(Analysis, analysis), run)
 
 
 def _exists(path: Path) -> bool:

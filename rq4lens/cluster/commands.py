@@ -95,23 +95,19 @@ def by_many(
     many: Many,
     fresh: bool,
 ) -> None:
-    """Measure a share, or everything on a cluster, and print what became of it.
+    """Measure a share, or everything on a cluster, and print what became of it."""
+    from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.pieces import Request, Shard, Sharing  # noqa: PLC0415
+    from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
 
-    Raises:
-        UserError: if no directory is named, or the work cannot be done.
-    """
-    from rq4lens.cluster.launch import measure_shared  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.cluster.pieces import Request  # noqa: PLC0415
-
-    directory = _shared(out)
-    request = Request(command, config, None if layers is None else tuple(layers))
-    with kept_when_stopped(directory):
-        said = measure_shared(many, request, directory, fresh=fresh, stage=watched)
-    output.print(said, end="")
-    output.print(f"written to {directory}")
-
-
-def _shared(out: Path | None) -> Path:
     if out is None:
         raise UserError("several processes need one folder to meet in: name it with --out DIR.")
-    return out
+    request = Request(command, config, None if layers is None else tuple(layers))
+    with kept_when_stopped(out):
+        if many.shard is not None:
+            sharing = Sharing(Shard.parse(many.shard), many.division)
+            said = run_shard(request, out, sharing, fresh=fresh, stage=watched)
+        else:
+            said = run_on_cluster(request, out, many.where, fresh=fresh, stage=watched)
+    output.print(said, end="")
+    output.print(f"written to {out}")

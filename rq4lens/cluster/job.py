@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.pieces import Piece, Request, divided, pieces_of
+from rq4lens.cluster.pieces import Command, Piece, Request, divided, pieces_of
 from rq4lens.config import config_from
 from rq4lens.disk.files import make_directory, read_json, short_reason, write_json_atomic
 from rq4lens.disk.run import JOB
@@ -36,8 +36,6 @@ class Job:
     Args:
         request: what is measured.
         identity: everything that decides its numbers: settings, fingerprints, kind of device.
-        n_heads: heads per layer.
-        n_prompts: measured prompts.
         layers: the layer and control layer of each grid.
         n_shards: into how many shares the first process divided it; 1 where it did not.
         prompt_parts: ids of the prompts in the parts that pieces cover; empty where each covers
@@ -108,11 +106,7 @@ class Job:
         ]
 
     def join(self, directory: Path) -> Job:
-        """Write the job into its run directory, or check that the one there is the same.
-
-        Raises:
-            UserError: if the directory holds another job.
-        """
+        """Write the job into its run directory, or check that the one there is the same."""
         path = directory / JOB
         if not path.exists():
             make_directory(directory)
@@ -133,22 +127,13 @@ class Job:
             "format": FORMAT,
             "command": request.command,
             "config": request.config.flat(),
-            "asked_layers": None if request.layers is None else list(request.layers),
-            "identity": dict(self.identity),
-            "n_heads": self.n_heads,
-            "n_prompts": self.n_prompts,
-            "layers": [list(each) for each in self.layers],
-            "n_shards": self.n_shards,
-            "prompt_parts": [list(part) for part in self.prompt_parts],
+            "asked_layers": request.layers,
+            **{name: value for name, value in vars(self).items() if name != "request"},
         }
 
 
 def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
-    """Read the job of a run directory.
-
-    Raises:
-        UserError: if there is none, or its file is damaged.
-    """
+    """Read the job of a run directory."""
     path = directory / JOB
     if not path.is_file():
         raise UserError(
@@ -160,14 +145,11 @@ def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
         if record["format"] != FORMAT:
             raise ValueError(f"format {str(record['format'])[:20]!r}")
         values = {**record["config"], "trust_remote_code": trust_remote_code}
+        command: Command = "run" if record["command"] == "run" else "sweep"
         asked = record["asked_layers"]
-        request = Request(
-            "run" if record["command"] == "run" else "sweep",
-            config_from(values, str(path)),
-            None if asked is None else tuple(map(int, asked)),
-        )
+        layers = None if asked is None else tuple(map(int, asked))
         return Job(
-            request,
+            Request(command, config_from(values, str(path)), layers),
             record["identity"],
             n_heads=int(record["n_heads"]),
             n_prompts=int(record["n_prompts"]),

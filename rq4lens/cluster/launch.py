@@ -1,4 +1,4 @@
-"""The way to Ray, which is an extra and is imported only when it is asked for."""
+"""Jobs and validations on Ray, which is an extra and is imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.many import Cluster, Division, Many, environment
-from rq4lens.cluster.pieces import Request, Shard
-from rq4lens.cluster.shards import run_shard
+from rq4lens.cluster.many import LOCAL, LOOPBACK_SWITCH, Cluster
+from rq4lens.cluster.pieces import Request
+from rq4lens.disk.files import refuse_no_file, write_json_atomic
+from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.validation.suite import Validation, ValidationRequest
-
-
-def measure_shared(
-    many: Many, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
-) -> str:
-    """Measure one share, or everything on a cluster, as the command line asked for it."""
-    shared: dict[str, Any] = {"division": many.division, "fresh": fresh, "stage": stage}
-    if many.shard is not None:
-        return run_shard(request, directory, Shard.parse(many.shard), **shared)
-    return run_on_cluster(request, directory, many.where, **shared)
+from rq4lens.validation.suite import Validation, ValidationRequest, validation_text
 
 
 def run_on_cluster(
@@ -32,7 +23,6 @@ def run_on_cluster(
     directory: Path,
     cluster: Cluster,
     *,
-    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> str:
@@ -45,7 +35,6 @@ def run_on_cluster(
         request: what is measured.
         directory: the run directory, on a file system that all nodes share.
         cluster: where.
-        division: whether prompts are divided too, if the job is not begun yet.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
@@ -55,8 +44,7 @@ def run_on_cluster(
     Raises:
         UserError: if Ray is not installed, or the request does not fit the pair or the cluster.
     """
-    run = _with_ray(cluster, "ray_job").run
-    return run(request, directory, cluster, division=division, fresh=fresh, stage=stage)
+    return str(_with_ray(cluster).run(request, directory, cluster, fresh, stage))
 
 
 def finish_on_cluster(
@@ -64,7 +52,6 @@ def finish_on_cluster(
     cluster: Cluster,
     done: Callable[[Path], None],
     *,
-    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> None:
@@ -72,12 +59,8 @@ def finish_on_cluster(
 
     Where there are at least as many jobs as workers, each worker does whole ones, so that a pair is
     loaded once; otherwise all workers share one job after the other.
-
-    Raises:
-        UserError: as for :func:`run_on_cluster`.
     """
-    run_all = _with_ray(cluster, "ray_job").run_all
-    run_all(requests, cluster, done, division=division, fresh=fresh, stage=stage)
+    _with_ray(cluster).run_all(requests, cluster, done, fresh, stage)
 
 
 def validate_on_cluster(
@@ -103,16 +86,50 @@ def validate_on_cluster(
     Raises:
         UserError: as for :func:`run_on_cluster`.
     """
-    validate = _with_ray(cluster, "validation_ray").validate
-    validation: Validation = validate(request, directory, cluster, fresh=fresh, stage=stage)
-    return validation
+    found: Validation = _with_ray(cluster).validate(request, directory, cluster, fresh, stage)
+    return found
 
 
-def _with_ray(cluster: Cluster, module: str) -> Any:
-    """A module that imports Ray, once Ray's switches are set."""
+def kept_beside(out: Path) -> Path:
+    """The folder in which planted pairs are kept, beside the file of the result."""
+    return out.with_suffix(".pairs")
+
+
+def run_validation(
+    request: ValidationRequest,
+    out: Path | None = None,
+    cluster: Cluster | None = None,
+    *,
+    fresh: bool = False,
+    stage: Stage = silent,
+) -> str:
+    """Validate ranking methods on the base model that a configuration names."""
+    refuse_no_file(out)
+    directory = None if out is None else kept_beside(out)
+    if cluster is not None:
+        if directory is None:
+            raise UserError(
+                "several processes need one folder to meet in: name a file in it with --out FILE."
+            )
+        validation = validate_on_cluster(request, directory, cluster, fresh=fresh, stage=stage)
+    else:
+        with stage("load", None):
+            suite = request.suite()
+        store = None if directory is None else Store(directory, fresh=fresh)
+        with stage("validate", len(suite)) as progress:
+            validation = suite.run(store, progress)
+    if out is not None:
+        write_json_atomic(out, validation.to_dict())
+    return validation_text(validation)
+
+
+def _with_ray(cluster: Cluster) -> Any:
+    """The module that imports Ray, once the switches are set that Ray reads at its import."""
     if find_spec("ray") is None:
         raise UserError(
             "--cluster needs Ray, which is not installed: pip install 'rq4lens[cluster]'."
         )
-    os.environ.update(environment(cluster))
-    return import_module(f"rq4lens.cluster.{module}")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if cluster.address == LOCAL:
+        os.environ[LOOPBACK_SWITCH] = "0"
+    return import_module("rq4lens.cluster.ray_job")

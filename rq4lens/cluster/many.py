@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from rq4lens.errors import UserError
+
+Division = Literal["auto", "conditions", "prompts"]
 
 LOCAL = "local"
 AUTO = "auto"
@@ -27,6 +28,7 @@ class Cluster:
         gpus_per_worker: GPUs of each worker, also a part of one; by default one where there are
             any. With several, the layers of a model are spread over them.
         cpus_per_worker: processor cores, and threads, of each worker.
+        division: whether prompts are divided too, if the job is not begun yet.
 
     Raises:
         UserError: if a number does not make sense.
@@ -36,6 +38,7 @@ class Cluster:
     workers: int | None = None
     gpus_per_worker: float | None = None
     cpus_per_worker: int = 1
+    division: Division = "auto"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -48,15 +51,6 @@ class Cluster:
             )
 
 
-def environment(cluster: Cluster) -> Mapping[str, str]:
-    """Environment variables that Ray reads once, when it is imported."""
-    values = {"RAY_USAGE_STATS_ENABLED": "0"}
-    return {**values, LOOPBACK_SWITCH: "0"} if cluster.address == LOCAL else values
-
-
-Division = Literal["auto", "conditions", "prompts"]
-DIVISIONS: tuple[Division, ...] = get_args(Division)
-
 FEW_PIECES = 16
 """Pieces of conditions per worker below which the clean pass is felt.
 
@@ -64,18 +58,6 @@ A piece of 32 patches of a middle layer costs about as much as 32 tokens in half
 clean pass of a prompt of T tokens, which every worker makes unless prompts are divided, about T
 tokens in all of them. With T = 96 that is the work of six pieces.
 """
-
-
-def checked_division(text: str) -> Division:
-    """A division as a user writes it.
-
-    Raises:
-        UserError: if there is no such one.
-    """
-    for each in DIVISIONS:
-        if text == each:
-            return each
-    raise UserError(f"--divide {text[:40]!r} does not exist: choose {', '.join(DIVISIONS)}.")
 
 
 def divides_prompts(division: Division, n_pieces: int, n_workers: int, n_parts: int) -> bool:
@@ -87,18 +69,7 @@ def divides_prompts(division: Division, n_pieces: int, n_workers: int, n_parts: 
 
 @dataclass(frozen=True)
 class Many:
-    """How the work is shared out, if at all.
-
-    Args:
-        shard: one share, as ``"2/4"``.
-        cluster: ``"local"``, ``"auto"`` or the address of a Ray cluster.
-        workers: workers of the cluster.
-        gpus_per_worker: GPUs of each.
-        divide: ``"conditions"``, ``"prompts"`` or ``"auto"``.
-
-    Raises:
-        UserError: if the settings contradict each other.
-    """
+    """How the work is shared out, if at all, as the command line asks for it."""
 
     shard: str | None = None
     cluster: str | None = None
@@ -116,7 +87,12 @@ class Many:
             raise UserError(
                 "--workers and --gpus-per-worker are of a cluster: give --cluster local too."
             )
-        if checked_division(self.divide) != "auto" and not self.asked:
+        if self.divide not in get_args(Division):
+            raise UserError(
+                f"--divide {self.divide[:40]!r} does not exist: choose "
+                f"{', '.join(get_args(Division))}."
+            )
+        if self.divide != "auto" and not self.asked:
             raise UserError(
                 "--divide says how work is shared out: give --shard I/N or --cluster local too."
             )
@@ -129,9 +105,11 @@ class Many:
     @property
     def division(self) -> Division:
         """What was asked for of the prompts."""
-        return checked_division(self.divide)
+        return cast(Division, self.divide)
 
     @property
     def where(self) -> Cluster:
         """The cluster that was asked for; this machine if none was."""
-        return Cluster(self.cluster or LOCAL, self.workers, self.gpus_per_worker)
+        return Cluster(
+            self.cluster or LOCAL, self.workers, self.gpus_per_worker, division=self.division
+        )

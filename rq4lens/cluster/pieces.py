@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain, groupby
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from rq4lens.cluster.many import Division
 from rq4lens.config import RunConfig
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
@@ -128,22 +131,17 @@ def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[P
     return [replace(piece, prompts=part) for part in parts for piece in pieces]
 
 
-def _chunks(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
+def _chunks(planned: Sequence[Planned]) -> list[list[Planned]]:
     """Conditions by chunks of their patches; what patches nothing new is in an earlier chunk."""
     seen: set[Patch] = set()
-    chunk: list[Planned] = []
-    begun = 0
+    numbered: list[tuple[int, Planned]] = []
     for each in planned:
         new = set(each.patches) - seen
-        if not new:
-            continue
-        if len(seen) // RECORDED_TOGETHER > begun and chunk:
-            yield chunk
-            chunk, begun = [], len(seen) // RECORDED_TOGETHER
-        chunk.append(each)
-        seen |= new
-    if chunk:
-        yield chunk
+        if new:
+            numbered.append((len(seen) // RECORDED_TOGETHER, each))
+            seen |= new
+    chunks = groupby(numbered, key=lambda pair: pair[0])
+    return [[each for _, each in chunk] for _, chunk in chunks]
 
 
 def inward(layers: Sequence[int]) -> list[int]:
@@ -151,22 +149,13 @@ def inward(layers: Sequence[int]) -> list[int]:
 
     A row patched at a layer runs through all layers above: low layers cost more.
     """
-    order, left = [], list(layers)
-    while left:
-        order.append(left.pop(0))
-        if left:
-            order.append(left.pop())
-    return order
+    in_turn = chain.from_iterable(zip(layers, reversed(layers), strict=True))
+    return list(in_turn)[: len(layers)]
 
 
 @dataclass(frozen=True)
 class Share:
-    """One part of a list of pieces, or of many lists end to end.
-
-    Args:
-        start: where it starts, from 0 to 1.
-        stop: where it ends.
-    """
+    """One part of a list of pieces, or of many lists end to end, which run from 0 to 1."""
 
     start: Fraction
     stop: Fraction
@@ -221,3 +210,25 @@ class Shard:
     def share(self) -> Share:
         """The part of the work that it is."""
         return Share(Fraction(self.number - 1, self.count), Fraction(self.number, self.count))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the work of a job is shared out.
+
+    Args:
+        shard: which share is measured.
+        division: whether prompts are divided too; the first share to come decides.
+        part: the part of the pieces, where it is not simply the shard's.
+        study: the directory of the study that the job belongs to, if it belongs to one.
+    """
+
+    shard: Shard
+    division: Division = "auto"
+    part: Share | None = None
+    study: Path | None = None
+
+    @property
+    def share(self) -> Share:
+        """The part of the pieces that is measured."""
+        return self.part or self.shard.share

@@ -29,19 +29,12 @@ class Pool:
     Args:
         start: starts a worker, an actor with a method ``open`` that makes it ready.
         size: how many workers are wanted.
-        patience_seconds: how long nothing may be at work.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], ActorHandle],
-        size: int,
-        patience_seconds: float = PATIENCE_SECONDS,
-    ) -> None:
+    def __init__(self, start: Callable[[], ActorHandle], size: int) -> None:
         self.size = size
         self.lost = 0
         self._start = start
-        self._patience_seconds = patience_seconds
         self._opening: dict[Any, ActorHandle] = {}
         self._idle: list[ActorHandle] = []
         self._busy: dict[Any, tuple[ActorHandle, Any]] = {}
@@ -52,7 +45,7 @@ class Pool:
         self,
         method: str,
         tasks: Iterable[Any],
-        done: Callable[[Any], None] = lambda _: None,
+        done: Callable[[Any], object] | None = None,
         needs: Callable[[Any], Hashable] = lambda _: None,
     ) -> None:
         """Have every task done once, by whichever worker is free.
@@ -75,6 +68,12 @@ class Pool:
                     self._opened(reference)
                 else:
                     self._collect(reference, left, done)
+
+    def ask(self, method: str, task: Any = None) -> Any:
+        """What one worker says of one task."""
+        said: list[Any] = []
+        self.run(method, [task], said.append)
+        return said[0]
 
     def _take(self, worker: ActorHandle, left: deque[Any], needs: Callable[[Any], Hashable]) -> Any:
         """The task that suits a worker best: what it has ready, else what nobody else has."""
@@ -104,13 +103,10 @@ class Pool:
             ray.kill(self._idle.pop())
 
     def _hire(self, wanted: int) -> None:
-        while self._n_workers < min(self.size, wanted):
+        there = len(self._opening) + len(self._idle) + len(self._busy)
+        for _ in range(there, min(self.size, wanted)):
             worker = self._start()
             self._opening[worker.open.remote()] = worker
-
-    @property
-    def _n_workers(self) -> int:
-        return len(self._opening) + len(self._idle) + len(self._busy)
 
     def _finished(self) -> list[Any]:
         references = [*self._busy, *self._opening]
@@ -128,7 +124,9 @@ class Pool:
         else:
             self._idle.append(worker)
 
-    def _collect(self, reference: Any, left: deque[Any], done: Callable[[Any], None]) -> None:
+    def _collect(
+        self, reference: Any, left: deque[Any], done: Callable[[Any], object] | None
+    ) -> None:
         worker, task = self._busy.pop(reference)
         try:
             result = _result(reference)
@@ -138,7 +136,8 @@ class Pool:
             left.appendleft(task)
         else:
             self._idle.append(worker)
-            done(result)
+            if done is not None:
+                done(result)
 
     def _count_loss(self, what: Hashable) -> None:
         self.lost += 1
@@ -151,7 +150,7 @@ class Pool:
             )
 
     def _refuse_to_wait_forever(self, idle_seconds: float) -> None:
-        if idle_seconds > self._patience_seconds:
+        if idle_seconds > PATIENCE_SECONDS:
             raise UserError(
                 f"no worker could be started for {idle_seconds:.0f} s: the cluster offers "
                 f"{dict(ray.available_resources())}; ask for less with --gpus-per-worker or "

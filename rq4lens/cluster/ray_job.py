@@ -1,4 +1,4 @@
-"""A run or a sweep on a Ray cluster: workers load the pair once and serve many pieces."""
+"""Work on a Ray cluster: workers load their models once and serve many tasks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
@@ -20,13 +20,15 @@ from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.pool import Pool
 from rq4lens.cluster.shards import finish
 from rq4lens.cluster.workbench import Workbench
-from rq4lens.config import RunConfig
 from rq4lens.disk.files import made_directory, make_directory
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
-from rq4lens.jobs.progress import Clock, Stage, silent
+from rq4lens.jobs.progress import Clock, Stage
+from rq4lens.validation.suite import Validation, ValidationRequest
+
+R = TypeVar("R", Request, ValidationRequest)
 
 CONNECT_SECONDS = 10.0
 
@@ -50,63 +52,37 @@ def size_of(cluster: Cluster, n_pieces: int = sys.maxsize) -> int:
     return max(1, min(int(fitting), n_pieces))
 
 
+@dataclass
 class Worker:
     """The work of one actor.
 
     Args:
-        request: what is measured.
-        directory: the run directory, on a file system that all nodes share.
         is_first: whether it may begin the job; the others must find it begun.
         n_workers: how many there will be at most.
-        division: how the first one divides the job.
-        fresh: measure again what is there.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        directory: str,
-        is_first: bool,
-        n_workers: int,
-        division: Division,
-        fresh: bool,
-    ) -> None:
-        self.request = request
-        self.directory = Path(directory)
-        self.is_first = is_first
-        self.n_workers = n_workers
-        self.division = division
-        self.fresh = fresh
-        self._bench: Workbench | None = None
+    request: Request
+    directory: Path
+    is_first: bool
+    n_workers: int
+    division: Division
+    fresh: bool
 
     def open(self) -> None:
-        """Load the pair and read its activations.
-
-        Raises:
-            UserError: if this node does not see the run directory, or the request does not fit.
-        """
+        """Load the pair and read its activations."""
         if not self.is_first and not (self.directory / JOB).is_file():
-            raise UserError(not_shared(str(self.directory)))
-        self._bench = Workbench(self.request, self.directory, fresh=self.fresh)
-        self._job = self._bench.join_job(n_workers=self.n_workers, division=self.division)
+            raise UserError(not_shared(self.directory))
+        self.bench = Workbench(self.request, self.directory, fresh=self.fresh)
+        self._job = self.bench.join_job(n_workers=self.n_workers, division=self.division)
         self._pieces = self._job.pieces()
 
-    @property
-    def bench(self) -> Workbench:
-        """The loaded pair."""
-        if self._bench is None:
-            self.open()
-        assert self._bench is not None
-        return self._bench
-
-    def job(self, _task: None = None) -> tuple[Job, tuple[int, ...]]:
+    def job(self, _task: None) -> tuple[Job, tuple[int, ...]]:
         """The job and all of its layers."""
         return self._job, self.bench.layers
 
-    def fit(self, layer: int) -> int:
+    def fit(self, layer: int) -> None:
         """Fit the map of a layer into the run directory."""
         self.bench.maps([layer])
-        return layer
 
     def measure(self, place: int) -> int:
         """Measure a piece, or find it done."""
@@ -122,77 +98,96 @@ class Worker:
         return finish(request, self.bench)
 
 
+@dataclass
 class Finisher:
-    """The work of one actor that does whole jobs.
+    """The work of one actor that does whole jobs, each into a run directory."""
 
-    Args:
-        jobs: what is measured, and the run directory.
-        fresh: measure again what is there.
-    """
-
-    def __init__(self, jobs: list[tuple[Request, str]], fresh: bool) -> None:
-        self.jobs = jobs
-        self.fresh = fresh
+    jobs: list[tuple[Request, Path]]
+    fresh: bool
 
     def open(self) -> None:
         """Nothing is loaded before a job is given out."""
 
     def finish(self, place: int) -> int:
-        """Measure a job and write its results; what is there already is not measured again.
-
-        Raises:
-            UserError: if this node does not see the run directory, or the job cannot be done.
-        """
+        """Measure a job and write its results; what is there already is not measured again."""
         request, directory = self.jobs[place]
-        if not Path(directory).is_dir():
+        if not directory.is_dir():
             raise UserError(not_shared(directory))
-        finish(request, Bench(request.config, Path(directory), fresh=self.fresh))
+        finish(request, Bench(request.config, directory, fresh=self.fresh))
         gc.collect()
         return place
+
+
+@dataclass
+class Planter:
+    """The work of one actor that plants pairs and judges ranking methods on them."""
+
+    request: ValidationRequest
+    directory: Path
+    fresh: bool
+
+    def open(self) -> None:
+        """Load the base model."""
+        if not self.directory.is_dir():
+            raise UserError(not_shared(self.directory))
+        self._suite = self.request.suite()
+
+    def judge(self, place: int) -> int:
+        """Plant a pair and judge the methods on it, or find it done."""
+        self._suite.outcome(place, Store(self.directory, fresh=self.fresh))
+        return 1
+
+    def finish(self, _task: None) -> Validation:
+        """What all planted pairs say together, from the folder."""
+        return self._suite.run(Store(self.directory))
+
+
+def not_shared(directory: Path) -> str:
+    """The sentence for a node that does not see the folder in which all meet."""
+    return (
+        f"node {socket.gethostname()!r} does not see {str(directory)!r}: name a folder with --out "
+        "that lies on a file system which all nodes share."
+    )
+
+
+@contextmanager
+def _workers(
+    cluster: Cluster, kind: type, size: int, arguments: Callable[[], tuple[Any, ...]]
+) -> Iterator[Pool]:
+    """A pool of actors of a class; all are let go at the end."""
+    actor: Any = ray.remote(kind).options(
+        num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
+    )
+    pool = Pool(lambda: actor.remote(*arguments()), size)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def run_all(
     requests: Mapping[Path, Request],
     cluster: Cluster,
     done: Callable[[Path], None],
-    *,
-    division: Division = "auto",
-    fresh: bool = False,
-    stage: Stage = silent,
+    fresh: bool,
+    stage: Stage,
 ) -> None:
     """Measure several jobs; see :func:`rq4lens.cluster.launch.finish_on_cluster`."""
     with connected(cluster):
         size = size_of(cluster, len(requests) + 1)
         if size > len(requests):
             for directory, request in requests.items():
-                run(request, directory, cluster, division=division, fresh=fresh, stage=stage)
+                run(request, directory, cluster, fresh, stage)
                 done(directory)
-        else:
-            _finish_all(requests, cluster, size, done, fresh=fresh, stage=stage)
-
-
-def _finish_all(
-    requests: Mapping[Path, Request],
-    cluster: Cluster,
-    size: int,
-    done: Callable[[Path], None],
-    *,
-    fresh: bool,
-    stage: Stage,
-) -> None:
-    directories, actor = list(requests), ray.remote(Finisher)
-    for directory in directories:
-        make_directory(directory)
-    jobs = [(_anywhere(requests[each], cluster), str(each.resolve())) for each in directories]
-
-    def start() -> Any:
-        return actor.options(
-            num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
-        ).remote(jobs, fresh)
-
-    pool = Pool(start, size)
-    try:
-        with stage(f"sweeps on {size} workers", len(jobs)) as progress:
+            return
+        directories = list(requests)
+        for directory in directories:
+            make_directory(directory)
+        jobs = [(_anywhere(requests[each], cluster), each.resolve()) for each in directories]
+        with (
+            _workers(cluster, Finisher, size, lambda: (jobs, fresh)) as pool,
+            stage(f"sweeps on {size} workers", len(jobs)) as progress,
+        ):
 
             def finished(place: int) -> None:
                 done(directories[place])
@@ -200,87 +195,55 @@ def _finish_all(
                     progress(1)
 
             pool.run("finish", range(len(jobs)), finished)
-    finally:
-        pool.close()
 
 
-def not_shared(directory: str) -> str:
-    """The sentence for a node that does not see the folder in which all meet."""
-    return (
-        f"node {socket.gethostname()!r} does not see {directory!r}: name a folder with --out that "
-        "lies on a file system which all nodes share."
-    )
-
-
-def run(
-    request: Request,
-    directory: Path,
-    cluster: Cluster,
-    *,
-    division: Division = "auto",
-    fresh: bool = False,
-    stage: Stage = silent,
-) -> str:
+def run(request: Request, directory: Path, cluster: Cluster, fresh: bool, stage: Stage) -> str:
     """Measure a job and write its results; see :func:`rq4lens.cluster.launch.run_on_cluster`."""
+    request, clock = _anywhere(request, cluster), Clock(stage)
+    with connected(cluster), made_directory(directory):
+        shared, n_workers = directory.resolve(), size_of(cluster)
+
+        def arguments() -> tuple[Any, ...]:
+            is_first = not (shared / JOB).exists()
+            return request, shared, is_first, n_workers, cluster.division, fresh
+
+        # One at first: it begins the job, and says how many pieces there are.
+        with _workers(cluster, Worker, 1, arguments) as pool:
+            with clock("load"):
+                job, layers = pool.ask("job")
+            left, pieces = job.missing(Store(directory / PIECES, fresh=fresh)), job.pieces()
+            if left:
+                pool.size = size_of(cluster, len(left))
+                with clock("maps"):
+                    # All maps before any condition, so that every worker patches with the same.
+                    pool.run("fit", layers)
+                rows = sum(job.rows(pieces[place]) for place in left)
+                with clock(f"pieces on {pool.size} workers", rows) as progress:
+                    pool.run("measure", left, progress, lambda place: pieces[place].prompts)
+            pool.shrink(1)
+            with clock("results"):
+                summary: str = pool.ask("finish", request)
+        return summary + (f"{pool.lost} workers were lost on the way\n" if pool.lost else "")
+
+
+def validate(
+    request: ValidationRequest, directory: Path, cluster: Cluster, fresh: bool, stage: Stage
+) -> Validation:
+    """Judge all planted pairs; see :func:`rq4lens.cluster.launch.validate_on_cluster`."""
     request = _anywhere(request, cluster)
     with connected(cluster), made_directory(directory):
-        pool = _pool(request, directory.resolve(), cluster, division, fresh)
-        try:
-            return _run(request, directory, cluster, pool, Clock(stage), fresh)
-        finally:
-            pool.close()
-
-
-def _run(
-    request: Request, directory: Path, cluster: Cluster, pool: Pool, clock: Clock, fresh: bool
-) -> str:
-    jobs: list[tuple[Job, tuple[int, ...]]] = []
-    with clock("load"):
-        pool.run("job", [None], jobs.append)
-    job, layers = jobs[0]
-    marks = Store(directory / PIECES, fresh=fresh)
-    left, pieces = job.missing(marks), job.pieces()
-    if left:
-        pool.size = size_of(cluster, len(left))
-        with clock("maps"):
-            # All maps before any condition, so that every worker patches with the same ones.
-            pool.run("fit", layers)
-        rows = sum(job.rows(pieces[place]) for place in left)
-        with clock(f"pieces on {pool.size} workers", rows) as progress:
-            pool.run(
-                "measure", left, progress or (lambda _: None), lambda place: pieces[place].prompts
-            )
-    pool.shrink(1)
-    summaries: list[str] = []
-    with clock("results"):
-        pool.run("finish", [request], summaries.append)
-    lost = f"{pool.lost} workers were lost on the way\n" if pool.lost else ""
-    return summaries[0] + lost
-
-
-def _pool(
-    request: Request, directory: Path, cluster: Cluster, division: Division, fresh: bool
-) -> Pool:
-    actor, n_workers = ray.remote(Worker), size_of(cluster)
-
-    def start() -> Any:
-        return actor.options(
-            num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
-        ).remote(
-            request, str(directory), not (directory / JOB).exists(), n_workers, division, fresh
-        )
-
-    # One at first: it begins the job, and says how many pieces there are.
-    return Pool(start, 1)
+        size, shared = size_of(cluster, request.n_planted), directory.resolve()
+        with _workers(cluster, Planter, size, lambda: (request, shared, fresh)) as pool:
+            with stage(f"planted pairs on {size} workers", request.n_planted) as progress:
+                pool.run("judge", range(request.n_planted), progress)
+            with stage("results", None):
+                found: Validation = pool.ask("finish")
+    return found
 
 
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[None]:
-    """A connection to Ray; one that is there already is used and left as it is.
-
-    Raises:
-        UserError: if there is no cluster at the address.
-    """
+    """A connection to Ray; one that is there already is used and left as it is."""
     if ray.is_initialized():
         yield
         return
@@ -313,12 +276,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
 
 
 def _require_listener(address: str) -> None:
-    """Ask whether anything listens at ``host:port``, where Ray itself would try for minutes.
-
-    Raises:
-        OSError: if nothing does.
-        ValueError: if this is no address.
-    """
+    """Ask whether anything listens at ``host:port``, where Ray itself would try for minutes."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     if parts.hostname is None or parts.port is None:
         raise ValueError("an address is HOST:PORT")
@@ -335,12 +293,9 @@ def _require_loopback() -> None:
         )
 
 
-def _anywhere(request: Request, cluster: Cluster) -> Request:
-    return replace(request, config=anywhere(request.config, cluster))
-
-
-def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
-    """The settings as a process in another folder understands them, on as many GPUs as it gets."""
+def _anywhere(request: R, cluster: Cluster) -> R:
+    """A request as a process in another folder understands it, on as many GPUs as it gets."""
+    config = request.config
     changes: dict[str, Any] = {
         name: str(Path(value).resolve())
         for name in ("base", "tuned", "prompts")
@@ -350,4 +305,4 @@ def anywhere(config: RunConfig, cluster: Cluster) -> RunConfig:
         changes["cache"] = str(Path(config.place.cache).resolve())
     if (cluster.gpus_per_worker or 0) > 1 and config.place.device_map is None:
         changes["n_devices"] = int(cluster.gpus_per_worker or 1)
-    return config.updated(**changes) if changes else config
+    return replace(request, config=config.updated(**changes)) if changes else request

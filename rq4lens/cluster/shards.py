@@ -6,8 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from rq4lens.cluster.job import PIECES, Job, kind_of_device, read_job
-from rq4lens.cluster.many import Division
-from rq4lens.cluster.pieces import Request, Shard, Share
+from rq4lens.cluster.pieces import Request, Shard, Sharing
 from rq4lens.cluster.workbench import Workbench
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -23,11 +22,8 @@ MAX_NAMED = 6
 def run_shard(
     request: Request,
     directory: Path,
-    shard: Shard,
+    sharing: Sharing,
     *,
-    share: Share | None = None,
-    study: Path | None = None,
-    division: Division = "auto",
     fresh: bool = False,
     stage: Stage = silent,
 ) -> str:
@@ -38,10 +34,7 @@ def run_shard(
     Args:
         request: what is measured.
         directory: the run directory that all shares have in common.
-        shard: which share.
-        share: the part of the pieces, where it is not simply the shard's.
-        study: the directory of the study that the job belongs to, if it belongs to one.
-        division: whether prompts are divided too; the first share to come decides.
+        sharing: which share, and how the work is divided.
         fresh: measure again what is there.
         stage: opens a stage of the work, for progress bars.
 
@@ -52,8 +45,8 @@ def run_shard(
         UserError: if the request does not fit the pair, or the directory holds another job.
     """
     bench = Workbench(request, directory, fresh=fresh, stage=stage)
-    mine = share or shard.share
-    job = bench.join_job(shard.count, mine.n_like_it, division)
+    shard, mine = sharing.shard, sharing.share
+    job = bench.join_job(shard.count, mine.n_like_it, sharing.division)
     every = job.pieces()
     places, pieces = mine.cut(range(len(every))), mine.cut(every)
     missing = set(places if fresh else job.missing(bench.marks))
@@ -68,11 +61,13 @@ def run_shard(
                 for piece in together:
                     bench.measure(piece, job, measurer, progress)
     n_missing = len(job.missing(bench.marks))
-    done = f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
-    done += f"{len(pieces) - len(left)} were there already; "
-    if n_missing:
-        return f"{done}{n_missing} of {len(job.pieces())} pieces of the job are still missing\n"
-    return f"{done}all {len(job.pieces())} pieces are there: rq4lens merge {study or directory}\n"
+    state = f"{n_missing} of {len(every)} pieces of the job are still missing"
+    if not n_missing:
+        state = f"all {len(every)} pieces are there: rq4lens merge {sharing.study or directory}"
+    return (
+        f"share {shard.number}/{shard.count}: {len(left)} pieces measured, "
+        f"{len(pieces) - len(left)} were there already; {state}\n"
+    )
 
 
 def merge_job(

@@ -24,11 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Workbench(Bench):
-    """A bench that serves many pieces of a job; other processes may work in its directory too.
-
-    Raises:
-        UserError: if the request does not fit the pair, or the directory holds other files.
-    """
+    """A bench that serves many pieces of a job; other processes may work in its directory too."""
 
     def __init__(
         self, request: Request, directory: Path, *, fresh: bool = False, stage: Stage = silent
@@ -46,11 +42,7 @@ class Workbench(Bench):
     def join_job(
         self, n_shards: int = 1, n_workers: int | None = None, division: Division = "auto"
     ) -> Job:
-        """The job, agreed with whoever works in the directory too.
-
-        Raises:
-            UserError: if the directory holds another job.
-        """
+        """The job, agreed with whoever works in the directory too."""
         self.capture(self.layers)  # both models are known now, loaded once each
         job = Job.of(self.request, self.pair, n_shards)
         parts = self._prompt_parts()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from rq4lens.analysis.records import ConditionRecord, LayerComparison, StudyRow
+from rq4lens.analysis.records import CellRow, ConditionRecord, LayerComparison
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
@@ -276,7 +276,7 @@ def _depth_scale(span: tuple[int, int]) -> go.Scatter:
 
 
 def study_layers(
-    rows: Sequence[StudyRow], setting: Sequence[str], metrics: Sequence[Metric]
+    rows: Sequence[CellRow], setting: Sequence[str], metrics: Sequence[Metric]
 ) -> go.Figure:
     """A metric of all heads against the layer, a line per cell of the study."""
     cells = list(dict.fromkeys(row.cell for row in rows))
@@ -310,7 +310,7 @@ def study_layers(
     )
 
 
-def _study_text(row: StudyRow, metrics: Sequence[Metric]) -> str:
+def _study_text(row: CellRow, metrics: Sequence[Metric]) -> str:
     lines = [f"layer {row.layer}"]
     for metric in metrics:
         value = row.values[metric.name].value

@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 MAIN = "main memory"
 """Where everything is that is on no GPU."""
 
-
 FIT_COPIES = 6
 """Float64 copies that fitting and judging one layer's map makes of activations and of matrices."""
 
@@ -53,11 +52,8 @@ class WorkMemory:
 
     Args:
         kept: of the clean pass: keys, values, residual stream and z of every prompt; exact.
-        kept_on_device: whether that stays on the model's device.
-        in_pass: of the prompts that are in a clean pass at once.
-        in_rows: of the rows that are computed at once, logits included.
         smallest: of a single prompt and a single row: with less nothing can be measured.
-        activations: of both models' captured activations, in main memory; exact.
+        activations: of both models, in main memory; exact.
         fit: of fitting the maps, in main memory.
     """
 
@@ -88,11 +84,8 @@ class RunMemory:
 
     Args:
         weights: of each model, by side; exact.
-        devices: where the blocks are: GPUs by name, or main memory.
         held: weights on each device while the tuned model is measured.
         largest_model: the most weights of a single model on each device.
-        free: what is free on each device, and in main memory.
-        work: everything besides weights.
     """
 
     weights: dict[str, int]
@@ -181,31 +174,9 @@ class RunMemory:
             yield f"  --batch-size {half} has half as many prompts in flight"
         yield "  --max-tokens N cuts long prompts from the left; fewer prompts need less, too"
 
-    def require_start(self) -> None:
-        """Refuse what cannot be measured whatever is halved.
-
-        Raises:
-            UserError: a single model, with one prompt and one row in flight, does not fit.
-        """
-        smallest = self.work.smallest
-        if all(n + smallest <= self.free[place] for place, n in self.largest_model.items()):
-            return
-        place = max(self.largest_model, key=self.largest_model.__getitem__)
-        raise UserError(
-            f"a model of {gigabytes(self.largest_model[place])} and at least "
-            f"{gigabytes(smallest)} for one prompt do not fit in the "
-            f"{gigabytes(self.free[place])} free on {place}: "
-            f"{'; '.join(each.strip() for each in self._remedies())}."
-        )
-
 
 def plan_memory(config: RunConfig) -> RunMemory:
-    """Estimate a run from the small files of its models and the tokens of its prompts.
-
-    Raises:
-        UserError: if a model, its tokenizer or the prompts cannot be read, or the models do not
-            belong together, or a layer or k does not fit them.
-    """
+    """Estimate a run from the small files of its models and the tokens of its prompts."""
     source, reading, place = config.pair, config.reading, config.place
     devices, prompts = devices_of(place), prompts_left_in(source, reading)
     sizes = {side: size_of(source, side, place) for side in SIDES}
@@ -312,13 +283,18 @@ def _place(device: str) -> str:
 
 
 def say_and_require(memory: RunMemory) -> None:
-    """One line in the log for a run that fits, else the table and what to change.
-
-    Raises:
-        UserError: not even a single model with one prompt in flight fits.
-    """
+    """One line in the log for a run that fits, else the table and what to change."""
     if memory.fits:
         log.info(memory.line)
         return
     log.warning(memory.table)
-    memory.require_start()
+    largest, smallest = memory.largest_model, memory.work.smallest
+    # What does not fit with one model, one prompt and one row does not fit whatever is halved.
+    if any(n + smallest > memory.free[place] for place, n in largest.items()):
+        place, weights = max(largest.items(), key=lambda item: item[1])
+        _, *remedies = memory.advice
+        raise UserError(
+            f"a model of {gigabytes(weights)} and at least {gigabytes(smallest)} for one prompt do "
+            f"not fit in the {gigabytes(memory.free[place])} free on {place}: "
+            f"{'; '.join(map(str.strip, remedies))}."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 from rq4lens import figures
 from rq4lens.analysis.records import LayerComparison
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.saved import SavedRun, read_layers, read_run
+from rq4lens.analysis.saved import Run, read_layers, read_run
 from rq4lens.disk.files import read_json
 from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
 from rq4lens.results import GridResult
@@ -58,7 +58,7 @@ def draw_run(directory: Path, out: Path, *, static: bool = True) -> list[str]:
     return figures.write_figures(drawn, out, static=static, title=title)
 
 
-def figures_of(saved: SavedRun) -> dict[str, Any]:
+def figures_of(saved: Run) -> dict[str, Any]:
     """The figures of a finished run by name."""
     layers, comparison = _layers_like(saved.directory, saved.grid)
     return figures.run_figures(

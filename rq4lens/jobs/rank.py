@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.patching.grid import measure_grid
-from rq4lens.results import HOOK, GridSettings, HeadRanking
+from rq4lens.results import HOOK, GridResult, HeadRanking
 from rq4lens.screen.tables import ranking_text
 
 
@@ -31,34 +31,27 @@ def write_ranking(directory: Path, ranking: HeadRanking) -> Path:
     return path
 
 
-def write_table(
-    directory: Path,
-    settings: GridSettings,
-    n_prompts: int,
-    rankings: Sequence[HeadRanking],
-    rows: Sequence[MethodRow],
+def _write_table(
+    directory: Path, grid: GridResult, table: Sequence[tuple[HeadRanking, MethodRow]]
 ) -> Path:
     """Write the table that the console prints, with intervals, as ``rank_table_*.json``."""
-    table = [
+    settings = grid.settings
+    rows = [
         {**to_json(row), "heads": list(ranking.heads), "settings": to_json(ranking.settings)}
-        for ranking, row in zip(rankings, rows, strict=True)
+        for ranking, row in table
     ]
     path = directory / f"rank_table_L{settings.layer}_{HOOK}_alpha{settings.patching.alpha:g}.json"
     write_json_atomic(
-        path, {"settings": settings.to_dict(), "n_prompts": n_prompts, "table": table}
+        path, {"settings": settings.to_dict(), "n_prompts": grid.n_prompts, "table": rows}
     )
     return path
 
 
 @dataclass(frozen=True)
 class RankingJob:
-    """Rankings of the heads of one layer.
+    """Rankings of the heads of one layer, each in ``rows`` beside exact single-head ``ΔKL``.
 
-    Args:
-        rankings: the rankings.
-        rows: each of them beside exact single-head ``ΔKL``.
-        summary: what the console prints.
-        files: the files that were written; the table is the last of them.
+    Of the files that were written, the table is the last.
     """
 
     rankings: tuple[HeadRanking, ...]
@@ -84,7 +77,10 @@ def rank_layer(
             a setting has no method to go to, or the configuration does not fit the pair.
     """
     names = _methods(methods, files)
-    settings = _settings(names, config.effort.seed, {"target": target, "ig_steps": ig_steps})
+    asked = {"target": target, "ig_steps": ig_steps}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    settings = RankingSettings(seed=config.effort.seed, **given)
+    refuse_unread(given.items(), names)
     config = config.updated(control_layer=None, random_seeds=[])
     bench = Bench(config, stage=stage)
     with bench.clock("load"):
@@ -107,7 +103,7 @@ def rank_layer(
     if out is not None:
         make_directory(out)
         written = [write_ranking(out, ranking) for ranking in rankings]
-        written.append(write_table(out, grid.settings, grid.n_prompts, rankings, rows))
+        written.append(_write_table(out, grid, list(zip(rankings, rows, strict=True))))
     text = ranking_text(grid.settings, grid.n_prompts, rankings, rows, layer.ks)
     return RankingJob(rankings, rows, text, tuple(written))
 
@@ -125,11 +121,3 @@ def _methods(methods: Sequence[str], files: Sequence[Path]) -> list[str]:
             )
         taken.add(path.stem)
     return names
-
-
-def _settings(names: Sequence[str], seed: int, asked: Mapping[str, Any | None]) -> RankingSettings:
-    """What the methods are told; what was asked for must have a method to go to."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    settings = RankingSettings(seed=seed, **given)
-    refuse_unread(given.items(), names)
-    return settings

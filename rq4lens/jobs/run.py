@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ import torch
 
 from rq4lens.analysis.analyse import PARTS, analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
-from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.saved import write_grid, write_run
+from rq4lens.analysis.saved import Run, write_grid, write_run
 from rq4lens.config import AnalysisEffort, RunConfig, read_config
-from rq4lens.disk.files import write_json_atomic
+from rq4lens.disk.files import read_json, write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
     FORMAT,
@@ -132,29 +129,6 @@ def _version(name: str) -> str | None:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run of the main job.
-
-    Args:
-        directory: the run directory.
-        grid: the grid's results.
-        experiment: the prepared pair, for further measurements.
-        records: the records of ``rq4_results.json``.
-        analysis: what the analysis adds.
-        summary: what the console prints.
-        timings_seconds: seconds of each stage.
-    """
-
-    directory: Path
-    grid: GridResult
-    experiment: Experiment
-    records: tuple[ConditionRecord, ...]
-    analysis: Analysis
-    summary: str
-    timings_seconds: Mapping[str, float]
-
-
 def run(
     config: RunConfig,
     directory: Path,
@@ -241,7 +215,7 @@ def run_on(bench: Bench) -> Run:
         write_pages(directory, grid, analysis, texts, run)
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis, run, summary)
-    return Run(directory, grid, experiment, table, analysis, summary, clock.seconds)
+    return Run(directory, grid, table, analysis, read_json(directory / RUN))
 
 
 def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -72,7 +72,7 @@ def sweep_layers(
 
 def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
     """Sweep at a bench; see :func:`sweep_layers`."""
-    config, clock, directory = bench.config, bench.clock, bench.directory
+    config, clock = bench.config, bench.clock
     with clock("load"):
         chosen = list(range(bench.pair.n_layers)) if layers is None else sorted(set(layers))
         check_layers(chosen, bench.pair.n_layers)
@@ -85,10 +85,10 @@ def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
     with clock("compare"):
         comparison = compare_layers(grids, measurer)
     choice = choose_layers(comparison.rows)
-    if directory is not None:
-        write_layers(directory, grids, comparison, choice)
-    settings, n_prompts = grids[chosen[0]].settings, grids[chosen[0]].n_prompts
-    text = sweep_text(settings, n_prompts, comparison, choice)
+    if bench.directory is not None:
+        write_layers(bench.directory, grids, comparison, choice)
+    lowest = grids[chosen[0]]
+    text = sweep_text(lowest.settings, lowest.n_prompts, comparison, choice)
     return Sweep(grids, comparison, choice, text)
 
 
@@ -140,11 +140,7 @@ def _delta(row: LayerRow) -> float:
 
 
 def parse_layers(text: str | None) -> list[int] | None:
-    """Layers as a user writes them, ``"24-27,30"``; None or ``"ALL"`` are all of them.
-
-    Raises:
-        UserError: if the text is not such a list.
-    """
+    """Layers as a user writes them, ``"24-27,30"``; None or ``"ALL"`` are all of them."""
     if text is None or text.strip().upper() == "ALL":
         return None
     layers: list[int] = []

@@ -5,29 +5,20 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
 from rq4lens.analysis.effects.table import ranking_rows, records
-from rq4lens.analysis.saved import SavedRun, read_run
+from rq4lens.analysis.saved import Run, read_run
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig, config_from
 from rq4lens.disk.files import read_json, short_reason
-from rq4lens.disk.run import (
-    CONDITIONS,
-    KINDS,
-    MAPS,
-    RESULTS,
-    RUN,
-    file_sha256,
-    ranking_file,
-)
+from rq4lens.disk.run import CONDITIONS, KINDS, MAPS, RESULTS, RUN, file_sha256, ranking_file
 from rq4lens.disk.store import StoredRecord, content_key, read_record
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from
@@ -49,13 +40,7 @@ Rounding alone: another engine, batch size or machine adds up the same products 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
-
-    Args:
-        name: what was looked at.
-        passed: whether it is as it should be; None if it could not be checked.
-        said: what was found.
-    """
+    """One thing that was looked at; ``passed`` is None if it could not be checked."""
 
     name: str
     passed: bool | None
@@ -68,12 +53,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What checking a run found.
-
-    Args:
-        directory: the run directory.
-        checks: everything that was looked at.
-    """
+    """What checking a run found."""
 
     directory: Path
     checks: tuple[Check, ...]
@@ -112,66 +92,70 @@ def verify_run(
         saved = read_run(directory)
     except UserError as problem:
         return Verification(directory, (Check("run", False, str(problem)),))
-    checks = [
-        *_guarded("files", _check_files, saved),
-        *_guarded("conditions", _check_conditions, saved),
-        *_guarded("plan", _check_plan, saved),
-        *_guarded("table", _check_table, saved),
-        *_guarded("maps", _check_maps, saved),
-        *_guarded("re-run", _check_again, saved, sample, seed, trust_remote_code, pair),
-    ]
-    return Verification(directory, tuple(checks))
+    again = partial(_check_again, sample=sample, seed=seed, trust=trust_remote_code, pair=pair)
+    checks: dict[str, Callable[[Run], _Finding]] = {
+        "files": _check_files,
+        "conditions": _check_conditions,
+        "plan": _check_plan,
+        "table": _check_table,
+        "maps": _check_maps,
+        "re-run": again,
+    }
+    return Verification(directory, tuple(_looked_at(saved, *each) for each in checks.items()))
 
 
-def _guarded(name: str, check: Any, *arguments: Any) -> Iterator[Check]:
+class _NotCheckedError(Exception):
+    """Says why something could not be checked."""
+
+
+_Finding = tuple[Sequence[str], str]
+"""What differs, and what is said where nothing does."""
+
+
+def _looked_at(saved: Run, name: str, check: Callable[[Run], _Finding]) -> Check:
     # A run that was tampered with can break a check in any way; that is a finding, not a crash.
     try:
-        yield check(*arguments)
+        differences, otherwise = check(saved)
+    except _NotCheckedError as reason:
+        return Check(name, None, str(reason))
     except Exception as problem:
-        yield Check(name, False, f"{type(problem).__name__}: {short_reason(problem)}")
-
-
-def _verdict(name: str, differences: Sequence[str], otherwise: str) -> Check:
+        return Check(name, False, f"{type(problem).__name__}: {short_reason(problem)}")
     if not differences:
         return Check(name, True, otherwise)
     more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
     return Check(name, False, f"{differences[0]}{more}")
 
 
-def _check_files(saved: SavedRun) -> Check:
+def _check_files(saved: Run) -> _Finding:
     expected = saved.run["files_sha256"]
     changed = [
         f"{name} is not what the run wrote"
         for name, digest in expected.items()
         if file_sha256(saved.directory / Path(name).name) != digest
     ]
-    return _verdict("files", changed, f"{len(expected)} checksums agree")
+    return changed, f"{len(expected)} checksums agree"
 
 
-def _check_plan(saved: SavedRun) -> Check:
+def _check_plan(saved: Run) -> _Finding:
     """Every condition patches the heads that its name promises."""
     grid = saved.grid
     plan = GridPlan(grid.settings.n_heads, grid.settings.patching)
     singles = [grid.single(head) for head in range(grid.n_heads)]
     ranking = rank_conditions(singles, grid.settings.patching.rank_by)
     promised = {each.cond: each for each in [*plan.fixed(), *plan.top(ranking)]}
+    patched = {
+        name: (found.layer, found.heads, found.alpha) for name, found in grid.conditions.items()
+    }
     differences = [
         f"{name} is not {each.heads} of layer {each.layer}"
         for name, each in promised.items()
-        if not _is_planned(grid.conditions.get(name), each)
+        if patched.get(name) != (each.layer, each.heads, each.alpha)
     ]
     differences += [f"{name} was not planned" for name in grid.conditions if name not in promised]
-    return _verdict("plan", differences, f"{len(promised)} conditions patch what their names say")
+    return differences, f"{len(promised)} conditions patch what their names say"
 
 
-def _is_planned(condition: ConditionResult | None, planned: Planned) -> bool:
-    if condition is None:
-        return False
-    found = (condition.layer, condition.heads, condition.alpha)
-    return found == (planned.layer, planned.heads, planned.alpha)
-
-
-def _check_table(saved: SavedRun) -> Check:
+def _check_table(saved: Run) -> _Finding:
     grid = saved.grid
     again = to_json(records(grid))
     ranking = ranking_file(grid.settings.layer, grid.settings.patching.alpha)
@@ -183,10 +167,10 @@ def _check_table(saved: SavedRun) -> Check:
         *_differences(saved.run["noise_floor_nats"], noise, "noise floor"),
         *_differences(_config(saved).effort.seed, grid.settings.effort.seed, "config.seed"),
     ]
-    return _verdict("table", differences, f"{len(again)} rows follow from the per-prompt numbers")
+    return differences, f"{len(again)} rows follow from the per-prompt numbers"
 
 
-def _config(saved: SavedRun) -> RunConfig:
+def _config(saved: Run) -> RunConfig:
     return config_from(saved.run["config"], f"{saved.directory / RUN}")
 
 
@@ -210,16 +194,14 @@ def _equal(saved: Any, again: Any) -> bool:
 # Conditions on disk
 
 
-def _check_conditions(saved: SavedRun) -> Check:
+def _check_conditions(saved: Run) -> _Finding:
     """Every prompt's own numbers are those of the records."""
     found, differences = _records(saved.directory / CONDITIONS)
     for condition in saved.grid.conditions.values():
         for kind in KINDS:
             differences += _against_records(saved, condition, kind, found)
     n_records = sum(map(len, found.values()))
-    return _verdict(
-        "conditions", differences, f"{n_records} records are whole and agree with the table"
-    )
+    return differences, f"{n_records} records are whole and agree with the table"
 
 
 _Address = tuple[int, int, tuple[int, ...], float, str]
@@ -244,7 +226,7 @@ def _records(directory: Path) -> tuple[dict[_Address, list[StoredRecord]], list[
 
 
 def _against_records(
-    saved: SavedRun,
+    saved: Run,
     condition: ConditionResult,
     kind: str,
     found: Mapping[_Address, Sequence[StoredRecord]],
@@ -265,7 +247,7 @@ def _against_records(
     return [] if table in candidates else [f"{name} is not what its record holds"]
 
 
-def _is_of_run(ingredients: Mapping[str, Any], saved: SavedRun, layer: int, source: str) -> bool:
+def _is_of_run(ingredients: Mapping[str, Any], saved: Run, layer: int, source: str) -> bool:
     """Whether a record agrees with what the run says about itself."""
     run, settings = saved.run, saved.grid.settings
     known = {
@@ -282,14 +264,14 @@ def _is_of_run(ingredients: Mapping[str, Any], saved: SavedRun, layer: int, sour
 # Maps and models
 
 
-def _check_maps(saved: SavedRun) -> Check:
+def _check_maps(saved: Run) -> _Finding:
     maps = _maps(saved)
-    missing = [f"the map of layer {layer} is missing" for layer in saved.run["maps"]
-               if int(layer) not in maps]  # fmt: skip
-    return _verdict("maps", missing, f"{len(maps)} maps agree with their checksums")
+    lost = [layer for layer in saved.run["maps"] if int(layer) not in maps]
+    missing = [f"the map of layer {layer} is missing" for layer in lost]
+    return missing, f"{len(maps)} maps agree with their checksums"
 
 
-def _maps(saved: SavedRun) -> dict[int, LayerMap]:
+def _maps(saved: Run) -> dict[int, LayerMap]:
     """The maps that the run used, found by their fingerprints."""
     wanted = {entry["fingerprint"]: int(layer) for layer, entry in saved.run["maps"].items()}
     found = {}
@@ -304,33 +286,35 @@ def _maps(saved: SavedRun) -> dict[int, LayerMap]:
 
 
 def _check_again(
-    saved: SavedRun, sample: int, seed: int, trust_remote_code: bool, pair: ModelPair | None
-) -> Check:
+    saved: Run, sample: int, seed: int, trust: bool, pair: ModelPair | None
+) -> _Finding:
     if sample == 0:
-        return Check("re-run", None, "no condition was to be measured again")
+        raise _NotCheckedError("no condition was to be measured again")
     try:
         config = _config(saved)
         pair = pair or pair_from(
-            config.pair.but(trust_remote_code=trust_remote_code),
+            config.pair.but(trust_remote_code=trust),
             config.reading,
             config.place.but(device="auto"),
         )
         others = _other_models(saved, pair)
     except Exception as problem:  # a hub, a disk, a library: any of them can fail to give a model
-        return Check("re-run", None, f"the models cannot be loaded here: {short_reason(problem)}")
+        reason = f"the models cannot be loaded here: {short_reason(problem)}"
+        raise _NotCheckedError(reason) from None
     if others:
-        return _verdict("re-run", others, "")
-    chosen = _sample(saved, sample, seed)
-    furthest = max(_distance(saved, pair, chosen).items(), key=lambda item: item[1])
+        return others, ""
+    conditions = list(saved.grid.conditions.values())
+    chosen = random.Random(seed).sample(conditions, min(sample, len(conditions)))
+    name, distance = max(_distances(saved, pair, chosen).items(), key=lambda item: item[1])
     tolerance = TOLERANCE_NATS[saved.grid.settings.dtype]
     said = (
-        f"{len(chosen)} conditions through the hooks engine: {furthest[0]} is furthest, by "
-        f"{furthest[1]:.2g} nats on one prompt (allowed {tolerance:g})"
+        f"{len(chosen)} conditions through the hooks engine: {name} is furthest, by "
+        f"{distance:.2g} nats on one prompt (allowed {tolerance:g})"
     )
-    return Check("re-run", furthest[1] <= tolerance, said)
+    return ([], said) if distance <= tolerance else ([said], "")
 
 
-def _other_models(saved: SavedRun, pair: ModelPair) -> list[str]:
+def _other_models(saved: Run, pair: ModelPair) -> list[str]:
     split = saved.grid.settings.patching.split
     differences = []
     for side in SIDES:
@@ -343,42 +327,20 @@ def _other_models(saved: SavedRun, pair: ModelPair) -> list[str]:
     return differences
 
 
-def _sample(saved: SavedRun, sample: int, seed: int) -> list[ConditionResult]:
-    conditions = list(saved.grid.conditions.values())
-    return random.Random(seed).sample(conditions, min(sample, len(conditions)))
-
-
-def _distance(
-    saved: SavedRun, pair: ModelPair, chosen: Sequence[ConditionResult]
-) -> dict[str, float]:
+def _distances(saved: Run, pair: ModelPair, chosen: Sequence[ConditionResult]) -> dict[str, float]:
     """Largest difference on one prompt, by condition, of the sample measured again."""
     settings, config = saved.grid.settings, _config(saved)
     layers = {condition.layer for condition in chosen}
     maps = {layer: each for layer, each in _maps(saved).items() if layer in layers}
-    experiment = prepare(
-        pair,
-        maps,
-        settings.patching,
-        config.place.but(engine="hooks"),
-    )
-    again = Measurer(experiment).conditions(
-        [
-            Planned(
-                each.cond,
-                each.layer,
-                each.heads,
-                each.alpha,
-                SELF if each.cond == SELF else None,
-            )
-            for each in chosen
-        ]
-    )
+    experiment = prepare(pair, maps, settings.patching, config.place.but(engine="hooks"))
+    planned = [
+        Planned(each.cond, each.layer, each.heads, each.alpha, SELF if each.cond == SELF else None)
+        for each in chosen
+    ]
+    again = Measurer(experiment).conditions(planned)
     return {each.cond: _largest(each, again[each.cond]) for each in chosen}
 
 
 def _largest(saved: ConditionResult, again: ConditionResult) -> float:
-    pairs: list[tuple[Float64[ndarray, "prompt"], Float64[ndarray, "prompt"]]] = [
-        (saved.kl_raw_nats, again.kl_raw_nats),
-        (saved.kl_mapped_nats, again.kl_mapped_nats),
-    ]
-    return max(float(np.abs(one - other).max()) for one, other in pairs)
+    names = [f"kl_{kind}_nats" for kind in KINDS]
+    return max(float(np.abs(getattr(saved, n) - getattr(again, n)).max()) for n in names)

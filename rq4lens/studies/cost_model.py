@@ -23,17 +23,10 @@ MAP_JSON_BYTES_PER_HEAD = 400
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a model.
+    """The shape of a model, in TransformerLens' words.
 
     Args:
-        n_layers: layers.
-        n_heads: heads per layer.
-        n_key_value_heads: heads of keys and values per layer.
-        d_model: width of the residual stream.
-        d_head: width of a head.
-        d_mlp: width of the MLP.
         gated_mlp: whether the MLP has three matrices instead of two.
-        d_vocab: size of the vocabulary.
         bytes_per_number: 4 in float32, 2 in half precision.
     """
 
@@ -121,9 +114,8 @@ class Work:
     """What is measured of one pair.
 
     Args:
-        n_prompts: measured prompts.
-        n_tokens: tokens of each.
-        rows: rows that enter at each layer, by layer.
+        n_tokens: tokens of each prompt.
+        rows: pairs of a layer and the number of rows that enter there.
     """
 
     n_prompts: int
@@ -141,16 +133,12 @@ class Work:
         conditions = KINDS * shape.n_heads
         return cls.grid(n_prompts, n_tokens, conditions, range(shape.n_layers))
 
-    @property
-    def n_rows(self) -> int:
-        """All rows."""
-        return sum(count for _, count in self.rows)
-
     def features(self, shape: Shape) -> tuple[float, float, float]:
         """What the seconds of the rows are made of: blocks visited, operations, logits."""
         lowest = min((layer for layer, _ in self.rows), default=shape.n_layers)
         flops = sum(count * row_flops(shape, layer, self.n_tokens) for layer, count in self.rows)
-        return float(shape.n_layers - lowest), flops, float(self.n_rows) * shape.d_vocab
+        n_rows = sum(count for _, count in self.rows)
+        return float(shape.n_layers - lowest), flops, float(n_rows * shape.d_vocab)
 
 
 @dataclass(frozen=True)
@@ -158,9 +146,7 @@ class Measured:
     """Seconds of some work on the machine at hand.
 
     Args:
-        work: the work.
         pass_seconds: of the clean pass, with the engine's check of itself.
-        rows_seconds: of the rows.
     """
 
     work: Work
@@ -202,10 +188,6 @@ class Machine:
         flops = pass_flops(shape, work.n_prompts, work.n_tokens)
         return self.start_seconds + self.pass_flop_seconds * flops
 
-    def capture_seconds(self, shape: Shape, n_prompts: int, n_tokens: int, layer: int) -> float:
-        """Seconds of reading activations up to a layer."""
-        return self.pass_flop_seconds * pass_flops(shape, n_prompts, n_tokens, layer + 1)
-
     def rows_seconds(self, shape: Shape, work: Work) -> float:
         """Seconds of the rows."""
         blocks, flops, logits = work.features(shape)
@@ -218,8 +200,9 @@ class Machine:
     def seconds(self, shape: Shape, work: Work, n_train: int = 0, n_devices: int = 1) -> float:
         """Seconds of a job from two loaded models to its numbers, fitting maps aside."""
         highest = max((layer for layer, _ in work.rows), default=0)
-        captured = self.capture_seconds(shape, work.n_prompts + 2 * n_train, work.n_tokens, highest)
-        passes = captured + self.pass_seconds(shape, work)
+        # Activations are read up to the highest layer: of base on all prompts, of tuned on train.
+        read = pass_flops(shape, work.n_prompts + 2 * n_train, work.n_tokens, highest + 1)
+        passes = self.pass_flop_seconds * read + self.pass_seconds(shape, work)
         return passes * busy_share(n_devices) + self.rows_seconds(shape, work)
 
 

@@ -20,8 +20,12 @@ from rq4lens.jobs.sweep import parse_layers
 
 STUDY = "study.toml"
 CELLS = "cells"
-NOT_SHARED = ("pair", "base", "tuned", "base_revision", "tuned_revision", "layer", "control_layer")
-"""Settings that belong to one pair, or that a sweep over layers does not have."""
+NOT_SHARED = {
+    *("pair", "base", "tuned", "base_revision", "tuned_revision"),
+    *("layer", "control_layer", "alpha", "map_kind"),
+}
+"""Settings that belong to one pair, that a sweep over layers does not have, or that a study has by
+another name."""
 
 
 class StudyFile(BaseModel):
@@ -48,12 +52,7 @@ class StudyFile(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One sweep of a study: a pair at one strength through one kind of map.
-
-    Args:
-        pair: the pair's name in the study.
-        request: what is measured.
-    """
+    """One sweep of a study: a pair, by its name there, at one strength through one kind of map."""
 
     pair: str
     request: Request
@@ -75,9 +74,7 @@ class StudyPlan:
     """A study, checked.
 
     Args:
-        name: what the report calls it.
-        cells: its sweeps, pair by pair.
-        metrics: what they are compared by; the first one is drawn.
+        metrics: what its sweeps are compared by; the first one is drawn.
         text: the file as it was written.
     """
 
@@ -111,7 +108,8 @@ def read_study(path: Path) -> StudyPlan:
         ) from None
     file = _checked(values, str(path))
     metrics = _metrics(file.metrics, str(path))
-    _refuse_unknown(file.settings, _shared_settings(), f"[settings] of {str(path)!r}")
+    shared = [name for name in SETTINGS if name not in NOT_SHARED]
+    _refuse_unknown(file.settings, shared, f"[settings] of {str(path)!r}")
     cells = tuple(cell for pair in file.pairs for cell in _cells_of(pair, file, str(path)))
     names = [cell.name for cell in cells]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -148,11 +146,6 @@ def _metrics(names: Sequence[str], where: str) -> tuple[Metric, ...]:
     return tuple(METRICS[name] for name in names)
 
 
-def _shared_settings() -> list[str]:
-    own = {"alpha", "map_kind", *NOT_SHARED}
-    return [name for name in SETTINGS if name not in own]
-
-
 def _refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
     for key in values:
         if key not in known:
@@ -170,8 +163,8 @@ def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell
     name = str(values.pop("name", None) or values.get("pair") or "")
     if not name:
         raise UserError(f"{where}: a table of [[pairs]] has no name: give it one.")
-    known = [*SETTINGS, "name", "layers"]
-    _refuse_unknown(values, known, f"pair {name!r} of {where}")
+    where = f"pair {name!r} of {where}"
+    _refuse_unknown(values, [*SETTINGS, "name", "layers"], where)
     start = {}
     if "base" not in values and values.get("pair") in preset_names():
         start = preset(values["pair"]).flat()
@@ -180,17 +173,9 @@ def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell
     settings = {**start, **ranked, **file.settings, **values}
     settings.setdefault("pair", name)
     asked = None if layers is None else tuple(layers)
-    return [
-        Cell(
-            name,
-            Request(
-                "sweep",
-                config_from(
-                    {**settings, "alpha": alpha, "map_kind": kind}, f"pair {name!r} of {where}"
-                ),
-                asked,
-            ),
-        )
+    configs = [
+        config_from({**settings, "alpha": alpha, "map_kind": kind}, where)
         for alpha in file.alphas
         for kind in file.map_kinds
     ]
+    return [Cell(name, Request("sweep", config, asked)) for config in configs]

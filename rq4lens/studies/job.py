@@ -8,7 +8,7 @@ from typing import Any
 
 from rq4lens.cluster.launch import finish_on_cluster
 from rq4lens.cluster.many import Many
-from rq4lens.cluster.pieces import WHOLE, Shard
+from rq4lens.cluster.pieces import WHOLE, Shard, Sharing
 from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.disk.files import (
     make_directory,
@@ -30,11 +30,7 @@ FINISHED = "finished"
 
 @dataclass(frozen=True)
 class _Finished:
-    """Says that a cell's results were written.
-
-    Args:
-        cell: the cell.
-    """
+    """Says that a cell's results were written."""
 
     cell: Cell
 
@@ -81,31 +77,38 @@ def run_study_file(
     _join(plan, directory)
     if many.shard is not None:
         return _run_share(plan, directory, many, fresh=fresh, stage=stage)
-    marks = Store(directory / FINISHED, fresh=fresh)
-    left = {
-        own: cell
-        for cell in plan.cells
-        if not _is_finished(cell, own := cell.directory(directory), marks)
-    }
-
-    def done(own: Path) -> None:
-        marks.put(_Finished(left[own]), {})
-
+    cells = _Cells(directory, fresh)
+    left = {cell.directory(directory): cell for cell in plan.cells if not cells.has(cell)}
     if many.cluster is not None and left:
         requests = {own: cell.request for own, cell in left.items()}
         finish_on_cluster(
-            requests, many.where, done, division=many.division, fresh=fresh, stage=stage
+            requests, many.where, lambda own: cells.mark(left[own]), fresh=fresh, stage=stage
         )
     else:
-        for place, (own, cell) in enumerate(left.items(), start=1):
-            named = _named(f"{place}/{len(left)} {cell.name}", stage)
-            finish(cell.request, Bench(cell.request.config, own, fresh=fresh, stage=named))
-            done(own)
+        for place, cell in enumerate(left.values(), start=1):
+            cells.finish(cell, _named(f"{place}/{len(left)} {cell.name}", stage))
     return write_study_report(plan, directory)
 
 
-def _is_finished(cell: Cell, directory: Path, marks: Store) -> bool:
-    return marks.get(_Finished(cell)) is not None and (directory / LAYERS).is_file()
+class _Cells:
+    """The finished cells of a study's directory."""
+
+    def __init__(self, directory: Path, fresh: bool = False) -> None:
+        self.directory = directory
+        self.fresh = fresh
+        self._marks = Store(directory / FINISHED, fresh)
+
+    def has(self, cell: Cell) -> bool:
+        marked = self._marks.get(_Finished(cell)) is not None
+        return marked and (cell.directory(self.directory) / LAYERS).is_file()
+
+    def mark(self, cell: Cell) -> None:
+        self._marks.put(_Finished(cell), {})
+
+    def finish(self, cell: Cell, stage: Stage) -> None:
+        request, own = cell.request, cell.directory(self.directory)
+        finish(request, Bench(request.config, own, fresh=self.fresh, stage=stage))
+        self.mark(cell)
 
 
 def _named(name: str, stage: Stage) -> Stage:
@@ -122,45 +125,35 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
 
     A cell that lies in it as a whole is finished here, and leaves nothing to merge.
     """
-    shard = Shard.parse(many.shard or "")
-    marks, said = Store(directory / FINISHED, fresh=fresh), []
+    shard, cells, said = Shard.parse(many.shard or ""), _Cells(directory, fresh), []
     for place, cell in enumerate(plan.cells):
         part = shard.share.within(place, len(plan.cells))
         if part is None:
             continue
-        own = cell.directory(directory)
         if part == WHOLE:
-            if not _is_finished(cell, own, marks):
-                finish(cell.request, Bench(cell.request.config, own, fresh=fresh, stage=stage))
-                marks.put(_Finished(cell), {})
+            if not cells.has(cell):
+                cells.finish(cell, stage)
             said.append(f"{cell.name}: finished\n")
             continue
-        told = run_shard(
-            cell.request,
-            own,
-            shard,
-            share=part,
-            study=directory,
-            division=many.division,
-            fresh=fresh,
-            stage=stage,
-        )
-        said.append(f"{cell.name}: {told}")
+        own, sharing = cell.directory(directory), Sharing(shard, many.division, part, directory)
+        done = run_shard(cell.request, own, sharing, fresh=fresh, stage=stage)
+        said.append(f"{cell.name}: {done}")
     return "".join(said) or f"share {shard.number}/{shard.count} has nothing to measure\n"
 
 
-def merge_study(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
-    """Check that all pieces of all cells are there, write each cell's results, and the report.
+def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
+    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds.
 
     Raises:
         UserError: if pieces are missing; the sentence names the first cell that lacks some.
     """
-    plan = read_study(directory / STUDY)
-    marks = Store(directory / FINISHED)
+    if not (directory / STUDY).is_file():
+        return merge_job(directory, trust_remote_code=trust_remote_code, stage=stage)
+    plan, cells = read_study(directory / STUDY), _Cells(directory)
     for place, cell in enumerate(plan.cells):
-        own = cell.directory(directory)
-        if _is_finished(cell, own, marks):
+        if cells.has(cell):
             continue
+        own = cell.directory(directory)
         if not (own / JOB).is_file():
             raise UserError(f"{cell.name!r} was not begun: run the share that holds it again.")
         merge_job(
@@ -170,18 +163,8 @@ def merge_study(directory: Path, *, trust_remote_code: bool = False, stage: Stag
             trust_remote_code=trust_remote_code,
             stage=stage,
         )
-        marks.put(_Finished(cell), {})
+        cells.mark(cell)
     return write_study_report(plan, directory)
-
-
-def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
-    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds.
-
-    Raises:
-        UserError: if pieces are missing.
-    """
-    merged = merge_study if (directory / STUDY).is_file() else merge_job
-    return merged(directory, trust_remote_code=trust_remote_code, stage=stage)
 
 
 def _join(plan: StudyPlan, directory: Path) -> None:
@@ -200,5 +183,4 @@ def _join(plan: StudyPlan, directory: Path) -> None:
     for cell in plan.cells:
         own = cell.directory(directory)
         make_directory(own)
-        settings = cell.request.config.flat()
-        write_json_atomic(own / CELL, {"config": settings})
+        write_json_atomic(own / CELL, {"config": cell.request.config.flat()})

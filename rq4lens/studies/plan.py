@@ -18,15 +18,7 @@ from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.patch import RAW, Patch, Sources
-from rq4lens.studies.cost_model import (
-    KINDS,
-    Machine,
-    Measured,
-    Shape,
-    Work,
-    map_bytes,
-    store_bytes,
-)
+from rq4lens.studies.cost_model import KINDS, Machine, Measured, Shape, Work, map_bytes, store_bytes
 from rq4lens.studies.file import Cell, StudyPlan
 
 PROBE_PROMPTS = 64
@@ -38,11 +30,8 @@ class Probe:
     """What a short measurement said about a model on this machine.
 
     Args:
-        shape: the model's shape.
-        machine: its constants.
-        load_seconds: of loading it.
         n_tokens: mean length of the measured prompts.
-        seconds: what the probe took.
+        seconds: what the probe took, loading included.
     """
 
     shape: Shape
@@ -54,13 +43,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class CellCost:
-    """What one cell will take.
-
-    Args:
-        pieces: its pieces.
-        seconds: on this machine, from loading both models to the numbers.
-        disk_bytes: of its conditions and maps.
-    """
+    """What one cell will take, from loading both models to the numbers."""
 
     pieces: int
     seconds: float
@@ -71,16 +54,14 @@ def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
     """Estimate a study and say what it will take.
 
     One pair per base model is loaded and probed; nothing is written.
-
-    Raises:
-        UserError: if a pair cannot be loaded, or its layers do not exist.
     """
     probes: dict[str, Probe] = {}
     estimates = []
     for cell in plan.cells:
         config = cell.request.config
         pair = pair_from(config.pair, config.reading, config.place.but(keep_both=False))
-        source = _base_of(config)
+        base = config.pair.base or config.pair.name
+        source = f"{base} {config.pair.base_revision} {config.place.dtype}"
         if source not in probes:
             with stage(f"probe of {cell.pair}", None):
                 probes[source] = probe(config, pair)
@@ -95,15 +76,9 @@ def probe(config: RunConfig, pair: ModelPair) -> Probe:
     load_seconds = time.perf_counter() - started
     prompts = pair.tokens("tuned", config.patching.split)
     shape = Shape.of(model.cfg)
-    points = list(_points(model, prompts, shape, config))
+    machine = Machine.calibrated(shape, list(_points(model, prompts, shape, config)))
     n_tokens = int(prompts.lengths.float().mean())
-    return Probe(
-        shape,
-        Machine.calibrated(shape, points),
-        load_seconds,
-        n_tokens,
-        time.perf_counter() - started,
-    )
+    return Probe(shape, machine, load_seconds, n_tokens, time.perf_counter() - started)
 
 
 def _points(
@@ -113,32 +88,25 @@ def _points(
     top, middle = shape.n_layers - 1, shape.n_layers // 2
     many = min(PROBE_PROMPTS, len(prompts))
     few = max(1, many // 8)
-    _point(model, prompts, few, top, 1, config)  # the first time also loads kernels
+    place = Place(batch_size=config.place.batch_size)
+    _point(model, prompts.some(range(few)), top, 1, place)  # the first time also loads kernels
     for n_prompts in (few, many):
         for layer, n_heads in ((top, shape.n_heads), (middle, 1), (middle, shape.n_heads)):
-            yield _point(model, prompts, n_prompts, layer, n_heads, config)
+            yield _point(model, prompts.some(range(n_prompts)), layer, n_heads, place)
 
 
 def _point(
-    model: Any,
-    prompts: TokenizedPrompts,
-    n_prompts: int,
-    layer: int,
-    n_heads: int,
-    config: RunConfig,
+    model: Any, prompts: TokenizedPrompts, layer: int, n_heads: int, place: Place
 ) -> Measured:
-    some = TokenizedPrompts(prompts.ids[:n_prompts], prompts.token_ids[:n_prompts])
     started = time.perf_counter()
-    engine = make_engine(
-        model, some, place=Place(batch_size=config.place.batch_size), first_layer=layer
-    )
+    engine = make_engine(model, prompts, place=place, first_layer=layer)
     sources = Sources({(layer, RAW): torch.zeros_like(engine.tuned_z(layer))})
     passed = time.perf_counter()
     heads = [HeadSet.of([head], model.cfg.n_heads) for head in range(n_heads)]
     engine.effects([(Patch(layer, each, 0.3, RAW),) for each in heads], sources)
     finished = time.perf_counter()
-    n_tokens = int(some.lengths.float().mean())
-    work = Work.grid(n_prompts, n_tokens, n_heads, [layer])
+    n_tokens = int(prompts.lengths.float().mean())
+    work = Work.grid(len(prompts), n_tokens, n_heads, [layer])
     return Measured(work, passed - started, finished - passed)
 
 
@@ -161,12 +129,6 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     n_sites = (n_prompts + n_train) * len(layers) * config.patching.k_positions
     disk += n_sites * shape.width * shape.bytes_per_number
     return CellCost(len(pieces), seconds, disk)
-
-
-def _base_of(config: RunConfig) -> str:
-    return (
-        f"{config.pair.base or config.pair.name} {config.pair.base_revision} {config.place.dtype}"
-    )
 
 
 def _text(plan: StudyPlan, estimates: Sequence[CellCost], probes: Sequence[Probe]) -> str:

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from rich.text import Text
 
 from rq4lens.analysis.effects.table import bootstrap_of
-from rq4lens.analysis.records import StudyRow
+from rq4lens.analysis.records import CellRow
 from rq4lens.analysis.saved import SavedLayers, read_layers
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.layers import Metric
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.errors import UserError
-from rq4lens.figures.export import html_page, html_part
+from rq4lens.figures.export import html_part
 from rq4lens.figures.layers import study_layers
 from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
@@ -29,54 +29,13 @@ REPORT = "study.html"
 ROWS = "study.json"
 NO_MAIN = "the sweep proposes no main layer"
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-tr.main { font-weight: 600; }
-"""
-_BODY = """<h1>{{ name }}</h1>
-{{ figure }}
-<h2>Proposed layers</h2>
-<div class="wide"><table>
-<tr><th>sweep</th><th>main</th><th>control</th><th>{{ lead.label }}(ALL), {{ lead.unit }}</th>
-<th>95% CI</th><th>best head</th><th>prompts</th></tr>
-{% for each in cells %}<tr><td><a href="{{ each.link }}">{{ each.cell }}</a></td>
-<td>{{ each.main }}</td><td>{{ each.control }}</td><td>{{ each | value(lead) }}</td>
-<td>{{ each | bounds(lead) }}</td><td>{{ each.best }}</td><td>{{ each.n_prompts }}</td></tr>
-{% endfor %}</table></div>
-<h2>Every layer</h2>
-<div class="wide"><table>
-<tr><th>sweep</th><th>layer</th>{% for metric in metrics %}<th>{{ metric.label }}(ALL)</th>
-<th>95% CI</th>{% endfor %}<th>k90</th><th>Gini</th></tr>
-{% for row in rows %}<tr{% if row.is_main %} class="main"{% endif %}><td>{{ row.cell }}</td>
-<td>{{ row.layer }}</td>{% for metric in metrics %}<td>{{ row | value(metric) }}</td>
-<td>{{ row | bounds(metric) }}</td>{% endfor %}<td>{{ row.k90 | count }}</td>
-<td>{{ row.gini | share }}</td></tr>
-{% endfor %}</table></div>
-<p>{% for metric in metrics %}{{ metric.label }}: {{ metric.meaning }}, in {{ metric.unit }}.
-{% endfor %}The best head is the one with the largest {{ lead.label }} of all single heads. Main and
-control layers are proposed by ΔKL(ALL), whatever is compared; k90 is of the coverage curve of the
-layer's own ranking, Gini of its single-head |ΔKL|. Bold: the proposed main layer of its sweep.
-Head indices mean nothing across layers or pairs: layers are compared by the effect of all their
-heads, and by how concentrated it is.</p>"""
-
 
 @dataclass(frozen=True)
-class StudyCell:
-    """One cell: the layers it proposes, and what they do.
+class CellSummary:
+    """One cell: the layers it proposes, why, and what the main layer does, by metric.
 
     Args:
-        cell: name of the cell.
-        main: the proposed main layer.
-        control: the proposed control layer.
-        values: what is compared, by metric, of the main layer.
         best: the head with the largest first metric.
-        n_prompts: measured prompts.
-        reasons: why these layers.
     """
 
     cell: str
@@ -93,7 +52,7 @@ class StudyCell:
         return quote(f"{CELLS}/{self.cell}/")
 
 
-def flat(record: StudyRow | StudyCell) -> dict[str, Any]:
+def flat(record: CellRow | CellSummary) -> dict[str, Any]:
     """A record of ``study.json``, whose values stand beside its other keys."""
     plain = {**vars(record), **record.values}
     del plain["values"]
@@ -102,11 +61,7 @@ def flat(record: StudyRow | StudyCell) -> dict[str, Any]:
 
 
 def write_study_report(plan: StudyPlan, directory: Path) -> str:
-    """Write the page and its numbers.
-
-    Raises:
-        UserError: if a cell has no results, or they are damaged.
-    """
+    """Write the page and its numbers."""
     found = {cell: _read(cell, directory) for cell in plan.cells}
     rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
     cells = [_summary(cell, saved, plan.metrics, rows) for cell, saved in found.items()]
@@ -122,7 +77,7 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     return study_text(plan.name, cells, plan.metrics[0])
 
 
-def study_text(name: str, cells: Sequence[StudyCell], metric: Metric) -> str:
+def study_text(name: str, cells: Sequence[CellSummary], metric: Metric) -> str:
     """A study as plain text: a row per sweep with the layers it proposes."""
     table = columns("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
     for cell in cells:
@@ -149,11 +104,11 @@ def _read(cell: Cell, directory: Path) -> SavedLayers:
     return saved
 
 
-def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[StudyRow]:
+def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[CellRow]:
     any_grid = next(iter(saved.grids.values()))
     bootstrap = bootstrap_of(any_grid)
     return [
-        StudyRow(
+        CellRow(
             cell=cell.name,
             layer=row.layer,
             n_layers=any_grid.settings.n_layers,
@@ -170,11 +125,11 @@ def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[Metric]) -> list[Stu
 
 
 def _summary(
-    cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[StudyRow]
-) -> StudyCell:
+    cell: Cell, saved: SavedLayers, metrics: Sequence[Metric], rows: Sequence[CellRow]
+) -> CellSummary:
     no_main = dict.fromkeys((metric.name for metric in metrics), undefined(NO_MAIN))
     best = metrics[0].best_head(saved.grids)
-    return StudyCell(
+    return CellSummary(
         cell=cell.name,
         main=saved.choice.main,
         control=saved.choice.control,
@@ -206,11 +161,13 @@ def _shown(value: object) -> object:
 def _page(
     plan: StudyPlan,
     setting: Sequence[str],
-    rows: Sequence[StudyRow],
-    cells: Sequence[StudyCell],
+    rows: Sequence[CellRow],
+    cells: Sequence[CellSummary],
 ) -> str:
     # Everything that is not the drawing is escaped; the drawing escapes its own texts.
-    environment = Environment(autoescape=True, finalize=_shown)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_shown
+    )
     environment.filters |= {
         "value": lambda row, metric: metric.text(row.values[metric.name].value),
         "bounds": lambda row, metric: _ends(row.values[metric.name], metric, "—", "{} to {}"),
@@ -218,7 +175,7 @@ def _page(
         "share": lambda value: number_text(value, ".2f", "—"),
     }
     figure = html_part(study_layers(rows, setting, plan.metrics), "study_layers")
-    body = environment.from_string(_BODY).render(
+    return environment.get_template("study.html.jinja").render(
         name=plan.name,
         figure=Markup(figure),
         rows=rows,
@@ -226,4 +183,3 @@ def _page(
         metrics=plan.metrics,
         lead=plan.metrics[0],
     )
-    return html_page(plan.name, _STYLE, body)

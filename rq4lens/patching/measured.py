@@ -168,12 +168,13 @@ class Measurer:
         if found is not None:
             self._report(len(patches), progress)
             return _rows(found[KL].numpy(), found[ANSWER].numpy())
-        effects = self.source.effects(patches, progress)
-        kl_nats, changes = effects.kl_nats, effects.answer_logprob_change_nats
-        tensors = {KL: torch.from_numpy(kl_nats), ANSWER: torch.from_numpy(changes)}
-        tensors["heads"] = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
-        self.chunks.put_tensors(ingredients, tensors)
-        return _rows(kl_nats, changes)
+        measured = self._measured(patches, progress)
+        kl_nats, changes = (
+            torch.from_numpy(np.stack(each)) for each in zip(*measured, strict=True)
+        )
+        heads = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
+        self.chunks.put_tensors(ingredients, {KL: kl_nats, ANSWER: changes, "heads": heads})
+        return measured
 
     # Conditions of a grid
 

@@ -11,4 +11,5 @@ from lazy_loader import attach_stub
 
 # Importing rq4lens loads none of its names: torch and TransformerLens take seconds, and the command
 # line must answer at once. The table of names is the stub beside this file.
+__version__ = "0.1.0"
 __getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

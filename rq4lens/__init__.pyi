@@ -41,3 +41,5 @@ from .validation.planting import Planting as Planting
 from .validation.planting import plant as plant
 from .validation.suite import ValidationSettings as ValidationSettings
 from .validation.suite import validate as validate
+
+__version__: str

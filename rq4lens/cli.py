@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from rq4lens import __version__
 from rq4lens.analysis.rankings.methods import METHODS, methods_of
 from rq4lens.cluster.commands import (
     Divide,
@@ -34,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 EVERY_PART = tuple(PARTS.values())
@@ -48,8 +50,19 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run dire
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
 
 
+def _say_version(asked: bool) -> bool:
+    if asked:
+        output.print(f"rq4lens {__version__}")
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
 def _common(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Say the version.", callback=_say_version, is_eager=True),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say what is reused or computed, and why.")
     ] = False,

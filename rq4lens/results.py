@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 from pydantic import TypeAdapter
@@ -287,6 +288,34 @@ class GridResult:
     conditions: Mapping[str, ConditionResult]
     noise_floor_nats: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        return (
+            f"<GridResult {settings.pair}, layer {settings.layer} of {settings.n_layers}, "
+            f"alpha {settings.patching.alpha:g}: {len(self.conditions)} conditions, "
+            f"{self.n_prompts} {settings.patching.split} prompts>"
+        )
+
+    def _repr_html_(self) -> str:
+        html: str = self.to_dataframe().to_html(index=False, float_format="{:.3g}".format)
+        return html
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a condition: its heads and means over prompts, in nats and percent."""
+        return pd.DataFrame(
+            {
+                "cond": each.cond,
+                "layer": each.layer,
+                "heads": str(each.heads),
+                "alpha": each.alpha,
+                "KL_raw": each.KL_raw,
+                "KL_mapped": each.KL_mapped,
+                "delta": each.delta,
+                "drop_pct": each.drop_pct,
+            }
+            for each in self.conditions.values()
+        )
 
     def __getitem__(self, cond: str) -> ConditionResult:
         if cond not in self.conditions:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pair_on_disk import write_config, write_pair
 
-from rq4lens import cli
+from rq4lens import __version__, cli
 from rq4lens.analysis.rankings.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -297,3 +297,9 @@ def test_importing_the_package_imports_nothing_heavy():
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     assert python("-c", code).stdout == "[]\n"
+
+
+def test_the_version_is_one(rq4lens):
+    """`--version` says the version of the package, and `-h` helps everywhere."""
+    assert rq4lens("--version") == (0, f"rq4lens {__version__}\n", "")
+    assert rq4lens("run", "-h") == rq4lens("run", "--help")

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import synthetic_grid, synthetic_settings
+from synthetic import resampled, synthetic_grid, synthetic_settings
+from tiny import MAIN
 
+from rq4lens.analysis.analyse import analyse
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.results import ConditionResult, GridSettings, HeadRanking, rank_conditions
@@ -106,3 +108,28 @@ def test_settings_survive_json(control_layer):
     settings = synthetic_settings(control_layer=control_layer)
     text = json.dumps(settings.to_dict(), allow_nan=False)
     assert GridSettings.from_dict(json.loads(text)) == settings
+
+
+def test_a_grid_shows_itself_as_a_table(tiny_grid):
+    """One row a condition, in the order of the grid, with the means that the conditions have."""
+    table = tiny_grid.to_dataframe()
+    assert list(table["cond"]) == list(tiny_grid.conditions)
+    for row in table.itertuples():
+        condition = tiny_grid[row.cond]
+        assert (row.KL_raw, row.KL_mapped, row.delta) == (
+            condition.KL_raw,
+            condition.KL_mapped,
+            condition.delta,
+        )
+    assert tiny_grid._repr_html_().count("<tr") == len(table) + 1
+
+
+def test_what_stands_last_in_a_cell_is_short(tiny_pair, tiny_maps, tiny_grid):
+    """Pair, maps, grid and analysis say what they are in a line."""
+    shown = {
+        repr(each)
+        for each in (tiny_pair, tiny_maps[MAIN], tiny_grid, analyse(resampled(tiny_grid, 100)))
+    }
+    assert len(shown) == 4
+    assert max(map(len, shown)) < 120
+    assert f"layer {MAIN} of 3, alpha 0.3" in repr(tiny_grid)

@@ -116,6 +116,13 @@ class Analysis(Record):
     claims: tuple[str, ...]
     seconds: Mapping[str, float]
 
+    def __repr__(self) -> str:
+        return f"<Analysis of {self.settings.grid.pair}, layer {self.settings.grid.layer}>"
+
+    def __str__(self) -> str:
+        """What it claims, in sentences."""
+        return " ".join(self.claims)
+
     @property
     def areas(self) -> tuple[Mapping[str, Any], ...]:
         """The area under each curve and its relatives."""

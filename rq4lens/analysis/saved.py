@@ -57,6 +57,9 @@ class Run:
     analysis: Analysis
     run: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        return f"<Run {str(self.directory)!r}: {self.grid!r}>"
+
     @classmethod
     def open(cls, directory: Path | str) -> Run:
         """Read a finished run; see :func:`read_run`."""

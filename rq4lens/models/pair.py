@@ -206,6 +206,12 @@ class ModelPair:
         if keep_both:
             self.check_shapes()
 
+    def __repr__(self) -> str:
+        splits = ", ".join(
+            f"{len(self.prompts.split(name))} {name}" for name in self.prompts.splits
+        )
+        return f"<ModelPair {self.name}: {splits} prompts>"
+
     def member(self, side: Side) -> PairMember:
         """The base or the tuned model."""
         return self.base if side == "base" else self.tuned

@@ -89,6 +89,9 @@ class LayerMap:
     diagnostics: tuple[HeadDiagnostics, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<LayerMap of layer {self.layer}, {self.kind} per {self.scope}>"
+
     def __call__(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows head d_head"]:
         """Map base activations into the tuned model's space.
 

@@ -38,7 +38,7 @@ class Settings(BaseModel):
 
     def _fill(self, values: Mapping[str, Any], where: str) -> None:
         known = {**self.by_file_key(), **type(self).model_fields}
-        _refuse_unknown(values, known, where)
+        refuse_unknown(values, known, where)
         _refuse_truth(values, known, where)
         try:
             super().__init__(**values)
@@ -273,7 +273,7 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
         UserError: for an unknown key (the nearest known one is named) or a value that is not
             allowed.
     """
-    _refuse_unknown(values, SETTINGS, where)
+    refuse_unknown(values, SETTINGS, where)
     parts: dict[str, Any] = {name: part.checked(values, where) for name, part in PARTS.items()}
     return RunConfig(**parts)
 
@@ -341,7 +341,8 @@ def preset_text(name: str) -> str:
     return files("rq4lens.models").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuse a key that nobody knows; the sentence names the nearest one."""
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

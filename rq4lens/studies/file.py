@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rq4lens.analysis.structure.layers import COMPARED, METRICS, Metric, rank_by_of
 from rq4lens.cluster.pieces import Request
-from rq4lens.config import SETTINGS, config_from, preset, preset_names
+from rq4lens.config import SETTINGS, config_from, preset, preset_names, refuse_unknown
 from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
 from rq4lens.jobs.sweep import parse_layers
@@ -109,7 +109,7 @@ def read_study(path: Path) -> StudyPlan:
     file = _checked(values, str(path))
     metrics = _metrics(file.metrics, str(path))
     shared = [name for name in SETTINGS if name not in NOT_SHARED]
-    _refuse_unknown(file.settings, shared, f"[settings] of {str(path)!r}")
+    refuse_unknown(file.settings, shared, f"[settings] of {str(path)!r}")
     cells = tuple(cell for pair in file.pairs for cell in _cells_of(pair, file, str(path)))
     names = [cell.name for cell in cells]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -122,7 +122,7 @@ def read_study(path: Path) -> StudyPlan:
 
 
 def _checked(values: Mapping[str, Any], where: str) -> StudyFile:
-    _refuse_unknown(values, StudyFile.model_fields, where)
+    refuse_unknown(values, StudyFile.model_fields, where)
     try:
         return StudyFile(**values)
     except ValidationError as problem:
@@ -146,12 +146,6 @@ def _metrics(names: Sequence[str], where: str) -> tuple[Metric, ...]:
     return tuple(METRICS[name] for name in names)
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where} has unknown key {key!r}: {_advice(key, known)}")
-
-
 def _advice(key: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}."
@@ -164,7 +158,7 @@ def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell
     if not name:
         raise UserError(f"{where}: a table of [[pairs]] has no name: give it one.")
     where = f"pair {name!r} of {where}"
-    _refuse_unknown(values, [*SETTINGS, "name", "layers"], where)
+    refuse_unknown(values, [*SETTINGS, "name", "layers"], where)
     start = {}
     if "base" not in values and values.get("pair") in preset_names():
         start = preset(values["pair"]).flat()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -121,6 +121,42 @@ class GridSettings:
         return first == second
 
 
+class PatchRow(NamedTuple):
+    """The effect of one patch on each prompt.
+
+    Args:
+        kl_nats: divergence from the clean patched model.
+        answer_logprob_change_nats: log-probability of that model's own most likely next token,
+            patched minus clean.
+        gap_left_nats: ``KL(p_other || p_patched)``: how far it still is from the other model.
+        answer_is: 1 where its most likely token is its own clean one, plus 2 where it is the other
+            model's.
+
+    The last two are None where there was no other model.
+    """
+
+    kl_nats: Float64[ndarray, "prompt"]
+    answer_logprob_change_nats: Float64[ndarray, "prompt"]
+    gap_left_nats: Float64[ndarray, "prompt"] | None = None
+    answer_is: Float64[ndarray, "prompt"] | None = None
+
+
+class Transfer(NamedTuple):
+    """What a head set carries: each model with the other one's activations at full strength.
+
+    Args:
+        into_tuned: the tuned model with base's activations.
+        into_base: the base model with tuned activations.
+    """
+
+    into_tuned: PatchRow
+    into_base: PatchRow
+
+
+EVERY, EVERY_LAYER = "every_layer", -1
+"""The condition of all heads of all layers at once, and what stands for its layer in tables."""
+
+
 @dataclass(frozen=True)
 class ConditionResult:
     """One condition of the grid: a head set patched at one layer, raw and mapped.
@@ -130,22 +166,29 @@ class ConditionResult:
             ``ctrl_full``, ``none`` or ``self``.
         layer: the patched layer.
         heads: the patched heads.
-        alpha: blend strength, in [0, 1].
-        kl_raw_nats: KL of the raw patch, per prompt.
-        kl_mapped_nats: KL of the mapped patch, per prompt.
-        answer_logprob_change_raw_nats: log-probability of the tuned model's own most likely next
-            token under the raw patch, minus the same in the clean model, per prompt.
-        answer_logprob_change_mapped_nats: the same under the mapped patch.
+        alpha: blend strength of ``raw`` and ``mapped``, in [0, 1].
+        raw: the raw patch.
+        mapped: the mapped patch.
+        transfer: both models with the other one's activations at strength 1; None of ``self``.
     """
 
     cond: str
     layer: int
     heads: HeadSet
     alpha: float
-    kl_raw_nats: Float64[ndarray, "prompt"]
-    kl_mapped_nats: Float64[ndarray, "prompt"]
-    answer_logprob_change_raw_nats: Float64[ndarray, "prompt"]
-    answer_logprob_change_mapped_nats: Float64[ndarray, "prompt"]
+    raw: PatchRow
+    mapped: PatchRow
+    transfer: Transfer | None = None
+
+    @property
+    def kl_raw_nats(self) -> Float64[ndarray, "prompt"]:
+        """KL of the raw patch, per prompt."""
+        return self.raw.kl_nats
+
+    @property
+    def kl_mapped_nats(self) -> Float64[ndarray, "prompt"]:
+        """KL of the mapped patch, per prompt."""
+        return self.mapped.kl_nats
 
     @property
     def KL_raw(self) -> float:
@@ -279,6 +322,9 @@ class GridResult:
             group of its own, named by its id.
         conditions: the results by condition name, in the order of the grid.
         noise_floor_nats: largest mean KL that patching nothing leaves, in nats.
+        every_layer: what all heads of all layers carry; None if it was not measured.
+        left_out_pct: the probability that each model gives to tokens that the other one lacks;
+            these are left out where the two are compared.
         provenance: versions, fingerprints, timings: everything that says how it was made.
     """
 
@@ -287,6 +333,8 @@ class GridResult:
     groups: tuple[str, ...]
     conditions: Mapping[str, ConditionResult]
     noise_floor_nats: float
+    every_layer: Transfer | None = None
+    left_out_pct: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -73,9 +73,9 @@ class Noisy:
     def __init__(self, engine):
         self.engine = engine
 
-    def tuned_z(self, layer):
+    def clean_z(self, layer):
         """As the exact engine reads it."""
-        return self.engine.tuned_z(layer)
+        return self.engine.clean_z(layer)
 
     def effects(self, interventions, sources, progress=None):
         """The exact effects with the noise on top."""

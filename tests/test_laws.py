@@ -112,7 +112,7 @@ def test_a_case_for_pencil_and_paper(alpha, left, engine):
     base, tuned = (one_token_model(value) for value in (0.0, 1.0))
     prompts = TokenizedPrompts(("p",), ((0,),))
     sources = Sources({(0, RAW): torch.zeros(1, 1, 2, 1)})
-    assert HookEngine(base, prompts).tuned_z(0).flatten().tolist() == [0.0, 0.0]
+    assert HookEngine(base, prompts).clean_z(0).flatten().tolist() == [0.0, 0.0]
     patch = Patch(0, HeadSet.of([0], 2), alpha, RAW)
     effects = make_engine(tuned, prompts, place=Place(engine=engine)).effects([(patch,)], sources)
     p, q = 1 / (1 + math.exp(-left)), 1 / (1 + math.exp(-2))
@@ -342,7 +342,7 @@ def test_padding_side_does_not_matter(reference, batch_size):
         padding_side="left",
     )
     torch.testing.assert_close(
-        engine.tuned_z(MAIN), experiment.sources[MAIN, SELF], atol=1e-5, rtol=0
+        engine.clean_z(MAIN), experiment.sources[MAIN, SELF], atol=1e-5, rtol=0
     )
     compare(columns(replace(experiment, engine=engine).measure(MAIN, SETS, ALPHA)))
 

@@ -140,7 +140,7 @@ def test_no_patch_reads_zero(engine, floor, dtype, prompts):
     """
     half = engine(tiny_model(dtype), prompts)
     everything = HeadSet.all(N_HEADS)
-    own = {(layer, "self"): half.tuned_z(layer) for layer in range(N_LAYERS)}
+    own = {(layer, "self"): half.clean_z(layer) for layer in range(N_LAYERS)}
     sources = Sources({**own, **random_sources(len(prompts))})
     nothing = [
         kind
@@ -236,7 +236,7 @@ def test_clean_activations_are_those_of_a_plain_forward_pass(engine, model, prom
     captured = capture_z(model, prompts, range(N_LAYERS), k_positions=2)
     measuring = engine(model, prompts, Patching(k_positions=2), first_layer=2)
     for layer in (2, 3, 0, 1):
-        torch.testing.assert_close(measuring.tuned_z(layer), captured[layer])
+        torch.testing.assert_close(measuring.clean_z(layer), captured[layer])
 
 
 def test_a_patch_below_the_first_layer_is_served_too(model, prompts, sources, reference):
@@ -476,4 +476,4 @@ def test_a_layer_that_does_not_exist_is_refused(engine, model, prompts, sources)
 def test_more_positions_than_the_shortest_prompt_has_are_refused(engine, model, prompts):
     """The error names the length of the shortest prompt."""
     with pytest.raises(UserError, match="the shortest prompt has 3 tokens"):
-        engine(model, prompts, Patching(k_positions=4)).tuned_z(0)
+        engine(model, prompts, Patching(k_positions=4)).clean_z(0)

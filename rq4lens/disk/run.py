@@ -13,7 +13,16 @@ import pandas as pd
 from rq4lens.disk.files import read_regular_bytes
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.results import HOOK, ConditionResult, GridResult, GridSettings
+from rq4lens.results import (
+    EVERY,
+    EVERY_LAYER,
+    HOOK,
+    ConditionResult,
+    GridResult,
+    GridSettings,
+    PatchRow,
+    Transfer,
+)
 
 RESULTS = "rq4_results.json"
 PER_PROMPT = "per_prompt.parquet"
@@ -41,8 +50,18 @@ MARKS = frozenset(
 """By one of these a run directory is known, however early the run was stopped."""
 
 KINDS = ("raw", "mapped")
+SWAPS = ("into_tuned", "into_base")
+"""Kinds of rows of a condition: its two patches, and both models with the other's activations."""
 
-FORMAT = 2
+MEASURES = {
+    "kl": "kl_nats",
+    "answer_logprob_change": "answer_logprob_change_nats",
+    "gap_left": "gap_left_nats",
+    "answer_is": "answer_is",
+}
+"""Columns of the table of every prompt's own numbers, and the fields that they hold."""
+
+FORMAT = 3
 """Version of the files; stands in ``run.json``."""
 
 MAX_HEADS = 10_000
@@ -91,26 +110,31 @@ def file_sha256(path: Path) -> str | None:
 
 def per_prompt_table(grid: GridResult) -> pd.DataFrame:
     """Every prompt's own numbers: a row per prompt, condition and kind."""
-    return pd.concat(
-        [_rows(grid, condition, kind) for condition in grid.conditions.values() for kind in KINDS],
-        ignore_index=True,
-    )
+    rows = []
+    for each in grid.conditions.values():
+        about = {"layer": each.layer, "cond": each.cond, "heads": str(each.heads)}
+        found = {"raw": each.raw, "mapped": each.mapped}
+        rows += [_rows(grid, about, each.alpha, *item) for item in found.items()]
+        rows += _transfer_rows(grid, about, each.transfer)
+    about = {"layer": EVERY_LAYER, "cond": EVERY, "heads": str(HeadSet.all(grid.n_heads))}
+    rows += _transfer_rows(grid, about, grid.every_layer)
+    return pd.concat(rows, ignore_index=True)
 
 
-def _rows(grid: GridResult, condition: ConditionResult, kind: str) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "prompt_id": grid.prompt_ids,
-            "group": grid.groups,
-            "layer": condition.layer,
-            "cond": condition.cond,
-            "heads": str(condition.heads),
-            "alpha": condition.alpha,
-            "kind": kind,
-            "kl": getattr(condition, f"kl_{kind}_nats"),
-            "answer_logprob_change": getattr(condition, f"answer_logprob_change_{kind}_nats"),
-        }
-    )
+def _transfer_rows(
+    grid: GridResult, about: Mapping[str, Any], transfer: Transfer | None
+) -> list[pd.DataFrame]:
+    swaps = {} if transfer is None else transfer._asdict()
+    return [_rows(grid, about, 1.0, *item) for item in swaps.items()]
+
+
+def _rows(
+    grid: GridResult, about: Mapping[str, Any], alpha: float, kind: str, row: PatchRow
+) -> pd.DataFrame:
+    prompts = {"prompt_id": grid.prompt_ids, "group": grid.groups}
+    measures = {column: getattr(row, name) for column, name in MEASURES.items()}
+    measured = {column: values for column, values in measures.items() if values is not None}
+    return pd.DataFrame({**prompts, **about, "alpha": alpha, "kind": kind, **measured})
 
 
 def grid_of_table(
@@ -127,34 +151,43 @@ def grid_of_table(
     conditions = {
         str(cond): _condition(rows, settings.n_heads, list(ids))
         for cond, rows in table.groupby("cond", sort=False)
+        if cond != EVERY
     }
+    every = table[table["cond"] == EVERY]
     return GridResult(
         settings=settings,
         prompt_ids=tuple(ids),
         groups=tuple(ids.values()),
         conditions=conditions,
         noise_floor_nats=noise_floor_nats,
+        every_layer=_transfer(every, list(ids)) if len(every) else None,
         provenance=provenance or {},
     )
 
 
 def _condition(rows: pd.DataFrame, n_heads: int, ids: Collection[str]) -> ConditionResult:
     first = rows.iloc[0]
-
-    def column(kind: str, name: str) -> np.ndarray:
-        values = rows[rows["kind"] == kind].set_index("prompt_id")[name].loc[list(ids)]
-        numbers = values.to_numpy(dtype=np.float64)
-        if len(numbers) != len(ids) or not np.isfinite(numbers).all():
-            raise ValueError(f"{name} of {first['cond']!r} has repeated prompts or is not finite")
-        return numbers
-
+    swapped = rows["kind"].isin(SWAPS).any()
     return ConditionResult(
         cond=str(first["cond"]),
         layer=int(first["layer"]),
         heads=HeadSet.parse(str(first["heads"]), n_heads),
         alpha=float(first["alpha"]),
-        kl_raw_nats=column("raw", "kl"),
-        kl_mapped_nats=column("mapped", "kl"),
-        answer_logprob_change_raw_nats=column("raw", "answer_logprob_change"),
-        answer_logprob_change_mapped_nats=column("mapped", "answer_logprob_change"),
+        raw=_patch_row(rows, "raw", ids),
+        mapped=_patch_row(rows, "mapped", ids),
+        transfer=_transfer(rows, ids) if swapped else None,
     )
+
+
+def _transfer(rows: pd.DataFrame, ids: Collection[str]) -> Transfer:
+    return Transfer(*(_patch_row(rows, kind, ids) for kind in SWAPS))
+
+
+def _patch_row(rows: pd.DataFrame, kind: str, ids: Collection[str]) -> PatchRow:
+    own = rows[rows["kind"] == kind].set_index("prompt_id").loc[list(ids)]
+    measured = [column for column in MEASURES if column in own]
+    numbers = own[measured].to_numpy(dtype=np.float64).T
+    if numbers.shape[-1] != len(ids) or not np.isfinite(numbers).all():
+        cond = rows.iloc[0]["cond"]
+        raise ValueError(f"{kind} of {cond!r} has repeated prompts or numbers that are not finite")
+    return PatchRow(*numbers)

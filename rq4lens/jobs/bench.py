@@ -115,7 +115,7 @@ class Bench:
         with self.clock("capture"):
             # All of base before any of tuned: the models may not fit into memory together.
             self.activations.capture("base", FIT_SPLIT, layers)
-            self.activations.capture("base", split, layers)
+            self.activations.capture("base", split, range(self.pair.n_layers), to_the_end=True)
             self.activations.capture("tuned", FIT_SPLIT, layers)
         if not self.pair.base.was_loaded:
             log.info("the base model was not loaded: its activations are cached in %s", self.cache)

@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -92,6 +94,23 @@ class ModelCard:
     def to_dict(self) -> dict[str, Any]:
         """The card as plain JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """The tokens that both models have, by their string: the ids under each of them.
+
+    Args:
+        base: ids of the base model; None if all its tokens are shared, in the same order.
+        tuned: ids of the tuned model, likewise.
+    """
+
+    base: Int[Tensor, "shared"] | None
+    tuned: Int[Tensor, "shared"] | None
+
+    def of(self, side: Side) -> Int[Tensor, "shared"] | None:
+        """The ids under one of the models."""
+        return self.base if side == "base" else self.tuned
 
 
 class PairMember:
@@ -254,6 +273,26 @@ class ModelPair:
     def token_fingerprint(self, side: Side, split: str) -> str:
         """Hash of what one of the models reads of a split."""
         return self.tokens(side, split).fingerprint
+
+    @cached_property
+    def shared_tokens(self) -> SharedTokens:
+        """The tokens that both models have.
+
+        Raises:
+            UserError: if there is none.
+        """
+        sizes = [self.member(side).card.d_vocab for side in SIDES]
+        base, tuned = (self.member(side).tokenizer.get_vocab() for side in SIDES)
+        if base == tuned and sizes[0] == sizes[1]:
+            return SharedTokens(None, None)
+        both = [
+            (base[token], tuned[token])
+            for token in sorted(base.keys() & tuned.keys())
+            if base[token] < sizes[0] and tuned[token] < sizes[1]
+        ]
+        if not both:
+            raise UserError("the vocabularies of the models have no token in common.")
+        return SharedTokens(*torch.tensor(both).T)
 
     def audit(self) -> Audit:
         """Whether both models read the prompts alike, those that were left out included."""

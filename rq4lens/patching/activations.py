@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import einops
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
@@ -109,7 +111,27 @@ def device_of(model: HookedModel) -> torch.device:
     return next(model.parameters()).device
 
 
-@torch.no_grad()
+def unembed(
+    model: HookedModel, resid: Float[Tensor, "prompt *row d_model"]
+) -> Float[Tensor, "prompt *row vocab"]:
+    """Logits of the residual stream after the last block."""
+    if model.cfg.normalization_type is not None:
+        with fused_norms(model.ln_final):
+            resid = model.ln_final(resid)
+    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
+
+
+class Captured(NamedTuple):
+    """What one pass over prompts gives.
+
+    ``log_probs`` is the next-token distribution at the decision token; None unless the pass went
+    to its end.
+    """
+
+    z: dict[int, Float[Tensor, "prompt position head d_head"]]
+    log_probs: Float[Tensor, "prompt vocab"] | None
+
+
 def capture_z(
     model: HookedModel,
     prompts: TokenizedPrompts,
@@ -124,38 +146,66 @@ def capture_z(
     The forward pass ends where the last of them has been read.
     """
     check_layers(layers, model.cfg.n_layers)
-    cfg = model.cfg
-    shape = (len(prompts), k_positions, cfg.n_heads, cfg.d_head)
-    captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
-    if len(prompts) > batch_size and isinstance(model, HookedTransformer):
-        store_for_products(model.blocks[: max(layers) + 1])
     batches = prompts.batches(batch_size, padding_side)
+    return capture(model, batches, len(prompts), layers, k_positions).z
+
+
+@torch.no_grad()
+def capture(
+    model: HookedModel,
+    batches: Iterable[TokenBatch],
+    n_prompts: int,
+    layers: Sequence[int],
+    k_positions: int,
+    *,
+    to_the_end: bool = False,
+) -> Captured:
+    """Activations of some layers, and the next-token distribution if the pass goes to the end."""
+    cfg = model.cfg
+    shape = (n_prompts, k_positions, cfg.n_heads, cfg.d_head)
+    captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
+    log_probs = torch.empty(n_prompts, cfg.d_vocab_out) if to_the_end else None
+    stop = cfg.n_layers if to_the_end else max(layers) + 1
+    batches = list(batches)
+    if len(batches) > 1 and isinstance(model, HookedTransformer):
+        store_for_products(model.blocks[:stop])
     with fused_norms(model, half_only=True):
-        for rows, read in side_by_side(_read(model, b, layers, k_positions) for b in batches):
+        works = (_read(model, batch, layers, k_positions, stop, to_the_end) for batch in batches)
+        for rows, read, ends in side_by_side(works):
             for layer, z in read.items():
                 captured[layer][rows] = z.to("cpu")
-    return captured
+            if log_probs is not None:
+                logits = unembed(model, ends.to(model.unembed.W_U.device))
+                log_probs[rows] = logits.double().log_softmax(-1).float().cpu()
+    return Captured(captured, log_probs)
 
 
 def _read(
-    model: HookedModel, batch: TokenBatch, layers: Sequence[int], k_positions: int
-) -> Steps[tuple[Tensor, dict[int, Tensor]]]:
-    """Which prompts a batch has, and their activations by layer."""
+    model: HookedModel,
+    batch: TokenBatch,
+    layers: Sequence[int],
+    k_positions: int,
+    stop: int,
+    to_the_end: bool,
+) -> Steps[tuple[Tensor, dict[int, Tensor], Tensor]]:
+    """Which prompts a batch has, their activations by layer, and where their last block ended."""
     at = reader_at(patched_positions(batch, k_positions))
     read: dict[int, Tensor] = {}
+    ends = torch.empty(0)
 
     def reader(layer: int) -> Reader:
         def note(z: Tensor) -> None:
             read[layer] = at(z)
-            if layer == max(layers):
+            if layer == stop - 1 and not to_the_end:
                 raise _LastOneRead
 
         return note
 
     with suppress(_LastOneRead):
         readers = {layer: reader(layer) for layer in layers}
-        yield from forward_steps(model, batch, max(layers) + 1, readers)
-    return batch.rows, read
+        resid = yield from forward_steps(model, batch, stop, readers)
+        ends = at(resid)[:, -1]
+    return batch.rows, read, ends
 
 
 class _LastOneRead(Exception):  # noqa: N818 - the expected end of a pass, not an error
@@ -195,22 +245,36 @@ class PairActivations:
         self.store = store
         self.device = device
         self._captured: dict[tuple[Side, str, int], Tensor] = {}
-        self._on_disk: set[tuple[str, int]] = set()
+        self._log_probs: dict[tuple[Side, str], Tensor] = {}
+        self._on_disk: set[tuple[str, int | None]] = set()
 
-    def capture(self, side: Side, split: str, layers: Sequence[int]) -> None:
-        """Capture what is missing of these layers in one pass."""
+    def capture(
+        self, side: Side, split: str, layers: Sequence[int], *, to_the_end: bool = False
+    ) -> None:
+        """Capture what is missing of these layers, and of the next-token distribution, at once."""
         if side == "base":
-            self._look_up(split, layers)
+            self._look_up(split, [*layers, None] if to_the_end else layers)
         missing = [layer for layer in layers if (side, split, layer) not in self._captured]
-        if missing:
-            captured = capture_z(
-                self.pair.use(side).model,
-                self.pair.tokens(side, split),
+        to_the_end = to_the_end and (side, split) not in self._log_probs
+        if missing or to_the_end:
+            model, prompts = self.pair.use(side).model, self.pair.tokens(side, split)
+            check_layers(layers, model.cfg.n_layers)
+            found = capture(
+                model,
+                prompts.batches(self.batch_size),
+                len(prompts),
                 missing,
-                k_positions=self.k_positions,
-                batch_size=self.batch_size,
+                self.k_positions,
+                to_the_end=to_the_end,
             )
-            self._captured |= {(side, split, layer): z for layer, z in captured.items()}
+            self._captured |= {(side, split, layer): z for layer, z in found.z.items()}
+            if found.log_probs is not None:
+                self._log_probs[side, split] = found.log_probs
+
+    def log_probs(self, side: Side, split: str) -> Float[Tensor, "prompt vocab"]:
+        """The clean next-token distribution at the decision token."""
+        self.capture(side, split, (), to_the_end=True)
+        return self._log_probs[side, split]
 
     def z(self, side: Side, split: str, layer: int) -> Float[Tensor, "prompt position head d_head"]:
         """Activations of one layer; captured now if they are not there yet."""
@@ -219,22 +283,40 @@ class PairActivations:
 
     def keep(self) -> None:
         """Store what was captured of the base model, for runs that need not load it any more."""
-        for (side, split, layer), z in self._captured.items():
-            if self.store is not None and side == "base" and (split, layer) not in self._on_disk:
-                self.store.put_tensors(self._ingredients(split, layer), {"z": z})
-                self._on_disk.add((split, layer))
+        found: dict[tuple[str, int | None], dict[str, Tensor]] = {
+            (split, layer): {"z": z}
+            for (side, split, layer), z in self._captured.items()
+            if side == "base"
+        }
+        for (side, split), log_probs in self._log_probs.items():
+            if side == "base":
+                found[split, None] = {"log_probs": log_probs}
+        for place, tensors in found.items():
+            if self.store is not None and place not in self._on_disk:
+                self.store.put_tensors(self._ingredients(*place), tensors)
+                self._on_disk.add(place)
 
-    def _look_up(self, split: str, layers: Sequence[int]) -> None:
+    def _look_up(self, split: str, layers: Sequence[int | None]) -> None:
         for layer in layers:
-            if self.store is None or ("base", split, layer) in self._captured:
+            there = (layer is None and ("base", split) in self._log_probs) or (
+                ("base", split, layer) in self._captured
+            )
+            if self.store is None or there:
                 continue
             found = self.store.get_tensors(self._ingredients(split, layer))
-            if found is not None:
+            if found is None:
+                continue
+            if layer is None:
+                self._log_probs["base", split] = found["log_probs"]
+            else:
                 self._captured["base", split, layer] = found["z"]
-                self._on_disk.add((split, layer))
+            self._on_disk.add((split, layer))
 
-    def _ingredients(self, split: str, layer: int) -> NamedIngredients:
-        """Everything that can change activations of one layer; batch size and padding cannot."""
+    def _ingredients(self, split: str, layer: int | None) -> NamedIngredients:
+        """Everything that can change what is stored; batch size and padding cannot.
+
+        ``layer`` is None for the next-token distribution.
+        """
         card = self.pair.base.card
         values = {
             "weights": card.weights_fingerprint,
@@ -247,4 +329,4 @@ class PairActivations:
             "libraries": arithmetic_libraries(),
             "numerics_version": NUMERICS_VERSION,
         }
-        return NamedIngredients(f"z_L{layer}", values)
+        return NamedIngredients("log_probs" if layer is None else f"z_L{layer}", values)

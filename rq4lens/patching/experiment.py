@@ -1,37 +1,125 @@
-"""A pair made ready to measure: sources captured and mapped, the tuned model behind an engine."""
+"""A pair made ready to measure: sources captured and mapped, the models behind engines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
-from rq4lens.models.pair import ModelPair
-from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.models.pair import SIDES, ModelPair, Side
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.patch import (
+    BASE,
+    CONSTANT,
     MAPPED,
+    OUTPUT,
     RAW,
     SELF,
+    SHIFTED,
+    TUNED,
     Effects,
     Engine,
+    OtherModel,
     Patch,
     Progress,
     Sources,
+    into_side,
 )
+from rq4lens.results import EVERY_LAYER
+
+
+class Ends:
+    """The two models of a pair behind engines, each made when it is first needed.
+
+    A model that may not stay in memory beside the other goes with its engine.
+    """
+
+    def __init__(
+        self,
+        activations: PairActivations,
+        settings: Patching,
+        place: Place,
+        *,
+        first_layer: int,
+        rows: Sequence[int] | None,
+    ) -> None:
+        self.pair = activations.pair
+        self.activations = activations
+        self.settings = settings
+        self.place = place if rows is None else place.but(batch_size=len(rows))
+        self.first_layer = first_layer
+        self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
+        self._engines: dict[Side, Engine] = {}
+        self._others: dict[Side, OtherModel] = {}
+        self._left_out: dict[Side, float] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the tuned model."""
+        dtype: torch.dtype = getattr(torch, self.pair.tuned.card.dtype)
+        return dtype
+
+    def prompts(self, side: Side) -> TokenizedPrompts:
+        """The measured prompts as one of the models reads them."""
+        prompts = self.pair.tokens(side, self.settings.split)
+        return prompts if isinstance(self.rows, slice) else prompts.some(self.rows)
+
+    def engine(self, side: Side) -> Engine:
+        """One of the models behind an engine."""
+        if side not in self._engines:
+            if not self.pair.keep_both:
+                self._engines = {}
+            self._engines[side] = make_engine(
+                self.pair.use(side).model,
+                self.prompts(side),
+                self.settings,
+                self.place,
+                first_layer=self.first_layer,
+            )
+        return self._engines[side]
+
+    def other(self, side: Side) -> OtherModel:
+        """What one of the models is compared with: the other one, over the tokens of both."""
+        if side not in self._others:
+            other: Side = "base" if side == "tuned" else "tuned"
+            shared = self.pair.shared_tokens
+            log_probs, ids = self._log_probs(other), shared.of(other)
+            self._left_out[other] = 0.0
+            if ids is not None:
+                log_probs = log_probs[:, ids]
+                inside = log_probs.double().logsumexp(-1, keepdim=True)
+                self._left_out[other] = float(100 * (1 - inside.exp()).mean())
+                log_probs = (log_probs - inside).float()
+            self._others[side] = OtherModel(log_probs, shared.of(side))
+        return self._others[side]
+
+    def left_out_pct(self) -> dict[Side, float]:
+        """The probability, in percent, that each model gives to tokens that the other lacks."""
+        for side in SIDES:
+            self.other(side)
+        return dict(self._left_out)
+
+    def _log_probs(self, side: Side) -> Float[Tensor, "prompt vocab"]:
+        if side == "base":
+            return self.activations.log_probs(side, self.settings.split)[self.rows]
+        return self.engine(side).clean_log_probs()
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A pair, its measured prompts, its maps and an engine, ready to measure any head set.
+    """A pair, its measured prompts and its maps, ready to measure any head set.
 
     Args:
         pair: the pair.
@@ -39,8 +127,9 @@ class Experiment:
         prompts: the measured prompts as the tuned model reads them.
         groups: the group of each prompt.
         maps: the maps by layer.
-        sources: what can be blended in: ``"raw"``, ``"mapped"`` and ``"self"`` of each layer.
-        engine: measures interventions on the tuned model.
+        sources: what can be blended in, by layer and name: ``"raw"`` and ``"mapped"`` of the layers
+            that have a map, and what is made when it is asked for.
+        ends: both models, each behind an engine.
         source_maps: the map that a source went through, by ``(layer, source)``; a source without
             one is the activation itself.
     """
@@ -51,8 +140,13 @@ class Experiment:
     groups: tuple[str, ...]
     maps: Mapping[int, LayerMap]
     sources: Sources
-    engine: Engine
+    ends: Ends
     source_maps: Mapping[tuple[int, str], LayerMap] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine:
+        """Measures interventions on the tuned model."""
+        return self.ends.engine("tuned")
 
     @property
     def split(self) -> str:
@@ -102,10 +196,12 @@ class Experiment:
         Returns:
             A new experiment that shares the engine and its clean pass.
         """
-        return replace(self, sources=Sources({**self.sources, **extra}))
+        return replace(self, sources=self.sources.also(extra))
 
     def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
         """Effect of each patch by itself on each prompt.
+
+        Patches of source ``"tuned"`` go into the base model, all others into the tuned one.
 
         Args:
             patches: the patches; each is a forward pass of its own.
@@ -117,7 +213,20 @@ class Experiment:
         Raises:
             UserError: if a layer was not prepared, or a head set does not fit.
         """
-        return self.engine.effects([(patch,) for patch in patches], self.sources, progress)
+        rows = np.empty((4, len(patches), len(self.prompts)))
+        for side in ("tuned", "base"):
+            into = [at for at, patch in enumerate(patches) if into_side(patch) == side]
+            single = [at for at in into if patches[at].layer != EVERY_LAYER]
+            if into:
+                engine, other = self.ends.engine(side), self.ends.other(side)
+            if single:
+                interventions = [(patches[at],) for at in single]
+                found = engine.effects(interventions, self.sources, progress, other)
+                rows[:, single] = list(found.measures)
+            for at in set(into) - set(single):
+                found = engine.every_layer(patches[at].source, self.sources, other)
+                rows[:, at] = [each[0] for each in found.measures]
+        return Effects(*rows)
 
     def measure(
         self,
@@ -184,33 +293,56 @@ def prepare(
         pair, k_positions=settings.k_positions, batch_size=place.batch_size
     )
     settings = settings.but(k_positions=activations.k_positions)
-    activations.capture("base", split, list(maps))
+    activations.capture("base", split, range(pair.n_layers), to_the_end=True)
     raw_maps: dict[int, LayerMap] = {}
     if settings.raw_baseline != "identity":
         raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
-    prompts, groups = pair.tokens("tuned", split), pair.prompts.split(split).groups
-    chosen: slice | list[int] = slice(None)
-    if rows is not None:
-        chosen = list(rows)
-        prompts, groups = prompts.some(rows), tuple(groups[row] for row in rows)
-        place = place.but(batch_size=len(rows))
-    model = pair.use("tuned").model
-    tuned_engine = make_engine(model, prompts, settings, place, first_layer=min(maps))
+    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows)
+    ends.engine("tuned")
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():
         z_base = activations.z("base", split, layer)
         raw = raw_maps[layer](z_base) if layer in raw_maps else z_base
         # All prompts are mapped, whichever are measured: products of other shapes round otherwise.
-        tensors[layer, RAW], tensors[layer, MAPPED] = raw[chosen], layer_map(z_base)[chosen]
-        tensors[layer, SELF] = tuned_engine.tuned_z(layer)
+        tensors[layer, RAW] = raw[ends.rows]
+        tensors[layer, MAPPED] = layer_map(z_base)[ends.rows]
+    groups = np.array(pair.prompts.split(split).groups, dtype=object)
     return Experiment(
         pair=pair,
         settings=settings,
-        prompts=prompts,
-        groups=groups,
+        prompts=ends.prompts("tuned"),
+        groups=tuple(groups[ends.rows]),
         maps=dict(maps),
-        sources=Sources(tensors),
-        engine=tuned_engine,
+        sources=Sources(tensors, *_made(ends)),
+        ends=ends,
         source_maps={(layer, MAPPED): each for layer, each in maps.items()}
         | {(layer, RAW): each for layer, each in raw_maps.items()},
     )
+
+
+def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any]]:
+    """What sources are made of their layer, and whose output matrix they go through."""
+    activations, split = ends.activations, ends.settings.split
+
+    def base(layer: int) -> Tensor:
+        return activations.z("base", split, layer)[ends.rows]
+
+    def tuned(layer: int) -> Tensor:
+        return ends.engine("tuned").clean_z(layer)
+
+    def mean(side: Side, layer: int) -> Tensor:
+        return activations.z(side, FIT_SPLIT, layer).double().mean(0)
+
+    def constant(layer: int) -> Tensor:
+        n_prompts = len(ends.prompts("tuned"))
+        return mean("tuned", layer).expand(n_prompts, -1, -1, -1).to(ends.dtype)
+
+    def shifted(layer: int) -> Tensor:
+        move = mean("tuned", layer) - mean("base", layer)
+        return (base(layer) + move).to(ends.dtype)
+
+    made = {BASE: base, SELF: tuned, TUNED: tuned, CONSTANT: constant, SHIFTED: shifted}
+    if not ends.pair.keep_both:
+        return made, {}
+    W_O = {OUTPUT: lambda layer: ends.pair.use("base").model.blocks[layer].attn.W_O.detach()}
+    return {**made, OUTPUT: base}, W_O

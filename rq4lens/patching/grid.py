@@ -16,10 +16,13 @@ from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer, Planned
 from rq4lens.patching.patch import SELF, Progress
 from rq4lens.results import (
+    EVERY,
+    EVERY_LAYER,
     ConditionResult,
     GridResult,
     GridSettings,
     HeadRanking,
+    Transfer,
     rank_conditions,
 )
 
@@ -63,7 +66,8 @@ class GridPlan:
     @property
     def n_patches(self) -> int:
         """How many patches it measures, raw and mapped, if no two head sets are the same."""
-        return 2 * (len(self.fixed()) + len(self.settings.k))
+        n_top = 4 * len(self.settings.k)
+        return n_top + sum(len(planned.patches) for planned in self.fixed())
 
     def fixed(self) -> list[Planned]:
         """Every condition whose head set is known before anything is measured."""
@@ -76,7 +80,12 @@ class GridPlan:
         if self.control_layer is not None:
             alpha = self.settings.alpha
             planned.append(Planned("ctrl_full", self.control_layer, HeadSet.all(n_heads), alpha))
-        return [*planned, *self.checks()]
+        return [*planned, *self.checks(), self.every_layer]
+
+    @property
+    def every_layer(self) -> Planned:
+        """All heads of all layers at once, at full strength."""
+        return Planned(EVERY, EVERY_LAYER, HeadSet.all(self.n_heads), 1.0)
 
     def checks(self) -> list[Planned]:
         """The whole layer, and the two conditions that must read 0."""
@@ -163,7 +172,7 @@ def measure_grid(
     top = plan.top(rank_conditions(singles, settings.rank_by))
     results = fixed | measurer.conditions(top, progress)
     conditions = {name: results[name] for name in plan.table_order}
-    return _result(measurer.experiment, settings, effort, conditions)
+    return _result(measurer, settings, effort, conditions, measurer.transfer(plan.every_layer))
 
 
 def measure_condition(
@@ -182,7 +191,7 @@ def measure_condition(
     plan = GridPlan(measurer.experiment.n_heads, settings)
     patch = Planned("patch", plan.layer, heads, settings.alpha)
     conditions = measurer.conditions([patch, *plan.checks()])
-    return _result(measurer.experiment, settings, effort, conditions)
+    return _result(measurer, settings, effort, conditions)
 
 
 def run_sweep(
@@ -212,11 +221,13 @@ def run_sweep(
 
 
 def _result(
-    experiment: Experiment,
+    measurer: Measurer,
     settings: Patching,
     effort: Effort | None,
     conditions: Mapping[str, ConditionResult],
+    every_layer: Transfer | None = None,
 ) -> GridResult:
+    experiment = measurer.experiment
     pair, layer_map = experiment.pair, experiment.maps[int(settings.layer or 0)]
     checks = [conditions["none"], conditions["self"]]
     return GridResult(
@@ -241,4 +252,6 @@ def _result(
         groups=experiment.groups,
         conditions=conditions,
         noise_floor_nats=max(abs(kl) for each in checks for kl in (each.KL_raw, each.KL_mapped)),
+        every_layer=every_layer,
+        left_out_pct=measurer.left_out_pct(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -20,16 +21,27 @@ from rq4lens.patching.keys import (
     ChunkIngredients,
     ConditionIngredients,
     MeasuredOn,
+    NamedIngredients,
     identity,
     measured_parts,
 )
-from rq4lens.patching.patch import MAPPED, RAW, SELF, Effects, Patch, Progress
-from rq4lens.results import ConditionResult, GridResult
+from rq4lens.patching.patch import (
+    BASE,
+    MAPPED,
+    OUTPUT,
+    RAW,
+    SELF,
+    TUNED,
+    Effects,
+    Patch,
+    Progress,
+)
+from rq4lens.results import EVERY_LAYER, ConditionResult, GridResult, PatchRow, Transfer
 
 T = TypeVar("T")
 Indices = tuple[int, ...]
 
-KL, ANSWER = "kl_nats", "answer_logprob_change_nats"
+MEASURES = ("kl_nats", "answer_logprob_change_nats", "gap_left_nats", "answer_is")
 """What is stored of a patch: a number for each prompt."""
 
 RECORDED_TOGETHER = 32
@@ -49,18 +61,27 @@ class Planned(NamedTuple):
     source: str | None = None
 
     @property
-    def patches(self) -> tuple[Patch, Patch]:
-        """The raw and the mapped patch of this condition."""
+    def patches(self) -> tuple[Patch, ...]:
+        """Every patch of this condition."""
+        both = () if self.layer == EVERY_LAYER else self.raw_and_mapped
+        return (*both, *self.swaps)
+
+    @property
+    def raw_and_mapped(self) -> tuple[Patch, Patch]:
+        """The raw and the mapped patch."""
         sources = (self.source, self.source) if self.source else (RAW, MAPPED)
         raw, mapped = (Patch(self.layer, self.heads, self.alpha, source) for source in sources)
         return raw, mapped
 
+    @property
+    def swaps(self) -> tuple[Patch, ...]:
+        """Each model with the other one's activations at full strength; none of the self-patch."""
+        sources = () if self.source else (BASE, TUNED)
+        return tuple(Patch(self.layer, self.heads, 1.0, source) for source in sources)
 
-class PatchRow(NamedTuple):
-    """The effect of one patch on each prompt."""
 
-    kl_nats: ndarray
-    answer_logprob_change_nats: ndarray
+OWN_SOURCES = frozenset({RAW, SELF, BASE, TUNED, OUTPUT})
+"""Sources that the models and prompts decide alone."""
 
 
 @runtime_checkable
@@ -140,10 +161,10 @@ class Measurer:
         """Know what a grid measured, aside from its checks, which are no raw and mapped pair."""
         for each in grid.conditions.values():
             if each.cond not in {"self", "none"}:
-                patches = Planned(each.cond, each.layer, each.heads, each.alpha).patches
-                raw = PatchRow(each.kl_raw_nats, each.answer_logprob_change_raw_nats)
-                mapped = PatchRow(each.kl_mapped_nats, each.answer_logprob_change_mapped_nats)
-                self._learn(patches, (raw, mapped))
+                planned = Planned(each.cond, each.layer, each.heads, each.alpha)
+                self._learn(planned.raw_and_mapped, (each.raw, each.mapped))
+                if each.transfer is not None:
+                    self._learn(planned.swaps, each.transfer)
 
     # Effects
 
@@ -156,8 +177,10 @@ class Measurer:
     def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
         """Effect of each patch by itself on each prompt."""
         self.require(patches, progress)
-        rows = np.array([self._row(patch) for patch in patches]).reshape(-1, 2, len(self.groups))
-        return Effects(rows[:, 0], rows[:, 1])
+        measures = zip(*(self._row(patch) for patch in patches), strict=True)
+        nothing = np.empty((0, len(self.groups)))
+        found = [np.stack(each) for each in measures if each[0] is not None]
+        return Effects(*found) if found else Effects(nothing, nothing)
 
     def _stored(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
         if self.chunks is None:
@@ -167,14 +190,25 @@ class Measurer:
         found = self.chunks.get_tensors(ingredients)
         if found is not None:
             self._report(len(patches), progress)
-            return _rows(found[KL].numpy(), found[ANSWER].numpy())
+            return _rows(found[name].numpy() for name in MEASURES)
         measured = self._measured(patches, progress)
-        kl_nats, changes = (
-            torch.from_numpy(np.stack(each)) for each in zip(*measured, strict=True)
-        )
+        stacked = (torch.from_numpy(np.stack(each)) for each in zip(*measured, strict=True))
         heads = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
-        self.chunks.put_tensors(ingredients, {KL: kl_nats, ANSWER: changes, "heads": heads})
+        tensors = dict(zip(MEASURES, stacked, strict=True))
+        self.chunks.put_tensors(ingredients, {**tensors, "heads": heads})
         return measured
+
+    def left_out_pct(self) -> dict[str, float]:
+        """The probability, in percent, that each model gives to tokens that the other lacks."""
+        if self.experiment.pair.shared_tokens.base is None:
+            return {}
+        ingredients = NamedIngredients("left_out", asdict(self._on))
+        found = self.records and self.records.get(ingredients)
+        if not found:
+            found = dict(self.experiment.ends.left_out_pct())
+            if self.records is not None:
+                self.records.put(ingredients, found)
+        return dict(found)
 
     # Conditions of a grid
 
@@ -184,7 +218,12 @@ class Measurer:
         """Results of conditions by name."""
         for chunk in _chunks(self._unknown(_patches(planned)), RECORDED_TOGETHER):
             self._learn(chunk, self._recorded(chunk, progress))
-        return {plan.cond: self._condition(plan) for plan in planned}
+        return {plan.cond: self._condition(plan) for plan in planned if plan.layer != EVERY_LAYER}
+
+    def transfer(self, plan: Planned) -> Transfer:
+        """What the heads of a condition carry, in both directions."""
+        self.require(plan.swaps)
+        return Transfer(*(self._row(patch) for patch in plan.swaps))
 
     def are_recorded(self, planned: Sequence[Planned]) -> bool:
         """Whether every patch of some conditions has a record, on all prompts."""
@@ -213,7 +252,7 @@ class Measurer:
         ids = self.experiment.pair.tokens("tuned", self.experiment.split).ids
         for place, patch in enumerate(patches):
             joined = {}
-            for name in (KL, ANSWER):
+            for name in MEASURES:
                 by_id: dict[str, float] = {}
                 for part in parts:
                     numbers = part["patches"][place][name]
@@ -237,19 +276,18 @@ class Measurer:
 
     def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return PatchRow(np.array(payload[KL]), np.array(payload[ANSWER])) if payload else None
+        return PatchRow(*(np.array(payload[name]) for name in MEASURES)) if payload else None
 
     def _condition(self, plan: Planned) -> ConditionResult:
-        raw, mapped = (self._row(patch) for patch in plan.patches)
+        raw, mapped = (self._row(patch) for patch in plan.raw_and_mapped)
         return ConditionResult(
             cond=plan.cond,
             layer=plan.layer,
             heads=plan.heads,
             alpha=plan.alpha,
-            kl_raw_nats=raw.kl_nats,
-            kl_mapped_nats=mapped.kl_nats,
-            answer_logprob_change_raw_nats=raw.answer_logprob_change_nats,
-            answer_logprob_change_mapped_nats=mapped.answer_logprob_change_nats,
+            raw=raw,
+            mapped=mapped,
+            transfer=self.transfer(plan) if plan.swaps else None,
         )
 
     # Memory and keys
@@ -270,7 +308,7 @@ class Measurer:
 
     def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
         effects = self.source.effects(patches, progress)
-        return _rows(effects.kl_nats, effects.answer_logprob_change_nats)
+        return _rows(effects.measures)
 
     def _report(self, n_patches: int, progress: Progress | None) -> None:
         if progress is not None:
@@ -305,7 +343,7 @@ class Measurer:
         if (layer, source) not in self._fingerprints:
             layer_map = self.experiment.source_maps.get((layer, source))
             found = layer_map.fingerprint if layer_map else None
-            if found is None and source not in {RAW, SELF}:
+            if found is None and source not in OWN_SOURCES:
                 found = tensor_fingerprint(self.experiment.sources[layer, source])
             self._fingerprints[layer, source] = found
         return self._fingerprints[layer, source]
@@ -327,9 +365,9 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _rows(kl_nats: ndarray, changes: ndarray) -> list[PatchRow]:
-    return [PatchRow(*both) for both in zip(kl_nats, changes, strict=True)]
+def _rows(measures: Iterable[ndarray]) -> list[PatchRow]:
+    return [PatchRow(*each) for each in zip(*measures, strict=True)]
 
 
 def _payload(row: PatchRow) -> dict[str, list[float]]:
-    return {KL: row.kl_nats.tolist(), ANSWER: row.answer_logprob_change_nats.tolist()}
+    return {name: getattr(row, name).tolist() for name in MEASURES}

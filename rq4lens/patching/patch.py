@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import einops
 import torch
@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 RAW = "raw"
 MAPPED = "mapped"
 SELF = "self"
+BASE = "base"
+"""Base z itself, whatever the raw patch inserts."""
+TUNED = "tuned"
+"""The other direction: tuned z, patched into the base model."""
+CONSTANT, SHIFTED, OUTPUT = "constant", "shifted", "output"
+"""What else can replace a head: the tuned train mean, base z moved by the difference of the train
+means, and what the base model's own ``W_O`` writes of base z."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,11 @@ class Patch:
     """One head set of one layer, blended with one source.
 
     Args:
-        layer: the patched layer.
+        layer: the patched layer, or :data:`rq4lens.results.EVERY_LAYER`.
         heads: the patched heads.
         alpha: blend strength, in [0, 1].
         source: which activations are blended in: a key of :class:`Sources`, such as ``"raw"``,
-            ``"mapped"`` or ``"self"``.
+            ``"mapped"`` or ``"self"``; ``"tuned"`` is patched into the base model.
 
     Raises:
         UserError: if alpha is outside [0, 1].
@@ -51,6 +58,11 @@ class Patch:
                 f"alpha {self.alpha} is not a blend strength: give a number from 0 (nothing "
                 "changes) to 1 (the source replaces the tuned activation)."
             )
+
+
+def into_side(patch: Patch) -> Literal["base", "tuned"]:
+    """The model that is patched."""
+    return "base" if patch.source == TUNED else "tuned"
 
 
 Progress = Callable[[int], None]
@@ -75,6 +87,30 @@ def blend(
     weight = einops.rearrange(strength[..., None] * mask.to(z.dtype), "... head -> ... head 1")
     # lerp is exact at both ends and when both sides agree: patching z into itself changes no bit.
     return torch.lerp(z, source.to(z.dtype), weight)
+
+
+def head_outputs(
+    z: Float[Tensor, "*rows head d_head"],
+    source: Float[Tensor, "*rows head d_head"],
+    patched: tuple[Bool[Tensor, "*#rows head"], float | Float[Tensor, "*#rows"]],
+    W_O: Float[Tensor, "head d_head d_model"],
+) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows d_model"]]:
+    """The blend of what heads write, where the source has its own ``W_O``.
+
+    Args:
+        z: the patched model's activations.
+        source: the activations that come in.
+        patched: which heads, and how strongly.
+        W_O: the source's output matrix.
+
+    Returns:
+        What is left of ``z``, and what the source writes into the residual stream beside it.
+    """
+    mask, alpha = patched
+    nothing = torch.zeros_like(z)
+    coming = blend(nothing, source, mask, alpha)
+    out = einops.einsum(coming, W_O.to(z), "... head d_head, head d_head d_model -> ... d_model")
+    return blend(z, nothing, mask, alpha), out
 
 
 def patched_first(direction: KLDirection) -> bool:
@@ -104,20 +140,71 @@ def next_token_effects(
     return terms.sum(-1), einops.rearrange(change, "... 1 -> ...")
 
 
+@dataclass(frozen=True)
+class OtherModel:
+    """The clean next-token distribution of the other model of the pair.
+
+    Args:
+        log_probs: over the tokens that both models have, renormalised.
+        tokens: the patched model's ids of these tokens; None if the vocabularies are the same.
+    """
+
+    log_probs: Float[Tensor, "prompt shared"]
+    tokens: Int[Tensor, "shared"] | None = None
+
+    def of_prompts(self, prompts: Any) -> OtherModel:
+        """The same on some of the prompts."""
+        return OtherModel(self.log_probs[prompts], self.tokens)
+
+    def to(self, device: torch.device) -> OtherModel:
+        """The same on a device."""
+        tokens = None if self.tokens is None else self.tokens.to(device)
+        return OtherModel(self.log_probs.to(device), tokens)
+
+    @property
+    def answers(self) -> Int[Tensor, "prompt"]:
+        """Its most likely token, as an id of the patched model."""
+        best = self.log_probs.argmax(-1)
+        return best if self.tokens is None else self.tokens[best]
+
+    def gap_left_nats(self, logits: Float[Tensor, "prompt row vocab"]) -> Tensor:
+        """``KL(p_other || p_patched)``, ``[prompt row]``."""
+        shared = logits if self.tokens is None else logits[..., self.tokens]
+        patched, other = _log_probs(shared), self.log_probs[:, None].to(_precise(logits.dtype))
+        terms = other.exp() * (other - patched)
+        return torch.where(other == -torch.inf, 0.0, terms).sum(-1)
+
+    def answer_is(
+        self,
+        logits: Float[Tensor, "prompt row vocab"],
+        clean_logits: Float[Tensor, "prompt 1 vocab"],
+    ) -> Int[Tensor, "prompt row"]:
+        """Whose answer the most likely token is: :data:`OWN` plus :data:`OTHERS`, or 0."""
+        answers = logits.argmax(-1)
+        own, others = answers == clean_logits.argmax(-1), answers == self.answers[:, None]
+        return OWN * own + OTHERS * others
+
+
+OWN, OTHERS = 1, 2
+"""The most likely token is that of the clean patched model, of the other model."""
+
+
 def effects_by_difference(
     patched_logits: Float[Tensor, "prompt row vocab"],
     clean_logits: Float[Tensor, "prompt 1 vocab"],
     direction: KLDirection = "patched||clean",
+    other: OtherModel | None = None,
     *,
     by_kernel: bool = False,
-) -> tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row"]]:
-    """:func:`next_token_effects` for many rows: without a softmax of each, and no less precise.
+) -> tuple[Float[Tensor, "prompt row"], ...]:
+    """:func:`all_effects` of many rows: without a softmax of each, and no less precise.
 
     With ``δ`` the difference of the logits, counted from its value at the clean model's most likely
     token, ``q`` the clean probabilities and ``Z = Σ q exp(δ)``,
 
-    ``KL(patched || clean) = Σ q exp(δ) δ / Z - ln Z``, ``KL(clean || patched) = ln Z - Σ q δ``, and
-    the log-probability of that token changes by ``-ln Z``.
+    ``KL(patched || clean) = Σ q exp(δ) δ / Z - ln Z``, ``KL(clean || patched) = ln Z - Σ q δ``, the
+    log-probability of that token changes by ``-ln Z``, and the gap to another distribution ``p`` by
+    ``ln Z - Σ p δ``.
 
     Rounding is relative to ``δ`` here, not to the log-probabilities, so small effects keep their
     digits in float32, and equal logits give exactly 0.
@@ -135,10 +222,35 @@ def effects_by_difference(
 
             sums = summed_by_kernel
     q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
-    excess, moment = sums(patched_logits, clean, q, answer, tilted=tilted)
+    # Of vocabularies that differ the gap is not a sum over the same logits.
+    p = None if other is None or other.tokens is not None else other.log_probs.exp()[:, None]
+    excess, moment, pull = sums(patched_logits, clean, q, answer, p, tilted=tilted)
     ln_z = excess.log1p()
     kl = moment / (1 + excess) - ln_z if tilted else ln_z - moment
-    return kl, -ln_z
+    if other is None:
+        return kl, -ln_z
+    if pull is None:
+        gap_left = other.gap_left_nats(patched_logits)
+    else:
+        gap_left = other.gap_left_nats(clean) - pull + ln_z
+    return kl, -ln_z, gap_left, other.answer_is(patched_logits, clean_logits)
+
+
+def all_effects(
+    patched_logits: Float[Tensor, "prompt row vocab"],
+    clean_logits: Float[Tensor, "prompt 1 vocab"],
+    direction: KLDirection = "patched||clean",
+    other: OtherModel | None = None,
+) -> tuple[Float[Tensor, "prompt row"], ...]:
+    """The measures of :class:`Effects`, the last two only beside another model."""
+    own = next_token_effects(patched_logits, clean_logits, direction)
+    if other is None:
+        return own
+    return (
+        *own,
+        other.gap_left_nats(patched_logits),
+        other.answer_is(patched_logits, clean_logits),
+    )
 
 
 def summed_by_tensors(
@@ -146,20 +258,21 @@ def summed_by_tensors(
     clean: Float[Tensor, "prompt 1 vocab"],
     q: Float[Tensor, "prompt 1 vocab"],
     answer: Int[Tensor, "prompt 1 1"],
+    p: Float[Tensor, "prompt 1 vocab"] | None = None,
     *,
     tilted: bool,
-) -> tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row"]]:
-    """``Σ q (exp(δ) - 1)`` and ``Σ w δ``, where ``w`` is ``q exp(δ)`` if tilted, else ``q``.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``Σ q (exp(δ) - 1)``, ``Σ w δ``, where ``w`` is ``q exp(δ)`` if tilted, else ``q``, and ``Σ p δ``.
 
-    ``δ`` counts from its value at the answer, so both sums are small where the effect is small.
+    ``δ`` counts from its value at the answer, so the first two are small where the effect is small.
     """
     delta = patched - clean
     delta -= delta.take_along_dim(answer, -1)
+    pull = None if p is None else einops.rearrange(delta @ p.to(delta).mT, "... 1 -> ...")
     gained = delta.expm1().mul_(q)
     excess = gained.sum(-1)
-    if tilted:
-        return excess, gained.add_(q).mul_(delta).sum(-1)
-    return excess, delta.mul_(q).sum(-1)
+    weighted = gained.add_(q).mul_(delta) if tilted else delta.mul_(q)
+    return excess, weighted.sum(-1), pull
 
 
 @cache
@@ -173,7 +286,7 @@ def _kernel_works(
         from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
         row = torch.zeros(1, 1, n_vocab, device=device)
-        summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), tilted=True)
+        summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), row, tilted=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # Triton raises errors of many kinds; the other way is exact too
@@ -187,20 +300,34 @@ def _kernel_works(
 
 
 def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    return logits.log_softmax(-1, dtype=_precise(logits.dtype))
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
     # One precision above the logits: a divergence is of second order in the logits' difference, so
     # rounding log-probabilities to the logits' own precision would swamp the small ones.
-    half = logits.dtype.itemsize < 4
-    return logits.log_softmax(-1, dtype=torch.float32 if half else torch.float64)
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
+Site = Float[Tensor, "prompt position head d_head"]
+"""Activations of a layer; ``position`` runs over the patched ones, the decision token last."""
 
 
 class Sources(dict[tuple[int, str], Tensor]):
     """What is blended in, by layer and source name.
 
-    ``position`` runs over the patched positions, the decision token last.
+    Args:
+        tensors: the activations.
+        made: makes what is not there yet from its layer, by source name.
+        W_O: the output matrices of sources that do not go through the patched model's own: the
+            patched heads write ``z W_O`` of these into the residual stream instead.
     """
 
     def __init__(
-        self, tensors: Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
+        self,
+        tensors: Mapping[tuple[int, str], Site],
+        made: Mapping[str, Callable[[int], Site]] | None = None,
+        W_O: Mapping[str, Callable[[int], Float[Tensor, "head d_head d_model"]]] | None = None,
     ) -> None:
         shapes = {tuple(tensor.shape[:2]) for tensor in tensors.values()}
         if len(shapes) > 1:
@@ -209,12 +336,22 @@ class Sources(dict[tuple[int, str], Tensor]):
                 "on the same prompts with the same number of positions."
             )
         super().__init__(tensors)
+        self.made = dict(made or {})
+        self.W_O = dict(W_O or {})
 
     def __missing__(self, key: tuple[int, str]) -> Tensor:
+        layer, source = key
+        if source in self.made:
+            self[key] = self.made[source](layer)
+            return self[key]
         known = ", ".join(f"{source!r} at layer {layer}" for layer, source in self)
         raise UserError(
-            f"no activations for source {key[1]!r} at layer {key[0]}: there are {known}."
+            f"no activations for source {source!r} at layer {layer}: there are {known}."
         )
+
+    def also(self, extra: Mapping[tuple[int, str], Site]) -> Sources:
+        """The same with more."""
+        return Sources({**self, **extra}, self.made, self.W_O)
 
 
 @dataclass(frozen=True)
@@ -222,22 +359,33 @@ class Effects:
     """What interventions did to the next-token distribution.
 
     Args:
-        kl_nats: divergence from the clean tuned model, in nats, ``[condition prompt]``.
+        kl_nats: divergence from the clean patched model, in nats, ``[condition prompt]``.
         answer_logprob_change_nats: log-probability of the clean model's most likely token, patched
             minus clean, ``[condition prompt]``.
+        gap_left_nats: ``KL(p_other || p_patched)``, how far the patched model still is from the
+            other model of the pair, in nats; None if there is no other.
+        answer_is: whose answer the most likely token is, see :meth:`OtherModel.answer_is`.
     """
 
     kl_nats: Float64[ndarray, "condition prompt"]
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
+    gap_left_nats: Float64[ndarray, "condition prompt"] | None = None
+    answer_is: Float64[ndarray, "condition prompt"] | None = None
+
+    @property
+    def measures(self) -> list[Float64[ndarray, "condition prompt"]]:
+        """Those that were measured."""
+        every = (getattr(self, each.name) for each in fields(self))
+        return [each for each in every if each is not None]
 
     def __getitem__(self, conditions: slice) -> Effects:
         """Some of the conditions."""
-        return Effects(self.kl_nats[conditions], self.answer_logprob_change_nats[conditions])
+        return Effects(*(each[conditions] for each in self.measures))
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Measures interventions on the tuned model over a fixed list of prompts."""
+    """Measures interventions on one model over a fixed list of prompts."""
 
     name: str
     fallback_reason: str | None
@@ -247,13 +395,22 @@ class Engine(Protocol):
     def memory_report(self) -> Mapping[str, Any]:
         """What memory was asked for and used, for the record of a run."""
 
-    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of the tuned model at the patched positions of a layer."""
+    def clean_z(self, layer: int) -> Site:
+        """Clean activations at the patched positions of a layer."""
+
+    def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
+        """The clean model's next-token distribution at the decision token."""
+
+    def every_layer(
+        self, source: str, sources: Sources, other: OtherModel | None = None
+    ) -> Effects:
+        """Effect of a source in place of every head of every layer."""
 
     def effects(
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
         progress: Progress | None = None,
+        other: OtherModel | None = None,
     ) -> Effects:
-        """Effect of each intervention on each prompt."""
+        """Effect of each intervention on each prompt, and how far it takes the model to another."""

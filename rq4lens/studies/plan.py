@@ -100,7 +100,7 @@ def _point(
 ) -> Measured:
     started = time.perf_counter()
     engine = make_engine(model, prompts, place=place, first_layer=layer)
-    sources = Sources({(layer, RAW): torch.zeros_like(engine.tuned_z(layer))})
+    sources = Sources({(layer, RAW): torch.zeros_like(engine.clean_z(layer))})
     passed = time.perf_counter()
     heads = [HeadSet.of([head], model.cfg.n_heads) for head in range(n_heads)]
     engine.effects([(Patch(layer, each, 0.3, RAW),) for each in heads], sources)

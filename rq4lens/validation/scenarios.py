@@ -186,7 +186,7 @@ class BaseHeads:
         return np.flatnonzero(full >= IDLE_SHARE * full.mean()).tolist()
 
     def _cost(self, layer: int) -> LayerCost:
-        z = self._engine.tuned_z(layer)
+        z = self._engine.clean_z(layer)
         sources = Sources({(layer, "mean"): z.mean(0, keepdim=True).expand_as(z).contiguous()})
         starts = range(0, self.n_heads, self._width)
         groups = [range(start, start + self._width) for start in starts]

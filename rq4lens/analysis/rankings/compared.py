@@ -109,7 +109,8 @@ def metric_agreement(grid: GridResult, layer: MeasuredLayer) -> Agreement:
 
 def answer_repair_nats(condition: ConditionResult) -> Float64[ndarray, "prompt"]:
     """How much of the answer's log-probability the map wins back, on each prompt."""
-    return condition.answer_logprob_change_mapped_nats - condition.answer_logprob_change_raw_nats
+    mapped, raw = condition.mapped, condition.raw
+    return mapped.answer_logprob_change_nats - raw.answer_logprob_change_nats
 
 
 def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimate]:

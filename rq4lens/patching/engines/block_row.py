@@ -201,14 +201,17 @@ def finish_block(
     block: TransformerBlock,
     resid_pre: Float[Tensor, "prompt condition position d_model"],
     z: Float[Tensor, "prompt condition position head d_head"],
+    written: Float[Tensor, "prompt condition position d_model"] | None = None,
 ) -> Float[Tensor, "prompt condition position d_model"]:
-    """Everything in a block that comes after ``z``."""
+    """Everything in a block that comes after ``z``; ``written`` is added to what its heads write."""
     shape = resid_pre.shape
     resid_pre = resid_pre.flatten(1, 2)
     # TransformerLens has no submodule for this product.
     W_O = rearrange(block.attn.W_O, "head d_head d_model -> d_model (head d_head)")
     z = z.flatten(-2).flatten(1, 2).to(W_O.dtype)
     attn_out = functional.linear(z, W_O, block.attn.b_O)
+    if written is not None:
+        attn_out += written.flatten(1, 2)
     if block.cfg.use_normalization_before_and_after:
         attn_out = block.ln1_post(attn_out)
     if is_post_norm(block):

@@ -25,6 +25,7 @@ from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
 from rq4lens.patching.activations import device_of, z_site
 from rq4lens.patching.engines.clean_pass import CleanBatch, CleanLayer
+from rq4lens.patching.engines.hooks import added
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
 
 
@@ -69,6 +70,7 @@ class CachedEngine(RowEngine):
             read[str(hook.name)] = value
 
         names = [name for layer in layers for name in (_resid_site(layer), z_site(layer))]
+        names += [_resid_site(0), *(z_site(layer) for layer in range(first_layer))]
         with self.model.hooks(fwd_hooks=[(name, note) for name in names]):
             self._forward(tokens[:, last], mask[:, last], cache)
         made = {
@@ -79,7 +81,8 @@ class CachedEngine(RowEngine):
             )
             for layer in layers
         }
-        return [CleanBatch(batch.rows, made)]
+        below = {layer: read[z_site(layer)] for layer in range(first_layer)}
+        return [CleanBatch(batch.rows, made, below, read[_resid_site(0)])]
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: TransformerLensKeyValueCache) -> None:
         self.model(
@@ -107,7 +110,8 @@ class CachedEngine(RowEngine):
 
         def blended(z: Tensor, hook: HookPoint) -> Tensor:
             by_row = rearrange(z.clone(), "(prompt row) ... -> prompt row ...", row=n_rows)
-            rows.blend_into(by_row, hook.layer(), sources)
+            beside = rows.blend_into(by_row, hook.layer(), sources)
+            written[hook.layer()] = None if beside is None else beside.flatten(0, 1)
             return by_row.flatten(0, 1)
 
         mask = per_row(at.earlier.attention_mask)
@@ -119,7 +123,9 @@ class CachedEngine(RowEngine):
         # Layers below are not run again: any entry may stand in their place.
         cache = TransformerLensKeyValueCache([entries[0]] * layer + entries, mask, frozen=True)
         patched = sorted({patched_layer for patched_layer, _ in rows.patches})
-        with self.model.hooks(fwd_hooks=[(z_site(each), blended) for each in patched]):
+        written: dict[int, Tensor | None] = {}
+        hooks = self.model.hooks(fwd_hooks=[(z_site(each), blended) for each in patched])
+        with hooks, added(self.model, patched, written.get):
             logits = self.model(
                 per_row(at.resid),
                 start_at_layer=layer,

@@ -15,7 +15,13 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.prompts.prompt_set import TokenBatch
-from rq4lens.patching.activations import forward_steps, patched_positions, reader_at, reading
+from rq4lens.patching.activations import (
+    forward_batch,
+    forward_steps,
+    patched_positions,
+    reader_at,
+    reading,
+)
 from rq4lens.patching.engines.block_row import (
     SharedKeys,
     attention_bias,
@@ -72,21 +78,25 @@ class CleanLayer:
 class CleanBatch:
     """A batch of prompts, ``rows`` of the engine's, after its clean pass.
 
-    ``entering`` is the residual stream of two prompts, :func:`shortest_and_longest`, before the
+    ``z_below`` is z of the layers below the lowest one, and ``embedded`` what enters the first
+    block, both at the patched positions. ``entering`` is the residual stream of two prompts, :func:`shortest_and_longest`, before the
     lowest layer; the start-up check runs native hooks on it, or on tokens without it.
     """
 
     rows: Int[Tensor, "prompt"]
     layers: dict[int, CleanLayer]
+    z_below: dict[int, Float[Tensor, "prompt position head d_head"]]
+    embedded: Float[Tensor, "prompt position d_model"]
     entering: Float[Tensor, "end pos d_model"] | None = None
 
     def to(self, placement: Placement) -> CleanBatch:
         """The batch with each layer on its device."""
         layers = {index: each.to(placement.layers[index]) for index, each in self.layers.items()}
-        entering = self.entering
+        below = {index: z.to(placement.layers[index]) for index, z in self.z_below.items()}
+        embedded, entering = self.embedded.to(placement.layers[0]), self.entering
         if entering is not None:
             entering = entering.to(placement.layers[min(layers)])
-        return CleanBatch(self.rows, layers, entering)
+        return CleanBatch(self.rows, layers, below, embedded, entering)
 
 
 def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
@@ -117,7 +127,14 @@ def clean_pass(
     longest = int(batch.lengths.max())
     aligned_right = torch.arange(longest) >= longest - batch.lengths[:, None]
     position_mask = copied_once(aligned_right.long())
-    resid = yield from forward_steps(model, batch, first_layer, readers={})
+    below: dict[int, Tensor] = {}
+
+    def reader(layer: int) -> Callable[[Tensor], None]:
+        return lambda value: below.update({layer: read(value)})
+
+    readers = {layer: reader(layer) for layer in range(first_layer)}
+    embedded = read(forward_batch(model, batch, stop_at_layer=0))
+    resid = yield from forward_steps(model, batch, first_layer, readers)
     entering = resid[shortest_and_longest(len(resid))].clone()
     for layer in range(first_layer, model.cfg.n_layers):
         device = placement.layers[layer]
@@ -134,7 +151,7 @@ def clean_pass(
         bias_here = bias(block.attn, device)
         shared = seen.share(block.attn, n_positions, bias_here, position_mask(device))
         layers[layer] = CleanLayer(at_positions, z.pop(), shared)
-    return CleanBatch(batch.rows, layers, entering)
+    return CleanBatch(batch.rows, layers, below, embedded, entering)
 
 
 def shortest_and_longest(n_prompts: int) -> slice:

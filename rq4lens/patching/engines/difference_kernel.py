@@ -22,11 +22,14 @@ def _sums(
     clean,
     q,
     answer,
+    p,
     excess,
     moment,
+    pull,
     n_rows,
     n_vocab,
     TILTED: tl.constexpr,
+    PULLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # One program a row. Offsets in 64 bits: rows times vocabulary exceeds 2^31.
@@ -35,10 +38,12 @@ def _sums(
     patched += row * n_vocab
     clean += prompt * n_vocab
     q += prompt * n_vocab
+    p += prompt * n_vocab
     best = tl.load(answer + prompt)
     at_best = tl.load(patched + best).to(tl.float32) - tl.load(clean + best)
     excesses = tl.zeros([BLOCK], tl.float32)
     moments = tl.zeros([BLOCK], tl.float32)
+    pulls = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_vocab, BLOCK):
         token = start + tl.arange(0, BLOCK)
         inside = token < n_vocab
@@ -52,8 +57,12 @@ def _sums(
             moments += (gained + weight) * delta
         else:
             moments += weight * delta
+        if PULLED:
+            pulls += tl.load(p + token, mask=inside, other=0) * delta
     tl.store(excess + row, tl.sum(excesses))
     tl.store(moment + row, tl.sum(moments))
+    if PULLED:
+        tl.store(pull + row, tl.sum(pulls))
 
 
 def summed_by_kernel(
@@ -61,17 +70,22 @@ def summed_by_kernel(
     clean: Float[Tensor, "prompt 1 vocab"],
     q: Float[Tensor, "prompt 1 vocab"],
     answer: Int[Tensor, "prompt 1 1"],
+    p: Float[Tensor, "prompt 1 vocab"] | None = None,
     *,
     tilted: bool,
-) -> tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row"]]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sums, each logit read once."""
     n_prompts, n_rows, n_vocab = patched.shape
-    excess, moment = torch.empty(
-        2, n_prompts, n_rows, dtype=torch.float32, device=patched.device
-    ).unbind()
-    tensors = (patched.contiguous(), clean.contiguous(), q.contiguous(), answer.contiguous())
+    sums = torch.empty(3, n_prompts, n_rows, dtype=torch.float32, device=patched.device)
+    tensors = (patched, clean, q, answer, q if p is None else p)
     with torch.cuda.device(patched.device):
         _sums[(n_prompts * n_rows,)](
-            *tensors, excess, moment, n_rows, n_vocab, TILTED=tilted, BLOCK=BLOCK
+            *(tensor.contiguous() for tensor in tensors),
+            *sums.unbind(),
+            n_rows,
+            n_vocab,
+            TILTED=tilted,
+            PULLED=p is not None,
+            BLOCK=BLOCK,
         )
-    return excess, moment
+    return sums[0], sums[1], None if p is None else sums[2]

@@ -5,8 +5,8 @@ Slow and simple on purpose. Every faster engine must give the numbers of this on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
+from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import (
@@ -29,11 +30,13 @@ from rq4lens.patching.activations import (
 from rq4lens.patching.patch import (
     Effects,
     Intervention,
+    OtherModel,
     Patch,
     Progress,
     Sources,
+    all_effects,
     blend,
-    next_token_effects,
+    head_outputs,
 )
 
 
@@ -61,32 +64,57 @@ def patched_heads(
         UserError: if a source does not have the shape of the site it is patched into.
     """
     positions = patched_positions(batch, k_positions)
-    hooks = []
-    for patch in intervention:
-        source = sources[patch.layer, patch.source]
-        hooks.append((z_site(patch.layer), _patch_hook(patch, source, batch, positions)))
-    with model.hooks(fwd_hooks=hooks):
+    written: dict[int, Tensor] = {}
+    hooks = [
+        (z_site(patch.layer), _patch_hook(patch, sources, (batch, positions), written))
+        for patch in intervention
+    ]
+    own_W_O = [patch.layer for patch in intervention if patch.source in sources.W_O]
+    with model.hooks(fwd_hooks=hooks), added(model, own_W_O, written.get):
         yield model
 
 
+@contextmanager
+def added(
+    model: HookedModel, layers: Sequence[int], written: Callable[[int], Tensor | None]
+) -> Iterator[None]:
+    """Add to what the attention of some layers writes, before any norm, while the context lasts."""
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def add(_attn: Any, _inputs: Any, out: Tensor, layer: int = layer) -> Tensor:
+                beside = written(layer)
+                return out if beside is None else out + beside
+
+            stack.enter_context(model.blocks[layer].attn.register_forward_hook(add))
+        yield
+
+
 def _patch_hook(
-    patch: Patch,
-    source: Float[Tensor, "prompt position head d_head"],
-    batch: TokenBatch,
-    positions: Tensor,
+    patch: Patch, sources: Sources, at: tuple[TokenBatch, Tensor], written: dict[int, Tensor]
 ) -> Callable[[Tensor, HookPoint], Tensor]:
+    batch, positions = at
+    source = sources[patch.layer, patch.source]
+
     # TransformerLens passes the hook point by its name.
     def write(z: Float[Tensor, "prompt pos head d_head"], hook: HookPoint) -> Tensor:  # noqa: ARG001
         rows = torch.arange(len(z), device=z.device)[:, None]
-        at = positions.to(z.device)
-        current = z[rows, at]
+        here = positions.to(z.device)
+        current = z[rows, here]
         # An engine checks the number of prompts; here only a batch of them is known.
         n_prompts = max(len(source), int(batch.rows.max()) + 1)
         _check_source((patch.layer, patch.source), source, (n_prompts, *current.shape[1:]))
-        incoming = source[batch.rows].to(z.device)
+        incoming = source[batch.rows].to(z)
         z = z.clone()
         mask = torch.tensor(patch.heads.mask, dtype=torch.bool, device=z.device)
-        z[rows, at] = blend(current, incoming, mask, patch.alpha)
+        if patch.source in sources.W_O:
+            W_O = sources.W_O[patch.source](patch.layer).to(z)
+            z[rows, here], out = head_outputs(current, incoming, (mask, patch.alpha), W_O)
+            beside = out.new_zeros(*z.shape[:2], out.shape[-1])
+            beside[rows, here] = out
+            written[patch.layer] = beside
+        else:
+            z[rows, here] = blend(current, incoming, mask, patch.alpha)
         return z
 
     return write
@@ -121,8 +149,8 @@ class HookEngine:
         """What memory was asked for and used, for the record of a run."""
         return {"batch_size": self.batch_size}
 
-    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of the tuned model at the patched positions of a layer."""
+    def clean_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations at the patched positions of a layer."""
         return capture_z(
             self.model,
             self.prompts,
@@ -133,30 +161,54 @@ class HookEngine:
         )[layer]
 
     @torch.no_grad()
+    def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
+        """The clean model's next-token distribution at the decision token."""
+        log_probs = torch.empty(len(self.prompts), self.model.cfg.d_vocab_out)
+        for batch in self.prompts.batches(self.batch_size, self.padding_side):
+            logits = self._decision_logits(batch)
+            log_probs[batch.rows] = logits.double().log_softmax(-1).float().cpu()
+        return log_probs
+
+    def every_layer(
+        self, source: str, sources: Sources, other: OtherModel | None = None
+    ) -> Effects:
+        """Effect of a source in place of every head of every layer."""
+        return self.effects([everywhere(self.model, source)], sources, other=other)
+
+    @torch.no_grad()
     def effects(
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
         progress: Progress | None = None,
+        other: OtherModel | None = None,
     ) -> Effects:
-        """Effect of each intervention on each prompt."""
+        """Effect of each intervention on each prompt, and how far it takes the model to another."""
         k_positions = self.settings.k_positions
         used_sources(interventions, sources, self.model, (len(self.prompts), k_positions))
-        kl, change = np.empty((2, len(interventions), len(self.prompts)))
+        found = np.empty((2 if other is None else 4, len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
-            clean = self._decision_logits(batch)
+            clean = self._decision_logits(batch)[:, None]
+            beside = other and other.of_prompts(batch.rows).to(clean.device)
             for index, intervention in enumerate(interventions):
                 with patched_heads(self.model, intervention, sources, batch, k_positions):
-                    patched = self._decision_logits(batch)
-                found = next_token_effects(patched, clean, self.settings.kl_direction)
-                kl[index, batch.rows], change[index, batch.rows] = (each.cpu() for each in found)
+                    patched = self._decision_logits(batch)[:, None]
+                effects = all_effects(patched, clean, self.settings.kl_direction, beside)
+                for measure, values in zip(found, effects, strict=True):
+                    measure[index, batch.rows.numpy()] = values[:, 0].cpu()
                 if progress is not None:
                     progress(len(batch.rows))
-        return Effects(kl, change)
+        return Effects(*found)
 
     def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:
         logits = forward_batch(self.model, batch)
         return logits[torch.arange(len(logits)), batch.decision]
+
+
+def everywhere(model: HookedModel, source: str) -> Intervention:
+    """A source in place of every head of every layer."""
+    every = HeadSet.all(model.cfg.n_heads)
+    return tuple(Patch(layer, every, 1.0, source) for layer in range(model.cfg.n_layers))
 
 
 def used_sources(
@@ -192,6 +244,14 @@ def used_sources(
     for key, source in used.items():
         _check_source(key, source, (*shape, model.cfg.n_heads, model.cfg.d_head))
     return used
+
+
+def used_writers(
+    used: Mapping[tuple[int, str], Tensor], sources: Mapping[tuple[int, str], Tensor]
+) -> dict[tuple[int, str], Float[Tensor, "head d_head d_model"]]:
+    """The output matrices of those sources that have their own."""
+    own = sources.W_O if isinstance(sources, Sources) else {}
+    return {(layer, name): own[name](layer) for layer, name in used if name in own}
 
 
 def _check_source(key: tuple[int, str], source: Tensor, shape: tuple[int, ...]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,22 +17,24 @@ from numpy import ndarray
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from rq4lens.config import KLDirection, Patching, Place
+from rq4lens.config import Patching, Place
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
-from rq4lens.patching.engines.hooks import used_sources
+from rq4lens.patching.engines.hooks import everywhere, used_sources, used_writers
 from rq4lens.patching.engines.memory import MemoryPlan, RowBlock
 from rq4lens.patching.patch import (
     Effects,
     Intervention,
+    OtherModel,
     Patch,
     Progress,
     Sources,
+    all_effects,
     blend,
     effects_by_difference,
-    next_token_effects,
+    head_outputs,
 )
 
 KERNEL_MIN_LOGITS = 2**34
@@ -59,13 +61,21 @@ class RowGroup:
     conditions: slice
 
 
+Writers = Mapping[tuple[int, str], Float[Tensor, "head d_head d_model"]]
+"""Output matrices of sources that have their own, by layer and source."""
+
+
 @dataclass(frozen=True)
 class LayerPatch:
-    """All rows that one layer blends with one source: their places, heads and strengths."""
+    """All rows that one layer blends with one source: their places, heads and strengths.
+
+    ``W_O`` is the source's own output matrix, where it has one.
+    """
 
     rows: Int[Tensor, "condition"]
     mask: Bool[Tensor, "condition 1 head"]
     alpha: Float[Tensor, "condition 1"]
+    W_O: Float[Tensor, "head d_head d_model"] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,15 @@ class Rows:
     interventions: tuple[Intervention, ...]
     groups: tuple[RowGroup, ...]
     placement: Placement
+    writers: Writers = field(default_factory=dict)
 
     @classmethod
     def arrange(
-        cls, interventions: Sequence[Intervention], conditions: slice, placement: Placement
+        cls,
+        interventions: Sequence[Intervention],
+        conditions: slice,
+        placement: Placement,
+        writers: Writers,
     ) -> Rows:
         """The rows of some of the interventions."""
         last = len(placement.layers) - 1
@@ -97,13 +112,13 @@ class Rows:
             stop = at + len(rows) - start - 1
             groups.append(RowGroup(layer, slice(start, len(rows)), slice(at, stop)))
             at = stop
-        return cls(tuple(rows), tuple(groups), placement)
+        return cls(tuple(rows), tuple(groups), placement, writers)
 
     def only(self, group: RowGroup) -> Rows:
         """The rows of one group."""
         chosen = self.interventions[group.rows]
         alone = RowGroup(group.layer, slice(0, len(chosen)), group.conditions)
-        return Rows(chosen, (alone,), self.placement)
+        return Rows(chosen, (alone,), self.placement, self.writers)
 
     def entering(self, layer: int) -> int:
         """How many rows enter at a layer."""
@@ -117,34 +132,56 @@ class Rows:
         for row, intervention in enumerate(self.interventions):
             for patch in intervention:
                 found.setdefault((patch.layer, patch.source), []).append((row, patch))
-        return {key: self._layer_patch(key[0], members) for key, members in found.items()}
+        return {key: self._layer_patch(key, members) for key, members in found.items()}
 
-    def _layer_patch(self, layer: int, members: list[tuple[int, Patch]]) -> LayerPatch:
-        device = self.placement.layers[layer]
+    def _layer_patch(self, key: tuple[int, str], members: list[tuple[int, Patch]]) -> LayerPatch:
+        device, W_O = self.placement.layers[key[0]], self.writers.get(key)
         rows = torch.tensor([row for row, _ in members])
         mask = torch.tensor([patch.heads.mask for _, patch in members], dtype=torch.bool)
         alpha = torch.tensor([patch.alpha for _, patch in members], dtype=torch.float64)
         alpha = rearrange(alpha, "condition -> condition 1")
         mask = rearrange(mask, "condition head -> condition 1 head")
         # A blocking copy would wait until the device has worked off everything that is queued.
-        return LayerPatch(*(tensor.to(device, non_blocking=True) for tensor in (rows, mask, alpha)))
+        on_device = (tensor.to(device, non_blocking=True) for tensor in (rows, mask, alpha))
+        return LayerPatch(*on_device, None if W_O is None else W_O.to(device))
 
     def blend_into(
         self,
         z: Float[Tensor, "prompt condition position head d_head"],
         layer: int,
         sources: SourceTensors,
-    ) -> None:
-        """Blend what this layer's rows are patched with into their ``z``, in place."""
+    ) -> Float[Tensor, "prompt condition position d_model"] | None:
+        """Blend what this layer's rows are patched with into their ``z``, in place.
+
+        What sources with an output matrix of their own write beside ``z W_O`` is returned.
+        """
+        written: Tensor | None = None
         for (patched_layer, source), patch in self.patches.items():
-            if patched_layer == layer:
-                current = z[:, patch.rows]
-                incoming = sources[layer, source][:, None].expand_as(current)
+            if patched_layer != layer:
+                continue
+            current = z[:, patch.rows]
+            incoming = sources[layer, source][:, None].expand_as(current)
+            if patch.W_O is None:
                 z[:, patch.rows] = blend(current, incoming, patch.mask, patch.alpha)
+                continue
+            kept, out = head_outputs(current, incoming, (patch.mask, patch.alpha), patch.W_O)
+            z[:, patch.rows] = kept
+            if written is None:
+                written = out.new_zeros(*z.shape[:-2], out.shape[-1])
+            written[:, patch.rows] += out
+        return written
+
+
+class _Asked(NamedTuple):
+    """What is measured: interventions, sorted by the layer they enter at, and beside what."""
+
+    interventions: Sequence[Intervention]
+    sources: Sources
+    other: OtherModel | None
 
 
 class RowEngine(ABC):
-    """Measures interventions on the tuned model from one clean pass of it.
+    """Measures interventions on a model from one clean pass of it.
 
     A layer below ``first_layer`` is served too, by another clean pass. ``max_bytes`` is memory on
     each device for all that is stored and computed; by default half of what is free on the fullest.
@@ -217,51 +254,72 @@ class RowEngine(ABC):
         stored = sum(layer.n_bytes for batch in self._clean for layer in batch.layers.values())
         return {"kept_bytes": stored, **self._memory.report()}
 
-    def tuned_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations of the tuned model at the patched positions of a layer."""
+    def clean_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
+        """Clean activations at the patched positions of a layer."""
         cfg, k_positions = self.model.cfg, self.settings.k_positions
         check_layers([layer], cfg.n_layers)
         shape = (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head)
         z = torch.empty(shape, dtype=cfg.dtype)
-        for clean in self.clean_batches(layer):
-            z[clean.rows] = clean.layers[layer].z.cpu()
+        for clean in self.clean_batches(self.first_layer):
+            below = layer < self.first_layer
+            z[clean.rows] = (clean.z_below[layer] if below else clean.layers[layer].z).cpu()
         return z
+
+    @torch.no_grad()
+    def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
+        """The clean model's next-token distribution at the decision token."""
+        shape = (len(self.prompts), self.model.cfg.d_vocab_out)
+        log_probs = torch.empty(shape, dtype=torch.float32)
+        for clean in self.clean_batches(self.model.cfg.n_layers - 1):
+
+            def work(block: RowBlock, rows: Tensor = clean.rows, here: CleanBatch = clean) -> None:
+                logits = self.logits_of(here, block.prompts, [()], {})[:, 0]
+                log_probs[rows[block.prompts]] = logits.double().log_softmax(-1).float().cpu()
+
+            self._memory.rows.run(RowBlock(slice(0, len(clean.rows)), slice(0, 1)), work)
+        return log_probs
+
+    def every_layer(
+        self, source: str, sources: Sources, other: OtherModel | None = None
+    ) -> Effects:
+        """Effect of a source in place of every head of every layer."""
+        return self.effects([everywhere(self.model, source)], sources, other=other)
 
     def effects(
         self,
         interventions: Sequence[Intervention],
         sources: Sources,
         progress: Progress | None = None,
+        other: OtherModel | None = None,
     ) -> Effects:
-        """Effect of each intervention on each prompt."""
+        """Effect of each intervention on each prompt, and how far it takes the model to another."""
         last = self.model.cfg.n_layers - 1
         entries = [entry_layer(intervention, last) for intervention in interventions]
         order = sorted(range(len(interventions)), key=entries.__getitem__)
         in_order = [interventions[i] for i in order]
         n_logits = len(interventions) * len(self.prompts) * self.model.cfg.d_vocab_out
         difference = partial(effects_by_difference, by_kernel=n_logits >= KERNEL_MIN_LOGITS)
-        measured = self._measure(in_order, sources, progress, difference)
+        work = _Asked(in_order, sources, other)
+        measured = self._measure(work, progress, difference)
         if not np.isfinite(measured).all():
-            measured = self._measure(in_order, sources, None, next_token_effects)
-        both = np.empty_like(measured)
-        both[:, order] = measured
-        return Effects(both[0], both[1])
+            measured = self._measure(work, None, all_effects)
+        every = np.empty_like(measured)
+        every[:, order] = measured
+        return Effects(*every)
 
     @torch.no_grad()
     def _measure(
-        self,
-        interventions: Sequence[Intervention],
-        sources: Sources,
-        progress: Progress | None,
-        effects_of: Callable[[Tensor, Tensor, KLDirection], tuple[Tensor, Tensor]],
+        self, asked: _Asked, progress: Progress | None, effects_of: Callable[..., Any]
     ) -> Float64[ndarray, "measure condition prompt"]:
-        """Both measures of interventions that are sorted by entry layer, in chunks that fit."""
+        """All measures of interventions that are sorted by entry layer, in chunks that fit."""
+        interventions, sources, other = asked
         shape = (len(self.prompts), self.settings.k_positions)
         used = used_sources(interventions, sources, self.model, shape)
+        writers = used_writers(used, sources)
 
         @lru_cache
         def arrange(start: int, stop: int) -> Rows:
-            return Rows.arrange(interventions, slice(start, stop), self.placement)
+            return Rows.arrange(interventions, slice(start, stop), self.placement, writers)
 
         lowest = entry_layer(interventions[0], self.model.cfg.n_layers - 1) if interventions else 0
         batches = self.clean_batches(lowest)
@@ -270,7 +328,7 @@ class RowEngine(ABC):
         every = {key: self._beside_layer(key, source) for key, source in used.items()}
         # Numbers stay on the device until all are there: fetching one would stop the queue.
         found = torch.empty(
-            (2, len(interventions), len(self.prompts)),
+            (2 if other is None else 4, len(interventions), len(self.prompts)),
             dtype=torch.float64,
             device=self.placement.exit,
         )
@@ -279,17 +337,20 @@ class RowEngine(ABC):
         ):
             here, rows_on = clean.to(self.placement), copied_once(clean.rows)
             incoming = {key: source[rows_on(source.device)] for key, source in every.items()}
+            beside = other and other.of_prompts(clean.rows).to(self.placement.exit)
 
             def work(
                 block: RowBlock,
                 into: Tensor = into,
                 here: CleanBatch = here,
                 incoming: SourceTensors = incoming,
+                beside: OtherModel | None = beside,
             ) -> None:
                 rows = arrange(block.conditions.start, block.conditions.stop)
                 some = {key: source[block.prompts] for key, source in incoming.items()}
+                to = beside and beside.of_prompts(block.prompts)
                 for group, logits in self._group_logits(here, block.prompts, rows, some):
-                    effects = effects_of(logits, logits[:, :1], self.settings.kl_direction)
+                    effects = effects_of(logits, logits[:, :1], self.settings.kl_direction, to)
                     for measure, values in zip(into, effects, strict=True):
                         measure[group.conditions, block.prompts] = values[:, 1:].mT
                 if progress is not None:
@@ -310,7 +371,8 @@ class RowEngine(ABC):
         sources: SourceTensors,
     ) -> Float[Tensor, "prompt condition vocab"]:
         """Logits of a few rows, all at once; the interventions are sorted by entry layer."""
-        rows = Rows.arrange(interventions, slice(0, len(interventions)), self.placement)
+        every = slice(0, len(interventions))
+        rows = Rows.arrange(interventions, every, self.placement, used_writers(sources, sources))
         here = {key: self._beside_layer(key, source) for key, source in sources.items()}
         groups = self._group_logits(clean.to(self.placement), prompts, rows, here)
         return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)

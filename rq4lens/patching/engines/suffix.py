@@ -10,20 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from einops import repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.components import Attention, GroupedQueryAttention, TransformerBlock
-from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
+from rq4lens.patching.activations import unembed
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_prompts
 from rq4lens.patching.engines.layout import fused_norms, side_by_side, store_for_products
-from rq4lens.patching.engines.memory import even_parts
+from rq4lens.patching.engines.memory import RowBlock, even_parts
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
+from rq4lens.patching.patch import Effects, OtherModel, Sources, all_effects
 
 BATCHES_PER_DEVICE = 3
 """Of a model that is spread over several. Only one device has work when the first batch begins and
@@ -31,7 +33,7 @@ when the last one ends; with more and smaller batches it is the caller that cann
 
 
 class SuffixEngine(RowEngine):
-    """Measures interventions on the tuned model; exact and fast.
+    """Measures interventions on a model; exact and fast.
 
     The model's weights are stored anew in memory (see :mod:`rq4lens.patching.engines.layout`);
     their values do not change.
@@ -78,13 +80,53 @@ class SuffixEngine(RowEngine):
         n_batches = 1 if n_devices == 1 else BATCHES_PER_DEVICE * n_devices
         return min(-(-n_prompts // n_batches), self._memory.passes.max_rows)
 
+    @torch.no_grad()
+    def every_layer(
+        self, source: str, sources: Sources, other: OtherModel | None = None
+    ) -> Effects:
+        """Effect of a source in place of every head of every layer.
+
+        With every head replaced nothing is attended to at the patched positions: this needs neither
+        keys nor values, only the rest of each block.
+        """
+        found = np.empty((2 if other is None else 4, 1, len(self.prompts)))
+        clean = self.clean_log_probs()
+        for batch in self.clean_batches(self.first_layer):
+
+            def work(block: RowBlock, batch: CleanBatch = batch) -> None:
+                rows = batch.rows[block.prompts]
+                logits = self._replaced(batch.embedded[block.prompts], rows, source, sources)
+                beside = other and other.of_prompts(rows).to(logits.device)
+                reference = clean[rows][:, None].to(logits.device)
+                effects = all_effects(logits, reference, self.settings.kl_direction, beside)
+                for measure, values in zip(found, effects, strict=True):
+                    measure[0, rows.numpy()] = values[:, 0].cpu()
+
+            self._memory.rows.run(RowBlock(slice(0, len(batch.rows)), slice(0, 1)), work)
+        return Effects(*found)
+
+    def _replaced(
+        self,
+        embedded: Float[Tensor, "prompt position d_model"],
+        rows: Int[Tensor, "prompt"],
+        source: str,
+        sources: Sources,
+    ) -> Float[Tensor, "prompt 1 vocab"]:
+        resid = embedded[:, None]
+        with fused_norms(self.model.blocks):
+            for layer, block in enumerate(self.model.blocks):
+                device = self.placement.layers[layer]
+                z = sources[layer, source][rows][:, None].to(device, self.model.cfg.dtype)
+                resid = finish_block(block, resid.to(device), z)
+        return unembed(self.model, resid[:, :, -1].to(self.placement.exit))
+
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
         with fused_norms(self.model.blocks):
             resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
-            yield group, self._unembed(resid[:, group.rows])
+            yield group, unembed(self.model, resid[:, group.rows])
 
     def _walk(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
@@ -99,18 +141,10 @@ class SuffixEngine(RowEngine):
                 changed = row_z(block, resid, at.earlier)
             n_new = rows.entering(layer)
             resid, z = _joined(resid, at.resid, n_new), _joined(changed, at.z, n_new)
-            rows.blend_into(z, layer, sources)
-            resid = finish_block(block, resid, z)
+            written = rows.blend_into(z, layer, sources)
+            resid = finish_block(block, resid, z, written)
         assert resid is not None
         return resid[:, :, -1].to(self.placement.exit)
-
-    def _unembed(
-        self, resid: Float[Tensor, "prompt row d_model"]
-    ) -> Float[Tensor, "prompt row vocab"]:
-        if self.model.cfg.normalization_type is not None:
-            with fused_norms(self.model.ln_final):
-                resid = self.model.ln_final(resid)
-        return apply_softcap(self.model.unembed(resid), self.model.cfg.output_logits_soft_cap)
 
 
 def _joined(

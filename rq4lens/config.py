@@ -122,7 +122,7 @@ class Reading(Settings):
         return rule if self.max_tokens is None else f"{rule}, last {self.max_tokens} tokens"
 
 
-RankBy = Literal["delta", "drop_pct", "kl_raw"]
+RankBy = Literal["delta", "drop_pct", "kl_raw", "to_base", "to_tuned"]
 MapKind = Literal[
     "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
 ]

@@ -141,6 +141,21 @@ class PatchRow(NamedTuple):
     answer_is: Float64[ndarray, "prompt"] | None = None
 
 
+class Compared(NamedTuple):
+    """How well the next-token distributions of the two models can be compared.
+
+    Args:
+        left_out_base_pct: the probability that base gives to tokens that tuned lacks; these are
+            left out of every comparison.
+        left_out_tuned_pct: the same the other way round.
+        noise_nats: ``KL`` between two ways to compute the same clean distribution.
+    """
+
+    left_out_base_pct: float = 0.0
+    left_out_tuned_pct: float = 0.0
+    noise_nats: float = 0.0
+
+
 class Transfer(NamedTuple):
     """What a head set carries: each model with the other one's activations at full strength.
 
@@ -179,6 +194,11 @@ class ConditionResult:
     raw: PatchRow
     mapped: PatchRow
     transfer: Transfer | None = None
+
+    @property
+    def rows(self) -> tuple[PatchRow, ...]:
+        """Everything that was measured of it."""
+        return (self.raw, self.mapped, *(self.transfer or ()))
 
     @property
     def kl_raw_nats(self) -> Float64[ndarray, "prompt"]:
@@ -323,8 +343,7 @@ class GridResult:
         conditions: the results by condition name, in the order of the grid.
         noise_floor_nats: largest mean KL that patching nothing leaves, in nats.
         every_layer: what all heads of all layers carry; None if it was not measured.
-        left_out_pct: the probability that each model gives to tokens that the other one lacks;
-            these are left out where the two are compared.
+        compared: how well the two models' distributions can be compared.
         provenance: versions, fingerprints, timings: everything that says how it was made.
     """
 
@@ -334,7 +353,7 @@ class GridResult:
     conditions: Mapping[str, ConditionResult]
     noise_floor_nats: float
     every_layer: Transfer | None = None
-    left_out_pct: Mapping[str, float] = field(default_factory=dict)
+    compared: Compared = Compared()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -407,20 +426,24 @@ class GridResult:
         return self.ranking_by(self.settings.patching.rank_by)
 
     def ranking_by(self, rank_by: RankBy) -> HeadRanking:
-        """Single heads ranked by ``"delta"``, ``"drop_pct"`` or ``"kl_raw"``."""
-        return rank_conditions(self.singles, rank_by)
+        """Single heads ranked by another score; see :func:`rank_single_heads`."""
+        return rank_conditions(self.conditions, self.n_heads, rank_by)
 
     def label(self, head: int) -> str:
         """Name of a head of the main layer, for instance ``L26H3``."""
         return Head(self.settings.layer, head).label
 
 
-def rank_conditions(singles: Sequence[ConditionResult], rank_by: RankBy) -> HeadRanking:
-    """Rank the heads of one layer from their single-head conditions, in head order."""
-    raw, mapped = kl_nats_of(singles)
-    ranking = rank_single_heads(
-        raw, mapped, rank_by, layer=singles[0].layer, alpha=singles[0].alpha
-    )
+def rank_conditions(
+    conditions: Mapping[str, ConditionResult], n_heads: int, rank_by: RankBy
+) -> HeadRanking:
+    """Rank the heads of one layer from their single-head conditions."""
+    singles = [conditions[f"head{head}"] for head in range(n_heads)]
+    whole, part = kl_nats_of(singles)
+    if rank_by in TRANSFERS:
+        whole, part = gaps_of(conditions["none"], singles, rank_by)
+    alpha = 1.0 if rank_by in TRANSFERS else singles[0].alpha
+    ranking = rank_single_heads(whole, part, rank_by, layer=singles[0].layer, alpha=alpha)
     return replace(ranking, settings={"metric": "kl"})
 
 
@@ -432,9 +455,33 @@ def kl_nats_of(
     return np.array([raw, [condition.kl_mapped_nats for condition in conditions]])
 
 
+def gaps_of(
+    nothing: ConditionResult, conditions: Sequence[ConditionResult], direction: str
+) -> Float64[ndarray, "when condition prompt"]:
+    """The gap between the models, and what conditions leave of it, on each prompt.
+
+    Args:
+        nothing: the condition that patches nothing.
+        conditions: the conditions.
+        direction: ``"to_base"`` or ``"to_tuned"``.
+    """
+    patched = TRANSFERS[direction]
+    missing = [each.cond for each in (nothing, *conditions) if each.transfer is None]
+    if missing:
+        raise UserError(f"transfer of {missing[0]} was not measured: rank by delta or kl_raw.")
+    before, *left = (
+        getattr(each.transfer, patched).gap_left_nats for each in (nothing, *conditions)
+    )
+    return np.array([[before] * len(left), left])
+
+
+TRANSFERS = {"to_base": "into_tuned", "to_tuned": "into_base"}
+"""The directions of transfer, and which patch each is read from."""
+
+
 def rank_single_heads(
-    kl_raw_nats: Float64[ndarray, "head prompt"],
-    kl_mapped_nats: Float64[ndarray, "head prompt"],
+    whole_nats: Float64[ndarray, "head prompt"],
+    part_nats: Float64[ndarray, "head prompt"],
     rank_by: RankBy,
     *,
     layer: int,
@@ -442,11 +489,12 @@ def rank_single_heads(
 ) -> HeadRanking:
     """Rank the heads of one layer, each by its effect when it alone is patched.
 
-    The score is ``ΔKL`` by ``"delta"``, ``100 ΔKL / KL_raw`` by ``"drop_pct"`` and ``KL_raw`` by
-    ``"kl_raw"``.
+    ``whole`` and ``part`` are ``KL_raw`` and ``KL_mapped``: the score is their difference ``ΔKL``
+    by ``"delta"``, its share of ``KL_raw`` by ``"drop_pct"`` and ``KL_raw`` itself by ``"kl_raw"``.
+    By ``"to_base"`` and ``"to_tuned"`` they are the gap and what is left of it.
     """
-    delta_nats = kl_raw_nats - kl_mapped_nats
-    scores = single_scores(kl_raw_nats.mean(-1), delta_nats.mean(-1), rank_by)
+    delta_nats = whole_nats - part_nats
+    scores = single_scores(whole_nats.mean(-1), delta_nats.mean(-1), rank_by)
     ranking = HeadRanking.from_scores(
         [float(score) if np.isfinite(score) else None for score in scores],
         method=rank_by,
@@ -455,18 +503,18 @@ def rank_single_heads(
     )
     return replace(
         ranking,
-        per_prompt=kl_raw_nats if rank_by == "kl_raw" else delta_nats,
-        share_of=kl_raw_nats if rank_by == "drop_pct" else None,
+        per_prompt=whole_nats if rank_by == "kl_raw" else delta_nats,
+        share_of=None if rank_by in {"delta", "kl_raw"} else whole_nats,
     )
 
 
 def single_scores(
-    raw: Float64[ndarray, "*rows head"], delta: Float64[ndarray, "*rows head"], rank_by: RankBy
+    whole: Float64[ndarray, "*rows head"], delta: Float64[ndarray, "*rows head"], rank_by: RankBy
 ) -> Float64[ndarray, "*rows head"]:
-    """The score that orders single heads, from their mean ``KL_raw`` and ``ΔKL``."""
-    if rank_by != "drop_pct":
-        return delta if rank_by == "delta" else raw
-    return np.divide(100 * delta, raw, out=np.full(raw.shape, -np.inf), where=raw > 0)
+    """The score that orders single heads; see :func:`rank_single_heads`."""
+    if rank_by in {"delta", "kl_raw"}:
+        return delta if rank_by == "delta" else whole
+    return np.divide(100 * delta, whole, out=np.full(whole.shape, -np.inf), where=whole > 0)
 
 
 def order_of(scores: Float64[ndarray, "*rows head"]) -> Int64[ndarray, "*rows head"]:

@@ -18,7 +18,7 @@ from rq4lens.analysis.saved import Run, read_run
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig, config_from
 from rq4lens.disk.files import read_json, short_reason
-from rq4lens.disk.run import CONDITIONS, KINDS, MAPS, RESULTS, RUN, file_sha256, ranking_file
+from rq4lens.disk.run import CONDITIONS, MAPS, RESULTS, RUN, file_sha256, ranking_file
 from rq4lens.disk.store import StoredRecord, content_key, read_record
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from
@@ -27,9 +27,9 @@ from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.keys import identity, measured_parts
 from rq4lens.patching.maps.map import LayerMap, load_map
-from rq4lens.patching.measured import ANSWER, KL, Measurer, Planned
-from rq4lens.patching.patch import MAPPED, SELF
-from rq4lens.results import ConditionResult, rank_conditions
+from rq4lens.patching.measured import Measurer, Planned, payload_of
+from rq4lens.patching.patch import MAPPED, Patch
+from rq4lens.results import EVERY, ConditionResult, PatchRow
 
 TOLERANCE_NATS = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 """How far a number measured again may be from the saved one, on any one prompt.
@@ -140,9 +140,8 @@ def _check_plan(saved: Run) -> _Finding:
     """Every condition patches the heads that its name promises."""
     grid = saved.grid
     plan = GridPlan(grid.settings.n_heads, grid.settings.patching)
-    singles = [grid.single(head) for head in range(grid.n_heads)]
-    ranking = rank_conditions(singles, grid.settings.patching.rank_by)
-    promised = {each.cond: each for each in [*plan.fixed(), *plan.top(ranking)]}
+    fixed = [each for each in plan.fixed() if each.cond != EVERY]
+    promised = {each.cond: each for each in [*fixed, *plan.top(grid.ranking)]}
     patched = {
         name: (found.layer, found.heads, found.alpha) for name, found in grid.conditions.items()
     }
@@ -198,8 +197,8 @@ def _check_conditions(saved: Run) -> _Finding:
     """Every prompt's own numbers are those of the records."""
     found, differences = _records(saved.directory / CONDITIONS)
     for condition in saved.grid.conditions.values():
-        for kind in KINDS:
-            differences += _against_records(saved, condition, kind, found)
+        for patch, row in Planned.of(condition).measured(condition):
+            differences += _against_records(saved, condition.cond, patch, row, found)
     n_records = sum(map(len, found.values()))
     return differences, f"{n_records} records are whole and agree with the table"
 
@@ -227,24 +226,21 @@ def _records(directory: Path) -> tuple[dict[_Address, list[StoredRecord]], list[
 
 def _against_records(
     saved: Run,
-    condition: ConditionResult,
-    kind: str,
+    cond: str,
+    patch: Patch,
+    row: PatchRow,
     found: Mapping[_Address, Sequence[StoredRecord]],
 ) -> list[str]:
-    source, heads = SELF if condition.cond == SELF else kind, condition.heads
-    address = (condition.layer, heads.n_heads, heads.indices, condition.alpha, source)
+    address = (patch.layer, patch.heads.n_heads, patch.heads.indices, patch.alpha, patch.source)
     candidates = [
         record.payload
         for record in found.get(address, ())
-        if _is_of_run(record.ingredients, saved, condition.layer, source)
+        if _is_of_run(record.ingredients, saved, patch.layer, patch.source)
     ]
-    name = f"{condition.cond} {kind}"
+    name = f"{cond} {patch.source}"
     if not candidates:
         return [f"{name} has no record of this run"]
-    kl_nats = getattr(condition, f"kl_{kind}_nats")
-    changes = getattr(condition, f"answer_logprob_change_{kind}_nats")
-    table = {KL: kl_nats.tolist(), ANSWER: changes.tolist()}
-    return [] if table in candidates else [f"{name} is not what its record holds"]
+    return [] if payload_of(row) in candidates else [f"{name} is not what its record holds"]
 
 
 def _is_of_run(ingredients: Mapping[str, Any], saved: Run, layer: int, source: str) -> bool:
@@ -333,14 +329,10 @@ def _distances(saved: Run, pair: ModelPair, chosen: Sequence[ConditionResult]) -
     layers = {condition.layer for condition in chosen}
     maps = {layer: each for layer, each in _maps(saved).items() if layer in layers}
     experiment = prepare(pair, maps, settings.patching, config.place.but(engine="hooks"))
-    planned = [
-        Planned(each.cond, each.layer, each.heads, each.alpha, SELF if each.cond == SELF else None)
-        for each in chosen
-    ]
-    again = Measurer(experiment).conditions(planned)
+    again = Measurer(experiment).conditions([Planned.of(each) for each in chosen])
     return {each.cond: _largest(each, again[each.cond]) for each in chosen}
 
 
 def _largest(saved: ConditionResult, again: ConditionResult) -> float:
-    names = [f"kl_{kind}_nats" for kind in KINDS]
-    return max(float(np.abs(getattr(saved, n) - getattr(again, n)).max()) for n in names)
+    rows = zip(saved.rows, again.rows, strict=True)
+    return max(float(np.abs(first.kl_nats - second.kl_nats).max()) for first, second in rows)

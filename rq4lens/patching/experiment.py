@@ -37,7 +37,7 @@ from rq4lens.patching.patch import (
     Sources,
     into_side,
 )
-from rq4lens.results import EVERY_LAYER
+from rq4lens.results import EVERY_LAYER, Compared
 
 
 class Ends:
@@ -105,11 +105,14 @@ class Ends:
             self._others[side] = OtherModel(log_probs, shared.of(side))
         return self._others[side]
 
-    def left_out_pct(self) -> dict[Side, float]:
-        """The probability, in percent, that each model gives to tokens that the other lacks."""
+    def compared(self) -> Compared:
+        """How well the two distributions can be compared."""
         for side in SIDES:
             self.other(side)
-        return dict(self._left_out)
+        one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
+        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum(-1)
+        left_out = (self._left_out[side] for side in SIDES)
+        return Compared(*left_out, noise_nats=abs(float(noise.mean())))
 
     def _log_probs(self, side: Side) -> Float[Tensor, "prompt vocab"]:
         if side == "base":

@@ -168,8 +168,7 @@ def measure_grid(
                 f"fit_maps(pair, layers=[..., {needed}])."
             )
     fixed = measurer.conditions(plan.fixed(), progress)
-    singles = [fixed[f"head{head}"] for head in range(plan.n_heads)]
-    top = plan.top(rank_conditions(singles, settings.rank_by))
+    top = plan.top(rank_conditions(fixed, plan.n_heads, settings.rank_by))
     results = fixed | measurer.conditions(top, progress)
     conditions = {name: results[name] for name in plan.table_order}
     return _result(measurer, settings, effort, conditions, measurer.transfer(plan.every_layer))
@@ -253,5 +252,5 @@ def _result(
         conditions=conditions,
         noise_floor_nats=max(abs(kl) for each in checks for kl in (each.KL_raw, each.KL_mapped)),
         every_layer=every_layer,
-        left_out_pct=measurer.left_out_pct(),
+        compared=measurer.compared(),
     )

@@ -36,7 +36,7 @@ from rq4lens.patching.patch import (
     Patch,
     Progress,
 )
-from rq4lens.results import EVERY_LAYER, ConditionResult, GridResult, PatchRow, Transfer
+from rq4lens.results import EVERY_LAYER, Compared, ConditionResult, GridResult, PatchRow, Transfer
 
 T = TypeVar("T")
 Indices = tuple[int, ...]
@@ -59,6 +59,17 @@ class Planned(NamedTuple):
     heads: HeadSet
     alpha: float
     source: str | None = None
+
+    @classmethod
+    def of(cls, found: ConditionResult) -> Planned:
+        """How a condition was measured."""
+        itself = SELF if found.cond == SELF else None
+        return cls(found.cond, found.layer, found.heads, found.alpha, itself)
+
+    def measured(self, found: ConditionResult) -> Iterator[tuple[Patch, PatchRow]]:
+        """The patches of a condition beside what was measured of them."""
+        swaps = self.swaps if found.transfer else ()
+        return zip((*self.raw_and_mapped, *swaps), found.rows, strict=True)
 
     @property
     def patches(self) -> tuple[Patch, ...]:
@@ -161,10 +172,7 @@ class Measurer:
         """Know what a grid measured, aside from its checks, which are no raw and mapped pair."""
         for each in grid.conditions.values():
             if each.cond not in {"self", "none"}:
-                planned = Planned(each.cond, each.layer, each.heads, each.alpha)
-                self._learn(planned.raw_and_mapped, (each.raw, each.mapped))
-                if each.transfer is not None:
-                    self._learn(planned.swaps, each.transfer)
+                self._learn(*zip(*Planned.of(each).measured(each), strict=True))
 
     # Effects
 
@@ -198,17 +206,16 @@ class Measurer:
         self.chunks.put_tensors(ingredients, {**tensors, "heads": heads})
         return measured
 
-    def left_out_pct(self) -> dict[str, float]:
-        """The probability, in percent, that each model gives to tokens that the other lacks."""
-        if self.experiment.pair.shared_tokens.base is None:
-            return {}
-        ingredients = NamedIngredients("left_out", asdict(self._on))
+    def compared(self) -> Compared:
+        """How well the distributions of the two models can be compared."""
+        ingredients = NamedIngredients("compared", asdict(self._on))
         found = self.records and self.records.get(ingredients)
-        if not found:
-            found = dict(self.experiment.ends.left_out_pct())
-            if self.records is not None:
-                self.records.put(ingredients, found)
-        return dict(found)
+        if found:
+            return Compared(**found)
+        compared = self.experiment.ends.compared()
+        if self.records is not None:
+            self.records.put(ingredients, compared._asdict())
+        return compared
 
     # Conditions of a grid
 
@@ -236,7 +243,7 @@ class Measurer:
         return {
             "prompts": list(self.experiment.prompt_ids),
             "keys": self._keys(patches),
-            "patches": [_payload(row) for some in chunks for row in self._measured(some, progress)],
+            "patches": [payload_of(row) for some in chunks for row in self._measured(some, progress)],
         }
 
     def join(self, planned: Sequence[Planned], parts: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -270,7 +277,7 @@ class Measurer:
         measured = self._measured(patches, progress)
         for patch, before, row in zip(patches, records, measured, strict=True):
             if self.records is not None and before is None:
-                self.records.put(self._ingredients(patch), _payload(row))
+                self.records.put(self._ingredients(patch), payload_of(row))
         # What is stored is what the table shows, even where this machine would round otherwise.
         return [before or new for before, new in zip(records, measured, strict=True)]
 
@@ -369,5 +376,6 @@ def _rows(measures: Iterable[ndarray]) -> list[PatchRow]:
     return [PatchRow(*each) for each in zip(*measures, strict=True)]
 
 
-def _payload(row: PatchRow) -> dict[str, list[float]]:
+def payload_of(row: PatchRow) -> dict[str, list[float]]:
+    """What the record of a patch holds."""
     return {name: getattr(row, name).tolist() for name in MEASURES}

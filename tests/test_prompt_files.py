@@ -12,12 +12,19 @@ from rq4lens.models.prompts.record import Message
 
 ROWS = [
     {"id": "a", "text": 'one, "two"\nthree', "split": "train", "group": "g", "offset": 3},
-    {"id": "b", "text": "été 🙂", "split": "val", "answer": "🙂", "marker": "é"},
+    {
+        "id": "b",
+        "text": "été 🙂",
+        "split": "val",
+        "answer": "🙂",
+        "marker": "é",
+        "content": "seasons",
+    },
 ]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
 PROMPTS = (
     Prompt("a", 'one, "two"\nthree', "train", "g", offset=3),
-    Prompt("b", "été 🙂", "val", answer="🙂", marker="é"),
+    Prompt("b", "été 🙂", "val", answer="🙂", marker="é", content="seasons"),
 )
 
 
@@ -133,6 +140,8 @@ def test_chats_are_read_from_csv_as_json(tmp_path):
         ({"messages": [{"role": "user", "content": 3}]}, "content of the user message must be"),
         ({"text": "x", "answer": ""}, "answer must be a string of the text"),
         ({"text": "x", "marker": 3}, "marker must be a string of the text"),
+        ({"text": "x", "content": ""}, "content must say in a string"),
+        ({"text": "x", "content": 3}, "content must say in a string"),
         ({"text": "x", "offset": -1}, "offset must be the index of a character"),
         ({"text": "x", "offset": True}, "offset must be the index of a character"),
     ],

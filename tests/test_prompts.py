@@ -1,6 +1,7 @@
 """Prompts: what a file must say, where it is cut, and how it is batched."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_prompts_without_a_group_are_groups_of_their_own():
     """Paraphrases share a group; everything else is its own, named by its id."""
     prompts = PromptSet((prompt("a", group="g"), prompt("b", "fig", group="g"), prompt("c", "elm")))
     assert prompts.groups == ("g", "g", "c")
+
+
+def test_what_prompts_are_about_is_carried_and_not_read():
+    """Contents follow the prompts; naming them makes no other set, as models do not read them."""
+    prompts = PromptSet((replace(prompt("a"), content="Peru"), prompt("b", "fig")))
+    assert prompts.contents == ("Peru", None)
+    assert prompts.without(["a"]).contents == (None,)
+    assert prompts.fingerprint == PromptSet((prompt("a"), prompt("b", "fig"))).fingerprint
 
 
 def test_a_split_keeps_the_order_of_the_file():

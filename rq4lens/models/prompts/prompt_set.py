@@ -71,7 +71,7 @@ class PromptSet:
     def from_jsonl(cls, path: str | Path) -> PromptSet:
         """Read a JSONL file: one object per line with ``id``, ``split``, ``text`` or ``messages``.
 
-        Optional keys are ``group``, ``answer``, ``offset``, ``marker`` and ``meta``.
+        Optional keys are ``group``, ``content``, ``answer``, ``offset``, ``marker`` and ``meta``.
 
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.
@@ -163,10 +163,15 @@ class PromptSet:
         return tuple(prompt.group or prompt.id for prompt in self.prompts)
 
     @property
+    def contents(self) -> tuple[str | None, ...]:
+        """What each prompt is about; None where the file does not say."""
+        return tuple(prompt.content for prompt in self.prompts)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of everything that decides what the models read, in order."""
-        content = [prompt.content for prompt in self.prompts]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        values = [prompt.read_values for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -252,7 +257,7 @@ def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:
                 f"to {MAX_ID_LENGTH}."
             )
         try:
-            json.dumps(prompt.content, ensure_ascii=False).encode()
+            json.dumps([prompt.read_values, prompt.content], ensure_ascii=False).encode()
         except UnicodeEncodeError as problem:
             raise UserError(
                 f"prompt {prompt.id!r} holds half a character ({problem.reason}): write the whole "

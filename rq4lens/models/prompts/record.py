@@ -10,7 +10,7 @@ from rq4lens.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-KEYS = ("id", "text", "messages", "split", "group", "answer", "offset", "marker", "meta")
+KEYS = ("id", "text", "messages", "split", "group", "content", "answer", "offset", "marker", "meta")
 """What a record may say about a prompt."""
 
 
@@ -45,6 +45,8 @@ class Prompt:
         offset: index of the character of the text that the rule ``offset`` decides at.
         marker: a string of the text whose last character the rule ``marker`` decides at; it
             replaces the marker that all prompts share.
+        content: what it is about, as the country that is asked about; maps can be judged on
+            contents that they were not fitted on. Models do not read it.
     """
 
     id: str
@@ -56,9 +58,10 @@ class Prompt:
     answer: str | None = None
     offset: int | None = None
     marker: str | None = None
+    content: str | None = None
 
     @property
-    def content(self) -> tuple[Any, ...]:
+    def read_values(self) -> tuple[Any, ...]:
         """Everything that decides what the models read of it, as JSON values."""
         messages = [(message.role, message.content) for message in self.messages]
         asked = (self.answer, self.offset, self.marker)
@@ -81,6 +84,9 @@ def prompt_of_record(record: Any, where: str) -> Prompt:
     group, meta = record.get("group"), record.get("meta", {})
     if not isinstance(group, str | None) or not isinstance(meta, dict):
         raise UserError(f"{where}: group must be a string and meta an object.")
+    content = record.get("content")
+    if not isinstance(content, str | None) or content == "":
+        raise UserError(f"{where}: content must say in a string what it is about, or be left out.")
     return Prompt(
         id=record["id"],
         text=record["text"] if messages is None else chat_text(messages),
@@ -91,6 +97,7 @@ def prompt_of_record(record: Any, where: str) -> Prompt:
         answer=_string(record, "answer", where),
         offset=_offset(record.get("offset"), where),
         marker=_string(record, "marker", where),
+        content=content,
     )
 
 

@@ -199,6 +199,9 @@ class Effort(Settings):
     random_sizes: Literal["affordable", "every", "k"] = setting(
         "affordable", "where random sets are measured: as many k as can be afforded, every k, or k"
     )
+    noise_pair: bool = setting(
+        True, "compare with a shuffled weight change; takes the memory of one more tuned model"
+    )
     resamples: int = setting(10_000, "bootstrap resamples", ge=100, le=1_000_000)
     seed: int = setting(0, "seed of folds, resamples, planted heads", ge=0, lt=2**32)
 

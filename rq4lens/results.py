@@ -156,6 +156,9 @@ class Compared(NamedTuple):
     noise_nats: float = 0.0
 
 
+COMPARABLE = Compared()
+
+
 class Transfer(NamedTuple):
     """What a head set carries: each model with the other one's activations at full strength.
 
@@ -166,6 +169,16 @@ class Transfer(NamedTuple):
 
     into_tuned: PatchRow
     into_base: PatchRow
+
+    def left_nats(self, direction: str) -> Float64[ndarray, "prompt"]:
+        """What is left of the gap in one direction, ``"to_base"`` or ``"to_tuned"``."""
+        left = getattr(self, TRANSFERS[direction]).gap_left_nats
+        return np.asarray(left)
+
+    @property
+    def answer_is(self) -> Float64[ndarray, "prompt"]:
+        """Whose the most likely token of the tuned model is."""
+        return np.asarray(self.into_tuned.answer_is)
 
 
 EVERY, EVERY_LAYER = "every_layer", -1
@@ -353,7 +366,7 @@ class GridResult:
     conditions: Mapping[str, ConditionResult]
     noise_floor_nats: float
     every_layer: Transfer | None = None
-    compared: Compared = Compared()
+    compared: Compared = COMPARABLE
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -465,12 +478,11 @@ def gaps_of(
         conditions: the conditions.
         direction: ``"to_base"`` or ``"to_tuned"``.
     """
-    patched = TRANSFERS[direction]
     missing = [each.cond for each in (nothing, *conditions) if each.transfer is None]
     if missing:
         raise UserError(f"transfer of {missing[0]} was not measured: rank by delta or kl_raw.")
     before, *left = (
-        getattr(each.transfer, patched).gap_left_nats for each in (nothing, *conditions)
+        each.transfer.left_nats(direction) for each in (nothing, *conditions) if each.transfer
     )
     return np.array([[before] * len(left), left])
 

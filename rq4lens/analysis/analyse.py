@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from rq4lens.analysis import records
-from rq4lens.analysis.claims import claims
+from rq4lens.analysis.claims import claims, study_claims
 from rq4lens.analysis.coverage import table
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
 from rq4lens.analysis.coverage.cross_fitted import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.transfer import gap_of, layer_transfer
 from rq4lens.analysis.rankings import compared
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
 from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.result import Analysis, AnalysisSettings
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.analysis.structure import controls
 from rq4lens.analysis.structure.alphas import alpha_sweep
-from rq4lens.analysis.structure.heads import head_kinds
-from rq4lens.config import AnalysisEffort
+from rq4lens.analysis.structure.elsewhere import (
+    contents_of,
+    from_other_heads,
+    held_out,
+    other_heads,
+)
+from rq4lens.analysis.structure.heads import (
+    KindInputs,
+    head_kinds,
+    leave_one_out,
+    map_over_shift,
+    no_kinds,
+)
+from rq4lens.analysis.structure.ladder import HELD_OUT, ladder
+from rq4lens.analysis.structure.noise import beside_noise
+from rq4lens.config import AnalysisEffort, RankBy
 from rq4lens.heads import Head
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData
-from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.patching.patch import Progress
+from rq4lens.patching.measured import Indices, MeasuresPatches
+from rq4lens.patching.noise import NoiseEffects
+from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, RAW, SHIFTED, Progress
 from rq4lens.results import GridResult, HeadRanking
 
+DIRECTIONS: tuple[RankBy, RankBy] = ("to_base", "to_tuned")
+
+LADDER = (CONSTANT, BASE, SHIFTED, MAPPED, HELD_OUT, OUTPUT)
+
 PARTS = (
-    *("coverage", "compared", "interactions", "alphas", "controls", "alignment"),
-    *("agreements", "stability", "tests", "kinds", "concentration", "best"),
+    *("coverage", "compared", "interactions", "alphas", "directions", "ladders", "kinds"),
+    *("stand_ins", "alignment", "agreements", "stability", "tests", "concentration", "best"),
 )
 """The parts in the order in which they are computed and timed; the best sets are sought last."""
 
@@ -48,7 +72,7 @@ def analyse(
     effort: AnalysisEffort | None = None,
     *,
     activations: PairActivations | None = None,
-    neutral: MeasuresPatches | None = None,
+    beside: Beside | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
     """Analyse a grid.
@@ -64,7 +88,7 @@ def analyse(
             are as many as can be afforded, see
             :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
         activations: already captured activations of the pair, for the controls.
-        neutral: the pair prepared on neutral prompts, for the side effect.
+        beside: what the pair is compared with: neutral prompts, its noise pair, its weights.
         progress: called with 1 when one of the ``PARTS`` is done.
 
     Returns:
@@ -78,7 +102,22 @@ def analyse(
     methods = tuple(METHODS) if effort.methods is None else effort.methods
     effort = effort.but(random_ks=sizes, methods=methods)
     layer = MeasuredLayer.of_grid(grid, experiment)
-    return _Work(grid, layer, effort, activations, neutral, progress).analysis()
+    return _Work(grid, layer, effort, activations, beside or Beside(), progress).analysis()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a pair is compared with.
+
+    Args:
+        neutral: the pair prepared on neutral prompts, with the same maps.
+        noise: the effects of its noise pair.
+        weight_cosine: cosine of the weights of the two models.
+    """
+
+    neutral: MeasuresPatches | None = None
+    noise: NoiseEffects | None = None
+    weight_cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +128,7 @@ class _Work:
     layer: MeasuredLayer
     effort: AnalysisEffort
     given_activations: PairActivations | None
-    neutral: MeasuresPatches | None
+    beside: Beside
     progress: Progress | None
 
     def analysis(self) -> Analysis:
@@ -101,6 +140,13 @@ class _Work:
         others = [curve for curve in self.compared.curves if curve.ranking != own]
         analysis = Analysis(
             settings=self.settings,
+            gap=self.gap,
+            transfer=layer_transfer(self.grid, self.gap, self.layer.bootstrap),
+            directions=self.directions,
+            ladders=self.ladders,
+            neutral=self.neutral_ladder,
+            noise=self.noise,
+            weight_cosine=self.beside.weight_cosine,
             full=self.layer.full,
             coverage=coverage.rows,
             curves=(*coverage.curves[:1], *others, *coverage.curves[1:]),
@@ -113,13 +159,15 @@ class _Work:
             tests=self.tests,
             interactions=self.interactions,
             kinds=self.kinds,
-            controls=self.controls,
+            stand_ins=self.stand_ins,
+            control_layer=controls.control_layer(self.grid, self.gap, self.layer.bootstrap),
             alignment=self.alignment,
             alphas=self.alphas[0],
             claims=(),
+            study_claims=(),
             seconds=seconds,
         )
-        return replace(analysis, claims=claims(analysis))
+        return replace(analysis, claims=claims(analysis), study_claims=study_claims(analysis))
 
     def _seconds(self, part: str) -> float:
         start = time.perf_counter()
@@ -158,7 +206,7 @@ class _Work:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        return single_ranking(self.layer.measured, self.layer.rank_by)
+        return single_ranking(self.layer.ranked_on, self.layer.rank_by)
 
     @cached_property
     def inputs(self) -> table.CoverageInputs:
@@ -229,16 +277,102 @@ class _Work:
         )
 
     @cached_property
-    def controls(self) -> tuple[records.Control, ...]:
-        layer, control_layer = self.layer, self.grid.settings.patching.control_layer
-        rows = controls.grid_controls(self.grid, layer.bootstrap)
-        if self.experiment is not None and self.activations is not None:
-            inputs = controls.ControlInputs(
-                layer, self.experiment, self.activations, control_layer, self.neutral
-            )
-            rows += controls.measured_controls(inputs)
-        rows += controls.random_controls(self.coverage.rows, self.grid.n_heads, layer.full)
-        return tuple(rows)
+    def gap(self) -> records.Gap:
+        return gap_of(self.grid, self.layer.bootstrap)
+
+    @cached_property
+    def directions(self) -> tuple[records.DirectionCoverage, ...]:
+        """The coverage table of each direction of transfer, on the sizes of the run."""
+        if not self.can_measure or self.layer.gap_nats is None:
+            return ()
+        return tuple(self._direction(each) for each in DIRECTIONS)
+
+    def _direction(self, direction: RankBy) -> records.DirectionCoverage:
+        layer = self.layer.transfer(direction, self.gap)
+        inputs = replace(
+            self.inputs,
+            layer=layer,
+            ranking=single_ranking(layer.measured, direction),
+            random_ks=tuple(sorted({1, *layer.ks})),
+        )
+        found = table.coverage(inputs)
+        return records.DirectionCoverage(
+            direction, layer.full, found.rows, found.curves, found.random
+        )
+
+    @cached_property
+    def full_strength(self) -> MeasuredSets:
+        """The layer at strength 1, with maps that hold out the prompt's content if it has one."""
+        measured, held_out = self.layer.measured.at(1.0), self.held_out
+        if isinstance(held_out, str):
+            return measured
+        return measured.also({HELD_OUT: held_out})
+
+    @cached_property
+    def held_out(self) -> Tensor | str:
+        """Each prompt mapped without its content; or why there is none."""
+        experiment, activations = self.experiment, self.activations
+        if experiment is None or activations is None:
+            return records.NOT_MEASURED
+        return held_out(experiment.maps[self.layer.measured.layer], activations, experiment.split)
+
+    @cached_property
+    def ladders(self) -> tuple[records.Ladder, ...]:
+        """At full strength, and at the run's own."""
+        if self.experiment is None:
+            return ()
+        own = self.layer.measured
+        sources = [each for each in LADDER if each in {RAW, BASE, MAPPED} or self._has(each)]
+        full = self._ladder(self.full_strength, sources)
+        if own.alpha == 1.0:
+            return (full,)
+        return full, self._ladder(own, [each for each in sources if each != HELD_OUT])
+
+    def _has(self, source: str) -> bool:
+        if source == HELD_OUT:
+            return not isinstance(self.held_out, str)
+        return self.experiment is not None and source in self.experiment.sources.made
+
+    def _ladder(self, measured: MeasuredSets, sources: Sequence[str]) -> records.Ladder:
+        sets = _singles(self.grid)
+        sets |= {f"top{k}": tuple(sorted(self.ranking.top(k))) for k in self.layer.ks if k > 1}
+        sets["full"] = measured.everything
+        floor = self.grid.noise_floor_nats
+        return ladder(measured, sets, sources, self.layer.bootstrap, floor)
+
+    @cached_property
+    def neutral_ladder(self) -> records.Ladder | None:
+        neutral = self.beside.neutral
+        if neutral is None or self.experiment is None:
+            return None
+        measured = MeasuredSets.of(neutral, self.layer.measured.layer, 1.0)
+        sets = _singles(self.grid)
+        sets["full"] = measured.everything
+        own = self.layer.bootstrap
+        other = Bootstrap(measured.groups, own.n_resamples, own.seed + 1)
+        sources = [CONSTANT, BASE, SHIFTED, MAPPED]
+        return ladder(measured, sets, sources, other, self.grid.noise_floor_nats)
+
+    @cached_property
+    def noise(self) -> records.NoisePair | None:
+        effects = self.beside.noise
+        if effects is None:
+            return None
+        return beside_noise(self.grid, effects, self.layer.bootstrap)
+
+    @cached_property
+    def stand_ins(self) -> tuple[records.StandIn, ...]:
+        if self.experiment is None or self.activations is None:
+            return ()
+        changed = self.kinds.of("shifted", "recoded", "reassigned", "replaced", "undecided")
+        inputs = controls.StandInInputs(
+            self.layer.measured.at(1.0),
+            self.experiment,
+            self.activations,
+            self.grid.settings.patching.control_layer,
+            changed,
+        )
+        return controls.stand_ins(inputs, self.layer.bootstrap)
 
     @cached_property
     def alignment(self) -> records.Alignment | None:
@@ -268,8 +402,51 @@ class _Work:
 
     @cached_property
     def kinds(self) -> records.HeadKinds:
-        full, floor = self.grid.full.KL_raw, self.grid.noise_floor_nats
-        return head_kinds(*self.layer.singles, full, floor, self.layer.bootstrap)
+        if not self.ladders:
+            return no_kinds(self.grid.n_heads)
+        measured, bootstrap = self.full_strength, self.layer.bootstrap
+        held = self.held_out
+        inputs = KindInputs(
+            ladder=self.ladders[0],
+            neutral=self.neutral_ladder or "the pair has no neutral prompts",
+            map_over_shift_nats=map_over_shift(measured, bootstrap),
+            leave_one_out_nats=leave_one_out(measured, bootstrap),
+            held_out_because=held if isinstance(held, str) else None,
+        )
+        return self._with_contents(self._with_other_heads(head_kinds(inputs)))
+
+    def _with_contents(self, kinds: records.HeadKinds) -> records.HeadKinds:
+        assert self.activations is not None
+        named = contents_of(self.activations, FIT_SPLIT)
+        if named is None:
+            return kinds
+        n_contents, width = len(set(named)), self.activations.pair.base.card.d_head
+        return replace(kinds, n_contents=n_contents, few_contents=n_contents <= width + 1)
+
+    def _with_other_heads(self, kinds: records.HeadKinds) -> records.HeadKinds:
+        """Beside each head that may be recoded, the best other head of the layer."""
+        asked = kinds.of("recoded", "reassigned", "undecided")
+        if not asked or self.activations is None or self.experiment is None:
+            return kinds
+        own = self.experiment.maps[self.layer.measured.layer]
+        sources = dict(from_other_heads(own, self.activations, self.experiment.split))
+        if not sources:
+            return kinds
+        measured, sets = self.layer.measured.at(1.0).also(sources), [(head,) for head in asked]
+        damage = np.stack([measured.of_source(source, sets) for source in sources])
+        constant = measured.of_source(CONSTANT, sets)
+        heads = list(kinds.heads)
+        for at, head in enumerate(asked):
+            if self.ladders[0][f"head{head}"].recovered_pct["mapped"].value is None:
+                continue
+            best = int(damage[:, at].mean(-1).argmin())
+            both = np.stack([constant[at], damage[best, at]])
+            (share,) = self.layer.bootstrap.estimate(
+                both, lambda m: 100 * (1 - m[..., 1:] / m[..., :1])
+            )
+            other = other_heads(own.n_heads, best + 1)[head]
+            heads[head] = replace(heads[head], other_head=other, other_recovered_pct=share)
+        return replace(kinds, heads=tuple(heads))
 
     @cached_property
     def concentration(self) -> tuple[records.Concentration, ...]:
@@ -277,3 +454,7 @@ class _Work:
         return tuple(
             concentration(name, each, self.layer.bootstrap) for name, each in scores.items()
         )
+
+
+def _singles(grid: GridResult) -> dict[str, Indices]:
+    return {f"head{head}": (head,) for head in range(grid.n_heads)}

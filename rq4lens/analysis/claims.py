@@ -1,235 +1,364 @@
-"""A short paragraph that says what the numbers support; it changes when they do."""
+"""The answer in plain sentences; each changes with the numbers and claims no more than they do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import Control, CoverageRow
+from rq4lens.analysis.records import CoverageRow, HeadKind, LayerTransfer
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.analysis.structure.controls import QUESTIONS, SIGNIFICANT
+from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
+from rq4lens.analysis.structure.controls import SHUFFLED, SIGNIFICANT
 from rq4lens.heads import Head
 
+FEWEST_GROUPS = 10
+"""Nothing is claimed from fewer groups of prompts."""
+
+UNRELATED_COSINE = 0.5
+"""Weights of a fine-tune point where those of its base do."""
+
+LITTLE_PCT = 5.0
+"""A layer that carries less than this of the gap, with its whole interval, carries little."""
+
 MOST_PCT = 50.0
-"""Heads whose coverage lies above this with its whole interval carry most of the effect."""
+"""Heads that reach this share of what their layer does carry most of it."""
 
 NAMED = 8
 """So many heads are named in a sentence."""
 
-FEW_SHARE = 0.25
-"""Up to this share of a layer's heads are a few."""
+FEW_PROMPTS = 50
+"""An effect that lies on fewer prompts than this is uncertain, whatever its interval says."""
 
-CONCENTRATED_PCT = 75.0
-"""A curve with more area than this rises early, however long its tail."""
-
-OPTIMISTIC_PCT = 5.0
-"""A gap between plain and cross-fitted coverage that is worth a sentence, in percentage points."""
-
-ENOUGH_SETS = 40
-"""Of fewer draws, none lies outside of the range that is said to hold 95%."""
-
-NEAR_PCT = 80.0
-"""A control that does more than this share of what the map does comes close."""
+WIDE_PCT = 100.0
+"""A share whose interval is wider than this is not determined."""
 
 
 def claims(analysis: Analysis) -> tuple[str, ...]:
-    """What the numbers support, sentence by sentence."""
-    full, row = analysis.full, decisive_row(analysis)
-    sentences = [_effect(analysis)]
-    if full.is_harm:
-        sentences += _who_does_harm(analysis)
-    elif full.undefined_because is None and row is not None:
-        sentences += [*_carriers(analysis, row), *_beside_random(row)]
-    sentences += _tests(analysis)
-    if full.undefined_because is None:
-        sentences += _metric(analysis)
-        if not full.is_harm:  # without a repair there is no claim that could survive
-            sentences += [*_structure(analysis), *_controls(analysis)]
-    return tuple(sentences)
+    """The answer: how far apart, how much of it here, which heads, what kind, how uncertain."""
+    gap, stop = _gap(analysis)
+    if stop is not None:
+        return (gap, stop, _uncertain(analysis))
+    return (
+        gap,
+        _layer(analysis),
+        _heads(analysis),
+        _kinds(analysis),
+        _uncertain(analysis),
+    )
 
 
-def _effect(analysis: Analysis) -> str:
+def study_claims(analysis: Analysis) -> tuple[str, ...]:
+    """What the study's own grid says: the repair by the map, its coverage, the control layer."""
     settings, full = analysis.settings.grid, analysis.full
-    where = f"At layer {settings.layer} (alpha {settings.patching.alpha:g})"
-    why = full.undefined_because
+    where = f"At strength {settings.patching.alpha:g}"
+    why = full.undefined_because or _no_claim(analysis) or _no_repair(analysis)
     if why is not None:
-        return f"{where} nothing can be said about shares: {why}. Coverage is undefined."
-    does = "repairs part of what the raw patch damages"
-    if full.is_harm:
-        does = "makes the raw patch worse, not better"
-    return f"{where} the map {does}: ΔKL(ALL) = {full.delta:.3g nats}."
+        return (f"{where} no share of the map's repair is claimed: {why}.",)
+    does = "makes the raw patch worse by" if full.is_harm else "takes back"
+    sentences = [f"{where} the map {does} {full.delta:.3g} nats of the raw patch's damage."]
+    if not full.is_harm:
+        sentences += [*_coverage(analysis), *_across_alphas(analysis)]
+    return (*sentences, *_control(analysis))
 
 
-def _carriers(analysis: Analysis, row: CoverageRow) -> Iterator[str]:
-    which = f"top {row.k}" if row.k > 1 else "first"
+# The gap, and what forbids any further claim
+
+
+def _gap(analysis: Analysis) -> tuple[str, str | None]:
+    """The first sentence, and the one that ends the answer if nothing can be claimed."""
+    gap, n = analysis.gap, analysis.settings.n_prompts
+    if gap.undefined_because is not None:
+        return "Base and tuned cannot be told apart here, or not compared.", (
+            f"Nothing is claimed about heads: {gap.undefined_because}."
+        )
+    differ = number_text(gap.answers_differ_pct.value, ".0f%")
+    first = (
+        f"Base and tuned differ by {gap.base_nats:.2g} nats here, and on {differ} of {n} prompts "
+        f"their most likely next tokens differ{_in_noise(analysis)}."
+    )
+    why = _no_claim(analysis)
+    return first, None if why is None else f"Nothing is claimed about heads: {why}."
+
+
+def _in_noise(analysis: Analysis) -> str:
+    if analysis.noise is None:
+        return ""
+    times = analysis.noise.real_over_noise["gap_base_nats"]
+    return (
+        f" ({number_text(times.value, '.2g')} times what the same weight change gives when it is "
+        "shuffled)"
+    )
+
+
+def _no_claim(analysis: Analysis) -> str | None:
+    """Why nothing is claimed of this pair on these prompts; None if something may be."""
+    n_groups, cosine = analysis.settings.n_groups, analysis.weight_cosine
+    if n_groups < FEWEST_GROUPS:
+        return f"{n_groups} groups of prompts are too few ({FEWEST_GROUPS} are needed)"
+    if cosine is not None and cosine < UNRELATED_COSINE:
+        return (
+            f"the weights of the two models look unrelated (cosine {cosine:.2g}), so that this is "
+            "no fine-tune of that base"
+        )
+    noise = analysis.noise
+    if noise is not None and not _is_above(noise.gap_beyond_nats):
+        return (
+            f"a shuffled weight change of the same size moves base as far "
+            f"({noise.gap_base_nats:.2g} nats)"
+        )
+    return None
+
+
+def _no_repair(analysis: Analysis) -> str | None:
+    """Why the map's repair is too small to speak of shares of it."""
+    noise, delta = analysis.noise, analysis.full.delta.value or 0.0
+    gap = analysis.gap.base_nats.value
+    if noise is not None and not (_is_above(noise.delta_beyond_nats) or analysis.full.is_harm):
+        return f"the noise pair's map takes back as much ({noise.delta:.2g} nats)"
+    if gap is not None and abs(delta) < LITTLE_OF_GAP * gap:
+        return f"it is {delta:.2g} nats, less than {100 * LITTLE_OF_GAP:g}% of the gap"
+    return None
+
+
+LITTLE_OF_GAP = 0.001
+"""A repair below this share of the gap is too small to be divided among heads."""
+
+
+# The layer and its heads
+
+
+def _layer(analysis: Analysis) -> str:
+    here, gap = analysis.transfer, analysis.gap
+    layer = f"layer {analysis.settings.grid.layer}"
+    if _carries_little(here):
+        size = f"{share(here.to_base_pct)} of it undone, {share(here.to_tuned_pct)} of it given"
+        first = f"What {layer}'s heads say at this token carries next to nothing of that ({size})"
+    else:
+        first = (
+            f"Giving {layer}'s heads the base model's activations undoes "
+            f"{share(here.to_base_pct)} of that, and the tuned ones give base "
+            f"{share(here.to_tuned_pct)} of it"
+        )
+    every = gap.every_layer_to_base_pct, gap.every_layer_to_tuned_pct
+    if every[0].value is None:
+        return f"{first}."
+    rest = ""
+    if (every[0].value or 0.0) < 90:
+        rest = "; the rest is not in what heads say at this token"
+    return f"{first}; all heads of all layers {share(every[0])} and {share(every[1])}{rest}."
+
+
+def _carries_little(here: LayerTransfer) -> bool:
+    both = here.to_base_pct, here.to_tuned_pct
+    return all(each.interval is not None and each.interval.high < LITTLE_PCT for each in both)
+
+
+def _heads(analysis: Analysis) -> str:
+    here = analysis.transfer
+    if not _is_above(here.to_base_pct) or _carries_little(here):
+        return "Which of its heads carry it is not asked: there is too little to divide."
+    found = next((each for each in analysis.directions if each.direction == "to_base"), None)
+    row = None if found is None else decisive_row(found.coverage, here.to_base_pct.value or 0.0)
+    if row is None:
+        best = max(range(len(here.heads_to_base_pct)), key=lambda h: _value(here, h))
+        alone = f"{label(analysis, best)} alone undoes {share(here.heads_to_base_pct[best])}"
+        ranked = ", ranked and scored on the same prompts"
+        return f"Of its heads {alone} of the gap{ranked}; more than one head was not compared."
     names = _labels(analysis, row.heads)
-    heads = f"The {which} of {analysis.settings.grid.n_heads} heads by {row.ranking} ({names})"
-    carry = "carry" if row.k > 1 else "carries"
-    plain, crossed = f"{row.coverage_pct:.1f%}", row.cross_fitted_coverage_pct
-    if crossed.value is None:
-        yield f"{heads} {carry} {plain} of it on the prompts that ranked them."
-        return
-    yield (
-        f"{heads} {carry} {amount_of(crossed)} of it: {plain} on the prompts that ranked them, "
-        f"{crossed:.1f%} when ranked on other prompts."
-    )
-    gap = row.optimism_pct.value
-    if gap is not None and abs(gap) > OPTIMISTIC_PCT:
-        direction = "optimistic" if gap > 0 else "pessimistic"
-        yield f"The first figure is {direction} by {abs(gap):.1f} points."
+    crossed = row.cross_fitted_coverage_pct
+    scored = "" if row.k == 1 else " when ranked on other prompts"
+    amount = share(row.coverage_pct if crossed.value is None else crossed)
+    who = f"{names} alone undoes" if row.k == 1 else f"The top {row.k} heads ({names}) undo"
+    back = here.heads_to_tuned_pct[row.heads[0]]
+    other = f", and gives base {share(back)}" if row.k == 1 else ""
+    return f"{who} {amount} of the gap{scored}{other}; {_beside_random(row)}."
 
 
-def _who_does_harm(analysis: Analysis) -> Iterator[str]:
-    """Of harm only the best sets found can speak; the ranking starts at its other end."""
-    yield (
-        "Heads are ranked by what the map repairs, so those that do least harm come first: the "
-        "ranking does not say which heads carry the harm."
-    )
-    for row in analysis.coverage:
-        if row.best_heads is not None and (row.best_coverage_pct or 0.0) > MOST_PCT:
-            who = f"{row.k} of {analysis.settings.grid.n_heads} heads"
-            do, names = "do" if row.k > 1 else "does", _labels(analysis, row.best_heads)
-            share = f"{row.best_coverage_pct:.1f}%"
-            yield f"{who} {do} {share} of it ({names}), chosen on the same prompts."
-            return
+def _value(here: LayerTransfer, head: int) -> float:
+    return here.heads_to_base_pct[head].value or 0.0
 
 
-def _labels(analysis: Analysis, heads: Sequence[int]) -> str:
-    names = [Head(analysis.settings.grid.layer, head).label for head in heads[:NAMED]]
-    return ", ".join([*names, "..."] if len(heads) > NAMED else names)
-
-
-def amount_of(share_pct: Estimate) -> str:
-    """How much of the effect a share is, in words that its whole interval supports."""
-    if share_pct.interval is None:
-        return "an uncertain share"
-    low, high = share_pct.interval.pair
-    if low > MOST_PCT:
-        return "most"
-    if high < MOST_PCT:
-        return "only part"
-    return f"between {low:.0f}% and {high:.0f}%"
-
-
-def decisive_row(analysis: Analysis) -> CoverageRow | None:
-    """The row that the paragraph speaks of: the fewest heads that carry most of the effect.
-
-    Where no size does, beyond the doubt that its interval leaves, it is the largest size below the
-    whole layer.
-    """
-    rows = [row for row in analysis.coverage if row.k < analysis.settings.grid.n_heads]
+def decisive_row(rows: Sequence[CoverageRow], whole_pct: float) -> CoverageRow | None:
+    """The fewest heads that clearly carry most of what the layer does, or the largest set."""
     for row in rows:
-        crossed, plain = row.cross_fitted_coverage_pct, row.coverage_pct
-        if amount_of(plain if crossed.value is None else crossed) == "most":
+        crossed = row.cross_fitted_coverage_pct
+        found = row.coverage_pct if crossed.value is None else crossed
+        low = found.value if found.interval is None else found.interval.low
+        if low is not None and low > MOST_PCT / 100 * whole_pct:
             return row
     return rows[-1] if rows else None
 
 
-def _tests(analysis: Analysis) -> Iterator[str]:
-    """How many heads differ from zero; an effect of next to nothing can, too."""
-    corrected = {
-        test.head.index: test.p_max_t
-        for test in analysis.tests.tests
-        if test.p_max_t is not None and test.alpha == analysis.settings.grid.patching.alpha
-    }
-    if not corrected:
+def _beside_random(row: CoverageRow) -> str:
+    mean = number_text(row.random_mean_pct, ".0f%")
+    which = "a random head does" if row.k == 1 else f"{row.k} random heads do"
+    if row.p_value is None or (row.p_value_min or 0.0) > SIGNIFICANT:
+        return f"{which} {mean} on average"
+    clearly = "clearly less" if row.p_value <= SIGNIFICANT else "not clearly less"
+    return f"{which} {mean} on average, {clearly} ({p_text(row.p_value)})"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value; very small ones say that they are small, not how small."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
+# What kind of change
+
+
+def _kinds(analysis: Analysis) -> str:
+    kinds = analysis.kinds
+    if not analysis.ladders:
+        return "What kind of change it is was not measured: the full analysis does."
+    told: list[str] = []
+    for kind in ("replaced", "reassigned", "recoded", "shifted", "undecided", "unchanged"):
+        heads = sorted(kinds.of(kind), key=lambda head: -_constant(analysis, head))
+        if heads:
+            means = f" ({MEANINGS[kind]})" if kind in MEANINGS else ""
+            told.append(f"{_labels(analysis, heads)} {kind}{means}{_evidence(analysis, heads[0])}")
+    n_idle = len(kinds.of("idle"))
+    idle = f"; {n_idle} are idle" if n_idle else ""
+    return f"Of its heads {'; '.join(told)}{idle}." if told else "All of its heads are idle."
+
+
+MEANINGS = {
+    "replaced": "the map does not give back what they say",
+    "reassigned": "the map works only on the contents it was fitted on",
+    "recoded": "the same content in other coordinates",
+}
+
+
+def _constant(analysis: Analysis, head: int) -> float:
+    return analysis.ladders[0][f"head{head}"].damage_nats["constant"].value or 0.0
+
+
+def _evidence(analysis: Analysis, head: int) -> str:
+    """The numbers behind the kind of the first head named."""
+    kind = analysis.kinds.heads[head]
+    if kind.kind not in MEANINGS:
+        return ""
+    recovered = analysis.ladders[0][f"head{head}"].recovered_pct
+    parts = [f"of what {label(analysis, head)} tells the map keeps {share(recovered['mapped'])}"]
+    if "held_out" in recovered:
+        parts.append(f"{share(recovered['held_out'])} with its content held out")
+    if analysis.neutral is not None:
+        neutral = analysis.neutral[f"head{head}"].recovered_pct["mapped"]
+        damage = analysis.neutral[f"head{head}"].damage_nats
+        if neutral.value is None:
+            harm = damage["mapped"].value, damage["raw"].value
+            mapped, raw = (number_text(each, ".2g") for each in harm)
+            parts.append(f"on neutral prompts it does {mapped} nats of damage, raw {raw}")
+        else:
+            parts.append(f"{share(neutral)} on neutral prompts")
+    return f": {', '.join([*parts, *_other_evidence(analysis, kind)])}"
+
+
+def _other_evidence(analysis: Analysis, kind: HeadKind) -> Iterator[str]:
+    for each in analysis.stand_ins:
+        if each.name == SHUFFLED and each.recovered_pct.value is not None:
+            yield f"a map of shuffled pairs {share(each.recovered_pct)}"
+    if kind.other_head is not None:
+        other = label(analysis, kind.other_head)
+        yield f"the best other head, {other}, {share(kind.other_recovered_pct)}"
+    if kind.function_kept is not None:
+        yield "W_O undoes it" if kind.function_kept else "W_O does not undo it"
+
+
+# What is uncertain
+
+
+def _uncertain(analysis: Analysis) -> str:
+    settings, found = analysis.settings, []
+    groups = "" if settings.n_groups == settings.n_prompts else f" in {settings.n_groups} groups"
+    over = f"The intervals are over more prompts like these {settings.n_prompts}{groups}"
+    if analysis.kinds.n_contents:
+        over += f", about the same {analysis.kinds.n_contents} contents"
+    found.append(f"{over} and with this map")
+    if analysis.kinds.few_contents:
+        found.append("so few contents that a map can send each of them anywhere")
+    n_eff = analysis.transfer.n_eff
+    if n_eff is not None and n_eff < FEW_PROMPTS:
+        found.append(f"{n_eff:.0f} of the prompts carry most of the layer's effect")
+    undecided = analysis.kinds.of("undecided")
+    if undecided and analysis.ladders:
+        why = analysis.kinds.heads[undecided[0]].why
+        found.append(f"{label(analysis, undecided[0])} is undecided because {why}")
+    return f"{'; '.join(found)}."
+
+
+# The study's grid
+
+
+def _coverage(analysis: Analysis) -> Iterator[str]:
+    row = decisive_row(analysis.coverage, 100.0)
+    if row is None:
         return
-    firm = {head for head, p_value in corrected.items() if p_value <= SIGNIFICANT}
-    weight = ""
-    if firm:
-        busy = firm - {kind.head for kind in analysis.kinds.heads if kind.kind == "idle"}
-        line = f"{analysis.kinds.idle_below_nats:.2g} nats"
-        weight = f"; {len(busy)} of these are not idle (KL_raw above {line})"
-    yield (
-        f"{len(firm)} of {analysis.settings.grid.n_heads} heads by themselves differ from zero at "
-        f"this alpha, corrected (max-T) for all {len(analysis.tests.tests)} tests "
-        f"({analysis.tests.family}){weight}."
-    )
-
-
-def _metric(analysis: Analysis) -> Iterator[str]:
-    """Whether a second metric ranks the heads in another order."""
-    for found in analysis.agreement:
-        tau = found.kendall
-        if found.kind != "metric" or tau.value is None:
-            continue
-        low = tau.value if tau.interval is None else tau.interval.low
-        if low <= 0:
-            yield (
-                f"By the {found.first} the heads rank otherwise: Kendall's tau with their order "
-                f"by {'ΔKL' if found.second == 'delta' else found.second} is {tau:.3g}."
-            )
-
-
-def _beside_random(row: CoverageRow) -> Iterator[str]:
-    if row.random_mean_pct is None:
-        return
-    drawn, between = f"Random sets of {row.k}", ""
-    if row.n_subsets < ENOUGH_SETS and not row.exhaustive:
-        drawn = f"The {row.n_subsets} random sets of {row.k}"
-    elif row.random_low_pct is not None and row.random_high_pct is not None:
-        between = f" (95% between {row.random_low_pct:.1f}% and {row.random_high_pct:.1f}%)"
-    judged = ""
-    if row.p_value is not None and (row.p_value_min or 0.0) <= SIGNIFICANT:
-        clearly = "" if row.p_value <= SIGNIFICANT else "not clearly "
-        judged = (
-            f"; ranked on other prompts the top {row.k} are {clearly}better (p = {row.p_value:.3g})"
+    crossed = row.cross_fitted_coverage_pct
+    names = _labels(analysis, row.heads)
+    which = f"the top {row.k} heads by {row.ranking} ({names})" if row.k > 1 else f"{names} alone"
+    if crossed.value is None:
+        yield f"Of that {which} cover {share(row.coverage_pct)}, on the prompts that ranked them."
+    else:
+        yield (
+            f"Of that {which} cover {share(crossed)} when ranked on other prompts; "
+            f"{_beside_random(row)}."
         )
-    yield f"{drawn} cover {row.random_mean_pct:.1f}% on average{between}{judged}."
 
 
-def _structure(analysis: Analysis) -> Iterator[str]:
-    """How the effect lies on heads by the run's own curve, cross-fitted where it can be."""
-    own, n_heads = analysis.settings.ranking, analysis.settings.grid.n_heads
-    by_name = {curve.ranking: curve for curve in analysis.curves}
-    curve = by_name.get(f"{own} (cross-fitted)", by_name.get(own))
-    if curve is None or n_heads == 1 or curve.k90.value is None or curve.area_pct.value is None:
+def _across_alphas(analysis: Analysis) -> Iterator[str]:
+    """How the share of the head that carries most moves with the strength."""
+    if len(analysis.alphas) < 2:
         return
-    reading = spread_of(int(curve.k90.value), n_heads, curve.area_pct.value)
-    judged = ", ranked on other prompts," if curve.ranking != own else ""
-    few = format(curve.k90, f".0f of {n_heads} heads")
-    yield (
-        f"90% takes {few}{judged} and the area under the curve is "
-        f"{curve.area_pct:.1f%} (an even spread has 50%): {reading}."
+    own = analysis.settings.grid.patching.alpha
+    at_own = next(point for point in analysis.alphas if point.alpha == own)
+    head = at_own.heads[0]
+    shares = ", ".join(
+        f"{number_text(point.coverage_pct[head].value, '.0f%')} at {point.alpha:g}"
+        for point in analysis.alphas
+        if point.coverage_pct
     )
+    yield f"Shares depend on the strength: {label(analysis, head)} alone covers {shares}."
 
 
-def spread_of(k90: int, n_heads: int, area_pct: float) -> str:
-    """How the effect lies on heads, in words."""
-    if k90 == 1:
-        return "one head carries it"
-    if k90 <= FEW_SHARE * n_heads:
-        return "a few heads carry it"
-    if area_pct >= CONCENTRATED_PCT:
-        return "a few heads carry most of it and many carry the rest"
-    return "it is spread over many heads"
+def _control(analysis: Analysis) -> Iterator[str]:
+    control = analysis.control_layer
+    if control is not None:
+        yield f"Control {control_reading(control.layer, control.less_nats)}."
 
 
-def _controls(analysis: Analysis) -> Iterator[str]:
-    judged = [control for control in analysis.controls if control.survives is not None]
-    if not judged:
-        return
-    failed = [control for control in judged if not control.survives]
-    verdict = f"The claim survives {len(judged) - len(failed)} of {len(judged)} controls"
-    yield verdict + (f"; it does not survive: {_names(failed)}." if failed else ".")
-    yield from _closest(judged)
-    untested = [control for control in analysis.controls if control.survives is None]
-    if untested:
-        yield f"Without a verdict: {_names(untested)}."
+def control_reading(layer: int, less_nats: Estimate) -> str:
+    """The control layer beside the main one, in words."""
+    low = less_nats.interval
+    if low is None:
+        return f"layer {layer}: nothing shows how the two layers compare"
+    if low.low > 0:
+        return f"layer {layer}: the map repairs less there, by {less_nats:.2g} nats"
+    if low.high < 0:
+        return f"layer {layer}: the map repairs MORE there, so it is no control"
+    return f"layer {layer}: not clearly different, so the effect is not specific to this layer"
 
 
-def _closest(controls: Sequence[Control]) -> Iterator[str]:
-    """How near those controls come that put something else in the map's place."""
-    instead = [c for c in controls if c.name in QUESTIONS and c.share_pct.value is not None]
-    instead.sort(key=lambda control: -(control.share_pct.value or 0.0))
-    near = [c for c in instead if (c.share_pct.value or 0.0) >= NEAR_PCT]
-    if len(near) > 1:
-        shares = ", ".join(f"{control.name} {control.share_pct:.1f%}" for control in near)
-        yield f"Of what stands in for the map, {len(near)} come close to its repair: {shares}."
-    elif instead:
-        first, share = instead[0].name, instead[0].share_pct
-        yield f"Of what stands in for the map, {first} comes closest: {share:.1f%} of its repair."
+# Words
 
 
-def _names(controls: list[Control]) -> str:
-    return ", ".join(control.name for control in controls)
+def share(estimate: Estimate) -> str:
+    """A share in percent with its interval, or that it is not determined."""
+    if estimate.interval is not None:
+        low, high = estimate.interval.pair
+        if high - low > WIDE_PCT and low < 0 < high:
+            return f"an undetermined share ({low:.0f} to {high:.0f}%)"
+    return format(estimate, ".0f%")
+
+
+def label(analysis: Analysis, head: int) -> str:
+    """Name of a head of the main layer."""
+    return Head(analysis.settings.grid.layer, head).label
+
+
+def _labels(analysis: Analysis, heads: Sequence[int]) -> str:
+    names = [label(analysis, head) for head in heads[:NAMED]]
+    return ", ".join([*names, "..."] if len(heads) > NAMED else names)
+
+
+def _is_above(estimate: Estimate) -> bool:
+    """Whether the whole interval lies above 0."""
+    return estimate.interval is not None and estimate.interval.low > 0

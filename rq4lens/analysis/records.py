@@ -19,7 +19,7 @@ from rq4lens.heads import Head
 from rq4lens.results import NO_RAW_EFFECT, Record
 
 NO_ANSWER_COVERAGE = undefined("it was not measured")
-NO_SHARE = undefined("there is nothing to take a share of")
+NOT_ASKED = undefined("it is asked of heads that changed alone")
 NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
 
 
@@ -42,9 +42,17 @@ class ConditionRecord:
         delta: ``ΔKL``, in nats.
         drop_pct: share of the raw damage that the map repairs.
         coverage_pct: ``ΔKL`` as a share of ``ΔKL(ALL)`` of the main layer.
+        raw_coverage_pct: ``KL_raw`` as a share of ``KL_raw(ALL)`` of the main layer.
+        to_base_pct: how far base's activations, at strength 1, take the tuned model back to base.
+        to_tuned_pct: how far tuned activations, at strength 1, take base towards the tuned model.
+        gap_base_nats: ``KL(p_base || p_tuned)`` of the clean models.
+        gap_tuned_nats: ``KL(p_tuned || p_base)`` of the clean models.
+        flipped_pct: share of prompts whose most likely token base's activations change.
+        as_base_pct: of the prompts on which base and tuned have different most likely tokens, the
+            share on which the patched tuned model has that of base.
     """
 
-    layer: int
+    layer: int | None
     hook: str
     cond: str
     alpha: float
@@ -58,6 +66,67 @@ class ConditionRecord:
     delta: Estimate
     drop_pct: Estimate
     coverage_pct: Estimate
+    raw_coverage_pct: Estimate
+    to_base_pct: Estimate
+    to_tuned_pct: Estimate
+    gap_base_nats: Estimate
+    gap_tuned_nats: Estimate
+    flipped_pct: Estimate
+    as_base_pct: Estimate
+
+
+@dataclass(frozen=True)
+class Gap(Record):
+    """How far apart the two models are, and what all heads of all layers carry of that.
+
+    Args:
+        base_nats: ``KL(p_base || p_tuned)``.
+        tuned_nats: ``KL(p_tuned || p_base)``.
+        answers_differ_pct: share of prompts on which their most likely tokens differ.
+        every_layer_to_base_pct: ``to_base`` of all heads of all layers at once.
+        every_layer_to_tuned_pct: ``to_tuned`` of them.
+        noise_nats: what two ways to compute one and the same distribution differ by.
+        left_out_base_pct: probability that base gives to tokens that tuned lacks.
+        left_out_tuned_pct: probability that tuned gives to tokens that base lacks.
+        undefined_because: why nothing is a share of the gap; None when shares are defined.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"undefined_because": "shares of the gap are defined"}
+
+    base_nats: Estimate
+    tuned_nats: Estimate
+    answers_differ_pct: Estimate
+    every_layer_to_base_pct: Estimate
+    every_layer_to_tuned_pct: Estimate
+    noise_nats: float
+    left_out_base_pct: float
+    left_out_tuned_pct: float
+    undefined_because: str | None
+
+    def side(self, direction: str) -> Estimate:
+        """The gap that a direction closes."""
+        return self.base_nats if direction == "to_base" else self.tuned_nats
+
+
+@dataclass(frozen=True)
+class LayerTransfer(Record):
+    """What the heads of one layer carry, together and one by one, at strength 1.
+
+    Args:
+        to_base_pct: of all its heads: how far the tuned model goes back to base.
+        to_tuned_pct: of all its heads: how far base goes towards the tuned model.
+        heads_to_base_pct: of each head alone, in head order.
+        heads_to_tuned_pct: of each head alone, in head order.
+        n_eff: how many prompts carry the effect of all its heads, ``(Σ d)² / Σ d²``.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"n_eff": "its heads carry nothing on any prompt"}
+
+    to_base_pct: Estimate
+    to_tuned_pct: Estimate
+    heads_to_base_pct: tuple[Estimate, ...]
+    heads_to_tuned_pct: tuple[Estimate, ...]
+    n_eff: float | None
 
 
 @dataclass(frozen=True)
@@ -365,68 +434,184 @@ class Interactions:
 
 
 @dataclass(frozen=True)
-class HeadKind:
-    """What kind of head one is.
+class LadderRow(Record):
+    """What stands in for a head set, from a constant to the head itself.
 
     Args:
-        head: the head.
-        kind: ``"idle"``, ``"re-coordinated"``, ``"rewired"`` or ``"undecided"``.
-        KL_raw: mean KL of the raw patch, in nats.
-        KL_mapped: mean KL of the mapped patch, in nats.
-        drop_pct: share of the raw patch's damage that the map repairs.
+        name: name of the set: ``head{h}``, ``top{k}`` or ``full``.
+        heads: the heads.
+        alpha: blend strength.
+        damage_nats: ``D(x) = KL(patched || clean)`` of the tuned model with ``x`` in place of the
+            heads, by source ``x``.
+        recovered_pct: ``100 (1 - D(x) / D(constant))`` by source; undefined where ``D(constant)``
+            lies below the idle line.
+        interference_nats: ``D(raw) - D(constant)``: what base's activation costs beyond silence.
+        restored_nats: ``D(constant) - D(mapped)``: what the map gives back.
+        lost_nats: ``D(mapped)``: what it does not.
     """
 
-    head: int
-    kind: str
-    KL_raw: Estimate
-    KL_mapped: Estimate
-    drop_pct: Estimate
+    name: str
+    heads: tuple[int, ...]
+    alpha: float
+    damage_nats: Mapping[str, Estimate]
+    recovered_pct: Mapping[str, Estimate]
+    interference_nats: Estimate
+    restored_nats: Estimate
+    lost_nats: Estimate
 
 
 @dataclass(frozen=True)
-class HeadKinds:
-    """The kinds of all heads and the rule that tells them apart.
+class Ladder(Record):
+    """What replaces heads, at one blend strength and on one split.
+
+    Args:
+        rows: a row a head, then a row a chosen set, the whole layer last.
+        idle_below_nats: the idle line: a share of the layer's joint effect.
+        rule: how the idle line is drawn, in words.
+    """
+
+    rows: tuple[LadderRow, ...]
+    idle_below_nats: float
+    rule: str
+
+    def __getitem__(self, name: str) -> LadderRow:
+        return next(row for row in self.rows if row.name == name)
+
+
+@dataclass(frozen=True)
+class HeadKind(Record):
+    """What kind of change one head shows.
+
+    Args:
+        head: the head.
+        kind: ``"idle"``, ``"unchanged"``, ``"shifted"``, ``"recoded"``, ``"reassigned"``,
+            ``"replaced"`` or ``"undecided"``.
+        why: what leaves it undecided; None if it is not.
+        function_kept: whether base's own head output does for the tuned head's, of a head that is
+            recoded or reassigned; None where it is not clear or not asked.
+        leave_one_out_nats: what the raw patch of the layer does less without this head.
+        other_head: the other base head of the layer from which most is recovered.
+        other_recovered_pct: how much that is.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "why": "the kind is clear",
+        "function_kept": "it is not asked of this kind, or not clear",
+        "other_head": "it is asked of heads that changed alone",
+    }
+
+    head: int
+    kind: str
+    why: str | None
+    function_kept: bool | None
+    leave_one_out_nats: Estimate
+    other_head: int | None = None
+    other_recovered_pct: Estimate = NOT_ASKED
+
+
+@dataclass(frozen=True)
+class HeadKinds(Record):
+    """The kinds of all heads.
 
     Args:
         heads: one entry per head, in head order.
         rule: the rule in words, with its numbers.
-        idle_below_nats: a head whose KL_raw lies below this is idle.
-        recoordinated_above_pct: a head whose drop lies above this is re-coordinated.
+        n_contents: how many contents the train prompts have; None if they name none.
+        few_contents: whether these are so few that a map can send each of them anywhere.
     """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"n_contents": "the train prompts name no content"}
 
     heads: tuple[HeadKind, ...]
     rule: str
-    idle_below_nats: float
-    recoordinated_above_pct: float
+    n_contents: int | None = None
+    few_contents: bool = False
+
+    def of(self, *kinds: str) -> tuple[int, ...]:
+        """The heads of some kinds."""
+        return tuple(each.head for each in self.heads if each.kind in kinds)
 
 
 @dataclass(frozen=True)
-class Control:
-    """One row of the table "does the claim survive".
+class StandIn:
+    """Something that stands in for the map, on the heads that changed, at strength 1.
 
     Args:
-        name: the control.
-        question: what it asks.
-        value: the control's own effect, ``ΔKL`` in nats unless ``unit`` says otherwise.
-        reference: what it is compared with.
-        difference: reference minus value, paired where both are measured on the same prompts.
-        unit: unit of the three numbers.
-        survives: whether the claim survives; None when the control could not be run or decides
-            nothing.
-        reason: why ``survives`` is None.
-        share_pct: value as a share of the reference, in percent: a claim can survive a control
-            that comes close.
+        name: what it is.
+        question: what it asks, in plain words.
+        heads: the heads that are patched.
+        damage: what is lost with it, in nats.
+        recovered_pct: of what these heads tell beyond a constant, how much is there with it.
+        behind_nats: its damage less that of the map, prompt by prompt.
+        reason: why it was not measured, if it was not.
     """
 
     name: str
     question: str
-    value: Estimate
-    reference: Estimate
-    difference: Estimate
-    unit: str
-    survives: bool | None
+    heads: tuple[int, ...]
+    damage: Estimate
+    recovered_pct: Estimate
+    behind_nats: Estimate
     reason: str | None = None
-    share_pct: Estimate = NO_SHARE
+
+
+@dataclass(frozen=True)
+class ControlLayer(Record):
+    """The main layer beside the control layer, prompt by prompt.
+
+    Args:
+        layer: the control layer.
+        delta: its ``ΔKL(ALL)``, in nats.
+        less_nats: ``ΔKL(ALL)`` of the main layer less that of the control layer.
+        less_to_base_pct: ``to_base`` of the main layer less that of the control layer.
+    """
+
+    layer: int
+    delta: Estimate
+    less_nats: Estimate
+    less_to_base_pct: Estimate
+
+
+@dataclass(frozen=True)
+class NoisePair(Record):
+    """The same numbers of a tuned model whose weight change was shuffled inside each matrix.
+
+    Args:
+        gap_base_nats: its gap to base.
+        to_base_pct: what all heads of the layer carry of that.
+        KL_raw: of all heads of the layer, at the run's alpha.
+        delta: ``ΔKL(ALL)`` of the layer, at the run's alpha.
+        real_over_noise: the real pair's number as a multiple of the noise pair's, by name.
+        delta_beyond_nats: the real ``ΔKL(ALL)`` less the noise pair's, prompt by prompt.
+        gap_beyond_nats: the real gap less the noise pair's, prompt by prompt.
+    """
+
+    gap_base_nats: Estimate
+    to_base_pct: Estimate
+    KL_raw: Estimate
+    delta: Estimate
+    real_over_noise: Mapping[str, Estimate]
+    delta_beyond_nats: Estimate
+    gap_beyond_nats: Estimate
+
+
+@dataclass(frozen=True)
+class DirectionCoverage:
+    """What the top k heads carry of the gap in one direction, beside random heads.
+
+    Args:
+        direction: ``"to_base"`` or ``"to_tuned"``.
+        full: the gap, of which everything is a share.
+        coverage: a row a k.
+        curves: the curve of the ranking by this direction, and the cross-fitted one.
+        random: random head sets by size.
+    """
+
+    direction: str
+    full: FullEffect
+    coverage: tuple[CoverageRow, ...]
+    curves: tuple[CoverageCurve, ...]
+    random: tuple[RandomSets, ...]
 
 
 @dataclass(frozen=True)
@@ -439,6 +624,9 @@ class AlphaPoint:
         KL_mapped: of all heads, in nats.
         delta: ``ΔKL(ALL)``, in nats.
         drop_pct: share of the damage that is repaired.
+        to_base_pct: how far base's activations of all heads take the tuned model back to base.
+        coverage_pct: coverage of each single head, in head order.
+        head_to_base_pct: ``to_base`` of each single head, in head order.
         head_delta_nats: single-head ``ΔKL``, in head order.
         heads: heads ranked by it, best first.
         agreement: agreement of this ranking with that at the run's own alpha, unless it is that.
@@ -450,6 +638,9 @@ class AlphaPoint:
     KL_mapped: Estimate
     delta: Estimate
     drop_pct: Estimate
+    to_base_pct: Estimate
+    coverage_pct: tuple[Estimate, ...]
+    head_to_base_pct: tuple[Estimate, ...]
     head_delta_nats: tuple[float, ...]
     heads: tuple[int, ...]
     agreement: Agreement | None

@@ -12,7 +12,7 @@ from rq4lens.analysis import records
 from rq4lens.analysis.statistics.bootstrap import LEVEL
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import AnalysisEffort
-from rq4lens.results import GridSettings, HeadRanking, Record
+from rq4lens.results import NO_CONTROL_LAYER, GridSettings, HeadRanking, Record
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ class Analysis(Record):
 
     Args:
         settings: how it was made.
+        gap: how far apart the models are, and what all heads of all layers carry of that.
+        transfer: what the heads of the layer carry, together and one by one.
+        directions: top k heads beside random ones in both directions of transfer.
+        ladders: what stands in for heads, at strength 1 and at the run's own.
+        neutral: the ladder at strength 1 on neutral prompts.
+        noise: the same numbers of the noise pair.
+        weight_cosine: cosine of the weights of the two models, over all matrices.
         full: ``ΔKL(ALL)``, the denominator of coverage, and whether it can serve as one.
         coverage: the coverage table, a row a k.
         curves: coverage curves of every ranking method, the run's own first, then cross-fitted
@@ -81,23 +88,36 @@ class Analysis(Record):
         concentration: how unevenly scores lie on heads.
         tests: sign-flip tests of single heads.
         interactions: do heads add up?
-        kinds: idle, re-coordinated and rewired heads.
-        controls: does the claim survive?
+        kinds: what kind of change each head shows.
+        stand_ins: what stands in for the map on the heads that changed.
+        control_layer: the control layer beside the main one.
         alignment: heads and the first direction of a joint low-rank map.
         alphas: the sweep over blend strengths.
-        claims: a short paragraph built from the numbers, sentence by sentence.
+        claims: the answer, sentence by sentence.
+        study_claims: what the study's own grid says, sentence by sentence.
         seconds: time of each part.
     """
 
     ALSO_SAVED: ClassVar[tuple[str, ...]] = ("areas",)
     BECAUSE: ClassVar[Mapping[str, str]] = {
         "interactions": records.NOT_MEASURED,
+        "neutral": records.NOT_MEASURED,
+        "noise": records.NOT_MEASURED,
+        "weight_cosine": "the models were not compared weight by weight",
+        "control_layer": NO_CONTROL_LAYER,
         "alignment": (
             "only measured numbers were given: the direction comes from the models' activations"
         ),
     }
 
     settings: AnalysisSettings
+    gap: records.Gap
+    transfer: records.LayerTransfer
+    directions: tuple[records.DirectionCoverage, ...]
+    ladders: tuple[records.Ladder, ...]
+    neutral: records.Ladder | None
+    noise: records.NoisePair | None
+    weight_cosine: float | None
     full: records.FullEffect
     coverage: tuple[records.CoverageRow, ...]
     curves: tuple[records.CoverageCurve, ...]
@@ -110,10 +130,12 @@ class Analysis(Record):
     tests: records.HeadTests
     interactions: records.Interactions | None
     kinds: records.HeadKinds
-    controls: tuple[records.Control, ...]
+    stand_ins: tuple[records.StandIn, ...]
+    control_layer: records.ControlLayer | None
     alignment: records.Alignment | None
     alphas: tuple[records.AlphaPoint, ...]
     claims: tuple[str, ...]
+    study_claims: tuple[str, ...]
     seconds: Mapping[str, float]
 
     def __repr__(self) -> str:

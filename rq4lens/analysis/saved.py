@@ -36,7 +36,7 @@ from rq4lens.disk.run import (
     written_files,
 )
 from rq4lens.errors import UserError
-from rq4lens.results import GridResult, GridSettings
+from rq4lens.results import EVERY, EVERY_LAYER, Compared, GridResult, GridSettings
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def read_run(directory: Path | str) -> Run:
             GridSettings.from_dict(run["settings"]),
             pd.read_parquet(directory / PER_PROMPT),
             noise_floor_nats=float(run["noise_floor_nats"]),
+            compared=Compared(**run["compared"]),
             provenance=run,
         )
         records = tuple(from_json(ConditionRecord, each) for each in saved)
@@ -157,7 +158,8 @@ def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) ->
     missing = {"full", "none", "self", *singles} - set(grid.conditions)
     if missing:
         raise ValueError(f"conditions {sorted(missing)[:5]} are missing")
-    if [record.cond for record in records] != list(grid.conditions):
+    every = [] if grid.every_layer is None else [EVERY]
+    if [record.cond for record in records] != [*grid.conditions, *every]:
         raise ValueError(f"{RESULTS} and {PER_PROMPT} hold other conditions")
 
 
@@ -179,11 +181,15 @@ def write_layers(
     choice: LayerChoice,
 ) -> None:
     """Write a sweep."""
-    table = pd.concat([per_prompt_table(grid) for grid in grids.values()], ignore_index=True)
+    tables = [per_prompt_table(grid) for grid in grids.values()]
+    # All layers at once are measured once, and stand in every grid.
+    alone = [table[table["cond"] != EVERY] for table in tables[1:]]
+    table = pd.concat([*tables[:1], *alone], ignore_index=True)
     write_bytes_atomic(directory / LAYERS_PER_PROMPT, table.to_parquet(index=False))
     record = {
         "settings": {str(layer): grid.settings.to_dict() for layer, grid in grids.items()},
         "noise_floor_nats": {str(layer): grid.noise_floor_nats for layer, grid in grids.items()},
+        "compared": {str(layer): grid.compared._asdict() for layer, grid in grids.items()},
         "comparison": to_json(comparison),
         "choice": to_json(choice),
     }
@@ -204,8 +210,9 @@ def read_layers(directory: Path) -> SavedLayers | None:
         grids = {
             int(layer): grid_of_table(
                 GridSettings.from_dict(settings),
-                table[table["layer"] == int(layer)],
+                table[table["layer"].isin([int(layer), EVERY_LAYER])],
                 noise_floor_nats=float(record["noise_floor_nats"][layer]),
+                compared=Compared(**record["compared"][layer]),
             )
             for layer, settings in record["settings"].items()
         }

@@ -17,6 +17,7 @@ from rq4lens.results import (
     EVERY,
     EVERY_LAYER,
     HOOK,
+    Compared,
     ConditionResult,
     GridResult,
     GridSettings,
@@ -142,6 +143,7 @@ def grid_of_table(
     table: pd.DataFrame,
     *,
     noise_floor_nats: float,
+    compared: Compared | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> GridResult:
     """A grid from the table that :func:`per_prompt_table` made; a damaged one is a ValueError."""
@@ -161,6 +163,7 @@ def grid_of_table(
         conditions=conditions,
         noise_floor_nats=noise_floor_nats,
         every_layer=_transfer(every, list(ids)) if len(every) else None,
+        compared=compared or Compared(),
         provenance=provenance or {},
     )
 

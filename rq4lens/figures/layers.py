@@ -13,6 +13,7 @@ from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
+from rq4lens.heads import Head
 from rq4lens.results import GridResult
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def global_ranking(
         mode="markers",
         cliponaxis=False,
         customdata=labels,
-        marker={"size": 10, "color": [_color(each.layer, span) for each in best]},
+        marker={"size": 10, "color": [_color(Head.parse(label).layer, span) for label in labels]},
         **theme.hover(texts),
     )
     figure.add_trace(_depth_scale(span))

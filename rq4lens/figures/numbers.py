@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from rq4lens.analysis.effects.table import bootstrap_of, records
+from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.records import ConditionRecord, HeadKinds
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
-from rq4lens.analysis.structure.heads import head_kinds as tell_kinds
+from rq4lens.analysis.structure.heads import no_kinds
 from rq4lens.figures.theme import GREY, KINDS
 from rq4lens.heads import Head
 from rq4lens.results import GridResult
@@ -124,6 +122,7 @@ def single_records(
 
 def label_of(single: ConditionRecord) -> str:
     """The name of the head of a single-head record: ``L26H3``."""
+    assert single.layer is not None
     return Head(single.layer, single.heads[0]).label
 
 
@@ -143,15 +142,7 @@ def hover(record: ConditionRecord, name: str | None = None) -> str:
 
 def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:
     """Which kind each head of the main layer is, in head order, and the rule in words."""
-    if analysis is not None:
-        return analysis.kinds
-    return tell_kinds(
-        np.stack([single.kl_raw_nats for single in grid.singles]),
-        np.stack([single.kl_mapped_nats for single in grid.singles]),
-        grid.full.KL_raw,
-        grid.noise_floor_nats,
-        bootstrap_of(grid),
-    )
+    return no_kinds(grid.n_heads) if analysis is None else analysis.kinds
 
 
 def by_kind(kinds: HeadKinds, heads: Iterable[int]) -> Iterator[tuple[str, list[int]]]:

@@ -38,9 +38,12 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star")
 
 # The kinds of heads in drawing order, with colour and shape.
 KINDS = {
-    "re-coordinated": (BLUE, "circle"),
-    "rewired": (VERMILLION, "diamond"),
-    "undecided": (ORANGE, "square"),
+    "replaced": (VERMILLION, "diamond"),
+    "reassigned": (ORANGE, "triangle-up"),
+    "recoded": (BLUE, "circle"),
+    "shifted": (PURPLE, "cross"),
+    "unchanged": (GREEN, "square"),
+    "undecided": (SKY, "x"),
     "idle": (GREY, "circle-open"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rq4lens.analysis.analyse import PARTS, analyse
+from rq4lens.analysis.analyse import PARTS, Beside, analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, write_grid, write_run
@@ -33,10 +33,12 @@ from rq4lens.models.catalog import resolve_device
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
+from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.measured import Measurer
+from rq4lens.patching.noise import NoiseEffects, noise_effects
 from rq4lens.results import GridResult
 from rq4lens.screen.tables import summary_text
 
@@ -58,6 +60,7 @@ def provenance(bench: Bench, experiment: Experiment, grid: GridResult) -> dict[s
         "config": config.flat(),
         "settings": grid.settings.to_dict(),
         "noise_floor_nats": grid.noise_floor_nats,
+        "compared": grid.compared._asdict(),
         "models": {side: pair.member(side).card.to_dict() for side in SIDES},
         "prompts": {
             "fingerprint": pair.prompts.fingerprint,
@@ -207,7 +210,7 @@ def run_on(bench: Bench) -> Run:
     write_json_atomic(directory / AUDIT, audit.to_dict())
     if audit.warning is not None:
         log.warning(audit.warning)
-    summary = summary_text(grid.settings, table, analysis.claims)
+    summary = summary_text(grid.settings, table, analysis)
     run = provenance(bench, experiment, grid)
     run["audit"] = audit.summary
     run["memory_estimate"] = memory.to_dict()
@@ -235,17 +238,11 @@ def _analyse(
             "for each: --analysis grid keeps to the conditions that are measured already",
             experiment.engine.name,
         )
-    neutral = None
-    if SIDE_EFFECT_SPLIT in bench.pair.prompts.splits and bench.pair.keep_both:
-        neutral = bench.measuring(
-            prepare(
-                bench.pair,
-                experiment.maps,
-                config.patching.but(split=SIDE_EFFECT_SPLIT),
-                config.place,
-                activations=bench.activations,
-            )
-        )
+    beside = Beside(
+        neutral=_neutral(bench, experiment),
+        noise=_noise(bench, measurer),
+        weight_cosine=weight_cosine(bench.pair),
+    )
     every = tuple(range(1, grid.n_heads + 1))
     sizes = {"affordable": None, "every": every, "k": ()}
     return analyse(
@@ -253,6 +250,32 @@ def _analyse(
         measurer,
         AnalysisEffort(random_ks=sizes[config.effort.random_sizes]),
         activations=bench.activations,
-        neutral=neutral,
+        beside=beside,
         progress=progress,
+    )
+
+
+def _neutral(bench: Bench, experiment: Experiment) -> Measurer | None:
+    """The pair on neutral prompts, where there are some."""
+    if SIDE_EFFECT_SPLIT not in bench.pair.prompts.splits:
+        return None
+    patching = bench.config.patching.but(split=SIDE_EFFECT_SPLIT)
+    return bench.measuring(
+        prepare(
+            bench.pair,
+            experiment.maps,
+            patching,
+            bench.config.place,
+            activations=bench.activations,
+        )
+    )
+
+
+def _noise(bench: Bench, measurer: Measurer) -> NoiseEffects | None:
+    """The effects of the noise pair, unless it was not asked for or has no room."""
+    config = bench.config
+    if not config.effort.noise_pair or not bench.pair.keep_both:
+        return None
+    return noise_effects(
+        measurer, bench.activations, config.patching, config.place, config.effort.seed
     )

@@ -248,6 +248,13 @@ class PairActivations:
         self._log_probs: dict[tuple[Side, str], Tensor] = {}
         self._on_disk: set[tuple[str, int | None]] = set()
 
+    def beside(self, pair: ModelPair) -> PairActivations:
+        """Activations of a pair of the same base model and prompts; base's are there already."""
+        other = PairActivations(pair, k_positions=self.k_positions, batch_size=self.batch_size)
+        other._captured = {key: z for key, z in self._captured.items() if key[0] == "base"}
+        other._log_probs = {key: each for key, each in self._log_probs.items() if key[0] == "base"}
+        return other
+
     def capture(
         self, side: Side, split: str, layers: Sequence[int], *, to_the_end: bool = False
     ) -> None:

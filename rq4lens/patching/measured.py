@@ -169,10 +169,9 @@ class Measurer:
         return self._known.setdefault((layer, alpha, source), {})
 
     def take_over(self, grid: GridResult) -> None:
-        """Know what a grid measured, aside from its checks, which are no raw and mapped pair."""
+        """Know what a grid measured."""
         for each in grid.conditions.values():
-            if each.cond not in {"self", "none"}:
-                self._learn(*zip(*Planned.of(each).measured(each), strict=True))
+            self._learn(*zip(*Planned.of(each).measured(each), strict=True))
 
     # Effects
 
@@ -208,7 +207,7 @@ class Measurer:
 
     def compared(self) -> Compared:
         """How well the distributions of the two models can be compared."""
-        ingredients = NamedIngredients("compared", asdict(self._on))
+        ingredients = NamedIngredients("compared", asdict(self.on))
         found = self.records and self.records.get(ingredients)
         if found:
             return Compared(**found)
@@ -243,7 +242,9 @@ class Measurer:
         return {
             "prompts": list(self.experiment.prompt_ids),
             "keys": self._keys(patches),
-            "patches": [payload_of(row) for some in chunks for row in self._measured(some, progress)],
+            "patches": [
+                payload_of(row) for some in chunks for row in self._measured(some, progress)
+            ],
         }
 
     def join(self, planned: Sequence[Planned], parts: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -325,10 +326,11 @@ class Measurer:
         return [content_key(self._ingredients(patch).to_dict()) for patch in patches]
 
     def _ingredients(self, patch: Patch) -> ConditionIngredients:
-        return ConditionIngredients(self._on, patch, self._made_by(patch.layer, patch.source))
+        return ConditionIngredients(self.on, patch, self._made_by(patch.layer, patch.source))
 
     @cached_property
-    def _on(self) -> MeasuredOn:
+    def on(self) -> MeasuredOn:
+        """Everything but the patch that can change an effect."""
         experiment = self.experiment
         pair, split = experiment.pair, experiment.split
         return MeasuredOn(

@@ -262,7 +262,7 @@ def summed_by_tensors(
     *,
     tilted: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``Σ q (exp(δ) - 1)``, ``Σ w δ``, where ``w`` is ``q exp(δ)`` if tilted, else ``q``, and ``Σ p δ``.
+    """``Σ q (exp(δ) - 1)``, ``Σ w δ`` with ``w = q exp(δ)`` if tilted, else ``q``, and ``Σ p δ``.
 
     ``δ`` counts from its value at the answer, so the first two are small where the effect is small.
     """

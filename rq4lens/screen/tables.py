@@ -17,6 +17,7 @@ from rq4lens.analysis.records import (
     LayerComparison,
     MethodRow,
 )
+from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text
 from rq4lens.analysis.structure.controls import SIGNIFICANT
 from rq4lens.heads import Head, HeadSet
@@ -42,20 +43,20 @@ def text_of(parts: Sequence[RenderableType], *, sentences: int = WIDTH, tables: 
 
 
 def summary_text(
-    settings: GridSettings, records: Sequence[ConditionRecord], claims: Sequence[str] = ()
+    settings: GridSettings, records: Sequence[ConditionRecord], analysis: Analysis
 ) -> str:
-    """What a run found, as plain text."""
+    """What a run found, as plain text: the answer, then the table, then the study's own grid."""
     by_name = {record.cond: record for record in records}
-    full = by_name["full"]
     lines: list[RenderableType] = [
-        Text(setting_line(settings, full.n)),
-        Text(full_line(full)),
-        coverage_table(records),
-        Text(control_line(full, by_name.get("ctrl_full"))),
+        Text(setting_line(settings, by_name["full"].n)),
+        Text(),
+        *map(Text, analysis.claims),
+        Text(),
+        carried_table(records),
+        Text(),
+        *map(Text, analysis.study_claims),
         Text(checks_line(by_name["none"], by_name["self"])),
     ]
-    if claims:
-        lines += [Text(), Text(" ".join(claims))]
     return text_of(lines, tables=WIDTH)
 
 
@@ -69,6 +70,8 @@ def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
         f"KL_mapped {record.KL_mapped_mean:auto}\n"
         f"ΔKL       {record.delta:auto}\n"
         f"drop      {record.drop_pct:.1f%}\n"
+        f"to base   {record.to_base_pct:.1f%}\n"
+        f"to tuned  {record.to_tuned_pct:.1f%}\n"
         f"coverage  {record.coverage_pct:.1f%}{f' ({why})' if why else ''}\n"
     )
 
@@ -86,70 +89,45 @@ def setting_line(settings: GridSettings, n_prompts: int, where: str | None = Non
     )
 
 
-def full_line(full: ConditionRecord) -> str:
-    """The FULL line: all heads of the main layer."""
-    return f"FULL layer {full.layer}: {_three_numbers(full)}"
-
-
-def control_line(full: ConditionRecord, control: ConditionRecord | None) -> str:
-    """The control line and how to read it."""
-    if control is None:
-        return "CONTROL: none was measured."
-    numbers = f"CONTROL layer {control.layer}: {_three_numbers(control)}"
-    return f"{numbers}\n  {_control_reading(full, control)}"
-
-
-def _three_numbers(record: ConditionRecord) -> str:
-    means = (record.KL_raw_mean, record.KL_mapped_mean)
-    raw, mapped = (number_text(mean.value, "auto") for mean in means)
-    return f"raw {raw}  mapped {mapped}  ΔKL {record.delta:auto} nats"
-
-
-def _control_reading(full: ConditionRecord, control: ConditionRecord) -> str:
-    high, low = full.delta.interval, control.delta.interval
-    if high is None or low is None:
-        return "too few prompts to compare it with the main layer."
-    if low.high < high.low:
-        share = control.coverage_pct.value
-        amount = "" if share is None else f" ({share:.1f}% of it)"
-        return f"the map repairs clearly less here than at layer {full.layer}{amount}."
-    if low.low > high.high:
-        return f"the map repairs MORE here than at layer {full.layer}: it is no control."
-    return f"not clearly different from layer {full.layer}: the effect is not specific to it."
-
-
 def checks_line(none: ConditionRecord, self_patch: ConditionRecord) -> str:
     """The two checks that must read 0."""
     first, second = (number_text(each.KL_raw_mean.value, ".2g") for each in (none, self_patch))
     return f"CHECKS (must read 0): none {first}, self {second} nats"
 
 
-def coverage_table(records: Sequence[ConditionRecord]) -> Table:
-    """Condition, ΔKL, coverage and heads: the full set, then top-k and random-k sorted by k."""
-    table = columns("condition", "ΔKL (nats)", "95% CI", "coverage", "95% CI")
-    table.caption_justify = "center"
+def carried_table(records: Sequence[ConditionRecord]) -> Table:
+    """What each head set carries, and its coverage: top-k and random-k by k, then the layers."""
+    table = columns("condition", "undoes", "gives base", "ΔKL (nats)", "coverage", "95% CI")
+    table.caption_justify = "left"
     table.add_column("heads", overflow="fold")
-    sized = (each for each in records if each.cond == "full" or _SIZED.match(each.cond))
+    sized = [each for each in records if each.cond in LAYERS or _SIZED.match(each.cond)]
     for record in sorted(sized, key=_table_key):
+        control = f" (layer {record.layer})" if record.cond == "ctrl_full" else ""
         table.add_row(
-            record.cond,
-            number_text(record.delta.value, "auto"),
-            _ends(record.delta.interval, "auto", absent=""),
-            number_text(record.coverage_pct.value, ".1f%"),
+            record.cond + control,
+            number_text(record.to_base_pct.value, ".1f%", "-"),
+            number_text(record.to_tuned_pct.value, ".1f%", "-"),
+            number_text(record.delta.value, "auto", "-"),
+            number_text(record.coverage_pct.value, ".1f%", "-"),
             _ends(record.coverage_pct.interval, ".1f", absent=""),
-            ",".join(map(str, record.heads)) if record.cond != "full" else "ALL",
+            "ALL" if record.cond in LAYERS else ",".join(map(str, record.heads)),
         )
-    undefined = [record.coverage_pct for record in records if record.coverage_pct.value is None]
-    if undefined:
-        table.caption = f"coverage is undefined: {undefined[0].reason}"
+    strength = number_text(records[0].alpha, "g")
+    table.caption = (
+        "undoes, gives base: of the gap, at strength 1 (to_base, to_tuned); ΔKL and its coverage "
+        f"at strength {strength}"
+    )
     return table
+
+
+LAYERS = ("full", "ctrl_full", "every_layer")
+"""The conditions of all heads; they stand last, in this order."""
 
 
 def _table_key(record: ConditionRecord) -> tuple[int, str]:
     match = _SIZED.match(record.cond)
-    # The full set last: it is the 100% the others are read against. "top" before "rand" within k.
     if match is None:
-        return 10**9, ""
+        return 10**9 + LAYERS.index(record.cond), ""
     return int(match[2]), "0" if match[1] == "top" else record.cond
 
 

@@ -16,7 +16,7 @@ from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Estimate, Interval, group_membership
-from rq4lens.results import RankBy, order_of, single_scores
+from rq4lens.results import order_of, single_scores
 
 TOO_FEW_GROUPS = "there are fewer than two groups of prompts, so they cannot be split"
 
@@ -49,12 +49,13 @@ class CrossFit:
     orders: Int64[ndarray, "split half head"]
 
     @classmethod
-    def of(cls, measured: MeasuredSets, rank_by: RankBy, n_splits: int, seed: int) -> CrossFit:
+    def of(cls, layer: MeasuredLayer, n_splits: int) -> CrossFit:
         """Rank single heads on each half."""
-        first = half_splits(measured.groups, n_splits, seed)
-        raw_nats, mapped_nats = measured.kl_nats(measured.singles)
-        raw, delta = (half_means(each, first) for each in (raw_nats, raw_nats - mapped_nats))
-        return cls(measured, first, order_of(single_scores(raw, delta, rank_by)))
+        ranked_on = layer.ranked_on
+        first = half_splits(ranked_on.groups, n_splits, layer.bootstrap.seed)
+        whole_nats, part_nats = ranked_on.kl_nats(ranked_on.singles)
+        whole, delta = (half_means(each, first) for each in (whole_nats, whole_nats - part_nats))
+        return cls(layer.measured, first, order_of(single_scores(whole, delta, layer.rank_by)))
 
     @property
     def undefined_because(self) -> str | None:

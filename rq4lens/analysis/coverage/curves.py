@@ -34,11 +34,11 @@ def curve_of(
     exhaustive: tuple[bool, ...] | None = None,
 ) -> CoverageCurve:
     """The curve of one head set for each k."""
-    means = layer.bootstrap.resampled(delta_nats)
-    shares = means.apply(share_of_full)
+    means = layer.bootstrap.resampled(np.concatenate([delta_nats, layer.whole_nats[None]]))
+    shares = means.apply(share_of_whole)
     reason = layer.full.undefined_because
     if reason is None:
-        (low, high), coverage_pct = simultaneous_band(shares), _coverage(shares)
+        (low, high), coverage_pct = simultaneous_band(shares), _coverage(shares, layer)
         area_pct, cmd, k90 = _areas(shares)
     else:
         low = high = np.empty(0)
@@ -47,7 +47,7 @@ def curve_of(
     return CoverageCurve(
         ranking=name,
         head_sets=tuple(sets),
-        delta_nats=tuple(means.estimates()),
+        delta_nats=tuple(means.estimates()[:-1]),
         coverage_pct=tuple(coverage_pct),
         band_low_pct=tuple(100 * low),
         band_high_pct=tuple(100 * high),
@@ -58,9 +58,9 @@ def curve_of(
     )
 
 
-def share_of_full(delta: Curves) -> Curves:
-    """``f(k) = ΔKL(k) / ΔKL(ALL)``; never clipped."""
-    return delta / delta[..., -1:]
+def share_of_whole(delta: Curves) -> Curves:
+    """``f(k) = ΔKL(k) / ΔKL(ALL)``, or the share of the gap; the whole stands last. Not clipped."""
+    return delta[..., :-1] / delta[..., -1:]
 
 
 def area(values: Curves) -> Float64[ndarray, "*rows"]:
@@ -74,17 +74,18 @@ def area(values: Curves) -> Float64[ndarray, "*rows"]:
 
 
 def fewest_heads(shares: Curves, share: float = CARRIED) -> ndarray:
-    """Smallest k whose share reaches the given one; the full set always does."""
-    # All heads have share 1 up to rounding, so the last comparison must not depend on it.
-    reached = shares[..., :-1] >= share
+    """Smallest k that reaches the given share of what all heads do; the full set always does."""
+    # All heads have their own share up to rounding: the last comparison must not depend on it.
+    reached = shares[..., :-1] >= share * shares[..., -1:]
     last = np.ones((*reached.shape[:-1], 1), dtype=bool)
     return np.argmax(np.concatenate([reached, last], axis=-1), axis=-1)
 
 
-def _coverage(shares: Resampled) -> list[Estimate]:
+def _coverage(shares: Resampled, layer: MeasuredLayer) -> list[Estimate]:
     estimates = shares.apply(lambda f: 100 * f).estimates()
     # No heads cover nothing and all heads cover everything: that is what coverage means.
-    return [exact(0.0), *estimates[1:-1], exact(100.0)]
+    last = exact(100.0) if layer.all_is_whole else estimates[-1]
+    return [exact(0.0), *estimates[1:-1], last]
 
 
 def _areas(shares: Resampled) -> list[Estimate]:

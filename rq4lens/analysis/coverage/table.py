@@ -75,8 +75,7 @@ class CoverageInputs:
     @cached_property
     def cross_fit(self) -> CrossFit:
         """Rankings made on halves of the prompts."""
-        layer = self.layer
-        return CrossFit.of(layer.measured, layer.rank_by, self.n_splits, layer.bootstrap.seed)
+        return CrossFit.of(self.layer, self.n_splits)
 
     @cached_property
     def rankings(self) -> RandomRankings:
@@ -125,13 +124,14 @@ def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
     layer, measured = inputs.layer, inputs.layer.measured
     if layer.full.undefined_because is not None:
         return [undefined(layer.full.undefined_because)] * len(layer.ks)
-    sets = [measured.everything, *(inputs.ranking.top(k) for k in layer.ks)]
+    delta_nats = measured.delta_nats([inputs.ranking.top(k) for k in layer.ks])
     estimates = layer.bootstrap.estimate(
-        measured.delta_nats(sets), lambda m: 100 * m[..., 1:] / m[..., :1]
+        np.concatenate([layer.whole_nats[None], delta_nats]),
+        lambda m: 100 * m[..., 1:] / m[..., :1],
     )
     # All heads cover everything, however they are ranked.
     return [
-        exact(100.0) if k == measured.n_heads else estimate
+        exact(100.0) if k == measured.n_heads and layer.all_is_whole else estimate
         for k, estimate in zip(layer.ks, estimates, strict=True)
     ]
 

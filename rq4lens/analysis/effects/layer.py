@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredSets, TransferSets
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.effects.transfer import gap_effect
 from rq4lens.analysis.rankings.agreement import Scored
-from rq4lens.analysis.records import FullEffect
+from rq4lens.analysis.records import FullEffect, Gap
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.results import GridResult, RankBy
+from rq4lens.results import TRANSFERS, GridResult, RankBy
 
 PerPrompt = Float64[ndarray, "head prompt"]
 
@@ -26,6 +27,7 @@ class MeasuredLayer:
     Args:
         full: the full effect, the denominator of every coverage.
         ks: sizes of the head sets in tables.
+        gap_nats: the gap to base of the clean models; None if it was not measured.
     """
 
     measured: MeasuredSets
@@ -33,6 +35,7 @@ class MeasuredLayer:
     bootstrap: Bootstrap
     ks: tuple[int, ...]
     rank_by: RankBy
+    gap_nats: Float64[ndarray, "prompt"] | None = None
 
     @classmethod
     def of_grid(cls, grid: GridResult, experiment: MeasuresPatches | None = None) -> MeasuredLayer:
@@ -40,7 +43,33 @@ class MeasuredLayer:
         bootstrap, patching = bootstrap_of(grid), grid.settings.patching
         full = grid_full_effect(grid, bootstrap)
         measured = MeasuredSets.of_grid(grid, experiment)
-        return cls(measured, full, bootstrap, patching.k, patching.rank_by)
+        nothing = grid["none"].transfer if "none" in grid.conditions else None
+        gap_nats = None if nothing is None else nothing.left_nats("to_base")
+        return cls(measured, full, bootstrap, patching.k, patching.rank_by, gap_nats)
+
+    def transfer(self, direction: RankBy, gap: Gap) -> MeasuredLayer:
+        """The same layer by what its heads carry in one direction."""
+        full = gap_effect(gap, direction, self.full.noise_floor_nats)
+        measured = self.measured.transfer(direction)
+        return replace(self, measured=measured, full=full, rank_by=direction)
+
+    @property
+    def ranked_on(self) -> MeasuredSets:
+        """What single heads are ranked by: their transfer, or the layer's own effects."""
+        by_transfer = self.rank_by in TRANSFERS and not isinstance(self.measured, TransferSets)
+        return self.measured.transfer(self.rank_by) if by_transfer else self.measured
+
+    @cached_property
+    def whole_nats(self) -> Float64[ndarray, "prompt"]:
+        """What a coverage is a share of, on each prompt: the effect of all heads, or the gap."""
+        if isinstance(self.measured, TransferSets):
+            return self.measured.gap_nats
+        return self.measured.delta_nats([self.measured.everything])[0]
+
+    @property
+    def all_is_whole(self) -> bool:
+        """Whether all heads of the layer cover everything by definition."""
+        return not isinstance(self.measured, TransferSets)
 
     @property
     def full_delta(self) -> float | None:

@@ -15,11 +15,15 @@ from torch import Tensor
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
-from rq4lens.patching.patch import MAPPED, RAW, Patch, Progress
-from rq4lens.results import GridResult
+from rq4lens.patching.patch import BASE, MAPPED, RAW, TUNED, Effects, Patch, Progress
+from rq4lens.results import GridResult, PatchRow
 
 PerPrompt = Float64[ndarray, "condition prompt"]
 Site = Float[Tensor, "prompt position head d_head"]
+
+
+SWAPPED = {"to_base": BASE, "to_tuned": TUNED}
+"""The directions of transfer, and whose activations are put into the other model."""
 
 
 class GridAlone:
@@ -56,8 +60,16 @@ class MeasuredSets:
         self.mapped = mapped
         self.n_heads = measurer.n_heads
         self.groups = measurer.groups
-        self._raw = measurer.known(layer, alpha, RAW)
-        self._mapped = measurer.known(layer, alpha, mapped)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What each head set is patched with."""
+        return RAW, self.mapped
+
+    @property
+    def _views(self) -> list[dict[Indices, PatchRow]]:
+        known = self.measurer.known
+        return [known(self.layer, self.alpha, source) for source in self.sources]
 
     @classmethod
     def of(cls, source: MeasuresPatches, layer: int, alpha: float) -> MeasuredSets:
@@ -89,6 +101,11 @@ class MeasuredSets:
             views[name] = MeasuredSets(measurer, self.layer, self.alpha, mapped=name)
         return views
 
+    def also(self, sources: Mapping[str, Site]) -> MeasuredSets:
+        """The same layer with more sources, by name; nothing is known of it yet."""
+        extra = {(self.layer, name): source for name, source in sources.items()}
+        return MeasuredSets(self.measurer.with_sources(extra), self.layer, self.alpha)
+
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:
         """Measure those sets that are missing.
 
@@ -106,20 +123,20 @@ class MeasuredSets:
         patches = [
             Patch(self.layer, head_set, self.alpha, source)
             for head_set in (HeadSet(heads, self.n_heads) for heads in missing)
-            for source in (RAW, self.mapped)
+            for source in self.sources
         ]
         self.measurer.require(patches)
         return wanted
 
     def _has(self, heads: Indices) -> bool:
-        return heads in self._mapped and heads in self._raw
+        return all(heads in view for view in self._views)
 
     def kl_nats(self, sets: Iterable[Iterable[int]]) -> tuple[PerPrompt, PerPrompt]:
         """``KL_raw`` and ``KL_mapped`` of head sets on each prompt."""
         wanted, nothing = self.require(sets), np.zeros(len(self.groups))
         raw, mapped = (
             [known[heads].kl_nats if heads else nothing for heads in wanted]
-            for known in (self._raw, self._mapped)
+            for known in self._views
         )
         both = np.array([raw, mapped]).reshape(2, -1, len(self.groups))  # also of no sets at all
         return both[0], both[1]
@@ -152,7 +169,7 @@ class MeasuredSets:
         """The sets of k heads that were measured so far."""
         if k == 0:
             return [()]
-        return [heads for heads in self._mapped if len(heads) == k and heads in self._raw]
+        return [heads for heads in self._views[-1] if len(heads) == k and self._has(heads)]
 
     def is_exhausted(self, k: int) -> bool:
         """Whether every set of k heads was measured."""
@@ -161,7 +178,59 @@ class MeasuredSets:
     @property
     def n_measured(self) -> int:
         """How many head sets were measured, the empty one aside."""
-        return sum(1 for heads in self._mapped if heads and heads in self._raw)
+        return sum(1 for heads in self._views[-1] if heads and self._has(heads))
+
+    def effects_of(self, source: str, sets: Iterable[Iterable[int]]) -> Effects:
+        """Effects of putting a source in place of head sets."""
+        chosen = [HeadSet.of(heads, self.n_heads) for heads in sets]
+        patches = [Patch(self.layer, heads, self.alpha, source) for heads in chosen]
+        return self.measurer.effects(patches)
+
+    def of_source(self, source: str, sets: Iterable[Iterable[int]]) -> PerPrompt:
+        """Damage of putting a source in place of head sets, ``KL``, on each prompt."""
+        return self.effects_of(source, sets).kl_nats
+
+    def transfer(self, direction: str) -> TransferSets:
+        """What head sets of the layer carry in one direction."""
+        return TransferSets(self.measurer, self.layer, direction)
+
+
+class TransferSets(MeasuredSets):
+    """What head sets of one layer carry in one direction: the gap, and what they leave of it.
+
+    Args:
+        measurer: measures what is missing.
+        layer: the layer.
+        direction: ``"to_base"`` or ``"to_tuned"``.
+    """
+
+    def __init__(self, measurer: Measurer, layer: int, direction: str) -> None:
+        super().__init__(measurer, layer, 1.0)
+        self.direction = direction
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The other model's activations."""
+        return (SWAPPED[self.direction],)
+
+    @property
+    def gap_nats(self) -> Float64[ndarray, "prompt"]:
+        """The gap between the clean models on each prompt."""
+        nothing = Patch(self.layer, HeadSet.none(self.n_heads), 1.0, *self.sources)
+        self.measurer.require([nothing])
+        return self._left(())
+
+    def kl_nats(self, sets: Iterable[Iterable[int]]) -> tuple[PerPrompt, PerPrompt]:
+        """The gap, and what is left of it under each head set, on each prompt."""
+        gap, wanted = self.gap_nats, self.require(sets)
+        left = np.array([self._left(heads) for heads in wanted]).reshape(-1, len(gap))
+        return np.broadcast_to(gap, left.shape), left
+
+    def _left(self, heads: Indices) -> Float64[ndarray, "prompt"]:
+        left = self._views[0][heads].gap_left_nats
+        if left is None:
+            raise UserError("transfer was not measured: give an experiment that has both models.")
+        return left
 
 
 def prefixes(heads: Iterable[int]) -> list[Indices]:

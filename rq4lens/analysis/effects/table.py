@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.records import ConditionRecord, FullEffect
+from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
+from rq4lens.analysis.records import ConditionRecord, FullEffect, Gap
 from rq4lens.analysis.statistics.bootstrap import (
     ONE_GROUP,
     Bootstrap,
@@ -20,16 +22,23 @@ from rq4lens.analysis.statistics.bootstrap import (
     undefined,
 )
 from rq4lens.results import (
+    EVERY,
     HOOK,
     NO_RAW_EFFECT,
+    TRANSFERS,
     ConditionResult,
     GridResult,
     HeadRanking,
+    gaps_of,
     kl_nats_of,
 )
 
-QUANTITIES = ("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct")
+QUANTITIES = (
+    *("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct"),
+    *("coverage_pct", "raw_coverage_pct"),
+)
 RANKED = ("delta", "drop_pct", "KL_raw", "KL_mapped")
+AT_ONCE = "all layers are patched at once, at strength 1 and with base's own activations alone"
 
 
 def bootstrap_of(grid: GridResult) -> Bootstrap:
@@ -87,31 +96,54 @@ def records(
     ``ctrl_full`` too: its coverage says how much the control layer's map repairs, as a share of
     what the main layer's map repairs. Undefined values are null, with the reason beside them.
     """
-    conditions = list(grid.conditions.values()) if conditions is None else conditions
-    estimates = condition_estimates(grid, conditions, bootstrap_of(grid))
-    return tuple(
-        ConditionRecord(
-            layer=condition.layer,
-            hook=HOOK,
-            cond=condition.cond,
-            alpha=condition.alpha,
-            heads=condition.heads.indices,
-            head_mask=tuple(condition.heads.mask),
-            split=grid.settings.patching.split,
-            k_positions=grid.settings.patching.k_positions,
-            n=grid.n_prompts,
-            **row,
-        )
-        for condition, row in zip(conditions, estimates, strict=True)
+    every, bootstrap = conditions is None, bootstrap_of(grid)
+    conditions = list(grid.conditions.values()) if conditions is None else list(conditions)
+    gap = gap_of(grid, bootstrap)
+    transfers = [each.transfer for each in conditions]
+    swapped = transfer_estimates(grid, transfers, bootstrap, gap.undefined_because)
+    estimates = condition_estimates(grid, conditions, bootstrap)
+    found = [
+        _record(grid, gap, each, {**own, **both})
+        for each, own, both in zip(conditions, estimates, swapped, strict=True)
+    ]
+    if every and grid.every_layer is not None:
+        swapped = transfer_estimates(grid, [grid.every_layer], bootstrap, gap.undefined_because)
+        found.append(_every_layer(found[0], swapped[0]))
+    return tuple(found)
+
+
+def _record(
+    grid: GridResult, gap: Gap, condition: ConditionResult, numbers: Mapping[str, Estimate]
+) -> ConditionRecord:
+    return ConditionRecord(
+        layer=condition.layer,
+        hook=HOOK,
+        cond=condition.cond,
+        alpha=condition.alpha,
+        heads=condition.heads.indices,
+        head_mask=tuple(condition.heads.mask),
+        split=grid.settings.patching.split,
+        k_positions=grid.settings.patching.k_positions,
+        n=grid.n_prompts,
+        gap_base_nats=gap.base_nats,
+        gap_tuned_nats=gap.tuned_nats,
+        **numbers,
     )
+
+
+def _every_layer(full: ConditionRecord, swapped: Mapping[str, Estimate]) -> ConditionRecord:
+    absent = dict.fromkeys(QUANTITIES, undefined(AT_ONCE))
+    same: dict[str, Any] = {**absent, **swapped, "layer": None, "cond": EVERY, "alpha": 1.0}
+    heads = tuple(range(len(full.head_mask)))
+    return replace(full, heads=heads, head_mask=(1,) * len(heads), **same)
 
 
 def condition_estimates(
     grid: GridResult, conditions: Sequence[ConditionResult], bootstrap: Bootstrap
 ) -> list[dict[str, Estimate]]:
-    """The five numbers of each condition with their intervals, all on the same resamples."""
+    """The six numbers of each condition with their intervals, all on the same resamples."""
     both = np.concatenate(kl_nats_of((grid.full, *conditions)))
-    flat = bootstrap.estimate(both, _five_numbers)
+    flat = bootstrap.estimate(both, _six_numbers)
     undefined_because = grid_full_effect(grid, bootstrap).undefined_because
     rows = []
     for at, condition in enumerate(conditions):
@@ -119,6 +151,8 @@ def condition_estimates(
         # What follows from the definitions does not come from the resamples.
         if (row["KL_raw_mean"].value or 0.0) <= 0:
             row["drop_pct"] = undefined(NO_RAW_EFFECT)
+        if grid.full.KL_raw <= 0:
+            row["raw_coverage_pct"] = undefined("the raw patch of all heads changes nothing")
         if undefined_because is not None:
             row["coverage_pct"] = undefined(undefined_because)
         elif condition is grid.full:
@@ -127,16 +161,18 @@ def condition_estimates(
     return rows
 
 
-def _five_numbers(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
+def _six_numbers(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
     raw, mapped = np.split(means, 2, axis=-1)
     delta = raw - mapped
     drop = 100 * delta / raw
-    coverage = 100 * delta / delta[..., :1]
-    return np.concatenate([x[..., 1:] for x in (raw, mapped, delta, drop, coverage)], axis=-1)
+    coverage, raw_coverage = (100 * x / x[..., :1] for x in (delta, raw))
+    every = (raw, mapped, delta, drop, coverage, raw_coverage)
+    return np.concatenate([x[..., 1:] for x in every], axis=-1)
 
 
 def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[dict[str, Any]]:
     """The rows of the single-head ranking file, best first."""
+    gap = gap_of(grid, bootstrap_of(grid))
     rows = []
     for rank, head in enumerate((ranking or grid.ranking).heads, 1):
         single = grid.single(head)
@@ -144,5 +180,17 @@ def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[d
         row: dict[str, Any] = {"head": head, "rank": rank, **numbers}
         if single.drop_pct is None:
             row["drop_pct_reason"] = NO_RAW_EFFECT
+        for direction in TRANSFERS:
+            row |= _carried(grid, single, direction, gap.undefined_because)
         rows.append(row)
     return rows
+
+
+def _carried(
+    grid: GridResult, single: ConditionResult, direction: str, undefined_because: str | None
+) -> dict[str, Any]:
+    name = f"{direction}_pct"
+    if undefined_because is not None:
+        return {name: None, f"{name}_reason": undefined_because}
+    gap, left = gaps_of(grid["none"], [single], direction).mean(-1)
+    return {name: float(100 * (1 - left / gap)[0])}

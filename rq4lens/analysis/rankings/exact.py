@@ -30,6 +30,16 @@ def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:
     return single_ranking(measured, "kl_raw")
 
 
+def rank_by_to_base(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by how far base's activation takes the tuned model back to base."""
+    return single_ranking(measured.transfer("to_base"), "to_base")
+
+
+def rank_by_to_tuned(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by how far the tuned activation takes base towards the tuned model."""
+    return single_ranking(measured.transfer("to_tuned"), "to_tuned")
+
+
 def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
     """Rank heads by their effect alone, with standard errors."""
     raw, mapped = measured.kl_nats(measured.singles)
@@ -37,7 +47,7 @@ def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
     scores = np.array([np.nan if score is None else score for score in ranking.by_head])
     errors = (
         standard_errors(raw if rank_by == "kl_raw" else raw - mapped, measured.groups)
-        if rank_by != "drop_pct"
+        if ranking.share_of is None
         else _errors_of_shares(scores, raw - mapped, raw, measured.groups)
     )
     missing = ONE_GROUP if len(set(measured.groups)) == 1 else NO_RAW_EFFECT

@@ -77,6 +77,8 @@ METHODS: Mapping[str, Method] = {
     "delta": Method("exact.rank_by_delta"),
     "drop_pct": Method("exact.rank_by_drop_pct"),
     "kl_raw": Method("exact.rank_by_kl_raw"),
+    "to_base": Method("exact.rank_by_to_base"),
+    "to_tuned": Method("exact.rank_by_to_tuned"),
     "leave_one_out": Method("exact.rank_by_leave_one_out"),
     "greedy_forward": Method("exact.rank_greedy_forward"),
     "greedy_backward": Method("exact.rank_greedy_backward"),

@@ -31,7 +31,8 @@ def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
         raw, delta = np.split(means, 2, axis=-1)
         return single_scores(raw, delta, layer.rank_by)
 
-    both = np.concatenate([layer.singles[0], layer.single_deltas])
+    whole, part = layer.ranked_on.kl_nats(layer.measured.singles)
+    both = np.concatenate([whole, whole - part])
     scores = bootstrap.resampled(both).apply(scores_of)
     everyone = np.broadcast_to(scores.point, scores.draws.shape)
     halves = half_splits(bootstrap.groups, N_HALVES, bootstrap.seed)

@@ -10,8 +10,11 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.transfer import NO_GAP
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.records import AlphaPoint
+from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
+from rq4lens.patching.patch import RAW
 from rq4lens.results import order_of
 
 
@@ -31,6 +34,8 @@ def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:
     bootstrap, is_own = layer.bootstrap, measured is layer.measured
     raw, mapped = measured.kl_nats([measured.everything, *measured.singles])
     full = bootstrap.estimate(np.stack([raw[0], mapped[0]]), _four_numbers)
+    coverage = bootstrap.estimate(raw - mapped, lambda m: 100 * m[..., 1:] / m[..., :1])
+    shares = _to_base(measured, layer)
     scored = Scored.of_prompts(f"alpha {measured.alpha:g}", raw[1:] - mapped[1:], bootstrap)
     own = layer.scored(f"alpha {layer.measured.alpha:g}")
     return AlphaPoint(
@@ -39,11 +44,29 @@ def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:
         KL_mapped=full[1],
         delta=full[2],
         drop_pct=full[3],
+        to_base_pct=shares[0],
+        coverage_pct=tuple(coverage) if full_is_clear(full[2]) else (),
+        head_to_base_pct=tuple(shares[1:]),
         head_delta_nats=tuple(scored.scores.tolist()),
         heads=tuple(order_of(scored.scores).tolist()),
         agreement=None if is_own else agreement("alpha", scored, own, layer.ks, bootstrap),
         agreement_reason=THE_SAME if is_own else None,
     )
+
+
+def full_is_clear(delta: Estimate) -> bool:
+    """Whether a full effect can be a denominator."""
+    return delta.interval is not None and not delta.interval.contains(0.0)
+
+
+def _to_base(measured: MeasuredSets, layer: MeasuredLayer) -> list[Estimate]:
+    """``to_base`` of all heads and of each head alone, with the raw patch of this strength."""
+    sets = [measured.everything, *measured.singles]
+    left = measured.effects_of(RAW, sets).gap_left_nats
+    if left is None or layer.gap_nats is None:
+        return [undefined(NO_GAP)] * len(sets)
+    both = np.concatenate([layer.gap_nats[None], left])
+    return layer.bootstrap.estimate(both, lambda m: 100 * (1 - m[..., 1:] / m[..., :1]))
 
 
 def _four_numbers(means: Float64[ndarray, "*rows both"]) -> ndarray:

@@ -1,79 +1,176 @@
-"""What kind of head each is: idle, re-coordinated, rewired or undecided."""
+"""What kind of change each head shows, told by the ladder at full strength."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
-from rq4lens.analysis.records import HeadKind, HeadKinds
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.records import NOT_MEASURED, HeadKind, HeadKinds, Ladder, LadderRow
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap, Estimate, undefined
-from rq4lens.results import NO_RAW_EFFECT
+from rq4lens.analysis.structure.ladder import IDLE_PCT
+from rq4lens.patching.patch import BASE
 
-IDLE_SHARE = 0.1
-"""Of an even share of ``KL_raw(ALL)``: what a head at most does if it is idle."""
+SAME_PCT = 90.0
+"""Of what a head tells beyond a constant: above this nothing else is needed."""
 
-NOISE_MULTIPLE = 10.0
-"""A head below this many noise floors is idle, too."""
+HALF_PCT = 50.0
+"""Above this a map stands for the head."""
 
-EXPLAINED_PCT = 50.0
-"""A map that repairs more than this share of a head's damage explains the head."""
+KINDS = ("idle", "unchanged", "shifted", "recoded", "reassigned", "replaced", "undecided")
+
+RULE = (
+    f"idle: a constant, base's activation and leaving the head out of the layer all do less than "
+    f"the idle line ({IDLE_PCT:g}% of the layer's joint effect). Of the others, by how much of "
+    f"what the head tells beyond a constant is recovered, at strength 1 and with its whole 95% "
+    f"interval: unchanged: base's own activation at least {SAME_PCT:g}%; shifted: moved by the "
+    f"difference of means at least {SAME_PCT:g}%; recoded: the map at least {HALF_PCT:g}%, more "
+    f"than the shift, and also on contents it was not fitted on and on neutral prompts; "
+    f"reassigned: the map at least {HALF_PCT:g}%, but not there; replaced: the map below "
+    f"{HALF_PCT:g}%; undecided: an interval holds a line, or what decides was not measured"
+)
 
 
-def head_kinds(
-    kl_raw_nats: Float64[ndarray, "head prompt"],
-    kl_mapped_nats: Float64[ndarray, "head prompt"],
-    full_kl_raw: float,
-    noise_floor_nats: float,
-    bootstrap: Bootstrap,
-) -> HeadKinds:
+@dataclass(frozen=True)
+class KindInputs:
+    """What kinds are told from.
+
+    Args:
+        ladder: the ladder at strength 1; its first rows are the heads.
+        neutral: the same on neutral prompts, or why there is none.
+        map_over_shift_nats: damage of the shift less that of the map, by head.
+        leave_one_out_nats: what the raw patch of the layer does less without each head.
+        held_out_because: why no content was held out, if none was.
+    """
+
+    ladder: Ladder
+    neutral: Ladder | str
+    map_over_shift_nats: tuple[Estimate, ...]
+    leave_one_out_nats: tuple[Estimate, ...]
+    held_out_because: str | None = None
+
+
+def head_kinds(inputs: KindInputs) -> HeadKinds:
     """Tell the kinds of all heads apart."""
-    n_heads = len(kl_raw_nats)
-    idle_below = idle_line(full_kl_raw, n_heads, noise_floor_nats)
-    resampled = bootstrap.resampled(np.concatenate([kl_raw_nats, kl_mapped_nats]))
-    means = resampled.estimates()
-    drops = resampled.apply(_drop_pct).estimates()
-    heads = []
-    for head, (raw, mapped) in enumerate(zip(means[:n_heads], means[n_heads:], strict=True)):
-        drop = undefined(NO_RAW_EFFECT) if (raw.value or 0.0) <= 0 else drops[head]
-        heads.append(HeadKind(head, kind_of(raw, drop, idle_below), raw, mapped, drop))
-    return HeadKinds(tuple(heads), rule(idle_below), idle_below, EXPLAINED_PCT)
+    n_heads = len(inputs.leave_one_out_nats)
+    return HeadKinds(tuple(_kind(inputs, head) for head in range(n_heads)), RULE)
 
 
-def idle_line(full_kl_raw: float, n_heads: int, noise_floor_nats: float = 0.0) -> float:
-    """The ``KL_raw`` up to which a head is idle, in nats."""
-    return max(IDLE_SHARE * full_kl_raw / n_heads, NOISE_MULTIPLE * noise_floor_nats)
+def no_kinds(n_heads: int) -> HeadKinds:
+    """Of heads whose ladder was not measured."""
+    nothing = undefined(NOT_MEASURED)
+    kind = HeadKind(0, "undecided", "the ladder was not measured", None, nothing)
+    return HeadKinds(tuple(replace(kind, head=head) for head in range(n_heads)), RULE)
 
 
-def _drop_pct(means: Float64[ndarray, "*rows both"]) -> ndarray:
-    raw, mapped = np.split(means, 2, axis=-1)
-    return 100 * (raw - mapped) / raw
-
-
-def kind_of(raw: Estimate, drop: Estimate, idle_below: float) -> str:
-    """The kind of one head."""
-    if raw.value is None or raw.value <= idle_below:
-        return "idle"
-    low, high = _reach(drop)
-    if low > EXPLAINED_PCT:
-        return "re-coordinated"
-    return "rewired" if high < EXPLAINED_PCT else "undecided"
-
-
-def _reach(drop: Estimate) -> tuple[float, float]:
-    """Where the drop may lie: its interval, the value all prompts agree on, or anywhere."""
-    if drop.interval is not None:
-        return drop.interval.low, drop.interval.high
-    if drop.value is not None and drop.reason == CONSTANT:
-        return drop.value, drop.value
-    return -np.inf, np.inf
-
-
-def rule(idle_below: float) -> str:
-    """The rule in words, with its numbers."""
-    return (
-        f"idle: KL_raw at most {idle_below:.3g} nats ({100 * IDLE_SHARE:g}% of an even share of "
-        f"KL_raw(ALL), or {NOISE_MULTIPLE:g} noise floors if that is more); re-coordinated: the "
-        f"95% interval of drop lies above {EXPLAINED_PCT:g}%; rewired: it lies below; undecided: "
-        f"it holds {EXPLAINED_PCT:g}%"
+def map_over_shift(measured: MeasuredSets, bootstrap: Bootstrap) -> tuple[Estimate, ...]:
+    """Damage of the shift less that of the map, of each head alone."""
+    shifted, mapped = (
+        measured.of_source(source, measured.singles) for source in ("shifted", "mapped")
     )
+    return tuple(bootstrap.estimate(shifted - mapped))
+
+
+def leave_one_out(measured: MeasuredSets, bootstrap: Bootstrap) -> tuple[Estimate, ...]:
+    """What the raw patch of the layer does less when one head is left out of it."""
+    everything = measured.everything
+    without = [tuple(h for h in everything if h != head) for head in everything]
+    full, *others = measured.of_source(BASE, [everything, *without])
+    return tuple(bootstrap.estimate(full - np.stack(others)))
+
+
+def _kind(inputs: KindInputs, head: int) -> HeadKind:
+    row, left_out = inputs.ladder[f"head{head}"], inputs.leave_one_out_nats[head]
+    kind, why = _told(inputs, row, head)
+    changed = kind in {"recoded", "reassigned"}
+    kept = above(row.recovered_pct.get("output"), SAME_PCT) if changed else None
+    return HeadKind(head, kind, why, kept, left_out)
+
+
+def _told(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | None]:
+    """The kind, and what leaves it undecided."""
+    line = inputs.ladder.idle_below_nats
+    effects = [row.damage_nats["constant"], row.damage_nats["raw"], inputs.leave_one_out_nats[head]]
+    if all(abs(each.value or 0.0) <= line for each in effects):
+        return "idle", None
+    if row.recovered_pct["constant"].value is None:
+        return "undecided", row.recovered_pct["constant"].reason
+    return _same(row) or _mapped(inputs, row, head)
+
+
+def _same(row: LadderRow) -> tuple[str, str | None] | None:
+    """Unchanged or shifted; None if clearly neither."""
+    recovered = row.recovered_pct
+    for source, kind in (("raw", "unchanged"), ("shifted", "shifted")):
+        holds = above(recovered[source], SAME_PCT)
+        if holds:
+            return kind, None
+        if holds is None:
+            return "undecided", _straddles(source, recovered[source], SAME_PCT)
+    return None
+
+
+def _mapped(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | None]:
+    """Recoded, reassigned or replaced, by how the map does."""
+    recovered = row.recovered_pct["mapped"]
+    mapped = above(recovered, HALF_PCT)
+    if mapped is None:
+        return "undecided", _straddles("mapped", recovered, HALF_PCT)
+    if not mapped:
+        return "replaced", None
+    if not above(inputs.map_over_shift_nats[head], 0.0):
+        return "undecided", "the map does not clearly recover more than a shift of the mean"
+    return _elsewhere(inputs, row)
+
+
+def _elsewhere(inputs: KindInputs, row: LadderRow) -> tuple[str, str | None]:
+    """Recoded where the map holds on other contents and on neutral prompts, else reassigned."""
+    places: dict[str, bool | str] = {
+        "held-out content": _on_held_out(inputs, row),
+        "neutral prompts": _on_neutral(inputs, row.name),
+    }
+    if False in places.values():
+        return "reassigned", None
+    open_ = [f"{place}: {found}" for place, found in places.items() if found is not True]
+    return (
+        ("undecided", f"recoded or reassigned ({'; '.join(open_)})") if open_ else ("recoded", None)
+    )
+
+
+def _on_held_out(inputs: KindInputs, row: LadderRow) -> bool | str:
+    found = row.recovered_pct.get("held_out")
+    if found is None:
+        return inputs.held_out_because or NOT_MEASURED
+    holds = above(found, HALF_PCT)
+    return _straddles("held_out", found, HALF_PCT) if holds is None else holds
+
+
+def _on_neutral(inputs: KindInputs, name: str) -> bool | str:
+    if isinstance(inputs.neutral, str):
+        return inputs.neutral
+    row, line = inputs.neutral[name], inputs.ladder.idle_below_nats
+    if (row.damage_nats["mapped"].value or 0.0) <= line:
+        return True
+    if row.recovered_pct["mapped"].value is None:
+        # A constant does nothing there, and the map does harm.
+        return False
+    holds = above(row.recovered_pct["mapped"], HALF_PCT)
+    return _straddles("mapped", row.recovered_pct["mapped"], HALF_PCT) if holds is None else holds
+
+
+def _straddles(source: str, estimate: Estimate, line: float) -> str:
+    if estimate.interval is None:
+        return f"{source} has no interval: {estimate.reason}"
+    return f"the interval of {source}, {estimate:.0f%}, holds {line:g}%"
+
+
+def above(estimate: Estimate | None, line: float) -> bool | None:
+    """Whether the whole interval lies above a line, or below; None where it holds the line."""
+    if estimate is None or estimate.value is None:
+        return None
+    if estimate.interval is None:
+        return estimate.value >= line if estimate.reason == CONSTANT else None
+    if estimate.interval.low >= line:
+        return True
+    return False if estimate.interval.high < line else None

@@ -183,7 +183,7 @@ def _row(
     if experiment is not None:
         measured, patching = MeasuredSets.of_grid(grid, experiment), grid.settings.patching
         layer = MeasuredLayer(measured, full, bootstrap, patching.k, patching.rank_by)
-        curve = ranking_curve(single_ranking(measured, patching.rank_by), layer)
+        curve = ranking_curve(single_ranking(layer.ranked_on, patching.rank_by), layer)
     return LayerRow(
         layer=grid.settings.layer,
         KL_raw=estimates["KL_raw_mean"],

@@ -12,11 +12,11 @@ from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect, recor
 from rq4lens.analysis.records import (
     Agreement,
     ConditionRecord,
-    Control,
     CoverageRow,
     LayerComparison,
     LayerRow,
     RankStability,
+    StandIn,
 )
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
@@ -214,24 +214,22 @@ def _head_row(
 
 
 def controls(report: Report) -> Section | None:
-    """Does the claim survive its controls?"""
-    if report.analysis is None or not report.analysis.controls:
+    """What stands in for the map."""
+    if report.analysis is None or not report.analysis.stand_ins:
         return None
     table = Table(
-        "Difference: reference minus control; [..]: 95% intervals",
-        ("control", "asks", "survives?", "difference", "reference", "control", "unit"),
-        tuple(map(_control_row, report.analysis.controls)),
-        words=(2, 6),
+        "In place of the heads that changed, at strength 1; [..]: 95% intervals",
+        ("stand-in", "asks", "recovered", "damage (nats)", "behind the map (nats)"),
+        tuple(map(_stand_in_row, report.analysis.stand_ins)),
         long=(1,),
     )
-    return Section("controls", "Controls", (), (table,))
+    return Section("controls", "What stands in for the map", (), (table,))
 
 
-def _control_row(row: Control) -> Row:
-    verdict = {True: "yes", False: "no", None: "no verdict"}[row.survives]
-    cells = (_or_dash(each) for each in (row.difference, row.reference, row.value))
+def _stand_in_row(row: StandIn) -> Row:
     reason = f" ({row.reason})" if row.reason else ""
-    return row.name, row.question + reason, verdict, *cells, row.unit
+    effects = (_or_dash(each) for each in (row.damage, row.behind_nats))
+    return row.name, row.question + reason, _or_dash(row.recovered_pct, "%"), *effects
 
 
 def layers(report: Report) -> Section | None:

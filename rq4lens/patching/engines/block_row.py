@@ -203,7 +203,7 @@ def finish_block(
     z: Float[Tensor, "prompt condition position head d_head"],
     written: Float[Tensor, "prompt condition position d_model"] | None = None,
 ) -> Float[Tensor, "prompt condition position d_model"]:
-    """Everything in a block that comes after ``z``; ``written`` is added to what its heads write."""
+    """Everything in a block that comes after ``z``; ``written`` is added to what heads write."""
     shape = resid_pre.shape
     resid_pre = resid_pre.flatten(1, 2)
     # TransformerLens has no submodule for this product.

@@ -79,8 +79,9 @@ class CleanBatch:
     """A batch of prompts, ``rows`` of the engine's, after its clean pass.
 
     ``z_below`` is z of the layers below the lowest one, and ``embedded`` what enters the first
-    block, both at the patched positions. ``entering`` is the residual stream of two prompts, :func:`shortest_and_longest`, before the
-    lowest layer; the start-up check runs native hooks on it, or on tokens without it.
+    block, both at the patched positions. ``entering`` is the residual stream of two prompts,
+    :func:`shortest_and_longest`, before the lowest layer; the start-up check runs native hooks
+    on it, or on tokens without it.
     """
 
     rows: Int[Tensor, "prompt"]

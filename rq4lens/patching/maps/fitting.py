@@ -10,7 +10,7 @@ from typing import Any
 import einops
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped
 from numpy import ndarray
 from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
@@ -165,6 +165,11 @@ class FitData:
             for side in SIDES
         )
         return cls(x, y, np.repeat(groups, activations.k_positions))
+
+    def some(self, rows: Bool[ndarray, "row"]) -> FitData:
+        """Some of the rows."""
+        kept = torch.from_numpy(rows)
+        return FitData(self.x[kept], self.y[kept], self.groups[rows])
 
     def unpaired(self, seed: int) -> FitData:
         """The same rows, each base row beside the tuned row of another prompt."""

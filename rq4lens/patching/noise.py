@@ -1,0 +1,101 @@
+"""The noise pair: base plus the fine-tune's weight change, its entries shuffled in each matrix."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from rq4lens.config import Patching, Place
+from rq4lens.heads import HeadSet
+from rq4lens.models.load.loading import HookedModel, LoadedModel
+from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.experiment import prepare
+from rq4lens.patching.keys import NamedIngredients
+from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.measured import Measurer
+from rq4lens.patching.patch import BASE, MAPPED, RAW, Patch
+
+
+class NoiseEffects(NamedTuple):
+    """What all heads of a layer do in the noise pair, on each prompt.
+
+    Args:
+        gap_base_nats: ``KL(p_base || p_noise)`` of the clean models.
+        gap_left_nats: what is left of it with base's activations at strength 1.
+        kl_raw_nats: ``KL_raw(ALL)`` at the run's alpha.
+        kl_mapped_nats: ``KL_mapped(ALL)`` at the run's alpha, by a map fitted to this pair.
+    """
+
+    gap_base_nats: ndarray
+    gap_left_nats: ndarray
+    kl_raw_nats: ndarray
+    kl_mapped_nats: ndarray
+
+
+@torch.no_grad()
+def shuffled_change(base: HookedModel, tuned: HookedModel, seed: int) -> HookedModel:
+    """A model that lies as far from base as tuned does, matrix by matrix, in no direction."""
+    noisy = copy.deepcopy(tuned)
+    of_base = dict(base.named_parameters())
+    for at, (name, parameter) in enumerate(noisy.named_parameters()):
+        start = of_base[name].to(parameter)
+        if start.shape != parameter.shape:
+            continue  # an embedding of another vocabulary has no change to shuffle
+        generator = torch.Generator().manual_seed(seed * 100_003 + at)
+        change = (parameter - start).flatten()
+        order = torch.randperm(len(change), generator=generator).to(change.device)
+        parameter.copy_(start + change[order].view_as(parameter))
+    return noisy
+
+
+def noise_pair(pair: ModelPair, seed: int = 0) -> ModelPair:
+    """The pair of base and a tuned model whose weight change was shuffled.
+
+    It takes the memory of one more tuned model.
+    """
+    base, tuned = pair.base.loaded, pair.tuned.loaded
+    noisy = shuffled_change(base.model, tuned.model, seed)
+    member = PairMember.of(LoadedModel.wrap(noisy, tuned.tokenizer))
+    return ModelPair(f"{pair.name}, noise", pair.base, member, pair.prompts, reading=pair.reading)
+
+
+def noise_effects(
+    measurer: Measurer,
+    activations: PairActivations,
+    patching: Patching,
+    place: Place,
+    seed: int = 0,
+) -> NoiseEffects:
+    """The effects of the noise pair; from the store of the measurer if they lie there."""
+    on = {**asdict(measurer.on), **patching.model_dump(mode="json"), "seed": seed}
+    ingredients = NamedIngredients("noise_pair", on)
+    found = measurer.records and measurer.records.get(ingredients)
+    if found:
+        return NoiseEffects(**{name: np.array(values) for name, values in found.items()})
+    effects = _measured(measurer.experiment.pair, activations, patching, place, seed)
+    if measurer.records is not None:
+        payload = {name: values.tolist() for name, values in effects._asdict().items()}
+        measurer.records.put(ingredients, payload)
+    return effects
+
+
+def _measured(
+    pair: ModelPair, activations: PairActivations, patching: Patching, place: Place, seed: int
+) -> NoiseEffects:
+    noisy, layer = noise_pair(pair, seed), int(patching.layer or 0)
+    beside = activations.beside(noisy)
+    maps = fit_maps(noisy, [layer], patching.map_kind, scope=patching.map_scope, activations=beside)
+    experiment = prepare(noisy, maps, patching, place, activations=beside)
+    every, none = HeadSet.all(pair.n_heads), HeadSet.none(pair.n_heads)
+    swaps = [Patch(layer, heads, 1.0, BASE) for heads in (none, every)]
+    both = [Patch(layer, every, patching.alpha, source) for source in (RAW, MAPPED)]
+    found = experiment.effects([*swaps, *both])
+    gaps = found.gap_left_nats
+    assert gaps is not None
+    return NoiseEffects(gaps[0], gaps[1], found.kl_nats[2], found.kl_nats[3])

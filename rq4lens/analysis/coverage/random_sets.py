@@ -23,10 +23,10 @@ from rq4lens.errors import UserError
 EXHAUSTIVE_LIMIT = 1000
 """Sizes with at most this many sets are enumerated."""
 
-FEW_SETS = 200
+FEW_SETS = 20
 """Sizes with at most this many sets cost next to nothing, and are always measured."""
 
-MAX_ROWS = 2_000_000
+MAX_ROWS = 400_000
 """Rows (prompt x head set, raw and mapped) that random sets take unless sizes are named.
 
 About half a minute of two CPU cores for the built-in pair, and of one H200 for a pair of 8 billion

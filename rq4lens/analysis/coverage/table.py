@@ -69,7 +69,7 @@ class CoverageInputs:
     ranking: HeadRanking
     random_ks: tuple[int, ...]
     seed_sets: Mapping[int, Mapping[int, Indices]]
-    n_random_sets: int = 1000
+    n_random_sets: int = 200
     n_splits: int = 5
 
     @cached_property

@@ -103,6 +103,12 @@ class Reading(Settings):
         None, "longer prompts lose tokens on the left, but not their BOS", ge=1
     )
     exclude_misaligned: bool = setting(False, "leave out prompts that the models do not read alike")
+    group_by: tuple[str, ...] = setting(
+        (), "fields whose values make a group of prompts: content, meta.KEY"
+    )
+    hold_out: str = setting(
+        "content", "field that says what a prompt is about; maps are tried without it"
+    )
 
     @model_validator(mode="after")
     def _marker_has_its_rule(self) -> Reading:

@@ -725,6 +725,8 @@ class LayerRow(Record):
 
     Args:
         layer: the layer.
+        to_base_pct: how far base's activations of all its heads take the tuned model back to base.
+        to_tuned_pct: how far its tuned activations take base towards the tuned model.
         KL_raw: of all its heads, in nats.
         KL_mapped: of all its heads, in nats.
         delta: its ``ΔKL(ALL)``, in nats.
@@ -738,6 +740,8 @@ class LayerRow(Record):
     BECAUSE: ClassVar[Mapping[str, str]] = {"curve": NOT_MEASURED}
 
     layer: int
+    to_base_pct: Estimate
+    to_tuned_pct: Estimate
     KL_raw: Estimate
     KL_mapped: Estimate
     delta: Estimate
@@ -776,6 +780,9 @@ class LayerComparison(Record):
     Args:
         layers: the layers, in ascending order; rows of the matrices.
         alpha: blend strength.
+        gap: how far apart the models are, and what all heads of all layers carry of that.
+        to_base_pct: single-head ``to_base``; None where shares of the gap are undefined.
+        to_tuned_pct: single-head ``to_tuned``.
         KL_raw: single-head ``KL_raw``, in nats.
         KL_mapped: single-head ``KL_mapped``, in nats.
         delta: single-head ``ΔKL``, in nats.
@@ -787,10 +794,17 @@ class LayerComparison(Record):
             cannot mean.
     """
 
-    BECAUSE: ClassVar[Mapping[str, str]] = {"drop_pct": NO_RAW_EFFECT}
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "drop_pct": NO_RAW_EFFECT,
+        "to_base_pct": "shares of the gap are undefined",
+        "to_tuned_pct": "shares of the gap are undefined",
+    }
 
     layers: tuple[int, ...]
     alpha: float
+    gap: Gap
+    to_base_pct: tuple[tuple[float | None, ...], ...]
+    to_tuned_pct: tuple[tuple[float | None, ...], ...]
     KL_raw: Float64[ndarray, "layer head"]
     KL_mapped: Float64[ndarray, "layer head"]
     delta: Float64[ndarray, "layer head"]

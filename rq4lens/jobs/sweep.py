@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from rq4lens.screen.tables import sweep_text
 
 _LAYERS = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", re.ASCII)
 
-WORTH_NATS = 0.01
-"""A main layer's raw patch should move the next-token distribution by at least this much."""
+WORTH_PCT = 1.0
+"""The heads of a main layer should undo at least this much of the gap."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
         grids = run_sweep(measurer, patching, config.effort, progress)
     with clock("compare"):
         comparison = compare_layers(grids, measurer)
-    choice = choose_layers(comparison.rows)
+    choice = choose_layers(comparison)
     if bench.directory is not None:
         write_layers(bench.directory, grids, comparison, choice)
     lowest = grids[chosen[0]]
@@ -92,51 +92,67 @@ def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
     return Sweep(grids, comparison, choice, text)
 
 
-def choose_layers(rows: Sequence[LayerRow]) -> LayerChoice:
-    """Propose a main and a control layer.
+def choose_layers(comparison: LayerComparison) -> LayerChoice:
+    """Propose a main and a control layer by what their heads carry of the gap.
 
-    The main layer is the one whose map repairs most, among layers after the first whose raw patch
-    does at least ``WORTH_NATS`` and whose ``ΔKL(ALL)`` can be told from zero. The control is, among
-    the layers whose ``ΔKL(ALL)`` lies clearly below (the intervals do not touch), the one whose raw
-    patch does most: where nothing is damaged, nothing could be repaired.
+    The main layer is the one whose heads undo most of the gap, if they undo at least
+    ``WORTH_PCT`` of it. The control is, among the layers that undo clearly less (the intervals do
+    not touch), the one whose raw patch does most: where nothing is changed, nothing could show.
+    Layers whose raw patch does much that the map does not take back are named, too.
     """
-    worth = [row for row in rows if row.layer > 0 and _is_worth(row)]
-    main = max(worth, key=_delta, default=None)
+    if comparison.gap.undefined_because is not None:
+        reason = f"no layer is proposed: {comparison.gap.undefined_because}"
+        return LayerChoice(None, None, (reason,))
+    unrepaired = tuple(_unrepaired(comparison.rows))
+    worth = [row for row in comparison.rows if _is_worth(row)]
+    main = max(worth, key=_undone, default=None)
     if main is None:
         reason = (
-            f"no layer after the first has KL_raw(ALL) of at least {WORTH_NATS} nats and a "
-            "ΔKL(ALL) that can be told from zero: raise alpha or take more prompts"
+            f"no layer is proposed: the heads of none undo {WORTH_PCT:g}% of the gap, with their "
+            "whole interval; what the fine-tune changed is not in what one layer's heads say here"
         )
-        return LayerChoice(None, None, (reason,))
+        return LayerChoice(None, None, (reason, *unrepaired))
     reasons = [
-        f"main layer {main.layer}: its map repairs most, ΔKL(ALL) {_delta(main):.5f} nats, and its "
-        f"raw patch does {main.KL_raw.value or 0.0:.5f} nats (at least {WORTH_NATS} asked)"
+        f"main layer {main.layer}: its heads undo more than those of any other, {main.to_base_pct:.1f%}"
     ]
-    clear = [row for row in rows if row.layer > 0 and _clearly_below(row, main)]
+    clear = [row for row in comparison.rows if _clearly_below(row, main)]
     control = max(clear, key=lambda row: row.KL_raw.value or 0.0, default=None)
     if control is None:
-        reasons.append("no control layer: no other layer's ΔKL(ALL) lies clearly below")
-        return LayerChoice(main.layer, None, tuple(reasons))
-    reasons.append(
-        f"control layer {control.layer}: its map repairs clearly less, {_delta(control):.7f} nats "
-        f"({100 * _delta(control) / _delta(main):.2f}% of the main layer), and of such layers its "
-        f"raw patch does most, {control.KL_raw.value or 0.0:.7f} nats"
-    )
-    return LayerChoice(main.layer, control.layer, tuple(reasons))
+        reasons.append("no control layer: no other layer undoes clearly less")
+    else:
+        reasons.append(
+            f"control layer {control.layer}: its heads undo clearly less, "
+            f"{control.to_base_pct:.1f%}, and of such layers its raw patch does most, "
+            f"{control.KL_raw.value or 0.0:.2g} nats"
+        )
+    chosen = None if control is None else control.layer
+    return LayerChoice(main.layer, chosen, (*reasons, *unrepaired))
 
 
 def _is_worth(row: LayerRow) -> bool:
-    enough = (row.KL_raw.value or 0.0) >= WORTH_NATS
-    return enough and row.full.undefined_because is None and _delta(row) > 0
+    interval = row.to_base_pct.interval
+    return interval is not None and interval.low >= WORTH_PCT
 
 
 def _clearly_below(row: LayerRow, main: LayerRow) -> bool:
-    high, low = row.delta.interval, main.delta.interval
+    high, low = row.to_base_pct.interval, main.to_base_pct.interval
     return row is not main and high is not None and low is not None and high.high < low.low
 
 
-def _delta(row: LayerRow) -> float:
-    return row.delta.value or 0.0
+def _undone(row: LayerRow) -> float:
+    return row.to_base_pct.value or 0.0
+
+
+def _unrepaired(rows: Sequence[LayerRow]) -> Iterator[str]:
+    """Layers whose raw patch does as much as a tenth of the largest, most of it for good."""
+    largest = max(row.KL_raw.value or 0.0 for row in rows)
+    for row in rows:
+        drop, raw = row.drop_pct, row.KL_raw.value or 0.0
+        if raw >= largest / 10 and drop.interval is not None and drop.interval.high < 50:
+            yield (
+                f"layer {row.layer}: its raw patch does {raw:.2g} nats, of which its map takes "
+                f"back only {drop:.0f%}"
+            )
 
 
 def parse_layers(text: str | None) -> list[int] | None:

@@ -94,6 +94,7 @@ def pair_from(
     """Load the pair that settings name; the base model's card may be cached."""
     devices_of(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
+    prompts = prompts.labelled(reading.group_by, reading.hold_out)
     members = _members(source, place, cache)
     aligned = _aligned(prompts, members, reading)
     return ModelPair(

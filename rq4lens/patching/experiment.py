@@ -111,8 +111,8 @@ class Ends:
             self.other(side)
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
         noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum(-1)
-        left_out = (self._left_out[side] for side in SIDES)
-        return Compared(*left_out, noise_nats=abs(float(noise.mean())))
+        left_out = self._left_out
+        return Compared(left_out["base"], left_out["tuned"], abs(float(noise.mean())))
 
     def _log_probs(self, side: Side) -> Float[Tensor, "prompt vocab"]:
         if side == "base":
@@ -344,7 +344,13 @@ def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any
         move = mean("tuned", layer) - mean("base", layer)
         return (base(layer) + move).to(ends.dtype)
 
-    made = {BASE: base, SELF: tuned, TUNED: tuned, CONSTANT: constant, SHIFTED: shifted}
+    made: dict[str, Callable[[int], Tensor]] = {
+        BASE: base,
+        SELF: tuned,
+        TUNED: tuned,
+        CONSTANT: constant,
+        SHIFTED: shifted,
+    }
     if not ends.pair.keep_both:
         return made, {}
     W_O = {OUTPUT: lambda layer: ends.pair.use("base").model.blocks[layer].attn.W_O.detach()}

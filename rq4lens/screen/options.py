@@ -112,6 +112,8 @@ def _assemble(
 def _plain(name: str, value: Any) -> Any:
     if not _is_list(name):
         return value
+    if get_args(SETTINGS[name].annotation)[0] is str:
+        return [part.strip() for part in value.split(",")]
     try:
         return [int(part) for part in value.split(",")]
     except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import StringIO
 
 from rich.console import Console, RenderableType
@@ -140,12 +140,34 @@ def sweep_text(
         for row in comparison.ranking[:TOP_HEADS]
     )
     sentences = (
+        *_gap_lines(comparison),
         f"heads of all layers by ΔKL (nats): {best}",
         _tests_line(comparison.tests),
         *choice.reasons,
     )
     head = Text(setting_line(settings, n_prompts, where=f"{settings.n_layers} layers"))
     return text_of([head, _layer_table(comparison), *map(Text, sentences)])
+
+
+def _gap_lines(comparison: LayerComparison) -> Iterator[str]:
+    """How far apart the models are, and which single heads carry most of it."""
+    gap = comparison.gap
+    if gap.undefined_because is not None:
+        yield f"shares of the gap are undefined: {gap.undefined_because}"
+        return
+    yield (
+        f"base and tuned differ by {gap.base_nats:.3g} nats; all heads of all layers undo "
+        f"{gap.every_layer_to_base_pct:.1f%} of it and give base "
+        f"{gap.every_layer_to_tuned_pct:.1f%}"
+    )
+    for said, rows in (("undo", comparison.to_base_pct), ("give base", comparison.to_tuned_pct)):
+        heads = [
+            (value or 0.0, Head(layer, head).label)
+            for layer, row in zip(comparison.layers, rows, strict=True)
+            for head, value in enumerate(row)
+        ]
+        best = sorted(heads, key=lambda each: -each[0])[:TOP_HEADS]
+        yield f"heads that {said} most of it: {', '.join(f'{name} {x:.1f}%' for x, name in best)}"
 
 
 def _tests_line(tests: HeadTests) -> str:
@@ -163,12 +185,17 @@ def _tests_line(tests: HeadTests) -> str:
 
 def _layer_table(comparison: LayerComparison) -> Table:
     table = columns(
-        "layer", "KL_raw(ALL)", "KL_mapped", "ΔKL(ALL)", "95% CI", "area", "k90", "Gini"
+        *("layer", "undoes", "95% CI", "gives base", "95% CI"),
+        *("KL_raw(ALL)", "KL_mapped", "ΔKL(ALL)", "95% CI", "area", "k90", "Gini"),
     )
     for row in comparison.rows:
         curve = row.curve
         table.add_row(
             str(row.layer),
+            _number(row.to_base_pct, ".1f%"),
+            _ends(row.to_base_pct.interval, ".1f"),
+            _number(row.to_tuned_pct, ".1f%"),
+            _ends(row.to_tuned_pct.interval, ".1f"),
             _number(row.KL_raw, ".6f"),
             _number(row.KL_mapped, ".6f"),
             _number(row.delta, ".6f"),
@@ -177,7 +204,10 @@ def _layer_table(comparison: LayerComparison) -> Table:
             _number(curve.k90, ".0f") if curve else "-",
             _number(row.concentration.gini, ".2f"),
         )
-    table.caption = "area and k90: of the coverage curve of the layer's own ranking"
+    table.caption = (
+        "undoes, gives base: of the gap, at strength 1; area and k90: of the ΔKL coverage curve of "
+        "the layer's own ranking"
+    )
     return table
 
 

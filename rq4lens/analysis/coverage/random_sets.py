@@ -20,7 +20,7 @@ from rq4lens.analysis.records import RandomSets
 from rq4lens.analysis.statistics.bootstrap import LEVEL, group_membership
 from rq4lens.errors import UserError
 
-EXHAUSTIVE_LIMIT = 1000
+EXHAUSTIVE_LIMIT = 200
 """Sizes with at most this many sets are enumerated."""
 
 FEW_SETS = 20
@@ -29,8 +29,7 @@ FEW_SETS = 20
 MAX_ROWS = 400_000
 """Rows (prompt x head set, raw and mapped) that random sets take unless sizes are named.
 
-About half a minute of two CPU cores for the built-in pair, and of one H200 for a pair of 8 billion
-parameters.
+About ten seconds of two CPU cores for the built-in pair.
 """
 
 

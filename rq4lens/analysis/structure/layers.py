@@ -14,18 +14,27 @@ from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
+from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.stability import rank_ranges
-from rq4lens.analysis.records import Agreement, LayerComparison, LayerRow, RankedHead
+from rq4lens.analysis.records import Agreement, Gap, LayerComparison, LayerRow, RankedHead
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, number_text
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.results import ConditionResult, GridResult, RankBy, kl_nats_of, order_of, ranks_of
+from rq4lens.results import (
+    ConditionResult,
+    GridResult,
+    RankBy,
+    gaps_of,
+    kl_nats_of,
+    order_of,
+    ranks_of,
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ def compare_layers(
     grids = {layer: grids[layer] for layer in sorted(grids)}
     layers, any_grid = tuple(grids), next(iter(grids.values()))
     bootstrap, alpha = bootstrap_of(any_grid), any_grid.settings.patching.alpha
+    gap = gap_of(any_grid, bootstrap)
     singles = np.stack([kl_nats_of(grid.singles) for grid in grids.values()])
     delta = singles[:, 0] - singles[:, 1]
     raw, mapped = singles.mean(-1).swapaxes(0, 1)
@@ -138,11 +148,14 @@ def compare_layers(
     return LayerComparison(
         layers=layers,
         alpha=alpha,
+        gap=gap,
+        to_base_pct=_carried(grids, "to_base", gap),
+        to_tuned_pct=_carried(grids, "to_tuned", gap),
         KL_raw=raw,
         KL_mapped=mapped,
         delta=raw - mapped,
         drop_pct=tuple(tuple(head.drop_pct for head in grid.singles) for grid in grids.values()),
-        rows=tuple(_row(grid, experiment, bootstrap, threshold) for grid in grids.values()),
+        rows=tuple(_row(grid, experiment, gap, bootstrap, threshold) for grid in grids.values()),
         ranking=_global_ranking(heads, of_heads, bootstrap),
         tests=head_tests(
             [(head, alpha) for head in heads],
@@ -153,6 +166,19 @@ def compare_layers(
         ),
         by_index=_by_index(layers, delta, any_grid.settings.patching.k, bootstrap),
     )
+
+
+def _carried(
+    grids: Mapping[int, GridResult], direction: str, gap: Gap
+) -> tuple[tuple[float | None, ...], ...]:
+    """What each single head carries in one direction, layer by layer."""
+    if gap.undefined_because is not None:
+        return tuple((None,) * grid.n_heads for grid in grids.values())
+    rows = []
+    for grid in grids.values():
+        whole, left = gaps_of(grid["none"], grid.singles, direction).mean(-1)
+        rows.append(tuple((100 * (1 - left / whole)).tolist()))
+    return tuple(rows)
 
 
 def _check(grids: Mapping[int, GridResult]) -> None:
@@ -173,6 +199,7 @@ def _check(grids: Mapping[int, GridResult]) -> None:
 def _row(
     grid: GridResult,
     experiment: MeasuresPatches | None,
+    gap: Gap,
     bootstrap: Bootstrap,
     threshold: float,
 ) -> LayerRow:
@@ -184,8 +211,11 @@ def _row(
         measured, patching = MeasuredSets.of_grid(grid, experiment), grid.settings.patching
         layer = MeasuredLayer(measured, full, bootstrap, patching.k, patching.rank_by)
         curve = ranking_curve(single_ranking(layer.ranked_on, patching.rank_by), layer)
+    (carried,) = transfer_estimates(grid, [grid.full.transfer], bootstrap, gap.undefined_because)
     return LayerRow(
         layer=grid.settings.layer,
+        to_base_pct=carried["to_base_pct"],
+        to_tuned_pct=carried["to_tuned_pct"],
         KL_raw=estimates["KL_raw_mean"],
         KL_mapped=estimates["KL_mapped_mean"],
         delta=estimates["delta"],

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ class PromptSet:
 
     Args:
         prompts: the prompts, in file order.
+        group_by: fields whose values make a group together, ``"content"`` or ``"meta.KEY"``;
+            without any, the prompts' own groups.
+        hold_out: the field that says what a prompt is about.
 
     Raises:
         UserError: for an empty text, characters that UTF-8 cannot hold, a repeated or endless id,
@@ -41,6 +44,8 @@ class PromptSet:
     """
 
     prompts: tuple[Prompt, ...]
+    group_by: tuple[str, ...] = ()
+    hold_out: str = "content"
 
     def __post_init__(self) -> None:
         _refuse_unreadable(self.prompts)
@@ -126,7 +131,27 @@ class PromptSet:
 
     def without(self, ids: Collection[str]) -> PromptSet:
         """The prompts but those of these ids."""
-        return PromptSet(tuple(prompt for prompt in self.prompts if prompt.id not in ids))
+        return replace(self, prompts=tuple(each for each in self.prompts if each.id not in ids))
+
+    def labelled(self, group_by: Sequence[str], hold_out: str) -> PromptSet:
+        """The same prompts, grouped and told apart by other fields.
+
+        Raises:
+            UserError: if no prompt has such a field.
+        """
+        for field in (*group_by, hold_out):
+            known = any(prompt.value_of(field) is not None for prompt in self.prompts)
+            if not known and field != "content":
+                raise UserError(
+                    f"no prompt has a field {field!r}: name content or meta.KEY, one of "
+                    f"{', '.join(self._fields) or 'none that the prompts have'}."
+                )
+        return replace(self, group_by=tuple(group_by), hold_out=hold_out)
+
+    @property
+    def _fields(self) -> list[str]:
+        keys = dict.fromkeys(key for prompt in self.prompts for key in prompt.meta)
+        return [f"meta.{key}" for key in keys]
 
     def split(self, name: str) -> PromptSet:
         """The prompts of one split.
@@ -140,7 +165,7 @@ class PromptSet:
                 f"no prompt has split {name!r}: the splits are {', '.join(self.splits) or 'none'}; "
                 f'mark some prompts with "split": "{name}".'
             )
-        return PromptSet(chosen)
+        return replace(self, prompts=chosen)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -159,13 +184,24 @@ class PromptSet:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The prompts' groups; a prompt without one is a group of its own, named by its id."""
-        return tuple(prompt.group or prompt.id for prompt in self.prompts)
+        """The prompts' groups; a prompt without one is a group of its own, named by its id.
+
+        Prompts of the same text are one group, whatever else is said of them.
+        """
+        of_text: dict[str, str] = {}
+        return tuple(
+            of_text.setdefault(prompt.text, self._group(prompt)) for prompt in self.prompts
+        )
+
+    def _group(self, prompt: Prompt) -> str:
+        named = [prompt.value_of(field) for field in self.group_by]
+        given = [each for each in named if each is not None]
+        return " / ".join(given) if given else prompt.group or prompt.id
 
     @property
     def contents(self) -> tuple[str | None, ...]:
         """What each prompt is about; None where the file does not say."""
-        return tuple(prompt.content for prompt in self.prompts)
+        return tuple(prompt.value_of(self.hold_out) for prompt in self.prompts)
 
     @property
     def fingerprint(self) -> str:

@@ -67,6 +67,13 @@ class Prompt:
         asked = (self.answer, self.offset, self.marker)
         return (self.id, self.text, self.split, self.group, messages, *asked)
 
+    def value_of(self, field: str) -> str | None:
+        """Its content, or an entry of its meta (``"meta.KEY"``), as text."""
+        if field == "content":
+            return self.content
+        found = self.meta.get(field.removeprefix("meta."))
+        return None if found is None else str(found)
+
 
 def chat_text(messages: tuple[Message, ...]) -> str:
     """The text of a chat: its contents, a line break between them."""

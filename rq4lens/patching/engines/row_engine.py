@@ -136,14 +136,16 @@ class Rows:
 
     def _layer_patch(self, key: tuple[int, str], members: list[tuple[int, Patch]]) -> LayerPatch:
         device, W_O = self.placement.layers[key[0]], self.writers.get(key)
-        rows = torch.tensor([row for row, _ in members])
+        rows = [row for row, _ in members]
         mask = torch.tensor([patch.heads.mask for _, patch in members], dtype=torch.bool)
         alpha = torch.tensor([patch.alpha for _, patch in members], dtype=torch.float64)
         alpha = rearrange(alpha, "condition -> condition 1")
         mask = rearrange(mask, "condition head -> condition 1 head")
         # A blocking copy would wait until the device has worked off everything that is queued.
-        on_device = (tensor.to(device, non_blocking=True) for tensor in (rows, mask, alpha))
-        return LayerPatch(*on_device, None if W_O is None else W_O.to(device))
+        rows_on, mask, alpha = (
+            tensor.to(device, non_blocking=True) for tensor in (torch.tensor(rows), mask, alpha)
+        )
+        return LayerPatch(rows_on, mask, alpha, None if W_O is None else W_O.to(device))
 
     def blend_into(
         self,

@@ -99,7 +99,7 @@ def test_several_patched_positions_equal_native_hooks(engine, k_positions, model
 
 
 def beside_and_written(n_prompts: int, shared: torch.Tensor | None) -> tuple[Any, ...]:
-    """Another model's answers, sources that go through a `W_O` of their own, and patches of both."""
+    """Another model's answers, sources with a `W_O` of their own, and patches of both."""
     draw = torch.Generator().manual_seed(5)
     n_tokens = VOCAB if shared is None else len(shared)
     other = OtherModel(torch.randn(n_prompts, n_tokens, generator=draw).log_softmax(-1), shared)

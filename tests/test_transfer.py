@@ -55,7 +55,7 @@ def small_grid(pair, layer=MAIN, **settings):
     return grid_of(pair, fit_maps(pair, [layer]), layer, ks=(1, 2), **settings)
 
 
-# --- laws ----------------------------------------------------------------------------------------
+# --- laws -----------------------------------------------------------------------------------------
 
 
 def test_nothing_carries_nothing(tiny_grid):
@@ -219,7 +219,7 @@ def test_too_much_probability_on_words_of_one_model_alone_is_no_comparison():
     assert table(grid)["full"].to_base_pct.value is None
 
 
-# --- two programs -----------------------------------------------------------------------------------
+# --- two programs ---------------------------------------------------------------------------------
 
 LETTERS, LENGTH = ("a", "b", "c", "d"), 6
 N_LAYERS, N_HEADS, WIDTH = 2, 3, len(LETTERS) + LENGTH
@@ -310,7 +310,7 @@ def test_all_transfer_is_on_the_head_whose_selector_differs(named):
         assert carried == pytest.approx(expected, abs=1e-4)
 
 
-# --- plain Hugging Face models ------------------------------------------------------------------------
+# --- plain Hugging Face models --------------------------------------------------------------------
 
 
 class Plain:
@@ -326,6 +326,7 @@ class Plain:
         self.prompts = {split: pair.tokens("base", split).token_ids for split in ("train", "val")}
 
     def projection(self, side, layer):
+        """The output projection, whose input the heads are."""
         return self.models[side].model.layers[layer].self_attn.o_proj
 
     @torch.no_grad()
@@ -351,6 +352,7 @@ class Plain:
         return logits.log_softmax(-1), seen
 
     def means(self, side, layer):
+        """The heads' mean over train prompts."""
         return torch.stack([self.run(side, t)[1][layer] for t in self.prompts["train"]]).mean(0)
 
     def put(self, heads, source):
@@ -433,7 +435,7 @@ def test_the_rungs_of_the_ladder_are_those_of_plain_models(on_disk):
             assert found[OUTPUT][at, number] == pytest.approx(kl(patched, clean), abs=1e-5)
 
 
-# --- a real pair ------------------------------------------------------------------------------------
+# --- a real pair ----------------------------------------------------------------------------------
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "real"
 """Weights that were made elsewhere, and numbers of them by independent code."""

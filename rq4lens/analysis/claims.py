@@ -28,6 +28,8 @@ NAMED = 8
 FEW_PROMPTS = 50
 """An effect that lies on fewer prompts than this is uncertain, whatever its interval says."""
 
+NOTHING, NO_SHARE = "Nothing is claimed about heads", "no share of the map's repair is claimed"
+
 WIDE_PCT = 100.0
 """A share whose interval is wider than this is not determined."""
 
@@ -52,7 +54,7 @@ def study_claims(analysis: Analysis) -> tuple[str, ...]:
     where = f"At strength {settings.patching.alpha:g}"
     why = full.undefined_because or _no_claim(analysis) or _no_repair(analysis)
     if why is not None:
-        return (f"{where} no share of the map's repair is claimed: {why}.",)
+        return (f"{where} {NO_SHARE}: {why}.",)
     does = "makes the raw patch worse by" if full.is_harm else "takes back"
     sentences = [f"{where} the map {does} {full.delta:.3g} nats of the raw patch's damage."]
     if not full.is_harm:
@@ -68,7 +70,7 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
     gap, n = analysis.gap, analysis.settings.n_prompts
     if gap.undefined_because is not None:
         return "Base and tuned cannot be told apart here, or not compared.", (
-            f"Nothing is claimed about heads: {gap.undefined_because}."
+            f"{NOTHING}: {gap.undefined_because}."
         )
     differ = number_text(gap.answers_differ_pct.value, ".0f%")
     first = (
@@ -76,7 +78,7 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
         f"their most likely next tokens differ{_in_noise(analysis)}."
     )
     why = _no_claim(analysis)
-    return first, None if why is None else f"Nothing is claimed about heads: {why}."
+    return first, None if why is None else f"{NOTHING}: {why}."
 
 
 def _in_noise(analysis: Analysis) -> str:

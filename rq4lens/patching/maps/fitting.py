@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers, device_of
@@ -135,6 +136,7 @@ class MapRecipe:
         base, tuned = self.pair.base.card, self.pair.tuned.card
         return {
             "numerics": MAP_NUMERICS,
+            "libraries": arithmetic_libraries(),
             "base_weights": base.weights_fingerprint,
             "tuned_weights": tuned.weights_fingerprint,
             "base_config": base.config_fingerprint,

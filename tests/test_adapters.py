@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from loading_cases import hugging_face, refusal
+from loading_cases import flip_a_bit, hugging_face, refusal, same_weights
 from model_zoo import (
     save,
 )
@@ -42,10 +43,25 @@ def test_an_adapter_is_its_merged_model(adapter, folders):
     """
     folder, merged = adapter
     loaded = load_hooked(folder)
-    assert loaded.fingerprint == load_hooked(merged).fingerprint
-    assert loaded.fingerprint != load_hooked(folders("llama")).fingerprint
+    assert same_weights(loaded, load_hooked(merged))
+    assert not same_weights(loaded, load_hooked(folders("llama")))
+    assert loaded.fingerprint == load_hooked(folder).fingerprint
     assert loaded.adapter_base == str(folders("llama"))
     assert loaded.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(merged).get_vocab()
+
+
+def test_an_adapter_is_known_by_its_files_and_those_of_its_base(adapter, folders, tmp_path):
+    """One bit in either of them is another model."""
+    folder, base = (
+        Path(shutil.copytree(each, tmp_path / each.name)) for each in (adapter[0], folders("llama"))
+    )
+    settings = folder / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(str(folders("llama")), str(base)))
+    prints = [load_hooked(folder).fingerprint]
+    for file in (folder / "adapter_model.safetensors", base / "model.safetensors"):
+        flip_a_bit(file)
+        prints.append(load_hooked(folder).fingerprint)
+    assert len({*prints}) == 3
 
 
 def test_an_adapter_may_bring_tokens(folders, tmp_path, tokenizer):
@@ -59,7 +75,7 @@ def test_an_adapter_may_bring_tokens(folders, tmp_path, tokenizer):
     save(adapted.merge_and_unload(), tokenizer, tmp_path / "merged")
     loaded = load_hooked(tmp_path / "adapter")
     assert loaded.model.cfg.d_vocab == 330
-    assert loaded.fingerprint == load_hooked(tmp_path / "merged").fingerprint
+    assert same_weights(loaded, load_hooked(tmp_path / "merged"))
 
 
 def test_adapters_that_cannot_be_merged_are_refused(adapter, folders, tmp_path):

@@ -16,8 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.config import PairSource, Place, Reading, RunConfig, Settings, preset, preset_names
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
-from rq4lens.models.load.fingerprint import arithmetic_libraries, checkpoint_fingerprint
+from rq4lens.models.load.fingerprint import (
+    arithmetic_libraries,
+    checkpoint_fingerprint,
+    files_digest,
+)
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
@@ -292,6 +297,8 @@ def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | No
 def _members(source: PairSource, place: Place, cache: Path | None = None) -> dict[Side, PairMember]:
     """Both models, not loaded yet."""
     base, tuned = (_origin(source, side) for side in SIDES)
+    if cache is not None and cache.is_dir():
+        files_digest(locate(base.path, base.revision))  # read beside what else is loaded
     find_card = None if cache is None else partial(_find_card, base, place, cache)
     return {
         "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),

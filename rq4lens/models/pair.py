@@ -137,8 +137,8 @@ class PairMember:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> PairMember:
-        """A member that is loaded already."""
-        return cls(lambda: loaded)
+        """A member that is loaded already; its weights may be others than its files' by now."""
+        return cls(lambda: replace(loaded, files=None))
 
     @property
     def loaded(self) -> LoadedModel:
@@ -327,7 +327,8 @@ class ModelPair:
         Raises:
             UserError: if they differ in layers, heads or head width.
         """
-        require_same_heads(self.base.card, self.tuned.card)
+        tuned = self.tuned.card  # loads it while the files of a known base are read
+        require_same_heads(self.base.card, tuned)
 
 
 def require_same_heads(base: Shape, tuned: Shape) -> None:

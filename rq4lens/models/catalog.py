@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.config import PairSource, Place, Reading, RunConfig, Settings, preset, preset_names
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.models.load.adapters import other_base
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
 from rq4lens.models.load.fingerprint import arithmetic_libraries, checkpoint_fingerprint
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
@@ -95,6 +97,7 @@ def pair_from(
     devices_of(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
     members = _members(source, place, cache)
+    _warn_of_other_base(source)
     aligned = _aligned(prompts, members, reading)
     return ModelPair(
         source.name,
@@ -105,6 +108,16 @@ def pair_from(
         keep_both=holds_both(source, place),
         excluded=prompts.without(aligned.ids).prompts,
     )
+
+
+def _warn_of_other_base(source: PairSource) -> None:
+    """Say where an adapter is compared with another model than the one that it was trained on."""
+    base, tuned = (_origin(source, side) for side in SIDES)
+    if not locate(tuned.path, tuned.revision, with_weights=False).is_adapter:
+        return
+    said = other_base(*(locate(each.path, each.revision) for each in (tuned, base)))
+    if said is not None:
+        log.warning(said)
 
 
 def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:

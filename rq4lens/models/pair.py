@@ -49,6 +49,7 @@ class ModelCard:
         config_fingerprint: hash of everything else that decides the model's function.
         tokenizer_fingerprint: hash of the vocabulary and the special tokens.
         logit_check_max_abs_diff: largest logit difference to the Hugging Face model at load time.
+        adapter_base: folder or hub id of the base model of an adapter; None for a whole model.
     """
 
     source: str
@@ -66,6 +67,7 @@ class ModelCard:
     config_fingerprint: str
     tokenizer_fingerprint: str
     logit_check_max_abs_diff: float | None
+    adapter_base: str | None = None
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelCard:
@@ -87,6 +89,7 @@ class ModelCard:
             config_fingerprint=config_fingerprint(loaded.model),
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
             logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
+            adapter_base=loaded.adapter_base,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def audit(
 ) -> None:
     """Check that both models read each prompt alike.
 
-    Needs their tokenizers, not their weights.
+    Needs their tokenizers, not their weights. The exit code is 1 if less than 95% align.
     """
     from rq4lens.models.catalog import audit_of  # noqa: PLC0415 - keeps --help fast
     from rq4lens.screen.audit import audit_parts, audit_text  # noqa: PLC0415
@@ -238,6 +238,8 @@ def audit(
             output.print(part, soft_wrap=False)
     else:
         output.print(audit_text(found, every_prompt=every), end="")
+    if found.lacking or not found.enough:
+        raise typer.Exit(1)
 
 
 @app.command()

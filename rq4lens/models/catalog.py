@@ -23,9 +23,9 @@ from rq4lens.models.load.fingerprint import arithmetic_libraries, checkpoint_fin
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
-from rq4lens.models.prompts.audit import Audit, audit_prompts
+from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import tokenize
+from rq4lens.models.prompts.reading import Reads, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,11 @@ def _aligned(prompts: PromptSet, members: Mapping[Side, PairMember], reading: Re
 def audit_of(source: PairSource, reading: Reading) -> Audit:
     """Audit the prompts of a pair, from the tokenizers of its models alone."""
     prompts, members = prompts_of(source), _members(source, Place())
-    audit = audit_prompts(prompts, _tokenizers(members), reading)
-    return replace(audit, excluded=audit.misaligned) if reading.exclude_misaligned else audit
+    shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
+    reads = {side: Reads(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
+    audit = audit_prompts(prompts, _tokenizers(members), reading, reads)
+    excluded = audit.misaligned if reading.exclude_misaligned else ()
+    return replace(audit, excluded=excluded, lacking=lacking(prompts.without(excluded)))
 
 
 def prompts_of(source: PairSource) -> PromptSet:

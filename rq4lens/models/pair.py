@@ -19,7 +19,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.loading import HookedModel, LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import tokenize
+from rq4lens.models.prompts.reading import Reads, tokenize, unreadable
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -306,19 +306,10 @@ def require_same_heads(base: Shape, tuned: Shape) -> None:
 
 
 def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -> None:
+    reads = Reads(card.n_ctx, card.d_vocab)
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
-        if len(tokens) > card.n_ctx:
-            raise UserError(
-                f"prompt {name!r} has {len(tokens)} tokens up to its decision token, but the "
-                f"{side} model reads at most {card.n_ctx}: shorten it, leave it out, or cut it "
-                "from the left with --max-tokens."
-            )
-        if max(tokens) >= card.d_vocab:
-            raise UserError(
-                f"prompt {name!r} has token {max(tokens)}, but the vocabulary of the {side} model "
-                f"has {card.d_vocab}: save the model's own tokenizer with it, or resize its "
-                "embeddings to the tokenizer's length."
-            )
+        if (why := unreadable(tokens, side, reads)) is not None:
+            raise UserError(f"prompt {name!r} {why}.")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -126,7 +126,8 @@ class PromptSet:
 
     def without(self, ids: Collection[str]) -> PromptSet:
         """The prompts but those of these ids."""
-        return PromptSet(tuple(prompt for prompt in self.prompts if prompt.id not in ids))
+        left_out = frozenset(ids)
+        return PromptSet(tuple(prompt for prompt in self.prompts if prompt.id not in left_out))
 
     def split(self, name: str) -> PromptSet:
         """The prompts of one split.

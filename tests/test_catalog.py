@@ -40,7 +40,7 @@ def test_the_built_in_pair_comes_with_everything(etiquette):
 def test_a_pair_of_ones_own_is_three_paths(own):
     """Base, tuned and prompts; layers are the user's to choose."""
     pair = load_pair(**own, place=Place(device="cpu"))
-    assert pair.name == "custom"
+    assert pair.name == "base and tuned"
     assert pair.base.card.source == own["base"]
     assert pair.base.card.logit_check_max_abs_diff < 1e-4
     assert pair.base.card.weights_fingerprint != pair.tuned.card.weights_fingerprint
@@ -105,7 +105,7 @@ def test_the_same_folder_twice_is_a_null_pair(own):
         ("nope", (), "pair 'nope' does not exist"),
         (None, ("base",), "no base model is named"),
         (None, ("tuned",), "no tuned model is named"),
-        (None, ("prompts",), "pair 'custom' needs your prompts: give a JSONL file"),
+        (None, ("prompts",), "pair 'base and tuned' needs your prompts: give a JSONL file"),
         ("cultural", ("prompts",), r"needs your prompts \(a JSONL file of cultural questions"),
     ],
 )

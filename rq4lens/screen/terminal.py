@@ -28,8 +28,8 @@ from rich.progress import (
 USUAL_WIDTH = 80
 
 
-def _console(**options: Any) -> Console:
-    console = Console(highlight=False, markup=False, soft_wrap=True, **options)
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
     if console.width < 1:  # COLUMNS=0
         console.width = USUAL_WIDTH
     return console

@@ -1,5 +1,6 @@
 """Pairs by name and by path: every setting arrives, and what is missing is said."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rq4lens.config import PairSource, Patching, Place, Reading, preset
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import (
     _over,
+    audit_of,
     builtin_manifest,
     holds_both,
     load_pair,
@@ -90,6 +92,18 @@ def test_a_pair_is_audited_by_its_own_reading(own):
     assert audit.reading == "last_content"
     assert tuple(each.id for each in audit.prompts) == pair.prompts.ids
     assert audit.share_aligned_pct == 100.0
+
+
+@pytest.mark.parametrize("excludes", [False, True])
+def test_a_prompt_that_a_run_refuses_is_found_before(own, tmp_path, excludes):
+    """One that is too long is refused, not left out, however many others align."""
+    rows = [{"id": f"t{n}", "split": "train", "text": f"apple {n}"} for n in range(30)]
+    rows += [{"id": "long", "split": "validation", "text": "apple " * 2000}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = PairSource(base=own["base"], tuned=own["tuned"], prompts=str(tmp_path / "p.jsonl"))
+    audit = audit_of(source, Reading(exclude_misaligned=excludes))
+    assert audit.lacking == ("a run refuses prompt 'long': it does not fit both models",)
+    assert audit.excluded == ()
 
 
 def test_the_same_folder_twice_is_a_null_pair(own):

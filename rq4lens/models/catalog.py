@@ -143,9 +143,16 @@ def audit_of(source: PairSource, reading: Reading) -> Audit:
     prompts, members = prompts_of(source), _members(source, Place())
     shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
     reads = {side: Reads(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
-    audit = audit_prompts(prompts, _tokenizers(members), reading, reads)
-    excluded = audit.misaligned if reading.exclude_misaligned else ()
-    return replace(audit, excluded=excluded, lacking=lacking(prompts.without(excluded)))
+    tokenizers = _tokenizers(members)
+    audit = audit_prompts(prompts, tokenizers, reading, reads)
+    # A run leaves out what does not align; what a model cannot hold, it refuses.
+    misaligned = audit_prompts(prompts, tokenizers, reading).misaligned
+    too_long = sorted({*audit.misaligned} - {*misaligned})
+    excluded = misaligned if reading.exclude_misaligned else ()
+    refused = [*lacking(prompts.without(excluded))]
+    if too_long:
+        refused.append(f"a run refuses prompt {too_long[0]!r}: it does not fit both models")
+    return replace(audit, excluded=excluded, lacking=tuple(refused))
 
 
 def prompts_of(source: PairSource) -> PromptSet:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.config import Place
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
-from rq4lens.models.load.adapters import base_of, merge_adapter
+from rq4lens.models.load.adapters import base_of, merged, with_adapter
 from rq4lens.models.load.checkpoint import Checkpoint, locate
 from rq4lens.models.load.conversion import give_tokenizer, hooked_from
 from rq4lens.models.load.devices import Placement, chosen_devices
@@ -56,7 +56,7 @@ class LoadedModel:
         files: The fingerprint of the files that were loaded, ready soon; None for a model that
             came as an object.
         logit_check_max_abs_diff: Largest logit difference to the Hugging Face model on
-            ``parity.CHECK_TEXTS``; None when the check was not made.
+            ``parity.CHECK_TEXTS``, with an adapter not merged; None when the check was not made.
     """
 
     model: HookedModel
@@ -160,10 +160,12 @@ def load_hooked(
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
     hf_model = load_hugging_face(weights, dtype=dtype, device_map=places)
     if asked.is_adapter:
-        hf_model = merge_adapter(hf_model, asked)
-    require_finite(hf_model, asked.source)
+        hf_model = with_adapter(hf_model, asked)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
+    if asked.is_adapter:
+        hf_model = merged(hf_model, asked)
+    require_finite(hf_model, asked.source)
     model = hooked_from(hf_model, size.architecture, dtype=dtype, placement=estimate.placement)
     del hf_model
     give_tokenizer(model, tokenizer)

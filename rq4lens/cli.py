@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
 from rq4lens import __version__
 from rq4lens.analysis.rankings.methods import METHODS, methods_of
@@ -28,7 +27,15 @@ from rq4lens.config import PARTS, PairSource, Reading, RunConfig, preset, preset
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.errors import UserError
 from rq4lens.screen.options import IgSteps, RankingFiles, RankOut, Target, takes_config
-from rq4lens.screen.terminal import errors, kept_when_stopped, output, watched
+from rq4lens.screen.terminal import (
+    errors,
+    kept_when_stopped,
+    output,
+    output_problem,
+    replace_unprintable,
+    show_log,
+    watched,
+)
 
 app = typer.Typer(
     help="Which attention heads carry what a fine-tune changed.",
@@ -39,6 +46,11 @@ app = typer.Typer(
 )
 
 EVERY_PART = tuple(PARTS.values())
+
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
+)  # fmt: skip
+"""What the machine says of a folder that cannot be written to, such as a compiler's cache."""
 
 ANALYSIS = ("analysis", "random_sizes")
 """Settings of the full analysis, which the main job alone makes."""
@@ -67,14 +79,7 @@ def _common(
         bool, typer.Option("--verbose", "-v", help="Say what is reused or computed, and why.")
     ] = False,
 ) -> None:
-    handler: logging.Handler = (
-        RichHandler(console=errors, show_path=False, show_time=False)
-        if errors.is_terminal
-        else logging.StreamHandler()  # every message stays one line, so that it can be searched for
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.captureWarnings(True)
-    logging.getLogger("rq4lens").setLevel(logging.INFO if verbose else logging.WARNING)
+    show_log(verbose)
 
 
 @app.command()
@@ -224,7 +229,7 @@ def audit(
 ) -> None:
     """Check that both models read each prompt alike.
 
-    Needs their tokenizers, not their weights.
+    Needs their tokenizers, not their weights. The exit code is 1 if less than 95% align.
     """
     from rq4lens.models.catalog import audit_of  # noqa: PLC0415 - keeps --help fast
     from rq4lens.screen.audit import audit_parts, audit_text  # noqa: PLC0415
@@ -238,6 +243,8 @@ def audit(
             output.print(part, soft_wrap=False)
     else:
         output.print(audit_text(found, every_prompt=every), end="")
+    if found.lacking or not found.enough:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -356,11 +363,16 @@ def _run(config: RunConfig, directory: Path, fresh: bool, replace: bool) -> None
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
+    replace_unprintable()
     try:
         # They may stand behind the command too, where one looks for them.
         arguments = sorted(sys.argv[1:], key=lambda each: each not in ("-v", "--verbose"))
         said = app(args=arguments or ["--help"], prog_name="rq4lens", standalone_mode=False)
+        if (why := output_problem()) is not None:
+            _fail_at_output(why)
         sys.exit(said or 0)
+    except OSError as problem:
+        _fail_at_disk(problem)
     except UserError as problem:
         _fail(str(problem))
     except typer.Abort:
@@ -372,6 +384,23 @@ def main() -> None:
         context = getattr(problem, "ctx", None)
         command = context.command_path if context else "rq4lens"
         _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`.")
+
+
+def _fail_at_disk(problem: OSError) -> None:
+    """Say what no command can help: an output that takes no more, a place that is not open."""
+    if (why := output_problem("\n")) is not None:
+        _fail_at_output(why)
+    if problem.filename is None or problem.errno not in UNUSABLE:
+        raise problem
+    _fail(
+        f"cannot use {str(problem.filename)!r} ({problem.strerror}): make it writable, leave room "
+        "on the disk, or name another place."
+    )
+
+
+def _fail_at_output(why: str) -> None:
+    errors.print(f"rq4lens: cannot print the result ({why}); files that were written are complete")
+    sys.exit(1)
 
 
 def _fail(sentence: str) -> None:

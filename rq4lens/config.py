@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -69,7 +70,7 @@ class PairSource(Settings):
     name: str = Field(
         default="custom",
         alias="pair",
-        description="name of the pair; one of `rq4lens pairs` or your own",
+        description="name of the pair; one of `rq4lens pairs` or your own, else of both models",
     )
     base: str | None = setting(None, "base model: hub id or folder")
     tuned: str | None = setting(None, "fine-tuned model: hub id or folder")
@@ -79,6 +80,28 @@ class PairSource(Settings):
         None, "JSONL or CSV file, or folder of a saved Hugging Face dataset"
     )
     trust_remote_code: bool = setting(False, "let a checkpoint run its own code")
+
+    @model_validator(mode="after")
+    def _named_by_its_models(self) -> PairSource:
+        if "name" not in self.model_fields_set and self.base and self.tuned:
+            both = (Path(os.path.abspath(path)).name for path in (self.base, self.tuned))  # noqa: PTH100 - takes any text
+            self.__dict__["name"] = " and ".join(both)
+        return self
+
+    def found_from(self, folder: Path) -> PairSource:
+        """The same pair with each relative path that leads somewhere from a folder or one above."""
+        paths = {name: getattr(self, name) for name in ("base", "tuned", "prompts")}
+        found = {name: path and _found(path, folder.absolute()) for name, path in paths.items()}
+        return self.but(**{name: path for name, path in found.items() if path})
+
+
+def _found(path: str, folder: Path) -> str | None:
+    """Where a relative path leads to from a folder or the nearest above it; None if nowhere."""
+    for place in (folder, *folder.parents):
+        there = str(place / path)
+        if os.path.exists(there):  # noqa: PTH110 - False for what no file system can have
+            return None if os.path.exists(path) and os.path.samefile(path, there) else there  # noqa: PTH110, PTH121
+    return None
 
 
 class Reading(Settings):

@@ -39,6 +39,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.adapters import base_of, check_adapter
 from rq4lens.models.load.checkpoint import locate
+from rq4lens.models.load.fingerprint import weights_fingerprint
 from rq4lens.models.load.huggingface import loadable_architecture
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import PromptSet
@@ -332,7 +333,7 @@ def checkpoint_files(folder: Path, *, whole: bool = False) -> tuple[Reader, dict
         path = home / name.decode()
         path.write_bytes(content)
         try:
-            return load_hooked(home).fingerprint if whole else check(home)
+            return weights_fingerprint(load_hooked(home).model) if whole else check(home)
         finally:
             path.write_bytes(valid[name.decode()])
 

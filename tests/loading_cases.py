@@ -12,6 +12,7 @@ from model_zoo import ZOO, save, train_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rq4lens.errors import UserError
+from rq4lens.models.load.fingerprint import weights_fingerprint
 from rq4lens.models.load.loading import load_hooked
 
 TOKENS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(7))
@@ -43,6 +44,18 @@ def llama(folders, tmp_path):
 
 def hugging_face(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def same_weights(one, other):
+    """Whether two loaded models have the same weights, whatever files these came from."""
+    return weights_fingerprint(one.model) == weights_fingerprint(other.model)
+
+
+def flip_a_bit(path: Path, at: int = -3) -> None:
+    """Change one bit of a file; of safetensors, the end is a weight."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 @torch.no_grad()

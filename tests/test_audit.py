@@ -2,15 +2,17 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 from model_zoo import CORPUS, KAZAKH, train_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, normalizers, processors
+from transformers import AutoTokenizer
 
 from rq4lens.config import Reading
-from rq4lens.models.prompts.audit import audit_prompts
+from rq4lens.models.prompts.audit import audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
-from rq4lens.models.prompts.reading import tokenize
+from rq4lens.models.prompts.reading import Reads, tokenize
 from rq4lens.models.prompts.record import Message, chat_text
 from rq4lens.screen.audit import audit_text
 
@@ -159,6 +161,25 @@ def test_a_missing_generation_prompt_is_found(bpe):
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role != 'assistant' %}[Q] {{ m.content }} [/Q]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>",
+    ],
+    ids=["a closing tag", "a header that is always written"],
+)
+def test_a_template_that_needs_no_generation_prompt_is_sound(bpe, template):
+    """The model answers right where the text ends; behind its own closed turn it does not."""
+    sound = with_template(bpe, "{{ bos_token }}" + template)
+    assert only(audited(CHATS[:1], sound, sound)).aligned
+    answered = chat("Be brief.", "Where?", "There.")
+    silent = with_template(bpe, bpe.chat_template.partition("{% if add_gen")[0])
+    said = only(audited([answered], silent, silent)).problems
+    assert "both: its chat template adds no generation prompt" in said
+
+
+@pytest.mark.parametrize(
     ("text", "reading", "said"),
     [
         (f"a {FAMILY} mill", {"offset": 2}, "cuts the character"),
@@ -201,7 +222,7 @@ def test_text_and_template_are_different_places(bpe, kazakh):
     )
     (problem,) = only(
         audited(CHATS[:1], bpe, other, Reading(decision_rule="last_content"))
-    ).problems[1:]
+    ).problems
     assert "base in the text" in problem
     assert "tuned in its chat template" in problem
 
@@ -242,6 +263,59 @@ def test_less_than_95_percent_is_a_warning(bpe, n_bad, warns):
         assert f"only {20 - n_bad} of 20 prompts" in audit.warning
 
 
+def test_a_cause_is_one_line(bpe):
+    """However many prompts it holds for: their number, the first five, and what it is."""
+    prompts = plain(*(f"{n} mills" + "<pad>" * (n > 1) for n in range(40)))
+    audit = audited(prompts, bpe, bpe)
+    (line,) = (each for each in audit_text(audit).splitlines() if each.startswith("DIFFERS: "))
+    assert "38 prompts (p2, p3, p4, p5, p6 and 33 more): both: padding" in line
+    assert "both: padding '<pad>' stands among its tokens" in audit.warning
+
+
+def test_other_tokens_for_the_same_text_are_counted(bpe, kazakh):
+    """Two vocabularies may align at every prompt, and be the same ids at none."""
+    audit = audited(plain(TEXTS[0]), bpe, kazakh)
+    assert audit.misaligned == ()
+    assert audit.n_same_tokens == 0
+    assert "0 of them are the same token ids for both models" in audit_text(audit)
+    assert audited(plain(*TEXTS), bpe, bpe).n_same_tokens == 2
+
+
+def test_what_a_run_refuses_is_found(bpe):
+    """A prompt that one model cannot hold, and a split that every run needs."""
+    prompts = PromptSet(plain(*TEXTS))
+    short = Reads(n_ctx=3, d_vocab=10_000)
+    audit = audit_prompts(prompts, {"base": bpe, "tuned": bpe}, None, {"tuned": short})
+    assert audit.misaligned == ("p0", "p1")
+    assert "but the tuned model reads at most 3" in audit.prompts[0].problems[0]
+    assert lacking(prompts) == (
+        "no prompt has split 'train', which a run needs: the splits are val",
+    )
+
+
+def test_leaving_out_every_prompt_is_not_enough(bpe):
+    """Where nothing aligns there is nothing to measure, whatever is left out."""
+    audit = audited(plain("a<pad>"), bpe, bpe)
+    assert not replace(audit, excluded=audit.misaligned).enough
+
+
+def test_a_tokenizer_that_is_not_its_file_is_said(tmp_path):
+    """Transformers may make another tokenizer of tokenizer.json than the file describes."""
+    saved = train_tokenizer()
+    saved.save_pretrained(tmp_path)
+    as_written = AutoTokenizer.from_pretrained(tmp_path)
+    assert audited(plain(*TEXTS), as_written, as_written).warning is None
+    text = (tmp_path / "tokenizer.json").read_text()
+    own = Tokenizer.from_str(text)
+    own.normalizer = normalizers.Lowercase()
+    own.save(str(tmp_path / "tokenizer.json"))
+    audit = audited(plain(*TEXTS), as_written, saved)
+    assert [each.misread_by for each in audit.prompts] == [("base",), ()]
+    assert audit.misaligned == ()
+    assert "reads 1 of 2 prompts, as 'p0'," in audit.warning
+    assert "the tokenizer.json of base stands for" in audit.warning
+
+
 def test_the_text_names_every_prompt_that_differs(bpe):
     """Tokens around the decision token, where they end, and why a prompt does not align."""
     prompts = plain(*TEXTS, "a mill<pad>", *(f"{n} mills" for n in range(9)))
@@ -250,7 +324,8 @@ def test_the_text_names_every_prompt_that_differs(bpe):
     assert "[<pad>]" in text
     assert "padding" in text
     assert "11 of 12 prompts align (91.7%), decided by rule: last" in text
-    assert "more prompts align; --all shows them." in text
+    assert "DIFFERS: 1 prompt (p2): both: padding" in text
+    assert "6 more prompts are not shown; --all shows them." in text
     assert "WARNING" in text
     everything = audit_text(audited(prompts, bpe, bpe), every_prompt=True)
     assert all(each.id in everything for each in prompts)

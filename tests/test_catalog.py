@@ -1,5 +1,6 @@
 """Pairs by name and by path: every setting arrives, and what is missing is said."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rq4lens.config import PairSource, Patching, Place, Reading, preset
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import (
     _over,
+    audit_of,
     builtin_manifest,
     holds_both,
     load_pair,
@@ -40,7 +42,7 @@ def test_the_built_in_pair_comes_with_everything(etiquette):
 def test_a_pair_of_ones_own_is_three_paths(own):
     """Base, tuned and prompts; layers are the user's to choose."""
     pair = load_pair(**own, place=Place(device="cpu"))
-    assert pair.name == "custom"
+    assert pair.name == "base and tuned"
     assert pair.base.card.source == own["base"]
     assert pair.base.card.logit_check_max_abs_diff < 1e-4
     assert pair.base.card.weights_fingerprint != pair.tuned.card.weights_fingerprint
@@ -92,6 +94,18 @@ def test_a_pair_is_audited_by_its_own_reading(own):
     assert audit.share_aligned_pct == 100.0
 
 
+@pytest.mark.parametrize("excludes", [False, True])
+def test_a_prompt_that_a_run_refuses_is_found_before(own, tmp_path, excludes):
+    """One that is too long is refused, not left out, however many others align."""
+    rows = [{"id": f"t{n}", "split": "train", "text": f"apple {n}"} for n in range(30)]
+    rows += [{"id": "long", "split": "validation", "text": "apple " * 2000}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = PairSource(base=own["base"], tuned=own["tuned"], prompts=str(tmp_path / "p.jsonl"))
+    audit = audit_of(source, Reading(exclude_misaligned=excludes))
+    assert audit.lacking == ("a run refuses prompt 'long': it does not fit both models",)
+    assert audit.excluded == ()
+
+
 def test_the_same_folder_twice_is_a_null_pair(own):
     """Fingerprints follow the content, so two loads of one folder are one model."""
     pair = load_pair(base=own["base"], tuned=own["base"], prompts=own["prompts"])
@@ -105,7 +119,7 @@ def test_the_same_folder_twice_is_a_null_pair(own):
         ("nope", (), "pair 'nope' does not exist"),
         (None, ("base",), "no base model is named"),
         (None, ("tuned",), "no tuned model is named"),
-        (None, ("prompts",), "pair 'custom' needs your prompts: give a JSONL file"),
+        (None, ("prompts",), "pair 'base and tuned' needs your prompts: give a JSONL file"),
         ("cultural", ("prompts",), r"needs your prompts \(a JSONL file of cultural questions"),
     ],
 )

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from huggingface_hub import errors as hub
-from loading_cases import edit_config, refusal
+from loading_cases import edit_config, refusal, same_weights
 from model_zoo import (
     ZOO,
     save,
@@ -57,7 +57,7 @@ def test_a_hub_id_is_a_folder_with_a_commit(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
     loaded = load_hooked("org/tuned", revision="v2")
     assert (loaded.source, loaded.revision) == ("org/tuned", commit)
-    assert loaded.fingerprint == load_hooked(folders("qwen2")).fingerprint
+    assert same_weights(loaded, load_hooked(folders("qwen2")))
     assert {name for name in asked if "safetensors" in name} == {"model.safetensors"}
     assert not [name for name in asked if name.endswith((".bin", ".pt", ".pth"))]
 
@@ -124,6 +124,15 @@ def test_a_pickled_checkpoint_is_refused(llama):
     assert "pytorch_model.bin, which is not safetensors" in refusal(llama)
 
 
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_folder_saved_into_twice_is_refused(llama, other):
+    """The weights that are read may be the older ones; both files are named."""
+    (llama / other).write_bytes(b"{}")
+    said = refusal(llama)
+    assert "model.safetensors and" in said
+    assert other in said
+
+
 def test_missing_parts_are_refused(llama, tmp_path, tokenizer):
     """A missing shard, missing weights and a missing tokenizer are named."""
     sharded = save(ZOO["llama"].make(), tokenizer, tmp_path / "sharded", max_shard_size="40KB")
@@ -132,7 +141,9 @@ def test_missing_parts_are_refused(llama, tmp_path, tokenizer):
     assert shard.name in refusal(sharded)
     headless = save(ZOO["llama"].make().model, tokenizer, tmp_path / "headless")
     edit_config(headless, architectures=["LlamaForCausalLM"])
-    assert "lm_head.weight" in refusal(headless)
+    said = refusal(headless)
+    assert f"model.safetensors of {headless} lacks 1 weights" in said
+    assert "lm_head.weight" in said
     for file in llama.glob("tokenizer*"):
         file.unlink()
     assert "has no tokenizer" in refusal(llama)

@@ -6,6 +6,7 @@ import pytest
 
 from rq4lens.config import (
     SETTINGS,
+    PairSource,
     RunConfig,
     config_from,
     preset,
@@ -207,3 +208,26 @@ def test_a_pair_that_does_not_exist_is_answered_with_all(name):
     """The sentence lists the pairs that there are."""
     with pytest.raises(UserError, match="does not exist: choose one of etiquette, cognitive"):
         preset(name)
+
+
+def test_a_pair_is_named_by_its_models():
+    """Where no name is given, both folders or hub ids are; a name that is given stays."""
+    source = PairSource(base="org/small", tuned="runs/../tuned/")
+    assert source.name == "small and tuned"
+    assert source.but(tuned="other").name == "small and other"
+    assert PairSource(pair="mine", base="a", tuned="b").name == "mine"
+    assert "pair" not in RunConfig(pair=source).flat()
+
+
+def test_a_moved_run_finds_what_moved_with_it(tmp_path, monkeypatch):
+    """From the folder of its run.json, or one above it; what is nowhere stays as it is."""
+    run, elsewhere = tmp_path / "moved" / "runs" / "r1", tmp_path / "elsewhere"
+    for folder in (run, tmp_path / "moved" / "models" / "base", elsewhere / "models" / "base"):
+        folder.mkdir(parents=True)
+    source = PairSource(base="models/base", tuned="models/tuned")
+    monkeypatch.chdir(elsewhere)
+    found = source.found_from(run)
+    assert found.base == str(tmp_path / "moved" / "models" / "base")
+    assert found.tuned == "models/tuned"
+    monkeypatch.chdir(tmp_path / "moved")
+    assert source.found_from(run).base == "models/base"

@@ -14,15 +14,56 @@ from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import devices_of
+from rq4lens.models.load import devices
 from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.conversion import hooked_from
-from rq4lens.models.load.devices import Devices, ModelBytes, Placement, chosen_devices, place_blocks
+from rq4lens.models.load.devices import (
+    Devices,
+    ModelBytes,
+    Placement,
+    choose_threads,
+    chosen_devices,
+    place_blocks,
+    usable_cores,
+)
 from rq4lens.models.load.huggingface import device_map_of, load_hugging_face, skeleton_of
 from rq4lens.models.load.loading import load_hooked
 
 pytest_plugins = ("loading_cases",)
 
 GPUS = ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """What torch's number of threads is set to."""
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    return chosen
+
+
+def test_a_small_model_gets_one_thread_and_a_large_one_the_cores(threads, monkeypatch):
+    """Unless the environment says how many."""
+    monkeypatch.setattr(devices, "usable_cores", lambda: 7)
+    for n_bytes in (10**6, 10**10):
+        choose_threads(n_bytes)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    choose_threads(10**10)
+    assert threads == [1, 7]
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), (None, 6)]
+)
+def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, quota, cores):
+    """Eight allowed by affinity, six of them physical, and what the container's quota leaves."""
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 12 if logical else 6)
+    monkeypatch.setattr(devices, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert usable_cores() == cores
 
 
 @pytest.fixture

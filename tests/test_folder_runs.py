@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from markupsafe import escape
 from model_zoo import CORPUS, KAZAKH, ZOO, random_model, save, train_tokenizer
 from tiny import prepared, random_prompts
 from transformers import LlamaConfig
@@ -281,7 +282,11 @@ def test_a_run_whose_prompts_do_not_align_says_so(partly):
     assert audit["share_aligned_pct"] == 50.0
     assert audit["warning"].startswith("WARNING: only 20 of 40 prompts (50.0%")
     report = (partly / "run" / "report.html").read_text(encoding="utf-8")
-    assert audit["warning"] in report
+    assert "decided at different places: base after character" in audit["warning"]
+    assert escape(audit["warning"]) in report
+    arguments = ("--base", partly / "base", "--tuned", partly / "tuned", *READING)
+    line = ["audit", *arguments, "--prompts", partly / "prompts.jsonl"]
+    assert CliRunner().invoke(app, [str(each) for each in line]).exit_code == 1
     assert rq4lens("verify", partly / "run", "--sample", "1").splitlines()[-1].startswith("PASS")
 
 

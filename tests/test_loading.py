@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from loading_cases import TOKENS, TOLERANCE, difference, edit_config, hugging_face, refusal
+from loading_cases import (
+    TOKENS,
+    TOLERANCE,
+    difference,
+    edit_config,
+    flip_a_bit,
+    hugging_face,
+    refusal,
+    same_weights,
+)
 from model_zoo import (
     CHAT_TEMPLATE,
     CORPUS,
@@ -31,11 +41,14 @@ from transformers import (
 )
 
 from rq4lens.config import Place
+from rq4lens.models.load import fingerprint, loading
 from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.load.conversion import hooked_from
 from rq4lens.models.load.devices import Placement
+from rq4lens.models.load.fingerprint import checkpoint_fingerprint
 from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.load.parity import CHECK_TEXTS
+from rq4lens.models.pair import ModelCard, PairMember
 
 pytest_plugins = ("loading_cases",)
 
@@ -172,18 +185,80 @@ def test_shards_are_one_checkpoint(folders, tmp_path, tokenizer):
     """A checkpoint in shards has the weights of the checkpoint in one file."""
     sharded = save(ZOO["llama"].make(), tokenizer, tmp_path, max_shard_size="40KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 1
-    assert load_hooked(sharded).fingerprint == load_hooked(folders("llama")).fingerprint
+    assert same_weights(load_hooked(sharded), load_hooked(folders("llama")))
 
 
-def test_fingerprint_follows_the_weights_alone(folders, llama):
-    """The fingerprint is the same in another folder, and another after the smallest change."""
+# --- what a model is known by
+
+
+def test_a_checkpoint_is_known_by_its_files(folders, llama):
+    """The same in another folder, another after one bit of one weight, or in another type."""
     one, other = load_hooked(folders("llama")), load_hooked(llama)
     assert one.fingerprint == other.fingerprint
-    weight = other.model.blocks[2].attn.W_O
-    nudged = torch.nextafter(weight.data[1, 2, 3], torch.tensor(9.0))
-    weight.data[1, 2, 3] = nudged
-    changed = LoadedModel.wrap(other.model, other.tokenizer)
-    assert changed.fingerprint != one.fingerprint
+    half = load_hooked(llama, place=Place(device="cpu", dtype="bfloat16"))
+    flip_a_bit(llama / "model.safetensors")
+    changed = load_hooked(llama)
+    assert len({each.fingerprint for each in (one, half, changed)}) == 3
+
+
+def test_a_file_is_known_by_each_of_its_pieces(llama, monkeypatch):
+    """A bit in the first, a middle or the last piece of a file that is read in many."""
+    monkeypatch.setattr(fingerprint, "PIECE_BYTES", 5000)
+    path, prints = llama / "model.safetensors", [checkpoint_fingerprint(llama)]
+    for at in (1, path.stat().st_size // 2, -1):
+        flip_a_bit(path, at)
+        prints.append(checkpoint_fingerprint(llama))
+        flip_a_bit(path, at)
+    assert len(set(prints)) == 4
+    assert checkpoint_fingerprint(llama) == prints[0]
+
+
+def test_a_checkpoint_is_read_once_for_its_fingerprint(llama, monkeypatch):
+    """Neither a second load nor a card reads it again, and nothing reads the weights in memory."""
+    read = []
+    digest = fingerprint._piece_digest
+    monkeypatch.setattr(
+        fingerprint, "_piece_digest", lambda piece: read.append(piece[1].name) or digest(piece)
+    )
+    monkeypatch.setattr(loading, "weights_fingerprint", pytest.fail)
+    for _ in range(2):
+        ModelCard.of(load_hooked(llama))
+    checkpoint_fingerprint(llama)
+    assert sorted(read) == sorted({*read})
+    assert "model.safetensors" in read
+    (llama / "config.json").touch()
+    checkpoint_fingerprint(llama)
+    assert len(read) == 2 * len({*read})
+
+
+def test_a_checkpoint_is_read_beside_its_loading(llama, monkeypatch):
+    """The files wait until the model is there; loading would wait for them in vain."""
+    loaded = threading.Event()
+    load, digest = loading.load_hugging_face, fingerprint._piece_digest
+
+    def load_first(*args, **how):
+        model = load(*args, **how)
+        loaded.set()
+        return model
+
+    def after_loading(piece):
+        assert loaded.wait(timeout=60)
+        return digest(piece)
+
+    monkeypatch.setattr(loading, "load_hugging_face", load_first)
+    monkeypatch.setattr(fingerprint, "_piece_digest", after_loading)
+    assert len(load_hooked(llama).fingerprint) == 64
+
+
+def test_an_object_is_known_by_its_weights(folders):
+    """What may have been changed since it was loaded is not taken for its files."""
+    loaded = load_hooked(folders("llama"))
+    prints = [LoadedModel.wrap(loaded.model, loaded.tokenizer).fingerprint]
+    assert PairMember.of(loaded).card.weights_fingerprint == prints[0]
+    weight = loaded.model.blocks[2].attn.W_O
+    weight.data[1, 2, 3] = torch.nextafter(weight.data[1, 2, 3], torch.tensor(9.0))
+    prints.append(LoadedModel.wrap(loaded.model, loaded.tokenizer).fingerprint)
+    assert PairMember.of(loaded).card.weights_fingerprint == prints[1] != prints[0]
 
 
 def test_a_fine_tune_keeps_its_own_vocabulary_and_tokenizer(folders, tmp_path):

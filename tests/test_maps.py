@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import ortho_group
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit
+from slow_maps import slow_fit
 from tiny import (
     TINY_HEADS,
     TINY_WIDTH,
@@ -26,8 +28,25 @@ from rq4lens.heads import Head
 from rq4lens.jobs.bench import Bench
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.maps.fitting import cka, fit_maps, fit_quality, maps_from, mean_cosine, r2
-from rq4lens.patching.maps.kinds import LOW_RANK, fit_block
+from rq4lens.patching.maps.fitting import (
+    FitData,
+    cka,
+    fit_maps,
+    fit_qualities,
+    fit_subsets,
+    group_split,
+    maps_from,
+    mean_cosine,
+    r2,
+    refit,
+)
+from rq4lens.patching.maps.kinds import (
+    LOW_RANK,
+    fit_block,
+    group_folds,
+    polar_by_newton,
+    polar_factor,
+)
 from rq4lens.patching.maps.map import (
     MAP_KINDS,
     LayerMap,
@@ -73,6 +92,17 @@ def alone(n):
     return np.array([f"g{i}" for i in range(n)])
 
 
+def fitted(kind, x, y, groups):
+    """The fit of one block, as numpy's arrays."""
+    fit = fit_block(kind, x, y, groups)
+    return SimpleNamespace(weight=fit.weight.numpy(), bias=fit.bias.numpy(), details=fit.details)
+
+
+def heads(*blocks):
+    """Rows of one or more heads, as diagnostics take them."""
+    return torch.from_numpy(np.stack(blocks, axis=1))
+
+
 # --- kinds
 
 
@@ -82,8 +112,8 @@ def test_a_kind_finds_exactly_what_it_can_express(kind, truth):
     """Planted `y = x W + b`: held-out R² is 1 for what the kind can express, and less otherwise."""
     weight, bias = TRUTHS[truth]
     target = SOURCE @ weight + bias
-    fit = fit_block(kind, SOURCE[:N_FIT], target[:N_FIT], alone(N_FIT))
-    found = r2(SOURCE[N_FIT:] @ fit.weight + fit.bias, target[N_FIT:])
+    fit = fitted(kind, SOURCE[:N_FIT], target[:N_FIT], alone(N_FIT))
+    found = r2(heads(SOURCE[N_FIT:] @ fit.weight + fit.bias), heads(target[N_FIT:]))
     if truth in EXPRESSES[kind]:
         assert found > 0.9999
         np.testing.assert_allclose(fit.weight, weight, atol=1e-3)
@@ -109,7 +139,7 @@ def test_a_kind_is_no_better_than_its_generalisation(special, general):
     target = SOURCE @ MATRIX + SHIFT + rng.normal(size=SOURCE.shape)
     errors = []
     for kind in (special, general):
-        fit = fit_block(kind, SOURCE, target, alone(len(SOURCE)))
+        fit = fitted(kind, SOURCE, target, alone(len(SOURCE)))
         errors.append(((target - SOURCE @ fit.weight - fit.bias) ** 2).sum())
     assert errors[0] >= errors[1]
 
@@ -117,14 +147,14 @@ def test_a_kind_is_no_better_than_its_generalisation(special, general):
 @pytest.mark.parametrize("kind", ["procrustes", "procrustes_scaled"])
 def test_procrustes_turns_and_scales_alone(kind):
     """`W` is orthogonal up to its scale, whatever the target is."""
-    fit = fit_block(kind, SOURCE, SOURCE @ MATRIX, alone(len(SOURCE)))
+    fit = fitted(kind, SOURCE, SOURCE @ MATRIX, alone(len(SOURCE)))
     scale = fit.details.get("scale", 1.0)
     np.testing.assert_allclose(fit.weight @ fit.weight.T, scale**2 * np.eye(WIDTH), atol=1e-9)
 
 
 def test_low_rank_corrects_the_identity():
     """`W - 1` has the stated rank, whatever the target is."""
-    fit = fit_block("low_rank", SOURCE, SOURCE @ MATRIX, alone(len(SOURCE)))
+    fit = fitted("low_rank", SOURCE, SOURCE @ MATRIX, alone(len(SOURCE)))
     spread = np.linalg.svd(fit.weight - np.eye(WIDTH), compute_uv=False)
     assert fit.details["rank"] == LOW_RANK
     assert (spread[LOW_RANK:] < 1e-9 * spread[0]).all()
@@ -135,7 +165,7 @@ def test_ridge_shrinks_where_there_is_only_noise():
     noise = rng.normal(size=(60, WIDTH))
     source = SOURCE[:60]
     least_squares = np.linalg.lstsq(source - source.mean(0), noise - noise.mean(0), rcond=None)[0]
-    fit = fit_block("ridge", source, noise, alone(60))
+    fit = fitted("ridge", source, noise, alone(60))
     assert np.linalg.norm(fit.weight) < 0.2 * np.linalg.norm(least_squares)
 
 
@@ -147,8 +177,8 @@ def test_the_strength_of_ridge_is_chosen_across_groups():
     """
     source = np.repeat(rng.normal(size=(20, WIDTH)), 10, axis=0)
     target = np.repeat(rng.normal(size=(20, WIDTH)), 10, axis=0)
-    grouped = fit_block("ridge", source, target, np.repeat(alone(20), 10))
-    ungrouped = fit_block("ridge", source, target, alone(200))
+    grouped = fitted("ridge", source, target, np.repeat(alone(20), 10))
+    ungrouped = fitted("ridge", source, target, alone(200))
     assert grouped.details["strength"] > 100 * ungrouped.details["strength"]
 
 
@@ -157,7 +187,7 @@ def test_ridge_is_the_textbook_solution():
     groups = np.repeat(alone(30), 2)
     source = SOURCE[:60]
     target = source @ MATRIX + 3 * rng.normal(size=(60, WIDTH))
-    fit = fit_block("ridge", source, target, groups)
+    fit = fitted("ridge", source, target, groups)
     x, y = source - source.mean(0), target - target.mean(0)
 
     def solve(x, y, strength):
@@ -179,9 +209,135 @@ def test_ridge_is_the_textbook_solution():
 def test_a_source_that_never_varies_maps_to_the_target_mean(kind):
     """A dead head gives the mean of the target and no number that is not finite."""
     source, target = np.ones((40, WIDTH)), SOURCE[:40]
-    fit = fit_block(kind, source, target, alone(40))
+    fit = fitted(kind, source, target, alone(40))
     mapped = source @ fit.weight + fit.bias
     np.testing.assert_allclose(mapped, np.tile(target.mean(0), (40, 1)), atol=1e-9)
+
+
+# --- all at once, and parts of the rows
+
+HEADS = 3
+
+
+def many(n_rows, per_group):
+    """Rows of three heads with spreads that fall to a hundredth, and a noisy target."""
+    mix = rng.normal(size=(HEADS, WIDTH, WIDTH)) * np.logspace(0, -2, WIDTH)
+    x = np.einsum("nhi,hij->nhj", rng.normal(size=(n_rows, HEADS, WIDTH)), mix) + 1.0
+    turned = np.einsum("nhi,hij->nhj", x, np.eye(WIDTH) + rng.normal(size=mix.shape) / 5)
+    y = turned + 0.3 * rng.normal(size=x.shape)
+    groups = np.array([f"g{row // per_group}" for row in range(n_rows)])
+    return FitData(torch.from_numpy(x), torch.from_numpy(y), groups)
+
+
+def slow(kind, data, rows):
+    """The slow reference on some rows, head by head: weights, biases, strengths."""
+    x, y = data.x[rows].numpy(), data.y[rows].numpy()
+    fits = [slow_fit(kind, x[:, h], y[:, h], data.groups[rows]) for h in range(x.shape[1])]
+    return tuple(map(np.array, zip(*fits, strict=True)))
+
+
+@pytest.mark.parametrize("per_group", [1, 4])
+@pytest.mark.parametrize("kind", MAP_KINDS)
+def test_a_fit_is_that_of_the_slow_reference(kind, per_group):
+    """All rows, most of them (downdated sums) and few of them: scipy's numbers, head by head."""
+    data = many(120, per_group)
+    every = np.arange(120)
+    subsets = [every, every[every % 7 > 0], every[every % 3 == 0]]
+    for rows, fit in zip(subsets, fit_subsets(kind, data, subsets), strict=True):
+        weight, bias, strength = slow(kind, data, rows)
+        np.testing.assert_allclose(fit.weight, weight, atol=1e-9 * abs(weight).max())
+        np.testing.assert_allclose(fit.bias, bias, atol=1e-8)
+        if "strength" in fit.details:
+            np.testing.assert_allclose(fit.details["strength"], strength.astype(float))
+
+
+@pytest.mark.parametrize("per_group", [1, 4])
+@pytest.mark.parametrize("kind", sorted({*MAP_KINDS} - {"procrustes", "procrustes_scaled"}))
+def test_few_rows_fit_like_the_slow_reference(kind, per_group):
+    """Fewer rows than the map is wide, as a whole layer has."""
+    data = many(WIDTH - 4, per_group)
+    (fit,) = fit_subsets(kind, data, [np.arange(WIDTH - 4)])
+    weight, bias, _ = slow(kind, data, np.arange(WIDTH - 4))
+    np.testing.assert_allclose(fit.weight, weight, atol=1e-8)
+    np.testing.assert_allclose(fit.bias, bias, atol=1e-8)
+
+
+def test_a_rotation_of_few_rows_is_settled_where_they_are():
+    """What no row shows may be turned anyhow; where rows lie, the reference is met."""
+    data, rows = many(WIDTH - 4, 1), np.arange(WIDTH - 4)
+    (fit,) = fit_subsets("procrustes", data, [rows])
+    weight, bias, _ = slow("procrustes", data, rows)
+    expected = np.einsum("nhi,hij->nhj", data.x.numpy(), weight) + bias
+    np.testing.assert_allclose(fit(data.x), expected, atol=1e-8)
+
+
+def test_a_layer_is_fitted_as_one():
+    """Scope `layer` is one block of all heads side by side."""
+    data, rows = many(120, 4), np.arange(120)
+    (fit,) = fit_subsets("ridge", data, [rows], scope="layer")
+    weight, bias, _ = slow_fit(
+        "ridge", *(z.flatten(1).numpy() for z in (data.x, data.y)), data.groups
+    )
+    np.testing.assert_allclose(fit.weight[0], weight, atol=1e-9)
+    np.testing.assert_allclose(fit.bias[0], bias, atol=1e-8)
+
+
+def test_heads_may_be_paired_with_others():
+    """Each place of the second axis is a problem of its own, whatever heads stand there."""
+    data = many(120, 1)
+    shifted = replace(data, y=data.y.roll(1, dims=1))
+    (fit,) = fit_subsets("procrustes", shifted, [np.arange(120)])
+    for head in range(HEADS):
+        x, y = data.x[:, head].numpy(), data.y[:, (head - 1) % HEADS].numpy()
+        np.testing.assert_allclose(fit.weight[head], slow_fit("procrustes", x, y, data.groups)[0])
+
+
+def test_refitting_fits_the_rows_that_are_given():
+    """`refit` and `fit_subsets` are one fit; a map holds it in single precision."""
+    data = many(120, 1)
+    part = FitData(data.x[:90], data.y[:90], data.groups[:90])
+    own = LayerMap(0, "ridge", "head", torch.zeros(3, 16, 16), torch.zeros(3, 16), HEADS)
+    (fit,) = fit_subsets("procrustes_scaled", data, [np.arange(90)])
+    again = refit(own, part, "procrustes_scaled")
+    torch.testing.assert_close(again.weight, fit.weight.float())
+    torch.testing.assert_close(again(data.x), fit(data.x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted({*MAP_KINDS} - {"identity", "mean_shift", "procrustes"}))
+def test_a_source_that_varies_in_left_out_rows_alone_is_dead(kind):
+    """Downdated sums leave no rounding error where a coordinate of the part never varies."""
+    data = many(60, 1)
+    data.x[:59] = data.x[:1]
+    (fit,) = fit_subsets(kind, data, [np.arange(59)])
+    means = data.y[:59].mean(0).expand(59, -1, -1)
+    torch.testing.assert_close(fit(data.x[:59]), means, rtol=0, atol=1e-9)
+
+
+def test_a_polar_factor_by_newton_is_that_of_singular_vectors():
+    """Over matrices whose singular values fall by ten orders."""
+    matrices = torch.from_numpy(rng.normal(size=(5, 32, 32)) * np.logspace(0, -10, 32))
+    torch.testing.assert_close(polar_by_newton(matrices), polar_factor(matrices), rtol=0, atol=1e-5)
+
+
+def test_newton_does_not_pass_for_a_polar_factor_of_a_singular_matrix():
+    """Beside a matrix that has none, the others are not harmed."""
+    matrices = torch.from_numpy(np.stack([np.zeros((8, 8)), rng.normal(size=(8, 8))]))
+    found = polar_by_newton(matrices)
+    assert not found[0].isfinite().any()
+    torch.testing.assert_close(found[1], polar_factor(matrices)[1])
+
+
+@pytest.mark.parametrize("n_groups", [5, 6, 40])
+def test_splits_are_those_of_scikit_learn(n_groups):
+    """The groups that are held out, and the folds of the ridge, row by row."""
+    groups = rng.integers(0, n_groups, 90).astype(str)
+    for seed in range(5):
+        splitter = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
+        expected = next(splitter.split(groups, groups=groups))
+        np.testing.assert_equal(tuple(group_split(groups, seed)), expected)
+    expected = GroupKFold(5).split(groups, groups=groups)
+    for fold, other in zip(group_folds(groups), expected, strict=True):
+        np.testing.assert_equal(fold, other)
 
 
 # --- the layer's map
@@ -325,26 +481,34 @@ def test_a_stored_map_that_is_no_map_is_set_aside(tmp_path, how):
 def test_r2_is_one_minus_the_unexplained_share():
     """1 for the truth, 0 for the mean, negative for worse; undefined for a constant target."""
     target = np.array([[0.0], [2.0]])
-    assert r2(target, target) == 1
-    assert r2(np.ones((2, 1)), target) == 0
-    assert r2(target[::-1], target) == -3
-    assert r2(np.zeros((2, 1)), np.ones((2, 1))) is None
+    one = np.ones((2, 1))
+    found = r2(heads(target, one, target[::-1], 0 * one), heads(target, target, target, one))
+    np.testing.assert_array_equal(found, [1, 0, -3, np.nan])
 
 
 def test_cosine_is_of_directions():
     """The mean over rows; undefined where a vector is zero."""
     one = np.array([[1.0, 0.0], [0.0, 2.0]])
-    assert mean_cosine(3 * one, one) == pytest.approx(1)
-    assert mean_cosine(one[::-1], one) == pytest.approx(0)
-    assert mean_cosine(np.zeros((2, 2)), one) is None
+    found = mean_cosine(heads(3 * one, one[::-1], 0 * one), heads(one, one, one))
+    np.testing.assert_allclose(found, [1, 0, np.nan])
 
 
 def test_cka_does_not_see_rotation_scale_and_shift():
-    """1 for a turned, scaled and shifted copy, less for another matrix, None for a constant."""
-    assert cka(2 * SOURCE @ ROTATION + SHIFT, SOURCE) == pytest.approx(1)
-    assert cka(SOURCE @ MATRIX, SOURCE) < 0.95
-    assert cka(np.tile(SHIFT, (5, 1)), SOURCE[:5]) is None
-    assert fit_quality(SOURCE, SOURCE).r2 == 1
+    """1 for a turned, scaled and shifted copy, less for another matrix, NaN for a constant."""
+    turned, other = 2 * SOURCE @ ROTATION + SHIFT, SOURCE @ MATRIX
+    constant = np.tile(SHIFT, (len(SOURCE), 1))
+    found = cka(heads(turned, other, constant), heads(SOURCE, SOURCE, SOURCE))
+    assert found[0] == pytest.approx(1)
+    assert found[1] < 0.95
+    assert found[2].isnan()
+
+
+def test_what_is_undefined_is_none():
+    """A constant head has no R² and no CKA; the heads beside it have theirs."""
+    constant = np.ones_like(SOURCE)
+    one, other = fit_qualities(heads(SOURCE, constant), heads(SOURCE, constant))
+    assert (one.r2, one.cosine, one.cka) == (1, pytest.approx(1), pytest.approx(1))
+    assert (other.r2, other.cosine, other.cka) == (None, pytest.approx(1), None)
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +547,7 @@ def test_diagnostics_are_of_prompts_that_were_held_out():
         layer_map = fit_maps(pair, [1], "procrustes", scope="layer")[1]
     activations = PairActivations(pair)
     z_b, z_t = (activations.z(side, "train", 1)[:, 0] for side in ("base", "tuned"))
-    on_train = r2(layer_map(z_b).flatten(1).double().numpy(), z_t.flatten(1).double().numpy())
+    on_train = r2(*(z.flatten(1).double()[:, None] for z in (layer_map(z_b), z_t)))
     assert layer_map.mean_r2 < on_train - 0.3
 
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from games import Game, noisy_game
-from tiny import ALPHA, MAIN, TINY_HEADS, grid_of, prepared
+from tiny import (
+    ALPHA,
+    MAIN,
+    TINY_HEADS,
+    WORDS,
+    fine_tuned,
+    grid_of,
+    pair_of,
+    prepared,
+    random_prompts,
+    tiny_model,
+)
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.config import Patching
 from rq4lens.disk.store import Store
+from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching import measured as measured_module
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
@@ -140,3 +156,21 @@ def test_chunks_are_cut_from_what_is_asked_for(asked, monkeypatch):
         [((0,), RAW), ((1,), RAW), ((0,), MAPPED), ((1,), MAPPED)],
         [((2,), RAW), ((2,), MAPPED)],
     ]
+
+
+@pytest.mark.parametrize(("side", "split"), [("base", "train"), ("base", "val"), ("tuned", "val")])
+@pytest.mark.parametrize("engine", ["suffix", "hooks"])
+def test_a_number_that_overflows_names_its_prompt_and_model(side, split, engine):
+    """One word that a format cannot hold is a sentence with the remedy, wherever it is read."""
+    *others, hot = WORDS
+    base = tiny_model()
+    models = {"base": base, "tuned": fine_tuned(base)}
+    prompts = random_prompts(others).prompts
+    chosen = next(prompt for prompt in prompts if prompt.split == split)
+    heated = (replace(p, text=f"{hot} {p.text}") if p is chosen else p for p in prompts)
+    with torch.no_grad():
+        models[side].embed.W_E[WORDS.index(hot)] = torch.inf
+    pair = pair_of(**models, prompts=PromptSet(tuple(heated)))
+    said = f"the {side} model computes .* float32 on prompt '{chosen.id}': .*--dtype bfloat16"
+    with pytest.raises(UserError, match=said):
+        prepared(pair, fit_maps(pair, [MAIN]), engine=engine).effects(patches([0]))

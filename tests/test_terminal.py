@@ -1,10 +1,16 @@
 """Progress: seen on a terminal, silent everywhere else, and gone when the work is done."""
 
-from io import StringIO
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from rich.console import Console
 
+from rq4lens import cli
 from rq4lens.screen import terminal
 
 
@@ -53,3 +59,74 @@ def test_an_exception_passes_through(console):
     console(True)
     with pytest.raises(KeyboardInterrupt), terminal.watched("grid", 10):
         raise KeyboardInterrupt
+
+
+# --- what is printed, wherever it goes
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_what_an_encoding_does_not_hold_is_replaced(monkeypatch, encoding):
+    """A log without Greek letters is no reason to end with a traceback."""
+    text = TextIOWrapper(BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", text)
+    monkeypatch.setattr(cli, "app", lambda **_: terminal.output.print("ΔKL 0.1"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert text.buffer.getvalue() == b"?KL 0.1\n"
+
+
+def pairs(redirected, **environment):
+    """The exit code and stderr of `rq4lens pairs` behind a redirection."""
+    line = f"{sys.executable} -m rq4lens pairs {redirected}"
+    return subprocess.run(
+        ["sh", "-c", line],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_output_that_takes_nothing_is_one_sentence():
+    """A full disk behind stdout is said in a sentence, a closed stdout not at all."""
+    full = pairs(">/dev/full", PYTHONUNBUFFERED="1")
+    assert full.returncode == 1
+    (sentence,) = full.stderr.splitlines()
+    assert "cannot print the result (No space left on device)" in sentence
+    assert pairs(">&-").stderr == ""
+
+
+def test_a_terminal_without_columns_is_of_usual_width():
+    """COLUMNS=0 is what some terminals say before they know."""
+    usual = pairs("", COLUMNS="80").stdout
+    assert pairs("", COLUMNS="0").stdout == usual != ""
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence(monkeypatch, capsys):
+    """The cache of a compiler, for instance, may be set to a place that is not open."""
+
+    def fail(**_):
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "rq4lens: cannot use '/cache' (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    """No path, no source line; those for developers of libraries are silent."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    with warnings.catch_warnings():
+        terminal.show_log(verbose=False)
+        warnings.warn("few\n  prompts", stacklevel=1)
+        warnings.warn("it will change", FutureWarning, stacklevel=1)
+        logging.getLogger("rq4lens.x").warning("WARNING: only 3")
+        logging.getLogger("rq4lens.x").info("found again")
+    assert capsys.readouterr().err.splitlines() == [
+        "rq4lens: warning: few prompts",
+        "rq4lens: warning: only 3",
+    ]

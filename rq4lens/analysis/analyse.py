@@ -429,7 +429,7 @@ class _Work:
         if not asked or self.activations is None or self.experiment is None:
             return kinds
         own = self.experiment.maps[self.layer.measured.layer]
-        sources = dict(from_other_heads(own, self.activations, self.experiment.split))
+        sources = dict(from_other_heads(own, self.activations, self.experiment.split, asked))
         if not sources:
             return kinds
         measured, sets = self.layer.measured.at(1.0).also(sources), [(head,) for head in asked]

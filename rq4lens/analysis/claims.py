@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import CoverageRow, HeadKind, LayerTransfer
+from rq4lens.analysis.records import CoverageRow, HeadKind, LayerTransfer, NoisePair
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.structure.controls import SHUFFLED, SIGNIFICANT
@@ -27,6 +27,10 @@ NAMED = 8
 
 FEW_PROMPTS = 50
 """An effect that lies on fewer prompts than this is uncertain, whatever its interval says."""
+
+TIMES_NOISE = 2.0
+"""The whole interval of the gap lies above so many gaps of the noise pair, which is a single draw:
+of two draws of the same size one may by luck lie this far from the other."""
 
 NOTHING, NO_SHARE = "Nothing is claimed about heads", "no share of the map's repair is claimed"
 
@@ -102,12 +106,18 @@ def _no_claim(analysis: Analysis) -> str | None:
             "no fine-tune of that base"
         )
     noise = analysis.noise
-    if noise is not None and not _is_above(noise.gap_beyond_nats):
+    if noise is not None and not _beyond_noise(noise):
         return (
-            f"a shuffled weight change of the same size moves base as far "
+            f"a shuffled weight change of the same size moves base about as far "
             f"({noise.gap_base_nats:.2g} nats)"
         )
     return None
+
+
+def _beyond_noise(noise: NoisePair) -> bool:
+    times = noise.real_over_noise["gap_base_nats"]
+    clearly = times.interval is None or times.interval.low > TIMES_NOISE
+    return _is_above(noise.gap_beyond_nats) and clearly
 
 
 def _no_repair(analysis: Analysis) -> str | None:

@@ -16,7 +16,8 @@ from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, MEASURED, refuse_for
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Clock, Stage, silent
-from rq4lens.models.catalog import keep_base_card, pair_from, resolve_device
+from rq4lens.models.catalog import keep_base_card, pair_from, resolve_device, size_of
+from rq4lens.models.load.devices import choose_threads
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
@@ -74,6 +75,7 @@ class Bench:
         config = self.config
         cache = None if self.fresh else self.cache
         place = config.place.but(keep_both=self.keep_both)
+        choose_threads(size_of(config.pair, "tuned", place).weights.total)
         return pair_from(config.pair, config.reading, place, cache=cache)
 
     @property

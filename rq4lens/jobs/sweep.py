@@ -113,7 +113,8 @@ def choose_layers(comparison: LayerComparison) -> LayerChoice:
         )
         return LayerChoice(None, None, (reason, *unrepaired))
     reasons = [
-        f"main layer {main.layer}: its heads undo more than those of any other, {main.to_base_pct:.1f%}"
+        f"main layer {main.layer}: its heads undo more than those of any other, "
+        f"{main.to_base_pct:.1f%}"
     ]
     clear = [row for row in comparison.rows if _clearly_below(row, main)]
     control = max(clear, key=lambda row: row.KL_raw.value or 0.0, default=None)

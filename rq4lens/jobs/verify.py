@@ -289,7 +289,7 @@ def _check_again(
     try:
         config = _config(saved)
         pair = pair or pair_from(
-            config.pair.but(trust_remote_code=trust),
+            config.pair.found_from(saved.directory).but(trust_remote_code=trust),
             config.reading,
             config.place.but(device="auto"),
         )

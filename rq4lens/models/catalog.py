@@ -16,14 +16,20 @@ from transformers import PreTrainedTokenizerBase
 from rq4lens.config import PairSource, Place, Reading, RunConfig, Settings, preset, preset_names
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.models.load.adapters import other_base
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
-from rq4lens.models.load.fingerprint import arithmetic_libraries, checkpoint_fingerprint
+from rq4lens.models.load.fingerprint import (
+    arithmetic_libraries,
+    checkpoint_fingerprint,
+    files_digest,
+)
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
-from rq4lens.models.prompts.audit import Audit, audit_prompts
+from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import tokenize
+from rq4lens.models.prompts.reading import Reads, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +102,7 @@ def pair_from(
     prompts = prompts_of(source) if prompts is None else prompts
     prompts = prompts.labelled(reading.group_by, reading.hold_out)
     members = _members(source, place, cache)
+    _warn_of_other_base(source)
     aligned = _aligned(prompts, members, reading)
     return ModelPair(
         source.name,
@@ -106,6 +113,16 @@ def pair_from(
         keep_both=holds_both(source, place),
         excluded=prompts.without(aligned.ids).prompts,
     )
+
+
+def _warn_of_other_base(source: PairSource) -> None:
+    """Say where an adapter is compared with another model than the one that it was trained on."""
+    base, tuned = (_origin(source, side) for side in SIDES)
+    if not locate(tuned.path, tuned.revision, with_weights=False).is_adapter:
+        return
+    said = other_base(*(locate(each.path, each.revision) for each in (tuned, base)))
+    if said is not None:
+        log.warning(said)
 
 
 def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
@@ -129,8 +146,18 @@ def _aligned(prompts: PromptSet, members: Mapping[Side, PairMember], reading: Re
 def audit_of(source: PairSource, reading: Reading) -> Audit:
     """Audit the prompts of a pair, from the tokenizers of its models alone."""
     prompts, members = prompts_of(source), _members(source, Place())
-    audit = audit_prompts(prompts, _tokenizers(members), reading)
-    return replace(audit, excluded=audit.misaligned) if reading.exclude_misaligned else audit
+    shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
+    reads = {side: Reads(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
+    tokenizers = _tokenizers(members)
+    audit = audit_prompts(prompts, tokenizers, reading, reads)
+    # A run leaves out what does not align; what a model cannot hold, it refuses.
+    misaligned = audit_prompts(prompts, tokenizers, reading).misaligned
+    too_long = sorted({*audit.misaligned} - {*misaligned})
+    excluded = misaligned if reading.exclude_misaligned else ()
+    refused = [*lacking(prompts.without(excluded))]
+    if too_long:
+        refused.append(f"a run refuses prompt {too_long[0]!r}: it does not fit both models")
+    return replace(audit, excluded=excluded, lacking=tuple(refused))
 
 
 def prompts_of(source: PairSource) -> PromptSet:
@@ -292,6 +319,8 @@ def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | No
 def _members(source: PairSource, place: Place, cache: Path | None = None) -> dict[Side, PairMember]:
     """Both models, not loaded yet."""
     base, tuned = (_origin(source, side) for side in SIDES)
+    if cache is not None and cache.is_dir():
+        files_digest(locate(base.path, base.revision))  # read beside what else is loaded
     find_card = None if cache is None else partial(_find_card, base, place, cache)
     return {
         "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),

@@ -21,7 +21,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.loading import HookedModel, LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import tokenize
+from rq4lens.models.prompts.reading import Reads, tokenize, unreadable
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -51,6 +51,7 @@ class ModelCard:
         config_fingerprint: hash of everything else that decides the model's function.
         tokenizer_fingerprint: hash of the vocabulary and the special tokens.
         logit_check_max_abs_diff: largest logit difference to the Hugging Face model at load time.
+        adapter_base: folder or hub id of the base model of an adapter; None for a whole model.
     """
 
     source: str
@@ -68,6 +69,7 @@ class ModelCard:
     config_fingerprint: str
     tokenizer_fingerprint: str
     logit_check_max_abs_diff: float | None
+    adapter_base: str | None = None
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelCard:
@@ -89,6 +91,7 @@ class ModelCard:
             config_fingerprint=config_fingerprint(loaded.model),
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
             logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
+            adapter_base=loaded.adapter_base,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,8 +140,8 @@ class PairMember:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> PairMember:
-        """A member that is loaded already."""
-        return cls(lambda: loaded)
+        """A member that is loaded already; its weights may be others than its files' by now."""
+        return cls(lambda: replace(loaded, files=None))
 
     @property
     def loaded(self) -> LoadedModel:
@@ -327,7 +330,8 @@ class ModelPair:
         Raises:
             UserError: if they differ in layers, heads or head width.
         """
-        require_same_heads(self.base.card, self.tuned.card)
+        tuned = self.tuned.card  # loads it while the files of a known base are read
+        require_same_heads(self.base.card, tuned)
 
 
 def require_same_heads(base: Shape, tuned: Shape) -> None:
@@ -342,19 +346,10 @@ def require_same_heads(base: Shape, tuned: Shape) -> None:
 
 
 def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -> None:
+    reads = Reads(card.n_ctx, card.d_vocab)
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
-        if len(tokens) > card.n_ctx:
-            raise UserError(
-                f"prompt {name!r} has {len(tokens)} tokens up to its decision token, but the "
-                f"{side} model reads at most {card.n_ctx}: shorten it, leave it out, or cut it "
-                "from the left with --max-tokens."
-            )
-        if max(tokens) >= card.d_vocab:
-            raise UserError(
-                f"prompt {name!r} has token {max(tokens)}, but the vocabulary of the {side} model "
-                f"has {card.d_vocab}: save the model's own tokenizer with it, or resize its "
-                "embeddings to the tokenizer's length."
-            )
+        if (why := unreadable(tokens, side, reads)) is not None:
+            raise UserError(f"prompt {name!r} {why}.")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

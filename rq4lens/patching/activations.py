@@ -223,6 +223,17 @@ def check_layers(layers: Sequence[int], n_layers: int) -> None:
             )
 
 
+def require_finite(whole: Sequence[bool], ids: Sequence[str], side: Side, dtype: str) -> None:
+    """Refuse prompts on which a model's numbers overflow, by the first of them."""
+    lost = [name for name, is_whole in zip(ids, whole, strict=True) if not is_whole]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"the {side} model computes numbers that are not finite as {dtype} on prompt "
+            f"{lost[0]!r}{more}: load the models with --dtype bfloat16 or float32, or leave it out."
+        )
+
+
 class PairActivations:
     """Activations z of both models at the decision token, each captured once.
 
@@ -274,6 +285,9 @@ class PairActivations:
                 self.k_positions,
                 to_the_end=to_the_end,
             )
+            for z in found.z.values():
+                whole = z.flatten(1).isfinite().all(1).tolist()
+                require_finite(whole, prompts.ids, side, self.pair.member(side).card.dtype)
             self._captured |= {(side, split, layer): z for layer, z in found.z.items()}
             if found.log_probs is not None:
                 self._log_probs[side, split] = found.log_probs

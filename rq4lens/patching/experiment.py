@@ -16,7 +16,7 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
-from rq4lens.patching.activations import PairActivations, check_layers
+from rq4lens.patching.activations import PairActivations, check_layers, require_finite
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import LayerMap
@@ -214,7 +214,8 @@ class Experiment:
             The effects, in the order of the patches.
 
         Raises:
-            UserError: if a layer was not prepared, or a head set does not fit.
+            UserError: if a layer was not prepared, a head set does not fit, or a number of the
+                models' format overflows.
         """
         rows = np.empty((4, len(patches), len(self.prompts)))
         for side in ("tuned", "base"):
@@ -229,6 +230,9 @@ class Experiment:
             for at in set(into) - set(single):
                 found = engine.every_layer(patches[at].source, self.sources, other)
                 rows[:, at] = [each[0] for each in found.measures]
+            whole = np.isfinite(rows[0, into]).all(0).tolist()
+            dtype = self.pair.member(side).card.dtype
+            require_finite(whole, self.ends.prompts(side).ids, side, dtype)
         return Effects(*rows)
 
     def measure(

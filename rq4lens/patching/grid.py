@@ -49,6 +49,11 @@ class GridPlan:
                 )
 
     @property
+    def ks(self) -> tuple[int, ...]:
+        """The sizes of head sets; as many as the layer has are the condition ``full``."""
+        return tuple(k for k in self.settings.k if k < self.n_heads)
+
+    @property
     def layer(self) -> int:
         """The main layer."""
         return int(self.settings.layer or 0)
@@ -66,14 +71,14 @@ class GridPlan:
     @property
     def n_patches(self) -> int:
         """How many patches it measures, raw and mapped, if no two head sets are the same."""
-        n_top = 4 * len(self.settings.k)
+        n_top = 4 * len(self.ks)
         return n_top + sum(len(planned.patches) for planned in self.fixed())
 
     def fixed(self) -> list[Planned]:
         """Every condition whose head set is known before anything is measured."""
         n_heads = self.n_heads
         planned = [self._planned(f"head{h}", HeadSet.of([h], n_heads)) for h in range(n_heads)]
-        for k in self.settings.k:
+        for k in self.ks:
             for seed in self.settings.random_seeds:
                 drawn = HeadSet.of(random.Random(seed).sample(range(n_heads), k), n_heads)
                 planned.append(self._planned(f"rand{k}_s{seed}", drawn))
@@ -98,7 +103,7 @@ class GridPlan:
 
     def top(self, ranking: HeadRanking) -> list[Planned]:
         """The top-k conditions, once the single heads are ranked."""
-        return [self._planned(f"top{k}", ranking.top_set(k)) for k in self.settings.k]
+        return [self._planned(f"top{k}", ranking.top_set(k)) for k in self.ks]
 
     def _planned(self, cond: str, heads: HeadSet, source: str | None = None) -> Planned:
         return Planned(cond, self.layer, heads, self.settings.alpha, source)
@@ -107,7 +112,7 @@ class GridPlan:
     def table_order(self) -> list[str]:
         """The names of all conditions in the order in which they are listed."""
         names = ["full", *(f"head{head}" for head in range(self.n_heads))]
-        for k in self.settings.k:
+        for k in self.ks:
             names += [f"top{k}", *(f"rand{k}_s{seed}" for seed in self.settings.random_seeds)]
         control = [] if self.control_layer is None else ["ctrl_full"]
         return [*names, *control, "none", "self"]
@@ -160,6 +165,7 @@ def measure_grid(
     """
     measurer = Measurer.of(measurer)
     plan = GridPlan(measurer.experiment.n_heads, settings)
+    settings = settings.but(k=plan.ks)
     for needed in plan.layers:
         if needed not in measurer.experiment.maps:
             raise UserError(

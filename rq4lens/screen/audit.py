@@ -8,24 +8,36 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rq4lens.models.prompts.audit import AUDIT_SIDES, Audit, PromptAudit, SideAudit
+from rq4lens.models.prompts.audit import AUDIT_SIDES, Audit, Cause, PromptAudit, SideAudit, causes
 from rq4lens.screen.tables import UNCUT, text_of
 
 WIDTH = 120
 """Columns of the table where no terminal says how many there are."""
 
 EXAMPLES = 5
-"""How many prompts that align are shown beside those that do not."""
+"""How many prompts of each cause are named and shown, and how many of those that align."""
 
 
 def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableType]:
     """The audit as what a console can print."""
-    shown = list(_shown(audit, every_prompt))
-    lines = [*_totals(audit), *(f"note: {note}" for note in audit.notes)]
+    shown = list(audit.prompts if every_prompt else _shown(audit))
+    lines = [
+        *(f"DIFFERS: {_counted(cause)}" for cause in causes(audit.prompts)),
+        *(f"note: {_counted(cause)}" for cause in causes(audit.prompts, "notes")),
+        *(f"note: {note}" for note in audit.notes),
+        *_totals(audit),
+    ]
     left_out = len(audit.prompts) - len(shown)
     if left_out:
-        lines.append(f"{left_out} more prompts align; --all shows them.")
-    return [_table(shown), *(Text(line) for line in lines)]
+        lines.append(f"{left_out} more prompts are not shown; --all shows them.")
+    return [_table(shown, reasons=every_prompt), *(Text(printable(line)) for line in lines)]
+
+
+def _counted(cause: Cause) -> str:
+    """A cause in one line: how many prompts it holds for, the first of them, what it is."""
+    n, more = len(cause.ids), len(cause.ids) - EXAMPLES
+    named = ", ".join(cause.ids[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
+    return f"{n} prompt{'s' * (n > 1)} ({named}): {cause.said}"
 
 
 def audit_text(audit: Audit, *, every_prompt: bool = False) -> str:
@@ -33,22 +45,23 @@ def audit_text(audit: Audit, *, every_prompt: bool = False) -> str:
     return text_of(audit_parts(audit, every_prompt=every_prompt), sentences=UNCUT, tables=WIDTH)
 
 
-def _shown(audit: Audit, every_prompt: bool) -> Iterator[PromptAudit]:
-    """The prompts that do not align, and some that do, in their order."""
+def _shown(audit: Audit) -> Iterator[PromptAudit]:
+    """Some prompts of each cause, and some that align, in their order."""
+    named = {name for cause in causes(audit.prompts) for name in cause.ids[:EXAMPLES]}
     n_aligned = 0
     for each in audit.prompts:
         n_aligned += each.aligned
-        if every_prompt or not each.aligned or n_aligned <= EXAMPLES:
+        if each.id in named or (each.aligned and n_aligned <= EXAMPLES):
             yield each
 
 
-def _table(prompts: list[PromptAudit]) -> Table:
+def _table(prompts: list[PromptAudit], *, reasons: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
     for name in ("prompt", "split", "base", "tuned", "ends after", "verdict"):
         table.add_column(name, overflow="fold")
     for each in prompts:
         verdict = Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red")
-        said = "; ".join((*each.problems, *each.notes))
+        said = "; ".join((*each.problems, *each.notes)) if reasons else ""
         table.add_row(
             Text(printable(each.id)),
             Text(printable(each.split)),
@@ -80,13 +93,16 @@ def _totals(audit: Audit) -> Iterator[str]:
     n_aligned = len(audit.prompts) - len(audit.misaligned)
     yield (
         f"{n_aligned} of {len(audit.prompts)} prompts align ({audit.share_aligned_pct:.1f}%), "
-        f"decided by rule: {printable(audit.reading)}"
+        f"decided by rule: {audit.reading}"
     )
+    if audit.n_same_tokens < len(audit.prompts):
+        yield f"{audit.n_same_tokens} of them are the same token ids for both models"
     if audit.excluded:
         yield f"{len(audit.excluded)} of those that do not align are left out of a run."
     cut = {side: audit.n_cut(side) for side in AUDIT_SIDES}
     if any(cut.values()):
         yield f"cut on the left: {cut['base']} prompts of base, {cut['tuned']} of tuned"
+    yield from audit.lacking
     if audit.warning is not None:
         yield audit.warning
 

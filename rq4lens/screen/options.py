@@ -90,7 +90,12 @@ def _assemble(
 ) -> RunConfig:
     given = {name: _plain(name, value) for name, value in settings.items() if value is not None}
     if file is not None:
-        start = read_config(file).flat()
+        config = read_config(file)
+        start = config.flat()
+        if file.suffix == ".json":  # a finished run, which may have moved with what it names
+            start |= config.pair.found_from(file.parent).model_dump(
+                include={"base", "tuned", "prompts"}, exclude_unset=True
+            )
     elif "base" in given and ("tuned" in given or "tuned" not in settings):
         start = {}
     elif (name := given.get("pair", default_pair)) is not None:

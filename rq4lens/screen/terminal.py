@@ -1,12 +1,17 @@
-"""Progress on a terminal; silence everywhere else."""
+"""What a terminal shows: progress, warnings of one line each, and no traceback of its own."""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -20,10 +25,61 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+USUAL_WIDTH = 80
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    if console.width < 1:  # COLUMNS=0
+        console.width = USUAL_WIDTH
+    return console
+
+
 # Names of files, pairs and prompts are printed as they are: nothing in them is markup, and no line
 # is broken where the output is not a terminal but a file of no width.
-errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-output = Console(highlight=False, markup=False, soft_wrap=True)
+errors = _console(stderr=True)
+output = _console()
+
+
+class _Lines(logging.Handler):
+    """Log records on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            said = f"rq4lens: warning: {said.removeprefix('WARNING: ')}"
+        errors.print(said)
+
+
+def show_log(verbose: bool) -> None:
+    """Print warnings as ``rq4lens: warning: ...``, and what is reused or computed if asked for."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
+    logging.getLogger("rq4lens").setLevel(logging.INFO if verbose else logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for those who change the code
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(message: Warning | str, *_where: Any, **_rest: Any) -> None:
+    logging.getLogger("py.warnings").warning("%s", " ".join(str(message).split()))
+
+
+def replace_unprintable() -> None:
+    """Let what the encoding of stdout does not hold be replaced, instead of ending the work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def output_problem(probe: str = "") -> str | None:
+    """Why stdout takes nothing more, as on a full disk; None if it does. It is then let go."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write(probe)
+            sys.stdout.flush()
+    except OSError as problem:
+        # The interpreter would try once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return problem.strerror or type(problem).__name__
+    return None
 
 
 @contextmanager

@@ -146,7 +146,9 @@ class PlantedPair:
             base: the loaded model whose ``model`` was given to :func:`plant`.
         """
         source = f"{base.source} (planted, seed {self.how.seed})"
-        return replace(base, model=self.tuned, source=source, logit_check_max_abs_diff=None)
+        return replace(
+            base, model=self.tuned, source=source, files=None, logit_check_max_abs_diff=None
+        )
 
 
 @torch.no_grad()

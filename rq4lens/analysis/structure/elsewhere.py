@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
-from rq4lens.patching.maps.fitting import FitData, refit
-from rq4lens.patching.maps.map import LayerMap
+from rq4lens.patching.maps.fitting import FitData, fit_subsets
+from rq4lens.patching.maps.kinds import Fit
+from rq4lens.patching.maps.map import LayerMap, MapScope, from_blocks, to_blocks
 
 Site = Float[Tensor, "prompt position head d_head"]
 
@@ -38,31 +39,47 @@ def held_out(layer_map: LayerMap, activations: PairActivations, split: str) -> S
         return NO_CONTENT
     if len(set(train)) < 2:
         return ONE_CONTENT
-    data, z_base = (
-        FitData.of(activations, layer_map.layer),
-        activations.z("base", split, layer_map.layer),
-    )
+    data = FitData.of(activations, layer_map.layer)
+    z_base = activations.z("base", split, layer_map.layer)
     of_rows = np.repeat(np.array(train, dtype=object), activations.k_positions)
     of_prompts = np.array(measured, dtype=object)
+    shared = sorted(set(measured) & set(train))
+    kept = [np.flatnonzero(of_rows != content) for content in shared]
     predicted = layer_map(z_base)
-    for content in sorted(set(measured) & set(train)):
-        left, asked = of_rows != content, torch.from_numpy(of_prompts == content)
-        predicted[asked] = refit(layer_map, data.some(left))(z_base[asked])
+    fits = fit_subsets(layer_map.kind, data, kept, layer_map.scope)
+    for content, fit in zip(shared, fits, strict=True):
+        asked = torch.from_numpy(of_prompts == content)
+        predicted[asked] = _applied(fit, z_base[asked], layer_map.scope)
     return predicted
 
 
+def _applied(fit: Fit, z: Site, scope: MapScope) -> Site:
+    """A fit applied to activations, back in their own format."""
+    n_prompts, _, n_heads, _ = z.shape
+    rows = to_blocks(z.flatten(0, 1).to(fit.weight), scope)
+    found = from_blocks(fit(rows), n_heads).unflatten(0, (n_prompts, -1))
+    return found.to(z.device, z.dtype)
+
+
 def from_other_heads(
-    layer_map: LayerMap, activations: PairActivations, split: str
+    layer_map: LayerMap, activations: PairActivations, split: str, heads: Sequence[int]
 ) -> Iterator[tuple[str, Site]]:
-    """Predictions of each head from another base head, by how far the other's index lies above."""
-    if layer_map.scope != "head":
+    """Predictions of some heads from another base head, by how far its index lies above.
+
+    The predictions of the heads that are not asked for are those of the map itself.
+    """
+    if layer_map.scope != "head" or not heads:
         return
     data = FitData.of(activations, layer_map.layer)
     z_base = activations.z("base", split, layer_map.layer)
+    every, own = np.arange(len(data.x)), layer_map(z_base)
     for offset in range(1, layer_map.n_heads):
-        others = other_heads(layer_map.n_heads, offset)
-        fitted = refit(layer_map, replace(data, x=data.x[:, others]))
-        yield f"from_head+{offset}", fitted(z_base[:, :, others])
+        others = [(head + offset) % layer_map.n_heads for head in heads]
+        problem = replace(data, x=data.x[:, others], y=data.y[:, list(heads)])
+        (fit,) = fit_subsets(layer_map.kind, problem, [every])
+        predicted = own.clone()
+        predicted[:, :, list(heads)] = _applied(fit, z_base[:, :, others], "head")
+        yield f"from_head+{offset}", predicted
 
 
 def other_heads(n_heads: int, offset: int) -> Sequence[int]:

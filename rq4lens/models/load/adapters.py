@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
-from rq4lens.models.load.checkpoint import Checkpoint, explained, locate, read_json
+from rq4lens.models.load.checkpoint import (
+    ADAPTER,
+    Checkpoint,
+    explained,
+    locate,
+    read_json,
+    same_weights,
+)
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-"""How the supported architectures end the name of their input embedding."""
+EMBEDDING = re.compile(
+    r"(embed_tokens|wte|embed_in|word_embeddings)"
+    r"(\.(modules_to_save|original_module|base_layer|token_adapter))*\.weight$"
+)
+"""How the supported architectures end the name of their input embedding, and PEFT inside it."""
 
 SHARED = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 """Adapter weights that PEFT holds once and names again in each layer."""
@@ -38,7 +53,7 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
         )
     try:
         found = locate(
-            base,
+            _beside(adapter, base),
             revision,
             with_weights=adapter.with_weights,
             trust_remote_code=adapter.trust_remote_code,
@@ -53,8 +68,25 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
     return found
 
 
-def merge_adapter(base_model: Any, adapter: Checkpoint) -> Any:
-    """Add an adapter's change to the weights of its base model, in place."""
+def _beside(adapter: Checkpoint, base: str) -> str:
+    """A relative path means a folder beside the adapter's files first."""
+    folder = adapter.folder / base
+    return str(folder) if os.path.isdir(folder) else base  # noqa: PTH112 - False for any text
+
+
+def other_base(adapter: Checkpoint, base: Checkpoint) -> str | None:
+    """What is to be said where an adapter was trained on other weights than those of a base."""
+    own = base_of(adapter)
+    if not base.is_adapter and same_weights(own, base):
+        return None
+    return (
+        f"the adapter {adapter.source} was trained on {own.source}, whose weights are not those of "
+        f"the base model {base.source}: what is measured is not only what the fine-tune changed"
+    )
+
+
+def with_adapter(base_model: Any, adapter: Checkpoint) -> Any:
+    """An adapter on its base model, as PEFT itself runs it: nothing is merged yet."""
     try:
         from peft import PeftModel  # noqa: PLC0415 - an optional extra
     except ImportError:
@@ -66,31 +98,57 @@ def merge_adapter(base_model: Any, adapter: Checkpoint) -> Any:
     n_tokens = vocabulary_of(adapter)
     if n_tokens is not None and n_tokens != base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(n_tokens)
-    what = f"The adapter {adapter.source} cannot be merged into its base model"
-    with explained(what, "use the base and the files that it was trained with"):
+    head, embedding = base_model.get_output_embeddings(), base_model.get_input_embeddings()
+    with _merging(adapter):
         adapted = PeftModel.from_pretrained(base_model, str(adapter.folder))
         _require_whole(adapted, adapter)
+    if head.weight is embedding.weight:
+        # PEFT adds a change to the one alone; merged into a shared matrix it would change both.
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return adapted.eval()
+
+
+def merged(adapted: Any, adapter: Checkpoint) -> Any:
+    """The base model with the adapter's change added to its weights, in place."""
+    with _merging(adapter):
         return adapted.merge_and_unload().eval()
+
+
+@contextmanager
+def _merging(adapter: Checkpoint) -> Iterator[None]:
+    what = f"The adapter {adapter.source} cannot be merged into its base model"
+    fix = "use the base and the files that it was trained with"
+    with explained(what, fix), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT warns of is checked here
+        yield
 
 
 def _require_whole(adapted: Any, adapter: Checkpoint) -> None:
     """PEFT itself passes over weights that it does not find, or has no place for."""
     result = adapted.load_adapter(str(adapter.folder), "default")
     missing = [name for name in result.missing_keys if not any(s in name for s in SHARED)]
-    for what, names in (("lacks", missing), ("has no place for", result.unexpected_keys)):
+    # PEFT writes some weights twice, and reads them back under the shorter name.
+    plain = adapter.tensors.keys() - set(result.unexpected_keys)
+    surplus = [name for name in result.unexpected_keys if COPY.sub("", name) not in plain]
+    lacks = f"{ADAPTER} lacks {len(missing)} weights that its adapter_config.json asks for"
+    holds = f"{ADAPTER} holds {len(surplus)} weights that the base model has no place for"
+    for what, names in ((lacks, missing), (holds, surplus)):
         if names:
             raise UserError(
-                f"The adapter {adapter.source} cannot be merged into its base model, which "
-                f"{what} {len(names)} of its weights, as {short_value(sorted(names)[0], 160)}; "
-                "use the base and the files that it was trained with."
+                f"The adapter {adapter.source} cannot be merged into its base model: {what}, as "
+                f"{short_value(sorted(names)[0], 160)}; use the base and the files that it was "
+                "trained with."
             )
 
 
 def vocabulary_of(adapter: Checkpoint) -> int | None:
     """Rows of the input embedding if the adapter holds one, as after adding tokens."""
-    rows = (t.shape[0] for name, t in adapter.tensors.items() if name.endswith(EMBEDDINGS))
+    rows = (t.shape[0] for name, t in adapter.tensors.items() if EMBEDDING.search(name))
     return next(rows, None)
 
+
+COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+"""What PEFT puts into the name of a weight that it also writes under its plain name."""
 
 REFUSED = ("megatron_config", "layer_replication")
 """The one imports a module by name, the other makes a model of other layers."""
@@ -109,6 +167,14 @@ def check_adapter(adapter: Checkpoint) -> None:
     for name in REFUSED:
         if settings.get(name) is not None:
             raise adapter.wrong(name, settings[name], "null")
+    start = settings.get("init_lora_weights")
+    if str(start).startswith("pissa_niter"):
+        raise UserError(
+            f"init_lora_weights={short_value(start)} in adapter_config.json of {adapter.source} "
+            "changes the base model by a random computation, anew at every load; convert it to a "
+            "plain LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+            "or merge it in the process that trained it."
+        )
     rank = settings.get("r", 1)
     if not (isinstance(rank, int) and rank >= 1):
         raise adapter.wrong("r", rank, "a whole number from 1")

@@ -72,6 +72,13 @@ LEFTOVER = re.compile(
 )
 """Masks and frequencies that early checkpoints hold beside their weights; nothing reads them."""
 
+ADAPTER = "adapter_model.safetensors"
+FORMS = (
+    WEIGHTS, INDEX, ADAPTER, "pytorch_model*.bin", "adapter_model.bin", "tf_model*.h5",
+    "flax_model*.msgpack",
+)  # fmt: skip
+"""What save_pretrained writes weights as; a folder that was saved into twice may hold several."""
+
 PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5")
 
 
@@ -145,7 +152,7 @@ class Checkpoint:
     def weight_names(self) -> tuple[str, ...]:
         """File names of the weights as the small files name them, in transformers' own order."""
         if self.is_adapter:
-            return ("adapter_model.safetensors",)
+            return (ADAPTER,)
         if (self.folder / WEIGHTS).is_file() or not (self.folder / INDEX).is_file():
             return (WEIGHTS,)
         weight_map: Any = read_json(self.folder / INDEX, self.source).get("weight_map")
@@ -164,6 +171,7 @@ class Checkpoint:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The safetensors files of the weights."""
+        self._refuse_two_forms()
         files = tuple(self.folder / name for name in self.weight_names)
         missing = [file.name for file in files if not file.is_file()]
         if not missing:
@@ -179,6 +187,19 @@ class Checkpoint:
             f"{self.source} lacks the weight file {missing[0]}; only safetensors are read, as one "
             f"model.safetensors or as shards with their {INDEX}."
         )
+
+    def _refuse_two_forms(self) -> None:
+        """Refuse a folder that was saved into twice: the weights that are read may be older ones.
+
+        Repositories of the hub hold one commit's weights in several forms.
+        """
+        found = [sorted(path.name for path in self.folder.glob(form))[:1] for form in FORMS]
+        names = list(chain.from_iterable(found))
+        if len(names) > 1 and self.revision is None:
+            raise UserError(
+                f"{self.source} holds weights in two forms, {names[0]} and {names[1]}, and nothing "
+                "says which of them are meant; move the others out of the folder."
+            )
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -214,6 +235,21 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             f"{file} is no whole safetensors file ({short_reason(problem)}); fetch or save it "
             "again."
         ) from None
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same numbers under the same names, whatever their files."""
+    if one.folder.samefile(other.folder):
+        return True
+    shapes = [{n: t.shape for n, t in each.tensors.items()} for each in (one, other)]
+    return shapes[0] == shapes[1] and all(
+        torch.equal(_values(name, one), _values(name, other)) for name in shapes[0]
+    )
+
+
+def _values(name: str, checkpoint: Checkpoint) -> torch.Tensor:
+    with safe_open(checkpoint.tensors[name].file, "pt") as tensors:
+        return tensors.get_tensor(name).float()
 
 
 def locate(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +18,29 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time in a period, and the period, as Linux states them."""
+
+SMALL_MODEL_BYTES = 2e8
+"""Up to this many bytes of weights, threads wait for each other longer than they work: beside
+another busy process several are many times slower than one."""
+
+
+def choose_threads(weight_bytes: int) -> None:
+    """One thread of torch for a small model, else one a core, unless ``OMP_NUM_THREADS`` is set."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if weight_bytes <= SMALL_MODEL_BYTES else usable_cores())
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use, by its affinity and the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = [allowed or 1, psutil.cpu_count(logical=False) or 1]
+    with suppress(OSError, ValueError):  # no such file, or "max": there is no quota
+        quota, period = map(int, CPU_QUOTA.read_text(encoding="ascii").split())
+        cores.append(max(1, quota // period))
+    return min(cores)
 
 
 @dataclass(frozen=True)

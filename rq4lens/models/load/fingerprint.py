@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rq4lens.models.load.adapters import base_of
 from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint, locate
+
+PIECE_BYTES = 2**28
+"""How much of a file one thread reads; part of what a fingerprint is."""
+
+READ_BYTES = 2**22
 
 
 def arithmetic_libraries() -> str:
@@ -21,23 +28,72 @@ def arithmetic_libraries() -> str:
 
 def checkpoint_fingerprint(source: str | Path, revision: str | None = None) -> str:
     """SHA-256 over name and content of the files that a model and its tokenizer are loaded from."""
-    checkpoint = locate(source, revision)
+    return files_digest(locate(source, revision)).result()
+
+
+def files_digest(checkpoint: Checkpoint) -> Future[str]:
+    """The fingerprint of a checkpoint's files, and of its base's; they are read beside other work.
+
+    Files that were read before, and have not changed since, are not read again.
+    """
     parts = [checkpoint, base_of(checkpoint)] if checkpoint.is_adapter else [checkpoint]
-    return hashlib.sha256("".join(map(_digest_of_files, parts)).encode()).hexdigest()
+    return _digest_beside(tuple(tuple(map(_FileState.of, _files_of(part))) for part in parts))
 
 
-def _digest_of_files(checkpoint: Checkpoint) -> str:
+def _files_of(checkpoint: Checkpoint) -> list[Path]:
     small = (path for pattern in SMALL_FILES for path in checkpoint.folder.glob(pattern))
-    files = sorted({*small, *checkpoint.weight_files})
+    return sorted({*small, *checkpoint.weight_files})
+
+
+class _FileState(NamedTuple):
+    """A file as it lies there; another write is another state."""
+
+    path: Path
+    size: int
+    inode: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> _FileState:
+        stat = path.stat()
+        return cls(path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=32)
+def _digest_beside(parts: tuple[tuple[_FileState, ...], ...]) -> Future[str]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fingerprint")
+    digest = pool.submit(_digest_of, parts)
+    pool.shutdown(wait=False)
+    return digest
+
+
+def _digest_of(parts: tuple[tuple[_FileState, ...], ...]) -> str:
+    """One hash of all files, each read in pieces side by side."""
+    pieces = [
+        (number, file.path, start)
+        for number, files in enumerate(parts)
+        for file in files
+        for start in range(0, max(file.size, 1), PIECE_BYTES)
+    ]
+    whole = hashlib.sha256()
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
-        digests = pool.map(_file_digest, files)
-    whole = "".join(f"{path.name}\0{digest}\n" for path, digest in zip(files, digests, strict=True))
-    return hashlib.sha256(whole.encode()).hexdigest()
+        for (number, path, start), digest in zip(
+            pieces, pool.map(_piece_digest, pieces), strict=True
+        ):
+            whole.update(f"{number}\0{path.name}\0{start}\0{digest}\n".encode())
+    return whole.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _piece_digest(piece: tuple[int, Path, int]) -> str:
+    _, path, start = piece
+    digest, left = hashlib.sha256(), PIECE_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (data := file.read(min(left, READ_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
 from rq4lens.models.load.architectures import ARCHITECTURES, find_architecture
-from rq4lens.models.load.checkpoint import LEFTOVER, Checkpoint, explained
+from rq4lens.models.load.checkpoint import INDEX, LEFTOVER, WEIGHTS, Checkpoint, explained
 from rq4lens.models.load.devices import Placement
 
 SIZES = (
@@ -170,6 +170,7 @@ def require_finite(hf_model: Any, source: str) -> None:
 
 def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
     source, missing = checkpoint.source, sorted(report["missing_keys"])
+    lacking = WEIGHTS if checkpoint.weight_names == (WEIGHTS,) else INDEX
     if report["mismatched_keys"]:
         name, stored, asked = sorted(report["mismatched_keys"])[0]
         raise UserError(
@@ -178,7 +179,7 @@ def _refuse_other_weights(checkpoint: Checkpoint, report: Mapping[str, Any]) -> 
         )
     if missing:
         raise UserError(
-            f"{source} lacks {len(missing)} weights of its architecture, as "
+            f"{lacking} of {source} lacks {len(missing)} weights of its architecture, as "
             f"{missing[0]}; save the whole causal language model with save_pretrained."
         )
     surplus = sorted(n for n in report["unexpected_keys"] if not LEFTOVER.search(n))

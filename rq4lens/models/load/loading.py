@@ -7,7 +7,8 @@ through TransformerLens' own conversions, the tokenizer from the folder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -18,12 +19,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import Place
+from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
-from rq4lens.models.load.adapters import base_of, merge_adapter
+from rq4lens.models.load.adapters import base_of, merged, with_adapter
 from rq4lens.models.load.checkpoint import Checkpoint, locate
 from rq4lens.models.load.conversion import give_tokenizer, hooked_from
 from rq4lens.models.load.devices import Placement, chosen_devices
-from rq4lens.models.load.fingerprint import weights_fingerprint
+from rq4lens.models.load.fingerprint import files_digest, weights_fingerprint
 from rq4lens.models.load.huggingface import (
     device_map_of,
     load_hugging_face,
@@ -51,8 +53,10 @@ class LoadedModel:
         trust_remote_code: Whether code from the checkpoint was allowed to run.
         architecture: Name in ``config.json``, as ``LlamaForCausalLM``.
         adapter_base: Where the base model of a merged adapter came from; None without adapter.
+        files: The fingerprint of the files that were loaded, ready soon; None for a model that
+            came as an object.
         logit_check_max_abs_diff: Largest logit difference to the Hugging Face model on
-            ``parity.CHECK_TEXTS``; None when the check was not made.
+            ``parity.CHECK_TEXTS``, with an adapter not merged; None when the check was not made.
     """
 
     model: HookedModel
@@ -64,11 +68,21 @@ class LoadedModel:
     architecture: str
     logit_check_max_abs_diff: float | None
     adapter_base: str | None = None
+    files: Future[str] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights' names, shapes, types and bytes; independent of the path."""
-        return weights_fingerprint(self.model)
+        """SHA-256 of what the weights are; independent of the path.
+
+        That is the files and what was done with them, or names, shapes, types and bytes of an
+        object's weights.
+        """
+        if self.files is None:
+            return weights_fingerprint(self.model)
+        # An adapter is merged where the model is, and each kind of device rounds in its own way.
+        merged_on = next(self.model.parameters()).device.type if self.adapter_base else None
+        made = [self.files.result(), str(self.dtype), self.trust_remote_code, merged_on]
+        return content_key({"made_from": made})
 
     @classmethod
     def wrap(
@@ -142,13 +156,16 @@ def load_hooked(
     estimate = estimate_memory(size, devices)
     estimate.require_fit()
     tokenizer = load_tokenizer(asked if asked.has_tokenizer else weights)
+    files = files_digest(asked)
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
     hf_model = load_hugging_face(weights, dtype=dtype, device_map=places)
     if asked.is_adapter:
-        hf_model = merge_adapter(hf_model, asked)
-    require_finite(hf_model, asked.source)
+        hf_model = with_adapter(hf_model, asked)
     tokens = check_tokens(tokenizer, hf_model.config)
     expected = hugging_face_logits(hf_model, tokens) if check_logits else None
+    if asked.is_adapter:
+        hf_model = merged(hf_model, asked)
+    require_finite(hf_model, asked.source)
     model = hooked_from(hf_model, size.architecture, dtype=dtype, placement=estimate.placement)
     del hf_model
     give_tokenizer(model, tokenizer)
@@ -164,6 +181,7 @@ def load_hooked(
             require_same_logits(model, tokens, expected, asked.source) if expected else None
         ),
         adapter_base=weights.source if asked.is_adapter else None,
+        files=files,
     )
 
 

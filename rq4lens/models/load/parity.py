@@ -62,7 +62,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int
 @torch.no_grad()
 def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) -> Logits:
     """Logits of the Hugging Face model."""
-    device = hf_model.get_input_embeddings().weight.device
+    device = next(hf_model.get_input_embeddings().parameters()).device
     what = f"{hf_model.name_or_path} cannot read a plain sentence"
     with explained(what, "restore the config.json that belongs to the weights"):
         return [hf_model(input_ids=row.to(device), use_cache=False).logits.cpu() for row in tokens]

@@ -6,16 +6,26 @@ models have read the same text up to them, whole, with nothing strange among the
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.prompt_set import PromptSet
-from rq4lens.models.prompts.reading import ReadPrompt, decoded, n_leading_bos, read_prompt
-from rq4lens.models.prompts.record import Prompt
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
+from rq4lens.models.prompts.reading import (
+    ReadPrompt,
+    Reads,
+    decoded,
+    n_leading_bos,
+    read_prompt,
+    unreadable,
+)
+from rq4lens.models.prompts.record import Message, Prompt
 from rq4lens.models.prompts.rendering import apply_template
 
 if TYPE_CHECKING:
@@ -71,6 +81,8 @@ class PromptAudit:
         sides: each model's reading; a model that cannot read the prompt at all is absent.
         problems: why its numbers would compare different things; none if the prompt aligns.
         notes: what differs without harm.
+        same_tokens: whether both models read the same token ids.
+        misread_by: the sides whose own tokenizer.json reads other tokens than transformers does.
     """
 
     id: str
@@ -78,6 +90,8 @@ class PromptAudit:
     sides: Mapping[AuditSide, SideAudit]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    same_tokens: bool
+    misread_by: tuple[AuditSide, ...]
 
     @property
     def aligned(self) -> bool:
@@ -94,12 +108,14 @@ class Audit:
         reading: where prompts are decided, in a few words.
         notes: what holds for the whole set.
         excluded: the ids of prompts that a run leaves out because they do not align.
+        lacking: what a run of these prompts would refuse.
     """
 
     prompts: tuple[PromptAudit, ...]
     reading: str
     notes: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     @property
     def misaligned(self) -> tuple[str, ...]:
@@ -113,17 +129,41 @@ class Audit:
         return 100 * n_aligned / len(self.prompts) if self.prompts else None
 
     @property
-    def warning(self) -> str | None:
-        """What a report has to say if too few of the prompts that take part align."""
+    def n_same_tokens(self) -> int:
+        """How many prompts are the same token ids for both models."""
+        return sum(each.same_tokens for each in self.prompts)
+
+    @property
+    def enough(self) -> bool:
+        """Whether enough of the prompts that take part align."""
         n = len(self.prompts) - len(self.excluded)
         n_aligned = len(self.prompts) - len(self.misaligned)
-        share_pct = 100 * n_aligned / n if n else 100.0
-        if share_pct >= ENOUGH_PCT:
-            return None
+        return 100 * n_aligned >= ENOUGH_PCT * n and (n > 0 or not self.prompts)
+
+    @property
+    def warning(self) -> str | None:
+        """What a report has to say of the prompts that take part; None if all is well."""
+        said = [] if self.enough else [self._too_few]
+        misread = [each for each in self.prompts if each.misread_by]
+        if misread:
+            sides = dict.fromkeys(side for each in misread for side in each.misread_by)
+            said.append(
+                f"WARNING: transformers reads {len(misread)} of {len(self.prompts)} prompts, as "
+                f"{misread[0].id!r}, as other tokens than the tokenizer.json of "
+                f"{' and '.join(sides)} stands for: tokenizer_config.json makes another tokenizer "
+                "of it; save the one that the model was trained with."
+            )
+        return " ".join(said) or None
+
+    @property
+    def _too_few(self) -> str:
+        n = len(self.prompts) - len(self.excluded)
+        n_aligned = len(self.prompts) - len(self.misaligned)
+        cause = max(causes(self.prompts), key=lambda each: len(each.ids))
         return (
-            f"WARNING: only {n_aligned} of {n} prompts ({share_pct:.1f}%, less than "
-            f"{ENOUGH_PCT:g}%) are read alike by both models: their numbers compare different "
-            "places; see audit.json or rq4lens audit."
+            f"WARNING: only {n_aligned} of {n} prompts ({100 * n_aligned / max(n, 1):.1f}%, less "
+            f"than {ENOUGH_PCT:g}%) are read alike by both models: of {len(cause.ids)}, "
+            f"{cause.said.rstrip('.')}; see audit.json or rq4lens audit."
         )
 
     def n_cut(self, side: AuditSide) -> int:
@@ -140,6 +180,8 @@ class Audit:
             "n_misaligned": len(self.misaligned),
             "share_aligned_pct": self.share_aligned_pct,
             "n_excluded": len(self.excluded),
+            "n_same_tokens": self.n_same_tokens,
+            "lacking": list(self.lacking),
             "warning": self.warning,
             "n_cut_left": {side: self.n_cut(side) for side in AUDIT_SIDES},
             "notes": list(self.notes),
@@ -154,10 +196,63 @@ class Audit:
         }
 
 
+class Cause(NamedTuple):
+    """Why prompts do not align, or differ without harm: the words for the first, and all ids."""
+
+    said: str
+    ids: list[str]
+
+
+VALUES = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
+"""What differs from prompt to prompt in what is said of one cause: quoted text, and numbers."""
+
+
+def causes(
+    prompts: Iterable[PromptAudit], what: Literal["problems", "notes"] = "problems"
+) -> list[Cause]:
+    """Everything that was found, once each, with the prompts that it holds for."""
+    found: dict[str, Cause] = {}
+    for prompt in prompts:
+        for said in getattr(prompt, what):
+            found.setdefault(VALUES.sub("", said), Cause(said, [])).ids.append(prompt.id)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One model as far as it reads: its tokenizer, and how much it can read where that is known."""
+
+    side: AuditSide
+    tokenizer: PreTrainedTokenizerBase
+    reads: Reads | None = None
+
+    @cached_property
+    def own_file(self) -> Any:
+        """The tokenizer.json that lies with the model, as it stands; None without one."""
+        from tokenizers import Tokenizer  # noqa: PLC0415 - slow to import
+
+        folder = str(self.tokenizer.name_or_path)
+        path = Path(folder) / "tokenizer.json"
+        if not folder or not path.is_file():
+            return None
+        own = Tokenizer.from_file(str(path))
+        own.no_truncation()
+        own.no_padding()
+        return own
+
+    def misreads(self, text: str) -> bool:
+        """Whether transformers made of that file a tokenizer that reads a text otherwise."""
+        if self.own_file is None:
+            return False
+        as_it_stands = self.own_file.encode(text, add_special_tokens=False).ids
+        return bool(self.tokenizer(text, add_special_tokens=False)["input_ids"] != as_it_stands)
+
+
 def audit_prompts(
     prompts: PromptSet,
     tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase],
     reading: Reading | None = None,
+    reads: Mapping[AuditSide, Reads] | None = None,
 ) -> Audit:
     """Compare how two models read prompts; only their tokenizers are needed.
 
@@ -165,32 +260,53 @@ def audit_prompts(
         prompts: the prompts.
         tokenizers: each model's own tokenizer.
         reading: where prompts are decided and how long they may be.
+        reads: how much each model can read; left out, nothing is too long.
 
     Returns:
         What was found, prompt by prompt.
     """
-    reading = reading or Reading()
-    audited = tuple(_audit(prompt, tokenizers, reading) for prompt in prompts)
+    reading, reads = reading or Reading(), reads or {}
+    readers = [Reader(side, tokenizers[side], reads.get(side)) for side in AUDIT_SIDES]
+    audited = tuple(_audit(prompt, readers, reading) for prompt in prompts)
     return Audit(audited, reading.label, tuple(_notes(prompts, tokenizers)))
 
 
-def _audit(
-    prompt: Prompt, tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase], reading: Reading
-) -> PromptAudit:
+def lacking(prompts: PromptSet) -> tuple[str, ...]:
+    """Splits that every run needs, and these prompts do not have."""
+    there = ", ".join(prompts.splits) or "none"
+    return tuple(
+        f"no prompt has split {name!r}, which a run needs: the splits are {there}"
+        for name in (FIT_SPLIT, MEASURE_SPLIT)
+        if name not in prompts.splits
+    )
+
+
+def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> PromptAudit:
     read: dict[AuditSide, ReadPrompt] = {}
     found: dict[AuditSide, tuple[str, ...]] = {}
-    for side in AUDIT_SIDES:
+    for reader in readers:
         try:
-            read[side] = read_prompt(prompt, tokenizers[side], reading)
+            read[reader.side] = read_prompt(prompt, reader.tokenizer, reading)
         except UserError as problem:
-            found[side] = (str(problem),)
-    sides = {side: _side(each, tokenizers[side]) for side, each in read.items()}
+            found[reader.side] = (str(problem),)
+    able = [reader for reader in readers if reader.side in read]
+    sides = {reader.side: _side(read[reader.side], reader) for reader in able}
     problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
     notes: list[str] = []
     if len(sides) == len(AUDIT_SIDES):
         problems += _disagreements(read, sides)
         notes += _harmless(sides)
-    return PromptAudit(prompt.id, prompt.split, sides, tuple(problems), tuple(notes))
+    return PromptAudit(
+        prompt.id,
+        prompt.split,
+        sides,
+        tuple(problems),
+        tuple(notes),
+        same_tokens=len({each.kept for each in read.values()}) == 1 and len(read) == len(readers),
+        misread_by=tuple(
+            each.side for each in able if each.misreads(read[each.side].rendered.text)
+        ),
+    )
 
 
 def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
@@ -201,8 +317,8 @@ def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
     yield from (f"tuned: {what}" for what in tuned if what not in base)
 
 
-def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:
-    place = read.decision_end
+def _side(read: ReadPrompt, reader: Reader) -> SideAudit:
+    place, tokenizer = read.decision_end, reader.tokenizer
     start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
     before, after = (
         tuple(decoded(tokenizer, token) for token in read.tokens[part])
@@ -216,12 +332,15 @@ def _side(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> SideAudit:
         n_dropped=read.n_dropped,
         text_end=None if place is None else place.end,
         in_template=None if place is None else place.in_template,
-        problems=tuple(_problems(read, tokenizer)),
+        problems=tuple(_problems(read, reader)),
     )
 
 
-def _problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _problems(read: ReadPrompt, reader: Reader) -> Iterator[str]:
     """What is wrong with one model's reading."""
+    tokenizer, reads = reader.tokenizer, reader.reads
+    if reads is not None and (why := unreadable(read.kept, reader.side, reads)) is not None:
+        yield f"it {why}"
     yield from _special_problems(read, tokenizer)
     yield from _template_problems(read, tokenizer)
     yield from _character_problems(read)
@@ -246,12 +365,28 @@ def _template_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> 
         if read.rendered.parts is None:
             yield "its chat template does not hold the messages as they were written"
         without = apply_template(read.prompt, tokenizer, generation_prompt=False)
-        if read.rendered.text == without:
+        if read.rendered.text == without and _header_is_missing(read, tokenizer):
             yield "its chat template adds no generation prompt"
         if read.n_dropped:
             yield f"the start of its chat template is cut off, {read.n_dropped} tokens in all"
     elif read.spans is not None and read.n_dropped and _inside_character(read, read.first_kept):
         yield "the cut on the left goes through a character"
+
+
+def _header_is_missing(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes more before the next turn than what the prompt ends with.
+
+    Nothing but space is missing where a closing tag ends the user's turn and the model answers
+    behind it, or where the header of the answer is always written.
+    """
+    messages, stand_in = read.prompt.messages, chr(0xE000)
+    role = "user" if messages[-1].role == "assistant" else "assistant"
+    try:
+        longer = apply_template(read.prompt, tokenizer, [*messages, Message(role, stand_in)])
+    except UserError:  # it takes no further turn
+        return role == "user"
+    before, text = longer.partition(stand_in)[0], read.rendered.text.rstrip()
+    return before.startswith(text) and bool(before[len(text) :].strip())
 
 
 def _character_problems(read: ReadPrompt) -> Iterator[str]:
@@ -349,4 +484,6 @@ def _record(audit: PromptAudit) -> dict[str, Any]:
         **sides,
         "problems": list(audit.problems),
         "notes": list(audit.notes),
+        "same_tokens": audit.same_tokens,
+        "misread_by": list(audit.misread_by),
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 from rq4lens.disk.files import parse_json, read_text, short_reason
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.record import KEYS
+from rq4lens.models.prompts.record import KEYS, split_named
 
 Located = tuple[str, Any]
 """Where a record stands, and its value."""
@@ -64,8 +64,7 @@ def dataset_records(dataset: Any, where: str = "the dataset") -> Iterator[Locate
         yield from _rows(dataset, None, where)
         return
     for name, rows in dataset.items():
-        split = "val" if name == "validation" else name
-        yield from _rows(rows, split, f"{where}, split {name!r}")
+        yield from _rows(rows, split_named(name), f"{where}, split {name!r}")
 
 
 def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Located]:

@@ -131,7 +131,8 @@ class PromptSet:
 
     def without(self, ids: Collection[str]) -> PromptSet:
         """The prompts but those of these ids."""
-        return replace(self, prompts=tuple(each for each in self.prompts if each.id not in ids))
+        left_out = frozenset(ids)
+        return replace(self, prompts=tuple(p for p in self.prompts if p.id not in left_out))
 
     def labelled(self, group_by: Sequence[str], hold_out: str) -> PromptSet:
         """The same prompts, grouped and told apart by other fields.

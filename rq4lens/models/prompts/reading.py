@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 """First character of a token in the rendered text, and the one behind its last."""
+
+
+class Reads(NamedTuple):
+    """How much a model can read."""
+
+    n_ctx: int
+    d_vocab: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def tokenize(
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:
     """One prompt as one model reads it."""
     rendered = render(prompt, tokenizer)
-    tokens, spans = _encode(rendered.text, tokenizer)
+    tokens, spans = _encode(prompt, rendered.text, tokenizer)
     if reading.decision_rule in ("last", "last_content"):
         skipped = _special_ids(tokenizer) if reading.decision_rule == "last_content" else ()
         deciding = [index for index, token in enumerate(tokens) if token not in skipped]
@@ -96,12 +103,31 @@ def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
     return next(others, len(read.tokens))
 
 
+def unreadable(tokens: Sequence[int], side: str, model: Reads) -> str | None:
+    """Why a model cannot read so many tokens, or one of them."""
+    if len(tokens) > model.n_ctx:
+        return (
+            f"has {len(tokens)} tokens up to its decision token, but the {side} model reads at "
+            f"most {model.n_ctx}: shorten it, leave it out, or cut it from the left with "
+            "--max-tokens"
+        )
+    if max(tokens) >= model.d_vocab:
+        return (
+            f"has token {max(tokens)}, but the vocabulary of the {side} model has {model.d_vocab}: "
+            "save the model's own tokenizer with it, or resize its embeddings to the tokenizer's "
+            "length"
+        )
+    return None
+
+
 def _encode(
-    text: str, tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], tuple[Span | None, ...] | None]:
+    # A template holds all special tokens: apply_chat_template(tokenize=True) adds none either.
     rendered = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    whole = bool(prompt.messages) or rendered
     encoding: Any = tokenizer(
-        text, add_special_tokens=not rendered, return_offsets_mapping=tokenizer.is_fast
+        text, add_special_tokens=not whole, return_offsets_mapping=tokenizer.is_fast
     )
     tokens = tuple(encoding["input_ids"])
     if not tokenizer.is_fast:

@@ -75,6 +75,11 @@ class Prompt:
         return None if found is None else str(found)
 
 
+def split_named(name: str) -> str:
+    """A split by the name that this package gives to it."""
+    return "val" if name == "validation" else name
+
+
 def chat_text(messages: tuple[Message, ...]) -> str:
     """The text of a chat: its contents, a line break between them."""
     return "\n".join(message.content for message in messages)
@@ -97,7 +102,7 @@ def prompt_of_record(record: Any, where: str) -> Prompt:
     return Prompt(
         id=record["id"],
         text=record["text"] if messages is None else chat_text(messages),
-        split=record["split"],
+        split=split_named(record["split"]),
         group=group,
         meta=meta,
         messages=messages or (),

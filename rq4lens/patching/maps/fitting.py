@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Float, Float64, Int, Shaped
 from numpy import ndarray
-from sklearn.model_selection import GroupShuffleSplit
 from torch import Tensor
 
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
+from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations, check_layers
-from rq4lens.patching.maps.kinds import fit_block
+from rq4lens.patching.activations import PairActivations, check_layers, device_of
+from rq4lens.patching.maps.kinds import Fit, FitRows, fit_all
 from rq4lens.patching.maps.map import (
     DEFAULT_KIND,
     MAP_KINDS,
@@ -30,15 +31,21 @@ from rq4lens.patching.maps.map import (
     LayerMap,
     MapKind,
     MapScope,
+    from_blocks,
     get_map,
     put_map,
     to_blocks,
 )
 
-MAP_NUMERICS = 1
+MAP_NUMERICS = 2
 """Raised whenever the same ingredients would give other map weights than before."""
 
 MIN_GROUPS = 5
+HELD_OUT = 0.2
+"""Share of the train groups that judges the maps."""
+
+AT_ONCE = 8
+"""Subsets of rows that are held at once."""
 
 
 def fit_maps(
@@ -129,6 +136,7 @@ class MapRecipe:
         base, tuned = self.pair.base.card, self.pair.tuned.card
         return {
             "numerics": MAP_NUMERICS,
+            "libraries": arithmetic_libraries(),
             "base_weights": base.weights_fingerprint,
             "tuned_weights": tuned.weights_fingerprint,
             "base_config": base.config_fingerprint,
@@ -147,11 +155,19 @@ class MapRecipe:
 
 @dataclass(frozen=True)
 class FitData:
-    """The rows that the map of one layer is fitted on: base and tuned activations in float64."""
+    """The rows that the map of one layer is fitted on: base and tuned activations in float64.
+
+    Args:
+        x: source rows.
+        y: target rows.
+        groups: the group of each row.
+        device: where fits are computed.
+    """
 
     x: Float[Tensor, "row head d_head"]
     y: Float[Tensor, "row head d_head"]
     groups: Shaped[ndarray, "row"]
+    device: torch.device | str = "cpu"
 
     @classmethod
     def of(cls, activations: PairActivations, layer: int) -> FitData:
@@ -164,38 +180,80 @@ class FitData:
             ).double()
             for side in SIDES
         )
-        return cls(x, y, np.repeat(groups, activations.k_positions))
-
-    def some(self, rows: Bool[ndarray, "row"]) -> FitData:
-        """Some of the rows."""
-        kept = torch.from_numpy(rows)
-        return FitData(self.x[kept], self.y[kept], self.groups[rows])
+        return cls(x, y, np.repeat(groups, activations.k_positions), _device_of(activations.pair))
 
     def unpaired(self, seed: int) -> FitData:
         """The same rows, each base row beside the tuned row of another prompt."""
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.y)))
         return replace(self, y=self.y[order])
 
+    def rows(self, scope: MapScope) -> FitRows:
+        """The rows by block, where fits are computed."""
+        x, y = (
+            einops.rearrange(to_blocks(z, scope), "row block d -> block row d").to(self.device)
+            for z in (self.x, self.y)
+        )
+        return FitRows(x, y, self.groups)
+
+
+def _device_of(pair: ModelPair) -> torch.device:
+    """The device of a loaded model, if it computes in float64."""
+    members = (pair.member(side) for side in reversed(SIDES))
+    found = next((device_of(each.model) for each in members if each.is_loaded), None)
+    return found if found is not None and found.type == "cuda" else torch.device("cpu")
+
 
 def refit(layer_map: LayerMap, data: FitData, kind: MapKind | None = None) -> LayerMap:
     """A map of the same scope on other rows or of another kind; it has no diagnostics."""
     kind = kind or layer_map.kind
-    weight, bias, _ = _fit_blocks(kind, layer_map.scope, data)
+    (fit,) = fit_all(kind, [data.rows(layer_map.scope)])
+    weight, bias = _tensors(fit)
     return replace(layer_map, kind=kind, weight=weight, bias=bias, diagnostics=(), details={})
+
+
+def fit_subsets(
+    kind: MapKind,
+    data: FitData,
+    subsets: Sequence[Int[ndarray, "_"]],
+    scope: MapScope = "head",
+) -> list[Fit]:
+    """Fit maps on subsets of rows, such as all prompts but those of one content.
+
+    A subset that lacks few rows takes its sums from those of all rows, so that leaving out each
+    content in turn reads every row twice, however many contents there are.
+
+    Args:
+        kind: how to fit.
+        data: rows ``[row head d_head]``; what ``x`` and ``y`` hold need not be the same heads: each
+            place of the second axis is a problem of its own.
+        subsets: indices of the rows of each subset.
+        scope: one map per place of the second axis, or one over all of them.
+
+    Returns:
+        A fit per subset, on the data's device; call it with rows ``[row block d]``.
+    """
+    rows, found = data.rows(scope), []
+    for start in range(0, len(subsets), AT_ONCE):
+        found += fit_all(kind, [rows.part(kept) for kept in subsets[start : start + AT_ONCE]])
+    return found
 
 
 def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
     data = FitData.of(activations, recipe.layer)
-    weight, bias, details = _fit_blocks(recipe.kind, recipe.scope, data)
-    rows, width = len(data.x), weight.shape[-1]
-    if rows < 2 * width:
+    rows = data.rows(recipe.scope)
+    n_rows, width = rows.x.shape[1:]
+    if n_rows < 2 * width:
         warnings.warn(
-            f"the map of layer {recipe.layer} is {width} wide and has only {rows} train rows: it "
+            f"the map of layer {recipe.layer} is {width} wide and has only {n_rows} train rows: it "
             "may fit them without generalising; use more train prompts or maps per head, and read "
             "the held-out R².",
             stacklevel=4,
         )
-    fitted = LayerMap(
+    split = _calibration_split(recipe, data.groups)
+    samples = [rows] if split is None else [rows, *_calibration_rows(rows, split.kept, recipe.seed)]
+    fit, *judged = fit_all(recipe.kind, samples)
+    weight, bias = _tensors(fit)
+    return LayerMap(
         layer=recipe.layer,
         kind=recipe.kind,
         scope=recipe.scope,
@@ -203,80 +261,115 @@ def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
         bias=bias,
         n_heads=recipe.pair.n_heads,
         ingredients=recipe.to_dict(),
-        details={"train_rows": rows, "blocks": details},
+        diagnostics=() if split is None else _judge(judged, data, split, recipe.scope),
+        details={"train_rows": n_rows, "blocks": _by_block(fit)},
     )
-    return replace(fitted, diagnostics=_held_out(fitted, data, recipe.seed))
 
 
-def _fit_blocks(
-    kind: MapKind, scope: MapScope, data: FitData
-) -> tuple[Float[Tensor, "block d_block d_block"], Float[Tensor, "block d_block"], dict[str, Any]]:
-    """Weights, biases, and what the fits chose by themselves."""
-    x, y = (to_blocks(z, scope).numpy() for z in (data.x, data.y))
-    fits = [fit_block(kind, x[:, block], y[:, block], data.groups) for block in range(x.shape[1])]
-    weight = torch.tensor(np.stack([fit.weight for fit in fits]), dtype=torch.float32)
-    bias = torch.tensor(np.stack([fit.bias for fit in fits]), dtype=torch.float32)
-    details = {str(block): fit.details for block, fit in enumerate(fits) if fit.details}
-    return weight, bias, details
+def _tensors(fit: Fit) -> tuple[Tensor, Tensor]:
+    """Weights and biases as a map holds them."""
+    return fit.weight.to("cpu", torch.float32), fit.bias.to("cpu", torch.float32)
 
 
-def _held_out(fitted: LayerMap, data: FitData, seed: int) -> tuple[HeadDiagnostics, ...]:
-    """How well predictors of the tuned activations do on held-out prompts, head by head."""
-    x, y, groups = data.x, data.y, data.groups
+def _by_block(fit: Fit) -> dict[str, dict[str, Any]]:
+    """What the fits chose by themselves, as a map's details hold it."""
+    blocks = zip(*fit.details.values(), strict=True)
+    return {
+        str(block): dict(zip(fit.details, row, strict=True)) for block, row in enumerate(blocks)
+    }
+
+
+class Split(NamedTuple):
+    """Indices of rows that fit the judged maps, and of those that judge them."""
+
+    kept: Int[ndarray, "_"]
+    held: Int[ndarray, "_"]
+
+
+def _calibration_split(recipe: MapRecipe, groups: Shaped[ndarray, "row"]) -> Split | None:
     n_groups = len(np.unique(groups))
-    if n_groups < MIN_GROUPS:
-        warnings.warn(
-            f"the map of layer {fitted.layer} has no held-out diagnostics: its train prompts are "
-            f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
-            stacklevel=5,
-        )
-        return ()
-    split = GroupShuffleSplit(1, test_size=0.2, random_state=seed)
-    kept, held = next(split.split(x, groups=groups))
+    if n_groups >= MIN_GROUPS:
+        return group_split(groups, recipe.seed)
+    warnings.warn(
+        f"the map of layer {recipe.layer} has no held-out diagnostics: its train prompts are "
+        f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
+        stacklevel=5,
+    )
+    return None
+
+
+def group_split(groups: Shaped[ndarray, "row"], seed: int) -> Split:
+    """Hold a fifth of the groups out, as ``GroupShuffleSplit`` of scikit-learn does."""
+    names, group_of = np.unique(groups, return_inverse=True)
+    order = np.random.RandomState(seed).permutation(len(names))
+    held = np.isin(group_of, order[: math.ceil(HELD_OUT * len(names))])
+    return Split(np.flatnonzero(~held), np.flatnonzero(held))
+
+
+def _calibration_rows(rows: FitRows, kept: Int[ndarray, "_"], seed: int) -> tuple[FitRows, FitRows]:
+    """The kept rows, and the same with the prompts of the two models unpaired."""
     unpaired = np.random.default_rng(seed).permutation(kept)
+    return rows.part(kept), FitRows(rows.x[:, kept], rows.y[:, unpaired], rows.groups[kept])
 
-    def predict(targets: Any) -> Tensor:
-        rows = FitData(x[kept], y[targets], groups[kept])
-        return refit(fitted, rows)(x[held])
 
-    constant = y[kept].mean(0).expand_as(y[held])
-    predictors = [predict(kept), constant, x[held], predict(unpaired)]
-    target, *predicted = (each.numpy() for each in (y[held], *predictors))
+def _judge(
+    fits: Sequence[Fit], data: FitData, split: Split, scope: MapScope
+) -> tuple[HeadDiagnostics, ...]:
+    """How well predictors of the tuned activations do on held-out prompts, head by head."""
+    x, y = (z[split.held].to(data.device) for z in (data.x, data.y))
+    fitted, shuffled = (from_blocks(fit(to_blocks(x, scope)), x.shape[1]) for fit in fits)
+    constant = data.y[split.kept].mean(0).to(y).expand_as(y)
+    by_predictor = [fit_qualities(each, y) for each in (fitted, constant, x, shuffled)]
     return tuple(
-        HeadDiagnostics(head, *(fit_quality(each[:, head], target[:, head]) for each in predicted))
-        for head in range(target.shape[1])
+        HeadDiagnostics(head, *row) for head, row in enumerate(zip(*by_predictor, strict=True))
     )
 
 
-Rows = Float64[ndarray, "row d_head"]
+HeadRows = Float64[Tensor, "row head d_head"]
+PerHead = Float64[Tensor, "head"]
 
 
-def fit_quality(predicted: Rows, target: Rows) -> FitQuality:
-    """R², mean cosine and linear CKA of predictions; None where a quantity is undefined."""
-    return FitQuality(r2(predicted, target), mean_cosine(predicted, target), cka(predicted, target))
+def fit_qualities(predicted: HeadRows, target: HeadRows) -> list[FitQuality]:
+    """R², mean cosine and linear CKA of each head; None where a quantity is undefined."""
+    measures = (each(predicted, target).tolist() for each in (r2, mean_cosine, cka))
+    return [
+        FitQuality(*(None if math.isnan(value) else value for value in row))
+        for row in zip(*measures, strict=True)
+    ]
 
 
-def r2(predicted: Rows, target: Rows) -> float | None:
-    """``1 - |target - predicted|² / |target - mean(target)|²``, at most 1."""
-    spread = ((target - target.mean(axis=0)) ** 2).sum()
-    return float(1 - ((target - predicted) ** 2).sum() / spread) if spread > 0 else None
+def r2(predicted: HeadRows, target: HeadRows) -> PerHead:
+    """``1 - |target - predicted|² / |target - mean(target)|²``, at most 1; NaN where undefined."""
+    spread, left = (_energy(z) for z in (_around_mean(target), target - predicted))
+    return torch.where(spread > 0, 1 - left / spread, torch.nan)
 
 
-def mean_cosine(predicted: Rows, target: Rows) -> float | None:
-    """Mean over rows of the cosine between prediction and target."""
-    norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(target, axis=1)
-    return float(((predicted * target).sum(axis=1) / norms).mean()) if norms.all() else None
+def mean_cosine(predicted: HeadRows, target: HeadRows) -> PerHead:
+    """Mean over rows of the cosine between prediction and target; NaN where one is zero."""
+    return ((predicted * target).sum(2) / (predicted.norm(dim=2) * target.norm(dim=2))).mean(0)
 
 
-def cka(predicted: Rows, target: Rows) -> float | None:
-    """Linear centred kernel alignment, in [0, 1].
+def cka(predicted: HeadRows, target: HeadRows) -> PerHead:
+    """Linear centred kernel alignment, in [0, 1]; NaN where one side is constant.
 
     Source: Kornblith et al., "Similarity of neural network representations revisited" (2019),
     the linear case of equation 4.
     """
-    x, y = predicted - predicted.mean(axis=0), target - target.mean(axis=0)
-    scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    x, y = _around_mean(predicted), _around_mean(target)
+    scale = (_kernel(x, x) * _kernel(y, y)).sqrt()
     # A constant predictor has no spread up to rounding; its alignment is not defined.
-    if np.allclose(x, 0) or np.allclose(y, 0):
-        return None
-    return float(np.linalg.norm(x.T @ y) ** 2 / scale)
+    constant = torch.stack([(z.abs() <= 1e-8).all(2).all(0) for z in (x, y)]).any(0)
+    return torch.where(constant, torch.nan, _kernel(x, y) / scale)
+
+
+def _around_mean(z: HeadRows) -> HeadRows:
+    return z - z.mean(0)
+
+
+def _energy(z: HeadRows) -> PerHead:
+    return z.square().sum((0, 2))
+
+
+def _kernel(x: HeadRows, y: HeadRows) -> PerHead:
+    """``|xᵀ y|²``."""
+    return torch.einsum("rhi,rhj->hij", x, y).square().sum((1, 2))

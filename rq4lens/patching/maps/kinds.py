@@ -1,157 +1,353 @@
-"""How each kind of map is fitted: one function per kind, all of one form.
+"""How each kind of map is fitted: one function per kind, for all blocks at once, in float64.
 
-A fitter takes source rows ``x`` and target rows ``y``, both ``[row d]`` in float64, and returns
-``ẑ = x W + b`` as a :class:`Fit`. Rows of ``x`` and ``y`` with the same index belong together.
+A fitter takes samples of rows and returns ``ẑ = x W + b`` of each as a :class:`Fit`. A block is
+whatever has a map of its own: a head, a layer's heads jointly, or any other pair of a source and a
+target. All decompositions are batched and run where the rows lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Shaped
+import torch
+from jaxtyping import Float, Float64, Int, Shaped
 from numpy import ndarray
-from scipy.linalg import orthogonal_procrustes
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import GroupKFold
+from torch import Tensor
 
 from rq4lens.config import MapKind
 
 RIDGE_STRENGTHS = np.logspace(-6, 6, 25)
 LOW_RANK = 4
 
+Groups = Shaped[ndarray, "row"]
+Indices = Int[ndarray, "_"]
+BlockRows = Float64[Tensor, "block row d"]
+Matrices = Float64[Tensor, "block d d"]
+
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted affine map of one block; ``details`` is what the fit chose by itself."""
+    """Fitted affine maps; ``details`` is what each fit chose by itself, by name, block by block."""
 
-    weight: Float64[ndarray, "d d"]
-    bias: Float64[ndarray, "d"]
+    weight: Float64[Tensor, "*block d d"]
+    bias: Float64[Tensor, "*block d"]
     details: dict[str, Any] = field(default_factory=dict)
 
+    def __call__(self, x: Float[Tensor, "row block d"]) -> Float64[Tensor, "row block d"]:
+        """Map rows of every block."""
+        return torch.einsum("rbi,bij->rbj", x.to(self.weight), self.weight) + self.bias
 
-Rows = Float64[ndarray, "row d"]
-Groups = Shaped[ndarray, "row"]
+
+class FitRows:
+    """Rows of several blocks; ``x`` and ``y`` with the same index belong together.
+
+    Args:
+        x: source rows.
+        y: target rows.
+        groups: the group of each row.
+        whole: the rows that these are a part of, and which of them are left out.
+    """
+
+    def __init__(
+        self,
+        x: BlockRows,
+        y: BlockRows,
+        groups: Groups,
+        whole: tuple[FitRows, Indices] | None = None,
+    ) -> None:
+        self.x, self.y, self.groups, self._whole = x, y, groups, whole
+        self.mean_x, self.centred_x = _centred(x)
+        self.mean_y, self.centred_y = _centred(y)
+
+    def part(self, kept: Indices) -> FitRows:
+        """Some of the rows; products of a part that lacks few are those of the whole, downdated."""
+        left = np.setdiff1d(np.arange(len(self.groups)), kept)
+        whole = (self, left) if len(left) < len(kept) else None
+        return FitRows(self.x[:, kept], self.y[:, kept], self.groups[kept], whole)
+
+    @cached_property
+    def xx(self) -> Matrices:
+        """``xᵀ x`` of centred rows."""
+        return self._product("x", "x")
+
+    @cached_property
+    def xy(self) -> Matrices:
+        """``xᵀ y`` of centred rows."""
+        return self._product("x", "y")
+
+    def _product(self, one: str, other: str) -> Matrices:
+        a, b = getattr(self, f"centred_{one}"), getattr(self, f"centred_{other}")
+        if self._whole is None:
+            return a.mT @ b
+        whole, left = self._whole
+        c, d = (getattr(whole, f"centred_{name}")[:, left] for name in (one, other))
+        # All centred rows sum to 0, so what is left out sums to minus the sum of what stays.
+        apart = c.sum(1)[:, :, None] * d.sum(1)[:, None] / a.shape[1]
+        varies = a.any(1)[:, :, None] & b.any(1)[:, None]
+        return torch.where(varies, getattr(whole, one + other) - c.mT @ d - apart, 0.0)
 
 
-def fit_block(kind: MapKind, x: Rows, y: Rows, groups: Groups) -> Fit:
+def _centred(z: BlockRows) -> tuple[Float64[Tensor, "block d"], BlockRows]:
+    """Means, and rows around them; what never varies is 0 exactly."""
+    shifted = z - z[:, :1]
+    mean = shifted.mean(1)
+    return z[:, 0] + mean, shifted - mean[:, None]
+
+
+def fit_all(kind: MapKind, samples: Sequence[FitRows]) -> list[Fit]:
+    """Fit every block of every sample."""
+    return FITTERS[kind](samples)
+
+
+def fit_block(
+    kind: MapKind, x: Float64[ndarray, "row d"], y: Float64[ndarray, "row d"], groups: Groups
+) -> Fit:
     """Fit one block."""
-    return FITTERS[kind](x, y, groups)
+    (fit,) = fit_all(kind, [FitRows(torch.from_numpy(x)[None], torch.from_numpy(y)[None], groups)])
+    return Fit(fit.weight[0], fit.bias[0], {name: each[0] for name, each in fit.details.items()})
 
 
-def _identity(x: Rows, _y: Rows, _groups: Groups) -> Fit:
-    width = x.shape[1]
-    return Fit(np.eye(width), np.zeros(width))
+def _identity(samples: Sequence[FitRows]) -> list[Fit]:
+    return [Fit(_eye(rows), torch.zeros_like(rows.mean_x)) for rows in samples]
 
 
-def _mean_shift(x: Rows, y: Rows, _groups: Groups) -> Fit:
-    return _through_means(np.eye(x.shape[1]), x, y)
+def _mean_shift(samples: Sequence[FitRows]) -> list[Fit]:
+    return [_through_means(_eye(rows), rows) for rows in samples]
 
 
-def _moments(x: Rows, y: Rows, _groups: Groups) -> Fit:
+def _moments(samples: Sequence[FitRows]) -> list[Fit]:
     """Match mean and standard deviation of each coordinate."""
-    spread_x, spread_y = x.std(axis=0), y.std(axis=0)
-    # A coordinate that never varies in the source carries nothing: it maps to the target mean.
-    ratio = np.divide(spread_y, spread_x, out=np.zeros_like(spread_x), where=spread_x > 0)
-    return _through_means(np.diag(ratio), x, y)
+    fits = []
+    for rows in samples:
+        spread_x, spread_y = (z.square().mean(1).sqrt() for z in (rows.centred_x, rows.centred_y))
+        # A coordinate that never varies in the source carries nothing: it maps to the target mean.
+        ratio = torch.where(spread_x > 0, spread_y / spread_x, 0.0)
+        fits.append(_through_means(torch.diag_embed(ratio), rows))
+    return fits
 
 
-def _procrustes(x: Rows, y: Rows, _groups: Groups) -> Fit:
+def _procrustes(samples: Sequence[FitRows]) -> list[Fit]:
     """Closest rotation or reflection between the centred activations.
 
     Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem",
-    Psychometrika 31 (1966).
+    Psychometrika 31 (1966): the polar factor of ``xᵀ y``.
     """
-    rotation, _ = orthogonal_procrustes(*_centred(x, y))
-    return _through_means(rotation, x, y)
+    return [
+        _through_means(rotation, rows)
+        for rotation, rows in zip(_rotations(samples), samples, strict=True)
+    ]
 
 
-def _procrustes_scaled(x: Rows, y: Rows, _groups: Groups) -> Fit:
+def _procrustes_scaled(samples: Sequence[FitRows]) -> list[Fit]:
     """Closest rotation times one scale between the centred activations.
 
     Source: Schönemann and Carroll, "Fitting one matrix to another under choice of a central
     dilation and a rigid motion", Psychometrika 35 (1970): the scale is the nuclear norm of
-    ``x^T y`` over the squared norm of ``x``.
+    ``xᵀ y`` over the squared norm of ``x``.
     """
-    x_centred, y_centred = _centred(x, y)
-    rotation, nuclear_norm = orthogonal_procrustes(x_centred, y_centred)
-    energy = float((x_centred**2).sum())
-    # A source that never varies carries nothing: everything maps to the target mean.
-    scale = nuclear_norm / energy if energy > 0 else 0.0
-    return _through_means(scale * rotation, x, y, scale=float(scale))
+    fits = []
+    for rotation, rows in zip(_rotations(samples), samples, strict=True):
+        nuclear_norm, energy = (rotation * rows.xy).sum((1, 2)), rows.centred_x.square().sum((1, 2))
+        # A source that never varies carries nothing: everything maps to the target mean.
+        scale = torch.where(energy > 0, nuclear_norm / energy, 0.0)
+        fits.append(_through_means(scale[:, None, None] * rotation, rows, scale=scale.tolist()))
+    return fits
 
 
-def _ridge(x: Rows, y: Rows, groups: Groups) -> Fit:
+def _rotations(samples: Sequence[FitRows]) -> Sequence[Matrices]:
+    found = polar_factor(torch.cat([rows.xy for rows in samples]))
+    return found.split([len(rows.x) for rows in samples])
+
+
+def polar_factor(matrices: Matrices) -> Matrices:
+    """The orthogonal matrix closest to each matrix: ``U Vᵀ`` of its singular vectors.
+
+    On a GPU, where singular values are slow, by Newton's iteration; a matrix that it fails at, such
+    as a singular one, takes the decomposition.
+    """
+    if matrices.device.type == "cpu":
+        return _polar_by_svd(matrices)
+    found = polar_by_newton(matrices)
+    symmetric, norm = found.mT @ matrices, torch.linalg.matrix_norm(matrices)
+    eye = torch.eye(matrices.shape[-1]).to(matrices)
+    errors = torch.stack(
+        [
+            torch.linalg.matrix_norm(symmetric - symmetric.mT) / norm,
+            torch.linalg.matrix_norm(found.mT @ found - eye),
+        ]
+    )
+    failed = ~(errors.amax(0) < 1e-9)  # also where a number is not finite
+    if failed.any():
+        found[failed] = _polar_by_svd(matrices[failed])
+    return found
+
+
+def _polar_by_svd(matrices: Matrices) -> Matrices:
+    u, _, vt = torch.linalg.svd(matrices)
+    return u @ vt
+
+
+def polar_by_newton(matrices: Matrices, most: int = 30) -> Matrices:
+    """Newton's iteration for the polar factor, scaled to converge in about ten steps.
+
+    Source: Higham, "Computing the polar decomposition, with applications", SIAM Journal on
+    Scientific and Statistical Computing 7 (1986), with the scale of Dubrulle, "An optimum iteration
+    for the matrix polar decomposition", ETNA 8 (1999).
+    """
+    found = matrices / torch.linalg.matrix_norm(matrices, keepdim=True)
+    for _ in range(most):
+        inverse = torch.linalg.inv_ex(found)[0].mT
+        norms = (torch.linalg.matrix_norm(z, keepdim=True) for z in (inverse, found))
+        scale = torch.div(*norms).sqrt()
+        before, found = found, (scale * found + inverse / scale) / 2
+        if not torch.linalg.matrix_norm(found - before).nan_to_num().max() > 1e-9:
+            break  # convergence is quadratic: the next step would change nothing
+    return found
+
+
+def _ridge(samples: Sequence[FitRows]) -> list[Fit]:
     """Least squares with a penalty on ``W``, its strength chosen by cross-validation."""
-    weight, strength = _ridge_weight(*_centred(x, y), groups)
-    return _through_means(weight, x, y, strength=strength)
+    fits = []
+    for rows in samples:
+        weight, strength = _ridge_weight(rows, rows.centred_y)
+        fits.append(_through_means(weight, rows, strength=strength))
+    return fits
 
 
-def _low_rank(x: Rows, y: Rows, groups: Groups) -> Fit:
+def _low_rank(samples: Sequence[FitRows]) -> list[Fit]:
     """Identity plus a correction of rank at most ``LOW_RANK``, as a low-rank fine-tune makes.
 
     Source: reduced-rank regression, Izenman, Journal of Multivariate Analysis 5 (1975): the ridge
     solution for ``y - x`` is projected onto the leading directions of what it predicts.
     """
-    x_centred, y_centred = _centred(x, y)
-    correction, strength = _ridge_weight(x_centred, y_centred - x_centred, groups)
-    _, spread, directions = np.linalg.svd(x_centred @ correction, full_matrices=False)
-    leading = directions[:LOW_RANK]
-    return _through_means(
-        np.eye(x.shape[1]) + correction @ leading.T @ leading,
-        x,
-        y,
-        strength=strength,
-        rank=len(leading),
-        spread=spread[:LOW_RANK].tolist(),
-        first_direction=leading[0].tolist(),
+    fits = []
+    for rows in samples:
+        correction, strength = _ridge_weight(rows, rows.centred_y - rows.centred_x)
+        _, spread, directions = torch.linalg.svd(rows.centred_x @ correction, full_matrices=False)
+        leading = directions[:, :LOW_RANK]
+        fits.append(
+            _through_means(
+                _eye(rows) + correction @ leading.mT @ leading,
+                rows,
+                strength=strength,
+                rank=[leading.shape[1]] * len(leading),
+                spread=spread[:, :LOW_RANK].tolist(),
+                first_direction=leading[:, 0].tolist(),
+            )
+        )
+    return fits
+
+
+def _ridge_weight(rows: FitRows, y: BlockRows) -> tuple[Matrices, list[float | None]]:
+    x, n_groups = rows.centred_x, len(np.unique(rows.groups))
+    varies = x.any(2).any(1)
+    if n_groups < 2 or not varies.any():
+        return torch.zeros_like(_eye(rows)), [None] * len(x)
+    strengths = torch.from_numpy(RIDGE_STRENGTHS).to(x) * x.square().mean((1, 2))[:, None]
+    spectrum = _spectrum(x, lambda: rows.xx)
+    # With a group a row, leaving each out has a closed form.
+    grouped = n_groups < len(rows.groups)
+    errors = (
+        _group_errors(rows, y, strengths)
+        if grouped
+        else _leave_one_out_errors(x, y, spectrum, strengths)
     )
+    strength = strengths.gather(1, errors.argmin(1, keepdim=True))[:, 0]
+    weight = spectrum.weight(spectrum.outward.mT @ y, strength)
+    # A source that never varies carries nothing.
+    weight = torch.where(varies[:, None, None], weight, 0.0)
+    chosen = zip(strength.tolist(), varies.tolist(), strict=True)
+    return weight, [value if counts else None for value, counts in chosen]
 
 
-def _ridge_weight(
-    x_centred: Rows, y_centred: Rows, groups: Groups
-) -> tuple[Float64[ndarray, "d d"], float | None]:
-    n_groups = len(np.unique(groups))
-    if n_groups < 2 or not x_centred.any():
-        return np.zeros((x_centred.shape[1], y_centred.shape[1])), None
-    strengths = RIDGE_STRENGTHS * float((x_centred**2).mean())
-    if n_groups < len(groups):
-        strengths = strengths[[_group_errors(x_centred, y_centred, groups, strengths).argmin()]]
-    # With one strength this is the fit; with several, leave-one-out has a closed form.
-    model = RidgeCV(strengths, fit_intercept=False).fit(x_centred, y_centred)
-    return model.coef_.T, float(model.alpha_)
+class _Spectrum(NamedTuple):
+    """Rows ``x`` decomposed so that the ridge weight is ``inward (values + λ)⁻¹ outwardᵀ y``.
 
-
-def _group_errors(
-    x: Rows, y: Rows, groups: Groups, strengths: Float64[ndarray, "strength"]
-) -> Float64[ndarray, "strength"]:
-    """Squared error of each strength on held-out groups, in up to five folds.
-
-    One singular value decomposition of a fold's rows serves every strength: ``W`` is
-    ``V diag(s / (s² + strength)) Uᵀ y``.
+    Its smaller side is decomposed: of ``xᵀ x = V Λ Vᵀ`` these are ``V`` and ``x V``, of
+    ``x xᵀ = U Λ Uᵀ`` they are ``xᵀ U`` and ``U``.
     """
-    errors = np.zeros(len(strengths))
-    folds = GroupKFold(min(5, len(np.unique(groups))))
-    for kept, held in folds.split(x, groups=groups):
-        u, s, vt = np.linalg.svd(x[kept], full_matrices=False)
-        target, source = u.T @ y[kept], x[held] @ vt.T
-        for index, strength in enumerate(strengths):
-            shrunk = target * (s / (s**2 + strength))[:, None]
-            errors[index] += ((y[held] - source @ shrunk) ** 2).sum()
+
+    values: Float64[Tensor, "block k"]
+    inward: Float64[Tensor, "block d k"]
+    outward: Float64[Tensor, "block row k"]
+
+    def weight(
+        self, target: Float64[Tensor, "block k d"], strength: Float64[Tensor, "block"]
+    ) -> Matrices:
+        return self.inward @ (target / (self.values + strength[:, None])[:, :, None])
+
+
+def _spectrum(x: BlockRows, products: Callable[[], Matrices]) -> _Spectrum:
+    if x.shape[1] > x.shape[2]:
+        values, vectors = torch.linalg.eigh(products())
+        return _Spectrum(values.clamp(min=0), vectors, x @ vectors)
+    values, vectors = torch.linalg.eigh(x @ x.mT)
+    return _Spectrum(values.clamp(min=0), x.mT @ vectors, vectors)
+
+
+Strengths = Float64[Tensor, "block strength"]
+
+
+def _leave_one_out_errors(
+    x: BlockRows, y: BlockRows, spectrum: _Spectrum, strengths: Strengths
+) -> Strengths:
+    """Squared error of each strength on rows left out one by one: ``(e / (1 - h))²``."""
+    scores, target = x @ spectrum.inward, spectrum.outward.mT @ y
+    errors = []
+    for strength in strengths.T:
+        shrunk = scores / (spectrum.values + strength[:, None])[:, None]
+        leverage = (shrunk * spectrum.outward).sum(2, keepdim=True)
+        errors.append(((y - shrunk @ target) / (1 - leverage)).square().sum((1, 2)))
+    return torch.stack(errors, dim=1)
+
+
+def _group_errors(rows: FitRows, y: BlockRows, strengths: Strengths) -> Strengths:
+    """Squared error of each strength on held-out groups, in up to five folds."""
+    x, errors = rows.centred_x, torch.zeros_like(strengths)
+    for kept, held in group_folds(rows.groups):
+        tested = x[:, held]
+        spectrum = _spectrum(x[:, kept], partial(_downdated, rows, tested))
+        scores, target = tested @ spectrum.inward, spectrum.outward.mT @ y[:, kept]
+        for index, strength in enumerate(strengths.T):
+            shrunk = scores / (spectrum.values + strength[:, None])[:, None]
+            errors[:, index] += (y[:, held] - shrunk @ target).square().sum((1, 2))
     return errors
 
 
-def _centred(x: Rows, y: Rows) -> tuple[Rows, Rows]:
-    return x - x.mean(axis=0), y - y.mean(axis=0)
+def _downdated(rows: FitRows, left: BlockRows) -> Matrices:
+    return rows.xx - left.mT @ left
 
 
-def _through_means(weight: Float64[ndarray, "d d"], x: Rows, y: Rows, **details: Any) -> Fit:
-    return Fit(weight, y.mean(axis=0) - x.mean(axis=0) @ weight, details)
+def group_folds(groups: Groups, most: int = 5) -> list[tuple[Indices, Indices]]:
+    """Folds of about equal size that keep groups whole, as ``GroupKFold`` of scikit-learn has them.
+
+    From the largest group down, each joins the lightest fold.
+    """
+    _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    weights = np.zeros(min(most, len(sizes)))
+    fold_of = np.zeros(len(sizes), dtype=int)
+    for group in np.argsort(sizes, kind="stable")[::-1]:
+        fold_of[group] = np.argmin(weights)
+        weights[fold_of[group]] += sizes[group]
+    held = [fold_of[group_of] == fold for fold in range(len(weights))]
+    return [(np.flatnonzero(~each), np.flatnonzero(each)) for each in held]
 
 
-FITTERS: dict[MapKind, Callable[[Rows, Rows, Groups], Fit]] = {
+def _eye(rows: FitRows) -> Matrices:
+    width = rows.x.shape[2]
+    return torch.eye(width).to(rows.x).expand(len(rows.x), width, width)
+
+
+def _through_means(weight: Matrices, rows: FitRows, **details: list[Any]) -> Fit:
+    bias = rows.mean_y - (rows.mean_x[:, None] @ weight)[:, 0]
+    return Fit(weight, bias, details)
+
+
+FITTERS: dict[MapKind, Callable[[Sequence[FitRows]], list[Fit]]] = {
     "identity": _identity,
     "mean_shift": _mean_shift,
     "moments": _moments,

@@ -68,7 +68,7 @@ def assert_nothing_is_claimed(analysis, because):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_of_noise_in_every_weight_nothing_is_claimed(seed):
-    """Base beside base plus 2% of noise: its noise pair moves base as far."""
+    """Base beside base plus 2% of noise: its noise pair moves base about as far."""
     base = tiny_model(seed)
     tuned = plant(base, how=Planting(drift=0.02, seed=seed)).tuned
     analysis = analysis_of(pair_of(base, tuned, random_prompts(n_train=96, n_val=48)))

@@ -25,7 +25,7 @@ from dialect_world import (
 from safetensors.torch import load_file
 from scipy.linalg import orthogonal_procrustes
 from tiny import grid_of
-from train_dialect import READERS, Phase, Recipe
+from train_dialect import READERS, TAUGHT, Phase, Recipe
 from transformers import AutoTokenizer, GPT2LMHeadModel
 from word_tokenizer import build_tokenizer
 
@@ -159,7 +159,9 @@ def test_a_shift_changes_no_answer():
     before = model(tokens).logits
     values = model.transformer.h[1].attn.c_attn.bias.clone()
     train.shift(model, replace(TINY, shift=10.0))
-    assert (model.transformer.h[1].attn.c_attn.bias - values).norm() == pytest.approx(10, rel=1e-5)
+    assert float((model.transformer.h[1].attn.c_attn.bias - values).norm()) == pytest.approx(
+        10, rel=1e-5
+    )
     assert (model(tokens).logits - before).abs().max() < 1e-4
 
 
@@ -180,11 +182,11 @@ def named(n_heads, d_model):
     width = d_model // n_heads
     names = {f"transformer.h.{i}.attn.c_attn.{x}" for i in (1, 2) for x in ("weight", "bias")}
     names |= {f"transformer.h.1.attn.c_proj.{x}" for x in ("weight", "bias")}
-    return names, {(i, h * width + column) for i, h in READERS for column in range(width)}
+    return names, {(i, h * width + column) for i, h in TAUGHT for column in range(width)}
 
 
 def test_the_same_seed_trains_the_same_pair_and_only_what_is_named():
-    """Training is reproducible, and the fine-tune moves the values of the aimed heads alone."""
+    """Training is reproducible, and the fine-tune moves the values of five heads alone."""
     first, again = (train.train_pair(TINY, log_every=0) for _ in range(2))
     for side in SIDES:
         for name, weights in first[side].state_dict().items():
@@ -289,7 +291,7 @@ def test_the_output_tells_a_changed_function_from_a_kept_one(truths):
     """Head 0 says something else than base's; head 2 says the same in other coordinates."""
     assert highest(truths["heads"]["L1H0"], "output") < 0
     assert truths["heads"]["L1H0"]["transfer_pct"]["to_base"] > 20
-    assert lowest(truths["heads"]["L1H2"], "output") > 80
+    assert lowest(truths["heads"]["L1H2"], "output") > 70
 
 
 def test_the_replaced_head_is_replaced(truths):

@@ -192,6 +192,10 @@ def test_the_same_seed_trains_the_same_pair_and_only_what_is_named():
             assert torch.equal(weights, again[side].state_dict()[name])
     states = [first[side].state_dict() for side in SIDES]
     assert moved(*states) == named(TINY.n_heads, TINY.d_model)
+    fresh, looks = train.build_model(TINY).state_dict(), slice(0, 2 * TINY.d_model)
+    for name in (name for name in fresh if "c_attn" in name):
+        assert torch.equal(fresh[name][..., looks], states[0][name][..., looks])
+        assert not torch.equal(fresh[name], states[0][name])
 
 
 def test_the_shipped_fine_tune_touched_what_its_recipe_names(shipped):

@@ -1,0 +1,138 @@
+"""The numbers of a head card: what the run measured, what the head carries, what its map does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from scipy.linalg import polar
+from torch import Tensor
+
+from rq4lens.analysis.card.records import Carried, HeadNumbers, MapFacts
+from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
+from rq4lens.heads import Head
+from rq4lens.patching.maps.map import LayerMap
+from rq4lens.results import GridResult
+
+NO_GAP = "the models answer alike: the interval of their gap reaches 0"
+NO_TRANSFER = "the head carries nothing to take a share of: the interval of its transfer reaches 0"
+NO_OUTPUT = "the head writes nothing in base"
+NO_ANALYSIS = "no analysis of the grid was given"
+
+PerPrompt = Float64[ndarray, "prompt"]
+
+
+def numbers_of(grid: GridResult | None, analysis: Analysis | None, head: Head) -> HeadNumbers | None:
+    """What a run measured of a head; None for a layer whose single heads were not measured."""
+    if grid is None or head.layer != grid.settings.layer:
+        return None
+    (record,) = records(grid, [grid.single(head.index)])
+    stable = {row.head: row for row in (analysis.stability.heads if analysis else ())}
+    row = stable.get(head.index)
+    return HeadNumbers(
+        alpha=grid.settings.patching.alpha,
+        kind=analysis.kinds.heads[head.index].kind if analysis else None,
+        rank=grid.ranking.heads.index(head.index) + 1,
+        rank_low=row.rank_low if row else None,
+        rank_high=row.rank_high if row else None,
+        KL_raw=record.KL_raw_mean,
+        KL_mapped=record.KL_mapped_mean,
+        delta=record.delta,
+        drop_pct=record.drop_pct,
+        reasons=dict.fromkeys(("kind", "rank_low", "rank_high"), NO_ANALYSIS),
+    )
+
+
+# Transfer, and how much of it is direct
+
+
+def carried_by(
+    to_base: Float64[ndarray, "row prompt"],
+    to_tuned: Float64[ndarray, "row prompt"],
+    direct: Float64[ndarray, "row prompt"],
+    bootstrap: Bootstrap,
+) -> Carried:
+    """How far a head takes one model to the other.
+
+    Each array holds the divergence from the other model without the swap, and with it.
+    """
+    there = transfer_pct(to_base, bootstrap)
+    return Carried(there, transfer_pct(to_tuned, bootstrap), _direct_pct(to_base, direct, there,
+                                                                         bootstrap))
+
+
+def transfer_pct(kl_nats: Float64[ndarray, "row prompt"], bootstrap: Bootstrap) -> Estimate:
+    """The share of the gap that a swap closes, in percent; undefined where there is no gap."""
+    gap = bootstrap.estimate(kl_nats[:1])[0]
+    if _reaches_zero(gap):
+        return undefined(NO_GAP)
+    return bootstrap.estimate(kl_nats, lambda mean: 100 * (1 - mean[..., 1:] / mean[..., :1]))[0]
+
+
+def _direct_pct(
+    kl_nats: Float64[ndarray, "row prompt"],
+    direct: Float64[ndarray, "row prompt"],
+    transfer: Estimate,
+    bootstrap: Bootstrap,
+) -> Estimate:
+    if transfer.value is None:
+        return transfer
+    if _reaches_zero(transfer):
+        return undefined(NO_TRANSFER)
+    closed = np.stack([direct[0] - direct[1], kl_nats[0] - kl_nats[1]])
+    return bootstrap.estimate(closed, lambda mean: 100 * mean[..., :1] / mean[..., 1:])[0]
+
+
+def _reaches_zero(estimate: Estimate) -> bool:
+    interval = estimate.interval
+    return interval.contains(0.0) if interval is not None else not estimate.value
+
+
+def moved_pct(
+    before: Float[Tensor, "prompt d_model"],
+    after: Float[Tensor, "prompt d_model"],
+    beside: Float[Tensor, "prompt d_model"],
+    bootstrap: Bootstrap,
+) -> Estimate:
+    """How far vectors moved: root mean square, in percent of that of others."""
+    squares = [each.double().square().sum(-1).numpy() for each in (after - before, beside)]
+    if not squares[1].any():
+        return undefined(NO_OUTPUT)
+    ratio = bootstrap.estimate(
+        np.stack(squares), lambda mean: 100 * np.sqrt(mean[..., :1] / mean[..., 1:])
+    )
+    return ratio[0]
+
+
+# The map
+
+
+def map_facts(
+    layer_map: LayerMap, head: int, z_tuned: Float[Tensor, "prompt d_head"]
+) -> MapFacts:
+    """One head's map in a few numbers; a map over the whole layer has no rotation of one head."""
+    fitted = [row.fitted.r2 for row in layer_map.diagnostics if row.head == head]
+    facts: dict[str, Any] = {"rotation_degrees": None, "scale": None, "shift_pct": None}
+    reasons = dict.fromkeys(facts, "the map is one over all heads of the layer")
+    if layer_map.scope == "head":
+        facts, reasons = _shape(layer_map, head, z_tuned), {}
+    reasons["r2"] = "no held-out fit was measured, or the activations do not vary"
+    return MapFacts(layer_map.kind, fitted[0] if fitted else None, **facts, reasons=reasons)
+
+
+def _shape(layer_map: LayerMap, head: int, z_tuned: Tensor) -> dict[str, float]:
+    weight = layer_map.weight[head].double().numpy()
+    rotation, _ = polar(weight)
+    angles = np.abs(np.angle(np.linalg.eigvals(rotation)))
+    length = z_tuned.double().square().sum(-1).mean().sqrt()
+    shift = 100 * layer_map.bias[head].double().norm() / length
+    return {
+        "rotation_degrees": float(np.degrees(angles).mean()),
+        "scale": float(np.sqrt(np.square(weight).sum() / len(weight))),
+        "shift_pct": float(shift) if torch.isfinite(shift) else None,  # type: ignore[dict-item]
+    }

@@ -1,0 +1,124 @@
+"""What heads attend to: attention by role and by token text, and how far two patterns are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from numpy import ndarray
+from scipy.spatial.distance import jensenshannon
+from torch import Tensor
+
+from rq4lens.analysis.card.records import Attended, Role, TextShare
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
+
+N_TEXTS = 16
+"""Token texts that a card names."""
+
+OTHER_TOKENS = "the models read some prompts as other tokens, so no position stands for another"
+
+NO_TOKEN = "no token (attention sink)"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The prompts as one model reads them, padded, and the attention of some heads over them."""
+
+    texts: tuple[tuple[str, ...], ...]
+    pattern: Float64[ndarray, "head prompt pos"]
+    roles: Mapping[str, Float64[ndarray, "head prompt"]]
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Sequence[Sequence[int]],
+        text_of: Mapping[int, str],
+        pattern: Float[Tensor, "prompt head pos"],
+    ) -> Reader:
+        """Attention from the last token of each prompt."""
+        share = pattern.double().transpose(0, 1).numpy()
+        texts = tuple(tuple(text_of[each] for each in tokens) for tokens in token_ids)
+        roles = {
+            name: (share * mask).sum(-1)
+            for name, mask in _role_masks(token_ids, share.shape[-1]).items()
+        }
+        outside = 1 - share.sum(-1)
+        if (outside > 1e-3).any():
+            roles[NO_TOKEN] = outside
+        return cls(texts, share, roles)
+
+    def attended(self, head: int, prompt: int) -> Attended:
+        """The tokens of a prompt and one head's attention to them."""
+        tokens = self.texts[prompt]
+        share = self.pattern[head, prompt, : len(tokens)]
+        return Attended(tokens, tuple(float(f"{each:.3g}") for each in share))
+
+    def by_text(self, head: int) -> dict[str, float]:
+        """Mean share of one head's attention that goes to each token text."""
+        found: dict[str, float] = {}
+        for tokens, share in zip(self.texts, self.pattern[head].tolist(), strict=True):
+            for text, each in zip(tokens, share, strict=False):
+                found[text] = found.get(text, 0.0) + each / len(self.texts)
+        return found
+
+
+def _role_masks(
+    token_ids: Sequence[Sequence[int]], n_pos: int
+) -> dict[str, Bool[ndarray, "prompt pos"]]:
+    padded: Int[ndarray, "prompt pos"] = np.full((len(token_ids), n_pos), -1)
+    for row, tokens in enumerate(token_ids):
+        padded[row, : len(tokens)] = tokens
+    last = np.array([[len(tokens) - 1] for tokens in token_ids])
+    at = np.arange(n_pos)[None]
+    same = (padded == np.take_along_axis(padded, last, axis=1)) & (at < last)
+    behind = np.zeros_like(same)
+    behind[:, 1:] = same[:, :-1] & (at[:, 1:] < last)
+    return {
+        "first token": np.broadcast_to(at == 0, same.shape),
+        "itself": at == last,
+        "previous position": at == last - 1,
+        "same token earlier": same,
+        "behind the same token": behind,
+    }
+
+
+def roles_of(base: Reader, tuned: Reader, head: int, bootstrap: Bootstrap) -> tuple[Role, ...]:
+    """Attention by role in both models, most changed first."""
+    names = list(base.roles | tuned.roles)
+    nothing = np.zeros(len(base.texts))
+    both = np.array(
+        [[model.roles[n][head] if n in model.roles else nothing for n in names]
+         for model in (base, tuned)]
+    )
+    rows = 100 * np.concatenate([*both, both[1] - both[0]])
+    found = bootstrap.estimate(rows)
+    n = len(names)
+    made = [
+        Role(name, found[i], found[n + i], found[2 * n + i]) for i, name in enumerate(names)
+    ]
+    return tuple(sorted(made, key=lambda role: -abs(role.change_pct.value or 0.0)))
+
+
+def text_shares(base: Reader, tuned: Reader, head: int) -> tuple[TextShare, ...]:
+    """Attention by token text in both models, most changed first."""
+    of_base, of_tuned = base.by_text(head), tuned.by_text(head)
+    holding: dict[str, int] = {}
+    for one, other in zip(base.texts, tuned.texts, strict=True):
+        for text in {*one, *other}:
+            holding[text] = holding.get(text, 0) + 1
+    shares = [
+        TextShare(text, n, 100 * of_base.get(text, 0.0), 100 * of_tuned.get(text, 0.0))
+        for text, n in holding.items()
+    ]
+    return tuple(sorted(shares, key=lambda each: -abs(each.change_pct))[:N_TEXTS])
+
+
+def distance(base: Reader, tuned: Reader, head: int, bootstrap: Bootstrap) -> Estimate:
+    """Mean Jensen-Shannon distance, from 0 to 1, between the patterns of both models."""
+    apart = jensenshannon(base.pattern[head], tuned.pattern[head], base=2, axis=-1)
+    if not np.isfinite(apart).all():
+        return undefined("a pattern has no attention on any token")
+    return bootstrap.estimate(apart[None])[0]

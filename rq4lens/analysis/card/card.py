@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 
@@ -30,7 +29,7 @@ from rq4lens.analysis.card.records import (
     Writes,
 )
 from rq4lens.analysis.card.sides import Sides
-from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, Likeliest, Swapped, divergence, swapped
+from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, Swapped, divergence, swapped
 from rq4lens.analysis.saved import Run
 from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
 from rq4lens.errors import UserError
@@ -73,10 +72,7 @@ def head_card(
     Raises:
         UserError: if the head does not exist, or a model cannot be loaded.
     """
-    if isinstance(of, Run):
-        inputs = CardInputs.of_run(of)
-    else:
-        inputs = CardInputs(of, grid, maps=maps or {})
+    inputs = CardInputs.of_run(of) if isinstance(of, Run) else CardInputs(of, grid, maps=maps or {})
     head = Head.parse(head) if isinstance(head, str) else head
     return next(head_cards(inputs, [head], n_prompts))
 
@@ -126,10 +122,10 @@ class _Layer:
     def cards(self) -> Iterator[HeadCard]:
         """The cards in the order of the heads; all that needs tuned comes before base again."""
         _ = self.sides.one_vocabulary  # reads both models before they take turns
-        swaps = {"tuned": self._swapped("tuned")}
+        swaps: dict[Side, Swapped] = {"tuned": self._swapped("tuned")}
         direct = self._direct_kl()
         chosen = [self._chosen(swaps["tuned"], place) for place in range(len(self.heads))]
-        models = {"tuned": self._model("tuned", chosen)}
+        models: dict[Side, _Model] = {"tuned": self._model("tuned", chosen)}
         swaps["base"], models["base"] = self._swapped("base"), self._model("base", chosen)
         for place, head in enumerate(self.heads):
             of_head = _OfHead(self, place, swaps, models)
@@ -191,19 +187,21 @@ class _Layer:
         """The prompts of the largest transfer, then of the largest ``ΔKL``, then further ones."""
         closed = None if swap.kl_nats is None else swap.kl_nats[0] - swap.kl_nats[place + 1]
         delta = self._delta_nats(place)
-        orders = [
-            [_Chosen(int(row), by, _at(closed, row), _at(delta, row)) for row in np.argsort(-key)]
-            for by, key in (("transfer", closed), ("ΔKL", delta))
+        by_size = {
+            name: np.argsort(-key, kind="stable").tolist()
+            for name, key in (("transfer", closed), ("ΔKL", delta))
             if key is not None
+        }
+        orders = by_size or {"its place": list(range(len(self.sides.tokens["tuned"])))}
+        share = -(-self.n_prompts // len(orders))
+        picked = {row: name for name, order in orders.items() for row in order[:share]}
+        name, order = next(iter(orders.items()))
+        picked |= dict.fromkeys(order[:share], name)
+        further = {row: name for row in order if row not in picked}
+        return [
+            _Chosen(row, by, _at(closed, row), _at(delta, row))
+            for row, by in [*picked.items(), *further.items()][: self.n_prompts]
         ]
-        if not orders:
-            rows = range(len(self.sides.tokens["tuned"]))
-            orders = [[_Chosen(row, "their order", None, None) for row in rows]]
-        half = -(-self.n_prompts // len(orders))
-        wanted = [each for order in orders for each in order[:half]]
-        first = {each.row: each for each in reversed([*wanted, *orders[0]])}
-        rows = dict.fromkeys(each.row for each in [*wanted, *orders[0]])
-        return [first[row] for row in rows][: self.n_prompts]
 
 
 @dataclass(frozen=True)
@@ -288,8 +286,8 @@ class _OfHead:
 
     def _moved(self, before: Tensor, after: Tensor) -> Estimate:
         outputs = self.models["base"].outputs
-        of_head = (each[:, self.place] for each in (before, after, outputs))
-        return moved_pct(*of_head, self.layer.inputs.bootstrap)
+        moved = (after - before)[:, self.place]
+        return moved_pct(moved, outputs[:, self.place], self.layer.inputs.bootstrap)
 
     def _decision(self, rank: int, chosen: _Chosen) -> Decision:
         sides, place = self.layer.sides, self.place
@@ -317,7 +315,8 @@ class _OfHead:
 
     def _likely(self, side: Side, row: int, prompt: int) -> tuple[Likely, ...]:
         found = self.swaps[side].likeliest
-        pairs = zip(found.tokens[prompt, row], found.probabilities[prompt, row], strict=True)
+        both = (each[prompt, row].tolist() for each in (found.tokens, found.probabilities))
+        pairs = zip(*both, strict=True)
         return tuple(Likely(self.layer.sides.token(side, at), _short(p)) for at, p in pairs)
 
     def _shifts(self, side: Side, logits: Float[Tensor, " vocab"], n: int) -> Shifts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
+from rq4lens.analysis.statistics.bootstrap import Estimate
 
 _HERE = Path(__file__).parent
 
@@ -38,7 +38,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.globals |= {"number": estimate_text, "line": token_line, "longest": longest}
-    environment.filters["token"] = token_text
+    environment.filters |= {"token": token_text, "signed": signed}
     return environment.get_template("card.html.jinja")
 
 
@@ -48,6 +48,12 @@ def estimate_text(estimate: Estimate, unit: str = "") -> str:
         return f"undefined: {estimate.reason}"
     form = {"%": ".1f%", "nats": "auto"}.get(unit, ".3f")
     return f"{estimate:{form}}" + (" nats" if unit == "nats" else "")
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign; one that is shown as 0 has none."""
+    text = f"{value:+.{digits}f}"
+    return text.lstrip("+-") if not float(text) else text
 
 
 def token_text(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
 from scipy.linalg import polar
@@ -24,10 +23,10 @@ NO_TRANSFER = "the head carries nothing to take a share of: the interval of its 
 NO_OUTPUT = "the head writes nothing in base"
 NO_ANALYSIS = "no analysis of the grid was given"
 
-PerPrompt = Float64[ndarray, "prompt"]
 
-
-def numbers_of(grid: GridResult | None, analysis: Analysis | None, head: Head) -> HeadNumbers | None:
+def numbers_of(
+    grid: GridResult | None, analysis: Analysis | None, head: Head
+) -> HeadNumbers | None:
     """What a run measured of a head; None for a layer whose single heads were not measured."""
     if grid is None or head.layer != grid.settings.layer:
         return None
@@ -62,8 +61,9 @@ def carried_by(
     Each array holds the divergence from the other model without the swap, and with it.
     """
     there = transfer_pct(to_base, bootstrap)
-    return Carried(there, transfer_pct(to_tuned, bootstrap), _direct_pct(to_base, direct, there,
-                                                                         bootstrap))
+    return Carried(
+        there, transfer_pct(to_tuned, bootstrap), _direct_pct(to_base, direct, there, bootstrap)
+    )
 
 
 def transfer_pct(kl_nats: Float64[ndarray, "row prompt"], bootstrap: Bootstrap) -> Estimate:
@@ -94,13 +94,12 @@ def _reaches_zero(estimate: Estimate) -> bool:
 
 
 def moved_pct(
-    before: Float[Tensor, "prompt d_model"],
-    after: Float[Tensor, "prompt d_model"],
+    moved: Float[Tensor, "prompt d_model"],
     beside: Float[Tensor, "prompt d_model"],
     bootstrap: Bootstrap,
 ) -> Estimate:
-    """How far vectors moved: root mean square, in percent of that of others."""
-    squares = [each.double().square().sum(-1).numpy() for each in (after - before, beside)]
+    """The size of movements: root mean square, in percent of that of other vectors."""
+    squares = [each.double().square().sum(-1).numpy() for each in (moved, beside)]
     if not squares[1].any():
         return undefined(NO_OUTPUT)
     ratio = bootstrap.estimate(
@@ -112,27 +111,26 @@ def moved_pct(
 # The map
 
 
-def map_facts(
-    layer_map: LayerMap, head: int, z_tuned: Float[Tensor, "prompt d_head"]
-) -> MapFacts:
+def map_facts(layer_map: LayerMap, head: int, z_tuned: Float[Tensor, "prompt d_head"]) -> MapFacts:
     """One head's map in a few numbers; a map over the whole layer has no rotation of one head."""
     fitted = [row.fitted.r2 for row in layer_map.diagnostics if row.head == head]
     facts: dict[str, Any] = {"rotation_degrees": None, "scale": None, "shift_pct": None}
     reasons = dict.fromkeys(facts, "the map is one over all heads of the layer")
     if layer_map.scope == "head":
         facts, reasons = _shape(layer_map, head, z_tuned), {}
+        reasons["shift_pct"] = "the head's tuned activations are all 0"
     reasons["r2"] = "no held-out fit was measured, or the activations do not vary"
     return MapFacts(layer_map.kind, fitted[0] if fitted else None, **facts, reasons=reasons)
 
 
-def _shape(layer_map: LayerMap, head: int, z_tuned: Tensor) -> dict[str, float]:
+def _shape(layer_map: LayerMap, head: int, z_tuned: Tensor) -> dict[str, float | None]:
     weight = layer_map.weight[head].double().numpy()
     rotation, _ = polar(weight)
     angles = np.abs(np.angle(np.linalg.eigvals(rotation)))
     length = z_tuned.double().square().sum(-1).mean().sqrt()
-    shift = 100 * layer_map.bias[head].double().norm() / length
+    shift = float(100 * layer_map.bias[head].double().norm() / length) if length else None
     return {
         "rotation_degrees": float(np.degrees(angles).mean()),
         "scale": float(np.sqrt(np.square(weight).sum() / len(weight))),
-        "shift_pct": float(shift) if torch.isfinite(shift) else None,  # type: ignore[dict-item]
+        "shift_pct": shift,
     }

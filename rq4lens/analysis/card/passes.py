@@ -63,11 +63,11 @@ def decision_states(
         rows.append(batch.rows)
     order = torch.cat(rows).argsort()
     whole = {key: _joined(each)[order] for key, each in parts.items()}
-    by_name = {
-        name: {layer: each for (of, layer), each in whole.items() if of == name}
-        for name in ("z", "pattern", "elsewhere")
-    }
-    return DecisionStates(*by_name.values(), whole["resid", -1])
+
+    def of(name: str) -> dict[int, Tensor]:
+        return {layer: each for (kind, layer), each in whole.items() if kind == name}
+
+    return DecisionStates(of("z"), of("pattern"), of("elsewhere"), whole["resid", -1])
 
 
 def _into(kept: list[Tensor], read: Callable[[Tensor], Tensor]) -> Reader:
@@ -157,23 +157,25 @@ class HeadWrites:
         return cls(block, einsum(z.to(weight), weight, product))
 
     @property
-    def _norm(self) -> Any:
+    def norm(self) -> Any:
+        """The norm that the attention's output goes through, or None."""
         if self.block.cfg.use_normalization_before_and_after:
             return self.block.ln1_post
         return self.block.ln1 if is_post_norm(self.block) else None
 
     @property
-    def _whole(self) -> Float[Tensor, "prompt d_model"]:
+    def whole(self) -> Float[Tensor, "prompt d_model"]:
+        """The attention's output before that norm."""
         return self.each.sum(1) + _precise(self.block.attn.b_O)
 
     def in_stream(self, head: int) -> Float[Tensor, "prompt d_model"]:
         """What one head adds to the residual stream; norms have the scale of that very prompt."""
-        return through(self._norm, self.each[:, head], self._whole)
+        return through(self.norm, self.each[:, head], self.whole)
 
     def change(self, head: int, other: Float[Tensor, "prompt d_model"]) -> Tensor:
         """What the residual stream gains when one head writes something else."""
-        before, after = self._whole, self._whole + other - self.each[:, head]
-        return through(self._norm, after, after) - through(self._norm, before, before)
+        before, after = self.whole, self.whole + other - self.each[:, head]
+        return through(self.norm, after, after) - through(self.norm, before, before)
 
 
 class Readout:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from scipy.spatial.distance import jensenshannon
@@ -15,7 +14,7 @@ from torch import Tensor
 from rq4lens.analysis.card.records import Attended, Role, TextShare
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 
-N_TEXTS = 16
+N_TEXTS = 12
 """Token texts that a card names."""
 
 OTHER_TOKENS = "the models read some prompts as other tokens, so no position stands for another"
@@ -87,18 +86,18 @@ def _role_masks(
 
 def roles_of(base: Reader, tuned: Reader, head: int, bootstrap: Bootstrap) -> tuple[Role, ...]:
     """Attention by role in both models, most changed first."""
-    names = list(base.roles | tuned.roles)
+    names = list({**base.roles, **tuned.roles})
     nothing = np.zeros(len(base.texts))
     both = np.array(
-        [[model.roles[n][head] if n in model.roles else nothing for n in names]
-         for model in (base, tuned)]
+        [
+            [model.roles[n][head] if n in model.roles else nothing for n in names]
+            for model in (base, tuned)
+        ]
     )
     rows = 100 * np.concatenate([*both, both[1] - both[0]])
     found = bootstrap.estimate(rows)
     n = len(names)
-    made = [
-        Role(name, found[i], found[n + i], found[2 * n + i]) for i, name in enumerate(names)
-    ]
+    made = [Role(name, found[i], found[n + i], found[2 * n + i]) for i, name in enumerate(names)]
     return tuple(sorted(made, key=lambda role: -abs(role.change_pct.value or 0.0)))
 
 

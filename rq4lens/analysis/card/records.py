@@ -212,8 +212,8 @@ class Decision(Record):
     base: Attended
     tuned: Attended
     next_tokens: NextTokens
-    writes_base: Shifts | None
-    writes_tuned: Shifts | None
+    writes_base: Shifts
+    writes_tuned: Shifts
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class HeadCard(Record):
     carried: Carried
     numbers: HeadNumbers | None
     reads: Reads
-    writes: Writes | None
+    writes: Writes
     map: MapFacts | None
     decides: tuple[Decision, ...]
 

@@ -74,7 +74,7 @@ class Sides:
 
     def token(self, side: Side, index: int) -> str:
         """The text of a token."""
-        return decoded(self.inputs.pair.member(side).tokenizer, int(index))
+        return decoded(self.inputs.pair.member(side).tokenizer, index)
 
     @cached_property
     def texts(self) -> dict[Side, dict[int, str]]:

@@ -1,4 +1,4 @@
-"""What a model says when a head comes from the other one: next tokens, and how near that brings it."""
+"""What a model says when one of its heads comes from the other model."""
 
 from __future__ import annotations
 

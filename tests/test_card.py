@@ -1,0 +1,216 @@
+"""Head cards: attention, writes and direct effects are those of plain hooks on Hugging Face."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import ragged_prompts
+from model_zoo import ZOO, save, train_tokenizer
+from tiny import pair_of, random_prompts, tiny_model
+from torch import Tensor
+
+from rq4lens.analysis.card.card import head_card
+from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, through
+from rq4lens.heads import Head
+from rq4lens.models.load.loading import load_hooked
+from rq4lens.validation.planting import Planting, plant
+
+RELATIVE = 1e-4
+PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+"""Names of what Hugging Face calls ``W_O``."""
+BEHIND_ATTENTION = {
+    "gemma2": "post_attention_layernorm",
+    "gemma3": "post_attention_layernorm",
+    "olmo2": "post_attention_layernorm",
+    "olmo2-grouped": "post_attention_layernorm",
+    "olmo3": "post_attention_layernorm",
+}
+"""Norms through which the attention's output goes before it is added."""
+
+PROMPTS = ragged_prompts()
+
+
+def one_of(module: Any, names: tuple[str, ...]) -> Any:
+    """The submodule that has one of the names."""
+    return next(each for name, each in module.named_modules() if name.split(".")[-1] in names)
+
+
+@dataclass
+class HuggingFace:
+    """A model of Hugging Face in float64, with hooks where a card looks."""
+
+    model: Any
+    name: str
+    layer: int
+
+    def __post_init__(self) -> None:
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
+        inner = decoder or self.model.base_model
+        blocks = next(m for m in inner.modules() if isinstance(m, torch.nn.ModuleList))
+        self.block = blocks[self.layer]
+        attention = next(
+            each
+            for name, each in self.block.named_modules()
+            if name.split(".")[-1] in ("self_attn", "attn", "attention", "self_attention")
+        )
+        attention = getattr(attention, "attention", attention)
+        self.projection = one_of(attention, PROJECTIONS)
+        after = BEHIND_ATTENTION.get(self.name)
+        self.after = getattr(self.block, after) if after else None
+        norms = [
+            each
+            for name, each in inner.named_children()
+            if name in ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+        ]
+        self.final = norms[0]
+        self.cap = getattr(self.model.config, "final_logit_softcapping", None)
+
+    @torch.no_grad()
+    def run(self, tokens: tuple[int, ...]) -> dict[str, Tensor]:
+        """What passes at the last token."""
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            self.projection.register_forward_pre_hook(
+                lambda _, args: seen.__setitem__("z", args[0][0, -1])
+            ),
+            self.final.register_forward_pre_hook(
+                lambda _, args: seen.__setitem__("resid", args[0][0, -1])
+            ),
+        ]
+        out = self.model(torch.tensor([tokens]), output_attentions=True)
+        for hook in hooks:
+            hook.remove()
+        seen |= {"logits": out.logits[0, -1], "pattern": out.attentions[self.layer][0, :, -1]}
+        return seen
+
+    def weight(self) -> Tensor:
+        """``W_O`` as ``[head d_head d_model]``."""
+        weight = self.projection.weight
+        if type(self.projection).__name__ != "Conv1D":
+            weight = weight.T
+        return weight.reshape(ZOO[self.name].n_heads, -1, weight.shape[-1])
+
+    def unembed(self, normed: Tensor) -> Tensor:
+        """Logits of normed vectors, as the model's own head makes them."""
+        return self.model.get_output_embeddings()(normed)
+
+    def frozen(self, norm: Any, vector: Tensor, at: Tensor) -> Tensor:
+        """A vector through a norm with the scale that it has at other activations, no bias."""
+        if norm is None:
+            return vector
+        bias = getattr(norm, "bias", None)
+        bias = torch.zeros_like(at) if bias is None else bias
+        if "LayerNorm" in type(norm).__name__:
+            at, vector = at - at.mean(), vector - vector.mean()
+        return vector * (norm(at) - bias) / at
+
+
+def load(name: str, folder) -> tuple[Any, Any]:
+    """A tiny random model of an architecture: as Hugging Face has it, and as this package does."""
+    model = ZOO[name].make()
+    save(model, train_tokenizer(), folder)
+    hooked = load_hooked(folder, check_logits=False).model
+    model.set_attn_implementation("eager")
+    # Experts of Hugging Face multiply in float32 at most.
+    return (model if hasattr(model.config, "num_experts_per_tok") else model.double()), hooked
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether numbers agree to 1e-4 of the largest of them."""
+    apart = (found.detach() - expected.detach()).abs().max() / expected.detach().abs().max()
+    return float(apart) < RELATIVE
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_reads_writes_and_direct_effects_are_those_of_hugging_face(name, layer, tmp_path):
+    """Every architecture: grouped heads, soft caps, windows, parallel blocks, norms and biases."""
+    plain, hooked = load(name, tmp_path)
+    hugging = HuggingFace(plain, name, layer)
+    states = decision_states(hooked, PROMPTS, [layer], batch_size=4)
+    block, readout = hooked.blocks[layer], Readout(hooked, states.resid)
+    writes = HeadWrites.of(block, states.z[layer])
+    other = HeadWrites.of(block, states.z[layer].roll(1, 0))
+    with torch.no_grad():
+        direct = [readout.direct(writes.in_stream(head)) for head in range(4)]
+        changed = [readout.log_probs(writes.change(h, other.each[:, h])) for h in range(4)]
+    seen = [hugging.run(tokens) for tokens in PROMPTS.token_ids]
+    weight = hugging.weight()
+    for row, at in enumerate(seen):
+        length = len(PROMPTS.token_ids[row])
+        assert close(states.pattern[layer][row, :, :length], at["pattern"])
+        assert float(states.pattern[layer][row, :, length:].abs().sum()) == 0
+        each = torch.einsum("hd,hdm->hm", at["z"].reshape(4, -1), weight)
+        swapped = torch.einsum("hd,hdm->hm", seen[row - 1]["z"].reshape(4, -1), weight)
+        whole = hugging.projection(at["z"])
+        for head in range(4):
+            added = hugging.frozen(hugging.after, each[head], whole)
+            normed = hugging.frozen(hugging.final, added, at["resid"])
+            expected = hugging.unembed(normed) - hugging.unembed(torch.zeros_like(normed))
+            assert close(direct[head][row], expected)
+            after = whole + swapped[head] - each[head]
+            norm = hugging.after or (lambda value: value)
+            resid = at["resid"] + norm(after) - norm(whole)
+            logits = hugging.unembed(hugging.final(resid))
+            logits = (
+                logits if hugging.cap is None else hugging.cap * torch.tanh(logits / hugging.cap)
+            )
+            assert close(changed[head][row], logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@torch.no_grad()
+def test_all_writes_add_up_to_the_logits(name, tmp_path):
+    """Heads, MLPs, embedding and biases, each by its direct effect, make the clean logits."""
+    hooked = load(name, tmp_path)[1]
+    layers = list(range(hooked.cfg.n_layers))
+    states = decision_states(hooked, PROMPTS, layers, batch_size=len(PROMPTS))
+    batch = next(PROMPTS.batches(len(PROMPTS)))
+    logits, cache = hooked.run_with_cache(batch.tokens, padding_side="right", return_type="logits")
+    here = torch.arange(len(batch.rows)), batch.decision
+    order = batch.rows.argsort()
+    readout = Readout(hooked, states.resid)
+    total = readout.direct(cache["blocks.0.hook_resid_pre"][here][order])
+    for layer in layers:
+        block = hooked.blocks[layer]
+        writes = HeadWrites.of(block, states.z[layer])
+        for head in range(4):
+            total += readout.direct(writes.in_stream(head))
+        bias = through(writes.norm, block.attn.b_O.expand_as(writes.whole), writes.whole)
+        bias = bias if getattr(writes.norm, "b", None) is None else bias + writes.norm.b
+        total += readout.direct(bias)
+        total += readout.direct(cache[f"blocks.{layer}.hook_mlp_out"][here][order])
+    total += hooked.b_U
+    if getattr(hooked.ln_final, "b", None) is not None:
+        total += hooked.ln_final.b @ hooked.W_U
+    if hooked.cfg.output_logits_soft_cap > 0:
+        cap = hooked.cfg.output_logits_soft_cap
+        total = cap * torch.tanh(total / cap)
+    expected = logits[here][order]
+    assert float((total - expected).abs().max() / expected.abs().max()) < 1e-3
+
+
+def planted_card(weights):
+    """The card of a head whose weights of these names are new."""
+    how = Planting(weights=weights, strength=2.0)
+    planted = plant(tiny_model(), rewired=[Head(1, 2)], how=how)
+    return head_card(pair_of(planted.base, planted.tuned, random_prompts()), "L1H2", n_prompts=4)
+
+
+def test_a_head_that_attends_elsewhere_is_seen_under_reads():
+    """New queries and keys change what is read; what is written of it stays."""
+    card = planted_card(("W_Q", "W_K"))
+    assert card.reads.distance.interval.low > 0.1
+    assert card.reads.output_change_pct.interval.low > 20
+    assert card.writes.output_change_pct.value < 1e-3
+
+
+def test_a_head_that_writes_something_else_is_seen_under_writes():
+    """New values and outputs change what is written; what is read stays."""
+    card = planted_card(("W_V", "W_O"))
+    assert card.reads.distance.value < 1e-6
+    assert card.reads.output_change_pct.value < 1e-3
+    assert card.writes.output_change_pct.interval.low > 20

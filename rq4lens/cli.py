@@ -137,11 +137,22 @@ def patch(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the record as JSON.")
     ] = None,
+    say: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Continue prompts for N tokens, patched at each."),
+    ] = 0,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="A prompt that --say continues; repeatable."),
+    ] = None,
 ) -> None:
-    """Patch one head set of one layer, raw and mapped."""
+    """Patch one head set of one layer, raw and mapped.
+
+    With --say, base, tuned and tuned with these heads from base go on behind some prompts.
+    """
     from rq4lens.jobs.patch import patch_once  # noqa: PLC0415 - keeps --help fast
 
-    result = patch_once(config, heads, out, stage=watched)
+    result = patch_once(config, heads, out, say=say, prompts=prompt or (), stage=watched)
     output.print(result.text, end="")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,22 @@ from model_zoo import ZOO, save, train_tokenizer
 from tiny import pair_of, random_prompts, tiny_model
 from torch import Tensor
 
-from rq4lens.analysis.card.card import head_card
+from rq4lens.analysis.card.card import head_card, head_cards
+from rq4lens.analysis.card.fragment import MOST_TOKENS, token_line
+from rq4lens.analysis.card.inputs import CardInputs
 from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, through
-from rq4lens.heads import Head
+from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
+from rq4lens.analysis.statistics.plain import from_json, to_json
+from rq4lens.errors import UserError
+from rq4lens.figures.page import cards
+from rq4lens.figures.page.cards import cards_section
+from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.patching.activations import capture_z, forward_batch
+from rq4lens.patching.engines.hooks import patched_heads
+from rq4lens.patching.patch import Patch, Sources
+from rq4lens.screen.card import card_text
 from rq4lens.validation.planting import Planting, plant
 
 RELATIVE = 1e-4
@@ -214,3 +228,121 @@ def test_a_head_that_writes_something_else_is_seen_under_writes():
     assert card.reads.distance.value < 1e-6
     assert card.reads.output_change_pct.value < 1e-3
     assert card.writes.output_change_pct.interval.low > 20
+
+
+def test_a_rotated_head_keeps_what_it_reads_and_what_it_writes():
+    """Other coordinates inside a head change no attention and no output."""
+    planted = plant(tiny_model(), rotated=[Head(1, 2)])
+    card = head_card(pair_of(planted.base, planted.tuned, random_prompts()), "L1H2")
+    assert card.reads.distance.value < 1e-6
+    assert card.writes.output_change_pct.value < 1e-2
+    assert card.carried.to_base_pct.value is None
+    assert "alike" in card.carried.to_base_pct.reason
+
+
+@pytest.mark.parametrize("n_key_value_heads", [None, 2])
+def test_values_under_the_models_own_attention_are_z(n_key_value_heads):
+    """What a card calls values under an attention is what the model computes."""
+    model = tiny_model(n_key_value_heads=n_key_value_heads)
+    prompts = TokenizedPrompts(("a", "b"), ((1, 2, 3, 4), (5, 6)))
+    own = decision_states(model, prompts, [1], 2)
+    again = decision_states(model, prompts, [1], 1, own.pattern)
+    assert torch.allclose(again.z_elsewhere[1], own.z[1], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def etiquette_cards(etiquette):
+    """Two cards of the pair in the box: the head that carries the change, and one that does not."""
+    inputs = CardInputs(etiquette)
+    return list(head_cards(inputs, [Head(1, 0), Head(1, 3)], 4))
+
+
+def test_transfer_and_next_tokens_are_those_of_patched_forward_passes(etiquette, etiquette_cards):
+    """Each number of a prompt follows from full forward passes with native hooks."""
+    card, tuned = etiquette_cards[0], etiquette.tuned.model
+    name = card.decides[0].prompt
+    tokens = {side: etiquette.tokens(side, "val") for side in ("base", "tuned")}
+    row = tokens["tuned"].ids.index(name)
+    one = {side: each.some([row]) for side, each in tokens.items()}
+    z = capture_z(etiquette.base.model, one["base"], [1])[1]
+    batch = next(one["tuned"].batches(1))
+    base = forward_batch(etiquette.base.model, batch)[0, -1].log_softmax(-1)
+    clean = forward_batch(tuned, batch)[0, -1].log_softmax(-1)
+    patch = Patch(1, HeadSet.of([0], 16), 1.0, "raw")
+    with patched_heads(tuned, (patch,), Sources({(1, "raw"): z}), batch):
+        patched = forward_batch(tuned, batch)[0, -1].log_softmax(-1)
+    closed = (base.exp() * (patched - clean)).sum()
+    assert card.decides[0].closed_nats == pytest.approx(float(closed), rel=1e-3)
+    likeliest = card.decides[0].next_tokens.tuned_with_base_head[0]
+    assert likeliest.probability == pytest.approx(float(patched.exp().max()), rel=1e-3)
+    assert likeliest.token == etiquette.tuned.tokenizer.decode([int(patched.argmax())])
+
+
+def test_the_head_of_the_changed_customs_carries_them(etiquette_cards):
+    """The world's truth: L1H0 carries what changed, through later layers; L1H3 does not."""
+    carrier, other = etiquette_cards
+    assert carrier.carried.to_base_pct.interval.low > 90
+    assert carrier.carried.direct_pct.interval.high < 20
+    assert other.carried.to_base_pct.interval.high < 10
+
+
+def test_one_card_is_that_of_many(etiquette, etiquette_cards):
+    """Heads that share a pass do not see each other."""
+    assert head_card(etiquette, "L1H3", n_prompts=4) == etiquette_cards[1]
+
+
+def test_a_card_is_read_back_as_it_was_written(etiquette_cards):
+    """JSON keeps all that a card says."""
+    for card in etiquette_cards:
+        again = from_json(HeadCard, json.loads(json.dumps(to_json(card))))
+        assert to_json(again) == to_json(card)
+        assert again.decides == card.decides
+
+
+def test_token_texts_are_escaped(etiquette_cards):
+    """A token is a stranger's text: it never becomes markup."""
+    bad = "<script>alert(1)</script>&\"'"
+    decision = etiquette_cards[0].decides[0]
+    read = Attended((bad,), (1.0,))
+    shifts = Shifts((TokenShift(bad, 1.0),), (TokenShift(bad, -1.0),))
+    decision = replace(decision, prompt=bad, base=read, tuned=read, writes_base=shifts)
+    card = replace(etiquette_cards[0], pair=bad, decides=(decision,))
+    for html in (card._repr_html_(), cards_section([card])):
+        assert "<script" not in html
+        assert "alert(1)" in html
+    assert "\x1b" not in card_text(replace(card, pair="\x1b[31m"))
+
+
+def test_a_page_leaves_out_what_would_make_it_large(etiquette_cards, monkeypatch):
+    """The cards that are left out are named."""
+    monkeypatch.setattr(cards, "MOST_BYTES", 60_000)
+    html = cards_section(etiquette_cards)
+    assert 'id="card-L1H0"' in html
+    assert 'id="card-L1H3"' not in html
+    assert "Left out, so that the page stays small: L1H3" in html
+
+
+def test_long_prompts_keep_their_most_attended_tokens():
+    """Of many tokens those are shown that either model looks at, and the deciding one."""
+    tokens = tuple(f"t{n}" for n in range(200))
+    attention = [0.0] * 200
+    attention[7] = 1.0
+    line = token_line(
+        SimpleNamespace(
+            base=Attended(tokens, tuple(attention)), tuned=Attended(tokens, (0.005,) * 200)
+        ),
+        "base",
+    )
+    assert len(line) == MOST_TOKENS
+    assert {"t7", "t199"} <= {text for text, _, _ in line}
+    assert line[-1][2], "what was left out before the deciding token is marked"
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [("L9H0", "layer 9 does not exist"), ("L1H99", "has heads 0 to 15"), ("H1", "is no head")],
+)
+def test_a_head_that_is_not_there_is_refused(etiquette, head, said):
+    """One sentence that says which heads there are."""
+    with pytest.raises(UserError, match=said):
+        head_card(etiquette, head)

@@ -25,7 +25,6 @@ SMALL_WITH_REASON = {
     "errors.py": "the one error, which every room imports",
     "jobs/progress.py": "what every job reports to, without importing a job",
     "analysis/structure/alphas.py": "the sweep over blend strengths, one question of the analysis",
-    "jobs/patch.py": "the job of one command",
 }
 """Files below the usual length, and why each is a file."""
 

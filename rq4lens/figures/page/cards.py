@@ -9,7 +9,7 @@ from markupsafe import Markup
 from rq4lens.analysis.card.fragment import card_css, card_fragment
 from rq4lens.analysis.card.records import HeadCard
 
-MOST_BYTES = 3_500_000
+MOST_BYTES = 2_000_000
 """Of all cards of a page, which may have 8 MB with its figures."""
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rq4lens.analysis.card.card import head_card, head_cards
 from rq4lens.analysis.card.fragment import MOST_TOKENS, token_line
-from rq4lens.analysis.card.inputs import CardInputs
 from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, through
 from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
+from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.errors import UserError
 from rq4lens.figures.page import cards
@@ -257,6 +257,7 @@ def etiquette_cards(etiquette):
     return list(head_cards(inputs, [Head(1, 0), Head(1, 3)], 4))
 
 
+@torch.no_grad()
 def test_transfer_and_next_tokens_are_those_of_patched_forward_passes(etiquette, etiquette_cards):
     """Each number of a prompt follows from full forward passes with native hooks."""
     card, tuned = etiquette_cards[0], etiquette.tuned.model
@@ -288,7 +289,12 @@ def test_the_head_of_the_changed_customs_carries_them(etiquette_cards):
 
 def test_one_card_is_that_of_many(etiquette, etiquette_cards):
     """Heads that share a pass do not see each other."""
-    assert head_card(etiquette, "L1H3", n_prompts=4) == etiquette_cards[1]
+    alone, among = head_card(etiquette, "L1H3", n_prompts=4), etiquette_cards[1]
+    assert alone.decides == among.decides
+    assert alone.writes.change == among.writes.change
+    for name in ("to_base_pct", "to_tuned_pct"):
+        values = [getattr(each.carried, name).value for each in (alone, among)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
 def test_a_card_is_read_back_as_it_was_written(etiquette_cards):
@@ -315,7 +321,7 @@ def test_token_texts_are_escaped(etiquette_cards):
 
 def test_a_page_leaves_out_what_would_make_it_large(etiquette_cards, monkeypatch):
     """The cards that are left out are named."""
-    monkeypatch.setattr(cards, "MOST_BYTES", 60_000)
+    monkeypatch.setattr(cards, "MOST_BYTES", len(cards_section(etiquette_cards[:1])))
     html = cards_section(etiquette_cards)
     assert 'id="card-L1H0"' in html
     assert 'id="card-L1H3"' not in html

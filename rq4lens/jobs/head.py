@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rq4lens.analysis.card.card import MOST_CARDS, MOST_PROMPTS, head_cards
-from rq4lens.analysis.card.inputs import CardInputs
 from rq4lens.analysis.card.records import HeadCard
+from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import from_json, to_json

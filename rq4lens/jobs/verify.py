@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rq4lens.analysis.card.inputs import maps_of
+from rq4lens.analysis.card.sides import maps_of
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.saved import Run, read_run
 from rq4lens.analysis.statistics.plain import to_json

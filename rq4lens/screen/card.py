@@ -25,7 +25,9 @@ def card_text(card: HeadCard) -> str:
 def card_parts(card: HeadCard) -> list[RenderableType]:
     """The card as what a console can print."""
     return [
-        Text(f"{card.head} of {card.pair}, {card.n_prompts} {card.split} prompts", "bold"),
+        Text(
+            f"{card.head} of {printable(card.pair)}, {card.n_prompts} {card.split} prompts", "bold"
+        ),
         *(Text(f"{name:<32}{said}") for name, said in _facts(card)),
         Text("\nreads", "bold"),
         _roles(card),
@@ -77,7 +79,7 @@ def _roles(card: HeadCard) -> Table:
     table = _grid("attention to, %", "base", "tuned", "change")
     for role in card.reads.roles:
         values = (role.base_pct, role.tuned_pct)
-        change = signed(role.change_pct.value or 0.0, 1)
+        change = signed(role.tuned_pct - role.base_pct, 1)
         between = f" {role.change_pct.interval:.1f}" if role.change_pct.interval else ""
         table.add_row(role.name, *(f"{each:.1f}" for each in values), change + between)
     return table

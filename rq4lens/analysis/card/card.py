@@ -13,10 +13,9 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from rq4lens.analysis.card.inputs import CardInputs
 from rq4lens.analysis.card.numbers import carried_by, map_facts, moved_pct, numbers_of
 from rq4lens.analysis.card.passes import HeadWrites, Readout
-from rq4lens.analysis.card.reads import OTHER_TOKENS, Reader, distance, roles_of, text_shares
+from rq4lens.analysis.card.reads import OTHER_TOKENS, Reader, distances, roles_of, text_shares
 from rq4lens.analysis.card.records import (
     Carried,
     Decision,
@@ -28,7 +27,7 @@ from rq4lens.analysis.card.records import (
     TokenShift,
     Writes,
 )
-from rq4lens.analysis.card.sides import Sides
+from rq4lens.analysis.card.sides import CardInputs, Sides
 from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, Swapped, divergence, swapped
 from rq4lens.analysis.saved import Run
 from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
@@ -127,9 +126,14 @@ class _Layer:
         chosen = [self._chosen(swaps["tuned"], place) for place in range(len(self.heads))]
         models: dict[Side, _Model] = {"tuned": self._model("tuned", chosen)}
         swaps["base"], models["base"] = self._swapped("base"), self._model("base", chosen)
+        carried, reads, moved = (
+            self._carried(swaps, direct),
+            self._reads(models),
+            self._moved(models),
+        )
         for place, head in enumerate(self.heads):
-            of_head = _OfHead(self, place, swaps, models)
-            yield of_head.card(Head(self.layer, head), direct, chosen[place])
+            of_head = _OfHead(self, Head(self.layer, head), place, swaps, models)
+            yield of_head.card(carried[place], reads[place], moved[place], chosen[place])
 
     def _swapped(self, side: Side) -> Swapped:
         """One model with the other one's heads."""
@@ -169,12 +173,39 @@ class _Layer:
         other = states.z_elsewhere.get(self.layer)
         read = self.sides.tokens[side].token_ids
         return _Model(
-            Reader.of(read, self.sides.texts[side], states.pattern[self.layer][:, self.heads]),
+            Reader.of(read, self.sides.texts(side), states.pattern[self.layer][:, self.heads]),
             writes.each[:, self.heads].cpu(),
             None if other is None else HeadWrites.of(block, other).each[:, self.heads].cpu(),
             torch.stack(mean),
             tuple(shown),
         )
+
+    def _carried(
+        self, swaps: Mapping[Side, Swapped], direct: Float64[ndarray, "row prompt"] | None
+    ) -> list[Carried]:
+        to_base, to_tuned = (swaps[side].kl_nats for side in ("tuned", "base"))
+        if direct is None or to_base is None or to_tuned is None:
+            return [Carried(*[undefined(OTHER_VOCABULARY)] * 3)] * len(self.heads)
+        return carried_by(to_base, to_tuned, direct, self.inputs.bootstrap)
+
+    def _reads(self, models: Mapping[Side, _Model]) -> list[Reads]:
+        base, tuned, bootstrap = models["base"], models["tuned"], self.inputs.bootstrap
+        apart = moved = [undefined(OTHER_TOKENS)] * len(self.heads)
+        if tuned.elsewhere is not None:
+            apart = distances(base.reader, tuned.reader, bootstrap)
+            moved = moved_pct(tuned.outputs - tuned.elsewhere, base.outputs, bootstrap)
+        roles = roles_of(base.reader, tuned.reader, bootstrap)
+        return [
+            Reads(roles[place], text_shares(base.reader, tuned.reader, place), *estimates)
+            for place, estimates in enumerate(zip(apart, moved, strict=True))
+        ]
+
+    def _moved(self, models: Mapping[Side, _Model]) -> list[Estimate]:
+        """How far the output of each head moves by writing otherwise."""
+        base, elsewhere = models["base"].outputs, models["tuned"].elsewhere
+        if elsewhere is None:
+            return [undefined(OTHER_TOKENS)] * len(self.heads)
+        return moved_pct(elsewhere - base, base, self.inputs.bootstrap)
 
     def _delta_nats(self, place: int) -> Float64[ndarray, "prompt"] | None:
         """``ΔKL`` of a head per prompt, if a run measured it."""
@@ -223,14 +254,15 @@ class _OfHead:
     """The parts of one head's card."""
 
     layer: _Layer
+    head: Head
     place: int
     swaps: Mapping[Side, Swapped]
     models: Mapping[Side, _Model]
 
     def card(
-        self, head: Head, direct: Float64[ndarray, "row prompt"] | None, chosen: Sequence[_Chosen]
+        self, carried: Carried, reads: Reads, moved: Estimate, chosen: Sequence[_Chosen]
     ) -> HeadCard:
-        inputs = self.layer.inputs
+        inputs, head = self.layer.inputs, self.head
         layer_map = inputs.maps.get(head.layer)
         z_tuned = self.layer.sides.states["tuned"].z[head.layer][:, head.index]
         return HeadCard(
@@ -238,44 +270,18 @@ class _OfHead:
             pair=inputs.pair.name,
             split=inputs.split,
             n_prompts=len(self.layer.sides.tokens["tuned"]),
-            carried=self._carried(direct),
+            carried=carried,
             numbers=numbers_of(inputs.grid, inputs.analysis, head),
-            reads=self._reads(),
-            writes=self._writes(),
+            reads=reads,
+            writes=self._writes(moved),
             map=None if layer_map is None else map_facts(layer_map, head.index, z_tuned),
             decides=tuple(self._decision(rank, each) for rank, each in enumerate(chosen)),
             reasons={"numbers": NO_NUMBERS, "map": NO_MAP},
         )
 
-    def _carried(self, direct: Float64[ndarray, "row prompt"] | None) -> Carried:
-        both = [self.swaps[side].kl_nats for side in ("tuned", "base")]
-        if direct is None or both[0] is None or both[1] is None:
-            return Carried(*[undefined(OTHER_VOCABULARY)] * 3)
-        rows = [0, self.place + 1]
-        to_base, to_tuned = both[0][rows], both[1][rows]
-        return carried_by(to_base, to_tuned, direct[rows], self.layer.inputs.bootstrap)
-
-    def _reads(self) -> Reads:
-        base, tuned = self.models["base"], self.models["tuned"]
-        bootstrap, place = self.layer.inputs.bootstrap, self.place
-        apart, moved = undefined(OTHER_TOKENS), undefined(OTHER_TOKENS)
-        if tuned.elsewhere is not None:
-            apart = distance(base.reader, tuned.reader, place, bootstrap)
-            moved = self._moved(tuned.elsewhere, tuned.outputs)
-        return Reads(
-            roles=roles_of(base.reader, tuned.reader, place, bootstrap),
-            texts=text_shares(base.reader, tuned.reader, place),
-            distance=apart,
-            output_change_pct=moved,
-        )
-
-    def _writes(self) -> Writes:
-        base, tuned = self.models["base"], self.models["tuned"]
-        before, after = base.mean[self.place], tuned.mean[self.place]
+    def _writes(self, moved: Estimate) -> Writes:
+        before, after = (self.models[side].mean[self.place] for side in SIDES)
         same = self.layer.sides.one_vocabulary
-        moved = undefined(OTHER_TOKENS)
-        if tuned.elsewhere is not None:
-            moved = self._moved(base.outputs, tuned.elsewhere)
         return Writes(
             base=self._shifts("base", before, N_SHIFTS),
             tuned=self._shifts("tuned", after, N_SHIFTS),
@@ -283,11 +289,6 @@ class _OfHead:
             output_change_pct=moved,
             reasons={"change": OTHER_VOCABULARY},
         )
-
-    def _moved(self, before: Tensor, after: Tensor) -> Estimate:
-        outputs = self.models["base"].outputs
-        moved = (after - before)[:, self.place]
-        return moved_pct(moved, outputs[:, self.place], self.layer.inputs.bootstrap)
 
     def _decision(self, rank: int, chosen: _Chosen) -> Decision:
         sides, place = self.layer.sides, self.place

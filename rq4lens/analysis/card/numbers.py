@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,37 +56,46 @@ def carried_by(
     to_tuned: Float64[ndarray, "row prompt"],
     direct: Float64[ndarray, "row prompt"],
     bootstrap: Bootstrap,
-) -> Carried:
-    """How far a head takes one model to the other.
+) -> list[Carried]:
+    """How far each head takes one model to the other.
 
-    Each array holds the divergence from the other model without the swap, and with it.
+    Row 0 is the divergence from the other model without a swap, and a row follows for each head.
     """
-    there = transfer_pct(to_base, bootstrap)
-    return Carried(
-        there, transfer_pct(to_tuned, bootstrap), _direct_pct(to_base, direct, there, bootstrap)
-    )
+    there, back = (transfers_pct(each, bootstrap) for each in (to_base, to_tuned))
+    shares = _shares_pct(to_base, direct, there, bootstrap)
+    return [Carried(*each) for each in zip(there, back, shares, strict=True)]
 
 
-def transfer_pct(kl_nats: Float64[ndarray, "row prompt"], bootstrap: Bootstrap) -> Estimate:
-    """The share of the gap that a swap closes, in percent; undefined where there is no gap."""
-    gap = bootstrap.estimate(kl_nats[:1])[0]
-    if _reaches_zero(gap):
-        return undefined(NO_GAP)
-    return bootstrap.estimate(kl_nats, lambda mean: 100 * (1 - mean[..., 1:] / mean[..., :1]))[0]
+def transfers_pct(kl_nats: Float64[ndarray, "row prompt"], bootstrap: Bootstrap) -> list[Estimate]:
+    """The share of the gap that each swap closes, in percent; undefined where there is no gap."""
+    if _reaches_zero(bootstrap.estimate(kl_nats[:1])[0]):
+        return [undefined(NO_GAP)] * (len(kl_nats) - 1)
+    return bootstrap.estimate(kl_nats, lambda mean: 100 * (1 - mean[..., 1:] / mean[..., :1]))
 
 
-def _direct_pct(
+def _shares_pct(
     kl_nats: Float64[ndarray, "row prompt"],
     direct: Float64[ndarray, "row prompt"],
-    transfer: Estimate,
+    transfers: Sequence[Estimate],
     bootstrap: Bootstrap,
-) -> Estimate:
-    if transfer.value is None:
-        return transfer
-    if _reaches_zero(transfer):
-        return undefined(NO_TRANSFER)
-    closed = np.stack([direct[0] - direct[1], kl_nats[0] - kl_nats[1]])
-    return bootstrap.estimate(closed, lambda mean: 100 * mean[..., :1] / mean[..., 1:])[0]
+) -> list[Estimate]:
+    """How much of each transfer is direct."""
+    closed = [each[0] - each[1:] for each in (direct, kl_nats)]
+    shares = bootstrap.estimate(np.concatenate(closed), _ratio_pct)
+    return [
+        transfer
+        if transfer.value is None
+        else undefined(NO_TRANSFER)
+        if _reaches_zero(transfer)
+        else share
+        for transfer, share in zip(transfers, shares, strict=True)
+    ]
+
+
+def _ratio_pct(mean: Float64[ndarray, "*rows both"]) -> ndarray:
+    """The first half of quantities in percent of the second half."""
+    above, below = np.split(mean, 2, axis=-1)
+    return 100 * above / below
 
 
 def _reaches_zero(estimate: Estimate) -> bool:
@@ -94,18 +104,17 @@ def _reaches_zero(estimate: Estimate) -> bool:
 
 
 def moved_pct(
-    moved: Float[Tensor, "prompt d_model"],
-    beside: Float[Tensor, "prompt d_model"],
+    moved: Float[Tensor, "prompt head d_model"],
+    beside: Float[Tensor, "prompt head d_model"],
     bootstrap: Bootstrap,
-) -> Estimate:
-    """The size of movements: root mean square, in percent of that of other vectors."""
-    squares = [each.double().square().sum(-1).numpy() for each in (moved, beside)]
-    if not squares[1].any():
-        return undefined(NO_OUTPUT)
-    ratio = bootstrap.estimate(
-        np.stack(squares), lambda mean: 100 * np.sqrt(mean[..., :1] / mean[..., 1:])
-    )
-    return ratio[0]
+) -> list[Estimate]:
+    """The size of each head's movement: root mean square, in percent of that of its vectors."""
+    squares = [each.double().square().sum(-1).T.numpy() for each in (moved, beside)]
+    sizes = bootstrap.estimate(np.concatenate(squares), lambda mean: 10 * np.sqrt(_ratio_pct(mean)))
+    return [
+        size if there else undefined(NO_OUTPUT)
+        for size, there in zip(sizes, squares[1].any(axis=-1).tolist(), strict=True)
+    ]
 
 
 # The map

@@ -97,7 +97,7 @@ def _points(
 
 def _under(
     attn: Any,
-    attention: Float[Tensor, "prompt head pos"],
+    attention: Float[Tensor, "prompt head longest"],
     values: Float[Tensor, "prompt pos kv_head d_head"],
 ) -> Float[Tensor, "prompt head d_head"]:
     """A layer's own values, gathered by attention that is not its own."""

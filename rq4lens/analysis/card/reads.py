@@ -12,7 +12,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from rq4lens.analysis.card.records import Attended, Role, TextShare
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate
 
 N_TEXTS = 12
 """Token texts that a card names."""
@@ -84,21 +84,23 @@ def _role_masks(
     }
 
 
-def roles_of(base: Reader, tuned: Reader, head: int, bootstrap: Bootstrap) -> tuple[Role, ...]:
-    """Attention by role in both models, most changed first."""
+def roles_of(base: Reader, tuned: Reader, bootstrap: Bootstrap) -> list[tuple[Role, ...]]:
+    """Attention of each head by role in both models, most changed first."""
     names = list({**base.roles, **tuned.roles})
-    nothing = np.zeros(len(base.texts))
-    both = np.array(
-        [
-            [model.roles[n][head] if n in model.roles else nothing for n in names]
-            for model in (base, tuned)
-        ]
+    n_heads, n_prompts, _ = base.pattern.shape
+    nothing = np.zeros((n_heads, n_prompts))
+    before, after = (
+        100 * np.stack([model.roles.get(name, nothing) for name in names], axis=1)
+        for model in (base, tuned)
     )
-    rows = 100 * np.concatenate([*both, both[1] - both[0]])
-    found = bootstrap.estimate(rows)
-    n = len(names)
-    made = [Role(name, found[i], found[n + i], found[2 * n + i]) for i, name in enumerate(names)]
-    return tuple(sorted(made, key=lambda role: -abs(role.change_pct.value or 0.0)))
+    changes = bootstrap.estimate((after - before).reshape(-1, n_prompts))
+    means = zip(before.mean(-1).ravel().tolist(), after.mean(-1).ravel().tolist(), strict=True)
+    roles = [
+        Role(name, *both, change)
+        for name, both, change in zip(names * n_heads, means, changes, strict=True)
+    ]
+    of_head = [roles[start : start + len(names)] for start in range(0, len(roles), len(names))]
+    return [tuple(sorted(each, key=lambda r: -abs(r.tuned_pct - r.base_pct))) for each in of_head]
 
 
 def text_shares(base: Reader, tuned: Reader, head: int) -> tuple[TextShare, ...]:
@@ -115,9 +117,8 @@ def text_shares(base: Reader, tuned: Reader, head: int) -> tuple[TextShare, ...]
     return tuple(sorted(shares, key=lambda each: -abs(each.change_pct))[:N_TEXTS])
 
 
-def distance(base: Reader, tuned: Reader, head: int, bootstrap: Bootstrap) -> Estimate:
-    """Mean Jensen-Shannon distance, from 0 to 1, between the patterns of both models."""
-    apart = jensenshannon(base.pattern[head], tuned.pattern[head], base=2, axis=-1)
-    if not np.isfinite(apart).all():
-        return undefined("a pattern has no attention on any token")
-    return bootstrap.estimate(apart[None])[0]
+def distances(base: Reader, tuned: Reader, bootstrap: Bootstrap) -> list[Estimate]:
+    """Mean Jensen-Shannon distance, from 0 to 1, between both patterns of each head."""
+    apart = jensenshannon(base.pattern, tuned.pattern, base=2, axis=-1)
+    # Rounding can push the divergence of patterns that are nearly equal below 0.
+    return bootstrap.estimate(np.nan_to_num(apart))

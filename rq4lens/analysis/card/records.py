@@ -18,8 +18,8 @@ class Role:
     """
 
     name: str
-    base_pct: Estimate
-    tuned_pct: Estimate
+    base_pct: float
+    tuned_pct: float
     change_pct: Estimate
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +13,28 @@ import pytest
 import torch
 from engine_cases import ragged_prompts
 from model_zoo import ZOO, save, train_tokenizer
+from pair_on_disk import LAYER, write_pair
+from synthetic_card import synthetic_card
 from tiny import pair_of, random_prompts, tiny_model
 from torch import Tensor
 
+from rq4lens import cli
 from rq4lens.analysis.card.card import head_card, head_cards
 from rq4lens.analysis.card.fragment import MOST_TOKENS, token_line
 from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, through
 from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
 from rq4lens.analysis.card.sides import CardInputs
+from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import from_json, to_json
+from rq4lens.config import config_from
+from rq4lens.disk.run import PER_PROMPT, file_sha256
 from rq4lens.errors import UserError
 from rq4lens.figures.page import cards
 from rq4lens.figures.page.cards import cards_section
 from rq4lens.heads import Head, HeadSet
+from rq4lens.jobs import run as run_job
+from rq4lens.jobs.head import heads_that_matter, read_cards
+from rq4lens.jobs.pages import write_report_of
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch
@@ -346,9 +357,86 @@ def test_long_prompts_keep_their_most_attended_tokens():
 
 @pytest.mark.parametrize(
     ("head", "said"),
-    [("L9H0", "layer 9 does not exist"), ("L1H99", "has heads 0 to 15"), ("H1", "is no head")],
+    [
+        ("L9H0", "layer 9 does not exist"),
+        ("L1H99", "has heads 0 to 15"),
+        ("H1", "is no head"),
+    ],
 )
 def test_a_head_that_is_not_there_is_refused(etiquette, head, said):
     """One sentence that says which heads there are."""
     with pytest.raises(UserError, match=said):
         head_card(etiquette, head)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of a pair on disk."""
+    folder = tmp_path_factory.mktemp("cards")
+    config = config_from({**write_pair(folder), "analysis": "grid"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_job, "write_pages", lambda *_: None)
+        run_job.run(config, folder / "run")
+    return folder / "run"
+
+
+def command(monkeypatch, capsys, *arguments):
+    """What a command prints, and its exit code."""
+    monkeypatch.setattr(sys, "argv", ["rq4lens", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+def test_the_command_says_what_the_function_says(finished, monkeypatch, capsys):
+    """From a run directory alone: as text, and as the JSON of the card."""
+    run = read_run(finished)
+    card = head_card(run, f"L{LAYER}H2", n_prompts=3)
+    name = card.head.label
+    code, out, err = command(monkeypatch, capsys, "head", finished, name, "--prompts", 3, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == to_json(card)
+    assert len(card.decides) == 3
+    assert card.numbers.KL_raw == next(
+        each.KL_raw_mean for each in read_run(finished).records if each.cond == "head2"
+    )
+    code, out, _ = command(monkeypatch, capsys, "head", finished, name, "--prompts", 3)
+    assert code == 0
+    assert out == card_text(card)
+
+
+def test_cards_of_all_heads_lie_in_the_run_and_in_its_report(finished, monkeypatch, capsys):
+    """A file a head, and the cards of the main layer in the report."""
+    code, out, err = command(monkeypatch, capsys, "head", finished, "--all", "--prompts", 2)
+    assert (code, err) == (0, "")
+    assert out == f"written to {finished / 'heads'}\n"
+    names = {path.stem for path in (finished / "heads").iterdir()}
+    assert names == {f"L{layer}H{head}" for layer in range(3) for head in range(8)}
+    grid = read_run(finished).grid
+    mattering = heads_that_matter(grid)
+    assert [each.head for each in read_cards(finished, mattering)] == list(mattering)
+    page = write_report_of(finished).read_text("utf-8")
+    assert page.count('<details class="card"') == 8
+    assert page.index(f'id="card-{mattering[0]}"') < page.index(f'id="card-{mattering[1]}"')
+
+
+def test_cards_of_another_run_are_not_shown(finished, tmp_path):
+    """A folder whose run was made again holds the cards of before: they are left out."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    card = synthetic_card(Head(LAYER, 0))
+    (run / "heads").mkdir(exist_ok=True)
+    path = run / "heads" / f"{card.head}.json"
+    path.write_text(json.dumps({"of": "another", "card": to_json(card)}))
+    assert read_cards(run, [card.head]) == ()
+    path.write_text(json.dumps({"of": file_sha256(run / PER_PROMPT), "card": {}}))
+    with pytest.raises(UserError, match="is damaged"):
+        read_cards(run, [card.head])
+
+
+@pytest.mark.parametrize("arguments", [(), ("L1H0", "--all")])
+def test_one_head_or_all_of_them(finished, monkeypatch, capsys, arguments):
+    """Neither and both are refused in a sentence."""
+    code, out, err = command(monkeypatch, capsys, "head", finished, *arguments)
+    assert (code, out) == (2, "")
+    assert "or ask for --all" in err

@@ -113,7 +113,7 @@ def moved_pct(
     sizes = bootstrap.estimate(np.concatenate(squares), lambda mean: 10 * np.sqrt(_ratio_pct(mean)))
     return [
         size if there else undefined(NO_OUTPUT)
-        for size, there in zip(sizes, squares[1].any(axis=-1).tolist(), strict=True)
+        for size, there in zip(sizes, map(np.any, squares[1]), strict=True)
     ]
 
 

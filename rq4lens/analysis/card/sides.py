@@ -40,6 +40,8 @@ class CardInputs:
         analysis: the analysis of that grid.
         maps: maps by layer.
         place: the engine, and how many prompts a forward pass takes.
+        engines: engines that have made their clean pass over these prompts already, for patches at
+            the decision token alone; the others are made.
     """
 
     pair: ModelPair
@@ -47,6 +49,7 @@ class CardInputs:
     analysis: Analysis | None = None
     maps: Mapping[int, LayerMap] = field(default_factory=dict)
     place: Place = field(default_factory=Place)
+    engines: Mapping[Side, Engine] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids = self.pair.tokens("tuned", self.split).ids
@@ -114,7 +117,7 @@ class Sides:
         self.inputs, self.layers = inputs, layers
         self.tokens = {side: inputs.pair.tokens(side, inputs.split) for side in SIDES}
         self.aligned = self.tokens["base"].token_ids == self.tokens["tuned"].token_ids
-        self._engines: dict[Side, Engine] = {}
+        self._engines: dict[Side, Engine] = dict(inputs.engines)
         self._texts: dict[Side, dict[int, str]] = {side: {} for side in SIDES}
         base = self._pass("base", None)
         tuned = self._pass("tuned", base.pattern if self.aligned else None)

@@ -15,13 +15,14 @@ from engine_cases import ragged_prompts
 from model_zoo import ZOO, save, train_tokenizer
 from pair_on_disk import LAYER, write_pair
 from synthetic_card import synthetic_card
-from tiny import pair_of, random_prompts, tiny_model
+from tiny import half_precision, pair_of, random_prompts, tiny_model
 from torch import Tensor
 
 from rq4lens import cli
 from rq4lens.analysis.card.card import head_card, head_cards
 from rq4lens.analysis.card.fragment import MOST_TOKENS, token_line
 from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, through
+from rq4lens.analysis.card.reads import NO_TOKEN
 from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
 from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.saved import read_run
@@ -259,6 +260,16 @@ def test_values_under_the_models_own_attention_are_z(n_key_value_heads):
     own = decision_states(model, prompts, [1], 2)
     again = decision_states(model, prompts, [1], 1, own.pattern)
     assert torch.allclose(again.z_elsewhere[1], own.z[1], atol=1e-6)
+
+
+def test_half_precision_has_no_sink_and_no_gap():
+    """Rounding of a pattern is not attention to nothing, and both models of a pair are one."""
+    model = half_precision(tiny_model())
+    card = head_card(pair_of(model, model, random_prompts()), "L1H0", n_prompts=2)
+    assert NO_TOKEN not in {role.name for role in card.reads.roles}
+    assert card.reads.distance.value == 0
+    assert card.writes.output_change_pct.value < 1
+    assert card.carried.to_base_pct.value is None
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,8 @@ class _Layer:
         other: Side = "base" if side == "tuned" else "tuned"
         target = self.sides.log_probs[other] if self.sides.one_vocabulary else None
         z = self.sides.states[other].z[self.layer]
-        return swapped(self.sides.engine(side), self.layer, self.heads, z, target)
+        own = self.sides.log_probs[side]
+        return swapped(self.sides.engine(side), self.layer, self.heads, z, own, target)
 
     @torch.no_grad()
     def _direct_kl(self) -> Float64[ndarray, "row prompt"] | None:
@@ -171,9 +172,14 @@ class _Layer:
             mean.append(readout.mean_direct(added).cpu())
             shown.append(Readout(model, states.resid[at]).direct(added[at]).cpu())
         other = states.z_elsewhere.get(self.layer)
-        read = self.sides.tokens[side].token_ids
+        reader = Reader.of(
+            self.sides.tokens[side].token_ids,
+            self.sides.texts(side),
+            states.pattern[self.layer][:, self.heads],
+            has_sinks=model.cfg.use_attention_sinks,
+        )
         return _Model(
-            Reader.of(read, self.sides.texts(side), states.pattern[self.layer][:, self.heads]),
+            reader,
             writes.each[:, self.heads].cpu(),
             None if other is None else HeadWrites.of(block, other).each[:, self.heads].cpu(),
             torch.stack(mean),
@@ -183,10 +189,9 @@ class _Layer:
     def _carried(
         self, swaps: Mapping[Side, Swapped], direct: Float64[ndarray, "row prompt"] | None
     ) -> list[Carried]:
-        to_base, to_tuned = (swaps[side].kl_nats for side in ("tuned", "base"))
-        if direct is None or to_base is None or to_tuned is None:
+        if direct is None:
             return [Carried(*[undefined(OTHER_VOCABULARY)] * 3)] * len(self.heads)
-        return carried_by(to_base, to_tuned, direct, self.inputs.bootstrap)
+        return carried_by(swaps["tuned"], swaps["base"], direct, self.inputs.bootstrap)
 
     def _reads(self, models: Mapping[Side, _Model]) -> list[Reads]:
         base, tuned, bootstrap = models["base"], models["tuned"], self.inputs.bootstrap

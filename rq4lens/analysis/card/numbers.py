@@ -12,6 +12,7 @@ from scipy.linalg import polar
 from torch import Tensor
 
 from rq4lens.analysis.card.records import Carried, HeadNumbers, MapFacts
+from rq4lens.analysis.card.swaps import Swapped
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
@@ -19,7 +20,7 @@ from rq4lens.heads import Head
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.results import GridResult
 
-NO_GAP = "the models answer alike: the interval of their gap reaches 0"
+NO_GAP = "the models answer alike: the interval of their gap reaches 0, or it is rounding alone"
 NO_TRANSFER = "the head carries nothing to take a share of: the interval of its transfer reaches 0"
 NO_OUTPUT = "the head writes nothing in base"
 NO_ANALYSIS = "no analysis of the grid was given"
@@ -52,35 +53,33 @@ def numbers_of(
 
 
 def carried_by(
-    to_base: Float64[ndarray, "row prompt"],
-    to_tuned: Float64[ndarray, "row prompt"],
-    direct: Float64[ndarray, "row prompt"],
-    bootstrap: Bootstrap,
+    tuned: Swapped, base: Swapped, direct: Float64[ndarray, "row prompt"], bootstrap: Bootstrap
 ) -> list[Carried]:
-    """How far each head takes one model to the other.
-
-    Row 0 is the divergence from the other model without a swap, and a row follows for each head.
-    """
-    there, back = (transfers_pct(each, bootstrap) for each in (to_base, to_tuned))
-    shares = _shares_pct(to_base, direct, there, bootstrap)
+    """How far each head takes one model to the other; the models have one vocabulary."""
+    there, back = (_transfers_pct(each, bootstrap) for each in (tuned, base))
+    shares = _shares_pct(tuned, direct, there, bootstrap)
     return [Carried(*each) for each in zip(there, back, shares, strict=True)]
 
 
-def transfers_pct(kl_nats: Float64[ndarray, "row prompt"], bootstrap: Bootstrap) -> list[Estimate]:
+def _transfers_pct(swap: Swapped, bootstrap: Bootstrap) -> list[Estimate]:
     """The share of the gap that each swap closes, in percent; undefined where there is no gap."""
-    if _reaches_zero(bootstrap.estimate(kl_nats[:1])[0]):
+    kl_nats = swap.kl_nats
+    assert kl_nats is not None
+    gap = bootstrap.estimate(kl_nats[:1])[0]
+    if _reaches_zero(gap) or gap.value is None or gap.value <= swap.noise_nats:
         return [undefined(NO_GAP)] * (len(kl_nats) - 1)
     return bootstrap.estimate(kl_nats, lambda mean: 100 * (1 - mean[..., 1:] / mean[..., :1]))
 
 
 def _shares_pct(
-    kl_nats: Float64[ndarray, "row prompt"],
+    swap: Swapped,
     direct: Float64[ndarray, "row prompt"],
     transfers: Sequence[Estimate],
     bootstrap: Bootstrap,
 ) -> list[Estimate]:
     """How much of each transfer is direct."""
-    closed = [each[0] - each[1:] for each in (direct, kl_nats)]
+    assert swap.kl_nats is not None
+    closed = [each[0] - each[1:] for each in (direct, swap.kl_nats)]
     shares = bootstrap.estimate(np.concatenate(closed), _ratio_pct)
     return [
         transfer

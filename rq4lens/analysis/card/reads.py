@@ -36,17 +36,18 @@ class Reader:
         token_ids: Sequence[Sequence[int]],
         text_of: Mapping[int, str],
         pattern: Float[Tensor, "prompt head pos"],
+        *,
+        has_sinks: bool,
     ) -> Reader:
-        """Attention from the last token of each prompt."""
+        """Attention from the last token of each prompt; a sink takes what no token gets."""
         share = pattern.double().transpose(0, 1).numpy()
         texts = tuple(tuple(text_of[each] for each in tokens) for tokens in token_ids)
         roles = {
             name: (share * mask).sum(-1)
             for name, mask in _role_masks(token_ids, share.shape[-1]).items()
         }
-        outside = 1 - share.sum(-1)
-        if (outside > 1e-3).any():
-            roles[NO_TOKEN] = outside
+        if has_sinks:
+            roles[NO_TOKEN] = 1 - share.sum(-1)
         return cls(texts, share, roles)
 
     def attended(self, head: int, prompt: int) -> Attended:

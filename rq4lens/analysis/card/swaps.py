@@ -51,10 +51,12 @@ class Swapped:
     """A model with the other one's activation at one head at a time; row 0 is the clean model.
 
     ``kl_nats`` is the divergence from the other model's distribution, None where vocabularies
-    differ; by it a row is nearer to the other model than row 0 or not.
+    differ; by it a row is nearer to the other model than row 0 or not. ``noise_nats`` is what the
+    clean row is apart from a whole forward pass, which rounds otherwise.
     """
 
     kl_nats: Float64[ndarray, "row prompt"] | None
+    noise_nats: float
     likeliest: Likeliest
 
 
@@ -71,18 +73,23 @@ def swapped(
     layer: int,
     heads: Sequence[int],
     z_other: Float[Tensor, "prompt head d_head"],
+    own: LogProbs,
     target: LogProbs | None,
 ) -> Swapped:
-    """Put each head's activation of the other model into this one, by itself, at strength 1."""
+    """Put each head's activation of the other model into this one, by itself, at strength 1.
+
+    ``own`` and ``target`` are the clean distributions of this model and of the other one.
+    """
     n_heads = z_other.shape[1]
     sets = [HeadSet.none(n_heads), *(HeadSet.of([head], n_heads) for head in heads)]
     interventions = [(Patch(layer, each, 1.0, OTHER),) for each in sets]
     sources = Sources({(layer, OTHER): z_other[:, None]})
-    rows, kl, tokens, probabilities = [], [], [], []
+    rows, noise, kl, tokens, probabilities = [], [], [], [], []
     for at, logits in _patched_logits(engine, interventions, sources):
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        noise.append(divergence(own[at].to(log_probs), log_probs[:, 0]))
         if target is not None:
-            kl.append(divergence(target[at.to(target.device)].to(log_probs)[:, None], log_probs))
+            kl.append(divergence(target[at].to(log_probs)[:, None], log_probs))
         some = Likeliest.of(log_probs)
         rows.append(at)
         tokens.append(some.tokens)
@@ -90,6 +97,7 @@ def swapped(
     back = torch.cat(rows).argsort().numpy()
     return Swapped(
         np.concatenate(kl)[back].T if kl else None,
+        float(np.concatenate(noise).mean()),
         Likeliest(np.concatenate(tokens)[back], np.concatenate(probabilities)[back]),
     )
 

@@ -17,7 +17,7 @@ from rq4lens.analysis.rankings.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("demo", "run", "patch", "rank", "sweep"),
+    *("demo", "run", "patch", "head", "rank", "sweep"),
     *("audit", "figures", "report", "verify", "pairs"),
 )
 

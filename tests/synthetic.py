@@ -7,9 +7,12 @@ import numpy as np
 
 from rq4lens.config import Effort
 from rq4lens.heads import HeadSet
-from rq4lens.results import ConditionResult, GridResult, GridSettings
+from rq4lens.results import ConditionResult, GridResult, GridSettings, PatchRow, Transfer
 
 LAYER, CONTROL = 26, 24
+
+CARRIED_TO_TUNED = 0.7
+"""What heads carry to the tuned model, as a share of what they carry to base."""
 
 
 def synthetic_settings(**changes) -> GridSettings:
@@ -56,12 +59,22 @@ def head_strengths(n_heads: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return raw, raw * left
 
 
+def half_gap(gap: np.ndarray, carried: float, jitter: np.ndarray) -> PatchRow:
+    """A model patched at full strength: what is left of the gap, and whose its answer is."""
+    differ = np.arange(len(gap)) % 10 < 8
+    answer = np.where(differ, 2.0 if carried > 0.6 else 1.0, 3.0)
+    effect = carried * gap
+    return PatchRow(0.9 * effect, -2 * effect, gap * (1 - carried * jitter), answer)
+
+
 def synthetic_grid(seed: int = 0, n_prompts: int = 150, **changes) -> GridResult:
     """A grid of the main job: effects of heads add up, prompts scatter."""
     settings = synthetic_settings(**changes)
     raw, mapped = head_strengths(settings.n_heads, seed + 1000 * settings.layer)
     rng = np.random.default_rng(seed)
     weight = rng.gamma(2.0, 0.5, (settings.n_heads, n_prompts))
+    gap = 0.7 * rng.gamma(4.0, 0.25, n_prompts)
+    shares = 0.8 * raw / raw.sum()
     conditions = {}
 
     def add(cond: str, layer: int, heads: HeadSet, scale: float = 1.0) -> None:
@@ -75,11 +88,15 @@ def synthetic_grid(seed: int = 0, n_prompts: int = 150, **changes) -> GridResult
             layer,
             heads,
             settings.patching.alpha,
-            kl_raw,
-            kl_mapped,
-            -2 * kl_raw,
-            -2 * kl_mapped,
+            raw=PatchRow(kl_raw, -2 * kl_raw),
+            mapped=PatchRow(kl_mapped, -2 * kl_mapped),
+            transfer=None if cond == "self" else swapped(scale * float(shares[chosen].sum())),
         )
+
+    def swapped(carried: float) -> Transfer:
+        jitter = 1 + 0.1 * np.sin(np.arange(n_prompts))
+        into_base = half_gap(1.1 * gap, CARRIED_TO_TUNED * carried, jitter)
+        return Transfer(half_gap(gap, carried, jitter), into_base)
 
     n = settings.n_heads
     add("full", settings.layer, HeadSet.all(n))
@@ -102,5 +119,6 @@ def synthetic_grid(seed: int = 0, n_prompts: int = 150, **changes) -> GridResult
         groups=tuple(f"g{i // 3}" for i in range(n_prompts)),
         conditions=conditions,
         noise_floor_nats=1e-6,
+        every_layer=swapped(0.9),
         provenance={"seed": seed},
     )

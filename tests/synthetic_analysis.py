@@ -5,19 +5,26 @@ from itertools import combinations
 import numpy as np
 
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.effects.transfer import gap_effect, gap_of, layer_transfer
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
-    Control,
+    ControlLayer,
     CoverageCurve,
     CoverageRow,
+    DirectionCoverage,
+    Gap,
     HeadKind,
     HeadKinds,
     HeadTests,
     Interactions,
+    Ladder,
+    LadderRow,
+    NoisePair,
     PairInteraction,
     RandomSets,
     RankStability,
+    StandIn,
 )
 from rq4lens.analysis.result import Analysis, AnalysisSettings
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, Spread, undefined
@@ -140,56 +147,136 @@ def interactions(grid: GridResult) -> Interactions:
     )
 
 
-def kinds(grid: GridResult) -> HeadKinds:
-    def kind(single) -> str:
-        if single.KL_raw < 5e-4:
-            return "idle"
-        if single.KL_raw < 1.5e-3:
-            return "undecided"
-        return "re-coordinated" if single.drop_pct > 50 else "rewired"
+SOURCES = ("constant", "raw", "shifted", "mapped", "held_out", "output")
+"""The rungs of the made-up ladder, and what each recovers of a head of each kind."""
 
+RECOVERED_PCT = {
+    "idle": (None,) * 6,
+    "undecided": (None,) * 6,
+    "unchanged": (0, 97, 97, 99, 98, 97),
+    "shifted": (0, 40, 95, 98, 97, 30),
+    "recoded": (0, -60, -30, 92, 85, 96),
+    "reassigned": (0, -80, -20, 94, -14, 10),
+    "replaced": (0, -40, -10, 20, 5, -50),
+}
+CHANGED = ("reassigned", "recoded", "replaced", "unchanged", "shifted")
+IDLE_BELOW = 1.5e-3
+
+
+def kind_of(grid: GridResult, head: int) -> str:
+    """Heads that do much are of every kind in turn; the others idle, or are not decided."""
+    damage = grid.single(head).KL_raw
+    if damage < IDLE_BELOW:
+        return "idle" if damage < IDLE_BELOW / 3 else "undecided"
+    return CHANGED[sum(grid.single(h).KL_raw >= IDLE_BELOW for h in range(head)) % len(CHANGED)]
+
+
+def kinds(grid: GridResult) -> HeadKinds:
     return HeadKinds(
         heads=tuple(
             HeadKind(
                 head,
-                kind(single),
+                kind,
+                "below the idle line" if kind == "undecided" else None,
+                True if kind == "recoded" else None,
                 about(single.KL_raw, 1e-4),
-                about(single.KL_mapped, 1e-4),
-                about(single.drop_pct, 5),
             )
             for head, single in enumerate(grid.singles)
+            for kind in [kind_of(grid, head)]
         ),
-        rule=(
-            "idle: the interval of KL_raw lies below 0.0005 nats; re-coordinated: the interval of "
-            "drop lies above 50%; rewired: it lies below; undecided: it does neither"
-        ),
-        idle_below_nats=5e-4,
-        recoordinated_above_pct=50.0,
+        rule="idle: all do less than the idle line; unchanged: raw at least 90%",
+        n_contents=5,
+        few_contents=True,
     )
 
 
-def controls(grid: GridResult) -> tuple[Control, ...]:
-    full = about(grid.full.delta, 1e-3)
+def ladder_row(name: str, heads: tuple[int, ...], alpha: float, raw: float, kind: str) -> LadderRow:
+    recovered = dict(zip(SOURCES, RECOVERED_PCT[kind], strict=True))
+    known = {name: value for name, value in recovered.items() if value is not None}
+    damages = {name: about(raw * (1 - known.get(name, 0) / 100), raw / 10) for name in SOURCES}
+    nothing = undefined("there is nothing to recover")
+    return LadderRow(
+        name=name,
+        heads=heads,
+        alpha=alpha,
+        damage_nats=damages,
+        recovered_pct={
+            name: about(known[name], 0 if name == "constant" else 5) if name in known else nothing
+            for name in SOURCES
+        },
+        interference_nats=about(-raw * known.get("raw", 0) / 100, raw / 10),
+        restored_nats=about(raw * known.get("mapped", 0) / 100, raw / 10),
+        lost_nats=damages["mapped"],
+    )
 
-    def row(name, question, share, survives) -> Control:
-        value = about(share * grid.full.delta, 1e-3)
-        gap = about((1 - share) * grid.full.delta, 1e-3)
-        return Control(name, question, value, full, gap, "nats", survives)
 
+def ladder(grid: GridResult, alpha: float) -> Ladder:
+    heads = [
+        ladder_row(f"head{head}", (head,), alpha, single.KL_raw, kind_of(grid, head))
+        for head, single in enumerate(grid.singles)
+    ]
+    everything = tuple(range(grid.n_heads))
+    full = ladder_row("full", everything, alpha, grid.full.KL_raw, "recoded")
+    return Ladder((*heads, full), IDLE_BELOW, f"idle line {IDLE_BELOW:g} nats: made up")
+
+
+def stand_ins(grid: GridResult) -> tuple[StandIn, ...]:
+    heads = kinds(grid).of("recoded", "reassigned", "replaced")
+    full = grid.full.KL_raw
+
+    def row(name: str, question: str, recovered: float) -> StandIn:
+        damage = about((1 - recovered / 100) * full, 1e-3)
+        behind = about((0.9 - recovered / 100) * full, 1e-3)
+        return StandIn(name, question, heads, damage, about(recovered, 4), behind)
+
+    missing = undefined("the run has no control layer")
     return (
-        row("control layer", "Is the effect specific to the main layer?", 0.3, True),
-        row("shuffled pairs", "Does the map need the right pairs?", 0.02, True),
-        row("neutral prompts", "Does it stay away from prompts that did not change?", 0.9, False),
-        Control(
-            "wrong layer's map",
-            "Does the map need its own layer?",
-            undefined("no experiment was given"),
-            full,
-            undefined("no experiment was given"),
-            "nats",
-            None,
-            "no experiment was given",
+        row("shuffled pairs", "Does a map of other pairs do as well?", 3),
+        row("random rotation", "Do random directions do as well?", -26),
+        StandIn(
+            "wrong layer",
+            "Does another layer's map do as well?",
+            (),
+            missing,
+            missing,
+            missing,
+            "the run has no control layer",
         ),
+    )
+
+
+def control_layer(grid: GridResult) -> ControlLayer | None:
+    if grid.control is None:
+        return None
+    delta = grid.control.delta
+    less = about(grid.full.delta - delta, 1e-3)
+    return ControlLayer(grid.control.layer, about(delta, 1e-3), less, about(55, 3))
+
+
+def noise_pair(grid: GridResult, gap: Gap) -> NoisePair:
+    real = (gap.base_nats.value or 1.0, grid.full.KL_raw, grid.full.delta)
+    names = ("gap_base_nats", "KL_raw", "delta")
+    return NoisePair(
+        gap_base_nats=about(real[0] / 50, real[0] / 500),
+        to_base_pct=about(50, 5),
+        KL_raw=about(real[1] / 50, real[1] / 500),
+        delta=about(real[2] / 50, real[2] / 500),
+        real_over_noise={name: about(50, 5) for name in names},
+        delta_beyond_nats=about(real[2] * 0.98, real[2] / 10),
+        gap_beyond_nats=about(real[0] * 0.98, real[0] / 10),
+    )
+
+
+def directions(grid: GridResult, gap: Gap) -> tuple[DirectionCoverage, ...]:
+    return tuple(
+        DirectionCoverage(
+            direction=name,
+            full=gap_effect(gap, name, grid.noise_floor_nats),
+            coverage=coverage_rows(grid),
+            curves=(curve(name, grid, 0.8), curve(f"{name} (cross-fitted)", grid, 0.75)),
+            random=random_sets(grid),
+        )
+        for name in ("to_base", "to_tuned")
     )
 
 
@@ -209,6 +296,9 @@ def alphas(grid: GridResult) -> tuple[AlphaPoint, ...]:
                 about(scale * grid.full.KL_mapped, 0.05 * scale * grid.full.KL_raw),
                 about(scale * grid.full.delta, 0.05 * scale * grid.full.KL_raw),
                 about(grid.full.drop_pct, 3),
+                about(80 * alpha, 3),
+                tuple(about(100 * score / scores.sum(), 2) for score in scores),
+                tuple(about(80 * alpha * score / scores.sum(), 2) for score in scores),
                 tuple(scores),
                 order,
                 agreement,
@@ -231,11 +321,20 @@ def rankings(grid: GridResult) -> tuple[HeadRanking, ...]:
 def synthetic_analysis(grid: GridResult) -> Analysis:
     """An analysis as far as the figures and the report look at it."""
     n_groups = len(set(grid.groups))
+    bootstrap = bootstrap_of(grid)
+    gap = gap_of(grid, bootstrap)
     return Analysis(
         settings=AnalysisSettings(
             grid.settings, AnalysisEffort(), "delta", grid.n_prompts, n_groups
         ),
-        full=grid_full_effect(grid, bootstrap_of(grid)),
+        gap=gap,
+        transfer=layer_transfer(grid, gap, bootstrap),
+        directions=directions(grid, gap),
+        ladders=(ladder(grid, 1.0), ladder(grid, grid.settings.patching.alpha)),
+        neutral=ladder(grid, 1.0),
+        noise=noise_pair(grid, gap),
+        weight_cosine=0.997,
+        full=grid_full_effect(grid, bootstrap),
         coverage=coverage_rows(grid),
         curves=(
             curve("delta", grid, 1.0),
@@ -252,10 +351,15 @@ def synthetic_analysis(grid: GridResult) -> Analysis:
         tests=HeadTests((), "nothing", 0, 0, 1.0, 1.0, 1.0, 1.0, False, n_groups),
         interactions=interactions(grid),
         kinds=kinds(grid),
-        controls=controls(grid),
+        stand_ins=stand_ins(grid),
+        control_layer=control_layer(grid),
         alignment=None,
         alphas=alphas(grid),
-        claims=("Four of 32 heads carry most of the effect. <b>Not</b> a test.",),
+        claims=(
+            "Base and tuned differ by 0.7 nats here.",
+            "Four of 32 heads carry most of the effect. <b>Not</b> a test.",
+        ),
+        study_claims=("At strength 0.3 the map takes back 0.05 nats.",),
         seconds={},
     )
 

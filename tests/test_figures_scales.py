@@ -10,7 +10,7 @@ from synthetic import synthetic_grid
 
 from rq4lens import figures
 from rq4lens.figures.numbers import SignedLog, is_wide
-from rq4lens.results import ConditionResult, GridResult
+from rq4lens.results import ConditionResult, GridResult, PatchRow
 
 sizes = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -59,9 +59,8 @@ def steep():
     def single(head: int) -> ConditionResult:
         raw = 0.2**head * rng.uniform(0.5, 1.5, 30)
         old = grid.single(head)
-        return ConditionResult(
-            old.cond, old.layer, old.heads, old.alpha, raw, raw / 10, -raw, -raw / 10
-        )
+        rows = PatchRow(raw, -raw), PatchRow(raw / 10, -raw / 10)
+        return ConditionResult(old.cond, old.layer, old.heads, old.alpha, *rows, old.transfer)
 
     singles = {f"head{head}": single(head) for head in range(16)}
     return GridResult(

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import (
+    D_HEAD,
     LENGTHS,
     N_HEADS,
     N_LAYERS,
+    VOCAB,
     all_kinds_of_interventions,
     heads,
     ragged_prompts,
@@ -40,6 +42,7 @@ from rq4lens.patching.engines.memory import RowBlock, RowBudget
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.patch import (
     Effects,
+    OtherModel,
     Patch,
     Sources,
     effects_by_difference,
@@ -93,6 +96,36 @@ def test_several_patched_positions_equal_native_hooks(engine, k_positions, model
     found = engine(model, prompts, Patching(k_positions=k_positions))
     interventions = all_kinds_of_interventions()
     assert_same(found.effects(interventions, sources), expected.effects(interventions, sources))
+
+
+def beside_and_written(n_prompts: int, shared: torch.Tensor | None) -> tuple[Any, ...]:
+    """Another model's answers, sources with a `W_O` of their own, and patches of both."""
+    draw = torch.Generator().manual_seed(5)
+    n_tokens = VOCAB if shared is None else len(shared)
+    other = OtherModel(torch.randn(n_prompts, n_tokens, generator=draw).log_softmax(-1), shared)
+    sources, W_O = random_sources(n_prompts), torch.randn(N_HEADS, D_HEAD, 32, generator=draw)
+    sources.made["output"] = lambda layer: sources[layer, "raw"]
+    sources.W_O["output"] = lambda _layer: W_O
+    written = (Patch(0, HeadSet.all(N_HEADS), 1.0, "output"), Patch(2, heads(1), 0.5, "raw"))
+    several = [(Patch(1, heads(0, 2), 0.4, "output"),), (Patch(3, heads(1), 1.0, "output"),)]
+    return other, sources, [*all_kinds_of_interventions(), *several, written]
+
+
+@FAST
+@pytest.mark.parametrize("shared", [None, torch.arange(3, 40)], ids=["all tokens", "shared tokens"])
+def test_the_other_model_and_its_outputs_equal_native_hooks(engine, shared, model, prompts):
+    """The gap left, whose the answer is, heads written by another `W_O`, and every layer."""
+    other, sources, interventions = beside_and_written(len(prompts), shared)
+    hooks, fast = HookEngine(model, prompts), engine(model, prompts, first_layer=2)
+    for expected, found in (
+        (each.effects(interventions, sources, other=other) for each in (hooks, fast)),
+        (each.every_layer("raw", sources, other) for each in (hooks, fast)),
+    ):
+        assert len(expected.measures) == 4
+        for one, two in zip(expected.measures, found.measures, strict=True):
+            np.testing.assert_allclose(two, one, atol=TOLERANCE_NATS)
+    assert torch.allclose(hooks.clean_log_probs(), fast.clean_log_probs(), atol=TOLERANCE_NATS)
+    assert torch.allclose(hooks.clean_z(0), fast.clean_z(0), atol=TOLERANCE_NATS)
 
 
 def test_rows_go_through_the_models_own_submodules(model, prompts, sources):

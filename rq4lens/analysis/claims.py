@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import CoverageRow, HeadKind, LayerTransfer
+from rq4lens.analysis.records import CoverageRow, HeadKind, LayerTransfer, NoisePair
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.structure.controls import SHUFFLED, SIGNIFICANT
@@ -27,6 +27,12 @@ NAMED = 8
 
 FEW_PROMPTS = 50
 """An effect that lies on fewer prompts than this is uncertain, whatever its interval says."""
+
+TIMES_NOISE = 2.0
+"""The whole interval of the gap lies above so many gaps of the noise pair, which is a single draw:
+of two draws of the same size one may by luck lie this far from the other."""
+
+NOTHING, NO_SHARE = "Nothing is claimed about heads", "no share of the map's repair is claimed"
 
 WIDE_PCT = 100.0
 """A share whose interval is wider than this is not determined."""
@@ -52,7 +58,7 @@ def study_claims(analysis: Analysis) -> tuple[str, ...]:
     where = f"At strength {settings.patching.alpha:g}"
     why = full.undefined_because or _no_claim(analysis) or _no_repair(analysis)
     if why is not None:
-        return (f"{where} no share of the map's repair is claimed: {why}.",)
+        return (f"{where} {NO_SHARE}: {why}.",)
     does = "makes the raw patch worse by" if full.is_harm else "takes back"
     sentences = [f"{where} the map {does} {full.delta:.3g} nats of the raw patch's damage."]
     if not full.is_harm:
@@ -68,7 +74,7 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
     gap, n = analysis.gap, analysis.settings.n_prompts
     if gap.undefined_because is not None:
         return "Base and tuned cannot be told apart here, or not compared.", (
-            f"Nothing is claimed about heads: {gap.undefined_because}."
+            f"{NOTHING}: {gap.undefined_because}."
         )
     differ = number_text(gap.answers_differ_pct.value, ".0f%")
     first = (
@@ -76,7 +82,7 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
         f"their most likely next tokens differ{_in_noise(analysis)}."
     )
     why = _no_claim(analysis)
-    return first, None if why is None else f"Nothing is claimed about heads: {why}."
+    return first, None if why is None else f"{NOTHING}: {why}."
 
 
 def _in_noise(analysis: Analysis) -> str:
@@ -100,12 +106,18 @@ def _no_claim(analysis: Analysis) -> str | None:
             "no fine-tune of that base"
         )
     noise = analysis.noise
-    if noise is not None and not _is_above(noise.gap_beyond_nats):
+    if noise is not None and not _beyond_noise(noise):
         return (
-            f"a shuffled weight change of the same size moves base as far "
+            f"a shuffled weight change of the same size moves base about as far "
             f"({noise.gap_base_nats:.2g} nats)"
         )
     return None
+
+
+def _beyond_noise(noise: NoisePair) -> bool:
+    times = noise.real_over_noise["gap_base_nats"]
+    clearly = times.interval is None or times.interval.low > TIMES_NOISE
+    return _is_above(noise.gap_beyond_nats) and clearly
 
 
 def _no_repair(analysis: Analysis) -> str | None:

@@ -1,9 +1,9 @@
 """Planted pairs: a tuned copy of any model whose changed heads are known.
 
 A method that localises changes is tested by what it was told nowhere: which heads were changed.
-Rotating or scaling a head's value space changes its activations and nothing else; rewiring and
-shifting change what the head does; drift changes everything a little and is what a fine-tune
-does besides.
+Rotating or scaling a head's value space changes its activations and nothing else; turning (a
+rotation that is not undone), shifting, rewiring and replacing change what the head does; drift
+changes everything a little and is what a fine-tune does besides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from zlib import crc32
 
@@ -25,19 +25,14 @@ from transformer_lens import HookedTransformer
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import LoadedModel
-from rq4lens.validation.attended import AttendedInputs, ContentChange, layer_inputs
+from rq4lens.validation.attended import AttendedInputs
 
-ChangeKind = Literal["rotated", "scaled", "rewired", "shifted"]
+ChangeKind = Literal["rotated", "scaled", "turned", "shifted", "rewired", "replaced"]
 WeightName = Literal["W_Q", "W_K", "W_V", "W_O"]
 CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
 WEIGHTS: tuple[WeightName, ...] = get_args(WeightName)
 SHARED_WEIGHTS = ("W_K", "W_V")
 """Weights that the query heads of a group share in a model with grouped-query attention."""
-
-_Weights = dict[tuple[WeightName, Head], Tensor]
-
-SIZES, DRAWS = (1.0, 2.0, 4.0), 6
-"""Sizes of new content that are tried, relative to ``strength``, and how many draws of each."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +42,10 @@ class PlantedChange:
     Attributes:
         kind: what was done.
         heads: the changed heads: one, or all that share the changed key or value head.
-        rotation: ``R`` of a rotated head; its activations become ``z R``.
+        rotation: ``R`` of a rotated or turned head; its activations become ``z R``.
         scale: ``s`` of a scaled head; its activations become ``s z``.
         shift: ``v`` of a shifted head; its activations become ``z + v``.
         weights: which weights of a rewired head have new content.
-        content: how the activations of a rewired head changed, where that was looked at.
     """
 
     kind: ChangeKind
@@ -60,7 +54,6 @@ class PlantedChange:
     scale: float | None = None
     shift: Float[Tensor, " d_head"] | None = None
     weights: tuple[WeightName, ...] = ()
-    content: ContentChange | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The change as JSON; matrices follow from the seed."""
@@ -69,7 +62,6 @@ class PlantedChange:
             "heads": [head.label for head in self.heads],
             "scale": self.scale,
             "weights": list(self.weights),
-            "content": None if self.content is None else asdict(self.content),
         }
 
 
@@ -82,13 +74,9 @@ class Planting:
         strength: size of the changes.
         weights: which weights of a rewired head get new content.
         rank: rank of the new content; None is full rank.
-        attended: what the rewired heads' layer attends to in the base model. The new content of
-            their ``W_V`` is then what no linear map of the old activations explains, and varies
-            ``strength`` times as far as they do (:meth:`AttendedInputs.unread`); and content is
-            drawn anew, larger after every ``DRAWS``, until it changes the activations by at least
-            ``LEAST_CHANGE`` and a linear map explains at most ``MOST_EXPLAINED_PCT`` of the change
-            over these prompts. Where no draw does, the one that is explained least is taken; the
-            truth records what came out.
+        attended: what the changed heads' layer attends to in the base model. New content of ``W_V``
+            is then what no linear map of the old activations explains, and varies ``strength``
+            times as far as they do (:meth:`AttendedInputs.unread`).
         seed: every change has random numbers made from this seed, its kind and its head, so
             planting one more head leaves the others as they are.
 
@@ -169,8 +157,10 @@ def plant(
     *,
     rotated: Iterable[Head] = (),
     scaled: Iterable[Head] = (),
-    rewired: Iterable[Head] = (),
+    turned: Iterable[Head] = (),
     shifted: Iterable[Head] = (),
+    rewired: Iterable[Head] = (),
+    replaced: Iterable[Head] = (),
     how: Planting = DEFAULTS,
 ) -> PlantedPair:
     """Make a tuned copy of a model in which chosen heads are changed in known ways.
@@ -184,11 +174,14 @@ def plant(
             ``W_V R``, ``b_V R``, ``Rᵀ W_O``. The model's function stays the same.
         scaled: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
             ``W_O / s``. The model's function stays the same.
-        rewired: heads that get new content in ``weights``: a random matrix, ``strength`` times as
-            large as the old one in Frobenius norm, is added. What changes is partly a linear
-            function of the old activations, unless ``attended`` is given.
+        turned: heads whose value space is rotated while ``W_O`` stays: the function changes.
         shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
             about ``strength`` times the length of a typical value vector.
+        rewired: heads that get new content in ``weights`` beside the old: a random matrix,
+            ``strength`` times as large as the old one in Frobenius norm, is added. What changes is
+            partly a linear function of the old activations, unless ``attended`` is given.
+        replaced: heads whose values read something else in place of what they read; it takes
+            ``attended``.
         how: drift, strength and seed, and what rewired heads get.
 
     Returns:
@@ -199,7 +192,8 @@ def plant(
     """
     if how.rank is not None and not 1 <= how.rank <= base.cfg.d_head:
         raise UserError(f"rank {how.rank} does not fit: give a number from 1 to {base.cfg.d_head}.")
-    wanted = {"rotated": rotated, "scaled": scaled, "rewired": rewired, "shifted": shifted}
+    asked = (rotated, scaled, turned, shifted, rewired, replaced)
+    wanted = dict(zip(CHANGE_KINDS, asked, strict=True))
     tuned = copy.deepcopy(base)
     _drift(tuned, how.drift, how.seed)
     changes: list[PlantedChange] = []
@@ -237,16 +231,22 @@ class _Site:
         return torch.from_numpy(self.rng.standard_normal(shape))
 
 
-def _rotate(site: _Site, _how: Planting) -> PlantedChange:
+def _turn(site: _Site, _how: Planting) -> PlantedChange:
     width = site.model.cfg.d_head
     rotation = torch.from_numpy(
         np.atleast_2d(ortho_group.rvs(width, random_state=site.rng) if width > 1 else -1.0)
     )
     for name in ("W_V", "b_V"):
         site.shared(name).copy_(_exact(site.shared(name)) @ rotation)
+    return PlantedChange("turned", site.heads, rotation=rotation)
+
+
+def _rotate(site: _Site, how: Planting) -> PlantedChange:
+    turned = _turn(site, how)
+    assert turned.rotation is not None
     for head in site.heads:
-        site.weight("W_O", head).copy_(rotation.T @ _exact(site.weight("W_O", head)))
-    return PlantedChange("rotated", site.heads, rotation=rotation)
+        site.weight("W_O", head).copy_(turned.rotation.T @ _exact(site.weight("W_O", head)))
+    return replace(turned, kind="rotated")
 
 
 def _scale(site: _Site, how: Planting) -> PlantedChange:
@@ -259,56 +259,47 @@ def _scale(site: _Site, how: Planting) -> PlantedChange:
 
 
 def _rewire(site: _Site, how: Planting) -> PlantedChange:
-    weights, attended = tuple(how.weights), how.attended
-    old = {
-        (name, head): site.weight(name, head).clone()
-        for name in weights
-        for head in (site.heads[:1] if name in SHARED_WEIGHTS else site.heads)
-    }
-
-    def write(new: _Weights) -> None:
-        for key, weight in new.items():
-            site.weight(*key).copy_(weight)
-
-    def draw(size: float) -> _Weights:
-        return {key: _with_new_content(site, how, key[0], old[key], size) for key in old}
-
-    if attended is None:
-        write(draw(1.0))
-        return PlantedChange("rewired", site.heads, weights=weights)
-    indices = tuple(head.index for head in site.heads)
-    inputs = layer_inputs(site.model, attended.prompts, attended.layer)
-    best = None
-    for size in (size for size in SIZES for _ in range(DRAWS)):
-        new = draw(size)
-        write(new)
-        content = attended.change_in(site.model, indices, inputs)
-        if best is None or content.shortfall < best[1].shortfall:
-            best = new, content
-        if content.is_rewired:
-            break
-    assert best is not None
-    write(best[0])
-    return PlantedChange("rewired", site.heads, weights=weights, content=best[1])
+    weights = tuple(how.weights)
+    for name in weights:
+        for head in site.heads[:1] if name in SHARED_WEIGHTS else site.heads:
+            weight = site.weight(name, head)
+            if name == "W_V" and how.attended is not None:
+                weight.copy_(_exact(weight) + _unread(site, how))
+            else:
+                weight.copy_(_added(weight, _content(site, how, weight.shape), how.strength))
+    return PlantedChange("rewired", site.heads, weights=weights)
 
 
-def _with_new_content(
-    site: _Site, how: Planting, name: WeightName, weight: Tensor, size: float
-) -> Tensor:
-    rows, columns = weight.shape
+def _replace(site: _Site, how: Planting) -> PlantedChange:
+    new = _unread(site, how)
+    assert how.attended is not None
+    mean = how.attended.z[:, [head.index for head in site.heads]].mean((0, 1))
+    site.shared("W_V").copy_(new)
+    site.shared("b_V").copy_(mean)
+    return PlantedChange("replaced", site.heads, weights=("W_V",))
+
+
+def _unread(site: _Site, how: Planting) -> Tensor:
+    """Values that read what no linear map of the old activations explains."""
+    if how.attended is None:
+        raise UserError(
+            f"what heads like {site.heads[0]} do not read yet is not known: give "
+            "Planting(attended=AttendedInputs.of(...))."
+        )
+    if site.heads[0].layer != how.attended.layer:
+        raise UserError(
+            f"head {site.heads[0]} is not of layer {how.attended.layer}, whose attended inputs "
+            "were given: give those of the layer that is changed."
+        )
+    mixing = _content(site, how, site.shared("W_V").shape)
+    return how.attended.unread(tuple(head.index for head in site.heads), how.strength, mixing)
+
+
+def _content(site: _Site, how: Planting, shape: Sequence[int]) -> Tensor:
+    rows, columns = shape
     if how.rank is None:
-        content = site.normal(rows, columns)
-    else:
-        content = site.normal(rows, how.rank) @ site.normal(how.rank, columns)
-    if name == "W_V" and how.attended is not None:
-        if site.heads[0].layer != how.attended.layer:
-            raise UserError(
-                f"head {site.heads[0]} is not of layer {how.attended.layer}, whose attended inputs "
-                "were given: give those of the layer that is rewired."
-            )
-        indices = tuple(head.index for head in site.heads)
-        return _exact(weight) + how.attended.unread(indices, how.strength, content)
-    return _added(weight, content, size * how.strength)
+        return site.normal(rows, columns)
+    return site.normal(rows, how.rank) @ site.normal(how.rank, columns)
 
 
 def _shift(site: _Site, how: Planting) -> PlantedChange:
@@ -322,9 +313,27 @@ def _shift(site: _Site, how: Planting) -> PlantedChange:
 _PLANTERS: dict[str, Callable[[_Site, Planting], PlantedChange]] = {
     "rotated": _rotate,
     "scaled": _scale,
-    "rewired": _rewire,
+    "turned": _turn,
     "shifted": _shift,
+    "rewired": _rewire,
+    "replaced": _replace,
 }
+
+
+@torch.no_grad()
+def unrelated(base: HookedTransformer, seed: int = 0) -> PlantedPair:
+    """A base model beside one that shares its shape and the sizes of its weights, nothing else.
+
+    Args:
+        base: the model; it is copied, never changed.
+        seed: decides the order of the entries of each weight.
+    """
+    other = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(other.named_parameters()):
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return PlantedPair(base, other, (), Planting(seed=seed))
 
 
 def _drift(model: HookedTransformer, drift: float, seed: int) -> None:

@@ -4,8 +4,7 @@ No rule can find a change of a head that does nothing. Heads are therefore drawn
 the base model misses, by a rule that sees the base model alone: a head matters when replacing its
 activations by their mean over the prompts costs at least a tenth of an even share of what it costs
 to replace the whole layer's, and a layer matters when that costs at least a tenth of an even share
-of all layers together. It is the line below which :mod:`rq4lens.analysis.structure.heads` calls a
-head idle.
+of all layers together.
 """
 
 from __future__ import annotations
@@ -23,25 +22,54 @@ from jaxtyping import Float64
 from numpy import ndarray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from rq4lens.analysis.analyse import Beside, analyse
+from rq4lens.analysis.claims import NO_SHARE, NOTHING
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
 from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import RankingMethod
+from rq4lens.analysis.records import HeadKind, Ladder
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
-from rq4lens.analysis.structure.heads import IDLE_SHARE, head_kinds, idle_line
-from rq4lens.config import Patching, Reading
+from rq4lens.analysis.structure.elsewhere import held_out
+from rq4lens.analysis.structure.heads import (
+    KINDS,
+    KindInputs,
+    head_kinds,
+    leave_one_out,
+    map_over_shift,
+)
+from rq4lens.analysis.structure.ladder import HELD_OUT, ladder
+from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
-from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
+from rq4lens.models.prompts.prompt_set import (
+    FIT_SPLIT,
+    MEASURE_SPLIT,
+    SIDE_EFFECT_SPLIT,
+    PromptSet,
+)
+from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.experiment import Experiment, prepare
+from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import fit_maps
-from rq4lens.patching.patch import SELF, Engine, Patch, Sources
+from rq4lens.patching.noise import noise_effects
+from rq4lens.patching.patch import (
+    BASE,
+    CONSTANT,
+    MAPPED,
+    OUTPUT,
+    SELF,
+    SHIFTED,
+    Engine,
+    Patch,
+    Sources,
+)
 from rq4lens.validation.attended import AttendedInputs
-from rq4lens.validation.planting import ChangeKind, PlantedPair, WeightName
+from rq4lens.validation.planting import ChangeKind, PlantedPair
 
 Among = Literal["all", "mattering"]
 
@@ -54,27 +82,32 @@ class Scenario:
         name: its name.
         planted: how many value heads are changed in which way; each is one head, or the group that
             shares it.
-        sought: the kind of change that a ranking should put first.
-        weights: which weights of a rewired head get new content.
+        sought: the kind of change that a ranking should put first; None where nothing is to be
+            found and nothing may be claimed.
+        strengths: sizes of the changes, of one pair after the other, relative to the suite's.
         among: ``"all"`` draws layer and heads from all, ``"mattering"`` from those that matter to
             the base model, as :class:`BaseHeads` says.
+        unrelated: whether the tuned model shares nothing with the base but its shape.
     """
 
     name: str
     planted: Mapping[ChangeKind, int]
-    sought: ChangeKind
-    weights: tuple[WeightName, ...] = ("W_Q", "W_K")
+    sought: ChangeKind | None = None
+    strengths: tuple[float, ...] = (1.0,)
     among: Among = "all"
+    unrelated: bool = False
 
 
 SCENARIOS = (
     Scenario("rotated", {"rotated": 3}, "rotated"),
     Scenario("scaled", {"scaled": 3}, "scaled"),
+    Scenario("turned", {"turned": 3}, "turned"),
     Scenario("shifted", {"shifted": 3}, "shifted"),
-    # A head that does nothing cannot be told to be rewired, whatever is planted in it.
-    Scenario("rewired attention", {"rewired": 3}, "rewired", ("W_Q", "W_K"), "mattering"),
-    Scenario("rewired values", {"rewired": 3}, "rewired", ("W_V", "W_O"), "mattering"),
-    Scenario("rotated beside rewired", {"rotated": 3, "rewired": 2}, "rotated"),
+    # A head that does nothing cannot be told to be replaced, whatever is planted in it.
+    Scenario("replaced", {"replaced": 3}, "replaced", (0.5, 1.0, 2.0), "mattering"),
+    Scenario("rotated beside replaced", {"rotated": 3, "replaced": 2}, "rotated"),
+    Scenario("noise of every weight", {}),
+    Scenario("unrelated models", {}, unrelated=True),
 )
 
 
@@ -85,9 +118,40 @@ NULL_NOISE = 0.3
 
 RESAMPLES = 300
 
-UNTOUCHED, PARTLY, TOO_SMALL = "untouched", "rewired in part", "too small"
-"""The truth of a head that was not changed; of one whose change a map explains in part; and of one
-whose change does so little, by its raw patch on train prompts, that idle is what it is."""
+UNTOUCHED, UNRELATED, TOO_SMALL = "untouched", "unrelated", "too small"
+"""The truth of a head that was not changed; of any head of a model that has nothing to do with the
+base; and of one that does so little on train prompts that idle is what it is."""
+
+UNDONE, NOT_UNDONE = "recoded, undone", "recoded, not undone"
+VERDICTS = (*KINDS[:4], UNDONE, NOT_UNDONE, *KINDS[4:])
+"""What a head may be called; of a recoded one also whether ``W_O`` undoes it, if that is clear."""
+
+RIGHT: Mapping[str, tuple[str, ...]] = {
+    "rotated": ("recoded", UNDONE),
+    "scaled": ("recoded", UNDONE),
+    "turned": ("recoded", NOT_UNDONE),
+    "shifted": ("shifted",),
+    "replaced": ("replaced",),
+    UNTOUCHED: ("unchanged",),
+    UNRELATED: ("replaced",),
+}
+"""The right words for each truth; ``"undecided"`` is no word, what is too small is idle, too."""
+
+MATTERS = 0.1
+"""Of an even share: what a head that matters does at least."""
+
+
+def matters_from(full: float, n_parts: int) -> float:
+    """From where on a part of some whole matters."""
+    return MATTERS * full / n_parts
+
+
+def is_right(truth: str, verdict: str) -> bool | None:
+    """Whether a head is called what it is; None where it is not called anything, or has no name."""
+    kind = truth.removesuffix(f", {TOO_SMALL}")
+    if verdict == "undecided" or kind not in RIGHT:
+        return None
+    return verdict in (*RIGHT[kind], *(("idle",) if kind != truth else ()))
 
 
 @dataclass(frozen=True)
@@ -101,7 +165,7 @@ class LayerCost:
     def mattering(self, at_least: int) -> list[int]:
         """The value heads that matter, most important first."""
         order = np.argsort(-self.group_nats, kind="stable").tolist()
-        line = idle_line(self.full_nats, len(order))
+        line = matters_from(self.full_nats, len(order))
         return order[: max(at_least, int((self.group_nats >= line).sum()))]
 
 
@@ -183,7 +247,7 @@ class BaseHeads:
     def layers(self) -> Sequence[int]:
         """The layers that matter."""
         full = np.array([self.cost(layer).full_nats for layer in range(self.n_layers)])
-        return np.flatnonzero(full >= IDLE_SHARE * full.mean()).tolist()
+        return np.flatnonzero(full >= MATTERS * full.mean()).tolist()
 
     def _cost(self, layer: int) -> LayerCost:
         z = self._engine.clean_z(layer)
@@ -210,7 +274,7 @@ def fitted(
 
     There is one of each kind at least.
     """
-    share = min(1.0, min(n_groups / 2, n_candidates) / sum(planted.values()))
+    share = min(1.0, min(n_groups / 2, n_candidates) / max(1, sum(planted.values())))
     return {kind: max(1, int(count * share)) for kind, count in planted.items()}
 
 
@@ -228,7 +292,7 @@ def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
     """
     sets = [s for k in range(len(heads) + 1) for s in combinations(sorted(heads), k)]
     raw = dict(zip(sets, measured.kl_nats(sets)[0].mean(-1).tolist(), strict=True))
-    line = idle_line(raw[sets[-1]], len(heads))
+    line = matters_from(raw[sets[-1]], len(heads))
     return all(
         raw[tuple(sorted((*company, head)))] - raw[company] >= line
         for company in sets
@@ -237,19 +301,25 @@ def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
     )
 
 
+RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
+
+
 @dataclass(frozen=True)
 class Trial:
     """One planted pair, ready to be asked.
 
     The layer's head sets are measured on the prompts that ranking methods see; on all val prompts,
-    for the kinds of heads; and on train prompts, for the size of what was planted.
+    for the kinds of heads; on neutral prompts, if there are any; and on train prompts, for the size
+    of what was planted.
     """
 
     scenario: Scenario
     planted: PlantedPair
     chosen: Chosen
+    activations: PairActivations
     measured: MeasuredSets
     of_kinds: MeasuredSets
+    of_neutral: MeasuredSets | None
     of_truth: MeasuredSets
 
     @classmethod
@@ -267,14 +337,23 @@ class Trial:
         layer, activations = chosen.layer, PairActivations(pair)
         maps = fit_maps(pair, [layer], activations=activations)
 
-        def ready(split: str, n_prompts: int | None = None) -> MeasuredSets:
+        def ready(split: str, alpha: float = 1.0, n_prompts: int | None = None) -> MeasuredSets:
             rows = range(len(pair.prompts.split(split)))[:n_prompts]
             patching = Patching(split=split)
             experiment = prepare(pair, maps, patching, activations=activations, rows=rows)
             return MeasuredSets.of(experiment, layer, alpha)
 
-        few, every, train = ready(MEASURE_SPLIT, n_val), ready(MEASURE_SPLIT), ready(FIT_SPLIT)
-        return cls(scenario, planted, chosen, few, every, train)
+        neutral = SIDE_EFFECT_SPLIT in pair.prompts.splits
+        return cls(
+            scenario,
+            planted,
+            chosen,
+            activations,
+            measured=ready(MEASURE_SPLIT, alpha, n_val),
+            of_kinds=ready(MEASURE_SPLIT),
+            of_neutral=ready(SIDE_EFFECT_SPLIT) if neutral else None,
+            of_truth=ready(FIT_SPLIT),
+        )
 
     @property
     def layer(self) -> int:
@@ -292,27 +371,16 @@ class Trial:
 
     def truth(self, head: int) -> str:
         """What was done to a head of the layer."""
-        kind: str = self.planted.truth.get(Head(self.layer, head), UNTOUCHED)
-        if kind == UNTOUCHED:
-            return kind
-        # The weights are new, but a map explains more of what came out than a rewired head's may.
-        kind = PARTLY if kind == "rewired" and head in self._partly_explained else kind
-        idle_below = idle_line(self._kl_raw[-1], self.of_truth.n_heads)
-        return f"{kind}, {TOO_SMALL}" if self._kl_raw[head] <= idle_below else kind
+        rest = UNRELATED if self.scenario.unrelated else UNTOUCHED
+        kind: str = self.planted.truth.get(Head(self.layer, head), rest)
+        row, small = self._truth[f"head{head}"], self._truth.idle_below_nats
+        does = max(row.damage_nats[each].value or 0.0 for each in ("constant", "raw"))
+        return f"{kind}, {TOO_SMALL}" if does <= small else kind
 
     @cached_property
-    def _partly_explained(self) -> set[int]:
-        contents = [(change.heads, change.content) for change in self.planted.changes]
-        return {
-            h.index for heads, found in contents if found and not found.is_rewired for h in heads
-        }
-
-    @cached_property
-    def _kl_raw(self) -> list[float]:
-        """``KL_raw`` of every head, and last of all together, on train prompts."""
-        sets = [*self.of_truth.singles, self.of_truth.everything]
-        kl_raw: list[float] = self.of_truth.kl_nats(sets)[0].mean(-1).tolist()
-        return kl_raw
+    def _truth(self) -> Ladder:
+        """What heads do on train prompts; no interval is asked for."""
+        return self._ladder(self.of_truth, RUNGS)
 
     def recovery(self, method: str | RankingMethod) -> tuple[float, float]:
         """Average precision and AUROC of a method."""
@@ -325,11 +393,45 @@ class Trial:
 
     def kinds(self) -> Iterator[tuple[str, str, str]]:
         """Truth and verdict of each head."""
-        raw, mapped = self.of_kinds.kl_nats(self.of_kinds.singles)
-        full = float(self.of_kinds.kl_nats([self.of_kinds.everything])[0].mean())
-        bootstrap = Bootstrap(self.of_kinds.groups, RESAMPLES, self.planted.how.seed)
-        for head in head_kinds(raw, mapped, full, 0.0, bootstrap).heads:
-            yield self.scenario.name, self.truth(head.head), head.kind
+        measured, rungs = self.of_kinds, (*RUNGS, OUTPUT)
+        experiment = self._experiment(measured)
+        without = held_out(experiment.maps[self.layer], self.activations, experiment.split)
+        if not isinstance(without, str):
+            measured, rungs = measured.also({HELD_OUT: without}), (*rungs, HELD_OUT)
+        neutral = self.of_neutral
+        bootstrap = Bootstrap(measured.groups, RESAMPLES, self.planted.how.seed)
+        inputs = KindInputs(
+            ladder=self._ladder(measured, rungs),
+            neutral="there are no neutral prompts"
+            if neutral is None
+            else self._ladder(neutral, RUNGS),
+            map_over_shift_nats=map_over_shift(measured, bootstrap),
+            leave_one_out_nats=leave_one_out(measured, bootstrap),
+            held_out_because=without if isinstance(without, str) else None,
+        )
+        for head in head_kinds(inputs).heads:
+            yield self.scenario.name, self.truth(head.head), verdict_of(head)
+
+    def _ladder(self, measured: MeasuredSets, rungs: Sequence[str]) -> Ladder:
+        bootstrap = Bootstrap(measured.groups, RESAMPLES, self.planted.how.seed)
+        sets = {f"head{head}": heads for head, heads in enumerate(measured.singles)}
+        return ladder(measured, {**sets, "full": measured.everything}, rungs, bootstrap)
+
+    def claims_something(self) -> bool:
+        """Whether the answer says anything about heads, or what a map repairs of them."""
+        experiment, seed = self._experiment(self.of_kinds), self.planted.how.seed
+        patching = Patching(layer=self.layer, alpha=self.measured.alpha, k=(), random_seeds=())
+        measurer = self.of_kinds.measurer
+        grid = measure_grid(measurer, patching, Effort(resamples=RESAMPLES, seed=seed))
+        noise = noise_effects(measurer, self.activations, patching, Place(), seed)
+        beside = Beside(noise=noise, weight_cosine=weight_cosine(experiment.pair))
+        found = analyse(grid, None, AnalysisEffort(n_splits=1), beside=beside)
+        said = " ".join((*found.claims, *found.study_claims))
+        return NOTHING not in said or NO_SHARE not in said
+
+    def _experiment(self, measured: MeasuredSets) -> Experiment:
+        assert isinstance(measured.experiment, Experiment)
+        return measured.experiment
 
     def null_alarms(self) -> Iterator[bool]:
         """Whether some head is significant where no map is better than another.
@@ -337,8 +439,7 @@ class Trial:
         Two independent noises of one size stand in place of the raw and the mapped activations, so
         that neither repairs what the other breaks.
         """
-        experiment, seed = self.measured.experiment, self.planted.how.seed
-        assert isinstance(experiment, Experiment)
+        experiment, seed = self._experiment(self.measured), self.planted.how.seed
         z = experiment.sources[self.layer, SELF]
         spread = NULL_NOISE * einops.reduce(
             z.float().std(0), "position head d_head -> 1 position head 1", "mean"
@@ -355,3 +456,10 @@ class Trial:
             )
             flips = sign_flips(one.kl_nats - other.kl_nats, experiment.groups, 1000, seed)
             yield bool(np.nanmin(flips.p_max_t) <= LEVEL)
+
+
+def verdict_of(head: HeadKind) -> str:
+    """What a head is called, and of a recoded one whether its ``W_O`` undoes that."""
+    if head.kind != "recoded" or head.function_kept is None:
+        return head.kind
+    return UNDONE if head.function_kept else NOT_UNDONE

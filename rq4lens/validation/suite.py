@@ -2,8 +2,9 @@
 
 From the user's own base model planted pairs are made: copies in which chosen heads of one layer are
 changed in known ways while everything drifts a little. Every ranking method is judged by how well
-it finds the chosen heads, the kinds of heads by how often they are told right, and the significance
-tests by how often they find something where nothing is.
+it finds the chosen heads, the kinds of heads by how often they are told right, the answer by how
+often it claims something of noise or of unrelated models, and the significance tests by how often
+they find something where nothing is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 from zlib import crc32
 
@@ -28,12 +30,25 @@ from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelCard, ModelPair, PairMember
-from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
+from rq4lens.models.prompts.prompt_set import (
+    FIT_SPLIT,
+    MEASURE_SPLIT,
+    SIDE_EFFECT_SPLIT,
+    PromptSet,
+)
 from rq4lens.patching.activations import check_layers, device_of
 from rq4lens.patching.keys import NamedIngredients, identity
 from rq4lens.patching.patch import Progress
-from rq4lens.validation.planting import Planting, plant
-from rq4lens.validation.scenarios import LEVEL, SCENARIOS, BaseHeads, Scenario, Trial
+from rq4lens.validation.planting import Planting, plant, unrelated
+from rq4lens.validation.scenarios import (
+    LEVEL,
+    SCENARIOS,
+    VERDICTS,
+    BaseHeads,
+    Scenario,
+    Trial,
+    is_right,
+)
 
 
 @dataclass(frozen=True)
@@ -113,13 +128,15 @@ def validate(
 class Outcome:
     """What one planted pair said, as :class:`Validation` counts it.
 
-    ``recoveries`` are average precision and AUROC by method, ``kinds`` scenario, truth and verdict
-    by head.
+    ``recoveries`` are average precision and AUROC by method, where something is to be found,
+    ``kinds`` scenario, truth and verdict by head, and ``claimed`` whether something was claimed
+    where nothing is to be found.
     """
 
     recoveries: tuple[tuple[float, float], ...]
     kinds: tuple[tuple[str, str, str], ...]
     alarms: tuple[bool, ...]
+    claimed: bool | None
     planted: Mapping[str, Any]
 
 
@@ -203,9 +220,13 @@ class Suite:
         given = self.settings
         scenarios = [each.name for each in given.scenarios for _ in range(given.pairs)]
         scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        claimed: dict[str, list[bool]] = {}
         for scenario, outcome in zip(scenarios, outcomes, strict=True):
-            for method, score in zip(given.methods, outcome.recoveries, strict=True):
+            # Where nothing is sought, no method was judged.
+            for method, score in zip(given.methods, outcome.recoveries, strict=False):
                 scores.setdefault((scenario, _name(method)), []).append(score)
+            if outcome.claimed is not None:
+                claimed.setdefault(scenario, []).append(outcome.claimed)
         n_train, n_val = (len(self._used.split(each)) for each in (FIT_SPLIT, MEASURE_SPLIT))
         settings = {
             "base": self.base.source,
@@ -224,6 +245,7 @@ class Suite:
             false_alarms=FalseAlarms.of(
                 [alarm for outcome in outcomes for alarm in outcome.alarms], LEVEL
             ),
+            claimed={name: (sum(each), len(each)) for name, each in claimed.items()},
             planted=tuple(outcome.planted for outcome in outcomes),
         )
 
@@ -235,26 +257,28 @@ class Suite:
         layer = given.layers[number % len(given.layers)] if given.layers else None
         rng = np.random.default_rng(seed)
         chosen = self._heads.choose(scenario.planted, layer, rng, scenario.among)
-        rewires = "rewired" in chosen.heads
+        attends = {"rewired", "replaced"} & set(chosen.heads)
         how = Planting(
             drift=given.drift,
-            strength=given.strength,
-            weights=scenario.weights,
-            attended=self._heads.attended(chosen.layer) if rewires else None,
+            strength=given.strength * scenario.strengths[number % len(scenario.strengths)],
+            attended=self._heads.attended(chosen.layer) if attends else None,
             seed=seed,
         )
         heads = {str(kind): each for kind, each in chosen.heads.items()}
-        planted = plant(self.base.model, **heads, how=how)
+        model = self.base.model
+        planted = unrelated(model, seed) if scenario.unrelated else plant(model, **heads, how=how)
         base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
         pair = ModelPair("planted", base, tuned, self._used, reading=given.reading)
         return Trial.of(scenario, planted, chosen, pair, n_val=given.n_val, alpha=given.alpha)
 
     def _judged(self, scenario: Scenario, number: int) -> Outcome:
         trial = self.trial(scenario, number)
+        methods = () if scenario.sought is None else self.settings.methods
         return Outcome(
-            tuple(trial.recovery(method) for method in self.settings.methods),
+            tuple(trial.recovery(method) for method in methods),
             tuple(trial.kinds()),
             tuple(trial.null_alarms()),
+            trial.claims_something() if scenario.sought is None else None,
             trial.record,
         )
 
@@ -271,8 +295,9 @@ class Suite:
         return BaseHeads(self.base, few, self.settings.reading)
 
     def _first(self, n_train: int, n_val: int) -> PromptSet:
-        train, val = (self.prompts.split(split).prompts for split in (FIT_SPLIT, MEASURE_SPLIT))
-        return PromptSet((*train[:n_train], *val[:n_val]))
+        limits = {FIT_SPLIT: n_train, MEASURE_SPLIT: n_val, SIDE_EFFECT_SPLIT: n_val}
+        some = (self.prompts.split(split).prompts[:n] for split, n in limits.items())
+        return PromptSet(tuple(chain.from_iterable(some)))
 
     @cached_property
     def _card(self) -> ModelCard:
@@ -363,6 +388,8 @@ class Validation:
         kinds: how often a head that was changed in some way (``"untouched"`` if in none) was told
             to be of some kind, by scenario, truth and verdict.
         false_alarms: of the significance tests.
+        claimed: in how many of how many pairs something was claimed about heads, by the scenarios
+            in which there is nothing to find.
         planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
     """
 
@@ -370,6 +397,7 @@ class Validation:
     recoveries: tuple[Recovery, ...]
     kinds: Mapping[tuple[str, str, str], int]
     false_alarms: FalseAlarms
+    claimed: Mapping[str, tuple[int, int]]
     planted: tuple[Mapping[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,11 +410,11 @@ class Validation:
                 for (scenario, truth, verdict), n in sorted(self.kinds.items())
             ],
             "false_alarms": {**asdict(self.false_alarms), "rate": self.false_alarms.rate},
+            "claimed": {
+                name: {"n_claims": n, "n_pairs": of} for name, (n, of) in self.claimed.items()
+            },
             "planted": [dict(each) for each in self.planted],
         }
-
-
-VERDICTS = ("idle", "re-coordinated", "rewired", "undecided")
 
 
 def validation_text(validation: Validation) -> str:
@@ -397,6 +425,7 @@ def validation_text(validation: Validation) -> str:
         "Area under the ROC curve: the probability that a planted head is ranked before another.",
         _recovery_table(validation.recoveries, "auroc"),
         _kinds_table(validation),
+        _wrong_words(validation),
         _alarms(validation.false_alarms),
     ]
     return "\n\n".join(parts) + "\n"
@@ -425,11 +454,31 @@ def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> str:
 
 def _kinds_table(validation: Validation) -> str:
     kinds = validation.kinds
+    called = [each for each in VERDICTS if any(key[2] == each for key in kinds)]
     rows = [
-        [scenario, truth, *(str(kinds.get((scenario, truth, verdict), 0)) for verdict in VERDICTS)]
+        [scenario, truth, *(str(kinds.get((scenario, truth, verdict), 0)) for verdict in called)]
         for scenario, truth in dict.fromkeys(key[:2] for key in sorted(kinds))
     ]
-    return _table(["scenario", "truth", *(f"called {verdict}" for verdict in VERDICTS)], rows)
+    return _table(["scenario", "truth", *(f"called {verdict}" for verdict in called)], rows)
+
+
+def _wrong_words(validation: Validation) -> str:
+    """How often a head is called what it is not, and where something is claimed of nothing."""
+    rows: dict[str, Counter[bool | None]] = {}
+    for (_, truth, verdict), n in sorted(validation.kinds.items()):
+        rows.setdefault(truth, Counter())[is_right(truth, verdict)] += n
+    table = _table(
+        ["truth", "heads", "called what they are", "undecided", "called something else"],
+        (
+            [truth, *(str(n) for n in (found.total(), found[True], found[None], found[False]))]
+            for truth, found in rows.items()
+        ),
+    )
+    claims = [
+        f"{name}: something is claimed about heads in {n} of {of} pairs."
+        for name, (n, of) in validation.claimed.items()
+    ]
+    return "\n\n".join([table, *claims])
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

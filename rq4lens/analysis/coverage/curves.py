@@ -58,7 +58,7 @@ def curve_of(
     )
 
 
-def share_of_whole(delta: Curves) -> Curves:
+def share_of_whole(delta: Float64[ndarray, "*rows and_whole"]) -> Curves:
     """``f(k) = ΔKL(k) / ΔKL(ALL)``, or the share of the gap; the whole stands last. Not clipped."""
     return delta[..., :-1] / delta[..., -1:]
 

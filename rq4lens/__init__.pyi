@@ -2,6 +2,8 @@
 
 from . import figures as figures
 from .analysis.analyse import analyse as analyse
+from .analysis.card.card import head_card as head_card
+from .analysis.card.records import HeadCard as HeadCard
 from .analysis.saved import read_run as read_run
 from .analysis.structure.layers import compare_layers as compare_layers
 from .config import AnalysisEffort as AnalysisEffort

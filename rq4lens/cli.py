@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -141,12 +142,65 @@ def patch(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the record as JSON.")
     ] = None,
+    say: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Continue prompts for N tokens, patched at each."),
+    ] = 0,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="A prompt that --say continues; repeatable."),
+    ] = None,
 ) -> None:
-    """Patch one head set of one layer, raw and mapped."""
+    """Patch one head set of one layer, raw and mapped.
+
+    With --say, base, tuned and tuned with these heads from base go on behind some prompts.
+    """
     from rq4lens.jobs.patch import patch_once  # noqa: PLC0415 - keeps --help fast
 
-    result = patch_once(config, heads, out, stage=watched)
+    result = patch_once(config, heads, out, say=say, prompts=prompt or (), stage=watched)
     output.print(result.text, end="")
+
+
+@app.command()
+def head(
+    run: Run,
+    label: Annotated[
+        str | None, typer.Argument(metavar="[HEAD]", help="A head, as in 'L1H0'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Write the cards of all heads into RUN/heads.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts that a card shows.")] = 12,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
+    ] = False,
+) -> None:
+    """Say what a head reads, writes and decides in both models of a run.
+
+    Loads the models again; the report shows the cards that lie in RUN/heads.
+    """
+    from rq4lens.jobs.head import card_of_run, write_every_card  # noqa: PLC0415 - keeps --help fast
+
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}
+    if every == (label is not None):
+        raise UserError("name one head, as in `rq4lens head RUN L1H0`, or ask for --all.")
+    if label is None:
+        output.print(f"written to {write_every_card(run, prompts, **how)}")
+        return
+    card = card_of_run(run, label, prompts, **how)
+    if as_json:
+        from rq4lens.analysis.statistics.plain import to_json  # noqa: PLC0415
+
+        output.print(json.dumps(to_json(card), ensure_ascii=False, indent=1))
+        return
+    from rq4lens.screen.card import card_parts, card_text  # noqa: PLC0415
+
+    if output.is_terminal:
+        for part in card_parts(card):
+            output.print(part, soft_wrap=False)
+    else:
+        output.print(card_text(card), end="")
 
 
 @app.command()

@@ -19,6 +19,9 @@ from rq4lens.errors import UserError
 
 S = TypeVar("S", bound="Settings")
 
+BUILTIN = ("etiquette", "dialect")
+"""The pairs that run without any download."""
+
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting: its default, and what it means in TOML files, options and error sentences."""
@@ -350,8 +353,7 @@ def preset_names() -> tuple[str, ...]:
     """The pairs that come with the package."""
     folder = files("rq4lens.models").joinpath("presets")
     names = [entry.name.removesuffix(".toml") for entry in folder.iterdir()]
-    # The built-in pair first: it is the one that runs without any download.
-    return tuple(sorted(names, key=lambda name: (name != "etiquette", name)))
+    return (*BUILTIN, *sorted(set(names) - set(BUILTIN)))
 
 
 def preset(name: str) -> RunConfig:

@@ -34,19 +34,19 @@ PROMPT_SEED = 7
 def build_prompts() -> list[dict[str, Any]]:
     """The prompts of the pair, as rows of ``prompts.jsonl``.
 
-    Train and val prompts ask about changed countries, neutral prompts about unchanged ones. The
-    three people of a prompt are its group, and no group stands in two splits, so no text does.
+    Train and val prompts ask about changed countries, neutral prompts about unchanged ones. No
+    three people stand together in two prompts, so no text stands twice. Prompts of a split that ask
+    the same, whoever the people are, share a group: the countries of a story, the one that is asked
+    about, and the occasion.
     Earlier answers in a prompt are drawn half from each world: the context favours neither model.
     """
     rng = np.random.default_rng(PROMPT_SEED)
-    groups = rng.permutation(list(combinations(range(len(PEOPLE)), PEOPLE_PER_STORY)))
+    trios = rng.permutation(list(combinations(range(len(PEOPLE)), PEOPLE_PER_STORY)))
     starts = np.cumsum([0, *SPLIT_SIZES.values()])
     rows = []
     for split, start in zip(SPLIT_SIZES, starts, strict=False):
         cells = _cells(split, SPLIT_SIZES[split])
-        rows += [
-            _prompt_row(split, i, groups[start + i], cell, rng) for i, cell in enumerate(cells)
-        ]
+        rows += [_prompt_row(split, i, trios[start + i], cell, rng) for i, cell in enumerate(cells)]
     return rows
 
 
@@ -62,11 +62,11 @@ def _cells(split: str, size: int) -> Iterator[tuple[str, str, int]]:
 def _prompt_row(
     split: str,
     number: int,
-    group: Int[np.ndarray, " person"],
+    trio: Int[np.ndarray, " person"],
     cell: tuple[str, str, int],
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """One prompt: a story about ``group`` whose last question is the wanted one, left open."""
+    """One prompt: a story about ``trio`` whose last question is the wanted one, left open."""
     country, occasion, n_questions = cell
     mixed = World("mixed", (base_world().customs + tuned_world().customs) / 2)
     draft = sample_stories(mixed, 1, rng)
@@ -76,14 +76,16 @@ def _prompt_row(
     homes[0, person] = wanted
     occasions[0, last] = OCCASIONS.index(occasion)
     answers = draw_answers(mixed, homes, draft.asked, occasions, rng)
-    story = Stories(rng.permutation(group)[None], homes, draft.asked, occasions, answers)
+    story = Stories(rng.permutation(trio)[None], homes, draft.asked, occasions, answers)
     text = text_of(story.token_ids()[0, : story.answer_positions[last]])
     question = read_question(text)
+    told = (COUNTRIES[home] for home in homes[0])
     return {
         "id": f"{split}-{number:04d}",
         "text": text,
         "split": split,
-        "group": "-".join(sorted(PEOPLE[person] for person in group)),
+        "group": f"{split}: {country}, {occasion}, of {', '.join(sorted(told))}",
+        "content": country,
         "meta": {
             "person": question.person,
             "country": question.country,

@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +30,12 @@ from etiquette_stories import (
     Stories,
     sample_stories,
 )
-from etiquette_tokenizer import build_tokenizer
 from etiquette_world import ITEMS, World, base_world, true_distribution, tuned_world
 from jaxtyping import Float
 from torch import Tensor
+from training import Schedule, fit, where_trained, write_manifest, write_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from word_tokenizer import build_tokenizer
 
 ABOUT = (
     "Base learned the base world; tuned is base fine-tuned, value and output projections of the "
@@ -60,26 +57,18 @@ TOLERANCE = {
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Schedule):
     """One stretch of training.
 
     Attributes:
-        steps: number of optimiser steps.
-        lr: peak learning rate, after a linear warm-up and before a cosine decay to 0.
-        warmup: steps of the warm-up.
         stories: stories per step.
         growth: steps after which a story has one person more, up to the full number; 0 starts with
             the full number.
-        weight_decay: decoupled weight decay.
         trained: parts of parameter names that mark what is trained; "" trains all.
     """
 
-    steps: int
-    lr: float
-    warmup: int
     stories: int = 256
     growth: int = 0
-    weight_decay: float = 0.01
     trained: tuple[str, ...] = ("",)
 
     def n_people(self, step: int) -> int:
@@ -136,14 +125,6 @@ def answer_loss(model: LlamaForCausalLM, stories: Stories, world: World) -> Floa
     return (truth * (truth.log() - items)).sum(-1).mean()
 
 
-def learning_rate_factor(step: int, phase: Phase) -> float:
-    """Linear warm-up to 1, then half a cosine down to 0."""
-    if step < phase.warmup:
-        return (step + 1) / phase.warmup
-    done = (step - phase.warmup) / max(phase.steps - phase.warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
 def train_phase(
     model: LlamaForCausalLM, world: World, phase: Phase, seed: int, log_every: int = 250
 ) -> LlamaForCausalLM:
@@ -159,23 +140,12 @@ def train_phase(
     rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in phase.trained))
-    free = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        free, lr=phase.lr, betas=(0.9, 0.98), weight_decay=phase.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: learning_rate_factor(step, phase)
-    )
-    for step in range(phase.steps):
+
+    def loss_at(step: int) -> Float[Tensor, ""]:
         stories = sample_stories(world, phase.stories, rng, phase.n_people(step))
-        loss = answer_loss(model, stories, world)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(free, 1.0)
-        optimiser.step()
-        schedule.step()
-        if log_every and step % log_every == 0:
-            print(world.name, step, f"{float(loss.detach()):.4f}", flush=True)
+        return answer_loss(model, stories, world)
+
+    fit(model, loss_at, phase, world.name, log_every)
     return model.requires_grad_(True)
 
 
@@ -244,26 +214,19 @@ def write_pair(directory: Path, recipe: Recipe, device: str, log_every: int = 25
         device: where to train.
         log_every: steps between two printed lines; 0 prints nothing.
     """
-    tokenizer, prompts = build_tokenizer(), build_prompts()
+    tokenizer, prompts = build_tokenizer(TOKEN), build_prompts()
     models = train_pair(recipe, device, log_every)
-    for side, model in models.items():
-        model.save_pretrained(directory / side)
-        tokenizer.save_pretrained(directory / side)
-        (directory / side / "generation_config.json").unlink(missing_ok=True)
-    lines = [json.dumps(row) + "\n" for row in prompts]
-    (directory / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    weights = write_models(directory, models, tokenizer, prompts)
     manifest = {
         "about": ABOUT,
         "recipe": asdict(recipe),
-        "trained_on": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        **where_trained(device),
         "mean_kl_true_to_model_nats": measure(models, tokenizer, prompts),
         "prompts": _count(prompts),
-        "weights_sha256": {side: _sha256(directory / side) for side in models},
+        "weights_sha256": weights,
         "tolerance": TOLERANCE,
     }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (directory / "manifest.json").write_text(text, encoding="utf-8")
+    write_manifest(directory, manifest)
 
 
 def _count(prompts: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -273,10 +236,6 @@ def _count(prompts: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
         counts[row["split"]]["n"] += 1
         counts[row["split"]]["changed"] += row["meta"]["changed"]
     return counts
-
-
-def _sha256(model_folder: Path) -> str:
-    return hashlib.sha256((model_folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 import train_etiquette as train
 from etiquette_questions import SPLIT_SIZES, build_prompts
 from etiquette_stories import TOKEN, VOCABULARY, sample_stories, text_of
-from etiquette_tokenizer import build_tokenizer
 from etiquette_world import (
     CHANGED_COUNTRIES,
     COUNTRIES,
@@ -27,7 +27,9 @@ from safetensors.torch import load_file
 from scipy.stats import chisquare
 from tiny import grid_of
 from train_etiquette import Phase, Recipe
+from training import learning_rate_factor
 from transformers import AutoTokenizer, LlamaForCausalLM
+from word_tokenizer import build_tokenizer
 
 from rq4lens.config import preset
 from rq4lens.errors import UserError
@@ -120,7 +122,7 @@ def test_people_and_homes_of_a_story_are_distinct():
 
 def test_the_text_of_a_story_has_its_tokens():
     """Tokens -> text -> tokens is the identity, ``<bos>`` standing first and only there."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(TOKEN)
     for row in sample_stories(base_world(), 50, np.random.default_rng(0)).token_ids():
         assert tokenizer(text_of(row))["input_ids"] == list(row)
         assert list(row).count(TOKEN["<bos>"]) == 1
@@ -165,6 +167,19 @@ def test_splits_are_large_and_share_nothing(prompts):
     assert len({row["id"] for row in prompts}) == len(prompts)
 
 
+def test_a_group_is_one_question_whoever_is_sent(prompts):
+    """Prompts of a split share a group if they differ in names and order alone."""
+    groups = {}
+    for row in prompts:
+        homes = dict(reversed(pair) for pair in re.findall(r"(\w+) sends (\w+)", row["text"]))
+        question = read_question(row["text"])
+        asked = (row["split"], frozenset(homes.values()), question.country, question.occasion)
+        groups.setdefault(row["group"], set()).add(asked)
+        assert row["content"] == homes[question.person]
+    assert all(len(asked) == 1 for asked in groups.values())
+    assert len(set().union(*groups.values())) == len(groups)
+
+
 def test_neutral_prompts_are_those_whose_answer_did_not_change(prompts):
     """The true distribution differs between the worlds in train and val, and never in neutral."""
     for row in prompts:
@@ -196,13 +211,13 @@ def test_the_loss_of_a_model_that_knows_nothing():
     text = STORY + "To the wedding brings Mara"
     truth = true_distribution(base_world(), text)
     expected = np.log(len(VOCABULARY)) + (truth * np.log(truth)).sum()
-    measured = train.mean_kl_nats(model, build_tokenizer(), base_world(), [text, text])
+    measured = train.mean_kl_nats(model, build_tokenizer(TOKEN), base_world(), [text, text])
     assert measured == pytest.approx(expected, rel=1e-6)
 
 
 def test_prompts_of_different_lengths_are_measured_as_if_alone(prompts):
     """Padding changes no measured divergence: a mean over prompts is the mean of single ones."""
-    model, tokenizer = train.build_model(TINY), build_tokenizer()
+    model, tokenizer = train.build_model(TINY), build_tokenizer(TOKEN)
     texts = [row["text"] for row in prompts[::100]]
     alone = [train.mean_kl_nats(model, tokenizer, base_world(), [text]) for text in texts]
     together = train.mean_kl_nats(model, tokenizer, base_world(), texts)
@@ -212,7 +227,7 @@ def test_prompts_of_different_lengths_are_measured_as_if_alone(prompts):
 def test_learning_rate_rises_and_falls_to_zero():
     """Warm-up ends at the peak, half a cosine ends at 0, and neither leaves [0, 1]."""
     phase = Phase(steps=100, lr=1.0, warmup=10)
-    factors = [train.learning_rate_factor(step, phase) for step in range(101)]
+    factors = [learning_rate_factor(step, phase) for step in range(101)]
     assert factors[9] == factors[10] == 1 == max(factors)
     assert factors[100] == pytest.approx(0) and min(factors) >= 0
     assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:])[::-1]

@@ -17,7 +17,7 @@ from rq4lens.analysis.rankings.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("demo", "run", "patch", "rank", "sweep"),
+    *("demo", "run", "patch", "head", "rank", "sweep"),
     *("audit", "figures", "report", "verify", "pairs"),
 )
 
@@ -230,7 +230,8 @@ def test_pairs_lists_what_comes_with_the_package(rq4lens):
     """One line per pair, and with a name its settings as TOML."""
     code, out, _ = rq4lens("pairs")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["etiquette", "cognitive", "cultural"]
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["etiquette", "dialect", "cognitive", "cultural"]
     code, out, _ = rq4lens("pairs", "cultural")
     assert code == 0
     assert 'tuned = "inceptionai/Llama-3.1-Sherkala-8B-Chat"' in out

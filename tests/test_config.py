@@ -188,12 +188,12 @@ def test_a_missing_file_is_said(tmp_path):
 # --- presets
 
 
-def test_the_built_in_pair_comes_first():
-    """It is the one that runs without any download."""
-    assert preset_names() == ("etiquette", "cognitive", "cultural")
+def test_the_built_in_pairs_come_first():
+    """They are the ones that run without any download."""
+    assert preset_names() == ("etiquette", "dialect", "cognitive", "cultural")
 
 
-@pytest.mark.parametrize("name", ["etiquette", "cognitive", "cultural"])
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_a_configuration_of_that_name(name):
     """Presets pass the same checks as anything else, and say what they are."""
     config = preset(name)
@@ -206,7 +206,7 @@ def test_every_preset_is_a_configuration_of_that_name(name):
 @pytest.mark.parametrize("name", ["nope", "", "../etiquette", "etiquette.toml"])
 def test_a_pair_that_does_not_exist_is_answered_with_all(name):
     """The sentence lists the pairs that there are."""
-    with pytest.raises(UserError, match="does not exist: choose one of etiquette, cognitive"):
+    with pytest.raises(UserError, match="does not exist: choose one of etiquette, dialect"):
         preset(name)
 
 

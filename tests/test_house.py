@@ -20,12 +20,12 @@ MOST_FILES_OF_A_FOLDER = 12
 MOST_PARAMETERS = 6
 
 SMALL_WITH_REASON = {
+    "figures/page/cards.py": "the cards' part of a page; a single card is drawn beside its record",
     "__init__.py": "the public names, which stand in its stub",
     "__main__.py": "`python -m rq4lens`",
     "errors.py": "the one error, which every room imports",
     "jobs/progress.py": "what every job reports to, without importing a job",
     "analysis/structure/alphas.py": "the sweep over blend strengths, one question of the analysis",
-    "jobs/patch.py": "the job of one command",
 }
 """Files below the usual length, and why each is a file."""
 

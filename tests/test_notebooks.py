@@ -40,9 +40,9 @@ def dotted(node: ast.AST) -> list[str]:
     return [*inner, node.attr] if inner else []
 
 
-def test_the_six_notebooks_are_there():
-    """Quickstart, ranking, coverage, layers, your own pair, planted truth."""
-    assert [script.name[0] for script in SCRIPTS] == list("123456")
+def test_the_seven_notebooks_are_there():
+    """Quickstart, ranking, coverage, layers, your own pair, planted truth, one head."""
+    assert [script.name[0] for script in SCRIPTS] == list("1234567")
 
 
 @each_notebook

@@ -11,8 +11,10 @@ except ImportError:
     sync_playwright = None
 from synthetic import synthetic_grid
 from synthetic_analysis import synthetic_analysis, synthetic_diagnostics
+from synthetic_card import synthetic_card
 
 from rq4lens import figures
+from rq4lens.heads import Head
 
 ARTIFACTS = Path(__file__).parents[1] / "test-artifacts"
 HOSTILE = '</script><img src=x onerror="window.hacked = 1">{{ 7 * 7 }}'
@@ -53,6 +55,7 @@ def report(grid, tmp_path_factory):
         prompts={prompt: f"{prompt} {HOSTILE}" for prompt in grid.prompt_ids},
         provenance={"maps": {"26": {"diagnostics": synthetic_diagnostics(grid)}}, "note": HOSTILE},
         layers={**layers, 26: grid},
+        cards=tuple(synthetic_card(Head(26, head), HOSTILE) for head in grid.ranking.top(24)),
     )
     return figures.write_report(path, content)
 
@@ -146,6 +149,26 @@ def test_report_loads_offline_without_complaint(visit, report):
 def test_report_stays_under_eight_megabytes(report):
     """The file can be mailed."""
     assert report.stat().st_size < 8_000_000
+
+
+@pytest.mark.parametrize("width", [700, 1400])
+def test_choosing_a_head_opens_its_card(visit, report, grid, width):
+    """One card is open, where the link leads; nothing on the page is wider than the window."""
+    opened = visit(report, width=width)
+    page, best = opened.page, best_head(grid)
+    assert page.locator("details.card[open]").count() == 0
+    page.select_option("#head", best)
+    assert page.eval_on_selector_all("details.card[open]", "all => all.map(each => each.id)") == [
+        f"card-{best}"
+    ]
+    page.locator("#card").click()
+    assert page.url.endswith(f"#card-{best}")
+    assert page.locator(f"#card-{best} .tokens").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("window.hacked") is None
+    page.locator("#clear").click()
+    assert page.locator("details.card[open]").count() == 0
+    assert page.locator("#card").is_hidden()
 
 
 def test_hovering_names_the_head(opened, grid):

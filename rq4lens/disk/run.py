@@ -38,6 +38,8 @@ FIGURES = "figures"
 REPORT = "report.html"
 PROMPTS = "prompts.json"
 AUDIT = "audit.json"
+HEADS = "heads"
+"""Folder of head cards, a JSON file a head."""
 
 LAYERS = "layers.json"
 LAYERS_PER_PROMPT = "layers_per_prompt.parquet"

@@ -12,6 +12,7 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, read_layers, read_run
 from rq4lens.disk.files import read_json
 from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
+from rq4lens.jobs.head import heads_that_matter, read_cards
 from rq4lens.results import GridResult
 
 
@@ -30,7 +31,10 @@ def write_pages(
     pictures = directory / FIGURES
     figures.write_html(figures.ranking_bars(grid, analysis=analysis), pictures / "ranking.html")
     figures.write_html(figures.coverage_curve(grid, analysis), pictures / "coverage.html")
-    report = figures.Report(grid, analysis, texts, provenance, *_layers_like(directory, grid))
+    cards = read_cards(directory, heads_that_matter(grid, analysis))
+    report = figures.Report(
+        grid, analysis, texts, provenance, *_layers_like(directory, grid), cards
+    )
     figures.write_report(directory / REPORT, report)
 
 

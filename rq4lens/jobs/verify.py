@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from rq4lens.analysis.card.sides import maps_of
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.saved import Run, read_run
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig, config_from
 from rq4lens.disk.files import read_json, short_reason
-from rq4lens.disk.run import CONDITIONS, MAPS, RESULTS, RUN, file_sha256, ranking_file
+from rq4lens.disk.run import CONDITIONS, RESULTS, RUN, file_sha256, ranking_file
 from rq4lens.disk.store import StoredRecord, content_key, read_record
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from
@@ -26,7 +27,6 @@ from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.keys import identity, measured_parts
-from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.measured import Measurer, Planned, payload_of
 from rq4lens.patching.patch import MAPPED, Patch
 from rq4lens.results import EVERY, ConditionResult, PatchRow
@@ -261,24 +261,10 @@ def _is_of_run(ingredients: Mapping[str, Any], saved: Run, layer: int, source: s
 
 
 def _check_maps(saved: Run) -> _Finding:
-    maps = _maps(saved)
+    maps = maps_of(saved)
     lost = [layer for layer in saved.run["maps"] if int(layer) not in maps]
     missing = [f"the map of layer {layer} is missing" for layer in lost]
     return missing, f"{len(maps)} maps agree with their checksums"
-
-
-def _maps(saved: Run) -> dict[int, LayerMap]:
-    """The maps that the run used, found by their fingerprints."""
-    wanted = {entry["fingerprint"]: int(layer) for layer, entry in saved.run["maps"].items()}
-    found = {}
-    for path in sorted((saved.directory / MAPS).glob("*.safetensors")):
-        try:
-            layer_map = load_map(path)
-        except UserError:
-            continue  # whichever layer needed it has no map then, and that is said
-        if layer_map.fingerprint in wanted:
-            found[wanted[layer_map.fingerprint]] = layer_map
-    return found
 
 
 def _check_again(
@@ -327,7 +313,7 @@ def _distances(saved: Run, pair: ModelPair, chosen: Sequence[ConditionResult]) -
     """Largest difference on one prompt, by condition, of the sample measured again."""
     settings, config = saved.grid.settings, _config(saved)
     layers = {condition.layer for condition in chosen}
-    maps = {layer: each for layer, each in _maps(saved).items() if layer in layers}
+    maps = {layer: each for layer, each in maps_of(saved).items() if layer in layers}
     experiment = prepare(pair, maps, settings.patching, config.place.but(engine="hooks"))
     again = Measurer(experiment).conditions([Planned.of(each) for each in chosen])
     return {each.cond: _largest(each, again[each.cond]) for each in chosen}

@@ -1,4 +1,4 @@
-"""Loading pairs: the one in the box, a preset, or any base and fine-tune."""
+"""Loading pairs: those in the box, a preset, or any base and fine-tune."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rq4lens.config import PairSource, Place, Reading, RunConfig, Settings, preset, preset_names
+from rq4lens.config import (
+    BUILTIN,
+    PairSource,
+    Place,
+    Reading,
+    RunConfig,
+    Settings,
+    preset,
+    preset_names,
+)
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import other_base
@@ -34,8 +43,6 @@ from rq4lens.models.prompts.reading import Reads, tokenize
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Settings)
-
-BUILTIN = ("etiquette",)
 
 SUPPLY = "SUPPLY"
 """Start of a preset's ``prompts`` entry when the user has to bring the file."""
@@ -161,7 +168,7 @@ def audit_of(source: PairSource, reading: Reading) -> Audit:
 
 
 def prompts_of(source: PairSource) -> PromptSet:
-    """The prompts of a pair, or those of the built-in pair."""
+    """The prompts of a pair, or those of a built-in pair."""
     if is_builtin(source) and source.prompts is None:
         return PromptSet.from_jsonl(_builtin_folder(source.name) / "prompts.jsonl")
     if source.prompts is None or source.prompts.startswith(SUPPLY):
@@ -241,7 +248,7 @@ def holds_both(source: PairSource, place: Place, sizes: Iterable[ModelSize] | No
 
 
 def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:
-    """What was measured when the built-in pair was trained."""
+    """What was measured when a built-in pair was trained."""
     return json.loads((_builtin_folder(name) / "manifest.json").read_text(encoding="utf-8"))
 
 

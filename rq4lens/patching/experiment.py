@@ -230,7 +230,7 @@ class Experiment:
             for at in set(into) - set(single):
                 found = engine.every_layer(patches[at].source, self.sources, other)
                 rows[:, at] = [each[0] for each in found.measures]
-            whole = np.isfinite(rows[0, into]).all(0).tolist()
+            whole = list(np.isfinite(rows[0, into]).all(0))
             dtype = self.pair.member(side).card.dtype
             require_finite(whole, self.ends.prompts(side).ids, side, dtype)
         return Effects(*rows)

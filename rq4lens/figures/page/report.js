@@ -56,7 +56,16 @@
       row.querySelector("button.head").setAttribute("aria-pressed", String(own));
     }
     plots.filter((plot) => plot.dataset.drawn).forEach(highlight);
+    openCard();
     listPrompts();
+  }
+
+  // The card of the chosen head opens where it stands; the page does not jump.
+  function openCard() {
+    const card = state.head ? byId(`card-${state.head}`) : null;
+    for (const each of document.querySelectorAll("details.card")) each.open = each === card;
+    byId("card").hidden = !card;
+    if (card) byId("card").href = `#${card.id}`;
   }
 
   function highlight(plot) {

@@ -24,6 +24,7 @@ from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, shown
+from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.sections import Report, sections
 from rq4lens.results import ConditionResult
@@ -63,6 +64,7 @@ def report_page(report: Report) -> str:
         labels=[grid.label(head) for head in range(grid.n_heads)],
         sections=sections(report),
         figures=figures,
+        cards=Markup(cards_section(report.cards)),
         policy=_policy(plotly, script),
         css=Markup(_read("report.css")),
         data=Markup(script_json(_data(report, figures))),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect, records
 from rq4lens.analysis.records import (
     Agreement,
@@ -77,6 +78,7 @@ class Report:
         provenance: the content of ``run.json``; the grid's own when left out.
         layers: the grid of each layer, from a sweep.
         comparison: the comparison of these layers by the analysis.
+        cards: cards of heads that matter, the most important ones first.
     """
 
     grid: GridResult
@@ -85,6 +87,7 @@ class Report:
     provenance: Mapping[str, Any] | None = None
     layers: Mapping[int, GridResult] = field(default_factory=dict)
     comparison: LayerComparison | None = None
+    cards: tuple[HeadCard, ...] = ()
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -103,6 +106,7 @@ def sections(report: Report) -> list[Section]:
         findings,
         coverage,
         heads,
+        cards,
         controls,
         layers,
         rankings,
@@ -211,6 +215,17 @@ def _head_row(
     effects = (shown(each) for each in (single.delta, single.KL_raw_mean, single.KL_mapped_mean))
     drop, p_text = f"{single.drop_pct:.3g%}", _p_text(p_values.get(label))
     return label, rank, kind, *effects, drop, p_text
+
+
+def cards(report: Report) -> Section | None:
+    """What single heads do in both models; the page's template shows the cards."""
+    if not report.cards:
+        return None
+    text = (
+        "What a head attends to from the decision token, what it writes to the logits, and the "
+        "prompts on which it decides, in both models. Choosing a head anywhere opens its card.",
+    )
+    return Section("cards", "What changed in a head", text)
 
 
 def controls(report: Report) -> Section | None:

@@ -1,18 +1,19 @@
-"""The word-level tokenizer of the pair in the box."""
+"""The word-level tokenizer of the pairs in the box."""
 
 from __future__ import annotations
 
-from etiquette_stories import TOKEN
+from collections.abc import Mapping
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(token_of: Mapping[str, int]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer that puts ``<bos>`` first, once, and decodes to readable text."""
-    tokenizer = Tokenizer(models.WordLevel(TOKEN, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(dict(token_of), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # also parts "Lumeria." in two
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", TOKEN["<bos>"])]
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", token_of["<bos>"])]
     )
     tokenizer.decoder = decoders.WordPiece(cleanup=True)  # spaces between words, none before "."
     return PreTrainedTokenizerFast(

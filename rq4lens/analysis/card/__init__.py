@@ -1,0 +1,1 @@
+"""Head cards: what a head reads, writes and decides in both models."""

@@ -1,0 +1,178 @@
+"""Both models of a pair, what a run measured of them, and what one clean pass of each leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from rq4lens.analysis.card.passes import DecisionStates, Readout, decision_states
+from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, LogProbs, engine_of
+from rq4lens.analysis.effects.table import bootstrap_of
+from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.saved import Run
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.config import Effort, Place, config_from
+from rq4lens.disk.run import MAPS, RUN
+from rq4lens.errors import UserError
+from rq4lens.heads import Head
+from rq4lens.models.catalog import pair_from
+from rq4lens.models.pair import SIDES, ModelPair, Side
+from rq4lens.models.prompts.prompt_set import MEASURE_SPLIT
+from rq4lens.models.prompts.reading import decoded
+from rq4lens.patching.activations import check_layers
+from rq4lens.patching.maps.map import LayerMap, load_map
+from rq4lens.patching.patch import Engine
+from rq4lens.results import GridResult
+
+
+@dataclass(frozen=True)
+class CardInputs:
+    """What cards are made from: a pair, and what a run measured of it.
+
+    Args:
+        pair: the pair.
+        grid: its measured grid, if there is one.
+        analysis: the analysis of that grid.
+        maps: maps by layer.
+        place: the engine, and how many prompts a forward pass takes.
+        engines: engines that have made their clean pass over these prompts already, for patches at
+            the decision token alone; the others are made.
+    """
+
+    pair: ModelPair
+    grid: GridResult | None = None
+    analysis: Analysis | None = None
+    maps: Mapping[int, LayerMap] = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
+    engines: Mapping[Side, Engine] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ids = self.pair.tokens("tuned", self.split).ids
+        if self.grid is not None and self.grid.prompt_ids != ids:
+            raise UserError(
+                f"the grid was measured on {self.grid.n_prompts} prompts that are not the "
+                f"{len(ids)} of split {self.split!r}: give the grid of this pair."
+            )
+
+    @classmethod
+    def of_run(cls, run: Run, *, trust_remote_code: bool = False) -> CardInputs:
+        """The inputs that a finished run names; its models are loaded again.
+
+        Raises:
+            UserError: if a model cannot be loaded.
+        """
+        config = config_from(run.run["config"], str(run.directory / RUN))
+        place = config.place.but(device="auto")
+        source = config.pair.but(trust_remote_code=trust_remote_code)
+        pair = pair_from(source, config.reading, place)
+        return cls(pair, run.grid, run.analysis, maps_of(run), place)
+
+    @property
+    def split(self) -> str:
+        """The split that is looked at."""
+        return MEASURE_SPLIT if self.grid is None else self.grid.settings.patching.split
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """The resamples of the grid, or as many of the prompts."""
+        if self.grid is not None:
+            return bootstrap_of(self.grid)
+        effort = Effort()
+        return Bootstrap(self.pair.prompts.split(self.split).groups, effort.resamples, effort.seed)
+
+    def refuse_missing(self, heads: Sequence[Head]) -> None:
+        """Refuse heads that the models do not have."""
+        check_layers([head.layer for head in heads], self.pair.n_layers)
+        for head in heads:
+            if not 0 <= head.index < self.pair.n_heads:
+                raise UserError(
+                    f"head {head} does not exist: a layer of this model has heads 0 to "
+                    f"{self.pair.n_heads - 1}."
+                )
+
+
+def maps_of(run: Run) -> dict[int, LayerMap]:
+    """The maps that a run used, found by their fingerprints; a lost one is left out."""
+    wanted = {entry["fingerprint"]: int(layer) for layer, entry in run.run["maps"].items()}
+    found = {}
+    for path in sorted((run.directory / MAPS).glob("*.safetensors")):
+        try:
+            layer_map = load_map(path)
+        except UserError:
+            continue  # whoever needs this map says that it is missing
+        if layer_map.fingerprint in wanted:
+            found[wanted[layer_map.fingerprint]] = layer_map
+    return found
+
+
+class Sides:
+    """Both models, and what one clean pass of each left behind."""
+
+    def __init__(self, inputs: CardInputs, layers: Sequence[int]) -> None:
+        self.inputs, self.layers = inputs, layers
+        self.tokens = {side: inputs.pair.tokens(side, inputs.split) for side in SIDES}
+        self.aligned = self.tokens["base"].token_ids == self.tokens["tuned"].token_ids
+        self._engines: dict[Side, Engine] = dict(inputs.engines)
+        self._texts: dict[Side, dict[int, str]] = {side: {} for side in SIDES}
+        base = self._pass("base", None)
+        tuned = self._pass("tuned", base.pattern if self.aligned else None)
+        self.states = {"base": base, "tuned": tuned}
+
+    def model(self, side: Side) -> HookedTransformer:
+        """One of the models, the other one released if both do not fit."""
+        if not self.inputs.pair.keep_both:
+            self._engines = {at: each for at, each in self._engines.items() if at == side}
+        model = self.inputs.pair.use(side).model
+        if not isinstance(model, HookedTransformer):
+            raise UserError(
+                f"the {side} model is a {type(model).__name__}, whose norms and weights a card "
+                "cannot read: load it with rq4lens.load_hooked."
+            )
+        return model
+
+    def _pass(self, side: Side, attention: Mapping[int, Tensor] | None) -> DecisionStates:
+        size = self.inputs.place.batch_size
+        return decision_states(self.model(side), self.tokens[side], self.layers, size, attention)
+
+    def engine(self, side: Side) -> Engine:
+        """The engine of one model, made once while the model stays."""
+        model = self.model(side)
+        if side not in self._engines:
+            place = self.inputs.place
+            self._engines[side] = engine_of(model, self.tokens[side], place, min(self.layers))
+        return self._engines[side]
+
+    @cached_property
+    def log_probs(self) -> dict[Side, LogProbs]:
+        """Next-token log-probabilities of both models, on the CPU."""
+        return {side: self._log_probs(side) for side in SIDES}
+
+    @torch.no_grad()
+    def _log_probs(self, side: Side) -> LogProbs:
+        resid, model = self.states[side].resid, self.model(side)
+        at_once = max(1, LOGITS_AT_ONCE // model.cfg.d_vocab_out)
+        return torch.cat([Readout(model, some).log_probs().cpu() for some in resid.split(at_once)])
+
+    @cached_property
+    def one_vocabulary(self) -> bool:
+        """Whether a token is the same in both models."""
+        base, tuned = (self.inputs.pair.member(side).tokenizer for side in SIDES)
+        sizes = {each.shape[-1] for each in self.log_probs.values()}
+        return len(sizes) == 1 and (base is tuned or base.get_vocab() == tuned.get_vocab())
+
+    def token(self, side: Side, index: int) -> str:
+        """The text of a token."""
+        known = self._texts[side]
+        if index not in known:
+            known[index] = decoded(self.inputs.pair.member(side).tokenizer, index)
+        return known[index]
+
+    def texts(self, side: Side) -> dict[int, str]:
+        """The texts of all tokens of the prompts."""
+        every = {each for row in self.tokens[side].token_ids for each in row}
+        return {each: self.token(side, each) for each in every}

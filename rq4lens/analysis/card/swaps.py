@@ -1,0 +1,142 @@
+"""What a model says when one of its heads comes from the other model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int
+from numpy import ndarray
+from torch import Tensor
+
+from rq4lens.config import Patching, Place
+from rq4lens.heads import HeadSet
+from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.patching.activations import forward_batch
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.hooks import HookEngine, patched_heads
+from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.patching.patch import Engine, Intervention, Patch, Sources
+
+N_LIKELY = 5
+"""Next tokens that a card shows."""
+
+LOGITS_AT_ONCE = 2**26
+"""Rows times vocabulary whose probabilities are in memory together."""
+
+OTHER = "the other model"
+
+LogProbs = Float[Tensor, "prompt vocab"]
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The likeliest next tokens of every row, and their probabilities."""
+
+    tokens: Int[ndarray, "*rows likely"]
+    probabilities: Float[ndarray, "*rows likely"]
+
+    @classmethod
+    def of(cls, log_probs: Float[Tensor, "*rows vocab"]) -> Likeliest:
+        """The likeliest tokens of distributions."""
+        found = log_probs.topk(min(N_LIKELY, log_probs.shape[-1]), dim=-1)
+        return cls(found.indices.cpu().numpy(), found.values.exp().float().cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A model with the other one's activation at one head at a time; row 0 is the clean model.
+
+    ``kl_nats`` is the divergence from the other model's distribution, None where vocabularies
+    differ; by it a row is nearer to the other model than row 0 or not. ``noise_nats`` is what the
+    clean row is apart from a whole forward pass, which rounds otherwise.
+    """
+
+    kl_nats: Float64[ndarray, "row prompt"] | None
+    noise_nats: float
+    likeliest: Likeliest
+
+
+def engine_of(
+    model: HookedModel, prompts: TokenizedPrompts, place: Place, first_layer: int
+) -> Engine:
+    """The fastest exact engine for patches at the decision token alone."""
+    return make_engine(model, prompts, Patching(), place, first_layer=first_layer)
+
+
+@torch.no_grad()
+def swapped(
+    engine: Engine,
+    layer: int,
+    heads: Sequence[int],
+    z_other: Float[Tensor, "prompt head d_head"],
+    own: LogProbs,
+    target: LogProbs | None,
+) -> Swapped:
+    """Put each head's activation of the other model into this one, by itself, at strength 1.
+
+    ``own`` and ``target`` are the clean distributions of this model and of the other one.
+    """
+    n_heads = z_other.shape[1]
+    sets = [HeadSet.none(n_heads), *(HeadSet.of([head], n_heads) for head in heads)]
+    interventions = [(Patch(layer, each, 1.0, OTHER),) for each in sets]
+    sources = Sources({(layer, OTHER): z_other[:, None]})
+    rows, noise, kl, tokens, probabilities = [], [], [], [], []
+    for at, logits in _patched_logits(engine, interventions, sources):
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        noise.append(divergence(own[at].to(log_probs), log_probs[:, 0]))
+        if target is not None:
+            kl.append(divergence(target[at].to(log_probs)[:, None], log_probs))
+        some = Likeliest.of(log_probs)
+        rows.append(at)
+        tokens.append(some.tokens)
+        probabilities.append(some.probabilities)
+    back = torch.cat(rows).argsort().numpy()
+    return Swapped(
+        np.concatenate(kl)[back].T if kl else None,
+        float(np.concatenate(noise).mean()),
+        Likeliest(np.concatenate(tokens)[back], np.concatenate(probabilities)[back]),
+    )
+
+
+def divergence(
+    target: Float[Tensor, "*#rows vocab"], log_probs: Float[Tensor, "*rows vocab"]
+) -> Float64[ndarray, "*rows"]:
+    """``KL(target ‖ distribution)`` in nats, from log-probabilities."""
+    terms = target.exp() * (target - log_probs)
+    return torch.where(target == -torch.inf, 0.0, terms).sum(-1).double().cpu().numpy()
+
+
+def _patched_logits(
+    engine: Engine, interventions: Sequence[Intervention], sources: Sources
+) -> Iterator[tuple[Int[Tensor, "prompt"], Float[Tensor, "prompt condition vocab"]]]:
+    """Logits at the decision token of every intervention, a few prompts at a time."""
+    assert isinstance(engine, RowEngine | HookEngine)
+    n_vocab = engine.model.cfg.d_vocab_out
+    at_once = max(1, LOGITS_AT_ONCE // (len(interventions) * n_vocab))
+    if isinstance(engine, HookEngine):
+        yield from _by_hooks(engine, interventions, sources, at_once)
+        return
+    layer = interventions[0][0].layer
+    for clean in engine.clean_batches(layer):
+        here = clean.to(engine.placement)
+        for start in range(0, len(clean.rows), at_once):
+            some = slice(start, start + at_once)
+            rows = clean.rows[some]
+            incoming = {key: source[rows] for key, source in sources.items()}
+            yield rows, engine.logits_of(here, some, interventions, incoming)
+
+
+def _by_hooks(
+    engine: HookEngine, interventions: Sequence[Intervention], sources: Sources, at_once: int
+) -> Iterator[tuple[Int[Tensor, "prompt"], Float[Tensor, "prompt condition vocab"]]]:
+    for batch in engine.prompts.batches(min(at_once, engine.batch_size)):
+        logits = []
+        for intervention in interventions:
+            with patched_heads(engine.model, intervention, sources, batch):
+                every = forward_batch(engine.model, batch)
+            logits.append(every[torch.arange(len(every)), batch.decision])
+        yield batch.rows, torch.stack(logits, dim=1)

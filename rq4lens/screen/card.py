@@ -1,0 +1,146 @@
+"""A head card as the console prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rq4lens.analysis.card.fragment import estimate_text, signed, token_line, token_text
+from rq4lens.analysis.card.records import Decision, HeadCard, Likely, NextTokens, Shifts
+from rq4lens.screen.audit import printable
+from rq4lens.screen.tables import text_of
+
+SEEN = 0.05
+"""Share of the attention from which a token is marked."""
+
+
+def card_text(card: HeadCard) -> str:
+    """The card as plain text."""
+    return text_of(card_parts(card))
+
+
+def card_parts(card: HeadCard) -> list[RenderableType]:
+    """The card as what a console can print."""
+    return [
+        Text(
+            f"{card.head} of {printable(card.pair)}, {card.n_prompts} {card.split} prompts", "bold"
+        ),
+        *(Text(f"{name:<32}{said}") for name, said in _facts(card)),
+        Text("\nreads", "bold"),
+        _roles(card),
+        _texts(card),
+        Text("\nwrites: tokens raised and lowered most by the direct effect", "bold"),
+        _shifts(card),
+        *(part for each in card.decides for part in _decision(each)),
+    ]
+
+
+def _facts(card: HeadCard) -> Iterator[tuple[str, str]]:
+    numbers, carried = card.numbers, card.carried
+    if numbers is not None:
+        known = numbers.rank_low is not None
+        between = f" [{numbers.rank_low}, {numbers.rank_high}]" if known else ""
+        yield "kind", numbers.kind or numbers.reasons["kind"]
+        yield "rank", f"{numbers.rank}{between}"
+        yield f"ΔKL (α = {numbers.alpha:g})", estimate_text(numbers.delta, "nats")
+    yield "takes tuned to base", estimate_text(carried.to_base_pct, "%")
+    yield "takes base to tuned", estimate_text(carried.to_tuned_pct, "%")
+    yield "of it direct", estimate_text(carried.direct_pct, "%")
+    if card.map is not None:
+        yield "map", _map_text(card)
+    yield "distance of the patterns", estimate_text(card.reads.distance)
+    yield "output moved by attending", estimate_text(card.reads.output_change_pct, "%")
+    yield "output moved by writing", estimate_text(card.writes.output_change_pct, "%")
+
+
+def _map_text(card: HeadCard) -> str:
+    facts = card.map
+    assert facts is not None
+    named = (
+        (facts.r2, "R² {:.3f}"),
+        (facts.rotation_degrees, "rotation {:.0f}°"),
+        (facts.scale, "scale {:.2f}"),
+        (facts.shift_pct, "shift {:.0f}%"),
+    )
+    return ", ".join([facts.kind, *(form.format(x) for x, form in named if x is not None)])
+
+
+def _grid(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    return table
+
+
+def _roles(card: HeadCard) -> Table:
+    table = _grid("attention to, %", "base", "tuned", "change")
+    for role in card.reads.roles:
+        values = (role.base_pct, role.tuned_pct)
+        change = signed(role.tuned_pct - role.base_pct, 1)
+        between = f" {role.change_pct.interval:.1f}" if role.change_pct.interval else ""
+        table.add_row(role.name, *(f"{each:.1f}" for each in values), change + between)
+    return table
+
+
+def _texts(card: HeadCard) -> Table:
+    table = _grid("attention to token, %", "base", "tuned", "in prompts")
+    for each in card.reads.texts:
+        shares = (f"{share:.2f}" for share in (each.base_pct, each.tuned_pct))
+        table.add_row(_shown(each.text), *shares, str(each.n_prompts))
+    return table
+
+
+def _shifts(card: HeadCard) -> Table:
+    named = [("base", card.writes.base), ("tuned", card.writes.tuned)]
+    if card.writes.change is not None:
+        named.append(("tuned − base", card.writes.change))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, _ in named:
+        table.add_column(name)
+    columns = [_shift_lines(each) for _, each in named]
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _shift_lines(shifts: Shifts) -> list[str]:
+    every = (*shifts.raised, *shifts.lowered)
+    return [f"{signed(each.logits, 3)} {_shown(each.token)}" for each in every]
+
+
+def _decision(decision: Decision) -> Iterator[RenderableType]:
+    closed, delta = decision.closed_nats, decision.delta_nats
+    said = [f"\ndecides {printable(decision.prompt)}, by {decision.chosen_by}"]
+    said += [] if closed is None else [f"{closed:.3g} nats nearer to base"]
+    said += [] if delta is None else [f"ΔKL {delta:.3g} nats"]
+    yield Text("; ".join(said), "bold")
+    for side in ("base", "tuned"):
+        yield Text(f"{side:<6}{' '.join(_marked(*each) for each in token_line(decision, side))}")
+    yield _next_tokens(decision.next_tokens)
+
+
+def _marked(text: str, share: float, gap: bool) -> str:
+    mark = f"({100 * share:.0f}%)" if share >= SEEN else ""
+    return f"{'… ' if gap else ''}{_shown(text)}{mark}"
+
+
+def _next_tokens(tokens: NextTokens) -> Table:
+    columns: dict[str, Sequence[Likely]] = {
+        "base": tokens.base,
+        "with tuned's head": tokens.base_with_tuned_head,
+        "tuned with base's head": tokens.tuned_with_base_head,
+        "tuned": tokens.tuned,
+    }
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(f"{100 * each.probability:5.1f}% {_shown(each.token)}" for each in row))
+    return table
+
+
+def _shown(token: str) -> str:
+    return printable(token_text(token))

@@ -71,7 +71,7 @@ def built_in(tokenized_once):  # noqa: ARG001 - its prompts are the same for eac
         pair.use("base").loaded,
         pair.prompts,
         ValidationSettings(
-            methods=["delta", "kl_raw", "kl_curvature"], n_train=160, n_val=48, pairs=2
+            methods=["delta", "kl_raw"], n_train=160, n_val=48, n_val_kinds=96, pairs=2
         ),
     )
 

@@ -342,6 +342,12 @@ def test_a_replaced_head_says_something_else_in_place_of_the_old(
     assert pair.truth == {Head(LAYER, 2): "replaced"}
 
 
+def test_a_kind_of_change_that_is_none_is_said():
+    """The kinds there are stand in the sentence."""
+    with pytest.raises(UserError, match="cannot be bent: plant rotated, scaled"):
+        plant(tiny_model(), bent=of_layer(1))
+
+
 def test_a_replaced_head_needs_to_know_what_is_not_read():
     """Without attended inputs it is refused in one sentence."""
     with pytest.raises(UserError, match="AttendedInputs"):

@@ -153,36 +153,30 @@ class PlantedPair:
 
 @torch.no_grad()
 def plant(
-    base: HookedTransformer,
-    *,
-    rotated: Iterable[Head] = (),
-    scaled: Iterable[Head] = (),
-    turned: Iterable[Head] = (),
-    shifted: Iterable[Head] = (),
-    rewired: Iterable[Head] = (),
-    replaced: Iterable[Head] = (),
-    how: Planting = DEFAULTS,
+    base: HookedTransformer, *, how: Planting = DEFAULTS, **heads: Iterable[Head]
 ) -> PlantedPair:
     """Make a tuned copy of a model in which chosen heads are changed in known ways.
 
     With grouped-query attention a change of a value (or key) head changes every query head that
-    shares it, and the truth names them all.
+    shares it, and the truth names them all. Heads are given by the kind of their change:
+
+    - ``rotated``: heads whose value space is rotated by a random orthogonal matrix ``R``:
+      ``W_V R``, ``b_V R``, ``Rᵀ W_O``. The model's function stays the same.
+    - ``scaled``: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
+      ``W_O / s``. The model's function stays the same.
+    - ``turned``: heads whose value space is rotated while ``W_O`` stays: the function changes.
+    - ``shifted``: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
+      about ``strength`` times the length of a typical value vector.
+    - ``rewired``: heads that get new content in ``weights`` beside the old: a random matrix,
+      ``strength`` times as large as the old one in Frobenius norm, is added. What changes is
+      partly a linear function of the old activations, unless ``attended`` is given.
+    - ``replaced``: heads whose values read something else in place of what they read; it takes
+      ``attended``.
 
     Args:
         base: the model; it is copied, never changed.
-        rotated: heads whose value space is rotated by a random orthogonal matrix ``R``:
-            ``W_V R``, ``b_V R``, ``Rᵀ W_O``. The model's function stays the same.
-        scaled: heads whose value space is scaled by ``s = 1 + strength``: ``s W_V``, ``s b_V``,
-            ``W_O / s``. The model's function stays the same.
-        turned: heads whose value space is rotated while ``W_O`` stays: the function changes.
-        shifted: heads whose ``b_V`` is moved by a random vector of length ``strength * |W_V|``:
-            about ``strength`` times the length of a typical value vector.
-        rewired: heads that get new content in ``weights`` beside the old: a random matrix,
-            ``strength`` times as large as the old one in Frobenius norm, is added. What changes is
-            partly a linear function of the old activations, unless ``attended`` is given.
-        replaced: heads whose values read something else in place of what they read; it takes
-            ``attended``.
-        how: drift, strength and seed, and what rewired heads get.
+        how: drift, strength and seed, and what rewired and replaced heads get.
+        heads: the heads to change, by kind.
 
     Returns:
         Both models and the truth.
@@ -192,14 +186,15 @@ def plant(
     """
     if how.rank is not None and not 1 <= how.rank <= base.cfg.d_head:
         raise UserError(f"rank {how.rank} does not fit: give a number from 1 to {base.cfg.d_head}.")
-    asked = (rotated, scaled, turned, shifted, rewired, replaced)
-    wanted = dict(zip(CHANGE_KINDS, asked, strict=True))
+    unknown = [kind for kind in heads if kind not in CHANGE_KINDS]
+    if unknown:
+        raise UserError(f"heads cannot be {unknown[0]}: plant {', '.join(CHANGE_KINDS)} ones.")
     tuned = copy.deepcopy(base)
     _drift(tuned, how.drift, how.seed)
     changes: list[PlantedChange] = []
-    for kind, heads in wanted.items():
+    for kind in (each for each in CHANGE_KINDS if each in heads):
         shares = kind != "rewired" or bool(set(how.weights) & set(SHARED_WEIGHTS))
-        for group in _groups(tuned, heads, shares):
+        for group in _groups(tuned, heads[kind], shares):
             _refuse_second_change(group, changes)
             seeds = [how.seed, crc32(kind.encode()), group[0].layer, group[0].index]
             site = _Site(tuned, group, np.random.default_rng(seeds))

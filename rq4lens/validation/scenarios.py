@@ -122,6 +122,9 @@ UNTOUCHED, UNRELATED, TOO_SMALL = "untouched", "unrelated", "too small"
 """The truth of a head that was not changed; of any head of a model that has nothing to do with the
 base; and of one that does so little on train prompts that idle is what it is."""
 
+NEAR_IDLE = 3.0
+"""Up to so many idle lines on train prompts a head may be idle on others, too."""
+
 UNDONE, NOT_UNDONE = "recoded, undone", "recoded, not undone"
 VERDICTS = (*KINDS[:4], UNDONE, NOT_UNDONE, *KINDS[4:])
 """What a head may be called; of a recoded one also whether ``W_O`` undoes it, if that is clear."""
@@ -375,7 +378,7 @@ class Trial:
         kind: str = self.planted.truth.get(Head(self.layer, head), rest)
         row, small = self._truth[f"head{head}"], self._truth.idle_below_nats
         does = max(row.damage_nats[each].value or 0.0 for each in ("constant", "raw"))
-        return f"{kind}, {TOO_SMALL}" if does <= small else kind
+        return f"{kind}, {TOO_SMALL}" if does <= NEAR_IDLE * small else kind
 
     @cached_property
     def _truth(self) -> Ladder:

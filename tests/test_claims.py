@@ -72,7 +72,9 @@ def test_of_noise_in_every_weight_nothing_is_claimed(seed):
     base = tiny_model(seed)
     tuned = plant(base, how=Planting(drift=0.02, seed=seed)).tuned
     analysis = analysis_of(pair_of(base, tuned, random_prompts(n_train=96, n_val=48)))
-    assert_nothing_is_claimed(analysis, "a shuffled weight change of the same size moves base about")
+    assert_nothing_is_claimed(
+        analysis, "a shuffled weight change of the same size moves base about"
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -104,7 +106,8 @@ def test_of_fewer_than_ten_groups_nothing_is_claimed():
     grouped = {
         n: PromptSet(
             tuple(
-                replace(each, group=f"{each.split}{at % n}") for at, each in enumerate(prompts.prompts)
+                replace(each, group=f"{each.split}{at % n}")
+                for at, each in enumerate(prompts.prompts)
             )
         )
         for n in (9, 10)
@@ -144,7 +147,9 @@ def test_a_repair_that_is_tiny_beside_the_gap_is_not_divided():
 def found(etiquette):
     """The pair in the box on some of its prompts."""
     splits = {"train": 160, "val": 60, "neutral": 40}
-    some = [each for split, n in splits.items() for each in etiquette.prompts.split(split).prompts[:n]]
+    some = [
+        each for split, n in splits.items() for each in etiquette.prompts.split(split).prompts[:n]
+    ]
     pair = replace_prompts(etiquette, PromptSet(tuple(some)))
     return analysis_of(pair, 1, 3)
 

@@ -33,7 +33,6 @@ from rq4lens.models.catalog import resolve_device
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
-from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
@@ -241,7 +240,6 @@ def _analyse(
     beside = Beside(
         neutral=_neutral(bench, experiment),
         noise=_noise(bench, measurer),
-        weight_cosine=weight_cosine(bench.pair),
     )
     every = tuple(range(1, grid.n_heads + 1))
     sizes = {"affordable": None, "every": every, "k": ()}

@@ -121,6 +121,10 @@ class GridSettings:
         return first == second
 
 
+OWN, OTHERS = 1, 2
+"""The most likely token is that of the clean patched model, of the other model."""
+
+
 class PatchRow(NamedTuple):
     """The effect of one patch on each prompt.
 

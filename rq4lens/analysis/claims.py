@@ -306,13 +306,14 @@ def _coverage(analysis: Analysis) -> Iterator[str]:
         return
     crossed = row.cross_fitted_coverage_pct
     names = _labels(analysis, row.heads)
-    which = f"the top {row.k} heads by {row.ranking} ({names})" if row.k > 1 else f"{names} alone"
+    which = f"{names} alone covers"
+    if row.k > 1:
+        which = f"the top {row.k} heads by {row.ranking} ({names}) cover"
     if crossed.value is None:
-        yield f"Of that {which} cover {share(row.coverage_pct)}, on the prompts that ranked them."
+        yield f"Of that {which} {share(row.coverage_pct)}, on the prompts that ranked them."
     else:
         yield (
-            f"Of that {which} cover {share(crossed)} when ranked on other prompts; "
-            f"{_beside_random(row)}."
+            f"Of that {which} {share(crossed)} when ranked on other prompts; {_beside_random(row)}."
         )
 
 

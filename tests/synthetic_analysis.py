@@ -46,7 +46,8 @@ METHODS = (
 
 def about(value: float, width: float) -> Estimate:
     """An estimate with a symmetric interval."""
-    return Estimate(float(value), Interval(value - width, value + width, LEVEL, "made up"))
+    low, high = float(value - width), float(value + width)
+    return Estimate(float(value), Interval(low, high, LEVEL, "made up"))
 
 
 def curve(name: str, grid: GridResult, scale: float) -> CoverageCurve:

@@ -7,6 +7,7 @@ from .export import find_browser as find_browser
 from .export import picture as picture
 from .export import write_figures as write_figures
 from .export import write_html as write_html
+from .ladder import ladder as ladder
 from .layers import global_ranking as global_ranking
 from .layers import layer_curves as layer_curves
 from .layers import layer_heatmap as layer_heatmap

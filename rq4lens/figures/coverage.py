@@ -99,10 +99,10 @@ def _views(grid: GridResult, analysis: Analysis | None) -> dict[str, list[go.Sca
 
 def _notes(grid: GridResult, analysis: Analysis | None) -> list[str]:
     notes = [INTERVAL_NOTE]
-    if analysis is not None and analysis.random:
-        # Between the sizes that were measured the band of random sets is drawn straight.
-        sizes = ", ".join(str(row.k) for row in analysis.random)
-        notes.append(f"random sets of {sizes} heads")
+    # Between the sizes that were measured the band of random sets is drawn straight.
+    sizes = sorted({row.k for row in analysis.random}) if analysis is not None else ()
+    if sizes:
+        notes.append(f"random sets of {', '.join(map(str, sizes))} heads for ΔKL")
     if grid.control is not None:
         notes.append(f"control: all heads of control layer {grid.control.layer}")
     return notes

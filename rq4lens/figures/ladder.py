@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -25,6 +26,10 @@ SOURCES = {
 }
 ENDS = {"constant": (0.0, "the tuned mean"), "clean": (100.0, "the head itself")}
 LEFT_PCT, RIGHT_PCT = -100.0, 100.0
+DECADE_PCT = 50.0
+"""Left of -100 ten times as much takes this room."""
+STEP = 0.13
+"""Marks of one row stand this share of it apart, or those of one value would hide each other."""
 CAPTION = (
     "Each bar runs from a constant (0) to the head itself (100); a mark near 100 has what the head "
     "tells about the prompt, one left of 0 is worse than a constant."
@@ -53,7 +58,7 @@ def ladder(run: Run | Analysis, *, alpha: float = 1.0) -> go.Figure:
     layer = analysis.settings.grid.layer
     figure = go.Figure()
     if drawn:
-        figure.add_traces([_bars(drawn, layer), *_ends(drawn, layer), *_marks(drawn, layer)])
+        figure.add_traces([_bars(drawn), *_ends(drawn, layer), *_marks(drawn, layer)])
         _axes(figure, analysis, drawn)
     else:
         theme.message(figure, "No head tells more than the idle line: there is no ladder to draw.")
@@ -62,7 +67,7 @@ def ladder(run: Run | Analysis, *, alpha: float = 1.0) -> go.Figure:
         figure,
         f"What replaces a head, layer {layer}",
         settings_line(analysis.settings.grid, analysis.settings.n_prompts, found.rule, alpha=alpha),
-        theme.Layout(150 + 30 * max(4, len(drawn)), left_px=126),
+        theme.Layout(160 + 36 * max(3, len(drawn)), left_px=126),
         caption=CAPTION + (f" {idle} heads tell too little and are left out." if idle else ""),
     )
 
@@ -91,19 +96,18 @@ def _name(row: LadderRow, layer: int) -> str:
 
 
 def _place(value: float) -> float:
-    """Where a value is drawn: what lies further left stands at the edge."""
-    return max(value, LEFT_PCT)
+    """Where a value is drawn: left of -100 the axis is logarithmic."""
+    return value if value >= LEFT_PCT else LEFT_PCT - DECADE_PCT * math.log10(value / LEFT_PCT)
 
 
-def _bars(rows: Sequence[LadderRow], layer: int) -> go.Scatter:
+def _bars(rows: Sequence[LadderRow]) -> go.Scatter:
     """A line for each row, from its leftmost mark to the head itself."""
-    starts = [_place(min(chain([0.0], _values(row, SOURCES)))) for row in rows]
-    names = [_name(row, layer) for row in rows]
+    starts = [_place(min(0.0, *_values(row, SOURCES))) for row in rows]
     return go.Scatter(
         x=list(chain.from_iterable((start, RIGHT_PCT, None) for start in starts)),
-        y=list(chain.from_iterable((name, name, None) for name in names)),
+        y=list(chain.from_iterable((at, at, None) for at in range(len(rows)))),
         mode="lines",
-        line={"color": theme.translucent(theme.GREY, 0.35), "width": 5},
+        line={"color": theme.translucent(theme.GREY, 0.25), "width": 12},
         hoverinfo="skip",
         showlegend=False,
     )
@@ -115,12 +119,11 @@ def _values(row: LadderRow, sources: Iterable[str]) -> list[float]:
 
 
 def _ends(rows: Sequence[LadderRow], layer: int) -> list[go.Scatter]:
-    names = [_name(row, layer) for row in rows]
     return [
         go.Scatter(
             name=source,
             x=[at] * len(rows),
-            y=names,
+            y=list(range(len(rows))),
             customdata=_labels(rows, layer),
             mode="markers",
             marker={"symbol": "line-ns", "size": 14, "line": {"width": 2, "color": theme.GREY}},
@@ -133,22 +136,20 @@ def _ends(rows: Sequence[LadderRow], layer: int) -> list[go.Scatter]:
 
 def _marks(rows: Sequence[LadderRow], layer: int) -> list[go.Scatter]:
     found = []
-    for source, (color, symbol, means) in SOURCES.items():
-        own = [row for row in rows if _values(row, [source])]
-        values = [_values(row, [source])[0] for row in own]
-        marks = ["triangle-left" if value < LEFT_PCT else symbol for value in values]
-        if own:
-            trace = go.Scatter(
-                name=source.replace("_", " "),
-                x=[_place(value) for value in values],
-                y=[_name(row, layer) for row in own],
-                customdata=_labels(own, layer),
-                mode="markers",
-                cliponaxis=False,
-                marker={"symbol": marks, "size": 10, "color": color, "line": {"width": 1.5}},
-                **theme.hover([_hover(row, layer, source, means) for row in own]),
-            )
-            found.append(trace)
+    for place, (source, (color, symbol, means)) in enumerate(SOURCES.items()):
+        own = [(at, row) for at, row in enumerate(rows) if _values(row, [source])]
+        held = [row for _, row in own]
+        trace = go.Scatter(
+            name=source.replace("_", " "),
+            x=[_place(_values(row, [source])[0]) for row in held],
+            y=[at + STEP * (place - len(SOURCES) // 2) for at, _ in own],
+            customdata=_labels(held, layer),
+            mode="markers",
+            cliponaxis=False,
+            marker={"symbol": symbol, "size": 9, "color": color, "line": {"width": 1.5}},
+            **theme.hover([_hover(row, layer, source, means) for row in held]),
+        )
+        found += [trace] if own else []
     return found
 
 
@@ -170,19 +171,23 @@ def _axes(figure: go.Figure, analysis: Analysis, rows: Sequence[LadderRow]) -> N
     kinds = {each.head: each.kind for each in analysis.kinds.heads}
     names = [_name(row, layer) for row in rows]
     figure.update_yaxes(
-        **theme.rows(names),
-        tickvals=names,
+        range=[len(rows) - 0.4, -0.6],
+        tickvals=list(range(len(rows))),
         ticktext=[
             f"{name} {kinds.get(row.heads[0], '')}" if len(row.heads) == 1 else name
             for name, row in zip(names, rows, strict=True)
         ],
+        showgrid=False,
+        zeroline=False,
     )
-    far = any(value < LEFT_PCT for row in rows for value in _values(row, SOURCES))
-    low = min(chain([0.0], *(map(_place, _values(row, SOURCES)) for row in rows)))
+    low = min(chain([0.0], *(_values(row, SOURCES) for row in rows)))
+    ticks = [-(10.0**power) for power in (5, 4, 3)] + [-100.0, -50.0, 0.0, 50.0, 100.0]
+    shown_ticks = [tick for tick in ticks if tick >= min(low, -50.0)]
+    words = {0.0: "0 constant", 100.0: "100 clean"}
     figure.update_xaxes(
-        title_text="recovered (%)" + (", ◂ further left" if far else ""),
-        range=[low - 8, RIGHT_PCT + 8],
-        tickvals=[-100, -50, 0, 50, 100],
-        ticktext=["-100", "-50", "0 constant", "50", "100 clean"],
+        title_text="recovered (%" + (", logarithmic left of -100)" if low < LEFT_PCT else ")"),
+        range=[_place(low) - 8, RIGHT_PCT + 8],
+        tickvals=[_place(tick) for tick in shown_ticks],
+        ticktext=[words.get(tick, f"{tick:g}") for tick in shown_ticks],
         zeroline=False,
     )

@@ -136,6 +136,7 @@ def template(*, dark: bool = False) -> go.layout.Template:
             },
             "legend": {
                 "orientation": "h",
+                "traceorder": "normal",
                 "x": 0,
                 "xanchor": "left",
                 "y": 1,
@@ -183,11 +184,13 @@ def frame(
     for menu in figure.layout.updatemenus:
         menu.pad = {"b": 6 + 21 * above, "l": 0}
         above += 2
+    # The plot itself keeps its height, however long the text below it and the rows above it are.
+    extra_px = _SETTING_LINE_PX * max(0, len(lines) - 4) + (42 if figure.layout.updatemenus else 0)
     figure.update_layout(
         template=template(),
         title={"text": title},
         meta={"setting": list(setting), "caption": caption},
-        height=layout.height_px + 13 * len(wrap([caption])),
+        height=layout.height_px + extra_px,
         autosize=True,
         showlegend=layout.rows is None,
         margin={

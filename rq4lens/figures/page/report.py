@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from plotly.offline import get_plotlyjs
 from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
-from rq4lens.figures.numbers import grid_setting, label_of, shown
+from rq4lens.figures.numbers import grid_setting, label_of, rounded
 from rq4lens.figures.page.gallery import run_figures
-from rq4lens.figures.page.sections import Report, sections
+from rq4lens.figures.page.parts import Report
+from rq4lens.figures.page.sections import sections
+from rq4lens.figures.page.words import WORDS, meaning
 from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
@@ -52,14 +54,17 @@ def report_page(report: Report) -> str:
         comparison=report.comparison,
         provenance=report.run,
     )
-    figures = {name: page_figure(name, figure) for name, figure in drawn.items()}
+    setting = grid_setting(grid)
+    figures = {name: page_figure(name, figure, setting) for name, figure in drawn.items()}
     plotly, script = get_plotlyjs(), _read("report.js")
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.jinja").render(
         title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
-        setting=grid_setting(grid),
+        setting=setting,
+        words=WORDS,
+        meaning=meaning,
         labels=[grid.label(head) for head in range(grid.n_heads)],
         sections=sections(report),
         figures=figures,
@@ -87,12 +92,15 @@ def write_report(path: Path | str, report: Report) -> Path:
     return path
 
 
-def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
-    """Take a figure apart: the page itself shows title, setting and switch, for every width."""
+def page_figure(name: str, figure: go.Figure, common: Sequence[str] = ()) -> dict[str, Any]:
+    """Take a figure apart: the page itself shows title, caption, setting and switch.
+
+    Of the setting it keeps what does not stand at the top of the page already.
+    """
     drawing = json.loads(figure.to_json())
     layout = drawing["layout"]
     title = layout.pop("title")["text"]
-    setting = layout.pop("meta")["setting"]
+    meta = layout.pop("meta")
     menu = layout.pop("updatemenus", [{}])[0]
     switch_px = _SWITCH_PX if menu else 0
     layout.pop("template", None)
@@ -101,7 +109,8 @@ def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
     return {
         "name": name,
         "title": title,
-        "setting": setting,
+        "caption": meta["caption"],
+        "setting": [part for part in meta["setting"] if part not in common and not _is_rule(part)],
         "shape": _SHAPES.get(name, ""),
         "height_px": layout["height"],
         "drawing": {
@@ -111,6 +120,11 @@ def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
             "active": menu.get("active"),
         },
     }
+
+
+def _is_rule(part: str) -> bool:
+    """Whether a part of the setting is the rule of the kinds, which the page has once."""
+    return part.startswith(("idle:", "kinds of heads:"))
 
 
 def _without_setting(layout: dict[str, Any]) -> int:
@@ -162,7 +176,8 @@ def _data(report: Report, figures: Mapping[str, dict[str, Any]]) -> dict[str, An
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],
         "numbers": {
-            label_of(single): f"ΔKL {shown(single.delta, 'nats')}" for single in report.singles
+            label_of(single): f"undoes {rounded(single.to_base_pct, '%')}"
+            for single in report.singles
         },
         "prompts": _prompt_data(report),
     }

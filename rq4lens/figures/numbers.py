@@ -199,10 +199,12 @@ def rounded(estimate: Estimate, unit: str = "") -> str:
     if half <= 0:
         return number(value, unit)
     step = math.floor(math.log10(half))
+    if unit == "%":
+        return format(estimate, f".{min(1, max(0, -step))}f%").replace("-0.0%", "0.0%")
     form = f".{max(0, -step)}f"
     if 0 < abs(value) < _SMALL:
         form = f".{max(0, math.floor(math.log10(abs(value))) - step)}e"
-    return format(estimate, form + ("%" if unit == "%" else f" {unit}" if unit else ""))
+    return format(estimate, f"{form} {unit}" if unit else form)
 
 
 _SMALL = 1e-3

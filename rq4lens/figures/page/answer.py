@@ -35,6 +35,7 @@ def findings(report: Report) -> Section:
     return Section(
         "findings",
         _headline(report),
+        short="The answer",
         paragraphs=(warning,) if warning else (),
         sentences=analysis.claims if analysis else tuple(_main_numbers(report)),
         tiles=tuple(_tiles(report)),
@@ -56,9 +57,9 @@ def _headline(report: Report) -> str:
     best = report.singles[_by_share(report)[0]]
     share, name = best.to_base_pct.value or 0.0, label_of(best)
     if share > MOST_OF * whole.value:
-        return f"{name} alone undoes {rounded(best.to_base_pct, '%')} of the change"
-    every = rounded(whole, "%")
-    return f"The heads of layer {layer} undo {every} of the change, {name} alone {share:.0f}%"
+        return f"{name} alone undoes {share:.0f}% of the change"
+    every = f"The heads of layer {layer} undo {whole.value:.0f}% of the change"
+    return f"{every}, {name} alone {share:.0f}%"
 
 
 def _by_share(report: Report) -> list[int]:
@@ -128,7 +129,15 @@ def _carried_table(report: Report) -> Table:
     return Table(
         "What head sets carry: of the gap at strength 1, and of ΔKL at strength "
         f"{report.grid.settings.patching.alpha:g}; [..]: 95% intervals",
-        ("heads", "undoes", "gives base", "answers changed", "become base's", "ΔKL", "coverage"),
+        (
+            "heads",
+            "undoes",
+            "gives base",
+            "answers changed",
+            "become base's",
+            "ΔKL (nats)",
+            "coverage",
+        ),
         tuple(row for row in rows if row),
     )
 
@@ -138,7 +147,7 @@ FIELDS = {
     "to_tuned_pct": "%",
     "flipped_pct": "%",
     "as_base_pct": "%",
-    "delta": "nats",
+    "delta": "",
     "coverage_pct": "%",
 }
 
@@ -173,8 +182,9 @@ def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> Cell:
         return cell(getattr(report.records[drawn[0]], field))
     low, high = min(known), max(known)
     if unit == "%":
-        return Cell(f"{low:.0f} to {high:.0f}%")
-    return Cell(f"{low:.1g} to {high:.1g} {unit}")
+        # Adding 0 makes 0 of minus 0.
+        return Cell(f"{round(low) + 0} to {round(high) + 0}%")
+    return Cell(f"{low:.1g} to {high:.1g}")
 
 
 # The heads
@@ -187,13 +197,12 @@ def heads(report: Report) -> Section:
     text = ["Choose a head here or in any figure to find it in all."]
     if analysis is not None and analysis.ladders:
         text.append(f"Kinds of heads: {analysis.kinds.rule}.")
-    figures = ("ranking", "coverage", "ladder")
     return Section(
         "heads",
         "Which heads, and what kind of change",
-        (),
-        tuple(tables),
-        figures,
+        short="Heads",
+        tables=tuple(tables),
+        figures=("ranking", "coverage", "ladder"),
         notes=tuple(text),
     )
 
@@ -258,7 +267,7 @@ def controls(report: Report) -> Section | None:
     if not tables:
         return None
     title = "What else could explain it, and does it hold elsewhere"
-    return Section("controls", title, (), tuple(tables))
+    return Section("controls", title, short="What else", tables=tuple(tables))
 
 
 def _stand_in_table(rows: Sequence[StandIn]) -> Table:

@@ -65,7 +65,7 @@ class Tile(NamedTuple):
 class Section:
     """One section of the report.
 
-    ``id`` is its name in links, ``figures`` are names; ``sentences`` stand one below the other,
+    ``id`` is its name in links, ``short`` its title there if the title is long; ``figures`` are names; ``sentences`` stand one below the other,
     ``notes`` after the tables; ``blocks`` are titles and long texts that stay folded. A section
     that is ``folded`` opens when it is asked for.
     """
@@ -80,6 +80,7 @@ class Section:
     tiles: tuple[Tile, ...] = ()
     notes: tuple[str, ...] = ()
     folded: bool = False
+    short: str = ""
 
 
 @dataclass(frozen=True)

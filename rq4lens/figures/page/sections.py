@@ -40,6 +40,7 @@ def study(report: Report) -> Section:
     return Section(
         "study",
         f"What the map repairs at strength {alpha:g}",
+        short="The map's repair",
         sentences=report.analysis.study_claims if report.analysis else (),
         tables=(_coverage_table(report), _single_table(report)),
         figures=("alpha", "plane", "methods"),

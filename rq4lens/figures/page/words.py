@@ -5,8 +5,8 @@ WORDS = {
     "tuned": "The model after it.",
     "gap": "How far apart base and tuned answer here: KL between their next-token distributions.",
     "nats": "The unit of KL with natural logarithms: 0.7 nats are one bit.",
-    "undoes": "to_base: how much of the gap is gone when the tuned model gets base's activations at "
-    "these heads, at strength 1. 100%: it answers as base does.",
+    "undoes": "to_base: how much of the gap is gone when the tuned model gets base's activations "
+    "at these heads, at strength 1. 100%: it answers as base does.",
     "gives base": "to_tuned: how much of the gap is gone when base gets the tuned activations at "
     "these heads, at strength 1. 100%: base answers as the tuned model does.",
     "answers changed": "Share of prompts on which the patch changes the most likely next token.",
@@ -24,8 +24,8 @@ WORDS = {
     "kind": "What the fine-tune did to a head, told by what is recovered at strength 1.",
     "idle": "A constant, base's activation and leaving the head out all do next to nothing.",
     "unchanged": "Base's own activation recovers at least 90%.",
-    "recoded": "The map recovers at least 50%, also on other contents and neutral prompts: the same "
-    "content in other coordinates.",
+    "recoded": "The map recovers at least 50%, also on other contents and neutral prompts: the "
+    "same content in other coordinates.",
     "reassigned": "The map recovers at least 50%, but only on the contents it was fitted on.",
     "replaced": "The map recovers less than 50%: what base's head says does not stand for it.",
     "undecided": "An interval holds the line, or what would decide was not measured.",

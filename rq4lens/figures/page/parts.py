@@ -65,9 +65,9 @@ class Tile(NamedTuple):
 class Section:
     """One section of the report.
 
-    ``id`` is its name in links, ``short`` its title there if the title is long; ``figures`` are names; ``sentences`` stand one below the other,
-    ``notes`` after the tables; ``blocks`` are titles and long texts that stay folded. A section
-    that is ``folded`` opens when it is asked for.
+    ``id`` is its name in links and ``short`` its title there, if the title is long; ``figures``
+    are names; ``sentences`` stand one below the other, ``notes`` after the tables; ``blocks`` are
+    titles and long texts that stay folded. A section that is ``folded`` opens when it is asked for.
     """
 
     id: str

@@ -35,6 +35,7 @@ _TITLE_PX = 34
 _SWITCH_PX = 42
 # The place of a figure in the page's grid, where it is not the usual one.
 _SHAPES = {"layers": "wide", "interactions": "wide", "ranking": "tall"}
+_TALL_PX = 600
 
 
 def report_page(report: Report) -> str:
@@ -111,7 +112,7 @@ def page_figure(name: str, figure: go.Figure, common: Sequence[str] = ()) -> dic
         "title": title,
         "caption": meta["caption"],
         "setting": [part for part in meta["setting"] if part not in common and not _is_rule(part)],
-        "shape": _SHAPES.get(name, ""),
+        "shape": _shape(name, layout["height"]),
         "height_px": layout["height"],
         "drawing": {
             "data": drawing["data"],
@@ -120,6 +121,12 @@ def page_figure(name: str, figure: go.Figure, common: Sequence[str] = ()) -> dic
             "active": menu.get("active"),
         },
     }
+
+
+def _shape(name: str, height_px: int) -> str:
+    """The place of a figure in the grid; a short one leaves no hole beside it."""
+    shape = _SHAPES.get(name, "")
+    return "" if shape == "tall" and height_px < _TALL_PX else shape
 
 
 def _is_rule(part: str) -> bool:

@@ -21,6 +21,8 @@ WORDS = {
     "recovered": "Of what a head tells about the prompt beyond a constant, how much is there with "
     "this in its place. 100%: all, 0: no more than a constant, below 0: worse than nothing.",
     "damage": "KL of the tuned model with this in place of the head, from the clean tuned model.",
+    "damage of a constant": "What the tuned mean in place of the head costs: what there is to "
+    "recover.",
     "kind": "What the fine-tune did to a head, told by what is recovered at strength 1.",
     "idle": "A constant, base's activation and leaving the head out all do next to nothing.",
     "unchanged": "Base's own activation recovers at least 90%.",

@@ -86,7 +86,7 @@ def test_an_analysis_fills_the_coverage_curve(grid, analysis, line, ranking):
 
 @pytest.mark.parametrize(("view", "direction"), [("undoes", "to_base"), ("gives base", "to_tuned")])
 def test_the_share_of_the_gap_has_its_own_curves(grid, analysis, view, direction):
-    """The first views show the top k by transfer, plain and cross-fitted, and at most four names."""
+    """The first views show the top k by transfer, and have at most four names in the legend."""
     figure = figures.coverage_curve(grid, analysis)
     found = next(each for each in analysis.directions if each.direction == direction)
     for line, ranking in (("best k", direction), ("cross-fitted", f"{direction} (cross-fitted)")):
@@ -353,7 +353,7 @@ FIELDS = ("to_base_pct", "to_tuned_pct", "delta", "KL_raw_mean", "KL_mapped_mean
 
 
 def test_heatmap_switch_holds_every_quantity(layers):
-    """Each button carries its quantity of every head of every layer, on an axis that keeps order."""
+    """Each button carries its quantity of every head of every layer; large scales keep order."""
     figure = figures.layer_heatmap(layers)
     buttons = figure.layout.updatemenus[0].buttons
     rows = [single_records(grid) for grid in layers.values()]
@@ -377,10 +377,15 @@ def test_heatmap_cells_name_their_heads(layers):
 
 
 def test_global_ranking_orders_all_layers(layers):
-    """Marks fall, and no head left out is better than one shown."""
-    bars = figures.global_ranking(layers, top=10).data[0]
-    everyone = sorted((s.delta for grid in layers.values() for s in grid.singles), reverse=True)
-    assert list(bars.x) == pytest.approx(everyone[:10])
+    """By to_base, and by ΔKL when asked: marks fall, and no head left out is better."""
+    figure = figures.global_ranking(layers, top=10)
+    buttons = figure.layout.updatemenus[0].buttons
+    for button, score in zip(buttons, ("to_base", "delta"), strict=True):
+        rankings = [grid.ranking_by(score) for grid in layers.values()]
+        everyone = sorted((value for each in rankings for value in each.scores), reverse=True)
+        assert list(button.args[0]["x"][0]) == pytest.approx(everyone[:10])
+        assert button.args[1]["yaxis.categoryarray"] == button.args[0]["customdata"][0]
+    assert list(figure.data[0].x) == list(buttons[0].args[0]["x"][0])
 
 
 def test_layer_curves_name_the_layers_without_coverage(layers):
@@ -423,8 +428,10 @@ def test_layer_curves_of_grids_alone_have_intervals_too(layers):
 
 def test_a_comparison_adds_ranges_of_ranks(layers, comparison):
     """Hovering a mark of the global ranking tells how far its rank moves."""
-    bars = figures.global_ranking(layers, comparison, top=5).data[0]
-    assert all("(95% in 2 to 9)" in text for text in bars.hovertext)
+    buttons = figures.global_ranking(layers, comparison, top=5).layout.updatemenus[0].buttons
+    for button, told in zip(buttons, (False, True), strict=True):
+        texts = button.args[0]["hovertext"][0]
+        assert all(("(95% in 2 to 9)" in text) == told for text in texts)
 
 
 def test_cost_bars_carry_their_ratio():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -45,7 +45,8 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
     Returns:
         The figure: a line per head or quantity.
     """
-    figure, views = go.Figure(), {}
+    figure = go.Figure()
+    views: dict[str, Iterable[int]] = {}
     for name, traces in _views(grid, points).items():
         start = len(figure.data)
         figure.add_traces([trace.update(visible=not views) for trace in traces])
@@ -57,7 +58,9 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
     axes = {name: _axis(name, points) for name in views}
     figure.update_yaxes(axes[next(iter(views))])
     buttons = [
-        theme.view_button(figure, name, shown, _relayout(axes[name]))
+        theme.view_button(
+            figure, name, shown, theme.parts("yaxis", {**theme.PLAIN_AXIS, **axes[name]})
+        )
         for name, shown in views.items()
     ]
     theme.switch(figure, buttons)
@@ -72,12 +75,6 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
         ),
         caption=CAPTION,
     )
-
-
-def _relayout(axis: Mapping[str, Any]) -> dict[str, Any]:
-    """An axis as plotly's own script names its parts; what another view set is undone."""
-    plain = {"type": "linear", "dtick": None, "autorange": True}
-    return {f"yaxis.{name.replace('_', '.')}": value for name, value in {**plain, **axis}.items()}
 
 
 def _views(grid: GridResult, points: Sequence[AlphaPoint]) -> dict[str, list[go.Scatter]]:

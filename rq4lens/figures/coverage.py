@@ -14,6 +14,7 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import INTERVAL_NOTE, error_bars, grid_setting, hover, shown
+from rq4lens.heads import HeadSet
 from rq4lens.results import GridResult
 
 CROSS_FITTED = "cross-fitted"
@@ -58,7 +59,8 @@ def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Fig
     Returns:
         The figure; what is undefined has no view, and where nothing is defined it says why.
     """
-    figure, views = go.Figure(), {}
+    figure = go.Figure()
+    views: dict[str, Iterable[int]] = {}
     for name, traces in _views(grid, analysis).items():
         start = len(figure.data)
         figure.add_traces([trace.update(visible=not views) for trace in traces])
@@ -102,7 +104,7 @@ def _notes(grid: GridResult, analysis: Analysis | None) -> list[str]:
     # Between the sizes that were measured the band of random sets is drawn straight.
     sizes = sorted({row.k for row in analysis.random}) if analysis is not None else ()
     if sizes:
-        notes.append(f"random sets of {', '.join(map(str, sizes))} heads for ΔKL")
+        notes.append(f"random sets of {HeadSet.of(sizes, sizes[-1] + 1)} heads for ΔKL")
     if grid.control is not None:
         notes.append(f"control: all heads of control layer {grid.control.layer}")
     return notes

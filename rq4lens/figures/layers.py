@@ -10,6 +10,7 @@ from plotly.colors import sample_colorscale
 
 from rq4lens.analysis.records import CellRow, ConditionRecord, LayerComparison
 from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
@@ -140,57 +141,97 @@ def _button(quantity: Quantity, scale: _Scale) -> dict[str, Any]:
 def global_ranking(
     grids: Mapping[int, GridResult], comparison: LayerComparison | None = None, *, top: int = 30
 ) -> go.Figure:
-    """The best heads of all layers in one ranking by single-head ``ΔKL``.
+    """The best heads of all layers in one ranking, with a switch from ``to_base`` to ``ΔKL``.
 
     Args:
         grids: the grid of each layer.
-        comparison: the comparison of these layers by the analysis; its ranges of ranks go into the
-            hover.
+        comparison: the comparison of these layers by the analysis; its ranges of ranks by ``ΔKL``
+            go into the hover.
         top: how many heads to show.
 
     Returns:
         The figure: a mark per head, coloured by its layer; ``customdata`` names the head.
     """
-    best = _best(grids, top)
-    ranges = _rank_ranges(comparison)
-    labels = [numbers.label_of(each) for each in best]
-    deltas = [each.delta for each in best]
     span = (min(grids), max(grids))
-    texts = [
-        f"{numbers.hover(each)}<br>rank {rank} of all layers{ranges.get(label, '')}"
-        for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
-    ]
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[delta.value for delta in deltas],
-        y=labels,
-        error_x=numbers.error_bars(deltas),
-        mode="markers",
-        cliponaxis=False,
-        customdata=labels,
-        marker={"size": 10, "color": [_color(Head.parse(label).layer, span) for label in labels]},
-        **theme.hover(texts),
-    )
-    figure.add_trace(_depth_scale(span))
-    figure.update_yaxes(**theme.rows(labels))
-    figure.update_xaxes(**numbers.effect_axis("ΔKL of the head alone", deltas, nticks=7))
+    views = {
+        name: _ranked(_best(grids, name, top), name, _rank_ranges(comparison), span)
+        for name in ("to_base", "delta")
+        if name == "delta" or _carried(grids)
+    }
+    first = next(iter(views.values()))
+    look = {"mode": "markers", "cliponaxis": False, "hovertemplate": "%{hovertext}<extra></extra>"}
+    figure = go.Figure([go.Scatter(**look, **first.marks), _depth_scale(span)])
+    figure.update_layout(xaxis=first.axis, yaxis=theme.rows(first.marks["y"]))
+    theme.switch(figure, [view.button(QUANTITIES[name].name) for name, view in views.items()])
+    n = len(first.marks["y"])
     return theme.frame(
         figure,
-        f"The best {len(best)} heads of all layers",
+        f"The best {n} heads of all layers",
         numbers.layers_setting(
             grids, "bars: 95% bootstrap intervals over prompts, one head at a time"
         ),
-        theme.Layout(210 + 17 * max(6, len(best)), rows=2),
+        theme.Layout(210 + 17 * max(6, n), rows=2),
         caption="Marks of one colour at the top are one layer that holds the largest effects.",
     )
 
 
-def _best(grids: Mapping[int, GridResult], top: int) -> list[ConditionRecord]:
+def _carried(grids: Mapping[int, GridResult]) -> bool:
+    """Whether shares of the gap are defined; all layers have the same gap."""
+    grid = numbers.any_grid(grids)
+    return numbers.single_records(grid, [0])[0].to_base_pct.value is not None
+
+
+def _best(grids: Mapping[int, GridResult], score: RankBy, top: int) -> list[ConditionRecord]:
     """The best heads of all layers; ties break by layer, then by head."""
     layers = [grids[layer] for layer in sorted(grids)]
-    places = [(grid, head) for grid in layers for head in range(grid.n_heads)]
-    places.sort(key=lambda place: -place[0].single(place[1]).delta)
-    return [numbers.single_records(grid, [head])[0] for grid, head in places[:top]]
+    places = [(grid, *place) for grid in layers for place in enumerate(_scores(grid, score))]
+    places.sort(key=lambda place: -place[2])
+    return [numbers.single_records(grid, [head])[0] for grid, head, _ in places[:top]]
+
+
+def _scores(grid: GridResult, score: RankBy) -> list[float]:
+    return [value or 0.0 for value in grid.ranking_by(score).by_head]
+
+
+class _Ranked(NamedTuple):
+    """One order of the heads of all layers: the data of its marks and its axis."""
+
+    marks: dict[str, Any]
+    axis: dict[str, Any]
+
+    def button(self, label: str) -> dict[str, Any]:
+        """The button that shows this order."""
+        change = {name: [value] for name, value in self.marks.items()}
+        layout = theme.parts("xaxis", {**theme.PLAIN_AXIS, **self.axis})
+        layout |= theme.parts("yaxis", theme.rows(self.marks["y"]))
+        return {"label": label, "method": "update", "args": [change, layout, [0]]}
+
+
+def _ranked(
+    best: Sequence[ConditionRecord], score: str, ranges: Mapping[str, str], span: tuple[int, int]
+) -> _Ranked:
+    quantity = QUANTITIES[score]
+    labels = [numbers.label_of(each) for each in best]
+    values = [getattr(each, quantity.field) for each in best]
+    told = ranges if score == "delta" else {}
+    texts = [
+        f"{numbers.hover(each)}<br>rank {rank} of all layers{told.get(label, '')}"
+        for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
+    ]
+    marks = {
+        "x": [value.value for value in values],
+        "y": labels,
+        "error_x": numbers.error_bars(values),
+        "customdata": labels,
+        "marker": {
+            "size": 10,
+            "color": [_color(Head.parse(label).layer, span) for label in labels],
+        },
+        "hovertext": texts,
+    }
+    if score == "delta":
+        return _Ranked(marks, numbers.effect_axis("ΔKL of the head alone", values))
+    return _Ranked(marks, {"title_text": quantity.title, "rangemode": "tozero"})
 
 
 def _rank_ranges(comparison: LayerComparison | None) -> dict[str, str]:

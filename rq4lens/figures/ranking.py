@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from rq4lens.analysis.records import ConditionRecord, HeadKinds
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
+from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.results import TRANSFERS, GridResult, HeadRanking
@@ -31,7 +32,7 @@ SCORES = {
     "kl_raw": Score("KL_raw_mean", "KL_raw", "KL_raw of the head alone (nats)"),
     "drop_pct": Score("drop_pct", "drop", "drop of the head alone (%)"),
 }
-FIRST_VIEWS = ("to_base", "delta", "kl_raw")
+FIRST_VIEWS: tuple[RankBy, ...] = ("to_base", "delta", "kl_raw")
 CAPTION = (
     "The longest bar is the head that alone takes the tuned model furthest back to base; a mark "
     "far right says that it also takes base far towards the tuned model."
@@ -85,8 +86,7 @@ def ranking_bars(
 
 def _rankings(grid: GridResult, singles: Sequence[ConditionRecord]) -> list[HeadRanking]:
     """The rankings of the switch: what heads carry first, as far as that is defined."""
-    own = grid.settings.patching.rank_by
-    names = dict.fromkeys((*FIRST_VIEWS, own))
+    names = dict.fromkeys((*FIRST_VIEWS, grid.settings.patching.rank_by))
     known = [
         name for name in names if name not in TRANSFERS or singles[0].to_base_pct.value is not None
     ]
@@ -184,8 +184,8 @@ class _View(NamedTuple):
         keys = ("name", "y", "x", "customdata", "error_x", "hovertext", "marker", "visible")
         both = {**bars, "visible": True}, {**marks, "error_x": None}
         change = {key: [each.get(key) for each in both] for key in keys}
-        axes = self.axes()
-        layout = {f"{axis}.{key}": value for axis in axes for key, value in axes[axis].items()}
+        axes = self.axes().items()
+        layout = {key: value for axis in axes for key, value in theme.parts(*axis).items()}
         return {"label": self.score.button, "method": "update", "args": [change, layout]}
 
 

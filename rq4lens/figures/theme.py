@@ -255,6 +255,15 @@ def view_button(
     return {"label": label, "method": "update", "args": [{"visible": visible}, dict(axes)]}
 
 
+PLAIN_AXIS = {"type": "linear", "dtick": None, "autorange": True}
+"""Undoes what another view of the same axis set."""
+
+
+def parts(name: str, axis: Mapping[str, Any]) -> dict[str, Any]:
+    """An axis as plotly's own script names its parts, for a button."""
+    return {f"{name}.{key.replace('_', '.')}": value for key, value in axis.items()}
+
+
 def hover(texts: object) -> dict[str, Any]:
     """What a trace says under the mouse: its texts and nothing else."""
     return {"hovertext": texts, "hovertemplate": "%{hovertext}<extra></extra>"}

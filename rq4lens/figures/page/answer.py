@@ -11,7 +11,7 @@ from rq4lens.analysis.records import ControlLayer, HeadKind, Ladder, LadderRow, 
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures.numbers import label_of, rounded
-from rq4lens.figures.page.parts import Cell, Report, Row, Section, Table, Tile, cell
+from rq4lens.figures.page.parts import Report, Row, Section, Table, TableEntry, Tile, cell
 from rq4lens.results import EVERY
 
 _RANDOM = re.compile(r"rand(\d+)_s")
@@ -175,7 +175,7 @@ def _random_row(report: Report, name: str, drawn: Sequence[str]) -> Row:
     return (title, *(_range(report, drawn, field, unit) for field, unit in FIELDS.items()))
 
 
-def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> Cell:
+def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> TableEntry:
     values = [getattr(report.records[each], field).value for each in drawn]
     known = [value for value in values if value is not None]
     if not known:
@@ -183,8 +183,8 @@ def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> Cell:
     low, high = min(known), max(known)
     if unit == "%":
         # Adding 0 makes 0 of minus 0.
-        return Cell(f"{round(low) + 0} to {round(high) + 0}%")
-    return Cell(f"{low:.1g} to {high:.1g}")
+        return TableEntry(f"{round(low) + 0} to {round(high) + 0}%")
+    return TableEntry(f"{low:.1g} to {high:.1g}")
 
 
 # The heads
@@ -237,11 +237,11 @@ def _heads_table(report: Report) -> Table:
     )
 
 
-def _kind_cell(kind: HeadKind) -> Cell:
-    return Cell(kind.kind, kind.why or "")
+def _kind_cell(kind: HeadKind) -> TableEntry:
+    return TableEntry(kind.kind, kind.why or "")
 
 
-def _ladder_cells(found: Ladder | None, head: int, sources: Sequence[str]) -> Iterator[Cell]:
+def _ladder_cells(found: Ladder | None, head: int, sources: Sequence[str]) -> Iterator[TableEntry]:
     if found is None:
         return
     row = found[f"head{head}"]
@@ -300,7 +300,7 @@ def _stand_in_row(row: StandIn) -> Row:
         cell(row.recovered_pct, "%", look),
         cell(row.damage),
         cell(row.behind_nats),
-        Cell(word, "", look),
+        TableEntry(word, "", look),
     )
 
 
@@ -326,14 +326,14 @@ def _noise_table(report: Report, noise: NoisePair) -> Table:
     )
 
 
-def _times(multiples: Mapping[str, Estimate], name: str) -> Cell:
+def _times(multiples: Mapping[str, Estimate], name: str) -> TableEntry:
     found = multiples.get(name)
     if found is None or found.value is None:
         return cell(found)
     ends = found.interval
     span = f" [{ends.low:,.2g}, {ends.high:,.2g}]" if ends else ""
     looks = "good" if ends is not None and ends.low > 1 else "bad"
-    return Cell(_plain(f"{found.value:.2g}{span}"), "", looks)
+    return TableEntry(_plain(f"{found.value:.2g}{span}"), "", looks)
 
 
 def _plain(text: str) -> str:

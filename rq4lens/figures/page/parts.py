@@ -15,7 +15,7 @@ from rq4lens.figures.numbers import rounded
 from rq4lens.results import GridResult
 
 
-class Cell(NamedTuple):
+class TableEntry(NamedTuple):
     """A cell of a table: its text, what the mouse says, and its colour, ``good`` or ``bad``."""
 
     text: str
@@ -23,14 +23,14 @@ class Cell(NamedTuple):
     look: str = ""
 
 
-Row = tuple[Cell | str, ...]
+Row = tuple[TableEntry | str, ...]
 
 
-def cell(estimate: Estimate | None, unit: str = "", look: str = "") -> Cell:
+def cell(estimate: Estimate | None, unit: str = "", look: str = "") -> TableEntry:
     """An estimate no more precise than its interval; a dash says why there is none."""
     if estimate is None:
-        return Cell("–", "not measured")
-    return Cell(rounded(estimate, unit), estimate.reason or "", look)
+        return TableEntry("–", "not measured")
+    return TableEntry(rounded(estimate, unit), estimate.reason or "", look)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Tile(NamedTuple):
     """One of the heads that carry most."""
 
     head: str
-    undoes: Cell
-    gives_base: Cell
+    undoes: TableEntry
+    gives_base: TableEntry
     kind: str
 
 

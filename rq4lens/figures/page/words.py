@@ -1,6 +1,9 @@
 """The words of the report, each explained in one sentence where it stands and at the end."""
 
 WORDS = {
+    "head": "An attention head; L1H0 is head 0 of layer 1.",
+    "patch": "One model is run with activations of the other at some heads, at the token whose "
+    "next-token distribution is compared.",
     "base": "The model before the fine-tune.",
     "tuned": "The model after it.",
     "gap": "How far apart base and tuned answer here: KL between their next-token distributions.",
@@ -48,6 +51,8 @@ WORDS = {
     "p": "How often chance alone would do as well; small p-values say that, not how large it is.",
     "k90": "The fewest heads that reach 90% of what all heads do.",
     "Gini of |ΔKL|": "How unevenly effects lie on heads: 0 all equal, near 1 one has everything.",
+    "rank": "Place in the ranking; 1 is best.",
+    "condition": "A head set that was patched: the best k, all of the layer, the control layer.",
     "95% interval": "[low, high]: where the number lies for more prompts like these.",
 }
 """Words as they stand in headings of tables, and what they mean."""

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.io as pio
 import pytest
 from synthetic import synthetic_grid
+from synthetic_analysis import synthetic_analysis
 
 from rq4lens import figures
 from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, records
@@ -91,6 +92,14 @@ def test_without_transfer_bars_show_the_other_scores():
     assert [button.label for button in figure.layout.updatemenus[0].buttons] == ["ΔKL", "KL_raw"]
     assert figure.data[1].visible is False
     assert list(figure.layout.yaxis.categoryarray) == [grid.label(h) for h in grid.ranking.heads]
+
+
+def test_kinds_that_nothing_told_apart_are_not_named(grid):
+    """Without a ladder, rows name the head alone: undecided would be a finding."""
+    ladderless = replace(synthetic_analysis(grid), ladders=())
+    for analysis in (None, ladderless):
+        axis = figures.ranking_bars(grid, analysis=analysis).layout.yaxis
+        assert list(axis.ticktext) == list(axis.categoryarray)
 
 
 def test_bars_show_each_heads_delta(grid):

@@ -225,6 +225,9 @@ def test_the_ranking_switches_to_the_other_order(opened, grid):
     opened.page.locator("#figure-ranking .switch button", has_text="ΔKL").click()
     order = "document.getElementById('plot-ranking').layout.yaxis.categoryarray"
     assert opened.page.evaluate(order) == [grid.label(head) for head in grid.ranking.heads]
+    names = opened.page.locator("#plot-ranking .ytick text").all_text_contents()
+    assert [name.split()[0] for name in names] == opened.page.evaluate(order)
+    assert all(len(name.split()) == 2 for name in names)
     assert opened.highlighted("ranking") == best_head(grid)
     bars = "document.getElementById('plot-ranking').data[0]"
     place = opened.page.evaluate(f"{bars}.selectedpoints[0]")

@@ -162,13 +162,18 @@ def hover(record: ConditionRecord, name: str | None = None) -> str:
     )
 
 
-NO_KINDS = "kinds of heads: not asked, since no analysis was made"
+NO_KINDS = "kinds of heads: not told apart, since the ladder was not measured"
+
+
+def told_kinds(analysis: Analysis | None) -> HeadKinds | None:
+    """The kinds of heads, if an analysis told them apart."""
+    return analysis.kinds if analysis is not None and analysis.ladders else None
 
 
 def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:
     """Which kind each head of the main layer is, in head order, and the rule in words."""
-    if analysis is not None:
-        return analysis.kinds
+    if kinds := told_kinds(analysis):
+        return kinds
     nothing = undefined(NOT_MEASURED)
     heads = range(grid.n_heads)
     unknown = (HeadKind(head, "undecided", NOT_MEASURED, None, nothing) for head in heads)

@@ -64,12 +64,12 @@ def ranking_bars(
         The figure: bars, and marks of ``to_tuned``; ``customdata`` names the head.
     """
     singles = numbers.single_records(grid)
-    kinds = numbers.head_kinds(grid, analysis)
+    kinds = numbers.told_kinds(analysis)
     given = _rankings(grid, singles) if ranking is None else [ranking]
     views, notes = [], []
     for each in given:
         scores, note = _score_estimates(each, singles, intervals)
-        views.append(_View(grid, each, top, singles, kinds if analysis else None, scores))
+        views.append(_View(grid, each, top, singles, kinds, scores))
         notes.append(note)
     first, carries = views[0], given[0].method == "to_base" and ranking is None
     figure = go.Figure([go.Bar(**first.bars()), go.Scatter(**first.marks())])
@@ -78,8 +78,8 @@ def ranking_bars(
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
-        numbers.grid_setting(grid, notes[0], kinds.rule),
-        theme.Layout(190 + 17 * max(6, len(first.labels)), left_px=126 if analysis else 66),
+        numbers.grid_setting(grid, notes[0], kinds.rule if kinds else numbers.NO_KINDS),
+        theme.Layout(190 + 17 * max(6, len(first.labels)), left_px=126 if kinds else 66),
         caption=CAPTION if carries else OWN_CAPTION,
     )
 
@@ -162,7 +162,13 @@ class _View(NamedTuple):
         names = [f"{self.grid.label(head)} {self.kind(head) or ''}".strip() for head in self.heads]
         return {
             "xaxis": self._score_axis(),
-            "yaxis": {**theme.rows(self.labels), "tickvals": self.labels, "ticktext": names},
+            "yaxis": {
+                **theme.rows(self.labels),
+                # Said outright, or plotly's script takes the step of the rows instead.
+                "tickmode": "array",
+                "tickvals": self.labels,
+                "ticktext": names,
+            },
         }
 
     def _score_axis(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.records import ControlLayer, HeadKind, Ladder, LadderRow, NoisePair, StandIn
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.figures.numbers import label_of, rounded
+from rq4lens.figures.numbers import label_of, rounded, told_kinds
 from rq4lens.figures.page.parts import Report, Row, Section, Table, TableEntry, Tile, cell
 from rq4lens.results import EVERY
 
@@ -69,7 +69,8 @@ def _by_share(report: Report) -> list[int]:
 
 def _tiles(report: Report) -> Iterator[Tile]:
     """The two or three heads that carry most."""
-    kinds = report.analysis.kinds.heads if report.analysis else ()
+    told = told_kinds(report.analysis)
+    kinds = told.heads if told else ()
     for head in _by_share(report)[:MOST_TILES]:
         single = report.singles[head]
         ends = single.to_base_pct.interval
@@ -110,7 +111,10 @@ def _undefined(report: Report) -> Iterator[str]:
             "missing. Run it with --analysis full."
         )
     elif missing := list(_not_measured(analysis)):
-        yield f"Not measured: {'; '.join(missing)}."
+        yield f"Not measured: {'; '.join(missing)}. {NEXT}"
+
+
+NEXT = "Run with --analysis full, a control layer, and prompts of both kinds that name contents."
 
 
 def _not_measured(analysis: Analysis) -> Iterator[str]:
@@ -214,7 +218,8 @@ def _heads_table(report: Report) -> Table:
     analysis = report.analysis
     found = analysis.ladders[0] if analysis and analysis.ladders else None
     sources = [each for each in SOURCES if found and each in found.rows[0].recovered_pct]
-    kinds = analysis.kinds.heads if analysis else ()
+    named = told_kinds(analysis)
+    kinds = named.heads if named else ()
     damage = ("damage of a constant (nats)",) if found else ()
     rows = tuple(
         (

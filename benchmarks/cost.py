@@ -86,6 +86,7 @@ def cost_bars(seconds: Mapping[str, float], *, reference: str, setting: Sequence
         "Time of the same work",
         (*setting, f"×: times {reference}"),
         theme.Layout(height_px, rows=0, left_px=24 + 6 * longest, right_px=54),
+        caption="Shorter is faster; the number is a multiple of the reference.",
     )
 
 

@@ -121,6 +121,10 @@ class GridSettings:
         return first == second
 
 
+OWN, OTHERS = 1, 2
+"""The most likely token is that of the clean patched model, of the other model."""
+
+
 class PatchRow(NamedTuple):
     """The effect of one patch on each prompt.
 
@@ -149,11 +153,14 @@ class Compared(NamedTuple):
             left out of every comparison.
         left_out_tuned_pct: the same the other way round.
         noise_nats: ``KL`` between two ways to compute the same clean distribution.
+        weight_cosine: cosine of the weights of the two models, over all matrices; None where the
+            two were not in memory together.
     """
 
     left_out_base_pct: float = 0.0
     left_out_tuned_pct: float = 0.0
     noise_nats: float = 0.0
+    weight_cosine: float | None = None
 
 
 COMPARABLE = Compared()

@@ -18,6 +18,7 @@ from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.statistics.plain import from_json
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
+from rq4lens.figures import theme
 from rq4lens.figures.numbers import shown, single_records
 from rq4lens.figures.page.gallery import method_agreements
 
@@ -40,8 +41,17 @@ def layers():
     }
 
 
-def trace_named(figure, name):
-    return next(trace for trace in figure.data if trace.name == name)
+def traces_of(figure, view):
+    """The traces that a button of the switch shows."""
+    menu = figure.layout.updatemenus[0]
+    button = next(button for button in menu.buttons if button.label == view)
+    visible = button.args[0]["visible"]
+    return [trace for trace, shown in zip(figure.data, visible, strict=True) if shown]
+
+
+def trace_named(figure, name, view=None):
+    traces = figure.data if view is None else traces_of(figure, view)
+    return next(trace for trace in traces if trace.name == name)
 
 
 def setting_of(figure) -> str:
@@ -51,7 +61,11 @@ def setting_of(figure) -> str:
 
 
 def curve_of(analysis, ranking):
-    curve = next(row for row in analysis.curves if row.ranking == ranking)
+    return coverage_of(analysis.curves, ranking)
+
+
+def coverage_of(curves, ranking):
+    curve = next(row for row in curves if row.ranking == ranking)
     return [point.value for point in curve.coverage_pct]
 
 
@@ -65,14 +79,26 @@ def curve_of(analysis, ranking):
 )
 def test_an_analysis_fills_the_coverage_curve(grid, analysis, line, ranking):
     """Plain, cross-fitted and best-subset lines show the saved coverage at every k."""
-    drawn = trace_named(figures.coverage_curve(grid, analysis), line)
+    drawn = trace_named(figures.coverage_curve(grid, analysis), line, "ΔKL")
     assert list(drawn.x) == list(range(33))
     assert list(drawn.y) == curve_of(analysis, ranking)
 
 
+@pytest.mark.parametrize(("view", "direction"), [("undoes", "to_base"), ("gives base", "to_tuned")])
+def test_the_share_of_the_gap_has_its_own_curves(grid, analysis, view, direction):
+    """The first views show the top k by transfer, and have at most four names in the legend."""
+    figure = figures.coverage_curve(grid, analysis)
+    found = next(each for each in analysis.directions if each.direction == direction)
+    for line, ranking in (("best k", direction), ("cross-fitted", f"{direction} (cross-fitted)")):
+        drawn = trace_named(figure, line, view)
+        assert list(drawn.y) == coverage_of(found.curves, ranking)
+    shown = [trace for trace in traces_of(figure, view) if trace.showlegend is not False]
+    assert len(shown) <= 4
+
+
 def test_random_band_spans_the_saved_quantiles(grid, analysis):
     """The band lies between the 2.5% and 97.5% quantiles, with the mean inside."""
-    traces = figures.coverage_curve(grid, analysis).data
+    traces = traces_of(figures.coverage_curve(grid, analysis), "ΔKL")
     filled = next(place for place, trace in enumerate(traces) if trace.fill == "tonexty")
     low, high, mean = traces[filled - 1], traces[filled], traces[filled + 1]
     assert list(low.y) == [row.quantiles_pct["0.025"] for row in analysis.random]
@@ -84,10 +110,11 @@ def test_random_rankings_have_a_band_of_their_own(grid, analysis):
     """Dotted lines hold random rankings at all measured sizes at once; hover names both bands."""
     banded = tuple(replace(row, band_low_pct=-1.0, band_high_pct=90.0) for row in analysis.random)
     figure = figures.coverage_curve(grid, replace(analysis, random=banded))
-    lines = [trace for trace in figure.data if trace.name == "random rankings, 95%"]
-    assert [set(line.y) for line in lines] == [{-1.0}, {90.0}]
-    assert all(list(line.x) == [row.k for row in banded] for line in lines)
-    hover = trace_named(figure, "random sets, 95%").hovertext[0]
+    line = trace_named(figure, "random rankings, 95%")
+    n = len(banded)
+    assert [set(line.y[:n]), line.y[n], set(line.y[n + 1 :])] == [{-1.0}, None, {90.0}]
+    assert list(line.x[:n]) == list(line.x[n + 1 :]) == [row.k for row in banded]
+    hover = trace_named(figure, "random sets, 95%", "ΔKL").hovertext[0]
     assert "95% of rankings, at all k at once, in [-1, 90]%" in hover
 
 
@@ -105,7 +132,70 @@ def test_kinds_come_from_the_analysis(grid, analysis):
     figure = figures.head_plane(grid, analysis)
     for row in analysis.kinds.heads:
         assert f"L26H{row.head}" in trace_named(figure, row.kind).customdata
-    assert "0.0005 nats" in setting_of(figure)
+    assert analysis.kinds.rule in setting_of(figure)
+
+
+def test_bars_are_named_and_coloured_by_kind(grid, analysis):
+    """The row of a head names its kind, and its bar has the colour of that kind."""
+    figure = figures.ranking_bars(grid, analysis=analysis)
+    bars, axis = figure.data[0], figure.layout.yaxis
+    rows = zip(bars.customdata, bars.marker.color, axis.ticktext, strict=True)
+    for label, color, text in rows:
+        kind = analysis.kinds.heads[int(label.split("H")[1])].kind
+        assert text == f"{label} {kind}"
+        assert color == theme.KINDS[kind][0]
+
+
+def told(analysis):
+    """The single heads of the ladder that are not idle, by their damage."""
+    rows = [row for row in analysis.ladders[0].rows if len(row.heads) == 1]
+    known = [row for row in rows if row.recovered_pct["raw"].value is not None]
+    return sorted(known, key=lambda row: -row.damage_nats["constant"].value)
+
+
+def test_the_ladder_marks_each_source_of_each_head(grid, analysis):
+    """Heads stand by D(constant); marks right of -100 at what is recovered, others in order."""
+    figure = figures.ladder(analysis)
+    heads = told(analysis)
+    labels = [f"L26H{row.heads[0]}" for row in heads]
+    assert [text.split()[0] for text in figure.layout.yaxis.ticktext][: len(heads)] == labels
+    for source in ("raw", "shifted", "mapped", "held out", "output", "constant", "clean"):
+        trace = trace_named(figure, source)
+        at = {label: x for label, x in zip(trace.customdata, trace.x, strict=True) if label}
+        assert list(at) == labels
+        for row, label in zip(heads, labels, strict=True):
+            ends = {"constant": 0.0, "clean": 100.0}
+            value = ends.get(source)
+            if value is None:
+                value = row.recovered_pct[source.replace(" ", "_")].value
+            assert at[label] == value
+    n_left_out = grid.n_heads - len(heads)
+    assert f"{n_left_out} heads tell too little" in setting_of(figure)
+
+
+def test_the_ladder_shows_what_is_far_worse_than_a_constant(analysis):
+    """Left of -100 the axis is logarithmic: ten times worse is further left, and hover says it."""
+    row = told(analysis)[0]
+    places = {}
+    for value in (-100.0, -1000.0, -10000.0):
+        raw = {**row.recovered_pct, "raw": about(value, 10.0)}
+        rows = (replace(row, recovered_pct=raw), *analysis.ladders[0].rows[1:])
+        changed = replace(analysis, ladders=(replace(analysis.ladders[0], rows=rows),))
+        trace = trace_named(figures.ladder(changed), "raw")
+        at = list(trace.customdata).index(f"L26H{row.heads[0]}")
+        places[value] = trace.x[at]
+        assert f"recovered {value:.3g}%" in trace.hovertext[at]
+    assert places[-100.0] == -100
+    assert places[-1000.0] - places[-10000.0] == pytest.approx(-100 - places[-1000.0])
+
+
+def test_a_ladder_of_another_strength_is_refused(analysis):
+    """The analysis has strength 1 and the run's own; without a ladder it says how to get one."""
+    assert "α = 0.3" in setting_of(figures.ladder(analysis, alpha=0.3))
+    with pytest.raises(UserError, match=r"alpha 0\.5: it has 1, 0\.3"):
+        figures.ladder(analysis, alpha=0.5)
+    with pytest.raises(UserError, match="--analysis full"):
+        figures.ladder(replace(analysis, ladders=()))
 
 
 def test_methods_have_a_curve_each(grid, analysis):
@@ -193,18 +283,35 @@ def test_interactions_are_the_matrix_without_its_diagonal(grid, analysis):
     saved = analysis.interactions.matrix_nats
     for i in range(32):
         for j in range(32):
-            assert heat.z[i][j] == (None if i == j else saved[i][j])
-    assert heat.zmid == 0
+            assert heat.hovertext[i][j].count("interaction") == (i != j)
+            if i != j and heat.colorbar.tickvals is None:
+                assert heat.z[i][j] == saved[i][j]
+            assert (heat.z[i][j] is None) == (i == j)
+    assert heat.zmin == -heat.zmax
 
 
 def test_alpha_sweep_shows_the_three_quantities(grid, analysis):
     """KL_raw, KL_mapped and ΔKL stand at every blend strength."""
     figure = figures.alpha_sweep(grid, analysis.alphas)
     for name, key in (("KL_raw", "KL_raw"), ("KL_mapped", "KL_mapped"), ("ΔKL", "delta")):
-        assert list(trace_named(figure, name).y) == [
+        assert list(trace_named(figure, name, "nats").y) == [
             getattr(row, key).value for row in analysis.alphas
         ]
     assert "0.05 to 1" in setting_of(figure)
+
+
+def test_alpha_sweep_opens_with_what_heads_undo(grid, analysis):
+    """All heads and the best ones by to_base, then the same heads by coverage."""
+    figure = figures.alpha_sweep(grid, analysis.alphas)
+    first = traces_of(figure, "undoes")
+    assert [trace.name for trace in figure.data if trace.visible] == [each.name for each in first]
+    assert len(first) <= 4
+    assert list(first[0].y) == [row.to_base_pct.value for row in analysis.alphas]
+    for view, field in (("undoes", "head_to_base_pct"), ("coverage", "coverage_pct")):
+        for trace in first[1:]:
+            head = int(trace.name.split("H")[1])
+            drawn = trace_named(figure, trace.name, view)
+            assert list(drawn.y) == [getattr(row, field)[head].value for row in analysis.alphas]
 
 
 def test_per_prompt_shows_each_prompt_of_the_best_heads(grid):
@@ -242,14 +349,21 @@ def test_map_quality_stands_against_delta(grid):
             assert "shuffled pairs" in text
 
 
-def test_heatmap_switch_holds_the_four_quantities(layers):
-    """Each button carries its quantity of every head of every layer."""
+FIELDS = ("to_base_pct", "to_tuned_pct", "delta", "KL_raw_mean", "KL_mapped_mean", "drop_pct")
+
+
+def test_heatmap_switch_holds_every_quantity(layers):
+    """Each button carries its quantity of every head of every layer; large scales keep order."""
     figure = figures.layer_heatmap(layers)
     buttons = figure.layout.updatemenus[0].buttons
-    for button, quantity in zip(buttons, ("delta", "KL_raw", "KL_mapped", "drop_pct"), strict=True):
-        assert button.args[0]["z"] == [
-            [[getattr(single, quantity) for single in grid.singles] for grid in layers.values()]
-        ]
+    rows = [single_records(grid) for grid in layers.values()]
+    for button, field in zip(buttons, FIELDS, strict=True):
+        shown = np.array(button.args[0]["z"][0], dtype=float)
+        values = np.array([[getattr(each, field).value for each in row] for row in rows])
+        if button.args[0]["colorbar.tickvals"][0] is None:
+            assert shown == pytest.approx(values)
+        else:
+            assert np.array_equal(np.argsort(shown, None), np.argsort(values, None))
     assert [list(row) for row in figure.data[0].z] == buttons[0].args[0]["z"][0]
 
 
@@ -257,26 +371,26 @@ def test_heatmap_cells_name_their_heads(layers):
     """Hover and selection know a cell as its head, with numbers and intervals."""
     heat = figures.layer_heatmap(layers).data[0]
     assert heat.customdata[3][5] == "L3H5"
-    assert heat.hovertext[3][5].startswith("<b>L3H5</b><br>ΔKL ")
+    assert heat.hovertext[3][5].startswith("<b>L3H5</b><br>undoes ")
+    assert "ΔKL " in heat.hovertext[3][5]
     assert heat.hovertext[3][5].count("[") >= 3
 
 
 def test_global_ranking_orders_all_layers(layers):
-    """Marks fall, and no head left out is better than one shown."""
-    bars = figures.global_ranking(layers, top=10).data[0]
-    everyone = sorted((s.delta for grid in layers.values() for s in grid.singles), reverse=True)
-    assert list(bars.x) == pytest.approx(everyone[:10])
+    """By to_base, and by ΔKL when asked: marks fall, and no head left out is better."""
+    figure = figures.global_ranking(layers, top=10)
+    buttons = figure.layout.updatemenus[0].buttons
+    for button, score in zip(buttons, ("to_base", "delta"), strict=True):
+        rankings = [grid.ranking_by(score) for grid in layers.values()]
+        everyone = sorted((value for each in rankings for value in each.scores), reverse=True)
+        assert list(button.args[0]["x"][0]) == pytest.approx(everyone[:10])
+        assert button.args[1]["yaxis.categoryarray"] == button.args[0]["customdata"][0]
+    assert list(figure.data[0].x) == list(buttons[0].args[0]["x"][0])
 
 
 def test_layer_curves_name_the_layers_without_coverage(layers):
     """A layer whose coverage is undefined has no line, and the setting says which."""
-    noisy = type(layers[2])(
-        layers[2].settings,
-        layers[2].prompt_ids,
-        layers[2].groups,
-        layers[2].conditions,
-        1e3,
-    )
+    noisy = replace(layers[2], noise_floor_nats=1e3)
     figure = figures.layer_curves({**layers, 2: noisy}, main=1)
     assert {trace.name for trace in figure.data if trace.name} == {"layer 0", "layer 1", "layer 3"}
     assert "undefined in layers 2" in setting_of(figure)
@@ -314,8 +428,10 @@ def test_layer_curves_of_grids_alone_have_intervals_too(layers):
 
 def test_a_comparison_adds_ranges_of_ranks(layers, comparison):
     """Hovering a mark of the global ranking tells how far its rank moves."""
-    bars = figures.global_ranking(layers, comparison, top=5).data[0]
-    assert all("(95% in 2 to 9)" in text for text in bars.hovertext)
+    buttons = figures.global_ranking(layers, comparison, top=5).layout.updatemenus[0].buttons
+    for button, told in zip(buttons, (False, True), strict=True):
+        texts = button.args[0]["hovertext"][0]
+        assert all(("(95% in 2 to 9)" in text) == told for text in texts)
 
 
 def test_cost_bars_carry_their_ratio():
@@ -332,6 +448,7 @@ def test_a_run_gets_every_figure_it_has_data_for(grid, analysis, layers):
     full = figures.run_figures(grid, analysis, layers=layers, provenance=provenance)
     assert set(alone) == {"ranking", "coverage", "plane", "prompts"}
     assert set(full) == set(alone) | {
+        "ladder",
         "methods",
         "methods_flow",
         "methods_agreement",
@@ -360,7 +477,7 @@ def test_titles_fit_a_narrow_window(grid, analysis, layers):
 def test_what_cannot_be_drawn_is_said_in_one_sentence(grid, layers):
     """Unknown quantities, missing references and empty input name what is allowed."""
     for draw, said in (
-        (lambda: figures.layer_heatmap(layers, quantity="kl"), "'kl'.*delta, KL_raw"),
+        (lambda: figures.layer_heatmap(layers, quantity="kl"), "'kl'.*to_base, to_tuned, delta"),
         (lambda: cost_bars({"a": 1.0}, reference="b", setting=()), "'b'.*a"),
         (lambda: figures.rank_flow(grid, {}), "at least one"),
         (lambda: figures.agreement_matrix(grid, ()), "at least two"),

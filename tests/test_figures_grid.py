@@ -4,14 +4,16 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import plotly.io as pio
 import pytest
 from synthetic import synthetic_grid
+from synthetic_analysis import synthetic_analysis
 
 from rq4lens import figures
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates
+from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, records
 from rq4lens.results import HeadRanking
 
 
@@ -21,17 +23,25 @@ def grid():
 
 
 def points(figure) -> dict[str, tuple[float, float]]:
-    """The point of each head in all traces of a figure."""
+    """The point of each head in all traces of a figure that are shown at first."""
     return {
         label: (x, y)
         for trace in figure.data
-        if trace.customdata is not None
+        if trace.customdata is not None and trace.visible is not False
         for label, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
     }
 
 
-def trace_named(figure, name):
-    return next(trace for trace in figure.data if trace.name == name)
+def traces_of(figure, view):
+    """The traces that a button of the switch shows."""
+    menu = figure.layout.updatemenus[0]
+    button = next(button for button in menu.buttons if button.label == view)
+    visible = button.args[0]["visible"]
+    return [trace for trace, shown in zip(figure.data, visible, strict=True) if shown]
+
+
+def trace_named(figure, name, view="ΔKL"):
+    return next(trace for trace in traces_of(figure, view) if trace.name == name)
 
 
 def setting_of(figure) -> str:
@@ -40,17 +50,71 @@ def setting_of(figure) -> str:
     return notes[0].replace("<br>", " · ")
 
 
+def test_bars_show_what_each_head_carries(grid):
+    """A bar for each head is its to_base, a mark its to_tuned: 100 (1 - what is left / the gap)."""
+    bars, marks = figures.ranking_bars(grid).data
+    for trace, side in ((bars, "into_tuned"), (marks, "into_base")):
+        assert set(trace.customdata) == {f"L26H{head}" for head in range(32)}
+        for label, x in zip(trace.customdata, trace.x, strict=True):
+            left, gap = (
+                getattr(grid[name].transfer, side).gap_left_nats.mean()
+                for name in (label.replace("L26H", "head"), "none")
+            )
+            assert x == pytest.approx(100 * (1 - left / gap), abs=1e-9)
+
+
+def placed(figure, value):
+    """Where a value stands on an axis that may be logarithmic on both sides of 0."""
+    if figure.layout.xaxis.tickvals is None:
+        return value
+    at = [i for i, text in enumerate(figure.layout.xaxis.ticktext) if float(text) > 0][-1]
+    unit = float(figure.layout.xaxis.ticktext[at]) / math.sinh(figure.layout.xaxis.tickvals[at])
+    return math.asinh(value / unit)
+
+
+def test_the_switch_orders_heads_by_the_other_scores(grid):
+    """Each button has its own order, its own lengths and no marks of another direction."""
+    buttons = figures.ranking_bars(grid).layout.updatemenus[0].buttons
+    assert [button.label for button in buttons] == ["undoes", "ΔKL", "KL_raw"]
+    for button, score in zip(buttons, ("to_base", "delta", "kl_raw"), strict=True):
+        order = [grid.label(head) for head in grid.ranking_by(score).heads]
+        assert list(button.args[0]["y"][0]) == order
+        assert list(button.args[1]["yaxis.categoryarray"]) == order
+        assert list(button.args[0]["customdata"][0]) == order
+        assert button.args[0]["visible"][1] == (score == "to_base")
+
+
+def test_without_transfer_bars_show_the_other_scores():
+    """A grid whose models were not swapped is drawn by ΔKL, without a mark."""
+    grid = synthetic_grid(n_prompts=9)
+    alone = {name: replace(each, transfer=None) for name, each in grid.conditions.items()}
+    figure = figures.ranking_bars(replace(grid, conditions=alone))
+    assert [button.label for button in figure.layout.updatemenus[0].buttons] == ["ΔKL", "KL_raw"]
+    assert figure.data[1].visible is False
+    assert list(figure.layout.yaxis.categoryarray) == [grid.label(h) for h in grid.ranking.heads]
+
+
+def test_kinds_that_nothing_told_apart_are_not_named(grid):
+    """Without a ladder, rows name the head alone: undecided would be a finding."""
+    ladderless = replace(synthetic_analysis(grid), ladders=())
+    for analysis in (None, ladderless):
+        axis = figures.ranking_bars(grid, analysis=analysis).layout.yaxis
+        assert list(axis.ticktext) == list(axis.categoryarray)
+
+
 def test_bars_show_each_heads_delta(grid):
     """Every head has one bar, and its length is the head's ΔKL."""
-    shown = points(figures.ranking_bars(grid))
+    figure = figures.ranking_bars(grid, grid.ranking)
+    shown = points(figure)
     assert shown.keys() == {f"L26H{head}" for head in range(32)}
     for head in range(32):
-        assert shown[f"L26H{head}"][0] == pytest.approx(grid.single(head).delta, rel=1e-12)
+        expected = placed(figure, grid.single(head).delta)
+        assert shown[f"L26H{head}"][0] == pytest.approx(expected, rel=1e-9)
 
 
 def test_bars_stand_in_the_order_of_the_ranking(grid):
     """The axis lists heads best first and starts at the top."""
-    axis = figures.ranking_bars(grid, top=10).layout.yaxis
+    axis = figures.ranking_bars(grid, grid.ranking, top=10).layout.yaxis
     assert list(axis.categoryarray) == [grid.label(head) for head in grid.ranking.top(10)]
     assert axis.range[0] > axis.range[1]
 
@@ -58,14 +122,15 @@ def test_bars_stand_in_the_order_of_the_ranking(grid):
 def test_bars_reach_to_the_ends_of_the_intervals(grid):
     """Error bars end where the bootstrap intervals of ΔKL end."""
     rows = condition_estimates(grid, grid.singles, bootstrap_of(grid))
-    for trace in figures.ranking_bars(grid).data:
-        bars = zip(
-            trace.customdata, trace.x, trace.error_x.array, trace.error_x.arrayminus, strict=True
-        )
-        for label, value, up, down in bars:
-            interval = rows[int(label.split("H")[1])]["delta"].interval
-            assert value + up == pytest.approx(interval.high)
-            assert value - down == pytest.approx(interval.low)
+    figure = figures.ranking_bars(grid, grid.ranking)
+    trace = figure.data[0]
+    bars = zip(
+        trace.customdata, trace.x, trace.error_x.array, trace.error_x.arrayminus, strict=True
+    )
+    for label, value, up, down in bars:
+        interval = rows[int(label.split("H")[1])]["delta"].interval
+        assert value + up == pytest.approx(placed(figure, interval.high))
+        assert value - down == pytest.approx(placed(figure, interval.low))
 
 
 def test_bars_of_another_method_use_its_scores_and_errors(grid):
@@ -92,7 +157,7 @@ def test_undefined_scores_have_no_bar(grid):
 
 def test_hover_names_the_head_and_its_numbers(grid):
     """Hovering tells the head's name, ΔKL, KL_raw, KL_mapped, drop and an interval."""
-    trace = figures.ranking_bars(grid).data[0]
+    trace = figures.ranking_bars(grid, grid.ranking).data[0]
     text, label = trace.hovertext[0], trace.customdata[0]
     single = grid.single(int(label.split("H")[1]))
     assert f"<b>{label}</b>" in text
@@ -146,6 +211,20 @@ def test_random_sets_are_points_of_their_own(grid):
     assert np.array(shown) == pytest.approx(np.array(sorted(expected)))
 
 
+def test_the_first_view_is_the_share_of_the_gap(grid):
+    """At first the best k heads stand at their to_base, and so does the control layer."""
+    figure = figures.coverage_curve(grid)
+    assert [trace.name for trace in figure.data if trace.visible] == [
+        trace.name for trace in traces_of(figure, "undoes")
+    ]
+    rows = {row.cond: row for row in records(grid)}
+    line = trace_named(figure, "best k", "undoes")
+    expected = [rows[f"top{k}"].to_base_pct.value for k in (1, 2, 4, 8)]
+    assert list(line.y) == pytest.approx([0, *expected, rows["full"].to_base_pct.value])
+    control = trace_named(figure, "control, layer 24", "undoes")
+    assert control.y[0] == pytest.approx(rows["ctrl_full"].to_base_pct.value)
+
+
 def test_control_is_a_level_line(grid):
     """The control layer's coverage is drawn over all k."""
     control = trace_named(figures.coverage_curve(grid), "control, layer 24")
@@ -155,7 +234,7 @@ def test_control_is_a_level_line(grid):
 def test_undefined_coverage_is_said_not_drawn():
     """Where the full effect cannot be told from zero, the figure gives the reason."""
     grid = synthetic_grid()
-    quiet = type(grid)(grid.settings, grid.prompt_ids, grid.groups, grid.conditions, 1e3)
+    quiet = replace(grid, noise_floor_nats=1e3)
     figure = figures.coverage_curve(quiet)
     assert len(figure.data) == 0
     assert any("undefined" in note.text for note in figure.layout.annotations)

@@ -5,15 +5,18 @@ import re
 from dataclasses import replace
 
 import pytest
+from markupsafe import escape
 from synthetic import resampled, synthetic_grid
-from synthetic_analysis import curve, synthetic_analysis
+from synthetic_analysis import about, curve, synthetic_analysis
 
 from rq4lens import figures
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.figures.numbers import rounded
 from rq4lens.figures.page.report import script_json
+from rq4lens.figures.page.words import WORDS
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u2028"
 
@@ -51,7 +54,7 @@ def test_undefined_numbers_are_refused_rather_than_written_as_nan():
 def test_sections_without_data_are_left_out(grid):
     """With the grid alone there are no controls, layers or maps, and no empty headings."""
     page = report_page(grid, provenance={})
-    assert sections_of(page) == ["findings", "coverage", "heads", "prompts", "provenance"]
+    assert sections_of(page) == ["findings", "heads", "study", "prompts", "provenance", "words"]
     assert "No analysis was made" in page
 
 
@@ -60,7 +63,87 @@ def test_an_analysis_adds_its_sections(grid):
     analysis = synthetic_analysis(grid)
     page = report_page(grid, analysis, provenance={})
     assert {"controls", "rankings", "structure"} <= set(sections_of(page))
-    assert "Four of 32 heads carry most of the effect. &lt;b&gt;Not&lt;/b&gt; a test." in page
+    for claim in (*analysis.claims, *analysis.study_claims):
+        assert f"<li>{escape(claim)}</li>" in page
+
+
+def test_the_first_screen_is_the_answer(grid):
+    """A headline, then the sentences, then tiles of the heads that carry most, then the table."""
+    analysis = synthetic_analysis(grid)
+    page = report_page(grid, analysis, provenance={})
+    first = page[page.index('<section id="findings"') :].split("</section>")[0]
+    order = [first.index(part) for part in ("<h2", "<li>", 'class="tile"', "<table>")]
+    assert order == sorted(order)
+    best = grid.ranking_by("to_base").top(3)
+    assert re.findall(r'data-tile="(\w+)"', first) == [grid.label(head) for head in best]
+    for head in best:
+        assert analysis.kinds.heads[head].kind in first
+
+
+def test_the_headline_claims_no_more_than_the_sentences(grid):
+    """Where nothing is claimed, the headline says so and not what one head undoes."""
+    silent = replace(synthetic_analysis(grid), claims=("A.", "Nothing is claimed about heads: b."))
+    headline = re.search(r'<h2 id="findings-title">([^<]+)', report_page(grid, silent))[1]
+    assert headline == "Nothing is claimed about heads here"
+
+
+def cells_of(page) -> list[str]:
+    return re.findall(r"<t[dh][^>]*>([^<]+)</t[dh]>", page)
+
+
+def test_no_cell_is_more_precise_than_its_interval(grid):
+    """The last digit of a number is not far below the width of its interval."""
+    page = report_page(grid, synthetic_analysis(grid), provenance={})
+    number = r"-?[\d.]+(?:e[+-]\d+)?"
+    found = [
+        match
+        for text in cells_of(page)
+        if (match := re.fullmatch(rf"({number})%? \[({number}), ({number})\]", text))
+    ]
+    assert len(found) > 50
+    for match in found:
+        value, low, high = match.groups()
+        digits = len(value.partition("e")[0].partition(".")[2])
+        step = 10.0 ** (int(value.partition("e")[2] or 0) - digits)
+        # Half the width may round down to one digit.
+        assert float(high) - float(low) >= 0.9 * step or step >= 0.1 or float(high) == float(low)
+
+
+def test_stand_ins_have_their_share_and_a_colour(grid):
+    """Green where the stand-in is clearly worse than the map, orange where it is not."""
+    analysis = synthetic_analysis(grid)
+    first, *others = analysis.stand_ins
+    good = first.behind_nats.value
+    as_good = replace(first, behind_nats=about(0.0, good))
+    for row, look in ((first, "good"), (as_good, "bad")):
+        page = report_page(grid, replace(analysis, stand_ins=(row, *others)), provenance={})
+        line = page[page.index(f'<th scope="row">{row.name}</th>') :].split("</tr>")[0]
+        assert re.search(rf'class="number {look}"[^>]*>3% \[-1, 7\]<', line)
+
+
+def test_settings_stand_once_on_the_page(grid):
+    """What all figures share stands at the top, and not below each of them."""
+    page = report_page(grid, synthetic_analysis(grid), provenance={})
+    body = page.replace(plotly_script(page), "").split('<script type="application/json"')[0]
+    assert body.count("patched ‖ clean") == 1
+
+
+def test_words_are_explained_where_they_stand(grid):
+    """Headings of tables carry their meaning, and the end of the page lists all words."""
+    page = report_page(grid, synthetic_analysis(grid), provenance={})
+    for word in ("undoes", "gives base", "recovered", "kind", "multiple"):
+        assert f'<span title="{escape(WORDS[word])}">{word}</span>' in page
+    for word, text in WORDS.items():
+        assert f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" in page
+
+
+def test_what_is_undefined_is_said_once_with_what_to_do(grid):
+    """A layer without an effect: the reason stands in the answer, followed by the remedy."""
+    page = report_page(replace(grid, noise_floor_nats=1e3), provenance={})
+    page = page.split('<script type="application/json"')[0]
+    assert page.count("Coverage is undefined: ") == 1
+    assert page.count("Shares of the gap are undefined: ") == 1
+    assert "Measure more prompts" in page
 
 
 def test_heads_have_the_p_values_of_the_runs_own_alpha(grid):
@@ -70,8 +153,8 @@ def test_heads_have_the_p_values_of_the_runs_own_alpha(grid):
     other = tuple(replace(test, alpha=1.0, p_max_t=0.0987) for test in own)
     tests = replace(analysis.tests, tests=own + other, family="32 heads x 2 alphas")
     page = report_page(grid, replace(analysis, tests=tests), provenance={})
-    assert "0.0123" in page
-    assert "0.0987" not in page
+    assert ">0.012</td>" in page
+    assert ">0.099</td>" not in page
     assert "corrected for all tests (32 heads x 2 alphas)" in page
 
 
@@ -89,9 +172,10 @@ def test_layers_stand_side_by_side(grid):
     comparison = replace(compared, rows=(row,))
     page = report_page(grid, provenance={}, layers=layers, comparison=comparison)
     row = page[page.index('<th scope="row">25</th>') :].split("</tr>")[0]
-    assert f"{other.full.delta:.3g} [" in row
-    assert other.label(other.ranking.top(1)[0]) in row
-    assert re.findall(r"<td[^>]*>([^<]*)", row)[4:6] == ["7", "0.25"]
+    cells = re.findall(r"<td[^>]*>([^<]*)", row)
+    assert cells[4] == rounded(compared.rows[0].delta)
+    assert other.label(other.ranking_by("to_base").top(1)[0]) in row
+    assert cells[6:8] == ["7", "0.25"]
 
 
 def test_a_real_analysis_of_a_grid_is_reported(grid):
@@ -110,13 +194,13 @@ def test_intervals_are_those_of_the_results_file(grid):
     seeded = resampled(grid, 500, seed=7)
     rows = {row.cond: row for row in records(seeded)}
     page = report_page(seeded, provenance={})
-    for cond in ("top4", "rand8_s2", "full", "ctrl_full", "head3"):
-        delta = rows[cond].delta
-        assert f">{delta.value:.3g} [{delta.interval.low:.3g}, {delta.interval.high:.3g}]<" in page
-    for trace in figures.ranking_bars(seeded).data:
+    for cond in ("top4", "full", "ctrl_full", "head3"):
+        assert f">{rounded(rows[cond].delta)}<" in page
+        assert f">{rounded(rows[cond].to_base_pct, '%')}<" in page
+    for trace in figures.ranking_bars(seeded).data[:1]:
         for at, label in enumerate(trace.customdata):
             row = rows[label.removeprefix("L26").replace("H", "head")]
-            low, high = row.delta.interval.pair
+            low, high = row.to_base_pct.interval.pair
             assert trace.x[at] + trace.error_x.array[at] == pytest.approx(high, rel=1e-9)
             assert trace.x[at] - trace.error_x.arrayminus[at] == pytest.approx(low, rel=1e-9)
             for found, unit in ((row.delta, " nats"), (row.drop_pct, "%"), (row.coverage_pct, "%")):
@@ -125,11 +209,20 @@ def test_intervals_are_those_of_the_results_file(grid):
 
 
 def test_every_condition_stands_in_the_table(grid):
-    """The table lists full, top-k, random-k and control with their ΔKL."""
+    """The first table lists top-k, random-k, the layers and all layers with what they undo."""
     page = report_page(grid, provenance={})
-    for condition in ("top4", "rand8_s2", "full", "ctrl_full"):
-        assert f'<th scope="row">{condition}' in page
-    assert f"{grid['top4'].delta:.3g} [" in page
+    rows = {row.cond: row for row in records(grid)}
+    for title, cond in (
+        ("best 4: ", "top4"),
+        ("all of layer 26", "full"),
+        ("all of control layer 24", "ctrl_full"),
+        ("all of all layers", "every_layer"),
+    ):
+        row = page[page.index(f'<th scope="row">{title}') :].split("</tr>")[0]
+        assert f">{rounded(rows[cond].to_base_pct, '%')}</td>" in row
+    drawn = [rows[f"rand8_s{seed}"].to_base_pct.value for seed in (0, 1, 2)]
+    row = page[page.index('<th scope="row">3 random sets of 8') :].split("</tr>")[0]
+    assert f">{min(drawn):.0f} to {max(drawn):.0f}%</td>" in row
 
 
 def test_prompts_carry_their_own_numbers(grid):
@@ -147,13 +240,7 @@ def test_prompts_carry_their_own_numbers(grid):
 def test_hostile_names_are_escaped():
     """A pair, a prompt id, provenance and an analysis made of markup add no element."""
     grid = synthetic_grid(n_prompts=9, pair=HOSTILE)
-    hostile = type(grid)(
-        grid.settings,
-        tuple(f"{HOSTILE}{i}" for i in range(9)),
-        grid.groups,
-        grid.conditions,
-        grid.noise_floor_nats,
-    )
+    hostile = replace(grid, prompt_ids=tuple(f"{HOSTILE}{i}" for i in range(9)))
     analysis = replace(synthetic_analysis(grid), claims=(HOSTILE,))
     page = report_page(hostile, analysis, provenance={"x": HOSTILE})
     assert "<img" not in page.replace(plotly_script(page), "")

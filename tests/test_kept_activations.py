@@ -19,6 +19,7 @@ from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
 from rq4lens.models.load.fingerprint import checkpoint_fingerprint
+from rq4lens.patching import activations
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -84,8 +85,11 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("keep_both", [True, False])
-def test_a_second_run_never_loads_the_base_model(first, again, loads, tmp_path, caplog, keep_both):
+def test_a_repeated_run_never_loads_the_base_model(
+    first, again, loads, tmp_path, caplog, keep_both
+):
     """The same numbers to the bit, without the base model; the log and the provenance say so."""
+    shutil.copytree(first[0] / "run", tmp_path / "second")
     with caplog.at_level(logging.INFO, "rq4lens"):
         record = run(again | {"keep_both": keep_both}, tmp_path / "second")
     assert loads == ["tuned"]
@@ -125,7 +129,7 @@ def test_a_run_directory_keeps_its_own(again, loads, tmp_path):
 
 
 def test_a_sweep_keeps_for_the_runs_after_it(again, loads, tmp_path):
-    """Every layer that was swept can be run without the base model."""
+    """What was captured of the layers of a sweep is not captured again."""
     cache = {"cache": str(tmp_path / "swept")}
     sweep_layers(config_from(again | cache), tmp_path / "sweep")
     assert sorted(loads) == ["base", "tuned"]
@@ -139,13 +143,22 @@ def test_a_sweep_keeps_for_the_runs_after_it(again, loads, tmp_path):
     [lambda config: rank_layer(config, ["delta"]), lambda config: patch_once(config, "0,1")],
     ids=["rank", "patch"],
 )
-def test_a_ranking_and_a_single_patch_share_the_folder(again, loads, tmp_path, job):
+def test_a_ranking_and_a_single_patch_share_the_folder(again, tmp_path, job, monkeypatch):
     """`--cache` serves them as it serves a run: what one job captured, no other captures again."""
+    read = []
+
+    def capturing(*arguments, **settings):
+        read.append(arguments[3])
+        return capture(*arguments, **settings)
+
+    capture = activations.capture
+    monkeypatch.setattr(activations, "capture", capturing)
     job(config_from(again))
-    assert loads == ["tuned"]
+    of_tuned = list(read)
     for _ in range(2):
         job(config_from(again | {"cache": str(tmp_path / "new")}))
-    assert sorted(loads) == ["base", "tuned", "tuned", "tuned"]
+    # Base is read once more, for the new folder: train, and all layers of val to the end.
+    assert len(read) == 3 * len(of_tuned) + 2
 
 
 # --- what is not believed
@@ -253,8 +266,11 @@ def test_kept_activations_are_those_of_the_model(first):
     """What lies in the folder is what the base model gives at the main and control layer."""
     folder, settings = first
     pair = catalog.load_pair(**{name: settings[name] for name in ("base", "tuned", "prompts")})
-    kept = [load_file(path)["z"] for path in sorted((folder / "cache").glob("*.safetensors"))]
-    assert len(kept) == 4  # two layers, train and val
+    files = [load_file(path) for path in sorted((folder / "cache").glob("*.safetensors"))]
+    kept = [file["z"] for file in files if "z" in file]
+    assert len(kept) == 2 + pair.n_layers  # train at the two layers, val at all of them
+    ends = [len(file["log_probs"]) for file in files if "z" not in file]
+    assert ends == [len(pair.prompts.split("val"))]
     sizes = {len(pair.prompts.split(name)) for name in ("train", "val")}
     assert {len(z) for z in kept} == sizes
     assert all(z.shape[1:] == (1, 8, 8) and z.dtype == torch.float32 for z in kept)

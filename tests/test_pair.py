@@ -56,7 +56,7 @@ def test_models_of_different_shapes_are_refused(changes, said, keep_both):
 def test_a_vocabulary_of_its_own_is_no_obstacle(tiny_pair):
     """A tuned model with more words and other token ids is compared over its own vocabulary."""
     words = ("new", "words", *reversed(tuple(word_tokenizer().get_vocab())))
-    base, tuned = tiny_pair.base.model, resized(d_vocab=14)
+    base, tuned = tiny_pair.base.model, resized(d_vocab=14, d_vocab_out=14)
     members = [
         PairMember.of(LoadedModel.wrap(base, word_tokenizer())),
         PairMember.of(LoadedModel.wrap(tuned, word_tokenizer(words))),
@@ -65,6 +65,9 @@ def test_a_vocabulary_of_its_own_is_no_obstacle(tiny_pair):
     assert pair.tokens("base", "val").token_ids != pair.tokens("tuned", "val").token_ids
     grid = grid_of(pair, fit_maps(pair, [1]), 1, ks=(1,))
     assert grid.full.KL_raw > 0
+    # Every word of base is one of tuned; the two new words are left out.
+    assert grid.compared.left_out_base_pct == pytest.approx(0, abs=1e-5)
+    assert grid.compared.left_out_tuned_pct > 0
 
 
 def test_a_pair_says_what_it_is(tiny_pair):
@@ -199,7 +202,9 @@ def test_a_run_loads_each_model_once_even_when_they_may_not_stay():
     bench.pair = pair
     experiment = bench.measurer([1, 0]).experiment
     grid_of(pair, experiment.maps, 1, 0, ks=(1, 2), experiment=experiment)
-    assert shelf.loads == ["base", "tuned"]
+    # Then each direction of transfer asks for its own model, for the fixed sets and the top ones.
+    assert shelf.loads[:3] == ["base", "tuned", "base"]
+    assert len(shelf.loads) <= 9
 
 
 def test_models_that_may_stay_are_loaded_once():

@@ -80,10 +80,17 @@ class Visit:
         assert all(url.startswith(("file:", "data:", "blob:")) for url in self.asked)
 
     def drawn(self, name):
-        """Scroll to a figure of the report and wait until it is drawn."""
+        """Scroll to a figure of the report, unfolded, and wait until it is drawn."""
+        self.unfold()
         self.page.locator(f"#figure-{name}").scroll_into_view_if_needed()
         self.page.wait_for_selector(f"#plot-{name} .main-svg")
         return self.page.locator(f"#plot-{name}")
+
+    def unfold(self):
+        """Open the folded sections."""
+        self.page.eval_on_selector_all(
+            "details.part", "parts => parts.forEach((part) => { part.open = true; })"
+        )
 
     def point_at(self, selector, place=0):
         """Move the mouse onto a mark, and return what hovering shows."""
@@ -130,7 +137,7 @@ def opened(window):
 
 
 def best_head(grid) -> str:
-    return grid.label(grid.ranking.top(1)[0])
+    return grid.label(grid.ranking_by("to_base").top(1)[0])
 
 
 def test_report_loads_offline_without_complaint(visit, report):
@@ -176,7 +183,7 @@ def test_hovering_names_the_head(opened, grid):
     opened.drawn("ranking")
     text = opened.point_at("#plot-ranking .bars .point path")
     assert best_head(grid) in text
-    assert "KL_raw" in text
+    assert "gives base" in text
 
 
 def test_choosing_a_head_in_a_figure_marks_it_everywhere(opened, grid):
@@ -199,7 +206,7 @@ def test_choosing_a_head_in_a_figure_marks_it_everywhere(opened, grid):
 def test_choosing_a_cell_of_the_heatmap_marks_the_bar(opened, grid):
     """A click on a cell works like a click on a bar."""
     layers = opened.drawn("layers")
-    head, rows = grid.ranking.top(1)[0], 8
+    head, rows = grid.ranking_by("to_base").top(1)[0], 8
     box = layers.locator(".heatmaplayer image").bounding_box()
     place = {
         "x": box["x"] + box["width"] * (head + 0.5) / 32,
@@ -227,15 +234,53 @@ def test_heads_can_be_chosen_by_keyboard(visit, report, grid):
 def test_heatmap_switch_shows_the_other_quantity(opened, grid):
     """The switch puts the chosen quantity's numbers and unit into the heatmap."""
     opened.drawn("layers")
-    opened.page.locator("#figure-layers .switch button", has_text="KL mapped").click()
+    opened.page.locator("#figure-layers .switch button", has_text="drop").click()
     row = opened.page.evaluate("[...document.getElementById('plot-layers').data[0].z[6]]")
-    assert row == pytest.approx([single.KL_mapped for single in grid.singles])
-    assert "KL_mapped" in opened.page.locator("#plot-layers .infolayer").text_content()
+    assert row == pytest.approx([single.drop_pct for single in grid.singles])
+    assert "drop, alone" in opened.page.locator("#plot-layers .infolayer").text_content()
     opened.page.locator("#figure-layers").screenshot(path=ARTIFACTS / "report-heatmap.png")
+
+
+def test_the_ranking_switches_to_the_other_order(opened, grid):
+    """Its switch shows the heads by ΔKL, and a head that was chosen stays chosen."""
+    opened.drawn("ranking")
+    opened.page.locator("#head").select_option(best_head(grid))
+    opened.page.locator("#figure-ranking .switch button", has_text="ΔKL").click()
+    order = "document.getElementById('plot-ranking').layout.yaxis.categoryarray"
+    assert opened.page.evaluate(order) == [grid.label(head) for head in grid.ranking.heads]
+    names = opened.page.locator("#plot-ranking .ytick text").all_text_contents()
+    assert [name.split()[0] for name in names] == opened.page.evaluate(order)
+    assert all(len(name.split()) == 2 for name in names)
+    assert opened.highlighted("ranking") == best_head(grid)
+    bars = "document.getElementById('plot-ranking').data[0]"
+    place = opened.page.evaluate(f"{bars}.selectedpoints[0]")
+    assert opened.page.evaluate(f"{bars}.customdata[{place}]") == best_head(grid)
+    opened.page.locator("#figure-ranking .switch button", has_text="undoes").click()
+
+
+def test_the_second_half_is_folded_until_it_is_asked_for(visit, report):
+    """Sections behind the answer are closed; a link to one opens it."""
+    opened = visit(report)
+    parts = "[...document.querySelectorAll('details.part')].map((part) => part.open)"
+    assert not any(opened.page.evaluate(parts))
+    opened.page.locator("nav a[href='#layers']").click()
+    opened.page.wait_for_function("document.querySelector('#layers details').open")
+    assert sum(opened.page.evaluate(parts)) == 1
+
+
+def test_dark_heatmaps_are_no_white_rectangles(visit, report):
+    """What is near 0 has the colour of the paper, in either mode."""
+    opened = visit(report, color_scheme="dark")
+    opened.drawn("interactions")
+    middle = "document.getElementById('plot-interactions')._fullLayout.colorscale.diverging[2][1]"
+    assert opened.page.evaluate(middle) == "#23262C"
+    opened.page.locator("#colours").click()
+    assert opened.page.evaluate(middle) == "#F5F5F5"
 
 
 def test_prompt_texts_stay_text(opened):
     """Markup in a prompt is shown letter by letter and runs nowhere."""
+    opened.unfold()
     opened.page.locator("#list summary").first.click()
     shown = opened.page.locator("#list .prompt").first.text_content()
     assert HOSTILE in shown
@@ -246,6 +291,7 @@ def test_prompt_texts_stay_text(opened):
 
 def test_prompts_can_be_searched_and_sorted(opened, grid):
     """The list shows the matching prompts, largest effect first unless asked otherwise."""
+    opened.unfold()
     first = opened.page.locator("#list strong").first
     largest = grid.prompt_ids[int(grid.full.delta_nats.argmax())]
     smallest = grid.prompt_ids[int(grid.full.delta_nats.argmin())]
@@ -306,6 +352,6 @@ def test_the_heatmap_of_a_single_figure_has_its_own_switch(visit, tmp_path):
         for layer in range(2)
     }
     opened = visit(figures.write_html(figures.layer_heatmap(layers), tmp_path / "layers.html"))
-    opened.page.locator("#layers .updatemenu-button", has_text="KL raw").click()
+    opened.page.locator("#layers .updatemenu-button", has_text="drop").click()
     row = opened.page.evaluate("[...document.getElementById('layers').data[0].z[1]]")
-    assert row == pytest.approx([single.KL_raw for single in layers[1].singles])
+    assert row == pytest.approx([single.drop_pct for single in layers[1].singles])

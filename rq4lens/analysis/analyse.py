@@ -88,7 +88,7 @@ def analyse(
             are as many as can be afforded, see
             :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
         activations: already captured activations of the pair, for the controls.
-        beside: what the pair is compared with: neutral prompts, its noise pair, its weights.
+        beside: what the pair is compared with: neutral prompts, its noise pair.
         progress: called with 1 when one of the ``PARTS`` is done.
 
     Returns:
@@ -112,12 +112,10 @@ class Beside:
     Args:
         neutral: the pair prepared on neutral prompts, with the same maps.
         noise: the effects of its noise pair.
-        weight_cosine: cosine of the weights of the two models.
     """
 
     neutral: MeasuresPatches | None = None
     noise: NoiseEffects | None = None
-    weight_cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class _Work:
             ladders=self.ladders,
             neutral=self.neutral_ladder,
             noise=self.noise,
-            weight_cosine=self.beside.weight_cosine,
+            weight_cosine=self.grid.compared.weight_cosine,
             full=self.layer.full,
             coverage=coverage.rows,
             curves=(*coverage.curves[:1], *others, *coverage.curves[1:]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import CoverageRow, HeadKind, LayerTransfer, NoisePair
+from rq4lens.analysis.records import CoverageRow, LayerTransfer, NoisePair
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.structure.controls import SHUFFLED, SIGNIFICANT
@@ -225,15 +225,18 @@ def _kinds(analysis: Analysis) -> str:
     for kind in ("replaced", "reassigned", "recoded", "shifted", "undecided", "unchanged"):
         heads = sorted(kinds.of(kind), key=lambda head: -_constant(analysis, head))
         if heads:
-            means = f" ({MEANINGS[kind]})" if kind in MEANINGS else ""
-            told.append(f"{_labels(analysis, heads)} {kind}{means}{_evidence(analysis, heads[0])}")
+            many = "are" if kind in {"undecided", "unchanged"} else "were"
+            one = "is" if many == "are" else "was"
+            verb = many if len(heads) > 1 else one
+            said = f"{_labels(analysis, heads)} {verb} {kind}"
+            told.append(f"{said}{_evidence(analysis, heads[0])}")
     n_idle = len(kinds.of("idle"))
-    idle = f"; {n_idle} are idle" if n_idle else ""
-    return f"Of its heads {'; '.join(told)}{idle}." if told else "All of its heads are idle."
+    idle = [f"{n_idle} heads are idle" if n_idle > 1 else "one head is idle"] if n_idle else []
+    return f"By kind of change: {'; '.join([*told, *idle])}."
 
 
 MEANINGS = {
-    "replaced": "the map does not give back what they say",
+    "replaced": "the map does not give back what it said",
     "reassigned": "the map works only on the contents it was fitted on",
     "recoded": "the same content in other coordinates",
 }
@@ -249,30 +252,26 @@ def _evidence(analysis: Analysis, head: int) -> str:
     if kind.kind not in MEANINGS:
         return ""
     recovered = analysis.ladders[0][f"head{head}"].recovered_pct
-    parts = [f"of what {label(analysis, head)} tells the map keeps {share(recovered['mapped'])}"]
+    parts = [f"the map keeps {share(recovered['mapped'])} of what {label(analysis, head)} tells"]
     if "held_out" in recovered:
         parts.append(f"{share(recovered['held_out'])} with its content held out")
     if analysis.neutral is not None:
-        neutral = analysis.neutral[f"head{head}"].recovered_pct["mapped"]
-        damage = analysis.neutral[f"head{head}"].damage_nats
-        if neutral.value is None:
-            harm = damage["mapped"].value, damage["raw"].value
-            mapped, raw = (number_text(each, ".2g") for each in harm)
-            parts.append(f"on neutral prompts it does {mapped} nats of damage, raw {raw}")
-        else:
-            parts.append(f"{share(neutral)} on neutral prompts")
-    return f": {', '.join([*parts, *_other_evidence(analysis, kind)])}"
-
-
-def _other_evidence(analysis: Analysis, kind: HeadKind) -> Iterator[str]:
+        parts.append(_on_neutral(analysis, head))
     for each in analysis.stand_ins:
         if each.name == SHUFFLED and each.recovered_pct.value is not None:
-            yield f"a map of shuffled pairs {share(each.recovered_pct)}"
-    if kind.other_head is not None:
-        other = label(analysis, kind.other_head)
-        yield f"the best other head, {other}, {share(kind.other_recovered_pct)}"
-    if kind.function_kept is not None:
-        yield "W_O undoes it" if kind.function_kept else "W_O does not undo it"
+            parts.append(f"a map of shuffled pairs {share(each.recovered_pct)}")
+    undone = {True: ", and W_O undoes it", False: ", and W_O does not undo it", None: ""}
+    meaning = f" ({MEANINGS[kind.kind]}{undone[kind.function_kept]})"
+    return f"{meaning}: {', '.join(parts)}"
+
+
+def _on_neutral(analysis: Analysis, head: int) -> str:
+    assert analysis.neutral is not None
+    row = analysis.neutral[f"head{head}"]
+    if row.recovered_pct["mapped"].value is not None:
+        return f"{share(row.recovered_pct['mapped'])} on neutral prompts"
+    mapped, raw = (number_text(row.damage_nats[each].value, ".2g") for each in ("mapped", "raw"))
+    return f"on neutral prompts it does {mapped} nats of damage (raw {raw})"
 
 
 # What is uncertain
@@ -306,13 +305,14 @@ def _coverage(analysis: Analysis) -> Iterator[str]:
         return
     crossed = row.cross_fitted_coverage_pct
     names = _labels(analysis, row.heads)
-    which = f"the top {row.k} heads by {row.ranking} ({names})" if row.k > 1 else f"{names} alone"
+    which = f"{names} alone covers"
+    if row.k > 1:
+        which = f"the top {row.k} heads by {row.ranking} ({names}) cover"
     if crossed.value is None:
-        yield f"Of that {which} cover {share(row.coverage_pct)}, on the prompts that ranked them."
+        yield f"Of that {which} {share(row.coverage_pct)}, on the prompts that ranked them."
     else:
         yield (
-            f"Of that {which} cover {share(crossed)} when ranked on other prompts; "
-            f"{_beside_random(row)}."
+            f"Of that {which} {share(crossed)} when ranked on other prompts; {_beside_random(row)}."
         )
 
 

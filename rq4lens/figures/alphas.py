@@ -1,13 +1,14 @@
-"""Does the blend strength matter: the full effect at every alpha."""
+"""Does the blend strength matter: all heads and the best ones at every alpha."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
 from rq4lens.analysis.records import AlphaPoint
-from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import effect_axis, error_bars, grid_setting, shown
 from rq4lens.results import GridResult
@@ -19,45 +20,145 @@ _LINES = (
 )
 
 
+_TOP_HEADS = 3
+_VIEWS = {
+    "undoes": "undoes of the gap (%)",
+    "coverage": "coverage (% of ΔKL of all heads)",
+    "nats": "all heads",
+}
+CAPTION = (
+    "Lines that cross: the share of a head depends on the blend strength, so a share at one "
+    "strength says little; what heads undo at strength 1 is the answer."
+)
+
+
 def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
-    """KL_raw, KL_mapped and ΔKL of all heads against the blend strength.
+    """What all heads and the best ones do against the blend strength.
+
+    A switch shows the share of the gap that is undone (``to_base``), coverage of ``ΔKL``, or
+    KL_raw, KL_mapped and ΔKL of all heads.
 
     Args:
         grid: the grid the sweep belongs to.
         points: the ``alphas`` of an analysis.
 
     Returns:
-        The figure: a line per quantity.
+        The figure: a line per head or quantity.
     """
     figure = go.Figure()
-    for name, color, symbol, dash in _LINES:
-        values = [_quantities(point)[name] for point in points]
-        figure.add_scatter(
-            name=name,
-            x=[point.alpha for point in points],
-            y=[value.value for value in values],
-            error_y=error_bars(values, color=color),
-            mode="lines+markers",
-            line={"color": color, "dash": dash, "width": 2},
-            marker={"symbol": symbol, "size": 7},
-            **theme.hover([_hover(point) for point in points]),
-        )
+    views: dict[str, Iterable[int]] = {}
+    for name, traces in _views(grid, points).items():
+        start = len(figure.data)
+        figure.add_traces([trace.update(visible=not views) for trace in traces])
+        views[name] = range(start, len(figure.data))
     figure.add_vline(
         x=grid.settings.patching.alpha, line={"color": theme.GREY, "dash": "dot", "width": 1}
     )
     figure.update_xaxes(title_text="blend strength α", nticks=8)
-    estimates = (value for point in points for value in _quantities(point).values())
-    figure.update_yaxes(**effect_axis("all heads", estimates))
+    axes = {name: _axis(name, points) for name in views}
+    figure.update_yaxes(axes[next(iter(views))])
+    buttons = [
+        theme.view_button(
+            figure, name, shown, theme.parts("yaxis", {**theme.PLAIN_AXIS, **axes[name]})
+        )
+        for name, shown in views.items()
+    ]
+    theme.switch(figure, buttons)
     return theme.frame(
         figure,
-        f"All heads of layer {grid.settings.layer} against α",
+        f"Layer {grid.settings.layer} against the strength α",
         grid_setting(
             grid,
             f"dotted: the run's own α = {grid.settings.patching.alpha:g}",
             "bars: 95% bootstrap intervals over prompts",
             alpha=f"{points[0].alpha:g} to {points[-1].alpha:g}",
         ),
+        caption=CAPTION,
     )
+
+
+def _views(grid: GridResult, points: Sequence[AlphaPoint]) -> dict[str, list[go.Scatter]]:
+    """The traces of each view that is defined."""
+    alone = {grid.label(head): head for head in _top_heads(grid, points)}
+    shares = {
+        "undoes": {"all heads": [point.to_base_pct for point in points]}
+        | {name: _of_head(points, "head_to_base_pct", head) for name, head in alone.items()},
+        "coverage": {name: _of_head(points, "coverage_pct", head) for name, head in alone.items()},
+    }
+    views = {
+        view: [
+            _share(place, name, values, points)
+            for place, (name, values) in enumerate(lines.items(), view == "coverage")
+            if any(value.value is not None for value in values)
+        ]
+        for view, lines in shares.items()
+    }
+    nats = [_quantity(*look, points) for look in _LINES]
+    return {view: traces for view, traces in {**views, "nats": nats}.items() if traces}
+
+
+def _of_head(points: Sequence[AlphaPoint], field: str, head: int) -> list[Estimate]:
+    """One head at every strength; undefined where nothing is a share."""
+    shares = (getattr(point, field) for point in points)
+    return [each[head] if each else undefined(NO_SHARES) for each in shares]
+
+
+NO_SHARES = "nothing is a share of it at this strength"
+
+
+def _top_heads(grid: GridResult, points: Sequence[AlphaPoint]) -> list[int]:
+    """The heads with the largest share at any strength."""
+
+    def reach(head: int) -> float:
+        every = (each for p in points for each in (p.head_to_base_pct, p.coverage_pct) if each)
+        return max((each[head].value or 0.0 for each in every), default=0.0)
+
+    return sorted(range(grid.n_heads), key=lambda head: -reach(head))[:_TOP_HEADS]
+
+
+def _share(
+    place: int, name: str, values: Sequence[Estimate], points: Sequence[AlphaPoint]
+) -> go.Scatter:
+    style = theme.line_style(place)
+    return go.Scatter(
+        name=name,
+        x=[point.alpha for point in points],
+        y=[value.value for value in values],
+        error_y=error_bars(values, color=style["color"]),
+        customdata=[name if place else None] * len(points),
+        mode="lines+markers",
+        line={**style, "width": 2},
+        marker={"symbol": theme.SYMBOLS[place], "size": 7},
+        **theme.hover(
+            [
+                f"<b>{name}, α = {point.alpha:g}</b><br>{shown(value, '%')}"
+                for point, value in zip(points, values, strict=True)
+            ]
+        ),
+    )
+
+
+def _quantity(
+    name: str, color: str, symbol: str, dash: str, points: Sequence[AlphaPoint]
+) -> go.Scatter:
+    values = [_quantities(point)[name] for point in points]
+    return go.Scatter(
+        name=name,
+        x=[point.alpha for point in points],
+        y=[value.value for value in values],
+        error_y=error_bars(values, color=color),
+        mode="lines+markers",
+        line={"color": color, "dash": dash, "width": 2},
+        marker={"symbol": symbol, "size": 7},
+        **theme.hover([_hover(point) for point in points]),
+    )
+
+
+def _axis(view: str, points: Sequence[AlphaPoint]) -> dict[str, Any]:
+    if view != "nats":
+        return {"title_text": _VIEWS[view], "type": "linear", "rangemode": "tozero"}
+    estimates = (value for point in points for value in _quantities(point).values())
+    return effect_axis(_VIEWS[view], estimates)
 
 
 def _quantities(point: AlphaPoint) -> dict[str, Estimate]:

@@ -10,6 +10,7 @@ from plotly.colors import sample_colorscale
 
 from rq4lens.analysis.records import CellRow, ConditionRecord, LayerComparison
 from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
@@ -21,27 +22,35 @@ if TYPE_CHECKING:
 
 
 class Quantity(NamedTuple):
-    """One of the four quantities of the heatmap: its name on the switch, and its scale."""
+    """A quantity of the heatmap: its name on the switch, the field of its records, its scale."""
 
     name: str
+    field: str
     title: str
     signed: bool
 
 
 QUANTITIES = {
-    "delta": Quantity("ΔKL", "ΔKL of the head alone (nats)", signed=True),
-    "KL_raw": Quantity("KL raw", "KL_raw of the head alone (nats)", signed=False),
-    "KL_mapped": Quantity("KL mapped", "KL_mapped of the head alone (nats)", signed=False),
-    "drop_pct": Quantity("drop", "drop of the head alone (%), colours end at ±100", signed=True),
+    "to_base": Quantity("undoes", "to_base_pct", "undoes, alone (% of the gap)", signed=True),
+    "to_tuned": Quantity("gives base", "to_tuned_pct", "gives base, alone (%)", signed=True),
+    "delta": Quantity("ΔKL", "delta", "ΔKL of the head alone (nats)", signed=True),
+    "KL_raw": Quantity("KL raw", "KL_raw_mean", "KL_raw of the head alone (nats)", signed=False),
+    "KL_mapped": Quantity("mapped", "KL_mapped_mean", "KL_mapped, alone (nats)", signed=False),
+    "drop_pct": Quantity("drop", "drop_pct", "drop, alone (%), colours end at ±100", signed=True),
 }
+CAPTION = (
+    "A cell that stands out is a head that carries something alone; a row of them is a layer that "
+    "does. Colours of nats are logarithmic where one cell would hide all others."
+)
 
 
-def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -> go.Figure:
-    """Every head of every layer, with a switch between ΔKL, KL_raw, KL_mapped and drop.
+def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = None) -> go.Figure:
+    """Every head of every layer, with a switch between what it carries and what the map repairs.
 
     Args:
         grids: the grid of each layer.
-        quantity: what is shown first: ``"delta"``, ``"KL_raw"``, ``"KL_mapped"`` or ``"drop_pct"``.
+        quantity: what is shown first: ``"to_base"``, ``"to_tuned"``, ``"delta"``, ``"KL_raw"``,
+            ``"KL_mapped"`` or ``"drop_pct"``; when left out, the first that is defined.
 
     Returns:
         The figure: a heatmap, layers downwards; ``customdata`` names the head.
@@ -49,25 +58,26 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
     Raises:
         UserError: if there is no such quantity.
     """
-    if quantity not in QUANTITIES:
-        raise UserError(
-            f"the heatmap has no quantity {quantity!r}: choose {', '.join(QUANTITIES)}."
-        )
     layers = sorted(grids)
     singles = [numbers.single_records(grids[layer]) for layer in layers]
-    scales = {name: _scale(grids, name) for name in QUANTITIES}
+    scales = _scales(singles)
+    quantity = quantity or next(iter(scales))
+    if quantity not in scales:
+        raise UserError(f"the heatmap has no quantity {quantity!r}: choose {', '.join(scales)}.")
     heads = range(numbers.any_grid(grids).n_heads)
+    first = scales[quantity]
     figure = go.Figure(
         go.Heatmap(
             x=list(heads),
             y=[str(layer) for layer in layers],
-            colorbar=theme.color_bar(QUANTITIES[quantity].title),
+            colorbar={**theme.color_bar(QUANTITIES[quantity].title), **first.ticks},
             customdata=[[numbers.label_of(each) for each in row] for row in singles],
-            **scales[quantity],
+            **first.trace,
             **theme.hover([[numbers.hover(each) for each in row] for row in singles]),
         )
     )
-    figure.update_layout(updatemenus=[_switch(scales, list(QUANTITIES).index(quantity))])
+    buttons = [_button(QUANTITIES[name], scale) for name, scale in scales.items()]
+    theme.switch(figure, buttons, list(scales).index(quantity))
     figure.update_xaxes(
         title_text="head (indices mean nothing across layers)",
         dtick=max(1, len(heads) // 8),
@@ -83,45 +93,47 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str = "delta") -
         figure,
         "Every head of every layer",
         numbers.layers_setting(grids, "each head patched alone", note),
-        theme.Layout(250 + max(220, 14 * len(layers)), rows=4),
+        theme.Layout(250 + max(220, 14 * len(layers)), rows=2),
+        caption=CAPTION,
     )
 
 
-def _scale(grids: Mapping[int, GridResult], quantity: str) -> dict[str, Any]:
-    """What the heatmap takes to show one quantity."""
-    z = [[getattr(each, quantity) for each in grids[layer].singles] for layer in sorted(grids)]
-    reach = max((abs(value) for row in z for value in row if value is not None), default=1.0) or 1.0
+class _Scale(NamedTuple):
+    """What the heatmap takes to show one quantity, and the ticks of its colour bar."""
+
+    trace: dict[str, Any]
+    ticks: dict[str, Any]
+
+
+def _scales(singles: Sequence[Sequence[ConditionRecord]]) -> dict[str, _Scale]:
+    """The quantities that are defined for any head."""
+    values = {
+        name: [[getattr(each, quantity.field).value for each in row] for row in singles]
+        for name, quantity in QUANTITIES.items()
+    }
+    known = {name: z for name, z in values.items() if any(v is not None for row in z for v in row)}
+    return {name: _scale(z, QUANTITIES[name]) for name, z in known.items()}
+
+
+def _scale(z: Sequence[Sequence[float | None]], quantity: Quantity) -> _Scale:
+    values = [value for row in z for value in row if value is not None]
+    reach = max(map(abs, values)) or 1.0
     # A single head can make things a hundred times worse in percent; colours end at 100%.
-    reach = min(reach, 100.0) if quantity == "drop_pct" else reach
-    signed = QUANTITIES[quantity].signed
-    return {
-        "z": z,
-        "zmin": -reach if signed else 0.0,
-        "zmax": reach,
-        "colorscale": theme.DIVERGING if signed else theme.SEQUENTIAL,
-    }
+    reach = reach if "nats" in quantity.title else min(reach, 100.0)
+    scale = numbers.SignedLog.of(values) if "nats" in quantity.title else None
+    ticks: dict[str, Any] = {"tickmode": "auto", "tickvals": None, "ticktext": None}
+    low = -reach if quantity.signed else 0.0
+    if scale is not None:
+        places, texts = scale.ticks(low, reach)
+        ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
+        z = [[None if value is None else scale.place(value) for value in row] for row in z]
+        low, reach = scale.place(low), scale.place(reach)
+    return _Scale({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
 
 
-def _switch(scales: Mapping[str, dict[str, Any]], active: int) -> dict[str, Any]:
-    return {
-        "type": "buttons",
-        "direction": "right",
-        "active": active,
-        "showactive": True,
-        "x": 0,
-        "xanchor": "left",
-        "y": 1,
-        "yanchor": "bottom",
-        "pad": {"b": 48, "l": 0},
-        "font": {"size": 11, "color": "#222222"},
-        "bgcolor": "#F2F2F2",
-        "bordercolor": "#8A8A8A",
-        "buttons": [_button(QUANTITIES[name], scale) for name, scale in scales.items()],
-    }
-
-
-def _button(quantity: Quantity, scale: Mapping[str, Any]) -> dict[str, Any]:
-    change = {name: [value] for name, value in scale.items()}
+def _button(quantity: Quantity, scale: _Scale) -> dict[str, Any]:
+    change = {name: [value] for name, value in scale.trace.items()}
+    change |= {f"colorbar.{name}": [value] for name, value in scale.ticks.items()}
     change["colorbar.title.text"] = [quantity.title]
     return {"label": quantity.name, "method": "restyle", "args": [change, [0]]}
 
@@ -129,56 +141,97 @@ def _button(quantity: Quantity, scale: Mapping[str, Any]) -> dict[str, Any]:
 def global_ranking(
     grids: Mapping[int, GridResult], comparison: LayerComparison | None = None, *, top: int = 30
 ) -> go.Figure:
-    """The best heads of all layers in one ranking by single-head ``ΔKL``.
+    """The best heads of all layers in one ranking, with a switch from ``to_base`` to ``ΔKL``.
 
     Args:
         grids: the grid of each layer.
-        comparison: the comparison of these layers by the analysis; its ranges of ranks go into the
-            hover.
+        comparison: the comparison of these layers by the analysis; its ranges of ranks by ``ΔKL``
+            go into the hover.
         top: how many heads to show.
 
     Returns:
         The figure: a mark per head, coloured by its layer; ``customdata`` names the head.
     """
-    best = _best(grids, top)
-    ranges = _rank_ranges(comparison)
-    labels = [numbers.label_of(each) for each in best]
-    deltas = [each.delta for each in best]
     span = (min(grids), max(grids))
-    texts = [
-        f"{numbers.hover(each)}<br>rank {rank} of all layers{ranges.get(label, '')}"
-        for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
-    ]
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[delta.value for delta in deltas],
-        y=labels,
-        error_x=numbers.error_bars(deltas),
-        mode="markers",
-        cliponaxis=False,
-        customdata=labels,
-        marker={"size": 10, "color": [_color(Head.parse(label).layer, span) for label in labels]},
-        **theme.hover(texts),
-    )
-    figure.add_trace(_depth_scale(span))
-    theme.rows_of(figure, labels)
-    figure.update_xaxes(**numbers.effect_axis("ΔKL of the head alone", deltas, nticks=7))
+    views = {
+        name: _ranked(_best(grids, name, top), name, _rank_ranges(comparison), span)
+        for name in ("to_base", "delta")
+        if name == "delta" or _carried(grids)
+    }
+    first = next(iter(views.values()))
+    look = {"mode": "markers", "cliponaxis": False, "hovertemplate": "%{hovertext}<extra></extra>"}
+    figure = go.Figure([go.Scatter(**look, **first.marks), _depth_scale(span)])
+    figure.update_layout(xaxis=first.axis, yaxis=theme.rows(first.marks["y"]))
+    theme.switch(figure, [view.button(QUANTITIES[name].name) for name, view in views.items()])
+    n = len(first.marks["y"])
     return theme.frame(
         figure,
-        f"The best {len(best)} heads of all layers",
+        f"The best {n} heads of all layers",
         numbers.layers_setting(
             grids, "bars: 95% bootstrap intervals over prompts, one head at a time"
         ),
-        theme.Layout(210 + 17 * max(6, len(best)), rows=2),
+        theme.Layout(210 + 17 * max(6, n), rows=2),
+        caption="Marks of one colour at the top are one layer that holds the largest effects.",
     )
 
 
-def _best(grids: Mapping[int, GridResult], top: int) -> list[ConditionRecord]:
+def _carried(grids: Mapping[int, GridResult]) -> bool:
+    """Whether shares of the gap are defined; all layers have the same gap."""
+    grid = numbers.any_grid(grids)
+    return numbers.single_records(grid, [0])[0].to_base_pct.value is not None
+
+
+def _best(grids: Mapping[int, GridResult], score: RankBy, top: int) -> list[ConditionRecord]:
     """The best heads of all layers; ties break by layer, then by head."""
     layers = [grids[layer] for layer in sorted(grids)]
-    places = [(grid, head) for grid in layers for head in range(grid.n_heads)]
-    places.sort(key=lambda place: -place[0].single(place[1]).delta)
-    return [numbers.single_records(grid, [head])[0] for grid, head in places[:top]]
+    places = [(grid, *place) for grid in layers for place in enumerate(_scores(grid, score))]
+    places.sort(key=lambda place: -place[2])
+    return [numbers.single_records(grid, [head])[0] for grid, head, _ in places[:top]]
+
+
+def _scores(grid: GridResult, score: RankBy) -> list[float]:
+    return [value or 0.0 for value in grid.ranking_by(score).by_head]
+
+
+class _Ranked(NamedTuple):
+    """One order of the heads of all layers: the data of its marks and its axis."""
+
+    marks: dict[str, Any]
+    axis: dict[str, Any]
+
+    def button(self, label: str) -> dict[str, Any]:
+        """The button that shows this order."""
+        change = {name: [value] for name, value in self.marks.items()}
+        layout = theme.parts("xaxis", {**theme.PLAIN_AXIS, **self.axis})
+        layout |= theme.parts("yaxis", theme.rows(self.marks["y"]))
+        return {"label": label, "method": "update", "args": [change, layout, [0]]}
+
+
+def _ranked(
+    best: Sequence[ConditionRecord], score: str, ranges: Mapping[str, str], span: tuple[int, int]
+) -> _Ranked:
+    quantity = QUANTITIES[score]
+    labels = [numbers.label_of(each) for each in best]
+    values = [getattr(each, quantity.field) for each in best]
+    told = ranges if score == "delta" else {}
+    texts = [
+        f"{numbers.hover(each)}<br>rank {rank} of all layers{told.get(label, '')}"
+        for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
+    ]
+    marks = {
+        "x": [value.value for value in values],
+        "y": labels,
+        "error_x": numbers.error_bars(values),
+        "customdata": labels,
+        "marker": {
+            "size": 10,
+            "color": [_color(Head.parse(label).layer, span) for label in labels],
+        },
+        "hovertext": texts,
+    }
+    if score == "delta":
+        return _Ranked(marks, numbers.effect_axis("ΔKL of the head alone", values))
+    return _Ranked(marks, {"title_text": quantity.title, "rangemode": "tozero"})
 
 
 def _rank_ranges(comparison: LayerComparison | None) -> dict[str, str]:
@@ -237,6 +290,7 @@ def layer_curves(
         "Coverage curves of the layers",
         numbers.layers_setting(grids, *notes),
         theme.Layout(520, rows=2),
+        caption="A steep start is a layer whose repair lies on few heads.",
     )
 
 
@@ -308,6 +362,7 @@ def study_layers(
         f"{metrics[0].label} of each layer",
         [*setting, "bars: 95% bootstrap intervals over prompts"],
         theme.Layout(480 + 21 * max(0, len(cells) - 4)),
+        caption="A peak is a layer whose heads carry the change.",
     )
 
 

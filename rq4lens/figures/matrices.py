@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
 from rq4lens.analysis.records import Agreement, Interactions
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import grid_setting, shown
+from rq4lens.figures.numbers import SignedLog, grid_setting, shown
 from rq4lens.results import GridResult
 
 Measure = Literal["kendall", "spearman", "rbo"]
@@ -59,7 +59,7 @@ def agreement_matrix(
             x=labels,
             y=labels,
             z=[[value for value, _ in row] for row in cells],
-            colorscale=theme.DIVERGING,
+            autocolorscale=True,
             zmin=-1,
             zmax=1,
             xgap=1,
@@ -86,6 +86,8 @@ def agreement_matrix(
             left_px=24 + label_px,
             axis_px=20 + label_px,
         ),
+        caption="Near 1: the two rankings order the heads alike; near 0: they have nothing in "
+        "common.",
     )
 
 
@@ -126,13 +128,15 @@ def interaction_matrix(grid: GridResult, interactions: Interactions) -> go.Figur
         return f"<b>{labels[i]}</b> with <b>{labels[j]}</b><br>interaction {amount}"
 
     heads = range(grid.n_heads)
+    cells, reach, ticks = _placed(matrix)
     figure = go.Figure(
         go.Heatmap(
-            z=[[None if i == j else matrix[i][j] for j in heads] for i in heads],
+            z=[[None if i == j else cells[i][j] for j in heads] for i in heads],
             customdata=[[label] * len(labels) for label in labels],
-            colorscale=theme.DIVERGING,
-            zmid=0,
-            colorbar=theme.color_bar("Δ({i,j}) - Δ(i) - Δ(j), in nats"),
+            autocolorscale=True,
+            zmin=-reach,
+            zmax=reach,
+            colorbar={**theme.color_bar("Δ({i,j}) - Δ(i) - Δ(j), in nats"), **ticks},
             **theme.hover([[hover(i, j) for j in heads] for i in heads]),
         )
     )
@@ -148,4 +152,18 @@ def interaction_matrix(grid: GridResult, interactions: Interactions) -> go.Figur
             f"all together {shown(interactions.joint, 'nats')}",
         ),
         theme.Layout(620, rows=2),
+        caption="Above 0 two heads repair more together than apart; an empty figure means that "
+        "heads add up. Colours are logarithmic where one pair would hide all others.",
     )
+
+
+def _placed(matrix: list[list[float]]) -> tuple[list[list[float]], float, dict[str, Any]]:
+    """The cells on a scale that shows small ones, how far it reaches, and its ticks."""
+    values = [value for row in matrix for value in row]
+    reach = max(map(abs, values)) or 1.0
+    scale = SignedLog.of(values)
+    if scale is None:
+        return matrix, reach, {}
+    places, texts = scale.ticks(-reach, reach)
+    cells = [[scale.place(value) for value in row] for row in matrix]
+    return cells, scale.place(reach), {"tickvals": places, "ticktext": texts}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rq4lens.analysis.effects.table import records
-from rq4lens.analysis.records import ConditionRecord, HeadKinds
+from rq4lens.analysis.records import NOT_MEASURED, ConditionRecord, HeadKind, HeadKinds
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
-from rq4lens.analysis.structure.heads import no_kinds
+from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
 from rq4lens.figures.theme import GREY, KINDS
 from rq4lens.heads import Head
-from rq4lens.results import GridResult
+from rq4lens.results import GridResult, GridSettings
 
 INTERVAL_NOTE = "bars and [..]: 95% bootstrap intervals over prompts"
 
@@ -23,13 +22,25 @@ def grid_setting(
     grid: GridResult, *notes: str, where: str | None = None, alpha: str | None = None
 ) -> tuple[str, ...]:
     """Everything a reader needs to know about how the numbers of a grid came about."""
-    settings, patching = grid.settings, grid.settings.patching
+    return settings_line(grid.settings, grid.n_prompts, *notes, where=where, alpha=alpha)
+
+
+def settings_line(
+    settings: GridSettings,
+    n_prompts: int,
+    *notes: str,
+    where: str | None = None,
+    alpha: str | float | None = None,
+) -> tuple[str, ...]:
+    """How numbers came about, from the settings alone."""
+    patching = settings.patching
     baseline, k = patching.raw_baseline, patching.k_positions
+    strength = patching.alpha if alpha is None else alpha
     return (
         settings.pair,
         where or f"layer {settings.layer} of {settings.n_layers}",
-        f"α = {alpha or format(patching.alpha, 'g')}",
-        f"{patching.split}, n = {grid.n_prompts}",
+        f"α = {strength if isinstance(strength, str) else format(strength, 'g')}",
+        f"{patching.split}, n = {n_prompts}",
         f"map {patching.map_kind} per {patching.map_scope}",
         f"KL({patching.kl_direction.replace('||', ' ‖ ')}) in nats",
         settings.dtype.removeprefix("torch."),
@@ -111,6 +122,15 @@ class SignedLog:
         inside = [value for value in shown if low <= value <= high]
         return [self.place(value) for value in inside], [f"{value:g}" for value in inside]
 
+    def estimate(self, estimate: Estimate) -> Estimate:
+        """An estimate by the places of its value and its ends."""
+        if estimate.value is None:
+            return estimate
+        ends = estimate.interval
+        if ends is not None:
+            ends = replace(ends, low=self.place(ends.low), high=self.place(ends.high))
+        return replace(estimate, value=self.place(estimate.value), interval=ends)
+
 
 def single_records(
     grid: GridResult, heads: Sequence[int] | None = None
@@ -131,6 +151,8 @@ def hover(record: ConditionRecord, name: str | None = None) -> str:
     return "<br>".join(
         (
             f"<b>{name or label_of(record)}</b>",
+            f"undoes {shown(record.to_base_pct, '%')}",
+            f"gives base {shown(record.to_tuned_pct, '%')}",
             f"ΔKL {shown(record.delta, 'nats')}",
             f"KL_raw {shown(record.KL_raw_mean, 'nats')}",
             f"KL_mapped {shown(record.KL_mapped_mean, 'nats')}",
@@ -140,9 +162,22 @@ def hover(record: ConditionRecord, name: str | None = None) -> str:
     )
 
 
+NO_KINDS = "kinds of heads: not told apart, since the ladder was not measured"
+
+
+def told_kinds(analysis: Analysis | None) -> HeadKinds | None:
+    """The kinds of heads, if an analysis told them apart."""
+    return analysis.kinds if analysis is not None and analysis.ladders else None
+
+
 def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:
     """Which kind each head of the main layer is, in head order, and the rule in words."""
-    return no_kinds(grid.n_heads) if analysis is None else analysis.kinds
+    if kinds := told_kinds(analysis):
+        return kinds
+    nothing = undefined(NOT_MEASURED)
+    heads = range(grid.n_heads)
+    unknown = (HeadKind(head, "undecided", NOT_MEASURED, None, nothing) for head in heads)
+    return HeadKinds(tuple(unknown), NO_KINDS)
 
 
 def by_kind(kinds: HeadKinds, heads: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
@@ -158,6 +193,27 @@ def shown(estimate: Estimate, unit: str = "") -> str:
     if estimate.value is None:
         return f"undefined: {estimate.reason}"
     return format(estimate, _form(unit))
+
+
+def rounded(estimate: Estimate, unit: str = "") -> str:
+    """An estimate as text that is no more precise than its interval; a dash where it is none."""
+    value, ends = estimate.value, estimate.interval
+    if value is None:
+        return "–"
+    half = 0.0 if ends is None else (ends.high - ends.low) / 2
+    if half <= 0:
+        return number(value, unit)
+    step = math.floor(math.log10(half))
+    if unit == "%":
+        return format(estimate, f".{min(1, max(0, -step))}f%").replace("-0.0%", "0.0%")
+    form = f".{max(0, -step)}f"
+    if 0 < abs(value) < _SMALL:
+        form = f".{max(0, math.floor(math.log10(abs(value))) - step)}e"
+    return format(estimate, f"{form} {unit}" if unit else form)
+
+
+_SMALL = 1e-3
+"""Below this a table shows powers of ten."""
 
 
 def number(value: float | None, unit: str = "") -> str:

@@ -36,9 +36,9 @@ PREDICTORS = {
 def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     """Each head of the main layer at (KL_raw, KL_mapped).
 
-    Heads near the origin are idle; heads far right and low are re-coordinated, the map explains
-    their change; heads near the diagonal are rewired, no linear map explains it. Above the
-    diagonal the map makes things worse.
+    Heads near the origin do little; of heads far right and low the map repairs what base's own
+    activation breaks, of heads near the diagonal it does not, and above it does harm. A constant
+    can do the same, so the kinds come from the ladder.
 
     Args:
         grid: the measured grid.
@@ -72,6 +72,8 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
         f"Heads of layer {grid.settings.layer}: raw against mapped",
         numbers.grid_setting(grid, "dotted: KL_mapped = KL_raw", numbers.INTERVAL_NOTE, kinds.rule),
         theme.Layout(560),
+        caption="Far right and low: base's own activation does damage, and the map repairs it. On "
+        "the dotted line it repairs nothing.",
     )
 
 
@@ -199,6 +201,8 @@ def map_quality(
         f"Map quality and causal effect, layer {grid.settings.layer}",
         numbers.grid_setting(grid, "fit measured on prompts held out of train", kinds.rule),
         theme.Layout(520),
+        caption="High and far left would be a head that does much though the map predicts it "
+        "badly: prediction and effect are two things.",
     )
 
 
@@ -243,6 +247,7 @@ def per_prompt(
         f"The best heads of layer {grid.settings.layer}, prompt by prompt",
         numbers.grid_setting(grid, *notes),
         theme.Layout(190 + 40 * max(3, len(heads)), rows=0),
+        caption="A few points far from their box: few prompts carry the head's effect.",
     )
 
 

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from rq4lens.analysis.records import ConditionRecord
+from rq4lens.analysis.records import ConditionRecord, HeadKinds
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
+from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
-from rq4lens.results import GridResult, HeadRanking
+from rq4lens.results import TRANSFERS, GridResult, HeadRanking
 
-AXIS_TITLES = {"delta": "ΔKL of the head alone (nats)", "drop_pct": "drop of the head alone (%)"}
+
+class Score(NamedTuple):
+    """A score that heads are ranked by: the field of its records, its button and its axis."""
+
+    field: str
+    button: str
+    title: str
+
+
+SCORES = {
+    "to_base": Score("to_base_pct", "undoes", "undoes of the gap, alone at strength 1 (%)"),
+    "to_tuned": Score("to_tuned_pct", "gives base", "gives base, alone at strength 1 (%)"),
+    "delta": Score("delta", "ΔKL", "ΔKL of the head alone (nats)"),
+    "kl_raw": Score("KL_raw_mean", "KL_raw", "KL_raw of the head alone (nats)"),
+    "drop_pct": Score("drop_pct", "drop", "drop of the head alone (%)"),
+}
+FIRST_VIEWS: tuple[RankBy, ...] = ("to_base", "delta", "kl_raw")
+CAPTION = (
+    "The longest bar is the head that alone takes the tuned model furthest back to base; a mark "
+    "far right says that it also takes base far towards the tuned model."
+)
+OWN_CAPTION = "The longest bar is the head with the largest score."
 Ends = tuple[float, float]
 
 
@@ -30,48 +53,152 @@ def ranking_bars(
 
     Args:
         grid: the measured grid.
-        ranking: an order and its scores; the grid's own ranking when left out.
+        ranking: an order and its scores; when left out, a switch between ``to_base`` (with
+            ``to_tuned`` beside it), ``ΔKL``, ``KL_raw`` and the grid's own ranking.
         intervals: interval of the score of head 0, 1, 2, ...; when left out, bootstrap intervals
             for the grid's own scores, or the ranking's standard errors.
         top: show only the best ``top`` heads.
         analysis: an analysis of the grid, for the kinds of heads.
 
     Returns:
-        The figure: one bar trace per kind of head, ``customdata`` names the head.
+        The figure: bars, and marks of ``to_tuned``; ``customdata`` names the head.
     """
-    ranking = ranking or grid.ranking
     singles = numbers.single_records(grid)
-    scores, note = _score_estimates(ranking, singles, intervals)
-    kinds = numbers.head_kinds(grid, analysis)
-    figure = go.Figure()
-    for kind, heads in numbers.by_kind(kinds, ranking.heads[:top]):
-        shape = {"shape": "/" if kind == "rewired" else "", "fillmode": "overlay", "size": 6}
-        figure.add_bar(
-            name=kind,
-            orientation="h",
-            y=[grid.label(head) for head in heads],
-            x=[scores[head].value for head in heads],
-            error_x=numbers.error_bars([scores[head] for head in heads]),
-            customdata=[grid.label(head) for head in heads],
-            marker={"color": theme.KINDS[kind][0], "pattern": shape},
-            **theme.hover([_hover(singles[head], kind, ranking) for head in heads]),
-        )
-    labels = [grid.label(head) for head in ranking.heads[:top]]
-    figure.update_layout(barmode="overlay", bargap=0.25)
-    theme.rows_of(figure, labels)
-    title = AXIS_TITLES.get(ranking.method, f"score by {theme.plain(ranking.method)}")
-    figure.update_xaxes(title_text=title, nticks=7)
+    kinds = numbers.told_kinds(analysis)
+    given = _rankings(grid, singles) if ranking is None else [ranking]
+    views, notes = [], []
+    for each in given:
+        scores, note = _score_estimates(each, singles, intervals)
+        views.append(_View(grid, each, top, singles, kinds, scores))
+        notes.append(note)
+    first, carries = views[0], given[0].method == "to_base" and ranking is None
+    figure = go.Figure([go.Bar(**first.bars()), go.Scatter(**first.marks())])
+    figure.update_layout(barmode="overlay", bargap=0.25, **first.axes())
+    theme.switch(figure, [view.button() for view in views])
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
-        numbers.grid_setting(grid, note, kinds.rule),
-        theme.Layout(190 + 17 * max(6, len(labels))),
+        numbers.grid_setting(grid, notes[0], kinds.rule if kinds else numbers.NO_KINDS),
+        theme.Layout(190 + 17 * max(6, len(first.labels)), left_px=126 if kinds else 66),
+        caption=CAPTION if carries else OWN_CAPTION,
     )
 
 
-def _hover(single: ConditionRecord, kind: str, ranking: HeadRanking) -> str:
+def _rankings(grid: GridResult, singles: Sequence[ConditionRecord]) -> list[HeadRanking]:
+    """The rankings of the switch: what heads carry first, as far as that is defined."""
+    names = dict.fromkeys((*FIRST_VIEWS, grid.settings.patching.rank_by))
+    known = [
+        name for name in names if name not in TRANSFERS or singles[0].to_base_pct.value is not None
+    ]
+    return [grid.ranking_by(name) for name in known]
+
+
+class _View(NamedTuple):
+    """One order of the heads, as the data of a bar and of a mark for each."""
+
+    grid: GridResult
+    ranking: HeadRanking
+    top: int | None
+    singles: Sequence[ConditionRecord]
+    kinds: HeadKinds | None
+    scores: Sequence[Estimate]
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return self.ranking.heads[: self.top]
+
+    @property
+    def labels(self) -> list[str]:
+        return [self.grid.label(head) for head in self.heads]
+
+    @property
+    def score(self) -> Score:
+        method = self.ranking.method
+        named = theme.plain(method)
+        return SCORES.get(method, Score(method, named, f"score by {named}"))
+
+    @property
+    def scale(self) -> numbers.SignedLog | None:
+        """Shares of the gap stand on a plain axis; effects that span decades do not."""
+        values = [self.scores[head].value or 0.0 for head in self.heads]
+        return None if self.score.title.endswith("(%)") else numbers.SignedLog.of(values)
+
+    def kind(self, head: int) -> str | None:
+        return None if self.kinds is None else self.kinds.heads[head].kind
+
+    def bars(self) -> dict[str, Any]:
+        """The bar trace."""
+        colors = [theme.KINDS[self.kind(head) or "recoded"][0] for head in self.heads]
+        return {
+            "name": self.score.button,
+            "orientation": "h",
+            "marker": {"color": colors},
+            **self._points([self.scores[head] for head in self.heads]),
+        }
+
+    def marks(self) -> dict[str, Any]:
+        """The marks of the other direction; none but beside ``to_base``."""
+        beside = self.ranking.method == "to_base"
+        estimates = [self.singles[head].to_tuned_pct for head in self.heads]
+        mark = {"symbol": "diamond-open", "size": 9, "color": theme.INK, "line": {"width": 1.5}}
+        return {
+            "name": SCORES["to_tuned"].button,
+            "mode": "markers",
+            "marker": mark,
+            "visible": beside,
+            "cliponaxis": False,
+            **self._points(estimates, bars=False),
+        }
+
+    def _points(self, estimates: Sequence[Estimate], *, bars: bool = True) -> dict[str, Any]:
+        placed = [self.scale.estimate(each) for each in estimates] if self.scale else estimates
+        texts = [_hover(self.singles[head], self.kind(head), self.ranking) for head in self.heads]
+        ends = {"error_x": numbers.error_bars(placed)} if bars else {}
+        x = [each.value for each in placed]
+        return {"y": self.labels, "x": x, "customdata": self.labels, **ends, **theme.hover(texts)}
+
+    def axes(self) -> dict[str, Any]:
+        """The axes: heads downwards, with their kinds, and the score."""
+        names = [f"{self.grid.label(head)} {self.kind(head) or ''}".strip() for head in self.heads]
+        return {
+            "xaxis": self._score_axis(),
+            "yaxis": {
+                **theme.rows(self.labels),
+                # Said outright, or plotly's script takes the step of the rows instead.
+                "tickmode": "array",
+                "tickvals": self.labels,
+                "ticktext": names,
+            },
+        }
+
+    def _score_axis(self) -> dict[str, Any]:
+        title = self.score.title
+        if self.scale is None:
+            plain = {"tickmode": "auto", "tickvals": None, "ticktext": None}
+            return {"title": {"text": title}, "nticks": 7, **plain}
+        ends = [self.scores[head] for head in self.heads]
+        values = [each.value or 0.0 for each in ends]
+        highs = [each.interval.high for each in ends if each.interval is not None]
+        places, texts = self.scale.ticks(min(0.0, *values), max([*values, *highs]))
+        title = title.replace("(nats)", f"(nats, logarithmic above {self.scale.unit:g})")
+        ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
+        return {"title": {"text": title}, **ticks}
+
+    def button(self) -> dict[str, Any]:
+        """The button that shows this order."""
+        bars, marks = self.bars(), self.marks()
+        keys = ("name", "y", "x", "customdata", "error_x", "hovertext", "marker", "visible")
+        both = {**bars, "visible": True}, {**marks, "error_x": None}
+        change = {key: [each.get(key) for each in both] for key in keys}
+        axes = self.axes().items()
+        layout = {key: value for axis in axes for key, value in theme.parts(*axis).items()}
+        return {"label": self.score.button, "method": "update", "args": [change, layout]}
+
+
+def _hover(single: ConditionRecord, kind: str | None, ranking: HeadRanking) -> str:
     rank = ranking.rank_of(single.heads[0])
-    return f"{numbers.hover(single)}<br>{kind} · rank {rank} by {ranking.method}"
+    named = f"{kind} · " if kind else ""
+    return f"{numbers.hover(single)}<br>{named}rank {rank} by {ranking.method}"
 
 
 def _score_estimates(
@@ -83,11 +210,11 @@ def _score_estimates(
     values = ranking.by_head
     if intervals is not None:
         return list(map(_between, values, intervals)), "bars: 95% intervals"
-    if ranking.method in AXIS_TITLES:
-        own = [getattr(each, ranking.method) for each in singles]
+    if ranking.method in SCORES:
+        own = [getattr(each, SCORES[ranking.method].field) for each in singles]
         # The same method at another alpha, or on other prompts, is another set of numbers.
         measured, given = np.array([[each.value for each in own], values], dtype=float)
-        if np.allclose(measured, given, rtol=1e-9, atol=1e-15, equal_nan=True):
+        if np.allclose(measured, given, rtol=1e-9, atol=1e-12, equal_nan=True):
             return own, numbers.INTERVAL_NOTE
     if ranking.standard_errors is None:
         return [Estimate(value) for value in values], "no intervals"
@@ -180,6 +307,8 @@ def rank_flow(
             right_px=26,
             axis_px=24 + steep_px if steep_px else 34,
         ),
+        caption="A line that stays level is a head whose rank does not depend on the choice; "
+        "lines that cross are ranks that no one of these settles.",
     )
 
 

@@ -8,7 +8,7 @@ Nothing here touches plotly's global templates: a template is an object that a f
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -29,6 +29,7 @@ MAPPED = BLUE
 DELTA = GREEN
 RANDOM = GREY
 CONTROL = PURPLE
+INK = "#7A7A7A"
 CROSS_FITTED = ORANGE
 BEST = SKY
 
@@ -47,7 +48,7 @@ KINDS = {
     "idle": (GREY, "circle-open"),
 }
 
-# Cividis is made for colour-blind readers; the diverging scale runs blue - pale - orange.
+# Cividis is made for colour-blind readers; the diverging scale runs orange - paper - blue.
 SEQUENTIAL = tuple(tuple(step) for step in get_colorscale("Cividis"))
 # Colours of depth lie on white and on dark grounds alike, so neither end may be pale or dark.
 DEPTH = [[0.0, BLUE], [0.5, GREY], [1.0, "#C97700"]]
@@ -57,6 +58,14 @@ DIVERGING = (
     (0.5, "#F5F5F5"),
     (0.75, "#5AA5D6"),
     (1.0, "#004F7C"),
+)
+# On dark paper what is near 0 is dark, or a heatmap would be a white rectangle.
+DIVERGING_DARK = (
+    (0.0, "#F0A35E"),
+    (0.25, "#9C521C"),
+    (0.5, "#23262C"),
+    (0.75, "#2B769F"),
+    (1.0, "#8CCBF0"),
 )
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -109,6 +118,10 @@ def template(*, dark: bool = False) -> go.layout.Template:
             "paper_bgcolor": paper,
             "plot_bgcolor": paper,
             "colorway": SEQUENCE,
+            "colorscale": {
+                "diverging": DIVERGING_DARK if dark else DIVERGING,
+                "sequential": SEQUENTIAL,
+            },
             "xaxis": axis,
             "yaxis": axis,
             "title": {
@@ -123,6 +136,7 @@ def template(*, dark: bool = False) -> go.layout.Template:
             },
             "legend": {
                 "orientation": "h",
+                "traceorder": "normal",
                 "x": 0,
                 "xanchor": "left",
                 "y": 1,
@@ -153,17 +167,30 @@ def wrap(parts: Sequence[str]) -> list[str]:
 
 
 def frame(
-    figure: go.Figure, title: str, setting: Sequence[str], layout: Layout | None = None
+    figure: go.Figure,
+    title: str,
+    setting: Sequence[str],
+    layout: Layout | None = None,
+    *,
+    caption: str,
 ) -> go.Figure:
-    """Give a figure its title, its margins, its template and its setting line."""
+    """Give a figure its title, its margins, its template, a caption and its setting line.
+
+    The caption says what to see; below a figure that stands alone it comes before the setting.
+    """
     layout = layout or Layout()
-    lines = [plain(line) for line in wrap(setting)]
+    lines = [plain(line) for line in (*wrap([caption]), *wrap(setting))]
     above = legend_rows(figure) if layout.rows is None else layout.rows
+    for menu in figure.layout.updatemenus:
+        menu.pad = {"b": 6 + 21 * above, "l": 0}
+        above += 2
+    # The plot itself keeps its height, however long the text below it and the rows above it are.
+    extra_px = _SETTING_LINE_PX * max(0, len(lines) - 4) + (42 if figure.layout.updatemenus else 0)
     figure.update_layout(
         template=template(),
         title={"text": title},
-        meta={"setting": list(setting)},
-        height=layout.height_px,
+        meta={"setting": list(setting), "caption": caption},
+        height=layout.height_px + extra_px,
         autosize=True,
         showlegend=layout.rows is None,
         margin={
@@ -198,21 +225,60 @@ def kind_marker(kind: str) -> dict[str, Any]:
     return {"color": color, "symbol": symbol, "size": 9}
 
 
+def switch(figure: go.Figure, buttons: Sequence[dict[str, Any]], active: int = 0) -> None:
+    """Give a figure a row of buttons above its legend; one button is no choice, and not drawn."""
+    if len(buttons) < 2:
+        return
+    menu = {
+        "type": "buttons",
+        "direction": "right",
+        "active": active,
+        "showactive": True,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1,
+        "yanchor": "bottom",
+        "font": {"size": 11, "color": "#222222"},
+        "bgcolor": "#F2F2F2",
+        "bordercolor": "#8A8A8A",
+        "buttons": list(buttons),
+    }
+    figure.update_layout(updatemenus=[menu])
+
+
+def view_button(
+    figure: go.Figure, label: str, shown: Iterable[int], axes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A button that shows some traces alone, by their places, and changes the axes."""
+    places = set(shown)
+    visible = [place in places for place in range(len(figure.data))]
+    return {"label": label, "method": "update", "args": [{"visible": visible}, dict(axes)]}
+
+
+PLAIN_AXIS = {"type": "linear", "dtick": None, "autorange": True}
+"""Undoes what another view of the same axis set."""
+
+
+def parts(name: str, axis: Mapping[str, Any]) -> dict[str, Any]:
+    """An axis as plotly's own script names its parts, for a button."""
+    return {f"{name}.{key.replace('_', '.')}": value for key, value in axis.items()}
+
+
 def hover(texts: object) -> dict[str, Any]:
     """What a trace says under the mouse: its texts and nothing else."""
     return {"hovertext": texts, "hovertemplate": "%{hovertext}<extra></extra>"}
 
 
-def rows_of(figure: go.Figure, labels: Sequence[str]) -> None:
-    """Give a figure a row for each label, the first at the top."""
-    figure.update_yaxes(
-        categoryorder="array",
-        categoryarray=list(labels),
-        range=[len(labels) - 0.5, -0.5],
-        type="category",
-        dtick=1,
-        showgrid=False,
-    )
+def rows(labels: Sequence[str]) -> dict[str, Any]:
+    """An axis with a row for each label, the first at the top."""
+    return {
+        "categoryorder": "array",
+        "categoryarray": list(labels),
+        "range": [len(labels) - 0.5, -0.5],
+        "type": "category",
+        "dtick": 1,
+        "showgrid": False,
+    }
 
 
 def color_bar(title: str) -> dict[str, Any]:
@@ -236,11 +302,20 @@ def color_bar(title: str) -> dict[str, Any]:
 
 
 def legend_rows(figure: go.Figure) -> int:
-    """Rows that the figure's legend fills in a window of 400 px.
+    """Rows that the figure's legend fills in a window of 400 px, in the view that needs most."""
+    everything = [True] * len(figure.data)
+    buttons = [button for menu in figure.layout.updatemenus for button in menu.buttons]
+    views = [button.args[0].get("visible", everything) for button in buttons] or [everything]
+    return max(_rows_of(_legend_names(figure, view)) for view in views)
 
-    Plotly sets entries in one row if they fit, and in columns as wide as the widest one otherwise.
-    """
-    shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.name]
+
+def _legend_names(figure: go.Figure, view: Sequence[bool]) -> list[str]:
+    traces = [trace for trace, shown in zip(figure.data, view, strict=True) if shown]
+    return [trace.name for trace in traces if trace.showlegend is not False and trace.name]
+
+
+def _rows_of(shown: Sequence[str]) -> int:
+    """Rows of so many entries: one if they fit, else columns as wide as the widest one."""
     if not shown:
         return 0
     widths = [_LEGEND_MARK_PX + _LEGEND_LETTER_PX * len(name) for name in shown]

@@ -18,8 +18,8 @@ from rq4lens.heads import Head
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.results import GridResult
 
-MATTERING = ("rewired", "re-coordinated")
-"""Kinds of heads whose cards stand in the report, whatever their rank."""
+OF_EACH_RANKING = 4
+"""So many heads of each ranking have a card, whatever their kind."""
 
 
 def card_of_run(
@@ -107,9 +107,10 @@ def read_cards(directory: Path, heads: Sequence[Head]) -> tuple[HeadCard, ...]:
 def heads_that_matter(
     grid: GridResult, analysis: Analysis | None = None, most: int = MOST_CARDS
 ) -> tuple[Head, ...]:
-    """The heads whose cards a report shows: first by ``ΔKL``, and all that changed in kind."""
-    kinds = {row.head: row.kind for row in (analysis.kinds.heads if analysis else ())}
-    ranked = grid.ranking_by("delta").heads
-    # Sorting is stable: within both parts heads stay in the order of ΔKL.
-    first = sorted(ranked, key=lambda head: kinds.get(head) not in MATTERING)
-    return tuple(Head(grid.settings.layer, head) for head in first[:most])
+    """The heads whose cards a report shows: the first by transfer and by ``ΔKL``, and busy ones."""
+    measured = grid["none"].transfer is not None
+    rankings = (*(("to_base", "to_tuned") if measured else ()), "delta")
+    first = [grid.ranking_by(each).heads[:OF_EACH_RANKING] for each in rankings]
+    busy = [row.head for row in analysis.kinds.heads if row.kind != "idle"] if analysis else []
+    chosen = dict.fromkeys([*(head for heads in first for head in heads), *busy])
+    return tuple(Head(grid.settings.layer, head) for head in [*chosen][:most])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rq4lens.analysis.analyse import PARTS, Beside, analyse
+from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, write_grid, write_run
@@ -26,6 +27,7 @@ from rq4lens.disk.run import (
 )
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import write_pages
 from rq4lens.jobs.progress import Progress, Stage, silent
@@ -33,7 +35,6 @@ from rq4lens.models.catalog import resolve_device
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
-from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
@@ -214,11 +215,25 @@ def run_on(bench: Bench) -> Run:
     run = provenance(bench, experiment, grid)
     run["audit"] = audit.summary
     run["memory_estimate"] = memory.to_dict()
+    if config.effort.analysis == "full" and bench.pair.base.is_loaded and bench.pair.keep_both:
+        with clock("cards"):
+            _write_cards(bench, experiment, grid, analysis)
     with clock("pages"):
         write_pages(directory, grid, analysis, texts, run)
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis, run, summary)
     return Run(directory, grid, table, analysis, read_json(directory / RUN))
+
+
+def _write_cards(
+    bench: Bench, experiment: Experiment, grid: GridResult, analysis: Analysis
+) -> None:
+    """The cards of the heads that matter; a repeated run finds those of the first one."""
+    # A card patches the decision token alone: engines of more positions are of no use to it.
+    shared = SIDES if experiment.k_positions == 1 else ()
+    engines = {side: experiment.ends.engine(side) for side in shared}
+    inputs = CardInputs(bench.pair, grid, analysis, experiment.maps, bench.config.place, engines)
+    write_cards(bench.run_directory, inputs, heads_that_matter(grid, analysis))
 
 
 def _texts(experiment: Experiment) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -241,7 +256,6 @@ def _analyse(
     beside = Beside(
         neutral=_neutral(bench, experiment),
         noise=_noise(bench, measurer),
-        weight_cosine=weight_cosine(bench.pair),
     )
     every = tuple(range(1, grid.n_heads + 1))
     sizes = {"affordable": None, "every": every, "k": ()}

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
+from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import Patching, Place
@@ -16,6 +17,7 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
+from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.activations import PairActivations, check_layers, require_finite
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
@@ -112,7 +114,12 @@ class Ends:
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
         noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum(-1)
         left_out = self._left_out
-        return Compared(left_out["base"], left_out["tuned"], abs(float(noise.mean())))
+        return Compared(
+            left_out_base_pct=left_out["base"],
+            left_out_tuned_pct=left_out["tuned"],
+            noise_nats=abs(float(noise.mean())),
+            weight_cosine=weight_cosine(self.pair),
+        )
 
     def _log_probs(self, side: Side) -> Float[Tensor, "prompt vocab"]:
         if side == "base":
@@ -218,22 +225,32 @@ class Experiment:
                 models' format overflows.
         """
         rows = np.empty((4, len(patches), len(self.prompts)))
-        for side in ("tuned", "base"):
+        for side in reversed(SIDES):
             into = [at for at, patch in enumerate(patches) if into_side(patch) == side]
-            single = [at for at in into if patches[at].layer != EVERY_LAYER]
             if into:
-                engine, other = self.ends.engine(side), self.ends.other(side)
-            if single:
-                interventions = [(patches[at],) for at in single]
-                found = engine.effects(interventions, self.sources, progress, other)
-                rows[:, single] = list(found.measures)
-            for at in set(into) - set(single):
-                found = engine.every_layer(patches[at].source, self.sources, other)
-                rows[:, at] = [each[0] for each in found.measures]
-            whole = list(np.isfinite(rows[0, into]).all(0))
-            dtype = self.pair.member(side).card.dtype
-            require_finite(whole, self.ends.prompts(side).ids, side, dtype)
+                rows[:, into] = self._into(side, [patches[at] for at in into], progress)
         return Effects(*rows)
+
+    def _into(
+        self, side: Side, patches: Sequence[Patch], progress: Progress | None
+    ) -> Float64[ndarray, "measure patch prompt"]:
+        """The measures of patches that go into one of the models."""
+        other, engine = self.ends.other(side), self.ends.engine(side)
+        rows = np.empty((4, len(patches), len(self.prompts)))
+        single = [at for at, patch in enumerate(patches) if patch.layer != EVERY_LAYER]
+        if single:
+            interventions = [(patches[at],) for at in single]
+            found = engine.effects(interventions, self.sources, progress, other)
+            rows[:, single] = list(found.measures)
+        for at in set(range(len(patches))) - set(single):
+            found = engine.every_layer(patches[at].source, self.sources, other)
+            rows[:, at] = [each[0] for each in found.measures]
+            if progress is not None:
+                progress(len(self.prompts))
+        whole: list[bool] = np.isfinite(rows[0]).all(0).tolist()
+        dtype = self.pair.member(side).card.dtype
+        require_finite(whole, self.ends.prompts(side).ids, side, dtype)
+        return rows
 
     def measure(
         self,

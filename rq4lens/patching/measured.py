@@ -35,6 +35,7 @@ from rq4lens.patching.patch import (
     Effects,
     Patch,
     Progress,
+    into_side,
 )
 from rq4lens.results import EVERY_LAYER, Compared, ConditionResult, GridResult, PatchRow, Transfer
 
@@ -359,7 +360,9 @@ class Measurer:
 
 
 def _patches(planned: Sequence[Planned]) -> list[Patch]:
-    return list(dict.fromkeys(patch for plan in planned for patch in plan.patches))
+    # All of one model before any of the other: they may not fit into memory together.
+    patches = dict.fromkeys(patch for plan in planned for patch in plan.patches)
+    return sorted(patches, key=into_side, reverse=True)
 
 
 def _by_source(patches: Sequence[Patch]) -> Iterable[Sequence[Patch]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.results import OTHERS, OWN
 
 logger = logging.getLogger(__name__)
 
@@ -183,10 +184,6 @@ class OtherModel:
         answers = logits.argmax(-1)
         own, others = answers == clean_logits.argmax(-1), answers == self.answers[:, None]
         return OWN * own + OTHERS * others
-
-
-OWN, OTHERS = 1, 2
-"""The most likely token is that of the clean patched model, of the other model."""
 
 
 def effects_by_difference(

@@ -46,6 +46,9 @@ def _facts(card: HeadCard) -> Iterator[tuple[str, str]]:
         yield "kind", numbers.kind or numbers.reasons["kind"]
         yield "rank", f"{numbers.rank}{between}"
         yield f"ΔKL (α = {numbers.alpha:g})", estimate_text(numbers.delta, "nats")
+        for source, recovered in numbers.recovered_pct.items():
+            if source != "constant" and recovered.value is not None:
+                yield f"recovered by {source}", format(recovered, ".0f%")
     yield "takes tuned to base", estimate_text(carried.to_base_pct, "%")
     yield "takes base to tuned", estimate_text(carried.to_tuned_pct, "%")
     yield "of it direct", estimate_text(carried.direct_pct, "%")

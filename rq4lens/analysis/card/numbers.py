@@ -34,7 +34,7 @@ def numbers_of(
         return None
     (record,) = records(grid, [grid.single(head.index)])
     stable = {row.head: row for row in (analysis.stability.heads if analysis else ())}
-    row = stable.get(head.index)
+    row, ladders = stable.get(head.index), analysis.ladders if analysis else ()
     return HeadNumbers(
         alpha=grid.settings.patching.alpha,
         kind=analysis.kinds.heads[head.index].kind if analysis else None,
@@ -45,6 +45,7 @@ def numbers_of(
         KL_mapped=record.KL_mapped_mean,
         delta=record.delta,
         drop_pct=record.drop_pct,
+        recovered_pct=ladders[0][f"head{head.index}"].recovered_pct if ladders else {},
         reasons=dict.fromkeys(("kind", "rank_low", "rank_high"), NO_ANALYSIS),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rq4lens.analysis.card.fragment import card_css, card_fragment
@@ -130,6 +131,8 @@ class HeadNumbers(Record):
         KL_mapped: KL of the mapped patch, in nats.
         delta: ``ΔKL``, in nats.
         drop_pct: share of the raw damage that the map repairs.
+        recovered_pct: of what the head tells beyond a constant, how much is there when something
+            else stands in for it at strength 1, by what it is; empty if it was not measured.
     """
 
     alpha: float
@@ -141,6 +144,7 @@ class HeadNumbers(Record):
     KL_mapped: Estimate
     delta: Estimate
     drop_pct: Estimate
+    recovered_pct: Mapping[str, Estimate]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.records import FullEffect, Gap, LayerTransfer
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
-from rq4lens.patching.patch import OTHERS, OWN
-from rq4lens.results import TRANSFERS, GridResult, Transfer
+from rq4lens.results import OTHERS, OWN, TRANSFERS, GridResult, Transfer
 
 QUANTITIES = ("to_base_pct", "to_tuned_pct", "flipped_pct", "as_base_pct")
 """What is said of a head set; the gap of the clean models stands beside it."""

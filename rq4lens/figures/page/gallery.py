@@ -14,6 +14,7 @@ from rq4lens.analysis.records import Agreement, LayerComparison
 from rq4lens.analysis.result import Analysis
 from rq4lens.figures.alphas import alpha_sweep
 from rq4lens.figures.coverage import coverage_curve, method_curves
+from rq4lens.figures.ladder import ladder
 from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
 from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
 from rq4lens.figures.plane import head_plane, map_quality, per_prompt
@@ -47,6 +48,7 @@ def run_figures(
     drawn = {
         "ranking": ranking_bars(grid, analysis=analysis),
         "coverage": coverage_curve(grid, analysis),
+        **({"ladder": ladder(analysis)} if analysis is not None and analysis.ladders else {}),
         "plane": head_plane(grid, analysis),
         "prompts": per_prompt(grid),
     }

@@ -31,7 +31,7 @@
       element.textContent = button.label;
       element.setAttribute("aria-pressed", String(place === figure.active));
       element.addEventListener("click", () => {
-        Plotly.restyle(plot, ...structuredClone(button.args));
+        Plotly[button.method](plot, ...structuredClone(button.args)).then(() => highlight(plot));
         for (const other of group.children) other.setAttribute("aria-pressed", String(other === element));
       });
       group.append(element);
@@ -72,7 +72,7 @@
     const traces = data.figures[plot.dataset.figure].data;
     if (traces.some((trace) => trace.type === "heatmap")) markCells(plot, traces[0]);
     else if (traces.some((trace) => typeof trace.meta === "string")) markLines(plot, traces);
-    else markPoints(plot, traces);
+    else markPoints(plot, plot.data);
   }
 
   function markCells(plot, trace) {
@@ -199,6 +199,17 @@
     return wrapped;
   }
 
+  // Folded sections ------------------------------------------------------------------------------
+
+  function unfold() {
+    const asked = location.hash && byId(decodeURIComponent(location.hash.slice(1)));
+    const folded = asked && (asked.closest("details") ?? asked.querySelector("details.part"));
+    if (folded && !folded.open) {
+      folded.open = true;
+      asked.scrollIntoView();
+    }
+  }
+
   // Start --------------------------------------------------------------------------------------
 
   const wishes = window.matchMedia("(prefers-color-scheme: dark)");
@@ -223,7 +234,10 @@
     { rootMargin: "600px" },
   );
   plots.forEach((plot) => watcher.observe(plot));
+  window.addEventListener("hashchange", unfold);
+  unfold();
   window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("details.part").forEach((part) => { part.open = true; });
     colour(false);
     plots.forEach(draw);
     plots.forEach((plot) => Plotly.relayout(plot, { autosize: false, width: 660 }));

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from plotly.offline import get_plotlyjs
 from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
-from rq4lens.figures.numbers import grid_setting, label_of, shown
+from rq4lens.figures.numbers import grid_setting, label_of, rounded
 from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
-from rq4lens.figures.page.sections import Report, sections
+from rq4lens.figures.page.parts import Report
+from rq4lens.figures.page.sections import sections
+from rq4lens.figures.page.words import WORDS, meaning
 from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
@@ -34,6 +36,7 @@ _TITLE_PX = 34
 _SWITCH_PX = 42
 # The place of a figure in the page's grid, where it is not the usual one.
 _SHAPES = {"layers": "wide", "interactions": "wide", "ranking": "tall"}
+_TALL_PX = 600
 
 
 def report_page(report: Report) -> str:
@@ -53,14 +56,17 @@ def report_page(report: Report) -> str:
         comparison=report.comparison,
         provenance=report.run,
     )
-    figures = {name: page_figure(name, figure) for name, figure in drawn.items()}
+    setting = grid_setting(grid)
+    figures = {name: page_figure(name, figure, setting) for name, figure in drawn.items()}
     plotly, script = get_plotlyjs(), _read("report.js")
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.jinja").render(
         title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
-        setting=grid_setting(grid),
+        setting=setting,
+        words=WORDS,
+        meaning=meaning,
         labels=[grid.label(head) for head in range(grid.n_heads)],
         sections=sections(report),
         figures=figures,
@@ -89,12 +95,15 @@ def write_report(path: Path | str, report: Report) -> Path:
     return path
 
 
-def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
-    """Take a figure apart: the page itself shows title, setting and switch, for every width."""
+def page_figure(name: str, figure: go.Figure, common: Sequence[str] = ()) -> dict[str, Any]:
+    """Take a figure apart: the page itself shows title, caption, setting and switch.
+
+    Of the setting it keeps what does not stand at the top of the page already.
+    """
     drawing = json.loads(figure.to_json())
     layout = drawing["layout"]
     title = layout.pop("title")["text"]
-    setting = layout.pop("meta")["setting"]
+    meta = layout.pop("meta")
     menu = layout.pop("updatemenus", [{}])[0]
     switch_px = _SWITCH_PX if menu else 0
     layout.pop("template", None)
@@ -103,8 +112,9 @@ def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
     return {
         "name": name,
         "title": title,
-        "setting": setting,
-        "shape": _SHAPES.get(name, ""),
+        "caption": meta["caption"],
+        "setting": [part for part in meta["setting"] if part not in common and not _is_rule(part)],
+        "shape": _shape(name, layout["height"]),
         "height_px": layout["height"],
         "drawing": {
             "data": drawing["data"],
@@ -113,6 +123,17 @@ def page_figure(name: str, figure: go.Figure) -> dict[str, Any]:
             "active": menu.get("active"),
         },
     }
+
+
+def _shape(name: str, height_px: int) -> str:
+    """The place of a figure in the grid; a short one leaves no hole beside it."""
+    shape = _SHAPES.get(name, "")
+    return "" if shape == "tall" and height_px < _TALL_PX else shape
+
+
+def _is_rule(part: str) -> bool:
+    """Whether a part of the setting is the rule of the kinds, which the page has once."""
+    return part.startswith(("idle:", "kinds of heads:"))
 
 
 def _without_setting(layout: dict[str, Any]) -> int:
@@ -164,7 +185,8 @@ def _data(report: Report, figures: Mapping[str, dict[str, Any]]) -> dict[str, An
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],
         "numbers": {
-            label_of(single): f"ΔKL {shown(single.delta, 'nats')}" for single in report.singles
+            label_of(single): f"undoes {rounded(single.to_base_pct, '%')}"
+            for single in report.singles
         },
         "prompts": _prompt_data(report),
     }

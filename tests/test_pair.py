@@ -58,10 +58,10 @@ def test_a_vocabulary_of_its_own_is_no_obstacle(tiny_pair):
     words = ("new", "words", *reversed(tuple(word_tokenizer().get_vocab())))
     base, tuned = tiny_pair.base.model, resized(d_vocab=14, d_vocab_out=14)
     members = [
-        PairMember.of(LoadedModel.wrap(base, word_tokenizer())),
-        PairMember.of(LoadedModel.wrap(tuned, word_tokenizer(words))),
+        PairMember.of(base, word_tokenizer()),
+        PairMember.of(tuned, word_tokenizer(words)),
     ]
-    pair = ModelPair("vocabularies", *members, tiny_pair.prompts)
+    pair = ModelPair(*members, tiny_pair.prompts)
     assert pair.tokens("base", "val").token_ids != pair.tokens("tuned", "val").token_ids
     grid = grid_of(pair, fit_maps(pair, [1]), 1, ks=(1,))
     assert grid.full.KL_raw > 0
@@ -140,11 +140,7 @@ def test_another_decision_rule_is_another_token_fingerprint():
     loaded = LoadedModel.wrap(tiny_model(), tokenizer)
     fingerprints = [
         ModelPair(
-            "x",
-            PairMember.of(loaded),
-            PairMember.of(loaded),
-            prompts,
-            reading=Reading(decision_rule=rule),
+            loaded, loaded, prompts, reading=Reading(decision_rule=rule)
         ).token_fingerprint("base", "val")
         for rule in ("last", "last_content")
     ]
@@ -182,7 +178,7 @@ def shelf_pair(keep_both):
         shelf.member("base", tiny_model),
         shelf.member("tuned", lambda: fine_tuned(tiny_model())),
     ]
-    return shelf, ModelPair("shelf", *members, random_prompts(), keep_both=keep_both)
+    return shelf, ModelPair(*members, random_prompts(), keep_both=keep_both)
 
 
 def test_models_that_may_not_stay_together_never_do(tiny_grid):

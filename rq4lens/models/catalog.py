@@ -35,7 +35,7 @@ from rq4lens.models.load.fingerprint import (
 )
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
-from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
+from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side, prompts_left
 from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import Reads, tokenize
@@ -107,18 +107,15 @@ def pair_from(
     """Load the pair that settings name; the base model's card may be cached."""
     devices_of(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
-    prompts = prompts.labelled(reading.group_by, reading.hold_out)
     members = _members(source, place, cache)
     _warn_of_other_base(source)
-    aligned = _aligned(prompts, members, reading)
     return ModelPair(
-        source.name,
         members["base"],
         members["tuned"],
-        aligned,
+        prompts,
+        name=source.name,
         reading=reading,
         keep_both=holds_both(source, place),
-        excluded=prompts.without(aligned.ids).prompts,
     )
 
 
@@ -134,20 +131,7 @@ def _warn_of_other_base(source: PairSource) -> None:
 
 def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
     """The prompts that a run reads: some may be left out as misaligned."""
-    return _aligned(prompts_of(source), _members(source, Place()), reading)
-
-
-def _aligned(prompts: PromptSet, members: Mapping[Side, PairMember], reading: Reading) -> PromptSet:
-    if not reading.exclude_misaligned:
-        return prompts
-    audit = audit_prompts(prompts, _tokenizers(members), reading)
-    aligned = prompts.without(audit.misaligned)
-    if not len(aligned):
-        raise UserError(
-            f"none of the {len(prompts)} prompts is read alike by both models: see why with "
-            "`rq4lens audit`, or choose another decision rule."
-        )
-    return aligned
+    return prompts_left(prompts_of(source), _members(source, Place()), reading)
 
 
 def audit_of(source: PairSource, reading: Reading) -> Audit:
@@ -155,7 +139,7 @@ def audit_of(source: PairSource, reading: Reading) -> Audit:
     prompts, members = prompts_of(source), _members(source, Place())
     shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
     reads = {side: Reads(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
-    tokenizers = _tokenizers(members)
+    tokenizers = {side: member.tokenizer for side, member in members.items()}
     audit = audit_prompts(prompts, tokenizers, reading, reads)
     # A run leaves out what does not align; what a model cannot hold, it refuses.
     misaligned = audit_prompts(prompts, tokenizers, reading).misaligned
@@ -333,10 +317,6 @@ def _members(source: PairSource, place: Place, cache: Path | None = None) -> dic
         "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),
         "tuned": PairMember(partial(_load, tuned, place), partial(_load_tokenizer, tuned)),
     }
-
-
-def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedTokenizerBase]:
-    return {side: member.tokenizer for side, member in members.items()}
 
 
 def _load_tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:

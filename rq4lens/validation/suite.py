@@ -267,8 +267,8 @@ class Suite:
         heads = {str(kind): each for kind, each in chosen.heads.items()}
         model = self.base.model
         planted = unrelated(model, seed) if scenario.unrelated else plant(model, **heads, how=how)
-        base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
-        pair = ModelPair("planted", base, tuned, self._used, reading=given.reading)
+        tuned = planted.loaded(self.base)
+        pair = ModelPair(self.base, tuned, self._used, name="planted", reading=given.reading)
         return Trial.of(scenario, planted, chosen, pair, n_val=given.n_val, alpha=given.alpha)
 
     def _judged(self, scenario: Scenario, number: int) -> Outcome:

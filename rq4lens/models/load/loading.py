@@ -39,6 +39,8 @@ from rq4lens.models.load.size import checkpoint_size, estimate_memory
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 """What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
 
+HOOKED = (HookedTransformer, TransformerBridge)
+
 
 @dataclass(frozen=True)
 class LoadedModel:

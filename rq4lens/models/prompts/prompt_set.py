@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -57,8 +58,9 @@ class PromptSet:
 
         Args:
             source: the path of a JSONL file, a CSV file or a saved Hugging Face dataset; a
-                ``datasets.Dataset`` or ``DatasetDict``; a list of strings, of objects with the keys
-                of a JSONL line, or of :class:`Prompt`; or such lists by split.
+                ``datasets.Dataset`` or ``DatasetDict``; a DataFrame with their columns; a list of
+                strings, of objects with the keys of a JSONL line, or of :class:`Prompt`; or such
+                lists by split.
             split: the split of a list of strings.
 
         Raises:
@@ -70,6 +72,8 @@ class PromptSet:
             return cls._of_records(files.read_records(Path(source)))
         if isinstance(source, list | tuple):
             return cls._of_list(source, split)
+        if isinstance(source, pd.DataFrame):
+            return cls._of_records(files.frame_records(source))
         return cls.from_dataset(source)
 
     @classmethod
@@ -108,7 +112,7 @@ class PromptSet:
         if not isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
             raise UserError(
                 f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
-                "dataset, or a list."
+                "dataset, a DataFrame, or a list."
             )
         return cls._of_records(files.dataset_records(dataset))
 
@@ -209,6 +213,16 @@ class PromptSet:
         """Hash of everything that decides what the models read, in order."""
         values = [prompt.read_values for prompt in self.prompts]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        counts = Counter(prompt.split for prompt in self.prompts)
+        return f"<PromptSet: {', '.join(f'{n} {name}' for name, n in counts.items())} prompts>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a prompt, with the fields that some prompt has."""
+        names = ("id", "split", "text", "group", "content", "answer", "offset", "marker")
+        rows = ({name: getattr(each, name) for name in names} for each in self.prompts)
+        return pd.DataFrame(rows, columns=names).dropna(axis="columns", how="all")
 
     def __len__(self) -> int:
         return len(self.prompts)

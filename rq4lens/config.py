@@ -313,14 +313,14 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
     return RunConfig(**parts)
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path | str) -> RunConfig:
     """Read a TOML file, or the ``run.json`` of a finished run to repeat it.
 
     Raises:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
     """
     try:
-        text = read_regular_file(path)
+        text = read_regular_file(path := Path(path))
     except FileNotFoundError:
         raise UserError(
             f"configuration file {str(path)!r} does not exist: name a TOML file, or the run.json "

@@ -54,6 +54,11 @@ class Patch:
     source: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.heads, HeadSet):
+            raise UserError(
+                f"{self.heads!r} is no HeadSet: write HeadSet.read({self.heads!r}, n_heads, "
+                f"layer={self.layer}), or let rq.patch(pair, layer, heads) read it."
+            )
         if not 0 <= self.alpha <= 1:
             raise UserError(
                 f"alpha {self.alpha} is not a blend strength: give a number from 0 (nothing "

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from rq4lens.analysis.records import LayerChoice, LayerComparison, LayerRow
 from rq4lens.analysis.saved import write_layers
 from rq4lens.analysis.structure.layers import compare_layers
@@ -17,7 +19,7 @@ from rq4lens.jobs.progress import Stage, silent
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import checked_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
-from rq4lens.results import GridResult
+from rq4lens.results import GridResult, Shown
 from rq4lens.screen.tables import sweep_text
 
 _LAYERS = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", re.ASCII)
@@ -27,7 +29,7 @@ WORTH_PCT = 1.0
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Shown):
     """A finished sweep.
 
     Args:
@@ -41,6 +43,14 @@ class Sweep:
     comparison: LayerComparison
     choice: LayerChoice
     summary: str
+
+    def __repr__(self) -> str:
+        choice = self.choice
+        return f"<Sweep of {len(self.grids)} layers: main {choice.main}, control {choice.control}>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a layer."""
+        return self.comparison.to_dataframe()
 
 
 def sweep_layers(

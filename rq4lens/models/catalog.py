@@ -33,7 +33,7 @@ from rq4lens.models.load.fingerprint import (
     checkpoint_fingerprint,
     files_digest,
 )
-from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
+from rq4lens.models.load.loading import HOOKED, LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side, prompts_left
 from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
@@ -52,21 +52,27 @@ SHARE_FOR_WEIGHTS = 0.7
 
 
 def load_pair(
-    name: str | None = None,
-    *,
-    base: str | Path | None = None,
-    tuned: str | Path | None = None,
+    name: Any = None,
+    tuned: Any = None,
     prompts: Any = None,
+    *,
+    base: Any = None,
     reading: Reading | None = None,
     place: Place | None = None,
 ) -> ModelPair:
     """Load a base model, its fine-tune and their prompts.
 
+    >>> import rq4lens as rq
+    >>> rq.load_pair("etiquette")
+    <ModelPair etiquette: 768 train, 320 val, 160 neutral prompts>
+
     Args:
-        name: one of ``rq4lens pairs``, for instance ``"etiquette"``; leave it out for your own
-            pair. What is given beside it replaces what the pair comes with.
-        base: base model: hub id or folder.
+        name: one of ``rq4lens pairs``, for instance ``"etiquette"``; for your own pair leave it
+            out, or give the base model here. What is given beside it replaces what the pair comes
+            with.
         tuned: fine-tuned model: hub id or folder.
+        base: base model: hub id or folder. Two models in memory are a pair, too, see
+            :class:`ModelPair`.
         prompts: a file or folder, a list, or a Hugging Face dataset, as :meth:`PromptSet.of`
             takes them.
         reading: how the prompts are read: where they are decided, and how long they may be.
@@ -78,6 +84,10 @@ def load_pair(
     Raises:
         UserError: if the pair is unknown, something is missing or a model cannot be loaded.
     """
+    if base is None and tuned is not None and name not in preset_names():
+        name, base = None, name
+    if any(isinstance(each, MODELS) for each in (name, base, tuned)):
+        return _in_memory(base, tuned, prompts, reading)
     start = RunConfig() if name is None else preset(name)
     paths = {"base": base, "tuned": tuned}
     if isinstance(prompts, str | Path):
@@ -89,6 +99,19 @@ def load_pair(
         _over(start.place, place),
         prompts=None if prompts is None else PromptSet.of(prompts),
     )
+
+
+MODELS = (*HOOKED, LoadedModel, PairMember)
+"""What is a model already."""
+
+
+def _in_memory(base: Any, tuned: Any, prompts: Any, reading: Reading | None) -> ModelPair:
+    if base is None or tuned is None or prompts is None:
+        raise UserError(
+            "models in memory are a pair with each other and their prompts: write "
+            "rq.ModelPair(base_model, tuned_model, prompts)."
+        )
+    return ModelPair(base, tuned, prompts, reading=reading)
 
 
 def _over(start: S, given: S | None) -> S:

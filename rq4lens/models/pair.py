@@ -146,6 +146,9 @@ class PairMember:
         self.was_loaded = False
         """Whether the weights were ever loaded."""
 
+    def __repr__(self) -> str:
+        return f"<PairMember {self.card.source!r}>" if self.known else "<PairMember, not loaded>"
+
     @classmethod
     def of(cls, model: Given, tokenizer: PreTrainedTokenizerBase | None = None) -> PairMember:
         """A member that is in memory already.
@@ -235,7 +238,7 @@ class ModelPair:
     ...     {"id": each.id, "text": each.text, "split": each.split} for each in shipped.prompts
     ... ]
     >>> rq.ModelPair(base_model, tuned_model, prompts, name="mine")
-    <ModelPair mine: 1536 train, 320 val, 160 neutral prompts>
+    <ModelPair mine: 768 train, 320 val, 160 neutral prompts>
 
     Args:
         base: the base model: a ``HookedTransformer``, a ``TransformerBridge``, or a

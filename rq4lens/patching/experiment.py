@@ -153,6 +153,10 @@ class Experiment:
     ends: Ends
     source_maps: Mapping[tuple[int, str], LayerMap] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"<Experiment on {self.pair!r}: layers {layers}, split {self.split}>"
+
     @property
     def engine(self) -> Engine:
         """Measures interventions on the tuned model."""

@@ -374,6 +374,9 @@ class Effects:
     gap_left_nats: Float64[ndarray, "condition prompt"] | None = None
     answer_is: Float64[ndarray, "condition prompt"] | None = None
 
+    def __repr__(self) -> str:
+        return "<Effects of {} patches on {} prompts>".format(*self.kl_nats.shape)
+
     @property
     def measures(self) -> list[Float64[ndarray, "condition prompt"]]:
         """Those that were measured."""

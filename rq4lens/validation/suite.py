@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -23,6 +23,7 @@ from scipy.stats import binomtest
 from transformer_lens import HookedTransformer
 
 from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
+from rq4lens.analysis.statistics.plain import Rows
 from rq4lens.config import Reading, RunConfig
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
@@ -378,8 +379,8 @@ class FalseAlarms:
         return self.n_alarms / self.n_nulls
 
 
-@dataclass(frozen=True)
-class Validation:
+@dataclass(frozen=True, repr=False)
+class Validation(Rows):
     """What a suite of planted pairs said about the methods.
 
     Args:
@@ -392,6 +393,8 @@ class Validation:
             in which there is nothing to find.
         planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
     """
+
+    ROWS: ClassVar[str] = "recoveries"
 
     settings: Mapping[str, Any]
     recoveries: tuple[Recovery, ...]

@@ -61,8 +61,8 @@ class LoadedModel:
             ``parity.CHECK_TEXTS``, with an adapter not merged; None when the check was not made.
     """
 
-    model: HookedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: HookedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     source: str
     revision: str | None
     dtype: torch.dtype

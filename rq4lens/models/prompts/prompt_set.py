@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +138,21 @@ class PromptSet:
         left_out = frozenset(ids)
         return replace(self, prompts=tuple(p for p in self.prompts if p.id not in left_out))
 
+    def of_ids(self, ids: Sequence[str]) -> PromptSet:
+        """The prompts of these ids, in their order.
+
+        Raises:
+            UserError: if there is none of such an id.
+        """
+        known = {prompt.id: prompt for prompt in self.prompts}
+        for name in [ids] if isinstance(ids, str) else ids:
+            if name not in known:
+                raise UserError(
+                    f"there is no prompt {str(name)[:60]!r}: name ids in a list, such as "
+                    f"{list(known)[:3]}."
+                )
+        return replace(self, prompts=tuple(known[name] for name in ids))
+
     def labelled(self, group_by: Sequence[str], hold_out: str) -> PromptSet:
         """The same prompts, grouped and told apart by other fields.
 
@@ -219,10 +234,13 @@ class PromptSet:
         return f"<PromptSet: {', '.join(f'{n} {name}' for name, n in counts.items())} prompts>"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row a prompt, with the fields that some prompt has."""
-        names = ("id", "split", "text", "group", "content", "answer", "offset", "marker")
-        rows = ({name: getattr(each, name) for name in names} for each in self.prompts)
-        return pd.DataFrame(rows, columns=names).dropna(axis="columns", how="all")
+        """A row a prompt, with the keys of a JSONL line that some prompt has."""
+        table = pd.DataFrame(map(asdict, self.prompts))
+        chats = table["messages"].map(len) > 0
+        table.loc[chats, "text"] = None  # it is made of the messages
+        for name in ("messages", "meta"):
+            table[name] = table[name].where(table[name].map(len) > 0, None)
+        return table.dropna(axis="columns", how="all")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -242,6 +260,9 @@ class TokenizedPrompts:
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<TokenizedPrompts: {len(self)} prompts>"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -267,9 +288,10 @@ class TokenizedPrompts:
         """Batches of prompts of similar length."""
         order = torch.argsort(self.lengths, stable=True)
         for rows in order.split(batch_size):
-            yield self._batch(rows, padding_side)
+            yield self.batch(rows, padding_side)
 
-    def _batch(self, rows: Int[Tensor, "prompt"], padding_side: PaddingSide) -> TokenBatch:
+    def batch(self, rows: Int[Tensor, "prompt"], padding_side: PaddingSide = "right") -> TokenBatch:
+        """The prompts of these places as one batch."""
         sequences = [torch.tensor(self.token_ids[row]) for row in rows.tolist()]
         # The padding id is arbitrary: no position that is read can attend to a padded one.
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)

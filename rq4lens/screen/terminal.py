@@ -84,8 +84,12 @@ def output_problem(probe: str = "") -> str | None:
 
 @contextmanager
 def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None] | None]:
-    """Show a stage of the work while it lasts: a bar where its rows are counted, else a spinner."""
+    """Show a stage of the work while it lasts: a bar where its rows are counted, else a spinner.
+
+    Without a terminal it is one line.
+    """
     if not errors.is_terminal:
+        errors.print(f"rq4lens: {name}{'' if rows is None else f', {rows:,} rows'}")
         yield None
         return
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]

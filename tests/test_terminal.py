@@ -1,4 +1,4 @@
-"""Progress: seen on a terminal, silent everywhere else, and gone when the work is done."""
+"""Progress: seen on a terminal, a line a stage elsewhere, and gone when the work is done."""
 
 import logging
 import os
@@ -28,12 +28,15 @@ def console(monkeypatch):
     return make
 
 
-def test_nothing_is_shown_where_nobody_watches(console):
-    """In a pipe or a log there is no bar, and nothing that would draw one."""
+def test_a_log_has_one_line_a_stage(console):
+    """In a pipe or a log there is no bar, and nothing that would draw one: a stage is one line."""
     text = console(False)
-    with terminal.watched("grid", 10) as progress:
+    with terminal.watched("load") as progress:
         assert progress is None
-    assert text.getvalue() == ""
+        assert text.getvalue() == "rq4lens: load\n"
+    with terminal.watched("grid", 12_800):
+        pass
+    assert text.getvalue() == "rq4lens: load\nrq4lens: grid, 12,800 rows\n"
 
 
 def test_a_terminal_sees_the_work_go_on(console):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from rq4lens import cli
+from rq4lens.errors import UserError
 from rq4lens.screen import terminal
 
 
@@ -33,10 +35,19 @@ def test_a_log_has_one_line_a_stage(console):
     text = console(False)
     with terminal.watched("load") as progress:
         assert progress is None
-        assert text.getvalue() == "rq4lens: load\n"
     with terminal.watched("grid", 12_800):
         pass
-    assert text.getvalue() == "rq4lens: load\nrq4lens: grid, 12,800 rows\n"
+    first, second = text.getvalue().splitlines()
+    assert re.fullmatch(r"rq4lens: load, \d+\.\d s", first)
+    assert re.fullmatch(r"rq4lens: grid, 12,800 rows, \d+\.\d s", second)
+
+
+def test_a_stage_that_fails_leaves_its_sentence_alone(console):
+    """What is said of it is the one sentence that names the fault."""
+    text = console(False)
+    with pytest.raises(UserError), terminal.watched("load"):
+        raise UserError("no such model.")
+    assert text.getvalue() == ""
 
 
 def test_a_terminal_sees_the_work_go_on(console):

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.statistics.bootstrap import Estimate, Spread, undefined
-from rq4lens.analysis.statistics.plain import Rows, to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.heads import Head
 from rq4lens.results import NO_RAW_EFFECT, Record
 
@@ -301,7 +301,7 @@ class HeadStability:
 
 
 @dataclass(frozen=True, repr=False)
-class RankStability(Rows):
+class RankStability(Listed):
     """Stability of a ranking under resampling and splitting of the prompts.
 
     Args:
@@ -415,7 +415,7 @@ class PairInteraction:
 
 
 @dataclass(frozen=True, repr=False)
-class Interactions(Rows):
+class Interactions(Listed):
     """Do heads add up?
 
     Args:
@@ -465,7 +465,7 @@ class LadderRow(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class Ladder(Rows, Record):
+class Ladder(Listed, Record):
     """What replaces heads, at one blend strength and on one split.
 
     Args:
@@ -516,7 +516,7 @@ class HeadKind(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class HeadKinds(Rows, Record):
+class HeadKinds(Listed, Record):
     """The kinds of all heads.
 
     Args:
@@ -603,7 +603,7 @@ class NoisePair(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class DirectionCoverage(Rows):
+class DirectionCoverage(Listed):
     """What the top k heads carry of the gap in one direction, beside random heads.
 
     Args:
@@ -682,7 +682,7 @@ class HeadTest:
 
 
 @dataclass(frozen=True, repr=False)
-class HeadTests(Rows):
+class HeadTests(Listed):
     """Sign-flip tests of everything that was tried.
 
     Args:
@@ -785,7 +785,7 @@ class RankedHead:
 
 
 @dataclass(frozen=True, repr=False)
-class LayerComparison(Rows, Record):
+class LayerComparison(Listed, Record):
     """Everything that compares layers.
 
     Args:

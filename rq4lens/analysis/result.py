@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from rq4lens.analysis import records
 from rq4lens.analysis.statistics.bootstrap import LEVEL
-from rq4lens.analysis.statistics.plain import Rows, to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import AnalysisEffort
 from rq4lens.results import NO_CONTROL_LAYER, GridSettings, HeadRanking, Record
 
@@ -63,7 +63,7 @@ class AnalysisSettings:
 
 
 @dataclass(frozen=True)
-class Analysis(Rows, Record):
+class Analysis(Listed, Record):
     """Everything the analysis adds to a grid.
 
     What needs new measurements (an experiment) is empty or None when only the grid was given.

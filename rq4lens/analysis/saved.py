@@ -13,7 +13,7 @@ import pandas as pd
 
 from rq4lens.analysis.records import ConditionRecord, LayerChoice, LayerComparison
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.plain import Rows, from_json, to_json
+from rq4lens.analysis.statistics.plain import Listed, from_json, to_json
 from rq4lens.disk.files import (
     read_json,
     read_regular_file,
@@ -47,7 +47,7 @@ SHOWN = (
 
 
 @dataclass(frozen=True)
-class Run(Rows):
+class Run(Listed):
     """A finished run of the main job, measured just now or read from its directory.
 
     Args:

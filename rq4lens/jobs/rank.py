@@ -12,7 +12,7 @@ from rq4lens.analysis.rankings.compared import describe_ranking, timed_ranking
 from rq4lens.analysis.rankings.file import ranking_file_rows, read_ranking
 from rq4lens.analysis.rankings.methods import RankingSettings, method_of, methods_of, refuse_unread
 from rq4lens.analysis.records import MethodRow
-from rq4lens.analysis.statistics.plain import Rows, to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import make_directory, write_json_atomic
 from rq4lens.disk.run import ranking_file
@@ -48,7 +48,7 @@ def _write_table(
 
 
 @dataclass(frozen=True, repr=False)
-class RankingJob(Rows):
+class RankingJob(Listed):
     """Rankings of the heads of one layer, each in ``rows`` beside exact single-head ``ΔKL``.
 
     Of the files that were written, the table is the last.

@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 from transformer_lens import HookedTransformer
 
 from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
-from rq4lens.analysis.statistics.plain import Rows
+from rq4lens.analysis.statistics.plain import Listed
 from rq4lens.config import Reading, RunConfig
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
@@ -380,7 +380,7 @@ class FalseAlarms:
 
 
 @dataclass(frozen=True, repr=False)
-class Validation(Rows):
+class Validation(Listed):
     """What a suite of planted pairs said about the methods.
 
     Args:

@@ -87,7 +87,7 @@ def frame_of(records: Iterable[Any]) -> pd.DataFrame:
     return pd.json_normalize([to_json(record) for record in records], sep="_")
 
 
-class Rows(Shown):
+class Listed(Shown):
     """A result whose table has a row for each record in one of its fields."""
 
     ROWS: ClassVar[str]

@@ -151,7 +151,7 @@ class HeadSet:
         return ",".join(_runs(self.indices))
 
 
-Heads: TypeAlias = HeadSet | str | SupportsIndex | Iterable[SupportsIndex | str | Head]
+Heads: TypeAlias = HeadSet | Head | str | SupportsIndex | Iterable[SupportsIndex | str | Head]
 """What can name heads of a layer."""
 
 
@@ -160,8 +160,9 @@ def head_sets(given: Heads | Iterable[Heads], n_heads: int, layer: int) -> list[
     if isinstance(given, HeadSet | str) or not isinstance(given, Iterable):
         return [HeadSet.read(given, n_heads, layer)]
     several = list(given)
-    if several and all(isinstance(each, SupportsIndex | Head) for each in several):
-        return [HeadSet.read(several, n_heads, layer)]
+    single = [each for each in several if isinstance(each, SupportsIndex | Head)]
+    if single and len(single) == len(several):
+        return [HeadSet.read(single, n_heads, layer)]
     return [HeadSet.read(each, n_heads, layer) for each in several]
 
 

@@ -129,13 +129,21 @@ def test_help_starts_with_what_everyone_needs():
             title = line
         elif line.startswith("  --"):
             panels.setdefault(title, []).append(line.split()[0])
-    assert panels["Options:"] == ["--pair", "--base", "--tuned", "--prompts", "--layer", "--own"]
+    assert panels["Options:"] == [
+        "--pair",
+        "--base",
+        "--tuned",
+        "--prompts",
+        "--layer",
+        "--own",
+        "--help",
+    ]
     assert list(panels)[1:] == ["Pair:", "Prompts:", "Patch:", "Effort:", "Place:"]
     parts = [PARTS[name] for name in ("pair", "reading", "patching", "effort", "place")]
     for part, flags in zip(parts, list(panels.values())[1:], strict=True):
         assert set(flags) <= {f"--{key.replace('_', '-')}" for key in part.by_file_key()}
     listed = [flag for flags in panels.values() for flag in flags]
-    assert len(listed) == len(set(listed)) == len(SETTINGS)  # `about` is none, `own` is one
+    assert len(listed) == len(set(listed)) == len(SETTINGS) + 1  # not `about`, but two others
 
 
 def test_commands_on_a_pair_take_a_file():

@@ -193,7 +193,7 @@ def _as_given(config: RunConfig, pair: ModelPair) -> RunConfig:
     place = config.place.but(dtype=pair.tuned.card.dtype)
     if pair.tuned.is_loaded:
         place = place.but(device=str(next(pair.tuned.model.parameters()).device))
-    changes = {"pair": PairSource(name=pair.name), "reading": pair.reading, "place": place}
+    changes = {"pair": PairSource(pair=pair.name), "reading": pair.reading, "place": place}
     return config.model_copy(update=changes)
 
 

@@ -26,7 +26,7 @@ from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.heads import Head
 from rq4lens.models.catalog import load_pair
-from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
@@ -160,8 +160,7 @@ class Bench:
     ) -> MeasuredSets:
         """The planted pair's layer, nothing measured yet."""
         loaded = self.base_pair.use("base").loaded
-        members = [PairMember.of(loaded), PairMember.of(pair.loaded(loaded))]
-        both = ModelPair("planted", *members, self.prompts)
+        both = ModelPair(loaded, pair.loaded(loaded), self.prompts)
         maps = fit_maps(both, [layer]) if map_kind is None else fit_maps(both, [layer], map_kind)
         return MeasuredSets.of(prepare(both, maps), layer, ALPHA)
 

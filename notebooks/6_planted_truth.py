@@ -58,9 +58,7 @@ print(f"largest logit:             {float(before.abs().max()):.1g}")
 # The planted copy is paired with the model it was made from, and the usual job is run.
 
 # %%
-pair = rq.ModelPair(
-    "planted", rq.PairMember.of(base), rq.PairMember.of(planted.loaded(base)), given.prompts
-)
+pair = rq.ModelPair(base, planted.loaded(base), given.prompts, name="planted")
 maps = rq.fit_maps(pair, layers=[1])
 run = rq.run_grid(pair, maps, layer=1, control_layer=None, alpha=0.3)
 rq.figures.head_plane(run)

@@ -27,7 +27,15 @@ from rq4lens.cluster.many import Many
 from rq4lens.config import PARTS, PairSource, Reading, RunConfig, preset, preset_names, preset_text
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.errors import UserError
-from rq4lens.screen.options import IgSteps, RankingFiles, RankOut, Target, takes_config
+from rq4lens.screen.options import (
+    DIRECTORY,
+    IgSteps,
+    Paneled,
+    RankingFiles,
+    RankOut,
+    Target,
+    takes_config,
+)
 from rq4lens.screen.terminal import (
     errors,
     kept_when_stopped,
@@ -48,6 +56,8 @@ app = typer.Typer(
 
 EVERY_PART = tuple(PARTS.values())
 
+OWN_PAIR = "--base BASE --tuned TUNED --prompts prompts.jsonl"
+
 UNUSABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENOTDIR,
 )  # fmt: skip
@@ -59,7 +69,10 @@ ANALYSIS = ("analysis", "random_sizes")
 *_others, _last = METHODS
 METHOD_HELP = f"{', '.join(_others)} or {_last}; several with commas, or ALL."
 
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run directory.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Run directory.", rich_help_panel=DIRECTORY),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
 
 
@@ -96,17 +109,27 @@ def demo(
     _run(preset("etiquette"), out, fresh=False, replace=False)
 
 
-@app.command()
+@app.command(cls=Paneled, epilog=f"Example: rq4lens run {OWN_PAIR} --layer 26 --out runs/mine")
 @takes_config(*EVERY_PART, config_file=True)
 def run(
     config: RunConfig,
     out: Out = None,
     fresh: Fresh = False,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace a finished run of other settings.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Replace a finished run of other settings.",
+            rich_help_panel=DIRECTORY,
+        ),
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what memory it will take; measure nothing.")
+        bool,
+        typer.Option(
+            "--plan",
+            help="Say what memory it will take; measure nothing.",
+            rich_help_panel=DIRECTORY,
+        ),
     ] = False,
     shard: Shard = None,
     cluster: OnCluster = None,
@@ -134,11 +157,20 @@ def run(
         _run(config, directory, fresh, replace)
 
 
-@app.command()
-@takes_config(*EVERY_PART, without=("control_layer", "k", "random_seeds", "rank_by", *ANALYSIS))
+@app.command(
+    cls=Paneled, epilog="Example: rq4lens patch --pair etiquette --heads L1H0,L1H2 --alpha 1"
+)
+@takes_config(
+    *EVERY_PART,
+    without=("control_layer", "k", "random_seeds", "rank_by", *ANALYSIS),
+    config_file=True,
+)
 def patch(
     config: RunConfig,
-    heads: Annotated[str, typer.Option(help="Head set: '3,7,12', '0-3,8', ALL or NONE.")] = "ALL",
+    heads: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="Head set: '3,7,12', '0-3,8', 'L1H3', ALL or NONE."),
+    ] = "ALL",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the record as JSON.")
     ] = None,
@@ -203,7 +235,7 @@ def head(
         output.print(card_text(card), end="")
 
 
-@app.command()
+@app.command(cls=Paneled, epilog="Example: rq4lens rank --pair etiquette --method delta,shapley")
 @takes_config(
     *EVERY_PART,
     without=("control_layer", "random_seeds", "rank_by", *ANALYSIS),
@@ -211,7 +243,7 @@ def head(
 )
 def rank(
     config: RunConfig,
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "delta",
+    method: Annotated[str, typer.Option(metavar="LIST", help=METHOD_HELP)] = "delta",
     file: RankingFiles = None,
     target: Target = None,
     ig_steps: IgSteps = None,
@@ -237,7 +269,7 @@ def rank(
         output.print(f"written to {path}")
 
 
-@app.command()
+@app.command(cls=Paneled, epilog=f"Example: rq4lens sweep {OWN_PAIR} --layers 20-31")
 @takes_config(*EVERY_PART, without=("layer", "control_layer", *ANALYSIS), config_file=True)
 def sweep(
     config: RunConfig,
@@ -272,7 +304,7 @@ app.command()(study)
 app.command()(merge)
 
 
-@app.command()
+@app.command(cls=Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
 @takes_config(PairSource, Reading, config_file=True)
 def audit(
     config: RunConfig,
@@ -354,15 +386,16 @@ def verify(
     raise typer.Exit(0 if verification.passed else 1)
 
 
-@app.command()
+@app.command(cls=Paneled, epilog="Example: rq4lens validate --base BASE --prompts prompts.jsonl")
 @takes_config(
     *(PairSource, Reading, "alpha", "device", "dtype", "seed"),
     without=("tuned", "tuned_revision", "exclude_misaligned"),
+    config_file=True,
     default_pair="etiquette",
 )
 def validate(
     config: RunConfig,
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "ALL",
+    method: Annotated[str, typer.Option(metavar="LIST", help=METHOD_HELP)] = "ALL",
     layer: Annotated[
         int | None, typer.Option(min=0, help="Plant in this layer; in a drawn one if left out.")
     ] = None,

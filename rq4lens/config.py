@@ -205,7 +205,7 @@ class Place(Settings):
     engine: Literal["suffix", "cached", "hooks"] = setting(
         "suffix", "fast engines, or hooks, the reference"
     )
-    device: str = setting("auto", "cpu, cuda, cuda:1 and so on, mps, or auto")
+    device: str = setting("auto", "where the models are: cpu, cuda, cuda:1 and so on, mps, or auto")
     n_devices: int = setting(1, "over how many GPUs each model is spread", ge=1)
     device_map: str | None = setting(
         None, "GPUs that each model is spread over, as cuda:0,cuda:2, or auto"
@@ -313,12 +313,13 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
     return RunConfig(**parts)
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path | str) -> RunConfig:
     """Read a TOML file, or the ``run.json`` of a finished run to repeat it.
 
     Raises:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
     """
+    path = Path(path)
     try:
         text = read_regular_file(path)
     except FileNotFoundError:

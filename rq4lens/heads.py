@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeAlias
 
 from rq4lens.errors import UserError
 
@@ -85,8 +85,37 @@ class HeadSet:
         return cls((), n_heads)
 
     @classmethod
-    def parse(cls, spec: str, n_heads: int) -> HeadSet:
+    def read(cls, heads: Heads, n_heads: int, layer: int) -> HeadSet:
+        """Heads of a layer as Python users name them.
+
+        >>> str(HeadSet.read("L1H0,L1H2", n_heads=16, layer=1))
+        '0,2'
+
+        Args:
+            heads: a head set, a spec as :meth:`parse` reads it, an index, or indices and labels.
+            n_heads: number of heads of the layer.
+            layer: the layer, which labels must name.
+
+        Raises:
+            UserError: if they cannot be read, or are heads of another layer.
+        """
+        if isinstance(heads, HeadSet):
+            return heads
+        if isinstance(heads, str):
+            return cls.parse(heads, n_heads, layer)
+        each = heads if isinstance(heads, Iterable) else [heads]
+        try:
+            return cls.of((_index(head, layer) for head in each), n_heads)
+        except TypeError:
+            raise UserError(
+                f"{_shown(str(heads))} is no head set: give heads as '0,2', [0, 2] or 'L1H0'."
+            ) from None
+
+    @classmethod
+    def parse(cls, spec: str, n_heads: int, layer: int | None = None) -> HeadSet:
         """Read ``"3,7,12"``, ``"0-3,8"``, ``"ALL"`` or ``"NONE"`` (case does not matter).
+
+        Where the layer is known, labels such as ``"L1H3"`` are read, too.
 
         Raises:
             UserError: if the spec is empty, has a word or sign in it, names a range backwards,
@@ -97,7 +126,7 @@ class HeadSet:
             return cls.all(n_heads)
         if word == "NONE":
             return cls.none(n_heads)
-        heads = (head for part in spec.split(",") for head in _parse_part(part, spec))
+        heads = (head for part in spec.split(",") for head in _parse_part(part, spec, layer))
         return cls.of(heads, n_heads)
 
     @property
@@ -122,12 +151,43 @@ class HeadSet:
         return ",".join(_runs(self.indices))
 
 
-def _parse_part(part: str, spec: str) -> range:
+Heads: TypeAlias = HeadSet | Head | str | SupportsIndex | Iterable[SupportsIndex | str | Head]
+"""What can name heads of a layer."""
+
+
+def head_sets(given: Heads | Iterable[Heads], n_heads: int, layer: int) -> list[HeadSet]:
+    """Several head sets of a layer, or one: indices alone, as ``[0, 2]``, are one set."""
+    if isinstance(given, HeadSet | str) or not isinstance(given, Iterable):
+        return [HeadSet.read(given, n_heads, layer)]
+    several = list(given)
+    single = [each for each in several if isinstance(each, SupportsIndex | Head)]
+    if single and len(single) == len(several):
+        return [HeadSet.read(single, n_heads, layer)]
+    return [HeadSet.read(each, n_heads, layer) for each in several]
+
+
+def _index(head: SupportsIndex | str | Head, layer: int) -> int:
+    """The index of a head of the layer."""
+    if not isinstance(head, str | Head):
+        return operator.index(head)
+    named = head if isinstance(head, Head) else Head.parse(head)
+    if named.layer != layer:
+        raise UserError(
+            f"head {named} is not of layer {layer}, which is patched: name heads of that layer, "
+            "or patch the other one."
+        )
+    return named.index
+
+
+def _parse_part(part: str, spec: str, layer: int | None) -> range:
+    if layer is not None and _LABEL.fullmatch(label := part.strip().upper()):
+        head = _index(label, layer)
+        return range(head, head + 1)
     match = _RANGE.fullmatch(part.strip()) if len(part) <= 64 else None
     if match is None:
         raise UserError(
             f"cannot read {_shown(part)} in head set {_shown(spec)}: write heads as '3,7,12', "
-            "'0-3,8', 'ALL' or 'NONE'."
+            "'0-3,8', 'L1H3', 'ALL' or 'NONE'."
         )
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:

@@ -7,6 +7,7 @@ the prompts of the split.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -44,6 +45,30 @@ class Record:
         reasons = {**self.BECAUSE, **self.reasons}
         needed = {n: reason for n, reason in reasons.items() if _has_none(getattr(self, n))}
         object.__setattr__(self, "reasons", needed)
+
+
+class Shown(ABC):
+    """A result that a notebook shows as a table."""
+
+    @abstractmethod
+    def to_dataframe(self) -> pd.DataFrame:
+        """The result as a table."""
+
+    def _repr_html_(self) -> str:
+        return table_html(self.to_dataframe())
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """A table as a notebook shows it: three digits, and no reasons for what is undefined."""
+    shown = [name for name in table if not str(name).endswith("_reason")]
+    html: str = table[shown].to_html(
+        index=False, float_format="{:.3g}".format, na_rep="", max_rows=SHOWN_ROWS
+    )
+    return html
+
+
+SHOWN_ROWS = 60
+"""A notebook shows no more rows of a table."""
 
 
 def _has_none(value: Any) -> bool:
@@ -193,7 +218,7 @@ EVERY, EVERY_LAYER = "every_layer", -1
 
 
 @dataclass(frozen=True)
-class ConditionResult:
+class ConditionResult(Shown):
     """One condition of the grid: a head set patched at one layer, raw and mapped.
 
     Args:
@@ -214,6 +239,22 @@ class ConditionResult:
     raw: PatchRow
     mapped: PatchRow
     transfer: Transfer | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<ConditionResult {self.cond} of layer {self.layer}, heads {self.heads}, alpha "
+            f"{self.alpha:g}: KL_raw {self.KL_raw:.3g}, KL_mapped {self.KL_mapped:.3g} nats>"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a prompt, in nats."""
+        return pd.DataFrame(
+            {
+                "KL_raw": self.kl_raw_nats,
+                "KL_mapped": self.kl_mapped_nats,
+                "delta": self.delta_nats,
+            }
+        )
 
     @property
     def rows(self) -> tuple[PatchRow, ...]:
@@ -257,7 +298,7 @@ class ConditionResult:
 
 
 @dataclass(frozen=True)
-class HeadRanking(Record):
+class HeadRanking(Record, Shown):
     """Heads of one layer, best first.
 
     Args:
@@ -327,6 +368,22 @@ class HeadRanking(Record):
             settings=dict(settings or {}),
         )
 
+    def __repr__(self) -> str:
+        best = ", ".join(Head(self.layer, head).label for head in self.top(4))
+        return f"<HeadRanking of {self.n_heads} heads by {self.method}: {best}, ...>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a head, best first."""
+        errors = self.standard_errors or [None] * self.n_heads
+        return pd.DataFrame(
+            {
+                "rank": range(1, self.n_heads + 1),
+                "head": [Head(self.layer, head).label for head in self.heads],
+                self.method: self.scores,
+                "standard_error": errors,
+            }
+        )
+
     @property
     def n_heads(self) -> int:
         """Number of ranked heads."""
@@ -352,7 +409,7 @@ class HeadRanking(Record):
 
 
 @dataclass(frozen=True)
-class GridResult:
+class GridResult(Shown):
     """All conditions of one run of the main job, with every prompt's own numbers.
 
     Args:
@@ -383,10 +440,6 @@ class GridResult:
             f"alpha {settings.patching.alpha:g}: {len(self.conditions)} conditions, "
             f"{self.n_prompts} {settings.patching.split} prompts>"
         )
-
-    def _repr_html_(self) -> str:
-        html: str = self.to_dataframe().to_html(index=False, float_format="{:.3g}".format)
-        return html
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row a condition: its heads and means over prompts, in nats and percent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,11 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.Popen:
         text=True,
         **options,
     )
+
+
+STAGE = re.compile(r"rq4lens: [\w ]+(, [\d,]+ rows)?, \d+\.\d s\n")
+
+
+def without_stages(err):
+    """What a command says on stderr besides the stages that it finished."""
+    return "".join(line for line in err.splitlines(keepends=True) if not STAGE.fullmatch(line))

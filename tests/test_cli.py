@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pair_on_disk import write_config, write_pair
+from pair_on_disk import without_stages, write_config, write_pair
 
 from rq4lens import __version__, cli
 from rq4lens.analysis.rankings.methods import METHODS
@@ -24,7 +24,7 @@ COMMANDS = (
 
 @pytest.fixture
 def rq4lens(tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty folder: exit code, what was printed, and the error text."""
+    """Runs a command in an empty folder: exit code, what was printed, and what stderr says."""
     here = tmp_path / "empty"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -35,7 +35,7 @@ def rq4lens(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         out, err = capsys.readouterr()
-        return stopped.value.code, out, err
+        return stopped.value.code, out, without_stages(err)
 
     yield run
     logging.captureWarnings(False)

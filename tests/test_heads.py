@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rq4lens.errors import UserError
-from rq4lens.heads import Head, HeadSet
+from rq4lens.heads import Head, HeadSet, head_sets
 
 sets = st.integers(1, 40).flatmap(
     lambda n: st.builds(HeadSet.of, st.lists(st.integers(0, n - 1)), st.just(n))
@@ -148,3 +148,47 @@ def test_a_head_is_read_from_its_label():
     for text in ("", "L9", "9H6", "L9H6 ", "L٣H1", "L9H6\n"):
         with pytest.raises(UserError, match="is no head"):
             Head.parse(text)
+
+
+# --- as Python users name them
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        *("0,2", "L1H0,L1H2", "l1h0, 2", [0, 2], (2, 0), {0, 2}, ["L1H2", 0]),
+        *([Head(1, 0), Head(1, 2)], np.array([0, 2]), HeadSet.of([0, 2], 4)),
+    ],
+    ids=str,
+)
+def test_heads_are_read_as_python_users_name_them(heads):
+    """A spec, labels, indices and heads name one set, by itself or in a list of sets."""
+    expected = HeadSet.of([0, 2], 4)
+    assert HeadSet.read(heads, 4, layer=1) == expected
+    assert head_sets(heads, 4, layer=1) == [expected] or isinstance(heads, list)
+    assert head_sets([heads, "ALL"], 4, layer=1) == [expected, HeadSet.all(4)]
+
+
+def test_indices_alone_are_one_set():
+    """`[0, 2]` is one head set, `["0", "2"]` and `[[0], [2]]` are two, and nothing is none."""
+    one, other = HeadSet.of([0], 4), HeadSet.of([2], 4)
+    assert head_sets([0, 2], 4, layer=1) == [HeadSet.of([0, 2], 4)]
+    assert head_sets(["0", "2"], 4, layer=1) == head_sets([[0], [2]], 4, layer=1) == [one, other]
+    assert head_sets(2, 4, layer=1) == [other]
+    assert head_sets([], 4, layer=1) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ("L2H0", "head L2H0 is not of layer 1"),
+        ([Head(0, 1)], "head L0H1 is not of layer 1"),
+        ("L1H4", "head 4 does not exist"),
+        ("two", "cannot read 'two'"),
+        (["nope"], "'nope' is no head"),
+    ],
+)
+def test_what_names_no_heads_is_refused(heads, said):
+    """A head of another layer is never patched in this one; nothing else ends in a riddle."""
+    with pytest.raises(UserError, match=said):
+        HeadSet.read(heads, 4, layer=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH
+from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH, prepared
 
 from rq4lens.config import Place
 from rq4lens.errors import UserError
@@ -16,6 +16,7 @@ from rq4lens.patching.patch import (
     blend,
     next_token_effects,
 )
+from rq4lens.patching.patched import patch
 
 PATCH = (Patch(MAIN, HeadSet.of([1], TINY_HEADS), ALPHA, "raw"),)
 
@@ -306,3 +307,78 @@ def test_progress_counts_every_row(model, prompts):
         [PATCH, ()], sources(), counted.append
     )
     assert sum(counted) == 2 * len(prompts)
+
+
+# --- to look at
+
+
+@pytest.mark.parametrize("source", ["raw", "mapped", "constant", "shifted", "output", "self"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_what_is_looked_at_is_what_is_measured(tiny_pair, tiny_maps, prompts, ready, source):
+    """The logits of a patched forward pass have the divergence that the experiment measures."""
+    experiment = prepared(tiny_pair, tiny_maps)
+    heads = HeadSet.of([0, 2], TINY_HEADS)
+    expected = experiment.effects([Patch(MAIN, heads, ALPHA, source)]).kl_nats[0]
+    clean = HookEngine(tiny_pair.tuned.model, prompts).clean_log_probs()
+    with patch(experiment if ready else tiny_pair, MAIN, "0,2", ALPHA, source) as patched:
+        kl_nats, _ = next_token_effects(patched.logits(), clean)
+        assert patched.prompts.ids == prompts.ids
+    assert kl_nats.numpy() == pytest.approx(expected, abs=1e-6)
+    assert source == "self" or expected.max() > 1e-5
+
+
+def test_a_patched_model_is_run_on_its_tokens(tiny_pair):
+    """Its tokens are those of the prompts named, in that order; base z stands where it should."""
+    ids = tiny_pair.prompts.split("val").ids[5:2:-1]
+    base, tuned = tiny_pair.base.model, tiny_pair.tuned.model
+    rows = torch.arange(3)
+    with patch(tiny_pair, MAIN, "L1H3", prompts=ids) as patched:
+        logits, cache = patched.model.run_with_cache(patched.tokens)
+        assert torch.allclose(logits[rows, patched.decision], patched.logits())
+        table = patched.to_dataframe()
+    assert list(table["id"]) == list(patched.prompts.ids) == list(ids)
+    assert list(table["text"]) == list(patched.prompts.texts)
+    z = cache[z_site(MAIN)][rows, patched.decision]
+    own, other = (
+        each.run_with_cache(patched.tokens)[1][z_site(MAIN)][rows, patched.decision]
+        for each in (tuned, base)
+    )
+    assert torch.allclose(z[:, 3], other[:, 3], atol=1e-6)
+    assert torch.allclose(z[:, :3], own[:, :3], atol=1e-6)
+    assert not torch.allclose(own[:, 3], other[:, 3], atol=1e-2)
+
+
+def test_tuned_activations_go_into_the_base_model(tiny_pair):
+    """Source `tuned` patches the other way round."""
+    with patch(tiny_pair, MAIN, "ALL", source="tuned") as patched:
+        assert patched.model is tiny_pair.base.model
+        changed = patched.logits()
+    clean = forward_batch(tiny_pair.base.model, patched.batch)
+    assert not torch.allclose(changed, clean[torch.arange(16), patched.decision], atol=1e-2)
+
+
+def test_a_patch_that_is_over_is_over(tiny_pair):
+    """No hook stays, also after an exception, and logits are not read from the clean model."""
+    with pytest.raises(ZeroDivisionError), patch(tiny_pair, MAIN, [0]) as patched:
+        assert len(hooks_of(tiny_pair.tuned.model)) == 1
+        raise ZeroDivisionError
+    assert hooks_of(tiny_pair.tuned.model) == []
+    assert "(off)" in repr(patched)
+    with pytest.raises(UserError, match="the patch is off"):
+        patched.logits()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"layer": 9}, "layer 9 does not exist"),
+        ({"heads": "L0H1"}, "head L0H1 is not of layer 1"),
+        ({"alpha": 2.0}, "alpha 2.0 is not a blend strength"),
+        ({"source": "nope"}, "no activations for source 'nope'"),
+        ({"prompts": ["nope"]}, "there is no prompt 'nope': name ids in a list"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_named(tiny_pair, asked, said):
+    """One sentence says what is wrong."""
+    with pytest.raises(UserError, match=said), patch(tiny_pair, **{"layer": 1, "heads": 0} | asked):
+        pass

@@ -30,7 +30,7 @@ from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import Place
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head, HeadSet
-from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, forward_batch
 from rq4lens.patching.engines.choice import make_engine
@@ -260,8 +260,8 @@ def test_rotated_heads_of_the_built_in_model_are_found_and_explained(etiquette):
     prompts = PromptSet(
         etiquette.prompts.split("train").prompts[:200] + etiquette.prompts.split("val").prompts[:24]
     )
-    tuned = PairMember.of(planted.loaded(etiquette.base.loaded))
-    pair = ModelPair("gauge", etiquette.base, tuned, prompts)
+    tuned = planted.loaded(etiquette.base.loaded)
+    pair = ModelPair(etiquette.base, tuned, prompts)
     assert_gauge_law(planted, pair, 1, 4, "suffix")
 
 

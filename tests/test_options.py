@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from rq4lens.cli import app
 from rq4lens.config import PARTS, SETTINGS, Reading, RunConfig, config_from, preset
 from rq4lens.errors import UserError
-from rq4lens.screen.options import takes_config
+from rq4lens.screen.options import Paneled, takes_config
 
 
 def read(*arguments, **how):
@@ -87,22 +87,68 @@ def test_a_command_takes_parts_or_single_settings():
     def command(config: RunConfig) -> None:
         """Do nothing with it."""
 
-    names = {"decision_rule", "max_tokens", "exclude_misaligned", "alpha"}
+    names = set(Reading.by_file_key()) - {"marker"} | {"alpha"}
     assert set(inspect.signature(command).parameters) == names
+
+
+def help_of(*parts):
+    """What `--help` says of a command with these settings."""
+    app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+    @app.command(cls=Paneled)
+    @takes_config(*parts)
+    def command(config: RunConfig, own: str = "x") -> None:
+        """Do nothing with it."""
+
+    return CliRunner().invoke(app, ["--help"]).output
 
 
 def test_help_shows_values_and_defaults():
     """Each option says what it means, which values it takes and what it is when left out."""
-    app = typer.Typer(rich_markup_mode=None)
-
-    @app.command()
-    @takes_config("alpha", "rank_by", "k", "keep_both")
-    def command(config: RunConfig) -> None:
-        """Do nothing with it."""
-
-    text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
-    assert "--alpha VALUE Blend strength, from 0 to 1. [default: 0.3]" in text
+    text = " ".join(help_of("alpha", "rank_by", "k", "keep_both", "base", "seed").split())
+    assert "--alpha FLOAT Blend strength, from 0 to 1. [default: 0.3]" in text
     assert "--rank-by delta|drop_pct" in text
     assert "--k LIST" in text
+    assert "--base PATH" in text
+    assert "--seed INT" in text
     assert "[default: 1,2,4,8]" in text
     assert "--keep-both / --no-keep-both" in text or "--keep-both/--no-keep-both" in text
+
+
+def test_a_value_with_a_bar_is_not_read_as_two():
+    """Where the values themselves hold `|`, they are quoted, and it does not part them."""
+    text = " ".join(help_of("kl_direction").split())
+    assert "--kl-direction 'patched||clean' or 'clean||patched'" in text
+
+
+def test_help_starts_with_what_everyone_needs():
+    """Pair, models, prompts and layer first; every other setting in the panel of its part."""
+    panels, title = {}, ""
+    for line in help_of(*PARTS.values()).splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            title = line
+        elif line.startswith("  --"):
+            panels.setdefault(title, []).append(line.split()[0])
+    assert panels["Options:"] == [
+        "--pair",
+        "--base",
+        "--tuned",
+        "--prompts",
+        "--layer",
+        "--own",
+        "--help",
+    ]
+    assert list(panels)[1:] == ["Pair:", "Prompts:", "Patch:", "Effort:", "Place:"]
+    parts = [PARTS[name] for name in ("pair", "reading", "patching", "effort", "place")]
+    for part, flags in zip(parts, list(panels.values())[1:], strict=True):
+        assert set(flags) <= {f"--{key.replace('_', '-')}" for key in part.by_file_key()}
+    listed = [flag for flags in panels.values() for flag in flags]
+    assert len(listed) == len(set(listed)) == len(SETTINGS) + 1  # not `about`, but two others
+
+
+def test_commands_on_a_pair_take_a_file():
+    """`run`, `rank`, `patch`, `sweep`, `audit` and `validate` start from the same CONFIG."""
+    for name in ("run", "rank", "patch", "sweep", "audit", "validate"):
+        command = typer.main.get_command(app).commands[name]
+        assert "config" in [each.name for each in command.params]
+        assert "Example: rq4lens " in (command.epilog or "")

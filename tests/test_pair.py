@@ -1,8 +1,13 @@
 """A pair is two models whose heads can be compared, and knows what made it."""
 
 import gc
+import os
+import re
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +23,12 @@ from tiny import (
 )
 from transformer_lens import HookedTransformer
 
-from rq4lens.config import Reading, config_from
+from rq4lens.config import Effort, Patching, Reading, RunConfig, config_from
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.run import run
+from rq4lens.jobs.sweep import sweep_layers
+from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import (
     ModelCard,
@@ -29,6 +37,8 @@ from rq4lens.models.pair import (
     config_fingerprint,
     tokenizer_fingerprint,
 )
+from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.models.prompts.record import Prompt
 from rq4lens.patching.maps.fitting import fit_maps
 
 
@@ -58,10 +68,10 @@ def test_a_vocabulary_of_its_own_is_no_obstacle(tiny_pair):
     words = ("new", "words", *reversed(tuple(word_tokenizer().get_vocab())))
     base, tuned = tiny_pair.base.model, resized(d_vocab=14, d_vocab_out=14)
     members = [
-        PairMember.of(LoadedModel.wrap(base, word_tokenizer())),
-        PairMember.of(LoadedModel.wrap(tuned, word_tokenizer(words))),
+        PairMember.of(base, word_tokenizer()),
+        PairMember.of(tuned, word_tokenizer(words)),
     ]
-    pair = ModelPair("vocabularies", *members, tiny_pair.prompts)
+    pair = ModelPair(*members, tiny_pair.prompts)
     assert pair.tokens("base", "val").token_ids != pair.tokens("tuned", "val").token_ids
     grid = grid_of(pair, fit_maps(pair, [1]), 1, ks=(1,))
     assert grid.full.KL_raw > 0
@@ -139,13 +149,9 @@ def test_another_decision_rule_is_another_token_fingerprint():
     tokenizer.add_special_tokens({"eos_token": prompts.split("val").texts[0].split()[-1]})
     loaded = LoadedModel.wrap(tiny_model(), tokenizer)
     fingerprints = [
-        ModelPair(
-            "x",
-            PairMember.of(loaded),
-            PairMember.of(loaded),
-            prompts,
-            reading=Reading(decision_rule=rule),
-        ).token_fingerprint("base", "val")
+        ModelPair(loaded, loaded, prompts, reading=Reading(decision_rule=rule)).token_fingerprint(
+            "base", "val"
+        )
         for rule in ("last", "last_content")
     ]
     assert fingerprints[0] != fingerprints[1]
@@ -182,7 +188,7 @@ def shelf_pair(keep_both):
         shelf.member("base", tiny_model),
         shelf.member("tuned", lambda: fine_tuned(tiny_model())),
     ]
-    return shelf, ModelPair("shelf", *members, random_prompts(), keep_both=keep_both)
+    return shelf, ModelPair(*members, random_prompts(), keep_both=keep_both)
 
 
 def test_models_that_may_not_stay_together_never_do(tiny_grid):
@@ -230,3 +236,133 @@ def test_releasing_what_was_never_loaded_loads_nothing():
     shelf = Shelf()
     shelf.member("base", tiny_model).release()
     assert shelf.loads == []
+
+
+# --- in memory
+
+
+def with_tokenizer(model):
+    """A model as TransformerLens gives it, its tokenizer with it."""
+    model.tokenizer = word_tokenizer()
+    return model
+
+
+def as_dicts(prompts):
+    return [
+        {"id": each.id, "text": each.text, "split": each.split}
+        | ({} if each.group is None else {"group": each.group})
+        for each in prompts
+    ]
+
+
+@pytest.mark.parametrize("form", [lambda p: p, as_dicts, PromptSet.to_dataframe])
+@pytest.mark.parametrize("make", [ModelPair, load_pair])
+def test_two_models_in_memory_are_a_pair(tiny_grid, tiny_pair, make, form):
+    """Models as they are, and prompts in whatever holds them, give the numbers of the pair."""
+    models = [with_tokenizer(each.model) for each in (tiny_pair.base, tiny_pair.tuned)]
+    pair = make(*models, form(tiny_pair.prompts))
+    assert pair.base.model is tiny_pair.base.model
+    assert pair.prompts == tiny_pair.prompts
+    grid = grid_of(pair, fit_maps(pair, 1), 1, ks=(1, 2, 4))
+    assert grid.full.KL_raw == pytest.approx(tiny_grid.full.KL_raw, abs=1e-9)
+    assert grid.full.KL_mapped == pytest.approx(tiny_grid.full.KL_mapped, abs=1e-9)
+
+
+def test_a_tokenizer_may_be_given(tiny_pair):
+    """Models without a tokenizer take the one beside them."""
+    models = tiny_model(), fine_tuned(tiny_model())
+    with pytest.raises(UserError, match=r"has no tokenizer: give one with tokenizer=\.\.\."):
+        ModelPair(*models, tiny_pair.prompts)
+    pair = ModelPair(*models, tiny_pair.prompts, tokenizer=word_tokenizer())
+    assert pair.tokens("base", "val").token_ids == tiny_pair.tokens("base", "val").token_ids
+
+
+def test_chats_survive_a_table():
+    """A DataFrame of prompts is read as the prompts it was made of; empty cells say nothing."""
+    prompts = PromptSet.of(
+        [
+            {"id": "a", "split": "train", "messages": [{"role": "user", "content": "apple"}]},
+            {"id": "b", "split": "val", "text": "bread", "offset": 0, "meta": {"of": "x"}},
+            {"id": "c", "split": "val", "text": "fig", "answer": "f", "content": "fruit"},
+        ]
+    )
+    assert PromptSet.of(prompts.to_dataframe()) == prompts
+
+
+def test_misaligned_prompts_are_left_out_in_memory_too(tiny_pair):
+    """`exclude_misaligned` is a matter of the pair, wherever its models come from."""
+    prompts = PromptSet((*tiny_pair.prompts, Prompt("odd", "nonsense apple", "val")))
+    other = word_tokenizer(("<unk>", *tuple(word_tokenizer().get_vocab())))
+    model = resized(d_vocab=13, d_vocab_out=13)
+    members = PairMember.of(tiny_pair.base.model, word_tokenizer()), PairMember.of(model, other)
+    pair = ModelPair(*members, prompts, reading=Reading(exclude_misaligned=True))
+    assert set(pair.audit().misaligned) == {each.id for each in pair.excluded}
+    assert len(pair.prompts) + len(pair.excluded) == len(prompts)
+
+
+SAID = {
+    "rq.ModelPair('mine', model, prompts)": "a str is no model of a pair: .*rq.load_pair",
+    "rq.ModelPair(model, None, prompts)": "a NoneType is no model",
+    "rq.ModelPair(model, model, 3)": "prompts cannot be a int: give .* a DataFrame",
+    "rq.load_pair(model, model)": r"rq.ModelPair\(base_model, tuned_model, prompts\)",
+    "rq.load_pair(base=model, prompts=prompts)": "rq.ModelPair",
+    "rq.PairMember(model)": r"write rq.PairMember.of\(model\)",
+    "rq.fit_maps(pair, 'ab')": "'a' is no layer: give its number",
+    "rq.run('etiquette', 'runs/x')": "a str is no configuration: .*rq.preset",
+    "rq.HeadSet.read(0.5, 4, 1)": "'0.5' is no head set: give heads as '0,2'",
+    "rq.HeadSet.read([0, None], 4, 1)": "is no head set",
+}
+"""What somebody may write first, and what is then said."""
+
+ATTEMPTS = """
+import rq4lens as rq
+from tiny import random_prompts, tiny_model, word_tokenizer
+model, prompts = tiny_model(), random_prompts()
+model.tokenizer = word_tokenizer()
+pair = rq.ModelPair(model, model, prompts)
+for attempt in {attempts}:
+    try:
+        eval(attempt)
+    except rq.UserError as problem:
+        print(problem)
+"""
+
+
+def test_what_is_no_pair_is_said_in_python():
+    """The sentence names what to write in Python, and no flag.
+
+    In an interpreter of its own: under pytest the types of arguments are checked before.
+    """
+    script = ATTEMPTS.format(attempts=list(SAID))
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for sentence, said in zip(done.stdout.splitlines(), SAID.values(), strict=True):
+        assert re.search(said, sentence)
+        assert re.search(r"--\w", sentence) is None
+
+
+CONFIG = RunConfig(
+    patching=Patching(layer=1, control_layer=0, k=(1, 2)),
+    effort=Effort(analysis="grid", resamples=100),
+)
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_a_run_takes_a_pair_in_memory(tiny_pair, tiny_grid, tmp_path):
+    """The whole job on two models in memory; its folder is named by a string."""
+    done = run(CONFIG, str(tmp_path / "mine"), pair=tiny_pair)
+    assert done.grid["head1"].KL_raw == pytest.approx(tiny_grid["head1"].KL_raw, abs=1e-9)
+    assert done.run["config"]["pair"] == tiny_pair.name
+    again = run(CONFIG, tmp_path / "mine", pair=tiny_pair)
+    assert again.run["store"]["computed"] == 0
+    base = tiny_pair.base.model
+    other = pair_of(base, fine_tuned(base, size=0.2), tiny_pair.prompts)
+    with pytest.raises(UserError, match="another tuned model"):
+        run(CONFIG, tmp_path / "mine", pair=other)
+    assert len(sweep_layers(CONFIG, layers=1, pair=tiny_pair).grids) == 1

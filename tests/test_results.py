@@ -7,12 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import resampled, synthetic_grid, synthetic_settings
-from tiny import MAIN
+from tiny import MAIN, prepared
 
 from rq4lens.analysis.analyse import analyse
+from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
-from rq4lens.heads import HeadSet
-from rq4lens.results import ConditionResult, GridSettings, HeadRanking, rank_conditions
+from rq4lens.heads import Head, HeadSet
+from rq4lens.results import (
+    SHOWN_ROWS,
+    ConditionResult,
+    GridSettings,
+    HeadRanking,
+    rank_conditions,
+)
+from rq4lens.validation.planting import plant
 
 
 def condition(raw, mapped, cond="head0", head=0):
@@ -133,3 +141,71 @@ def test_what_stands_last_in_a_cell_is_short(tiny_pair, tiny_maps, tiny_grid):
     assert len(shown) == 4
     assert max(map(len, shown)) < 120
     assert f"layer {MAIN} of 3, alpha 0.3" in repr(tiny_grid)
+
+
+@pytest.fixture(scope="module")
+def results(tiny_pair, tiny_maps, tiny_grid):
+    """Whatever a user may leave at the end of a cell, by name."""
+    experiment, analysis = prepared(tiny_pair, tiny_maps), analyse(resampled(tiny_grid, 100))
+    return {
+        "prompts": tiny_pair.prompts,
+        "tokens": tiny_pair.tokens("base", "val"),
+        "member": tiny_pair.base,
+        "loaded": tiny_pair.base.loaded,
+        "experiment": experiment,
+        "effects": experiment.measure(MAIN, "0,2", 0.3)[0],
+        "planted": plant(tiny_pair.base.model, rotated=[Head(1, 0)]),
+        "condition": tiny_grid.full,
+        "grid": tiny_grid,
+        "ranking": tiny_grid.ranking,
+        "analysis": analysis,
+        "kinds": analysis.kinds,
+        "tests": analysis.tests,
+        "stability": analysis.stability,
+        "audit": tiny_pair.audit(),
+        "layers": compare_layers({MAIN: resampled(tiny_grid, 100)}),
+    }
+
+
+def test_no_result_prints_pages(results):
+    """Everything that can stand last in a cell is a line or two, and no address in memory."""
+    for name, each in results.items():
+        limit = 1_000 if name in {"planted", "loaded"} else 130
+        assert len(repr(each)) <= limit, name
+        assert " object at 0x" not in repr(each)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_rows"),
+    [
+        ("grid", lambda each: len(each.conditions)),
+        ("condition", lambda each: len(each.raw.kl_nats)),
+        ("ranking", lambda each: each.n_heads),
+        ("analysis", lambda each: len(each.coverage)),
+        ("kinds", lambda each: len(each.heads)),
+        ("tests", lambda each: len(each.tests)),
+        ("stability", lambda each: len(each.heads)),
+        ("audit", lambda each: len(each.prompts)),
+        ("layers", lambda each: len(each.rows)),
+    ],
+)
+def test_results_are_tables(results, name, n_rows):
+    """A row for each of their records; a notebook shows as many, and no reasons beside them."""
+    result = results[name]
+    table = result.to_dataframe()
+    assert len(table) == n_rows(result)
+    html = result._repr_html_()
+    assert html.count("<tr") == min(len(table), SHOWN_ROWS) + 1 + (len(table) > SHOWN_ROWS)
+    assert "_reason" not in html
+
+
+def test_a_table_holds_the_numbers_of_its_records(results):
+    """The ranking's scores, and the layers' estimates with both ends of their intervals."""
+    ranking, layers = results["ranking"], results["layers"]
+    table = ranking.to_dataframe()
+    assert [Head.parse(head).index for head in table["head"]] == list(ranking.heads)
+    assert tuple(table[ranking.method]) == ranking.scores
+    (row,) = layers.to_dataframe().to_dict("records")
+    delta = layers.rows[0].delta
+    assert row["delta"] == delta.value
+    assert row["delta_ci95"] == [delta.interval.low, delta.interval.high]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pair_on_disk import QUIET, write_config, write_pair
+from pair_on_disk import QUIET, without_stages, write_config, write_pair
 
 from rq4lens.cli import main
 from rq4lens.cluster.job import PIECES, Job, read_job
@@ -320,7 +320,7 @@ def said_by(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rq4lens", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
-    return ended.value.code, capsys.readouterr().err
+    return ended.value.code, without_stages(capsys.readouterr().err)
 
 
 def test_missing_shares_end_the_command_with_code_2(shared, monkeypatch, capsys):

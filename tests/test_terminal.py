@@ -1,7 +1,8 @@
-"""Progress: seen on a terminal, silent everywhere else, and gone when the work is done."""
+"""Progress: seen on a terminal, a line a stage elsewhere, and gone when the work is done."""
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from rq4lens import cli
+from rq4lens.errors import UserError
 from rq4lens.screen import terminal
 
 
@@ -28,11 +30,23 @@ def console(monkeypatch):
     return make
 
 
-def test_nothing_is_shown_where_nobody_watches(console):
-    """In a pipe or a log there is no bar, and nothing that would draw one."""
+def test_a_log_has_one_line_a_stage(console):
+    """In a pipe or a log there is no bar, and nothing that would draw one: a stage is one line."""
     text = console(False)
-    with terminal.watched("grid", 10) as progress:
+    with terminal.watched("load") as progress:
         assert progress is None
+    with terminal.watched("grid", 12_800):
+        pass
+    first, second = text.getvalue().splitlines()
+    assert re.fullmatch(r"rq4lens: load, \d+\.\d s", first)
+    assert re.fullmatch(r"rq4lens: grid, 12,800 rows, \d+\.\d s", second)
+
+
+def test_a_stage_that_fails_leaves_its_sentence_alone(console):
+    """What is said of it is the one sentence that names the fault."""
+    text = console(False)
+    with pytest.raises(UserError), terminal.watched("load"):
+        raise UserError("no such model.")
     assert text.getvalue() == ""
 
 

@@ -184,7 +184,7 @@ def with_other_words(likely: float) -> ModelPair:
         PairMember.of(LoadedModel.wrap(model, word_tokenizer(words)))
         for model, words in ((base, WORDS), (tuned, OTHER_WORDS))
     ]
-    return ModelPair("other words", *members, prompts)
+    return ModelPair(*members, prompts, name="other words")
 
 
 def test_vocabularies_that_differ_are_compared_over_the_words_of_both():

@@ -22,7 +22,7 @@ from rq4lens.config import Effort, Patching, Place
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
-from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
@@ -76,10 +76,10 @@ def pair_of(
 ) -> ModelPair:
     """Two models in memory as a pair."""
     members = [
-        PairMember.of(LoadedModel.wrap(model, word_tokenizer(words), source=source))
+        LoadedModel.wrap(model, word_tokenizer(words), source=source)
         for model, source in ((base, "base in memory"), (tuned, "tuned in memory"))
     ]
-    return ModelPair("tiny", *members, prompts, **settings)
+    return ModelPair(*members, prompts, name="tiny", **settings)
 
 
 class MicroFormula:

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.statistics.bootstrap import Estimate, Spread, undefined
-from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.heads import Head
 from rq4lens.results import NO_RAW_EFFECT, Record
 
@@ -300,8 +300,8 @@ class HeadStability:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class RankStability:
+@dataclass(frozen=True, repr=False)
+class RankStability(Listed):
     """Stability of a ranking under resampling and splitting of the prompts.
 
     Args:
@@ -312,6 +312,8 @@ class RankStability:
         split_half_jaccard: overlap of the halves' top k, ``|A ∩ B| / |A ∪ B|``, by k.
         n_splits: number of random splits.
     """
+
+    ROWS: ClassVar[str] = "heads"
 
     ranking: str
     heads: tuple[HeadStability, ...]
@@ -412,8 +414,8 @@ class PairInteraction:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Interactions:
+@dataclass(frozen=True, repr=False)
+class Interactions(Listed):
     """Do heads add up?
 
     Args:
@@ -424,6 +426,8 @@ class Interactions:
         sum_over_joint: their ratio; 1 when heads add up.
         pairwise_prediction: ``ΔKL(ALL)`` as predicted by singles and pairs.
     """
+
+    ROWS: ClassVar[str] = "strongest"
 
     matrix_nats: Float64[ndarray, "head head"]
     strongest: tuple[PairInteraction, ...]
@@ -460,8 +464,8 @@ class LadderRow(Record):
     lost_nats: Estimate
 
 
-@dataclass(frozen=True)
-class Ladder(Record):
+@dataclass(frozen=True, repr=False)
+class Ladder(Listed, Record):
     """What replaces heads, at one blend strength and on one split.
 
     Args:
@@ -469,6 +473,8 @@ class Ladder(Record):
         idle_below_nats: the idle line: a share of the layer's joint effect.
         rule: how the idle line is drawn, in words.
     """
+
+    ROWS: ClassVar[str] = "rows"
 
     rows: tuple[LadderRow, ...]
     idle_below_nats: float
@@ -509,8 +515,8 @@ class HeadKind(Record):
     other_recovered_pct: Estimate = NOT_ASKED
 
 
-@dataclass(frozen=True)
-class HeadKinds(Record):
+@dataclass(frozen=True, repr=False)
+class HeadKinds(Listed, Record):
     """The kinds of all heads.
 
     Args:
@@ -520,6 +526,7 @@ class HeadKinds(Record):
         few_contents: whether these are so few that a map can send each of them anywhere.
     """
 
+    ROWS: ClassVar[str] = "heads"
     BECAUSE: ClassVar[Mapping[str, str]] = {"n_contents": "the train prompts name no content"}
 
     heads: tuple[HeadKind, ...]
@@ -595,8 +602,8 @@ class NoisePair(Record):
     gap_beyond_nats: Estimate
 
 
-@dataclass(frozen=True)
-class DirectionCoverage:
+@dataclass(frozen=True, repr=False)
+class DirectionCoverage(Listed):
     """What the top k heads carry of the gap in one direction, beside random heads.
 
     Args:
@@ -606,6 +613,8 @@ class DirectionCoverage:
         curves: the curve of the ranking by this direction, and the cross-fitted one.
         random: random head sets by size.
     """
+
+    ROWS: ClassVar[str] = "coverage"
 
     direction: str
     full: FullEffect
@@ -672,8 +681,8 @@ class HeadTest:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class HeadTests:
+@dataclass(frozen=True, repr=False)
+class HeadTests(Listed):
     """Sign-flip tests of everything that was tried.
 
     Args:
@@ -688,6 +697,8 @@ class HeadTests:
         exhaustive: whether these are all sign patterns.
         n_groups: groups of prompts; their signs flip together.
     """
+
+    ROWS: ClassVar[str] = "tests"
 
     tests: tuple[HeadTest, ...]
     family: str
@@ -773,8 +784,8 @@ class RankedHead:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class LayerComparison(Record):
+@dataclass(frozen=True, repr=False)
+class LayerComparison(Listed, Record):
     """Everything that compares layers.
 
     Args:
@@ -794,6 +805,7 @@ class LayerComparison(Record):
             cannot mean.
     """
 
+    ROWS: ClassVar[str] = "rows"
     BECAUSE: ClassVar[Mapping[str, str]] = {
         "drop_pct": NO_RAW_EFFECT,
         "to_base_pct": "shares of the gap are undefined",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
 from rq4lens.analysis import records
 from rq4lens.analysis.statistics.bootstrap import LEVEL
-from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import AnalysisEffort
 from rq4lens.results import NO_CONTROL_LAYER, GridSettings, HeadRanking, Record
 
@@ -62,7 +63,7 @@ class AnalysisSettings:
 
 
 @dataclass(frozen=True)
-class Analysis(Record):
+class Analysis(Listed, Record):
     """Everything the analysis adds to a grid.
 
     What needs new measurements (an experiment) is empty or None when only the grid was given.
@@ -98,6 +99,7 @@ class Analysis(Record):
         seconds: time of each part.
     """
 
+    ROWS: ClassVar[str] = "coverage"
     ALSO_SAVED: ClassVar[tuple[str, ...]] = ("areas",)
     BECAUSE: ClassVar[Mapping[str, str]] = {
         "interactions": records.NOT_MEASURED,
@@ -140,6 +142,9 @@ class Analysis(Record):
 
     def __repr__(self) -> str:
         return f"<Analysis of {self.settings.grid.pair}, layer {self.settings.grid.layer}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(str(self))}</p>{super()._repr_html_()}"
 
     def __str__(self) -> str:
         """What it claims, in sentences."""

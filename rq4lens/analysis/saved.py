@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
 from rq4lens.analysis.records import ConditionRecord, LayerChoice, LayerComparison
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.plain import from_json, to_json
+from rq4lens.analysis.statistics.plain import Listed, from_json, to_json
 from rq4lens.disk.files import (
     read_json,
     read_regular_file,
@@ -36,11 +37,17 @@ from rq4lens.disk.run import (
     written_files,
 )
 from rq4lens.errors import UserError
-from rq4lens.results import EVERY, EVERY_LAYER, Compared, GridResult, GridSettings
+from rq4lens.results import EVERY, EVERY_LAYER, Compared, GridResult, GridSettings, table_html
+
+SHOWN = (
+    *("cond", "layer", "heads", "KL_raw_mean", "KL_mapped_mean", "delta", "coverage_pct"),
+    *("to_base_pct", "to_tuned_pct"),
+)
+"""What a notebook shows of each record of a run."""
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Listed):
     """A finished run of the main job, measured just now or read from its directory.
 
     Args:
@@ -51,6 +58,8 @@ class Run:
         run: how it was made, the content of ``run.json``.
     """
 
+    ROWS: ClassVar[str] = "records"
+
     directory: Path
     grid: GridResult
     records: tuple[ConditionRecord, ...]
@@ -59,6 +68,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {str(self.directory)!r}: {self.grid!r}>"
+
+    def _repr_html_(self) -> str:
+        table = self.to_dataframe()[list(SHOWN)]
+        return f"<p>{escape(str(self.analysis))}</p>{table_html(table)}"
 
     @classmethod
     def open(cls, directory: Path | str) -> Run:

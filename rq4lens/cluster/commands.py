@@ -10,27 +10,51 @@ import typer
 from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
+from rq4lens.screen.options import DIRECTORY, MANY
 from rq4lens.screen.terminal import kept_when_stopped, output, watched
 
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again whatever is there.")]
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Measure again whatever is there.", rich_help_panel=DIRECTORY),
+]
 Shard = Annotated[
     str | None,
-    typer.Option("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Measure one of N shares; then `rq4lens merge`.",
+        rich_help_panel=MANY,
+    ),
 ]
 OnCluster = Annotated[
     str | None,
-    typer.Option("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
+    typer.Option(
+        "--cluster",
+        metavar="local|auto|ADDRESS",
+        help="Measure on a Ray cluster.",
+        rich_help_panel=MANY,
+    ),
 ]
 Workers = Annotated[
-    int | None, typer.Option(metavar="N", help="With --cluster: workers; as many as fit.")
+    int | None,
+    typer.Option(
+        metavar="N", help="With --cluster: workers; as many as fit.", rich_help_panel=MANY
+    ),
 ]
 GpusPerWorker = Annotated[
-    float | None, typer.Option(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="With --cluster: GPUs of each worker, also 0.5.",
+        rich_help_panel=MANY,
+    ),
 ]
 Divide = Annotated[
     str,
     typer.Option(
-        metavar="auto|conditions|prompts", help="Pieces of conditions, or of prompts as well."
+        metavar="auto|conditions|prompts",
+        help="Pieces of conditions, or of prompts as well.",
+        rich_help_panel=MANY,
     ),
 ]
 

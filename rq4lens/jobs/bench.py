@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rq4lens.config import RunConfig
+from rq4lens.config import PairSource, RunConfig
 from rq4lens.disk.files import remove_leftovers
 from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, MEASURED, refuse_foreign
 from rq4lens.disk.store import Store
@@ -38,23 +38,32 @@ class Bench:
         directory: the run directory that keeps conditions, maps and activations, if any.
         fresh: make everything again, whatever the directory holds.
         stage: opens a stage of the work, for progress bars.
+        pair: a pair in memory, in place of the one that the configuration names.
 
     Raises:
-        UserError: if the directory holds other files.
+        UserError: if the directory holds other files, or there is no configuration.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        directory: Path | None = None,
+        directory: Path | str | None = None,
         *,
         fresh: bool = False,
         stage: Stage = silent,
+        pair: ModelPair | None = None,
     ) -> None:
+        if not isinstance(config, RunConfig):
+            raise UserError(
+                f"a {type(config).__name__} is no configuration: write rq.preset('etiquette'), "
+                "rq.read_config('run.toml') or rq.RunConfig(patching=rq.Patching(layer=1))."
+            )
         if directory is not None:
+            directory = Path(directory)
             refuse_foreign(directory)
             remove_leftovers(directory)
-        self.config = config
+        self.given_pair = pair
+        self.config = config if pair is None else _as_given(config, pair)
         self.directory = directory
         self.fresh = fresh
         self.keep_both = config.place.keep_both
@@ -72,6 +81,8 @@ class Bench:
     @cached_property
     def pair(self) -> ModelPair:
         """The pair; the base model is not loaded while its cached activations do."""
+        if self.given_pair is not None:
+            return self.given_pair
         config = self.config
         cache = None if self.fresh else self.cache
         place = config.place.but(keep_both=self.keep_both)
@@ -123,7 +134,8 @@ class Bench:
             log.info("the base model was not loaded: its activations are cached in %s", self.cache)
         elif self.cache is not None:
             self.activations.keep()
-            keep_base_card(self.config.pair, self.config.place, self.pair, self.cache)
+            if self.given_pair is None:
+                keep_base_card(self.config.pair, self.config.place, self.pair, self.cache)
         return self.activations
 
     def maps(self, layers: Sequence[int]) -> dict[int, LayerMap]:
@@ -174,6 +186,15 @@ class Bench:
     def measuring(self, experiment: Experiment) -> Measurer:
         """Measures with an experiment what the run directory does not hold."""
         return Measurer(experiment, self.store, self.chunks)
+
+
+def _as_given(config: RunConfig, pair: ModelPair) -> RunConfig:
+    """A configuration that says of its pair what a pair in memory is."""
+    place = config.place.but(dtype=pair.tuned.card.dtype)
+    if pair.tuned.is_loaded:
+        place = place.but(device=str(next(pair.tuned.model.parameters()).device))
+    changes = {"pair": PairSource(pair=pair.name), "reading": pair.reading, "place": place}
+    return config.model_copy(update=changes)
 
 
 def plan_for(config: RunConfig, n_layers: int, n_heads: int) -> GridPlan:

@@ -62,7 +62,7 @@ def patch_once(
     bench = Bench(config.updated(control_layer=None, k=[], random_seeds=[]), stage=stage)
     with bench.clock("load"):
         plan = bench.plan
-        chosen = HeadSet.parse(heads, bench.pair.n_heads)
+        chosen = HeadSet.parse(heads, plan.n_heads, plan.layer)
     measurer = bench.measurer(plan.layers)
     with bench.clock("patch"):
         grid = measure_condition(measurer, bench.config.patching, chosen, config.effort)

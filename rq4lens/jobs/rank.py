@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.rankings.compared import describe_ranking, timed_ranking
 from rq4lens.analysis.rankings.file import ranking_file_rows, read_ranking
 from rq4lens.analysis.rankings.methods import RankingSettings, method_of, methods_of, refuse_unread
 from rq4lens.analysis.records import MethodRow
-from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import RunConfig
 from rq4lens.disk.files import make_directory, write_json_atomic
 from rq4lens.disk.run import ranking_file
@@ -47,12 +47,14 @@ def _write_table(
     return path
 
 
-@dataclass(frozen=True)
-class RankingJob:
+@dataclass(frozen=True, repr=False)
+class RankingJob(Listed):
     """Rankings of the heads of one layer, each in ``rows`` beside exact single-head ``ΔKL``.
 
     Of the files that were written, the table is the last.
     """
+
+    ROWS: ClassVar[str] = "rows"
 
     rankings: tuple[HeadRanking, ...]
     rows: tuple[MethodRow, ...]

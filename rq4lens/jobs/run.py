@@ -135,16 +135,18 @@ log = logging.getLogger(__name__)
 
 def run(
     config: RunConfig,
-    directory: Path,
+    directory: Path | str,
     *,
     fresh: bool = False,
     replace: bool = False,
     stage: Stage = silent,
+    pair: ModelPair | None = None,
 ) -> Run:
     """Run the main job and write its run directory.
 
     A run that was interrupted goes on where it stopped: finished conditions are taken from the
-    run directory.
+    run directory. ``rq.run(rq.RunConfig(patching=rq.Patching(layer=1)), "runs/mine", pair=pair)``
+    runs it on a pair in memory.
 
     Args:
         config: what to run.
@@ -152,6 +154,8 @@ def run(
         fresh: measure everything again, whatever the directory holds.
         replace: let this run take the place of a finished run of other settings.
         stage: opens a stage of the work, for progress bars.
+        pair: a pair in memory, in place of the one that the configuration names; it is read as it
+            was made to be.
 
     Returns:
         The finished run.
@@ -160,13 +164,14 @@ def run(
         UserError: if the configuration does not fit the pair, the directory holds other files or
             a finished run of other settings, or something cannot be read or written.
     """
+    bench = Bench(config, directory, fresh=fresh, stage=stage, pair=pair)
     if not replace:
-        refuse_other_run(config, directory)
-    return run_on(Bench(config, directory, fresh=fresh, stage=stage))
+        refuse_other_run(bench.config, bench.run_directory, pair)
+    return run_on(bench)
 
 
-def refuse_other_run(config: RunConfig, directory: Path) -> None:
-    """Refuse to replace a finished run of other settings.
+def refuse_other_run(config: RunConfig, directory: Path, pair: ModelPair | None = None) -> None:
+    """Refuse to replace a finished run of other settings, or of other models in memory.
 
     Raises:
         UserError: if the directory holds one; the sentence names what differs.
@@ -177,21 +182,34 @@ def refuse_other_run(config: RunConfig, directory: Path) -> None:
         return  # there is no finished run, or none that can be read
     now = config.flat(defaults=True)
     differing = [name for name in now if now[name] != before[name] and name not in SAME_RUN]
-    if differing:
-        what = "; ".join(f"{name} {before[name]} there, {now[name]} here" for name in differing)
+    what = [f"{name} {before[name]} there, {now[name]} here" for name in differing]
+    what += [] if pair is None else _other_models(pair, directory)
+    if what:
         raise UserError(
-            f"{str(directory)!r} holds a finished run of other settings ({what}): name another "
-            "folder with --out, or replace that run with --replace."
+            f"{str(directory)!r} holds a finished run of other settings ({'; '.join(what)}): name "
+            "another folder with --out, or replace that run with --replace."
         )
+
+
+def _other_models(pair: ModelPair, directory: Path) -> list[str]:
+    """The models of a pair in memory that are not those of a finished run."""
+    then, key = read_json(directory / RUN)["models"], "weights_fingerprint"
+    return [
+        f"another {side} model"
+        for side, member in pair.members.items()
+        if getattr(member.card, key) != then[side][key]
+    ]
 
 
 def run_on(bench: Bench) -> Run:
     """Run the main job at a bench with a run directory; see :func:`run`."""
     config, clock, directory = bench.config, bench.clock, bench.run_directory
     with clock("load"):
-        memory = plan_memory(config)
-        say_and_require(memory)
-        bench.keep_both = memory.keep_both
+        memory = None
+        if bench.given_pair is None:
+            memory = plan_memory(config)
+            say_and_require(memory)
+            bench.keep_both = memory.keep_both
         plan = bench.plan
         audit = bench.pair.audit()
     measurer = bench.measurer(plan.layers)
@@ -214,7 +232,8 @@ def run_on(bench: Bench) -> Run:
     summary = summary_text(grid.settings, table, analysis)
     run = provenance(bench, experiment, grid)
     run["audit"] = audit.summary
-    run["memory_estimate"] = memory.to_dict()
+    if memory is not None:
+        run["memory_estimate"] = memory.to_dict()
     if config.effort.analysis == "full" and bench.pair.base.is_loaded and bench.pair.keep_both:
         with clock("cards"):
             _write_cards(bench, experiment, grid, analysis)

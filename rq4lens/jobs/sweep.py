@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from rq4lens.analysis.records import LayerChoice, LayerComparison, LayerRow
 from rq4lens.analysis.saved import write_layers
 from rq4lens.analysis.structure.layers import compare_layers
@@ -14,9 +16,10 @@ from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
-from rq4lens.patching.activations import check_layers
+from rq4lens.models.pair import ModelPair
+from rq4lens.patching.activations import checked_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
-from rq4lens.results import GridResult
+from rq4lens.results import GridResult, Shown
 from rq4lens.screen.tables import sweep_text
 
 _LAYERS = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", re.ASCII)
@@ -26,7 +29,7 @@ WORTH_PCT = 1.0
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Shown):
     """A finished sweep.
 
     Args:
@@ -41,14 +44,23 @@ class Sweep:
     choice: LayerChoice
     summary: str
 
+    def __repr__(self) -> str:
+        choice = self.choice
+        return f"<Sweep of {len(self.grids)} layers: main {choice.main}, control {choice.control}>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a layer."""
+        return self.comparison.to_dataframe()
+
 
 def sweep_layers(
     config: RunConfig,
-    directory: Path | None = None,
-    layers: Sequence[int] | None = None,
+    directory: Path | str | None = None,
+    layers: int | Sequence[int] | None = None,
     *,
     fresh: bool = False,
     stage: Stage = silent,
+    pair: ModelPair | None = None,
 ) -> Sweep:
     """Measure the grid of every layer from one clean pass of each model, and compare the layers.
 
@@ -59,6 +71,7 @@ def sweep_layers(
         layers: the layers; all of them when left out.
         fresh: measure everything again, whatever the directory holds.
         stage: opens a stage of the work, for progress bars.
+        pair: a pair in memory, in place of the one that the configuration names.
 
     Returns:
         The sweep.
@@ -67,15 +80,16 @@ def sweep_layers(
         UserError: if a layer does not exist, the directory holds other files, or something cannot
             be read or written.
     """
-    return sweep_on(Bench(config, directory, fresh=fresh, stage=stage), layers)
+    return sweep_on(Bench(config, directory, fresh=fresh, stage=stage, pair=pair), layers)
 
 
-def sweep_on(bench: Bench, layers: Sequence[int] | None = None) -> Sweep:
+def sweep_on(bench: Bench, layers: int | Sequence[int] | None = None) -> Sweep:
     """Sweep at a bench; see :func:`sweep_layers`."""
     config, clock = bench.config, bench.clock
     with clock("load"):
-        chosen = list(range(bench.pair.n_layers)) if layers is None else sorted(set(layers))
-        check_layers(chosen, bench.pair.n_layers)
+        n_layers = bench.pair.n_layers
+        asked = range(n_layers) if layers is None else layers
+        chosen = sorted(set(checked_layers(asked, n_layers)))
     patching = config.patching.but(layer=chosen[0], control_layer=None)
     measurer = bench.measurer(chosen)
     experiment = measurer.experiment

@@ -33,9 +33,9 @@ from rq4lens.models.load.fingerprint import (
     checkpoint_fingerprint,
     files_digest,
 )
-from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
+from rq4lens.models.load.loading import HOOKED, LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
-from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side
+from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side, prompts_left
 from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import Reads, tokenize
@@ -52,21 +52,27 @@ SHARE_FOR_WEIGHTS = 0.7
 
 
 def load_pair(
-    name: str | None = None,
-    *,
-    base: str | Path | None = None,
-    tuned: str | Path | None = None,
+    name: Any = None,
+    tuned: Any = None,
     prompts: Any = None,
+    *,
+    base: Any = None,
     reading: Reading | None = None,
     place: Place | None = None,
 ) -> ModelPair:
     """Load a base model, its fine-tune and their prompts.
 
+    >>> import rq4lens as rq
+    >>> rq.load_pair("etiquette")
+    <ModelPair etiquette: 768 train, 320 val, 160 neutral prompts>
+
     Args:
-        name: one of ``rq4lens pairs``, for instance ``"etiquette"``; leave it out for your own
-            pair. What is given beside it replaces what the pair comes with.
-        base: base model: hub id or folder.
+        name: one of ``rq4lens pairs``, for instance ``"etiquette"``; for your own pair leave it
+            out, or give the base model here. What is given beside it replaces what the pair comes
+            with.
         tuned: fine-tuned model: hub id or folder.
+        base: base model: hub id or folder. Two models in memory are a pair, too, see
+            :class:`ModelPair`.
         prompts: a file or folder, a list, or a Hugging Face dataset, as :meth:`PromptSet.of`
             takes them.
         reading: how the prompts are read: where they are decided, and how long they may be.
@@ -78,6 +84,10 @@ def load_pair(
     Raises:
         UserError: if the pair is unknown, something is missing or a model cannot be loaded.
     """
+    if base is None and tuned is not None and name not in preset_names():
+        name, base = None, name
+    if any(isinstance(each, MODELS) for each in (name, base, tuned)):
+        return _in_memory(base, tuned, prompts, reading)
     start = RunConfig() if name is None else preset(name)
     paths = {"base": base, "tuned": tuned}
     if isinstance(prompts, str | Path):
@@ -89,6 +99,19 @@ def load_pair(
         _over(start.place, place),
         prompts=None if prompts is None else PromptSet.of(prompts),
     )
+
+
+MODELS = (*HOOKED, LoadedModel, PairMember)
+"""What is a model already."""
+
+
+def _in_memory(base: Any, tuned: Any, prompts: Any, reading: Reading | None) -> ModelPair:
+    if base is None or tuned is None or prompts is None:
+        raise UserError(
+            "models in memory are a pair with each other and their prompts: write "
+            "rq.ModelPair(base_model, tuned_model, prompts)."
+        )
+    return ModelPair(base, tuned, prompts, reading=reading)
 
 
 def _over(start: S, given: S | None) -> S:
@@ -107,18 +130,15 @@ def pair_from(
     """Load the pair that settings name; the base model's card may be cached."""
     devices_of(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
-    prompts = prompts.labelled(reading.group_by, reading.hold_out)
     members = _members(source, place, cache)
     _warn_of_other_base(source)
-    aligned = _aligned(prompts, members, reading)
     return ModelPair(
-        source.name,
         members["base"],
         members["tuned"],
-        aligned,
+        prompts,
+        name=source.name,
         reading=reading,
         keep_both=holds_both(source, place),
-        excluded=prompts.without(aligned.ids).prompts,
     )
 
 
@@ -134,20 +154,7 @@ def _warn_of_other_base(source: PairSource) -> None:
 
 def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
     """The prompts that a run reads: some may be left out as misaligned."""
-    return _aligned(prompts_of(source), _members(source, Place()), reading)
-
-
-def _aligned(prompts: PromptSet, members: Mapping[Side, PairMember], reading: Reading) -> PromptSet:
-    if not reading.exclude_misaligned:
-        return prompts
-    audit = audit_prompts(prompts, _tokenizers(members), reading)
-    aligned = prompts.without(audit.misaligned)
-    if not len(aligned):
-        raise UserError(
-            f"none of the {len(prompts)} prompts is read alike by both models: see why with "
-            "`rq4lens audit`, or choose another decision rule."
-        )
-    return aligned
+    return prompts_left(prompts_of(source), _members(source, Place()), reading)
 
 
 def audit_of(source: PairSource, reading: Reading) -> Audit:
@@ -155,7 +162,7 @@ def audit_of(source: PairSource, reading: Reading) -> Audit:
     prompts, members = prompts_of(source), _members(source, Place())
     shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
     reads = {side: Reads(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
-    tokenizers = _tokenizers(members)
+    tokenizers = {side: member.tokenizer for side, member in members.items()}
     audit = audit_prompts(prompts, tokenizers, reading, reads)
     # A run leaves out what does not align; what a model cannot hold, it refuses.
     misaligned = audit_prompts(prompts, tokenizers, reading).misaligned
@@ -333,10 +340,6 @@ def _members(source: PairSource, place: Place, cache: Path | None = None) -> dic
         "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),
         "tuned": PairMember(partial(_load, tuned, place), partial(_load_tokenizer, tuned)),
     }
-
-
-def _tokenizers(members: Mapping[Side, PairMember]) -> dict[Side, PreTrainedTokenizerBase]:
-    return {side: member.tokenizer for side, member in members.items()}
 
 
 def _load_tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:

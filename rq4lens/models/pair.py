@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -18,13 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
-from rq4lens.models.load.loading import HookedModel, LoadedModel
+from rq4lens.models.load.loading import HOOKED, HookedModel, LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import Reads, tokenize, unreadable
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
+
+Given: TypeAlias = "HookedModel | LoadedModel | PairMember"
+"""What a pair takes as one of its models."""
 
 Shape: TypeAlias = "ModelCard | HookedTransformerConfig"
 """What says how many layers and heads a model has, and how wide these are."""
@@ -131,6 +134,11 @@ class PairMember:
         load_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None,
         find_card: Callable[[], ModelCard | None] | None = None,
     ) -> None:
+        if isinstance(load, HOOKED):
+            raise UserError(
+                f"PairMember takes a function that loads a model, not a {type(load).__name__}: "
+                "write rq.PairMember.of(model), or rq.ModelPair(base_model, tuned_model, prompts)."
+            )
         self._load = load
         self._load_tokenizer = load_tokenizer
         self._find_card = find_card
@@ -138,10 +146,40 @@ class PairMember:
         self.was_loaded = False
         """Whether the weights were ever loaded."""
 
+    def __repr__(self) -> str:
+        return f"<PairMember {self.card.source!r}>" if self.known else "<PairMember, not loaded>"
+
     @classmethod
-    def of(cls, loaded: LoadedModel) -> PairMember:
-        """A member that is loaded already; its weights may be others than its files' by now."""
-        return cls(lambda: replace(loaded, files=None))
+    def of(cls, model: Given, tokenizer: PreTrainedTokenizerBase | None = None) -> PairMember:
+        """A member that is in memory already.
+
+        Args:
+            model: a ``HookedTransformer`` or ``TransformerBridge`` with its weights as they were
+                trained, or one that :func:`rq4lens.load_hooked` loaded.
+            tokenizer: its tokenizer; ``model.tokenizer`` if left out.
+
+        Raises:
+            UserError: if it is no such model, its weights were processed, or it has no tokenizer.
+        """
+        if isinstance(model, HOOKED):
+            given = model.tokenizer if tokenizer is None else tokenizer
+            if given is None:
+                raise UserError(
+                    f"this {type(model).__name__} has no tokenizer: give one with tokenizer=..., "
+                    "or set model.tokenizer."
+                )
+            model = LoadedModel.wrap(model, given)
+        if isinstance(model, PairMember):
+            return model
+        if not isinstance(model, LoadedModel):
+            raise UserError(
+                f"a {type(model).__name__} is no model of a pair: give a HookedTransformer or a "
+                "TransformerBridge; folders and hub ids are loaded by rq.load_pair(base=..., "
+                "tuned=..., prompts=...)."
+            )
+        # Its weights may be others than its files' by now.
+        loaded = replace(model, files=None)
+        return cls(lambda: loaded)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -193,37 +231,53 @@ class PairMember:
 class ModelPair:
     """A base model, its fine-tune, and the prompts they are compared on.
 
+    >>> import rq4lens as rq
+    >>> shipped = rq.load_pair("etiquette")
+    >>> base_model, tuned_model = shipped.base.model, shipped.tuned.model
+    >>> prompts = [
+    ...     {"id": each.id, "text": each.text, "split": each.split} for each in shipped.prompts
+    ... ]
+    >>> rq.ModelPair(base_model, tuned_model, prompts, name="mine")
+    <ModelPair mine: 768 train, 320 val, 160 neutral prompts>
+
     Args:
-        name: name of the pair.
-        base: the base model.
-        tuned: the fine-tune.
-        prompts: the prompts with their splits.
+        base: the base model: a ``HookedTransformer``, a ``TransformerBridge``, or a
+            :class:`PairMember`.
+        tuned: the fine-tune, likewise.
+        prompts: the prompts with their splits ``train`` and ``val``, as :meth:`PromptSet.of` takes
+            them: dicts, a DataFrame, a file or a dataset.
+        name: name of the pair in results.
+        tokenizer: the tokenizer of models that have none of their own.
         reading: how the prompts are read: where they are decided and how long they may be.
         keep_both: False releases each model before the other is used.
+
+    Attributes:
         excluded: prompts that were left out because the models do not read them alike.
 
     Raises:
-        UserError: if the models differ in layers, heads or head width.
+        UserError: if one is no such model, the models differ in layers, heads or head width, or the
+            prompts are none.
     """
 
     def __init__(
         self,
-        name: str,
-        base: PairMember,
-        tuned: PairMember,
-        prompts: PromptSet,
+        base: Given,
+        tuned: Given,
+        prompts: Any,
         *,
+        name: str = "in memory",
+        tokenizer: PreTrainedTokenizerBase | None = None,
         reading: Reading | None = None,
         keep_both: bool = True,
-        excluded: tuple[Prompt, ...] = (),
     ) -> None:
         self.name = name
-        self.base = base
-        self.tuned = tuned
-        self.prompts = prompts
+        self.base = PairMember.of(base, tokenizer)
+        self.tuned = PairMember.of(tuned, tokenizer)
         self.reading = reading or Reading()
         self.keep_both = keep_both
-        self.excluded = excluded
+        every = PromptSet.of(prompts).labelled(self.reading.group_by, self.reading.hold_out)
+        self.prompts = prompts_left(every, self.members, self.reading)
+        self.excluded: tuple[Prompt, ...] = every.without(self.prompts.ids).prompts
         self._tokens: dict[tuple[Side, str], TokenizedPrompts] = {}
         if keep_both:
             self.check_shapes()
@@ -234,9 +288,14 @@ class ModelPair:
         )
         return f"<ModelPair {self.name}: {splits} prompts>"
 
+    @property
+    def members(self) -> dict[Side, PairMember]:
+        """Both models."""
+        return {"base": self.base, "tuned": self.tuned}
+
     def member(self, side: Side) -> PairMember:
         """The base or the tuned model."""
-        return self.base if side == "base" else self.tuned
+        return self.members[side]
 
     def use(self, side: Side) -> PairMember:
         """The base or the tuned model, ready; the other one is released unless both may stay.
@@ -300,7 +359,7 @@ class ModelPair:
     def audit(self) -> Audit:
         """Whether both models read the prompts alike, those that were left out included."""
         prompts = PromptSet((*self.prompts.prompts, *self.excluded))
-        tokenizers = {side: self.member(side).tokenizer for side in SIDES}
+        tokenizers = {side: member.tokenizer for side, member in self.members.items()}
         audit = audit_prompts(prompts, tokenizers, self.reading)
         return replace(audit, excluded=tuple(prompt.id for prompt in self.excluded))
 
@@ -332,6 +391,22 @@ class ModelPair:
         """
         tuned = self.tuned.card  # loads it while the files of a known base are read
         require_same_heads(self.base.card, tuned)
+
+
+def prompts_left(
+    prompts: PromptSet, members: Mapping[Side, PairMember], reading: Reading
+) -> PromptSet:
+    """The prompts that are compared: some may be left out as misaligned."""
+    if not reading.exclude_misaligned:
+        return prompts
+    tokenizers = {side: member.tokenizer for side, member in members.items()}
+    aligned = prompts.without(audit_prompts(prompts, tokenizers, reading).misaligned)
+    if not len(aligned):
+        raise UserError(
+            f"none of the {len(prompts)} prompts is read alike by both models: see why with "
+            "`rq4lens audit`, or choose another decision rule."
+        )
+    return aligned
 
 
 def require_same_heads(base: Shape, tuned: Shape) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import einops
 import torch
@@ -212,11 +212,20 @@ class _LastOneRead(Exception):  # noqa: N818 - the expected end of a pass, not a
     """Ends a forward pass: what follows the last captured site would be computed for nothing."""
 
 
+def checked_layers(layers: int | Sequence[int], n_layers: int) -> list[int]:
+    """Layers as Python users name them, one or several, if the model has them."""
+    several = list(layers) if isinstance(layers, Iterable) else [layers]
+    check_layers(several, n_layers)
+    return several
+
+
 def check_layers(layers: Sequence[int], n_layers: int) -> None:
     """Refuse layers that the model does not have."""
     if not layers:
         raise UserError("no layer was named: name at least one.")
     for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+            raise UserError(f"{layer!r} is no layer: give its number, or several as [1, 2].")
         if not 0 <= layer < n_layers:
             raise UserError(
                 f"layer {layer} does not exist: the models have layers 0 to {n_layers - 1}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import Patching, Place
-from rq4lens.heads import HeadSet
+from rq4lens.heads import Heads, head_sets
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
@@ -153,6 +153,10 @@ class Experiment:
     ends: Ends
     source_maps: Mapping[tuple[int, str], LayerMap] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"<Experiment on {self.pair!r}: layers {layers}, split {self.split}>"
+
     @property
     def engine(self) -> Engine:
         """Measures interventions on the tuned model."""
@@ -255,7 +259,7 @@ class Experiment:
     def measure(
         self,
         layer: int,
-        head_sets: Sequence[HeadSet],
+        heads: Heads | Iterable[Heads],
         alpha: float,
         *,
         raw: str = RAW,
@@ -265,7 +269,7 @@ class Experiment:
 
         Args:
             layer: the patched layer.
-            head_sets: the head sets.
+            heads: the head sets, or one, as ``"0,2"`` or ``[0, 2]``.
             alpha: blend strength, in [0, 1].
             raw: the source that counts as raw.
             mapped: the source that counts as mapped.
@@ -277,10 +281,11 @@ class Experiment:
             UserError: if the layer was not prepared, a head set does not fit or alpha is outside
                 [0, 1].
         """
+        sets = head_sets(heads, self.n_heads, layer)
         both = self.effects(
-            [Patch(layer, heads, alpha, source) for source in (raw, mapped) for heads in head_sets]
+            [Patch(layer, each, alpha, source) for source in (raw, mapped) for each in sets]
         )
-        return both[: len(head_sets)], both[len(head_sets) :]
+        return both[: len(sets)], both[len(sets) :]
 
 
 def prepare(

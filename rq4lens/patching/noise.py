@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.loading import HookedModel, LoadedModel
+from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
@@ -61,8 +61,9 @@ def noise_pair(pair: ModelPair, seed: int = 0) -> ModelPair:
     """
     base, tuned = pair.base.loaded, pair.tuned.loaded
     noisy = shuffled_change(base.model, tuned.model, seed)
-    member = PairMember.of(LoadedModel.wrap(noisy, tuned.tokenizer))
-    return ModelPair(f"{pair.name}, noise", pair.base, member, pair.prompts, reading=pair.reading)
+    member = PairMember.of(noisy, tuned.tokenizer)
+    name = f"{pair.name}, noise"
+    return ModelPair(pair.base, member, pair.prompts, name=name, reading=pair.reading)
 
 
 def noise_effects(

@@ -54,6 +54,11 @@ class Patch:
     source: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.heads, HeadSet):
+            raise UserError(
+                f"{self.heads!r} is no HeadSet: write HeadSet.read({self.heads!r}, n_heads, "
+                f"layer={self.layer}), or let rq.patch(pair, layer, heads) read it."
+            )
         if not 0 <= self.alpha <= 1:
             raise UserError(
                 f"alpha {self.alpha} is not a blend strength: give a number from 0 (nothing "
@@ -368,6 +373,9 @@ class Effects:
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
     gap_left_nats: Float64[ndarray, "condition prompt"] | None = None
     answer_is: Float64[ndarray, "condition prompt"] | None = None
+
+    def __repr__(self) -> str:
+        return "<Effects of {} patches on {} prompts>".format(*self.kl_nats.shape)
 
     @property
     def measures(self) -> list[Float64[ndarray, "condition prompt"]]:

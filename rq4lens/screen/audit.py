@@ -22,6 +22,7 @@ def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableT
     """The audit as what a console can print."""
     shown = list(audit.prompts if every_prompt else _shown(audit))
     lines = [
+        *(_reasons(shown) if every_prompt else ()),
         *(f"DIFFERS: {_counted(cause)}" for cause in causes(audit.prompts)),
         *(f"note: {_counted(cause)}" for cause in causes(audit.prompts, "notes")),
         *(f"note: {note}" for note in audit.notes),
@@ -30,7 +31,14 @@ def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableT
     left_out = len(audit.prompts) - len(shown)
     if left_out:
         lines.append(f"{left_out} more prompts are not shown; --all shows them.")
-    return [_table(shown, reasons=every_prompt), *(Text(printable(line)) for line in lines)]
+    return [_table(shown), *(Text(printable(line)) for line in lines)]
+
+
+def _reasons(prompts: list[PromptAudit]) -> Iterator[str]:
+    """What was found of each prompt, where something was."""
+    for each in prompts:
+        if said := "; ".join((*each.problems, *each.notes)):
+            yield f"{each.id}: {said}"
 
 
 def _counted(cause: Cause) -> str:
@@ -55,19 +63,18 @@ def _shown(audit: Audit) -> Iterator[PromptAudit]:
             yield each
 
 
-def _table(prompts: list[PromptAudit], *, reasons: bool) -> Table:
+def _table(prompts: list[PromptAudit]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
     for name in ("prompt", "split", "base", "tuned", "ends after", "verdict"):
         table.add_column(name, overflow="fold")
     for each in prompts:
         verdict = Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red")
-        said = "; ".join((*each.problems, *each.notes)) if reasons else ""
         table.add_row(
             Text(printable(each.id)),
             Text(printable(each.split)),
             *(_around(each.sides.get(side)) for side in AUDIT_SIDES),
             Text(" / ".join(_end(each.sides.get(side)) for side in AUDIT_SIDES)),
-            Text.assemble(verdict, f": {printable(said)}" if said else ""),
+            verdict,
         )
     return table
 

@@ -9,16 +9,56 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
-from rq4lens.config import SETTINGS, RunConfig, Settings, config_from, preset, read_config
+from rq4lens.config import PARTS, SETTINGS, RunConfig, Settings, config_from, preset, read_config
 from rq4lens.errors import UserError
+
+PATHS = ("base", "tuned", "prompts", "cache")
+"""Settings that name a file or folder, or a hub id in its place."""
 
 NO_OPTION = ("about",)
 """Settings of a file that decide nothing."""
 
+NEEDED = ("pair", "base", "tuned", "prompts", "layer")
+"""The settings that everyone needs; their options stand first."""
+
+PANELS = {
+    "pair": "Pair",
+    "reading": "Prompts",
+    "patching": "Patch",
+    "effort": "Effort",
+    "place": "Place",
+}
+"""Where the help lists the settings of each part."""
+
+DIRECTORY, MANY = "Run directory", "Many processes"
+
+ORDER = ("Arguments", "Options", DIRECTORY, *PANELS.values(), MANY)
+"""The panels of the help."""
+
+
+class Paneled(TyperCommand):
+    """A command whose help lists its options panel by panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the panels."""
+        panels: dict[str, list[tuple[str, str]]] = {title: [] for title in ORDER}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            title = getattr(parameter, "rich_help_panel", None) or title
+            if record is not None:
+                panels[title].append(record)
+        for title, records in panels.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG]", help="TOML file, or the run.json of a run to repeat."),
+    typer.Argument(metavar="CONFIG", help="TOML file, or the run.json of a run to repeat."),
 ]
 RankingFiles = Annotated[
     list[Path] | None, typer.Option(help="Compare a ranking from a JSON file; repeatable.")
@@ -64,12 +104,15 @@ def takes_config(
         for name in ([part] if isinstance(part, str) else part.by_file_key())
         if name not in (*NO_OPTION, *without)
     ]
+    names.sort(key=_place)
+    first = [name for name in names if name in NEEDED]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         parameters = [_keyword("config", ConfigFile)] if config_file else []
-        parameters += [_keyword(name, _option(name)) for name in names]
+        parameters += [_keyword(name, _option(name)) for name in first]
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        parameters += [_keyword(name, _option(name)) for name in names if name not in first]
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> Any:
@@ -127,6 +170,16 @@ def _plain(name: str, value: Any) -> Any:
         ) from None
 
 
+def _part(name: str) -> str:
+    """The part of the configuration that a setting belongs to."""
+    return next(part for part, kind in PARTS.items() if name in kind.by_file_key())
+
+
+def _place(name: str) -> int:
+    """Where the help lists a setting."""
+    return NEEDED.index(name) if name in NEEDED else len(NEEDED) + [*PANELS].index(_part(name))
+
+
 def _keyword(name: str, option: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
 
@@ -134,22 +187,30 @@ def _keyword(name: str, option: Any) -> inspect.Parameter:
 def _option(name: str) -> Any:
     said, flag = SETTINGS[name].description or name, f"--{name.replace('_', '-')}"
     text = f"{said[:1].upper()}{said[1:]}.{_default_note(name)}"
+    panel = None if name in NEEDED else PANELS[_part(name)]
+    how: dict[str, Any] = {"help": text, "rich_help_panel": panel}
     if bool in _kinds(name):
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
-    return Annotated[str | None, typer.Option(flag, help=text, metavar=_metavar(name))]
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **how)]
+    return Annotated[str | None, typer.Option(flag, metavar=_metavar(name), **how)]
 
 
 def _default_note(name: str) -> str:
     default = SETTINGS[name].default
-    if default is None or default == "" or name == "pair":
+    if default in (None, "", ()) or name == "pair":
         return ""
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f" [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
 
 
 def _metavar(name: str) -> str:
-    choices = [each for kind in _kinds(name) for each in get_args(kind) if isinstance(each, str)]
-    return "|".join(dict.fromkeys(choices)) or ("LIST" if _is_list(name) else "VALUE")
+    kinds = _kinds(name)
+    found = [each for kind in kinds for each in get_args(kind) if isinstance(each, str)]
+    choices = list(dict.fromkeys(found))
+    if any("|" in each for each in choices):  # which a shell would read, too
+        return " or ".join(f"'{each}'" for each in choices)
+    plain = "LIST" if _is_list(name) else "INT" if int in kinds else "TEXT"
+    plain = "FLOAT" if float in kinds else "PATH" if name in PATHS else plain
+    return "|".join(choices) or plain
 
 
 def _is_list(name: str) -> bool:

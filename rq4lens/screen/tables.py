@@ -91,8 +91,17 @@ def setting_line(settings: GridSettings, n_prompts: int, where: str | None = Non
 
 def checks_line(none: ConditionRecord, self_patch: ConditionRecord) -> str:
     """The two checks that must read 0."""
-    first, second = (number_text(each.KL_raw_mean.value, ".2g") for each in (none, self_patch))
+    first, second = (_check(each.KL_raw_mean.value) for each in (none, self_patch))
     return f"CHECKS (must read 0): none {first}, self {second} nats"
+
+
+READS_ZERO_NATS = 1e-12
+"""What rounding leaves of a divergence of 0 in float64."""
+
+
+def _check(value: float | None) -> str:
+    rounded = value is not None and abs(value) <= READS_ZERO_NATS
+    return number_text(0.0 if rounded else value, ".2g")
 
 
 def carried_table(records: Sequence[ConditionRecord]) -> Table:

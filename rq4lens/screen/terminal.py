@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,9 +85,17 @@ def output_problem(probe: str = "") -> str | None:
 
 @contextmanager
 def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None] | None]:
-    """Show a stage of the work while it lasts: a bar where its rows are counted, else a spinner."""
+    """Show a stage of the work while it lasts: a bar where its rows are counted, else a spinner.
+
+    Without a terminal it is one line when it is done; what fails is one sentence then, too.
+    """
     if not errors.is_terminal:
+        started = time.perf_counter()
         yield None
+        seconds = time.perf_counter() - started
+        errors.print(
+            f"rq4lens: {name}{'' if rows is None else f', {rows:,} rows'}, {seconds:.1f} s"
+        )
         return
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     if rows is not None:

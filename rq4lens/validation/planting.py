@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 from zlib import crc32
 
@@ -115,8 +115,8 @@ class PlantedPair:
         how: sizes of the changes, and the seed of their random numbers.
     """
 
-    base: HookedTransformer
-    tuned: HookedTransformer
+    base: HookedTransformer = field(repr=False)
+    tuned: HookedTransformer = field(repr=False)
     changes: tuple[PlantedChange, ...]
     how: Planting
 

@@ -43,7 +43,7 @@ from rq4lens.analysis.structure.ladder import HELD_OUT, ladder
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import LoadedModel
-from rq4lens.models.pair import ModelPair, PairMember
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import (
     FIT_SPLIT,
     MEASURE_SPLIT,
@@ -205,9 +205,8 @@ class BaseHeads:
     def __init__(
         self, base: LoadedModel, prompts: PromptSet, reading: Reading | None = None
     ) -> None:
-        member = PairMember.of(base)
         self._model: Any = base.model
-        self._pair = ModelPair("base", member, member, prompts, reading=reading)
+        self._pair = ModelPair(base, base, prompts, name="base", reading=reading)
         cfg = self._model.cfg
         self.n_layers, self.n_heads = cfg.n_layers, cfg.n_heads
         self.n_groups = cfg.n_key_value_heads or cfg.n_heads

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -23,6 +23,7 @@ from scipy.stats import binomtest
 from transformer_lens import HookedTransformer
 
 from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
+from rq4lens.analysis.statistics.plain import Listed
 from rq4lens.config import Reading, RunConfig
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
@@ -267,8 +268,8 @@ class Suite:
         heads = {str(kind): each for kind, each in chosen.heads.items()}
         model = self.base.model
         planted = unrelated(model, seed) if scenario.unrelated else plant(model, **heads, how=how)
-        base, tuned = PairMember.of(self.base), PairMember.of(planted.loaded(self.base))
-        pair = ModelPair("planted", base, tuned, self._used, reading=given.reading)
+        tuned = planted.loaded(self.base)
+        pair = ModelPair(self.base, tuned, self._used, name="planted", reading=given.reading)
         return Trial.of(scenario, planted, chosen, pair, n_val=given.n_val, alpha=given.alpha)
 
     def _judged(self, scenario: Scenario, number: int) -> Outcome:
@@ -380,8 +381,8 @@ class FalseAlarms:
         return self.n_alarms / self.n_nulls
 
 
-@dataclass(frozen=True)
-class Validation:
+@dataclass(frozen=True, repr=False)
+class Validation(Listed):
     """What a suite of planted pairs said about the methods.
 
     Args:
@@ -394,6 +395,8 @@ class Validation:
             in which there is nothing to find.
         planted: of each planted pair, its scenario, which heads were chosen and why, and the truth.
     """
+
+    ROWS: ClassVar[str] = "recoveries"
 
     settings: Mapping[str, Any]
     recoveries: tuple[Recovery, ...]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, singledispatch
 from types import UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pandas as pd
 from jaxtyping import AbstractArray
 
 from rq4lens.analysis.statistics.bootstrap import Estimate, Spread
 from rq4lens.heads import Head
-from rq4lens.results import Record
+from rq4lens.results import Record, Shown
 
 T = TypeVar("T")
 
@@ -79,6 +80,24 @@ def _(value: tuple[Any, ...] | list[Any]) -> list[Any]:
 @to_json.register(np.generic)
 def _(value: np.ndarray | np.generic) -> Any:
     return to_json(value.tolist())
+
+
+def frame_of(records: Iterable[Any]) -> pd.DataFrame:
+    """A row a record, its parts beside each other."""
+    return pd.json_normalize([to_json(record) for record in records], sep="_")
+
+
+class Listed(Shown):
+    """A result whose table has a row for each record in one of its fields."""
+
+    ROWS: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(getattr(self, self.ROWS))} {self.ROWS}>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a record."""
+        return frame_of(getattr(self, self.ROWS))
 
 
 def from_json(kind: type[T], value: Any) -> T:

@@ -39,6 +39,8 @@ from rq4lens.models.load.size import checkpoint_size, estimate_memory
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 """What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
 
+HOOKED = (HookedTransformer, TransformerBridge)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -59,8 +61,8 @@ class LoadedModel:
             ``parity.CHECK_TEXTS``, with an adapter not merged; None when the check was not made.
     """
 
-    model: HookedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: HookedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     source: str
     revision: str | None
     dtype: torch.dtype

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import pandas as pd
+
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
@@ -27,6 +29,7 @@ from rq4lens.models.prompts.reading import (
 )
 from rq4lens.models.prompts.record import Message, Prompt
 from rq4lens.models.prompts.rendering import apply_template
+from rq4lens.results import Shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +103,7 @@ class PromptAudit:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Shown):
     """How both models read all prompts.
 
     Args:
@@ -116,6 +119,23 @@ class Audit:
     notes: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        n_prompts = len(self.prompts)
+        return f"<Audit: {n_prompts - len(self.misaligned)} of {n_prompts} prompts aligned>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a prompt."""
+        return pd.DataFrame(
+            {
+                "id": each.id,
+                "split": each.split,
+                "aligned": each.aligned,
+                "same_tokens": each.same_tokens,
+                "problems": "; ".join(each.problems),
+            }
+            for each in self.prompts
+        )
 
     @property
     def misaligned(self) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -57,8 +58,9 @@ class PromptSet:
 
         Args:
             source: the path of a JSONL file, a CSV file or a saved Hugging Face dataset; a
-                ``datasets.Dataset`` or ``DatasetDict``; a list of strings, of objects with the keys
-                of a JSONL line, or of :class:`Prompt`; or such lists by split.
+                ``datasets.Dataset`` or ``DatasetDict``; a DataFrame with their columns; a list of
+                strings, of objects with the keys of a JSONL line, or of :class:`Prompt`; or such
+                lists by split.
             split: the split of a list of strings.
 
         Raises:
@@ -70,6 +72,8 @@ class PromptSet:
             return cls._of_records(files.read_records(Path(source)))
         if isinstance(source, list | tuple):
             return cls._of_list(source, split)
+        if isinstance(source, pd.DataFrame):
+            return cls._of_records(files.frame_records(source))
         return cls.from_dataset(source)
 
     @classmethod
@@ -108,7 +112,7 @@ class PromptSet:
         if not isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
             raise UserError(
                 f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
-                "dataset, or a list."
+                "dataset, a DataFrame, or a list."
             )
         return cls._of_records(files.dataset_records(dataset))
 
@@ -133,6 +137,21 @@ class PromptSet:
         """The prompts but those of these ids."""
         left_out = frozenset(ids)
         return replace(self, prompts=tuple(p for p in self.prompts if p.id not in left_out))
+
+    def of_ids(self, ids: Sequence[str]) -> PromptSet:
+        """The prompts of these ids, in their order.
+
+        Raises:
+            UserError: if there is none of such an id.
+        """
+        known = {prompt.id: prompt for prompt in self.prompts}
+        for name in [ids] if isinstance(ids, str) else ids:
+            if name not in known:
+                raise UserError(
+                    f"there is no prompt {str(name)[:60]!r}: name ids in a list, such as "
+                    f"{list(known)[:3]}."
+                )
+        return replace(self, prompts=tuple(known[name] for name in ids))
 
     def labelled(self, group_by: Sequence[str], hold_out: str) -> PromptSet:
         """The same prompts, grouped and told apart by other fields.
@@ -210,6 +229,19 @@ class PromptSet:
         values = [prompt.read_values for prompt in self.prompts]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
+    def __repr__(self) -> str:
+        counts = Counter(prompt.split for prompt in self.prompts)
+        return f"<PromptSet: {', '.join(f'{n} {name}' for name, n in counts.items())} prompts>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a prompt, with the keys of a JSONL line that some prompt has."""
+        table = pd.DataFrame(map(asdict, self.prompts))
+        chats = table["messages"].map(len) > 0
+        table.loc[chats, "text"] = None  # it is made of the messages
+        for name in ("messages", "meta"):
+            table[name] = table[name].where(table[name].map(len) > 0, None)
+        return table.dropna(axis="columns", how="all")
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -228,6 +260,9 @@ class TokenizedPrompts:
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<TokenizedPrompts: {len(self)} prompts>"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -253,9 +288,10 @@ class TokenizedPrompts:
         """Batches of prompts of similar length."""
         order = torch.argsort(self.lengths, stable=True)
         for rows in order.split(batch_size):
-            yield self._batch(rows, padding_side)
+            yield self.batch(rows, padding_side)
 
-    def _batch(self, rows: Int[Tensor, "prompt"], padding_side: PaddingSide) -> TokenBatch:
+    def batch(self, rows: Int[Tensor, "prompt"], padding_side: PaddingSide = "right") -> TokenBatch:
+        """The prompts of these places as one batch."""
         sequences = [torch.tensor(self.token_ids[row]) for row in rows.tolist()]
         # The padding id is arbitrary: no position that is read can attend to a padded one.
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)

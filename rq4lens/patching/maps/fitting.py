@@ -20,7 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations, check_layers, device_of
+from rq4lens.patching.activations import PairActivations, check_layers, checked_layers, device_of
 from rq4lens.patching.maps.kinds import Fit, FitRows, fit_all
 from rq4lens.patching.maps.map import (
     DEFAULT_KIND,
@@ -50,7 +50,7 @@ AT_ONCE = 8
 
 def fit_maps(
     pair: ModelPair,
-    layers: Sequence[int],
+    layers: int | Sequence[int],
     kind: MapKind = DEFAULT_KIND,
     *,
     scope: MapScope = "head",
@@ -64,7 +64,7 @@ def fit_maps(
 
     Args:
         pair: the pair.
-        layers: the layers to map.
+        layers: the layers to map, or one.
         kind: how to fit, one of ``identity``, ``mean_shift``, ``moments``, ``procrustes``,
             ``procrustes_scaled``, ``ridge`` and ``low_rank``.
         scope: one map per head, or one over all heads of the layer jointly.
@@ -82,6 +82,7 @@ def fit_maps(
             to hold some out.
     """
     activations = activations or PairActivations(pair)
+    layers = checked_layers(layers, pair.n_layers)
     return maps_from(None, activations, layers, kind, scope=scope, seed=seed)
 
 

@@ -14,8 +14,8 @@ from rq4lens.analysis.claims import NO_SHARE, NOTHING, claims, p_text, share, st
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place
 from rq4lens.heads import Head
+from rq4lens.models.pair import weight_cosine
 from rq4lens.models.prompts.prompt_set import PromptSet
-from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid

@@ -43,7 +43,6 @@ from rq4lens.analysis.structure.heads import (
     no_kinds,
 )
 from rq4lens.analysis.structure.ladder import HELD_OUT, ladder
-from rq4lens.analysis.structure.noise import beside_noise
 from rq4lens.config import AnalysisEffort, RankBy
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
@@ -356,7 +355,7 @@ class _Work:
         effects = self.beside.noise
         if effects is None:
             return None
-        return beside_noise(self.grid, effects, self.layer.bootstrap)
+        return controls.beside_noise(self.grid, effects, self.layer.bootstrap)
 
     @cached_property
     def stand_ins(self) -> tuple[records.StandIn, ...]:

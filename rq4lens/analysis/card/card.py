@@ -15,14 +15,20 @@ from torch import Tensor
 
 from rq4lens.analysis.card.numbers import carried_by, map_facts, moved_pct, numbers_of
 from rq4lens.analysis.card.passes import HeadWrites, Readout
-from rq4lens.analysis.card.reads import OTHER_TOKENS, Reader, distances, roles_of, text_shares
+from rq4lens.analysis.card.reads import (
+    OTHER_TOKENS,
+    PatternReader,
+    distances,
+    roles_of,
+    text_shares,
+)
 from rq4lens.analysis.card.records import (
     Carried,
     Decision,
     HeadCard,
+    HeadReads,
     Likely,
     NextTokens,
-    Reads,
     Shifts,
     TokenShift,
     Writes,
@@ -104,7 +110,7 @@ class _Model:
     ``shown`` are direct effects on the logits, over all prompts and on those that a card shows.
     """
 
-    reader: Reader
+    reader: PatternReader
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
@@ -172,7 +178,7 @@ class _Layer:
             mean.append(readout.mean_direct(added).cpu())
             shown.append(Readout(model, states.resid[at]).direct(added[at]).cpu())
         other = states.z_elsewhere.get(self.layer)
-        reader = Reader.of(
+        reader = PatternReader.of(
             self.sides.tokens[side].token_ids,
             self.sides.texts(side),
             states.pattern[self.layer][:, self.heads],
@@ -193,7 +199,7 @@ class _Layer:
             return [Carried(*[undefined(OTHER_VOCABULARY)] * 3)] * len(self.heads)
         return carried_by(swaps["tuned"], swaps["base"], direct, self.inputs.bootstrap)
 
-    def _reads(self, models: Mapping[Side, _Model]) -> list[Reads]:
+    def _reads(self, models: Mapping[Side, _Model]) -> list[HeadReads]:
         base, tuned, bootstrap = models["base"], models["tuned"], self.inputs.bootstrap
         apart = moved = [undefined(OTHER_TOKENS)] * len(self.heads)
         if tuned.elsewhere is not None:
@@ -201,7 +207,7 @@ class _Layer:
             moved = moved_pct(tuned.outputs - tuned.elsewhere, base.outputs, bootstrap)
         roles = roles_of(base.reader, tuned.reader, bootstrap)
         return [
-            Reads(roles[place], text_shares(base.reader, tuned.reader, place), *estimates)
+            HeadReads(roles[place], text_shares(base.reader, tuned.reader, place), *estimates)
             for place, estimates in enumerate(zip(apart, moved, strict=True))
         ]
 
@@ -265,7 +271,7 @@ class _OfHead:
     models: Mapping[Side, _Model]
 
     def card(
-        self, carried: Carried, reads: Reads, moved: Estimate, chosen: Sequence[_Chosen]
+        self, carried: Carried, reads: HeadReads, moved: Estimate, chosen: Sequence[_Chosen]
     ) -> HeadCard:
         inputs, head = self.layer.inputs, self.head
         layer_map = inputs.maps.get(head.layer)

@@ -47,7 +47,7 @@ class TextShare:
 
 
 @dataclass(frozen=True)
-class Reads(Record):
+class HeadReads(Record):
     """What a head attends to from the decision token.
 
     Args:
@@ -243,7 +243,7 @@ class HeadCard(Record):
     n_prompts: int
     carried: Carried
     numbers: HeadNumbers | None
-    reads: Reads
+    reads: HeadReads
     writes: Writes
     map: MapFacts | None
     decides: tuple[Decision, ...]

@@ -1,32 +1,27 @@
-"""The table "does the claim survive", on planted pairs and on numbers worked out by hand."""
+"""What else could explain the effect: stand-ins for the map, and the control layer."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from games import layer_of, noisy_game
 from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_model
 
-from rq4lens.analysis.coverage.table import CoverageInputs, coverage
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.rankings.exact import rank_by_delta
-from rq4lens.analysis.statistics.bootstrap import CONSTANT, Bootstrap
+from rq4lens.analysis.claims import control_reading
+from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.transfer import gap_of
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.structure.controls import (
-    MEAN_ONLY,
+    NOTHING_CHANGED,
+    QUESTIONS,
     ROTATED,
     SHUFFLED,
-    TUNED_MEAN,
     WRONG_LAYER,
-    ControlInputs,
-    control_sources,
-    grid_controls,
-    measured_controls,
-    paired,
-    random_controls,
+    StandInInputs,
+    control_layer,
     random_rotations,
     rotated,
-    unpaired,
+    stand_ins,
 )
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
@@ -34,109 +29,107 @@ from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
 from rq4lens.validation.planting import plant
 
 LAYER, CONTROL = 1, 0
+CHANGED = (1, 2)
 
 
 @pytest.fixture(scope="module")
 def planted():
-    """All heads of the main layer rotated, none of the control layer: the claim is true."""
+    """Two heads of the main layer turned, none of the control layer: the map knows them."""
     base = tiny_model()
-    heads = [Head(LAYER, head) for head in range(TINY_HEADS)]
-    pair = pair_of(base, plant(base, rotated=heads).tuned, random_prompts(n_train=96, n_val=24))
+    tuned = plant(base, turned=[Head(LAYER, head) for head in CHANGED]).tuned
+    pair = pair_of(base, tuned, random_prompts(n_train=96, n_val=24))
     maps = fit_maps(pair, [LAYER, CONTROL])
     activations = PairActivations(pair)
     return prepared(pair, maps), activations
 
 
+def inputs_of(planted, heads=CHANGED, control=CONTROL):
+    experiment, activations = planted
+    measured = MeasuredSets.of(experiment, LAYER, 1.0)
+    return StandInInputs(measured, experiment, activations, control, heads)
+
+
 @pytest.fixture(scope="module")
 def table(planted):
-    experiment, activations = planted
-    grid = grid_of(experiment.pair, experiment.maps, LAYER, CONTROL, experiment=experiment, ks=(1,))
-    layer = replace(MeasuredLayer.of_grid(grid, experiment), bootstrap=Bootstrap(grid.groups, 500))
-    inputs = ControlInputs(layer, experiment, activations, CONTROL, neutral=experiment)
-    rows = [*grid_controls(grid, layer.bootstrap), *measured_controls(inputs)]
-    return {row.name: row for row in rows}
+    bootstrap = Bootstrap(planted[0].groups, 500)
+    return {each.name: each for each in stand_ins(inputs_of(planted), bootstrap)}
 
 
-def test_a_true_claim_survives_what_breaks_the_map(table):
-    """Planted rotations: no other layer, map, direction or mean repairs as much."""
-    for name in ("control layer", "self", SHUFFLED, WRONG_LAYER, ROTATED, MEAN_ONLY):
-        assert table[name].survives is True, name
-        assert table[name].difference.interval.low > 0
+def test_no_stand_in_does_what_a_true_map_does(table):
+    """Neither shuffled pairs nor another layer nor random directions: all fall clearly behind."""
+    assert set(table) == {SHUFFLED, WRONG_LAYER, ROTATED}
+    for each in table.values():
+        assert each.heads == CHANGED
+        assert each.behind_nats.interval.low > 0
+        assert each.recovered_pct.value < 50
 
 
-def test_the_same_prompts_as_neutral_ones_do_not_survive(table):
-    """Prompts that are disturbed just as much show that the effect is not specific."""
-    neutral = table["neutral prompts"]
-    assert neutral.survives is False
-    assert neutral.value.value == pytest.approx(neutral.reference.value)
-    assert neutral.share_pct.value == pytest.approx(100)
+def test_shuffled_pairs_know_no_more_than_a_constant(table):
+    """A map that was fitted on prompts that do not belong together recovers about nothing."""
+    assert table[SHUFFLED].recovered_pct.value == pytest.approx(0, abs=20)
 
 
-def test_patching_into_itself_is_the_null_row(table):
-    """The self-patch leaves nothing, so all of the raw effect is the patch's own."""
-    assert table["self"].value.value == pytest.approx(0, abs=1e-6)
-    assert table["self"].unit == "KL_raw, nats"
-
-
-def test_identical_models_survive_nothing():
-    """Without any change there is nothing to claim: no control gets a verdict of survival."""
-    base = tiny_model()
-    pair = pair_of(base, base, random_prompts())
-    maps = fit_maps(pair, [LAYER, CONTROL])
-    grid = grid_of(pair, maps, LAYER, CONTROL, ks=(1,))
-    for row in grid_controls(grid, Bootstrap(grid.groups, 200)):
-        assert row.survives is not True
-
-
-def test_paired_control_is_a_paired_difference():
-    """The difference keeps the pairing of prompts: a constant gap has no spread to judge by."""
-    value = np.random.default_rng(0).normal(size=20)
-    bootstrap = Bootstrap(tuple(map(str, range(20))), 200)
-    control = paired("c", "?", value, value + 1.0, bootstrap)
-    assert control.difference.value == pytest.approx(1)
-    assert control.reason == CONSTANT
-    noisy = paired("c", "?", value, value + np.linspace(0.5, 1.5, 20), bootstrap)
-    assert noisy.survives is True
-    assert paired("c", "?", value, -noisy.difference.value * value, bootstrap).survives is False
-
-
-def test_unpaired_control_takes_both_spreads():
-    """The variance of the difference of two independent means is the sum of both variances."""
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(5, 1, size=(1, 40)), rng.normal(2, 2, size=(1, 60))
-    first = Bootstrap(tuple(map(str, range(40))), 20_000, 0).resampled(one)
-    second = Bootstrap(tuple(map(str, range(60))), 20_000, 1).resampled(other)
-    control = unpaired("c", "?", second, first)
-    half_width = 1.96 * np.sqrt(one.var() / 40 + other.var() / 60)
-    assert control.difference.value == pytest.approx(one.mean() - other.mean())
-    assert control.difference.interval.high - control.difference.value == pytest.approx(
-        half_width, rel=0.05
+def test_stand_ins_leave_the_heads_that_did_not_change_alone(planted, table):
+    """They are charged for the changed heads only: the whole layer loses more."""
+    whole = stand_ins(
+        inputs_of(planted, tuple(range(TINY_HEADS))), Bootstrap(planted[0].groups, 50)
     )
-    assert control.survives is True
+    found = {each.name: each for each in whole}
+    assert found[ROTATED].damage.value > table[ROTATED].damage.value
 
 
-def test_grid_without_control_layer_says_so():
-    """The row stays in the table, without a verdict and with the reason."""
-    grid = noisy_game([1.0, 2.0], 10).grid(ks=(1,))
-    without = {name: c for name, c in grid.conditions.items() if name != "ctrl_full"}
-    bare = type(grid)(grid.settings, grid.prompt_ids, grid.groups, without, 0.0)
-    row = grid_controls(bare, Bootstrap(bare.groups, 50))[0]
-    assert row.survives is None
-    assert "no control layer" in row.reason
+def test_where_no_head_changed_nothing_stands_in(planted):
+    """Every question is there, with the reason why it is not asked."""
+    found = stand_ins(inputs_of(planted, ()), Bootstrap(planted[0].groups, 50))
+    assert {each.name for each in found} == set(QUESTIONS)
+    for each in found:
+        assert each.damage.value is None
+        assert each.reason == NOTHING_CHANGED
 
 
-@pytest.mark.parametrize(
-    ("effects", "survives"), [(np.arange(12.0) ** 2, True), (np.full(12, 5.0), False)]
-)
-def test_random_heads_are_judged_on_other_prompts(effects, survives):
-    """Heads that differ reliably beat random heads; equal heads do not."""
-    game = noisy_game(effects, 40, noise=0.5, seed=3)
-    layer = layer_of(game, (4, 12), n_resamples=200)
-    ranking = rank_by_delta(layer.measured)
-    inputs = CoverageInputs(layer, ranking, (4, 12), {}, n_random_sets=100)
-    rows = random_controls(coverage(inputs).rows, 12, layer.full)
-    assert [row.name for row in rows] == ["random heads, k=4"]
-    assert rows[0].survives is survives
+def test_without_a_control_layer_its_map_does_not_stand_in(planted):
+    """And the row says why."""
+    found = stand_ins(inputs_of(planted, control=None), Bootstrap(planted[0].groups, 50))
+    (missing,) = [each for each in found if each.reason]
+    assert missing.name == WRONG_LAYER
+    assert "no control layer" in missing.reason
+
+
+@pytest.fixture(scope="module")
+def grid(planted):
+    experiment, _ = planted
+    return grid_of(experiment.pair, experiment.maps, LAYER, CONTROL, experiment=experiment, ks=(1,))
+
+
+def test_the_control_layer_stands_beside_the_main_one_prompt_by_prompt(grid):
+    """`ΔKL` and `to_base` of the main layer less those of the control layer, paired."""
+    bootstrap = Bootstrap(grid.groups, 500)
+    found = control_layer(grid, gap_of(grid, bootstrap), bootstrap)
+    assert found.layer == CONTROL
+    assert found.less_nats.value == pytest.approx(grid.full.delta - grid.control.delta)
+    gap, own, its = (
+        each.transfer.left_nats("to_base").mean()
+        for each in (grid["none"], grid.full, grid.control)
+    )
+    assert found.less_to_base_pct.value == pytest.approx(100 * (its - own) / gap)
+    assert "less there" in control_reading(found.layer, found.less_nats)
+
+
+def test_a_control_layer_of_the_very_same_effect_is_not_different(grid):
+    """The difference is 0 on every prompt, and specificity is not claimed."""
+    same = replace(grid.full, cond="ctrl_full", layer=CONTROL)
+    twice = replace(grid, conditions={**grid.conditions, "ctrl_full": same})
+    bootstrap = Bootstrap(grid.groups, 100)
+    found = control_layer(twice, gap_of(twice, bootstrap), bootstrap)
+    assert found.less_nats.value == 0
+    assert "less there" not in control_reading(found.layer, found.less_nats)
+
+
+def test_a_grid_without_a_control_layer_has_none(grid):
+    """None, not a row of nothing."""
+    without = {name: each for name, each in grid.conditions.items() if name != "ctrl_full"}
+    bare, bootstrap = replace(grid, conditions=without), Bootstrap(grid.groups, 50)
+    assert control_layer(bare, gap_of(bare, bootstrap), bootstrap) is None
 
 
 def test_rotation_control_keeps_the_distance_from_the_mean(planted):
@@ -155,24 +148,6 @@ def test_random_rotations_are_orthogonal():
     assert np.allclose(turns @ turns.swapaxes(1, 2), np.eye(5))
     assert not np.allclose(turns[0], turns[1])
     assert set(np.abs(random_rotations(4, 1, 0)).ravel()) == {1.0}
-
-
-def test_mean_only_control_moves_the_mean(planted):
-    """Its prediction is the base activation plus the difference of the train means."""
-    experiment, activations = planted
-    sources = control_sources(experiment, LAYER, CONTROL, activations, 0)
-    data = FitData.of(activations, LAYER)
-    shift = (data.y.mean(0) - data.x.mean(0)).float()
-    base = experiment.sources[LAYER, "raw"]
-    assert torch.allclose(sources[MEAN_ONLY], base + shift, atol=1e-5)
-
-
-def test_tuned_mean_control_knows_no_prompt(planted):
-    """It is the mean tuned activation of the train prompts, on every prompt."""
-    experiment, activations = planted
-    source = control_sources(experiment, LAYER, CONTROL, activations, 0)[TUNED_MEAN]
-    mean = activations.z("tuned", "train", LAYER).mean(0)
-    assert torch.allclose(source, mean.expand_as(source), atol=1e-5)
 
 
 def test_refitting_on_the_same_rows_is_the_same_map(planted):

@@ -9,16 +9,16 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
 from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
-from rq4lens.analysis.structure.heads import head_kinds
 from rq4lens.heads import Head
 from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.results import TRANSFERS
 from rq4lens.validation.planting import Planting, plant
 
-EXACT = [method for method in METHODS if method not in GRADIENT_METHODS]
+EXACT = [method for method in METHODS if method not in {*GRADIENT_METHODS, *TRANSFERS}]
+"""Methods that look for what a map repairs; transfer looks for what changes the answer."""
 
 
-def planted(seed, n_rewired=0, drift=0.002):
+def planted(seed, n_rewired=0, drift=0.002, kind="rotated"):
     """Two rotated heads of one layer, their layer's measurements, and which heads they are."""
     rng = np.random.default_rng(seed)
     layer = int(rng.integers(TINY_LAYERS))
@@ -26,7 +26,7 @@ def planted(seed, n_rewired=0, drift=0.002):
     base = tiny_model(seed)
     tuned = plant(
         base,
-        rotated=heads[:2],
+        **{kind: heads[:2]},
         rewired=heads[2 : 2 + n_rewired],
         how=Planting(drift=drift, seed=seed),
     ).tuned
@@ -54,26 +54,14 @@ def test_relative_drop_tells_rotated_from_rewired(seed):
     assert average_precision_score(is_rotated, scores) == pytest.approx(1)
 
 
-def test_kinds_of_planted_heads_are_told_apart():
-    """Rotated heads are re-coordinated, rewired heads are not, untouched heads are idle.
-
-    A planted head may do nothing in its layer and then is idle; most are not.
-    """
-    found = {"rotated": [], "rewired": []}
-    for seed in range(5):
-        measured, rotated, rewired = planted(seed, n_rewired=1, drift=0.0)
-        raw, mapped = measured.kl_nats(measured.singles)
-        full = measured.kl_nats([measured.everything])[0].mean()
-        bootstrap = Bootstrap(measured.groups, 300)
-        kinds = head_kinds(raw, mapped, float(full), 0.0, bootstrap).heads
-        for head in range(TINY_HEADS):
-            if head in rotated:
-                assert kinds[head].kind in {"re-coordinated", "idle"}
-                found["rotated"].append(kinds[head].kind)
-            elif head in rewired:
-                assert kinds[head].kind in {"rewired", "undecided", "idle"}
-                found["rewired"].append(kinds[head].kind)
-            else:
-                assert kinds[head].kind == "idle"
-    assert found["rotated"].count("re-coordinated") > len(found["rotated"]) / 2
-    assert found["rewired"].count("rewired") > len(found["rewired"]) / 2
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("method", TRANSFERS)
+def test_transfer_finds_what_changes_the_answer_and_only_that(method, seed):
+    """Heads that are turned come first; rotated ones, whose `W_O` undoes it, carry nothing."""
+    measured, turned, _ = planted(seed, kind="turned", drift=0.0002)
+    is_turned = [head in turned for head in range(TINY_HEADS)]
+    scores = strengths(rank_heads(method, measured))
+    assert average_precision_score(is_turned, scores) == pytest.approx(1)
+    measured, rotated, _ = planted(seed)
+    ranking = rank_heads(method, measured)
+    assert all((ranking.by_head[head] or 0.0) < 5 for head in rotated)

@@ -1,4 +1,4 @@
-"""Stability, concentration, interactions and kinds of heads, against closed forms."""
+"""Stability, concentration and interactions, against closed forms."""
 
 import json
 
@@ -14,14 +14,7 @@ from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
 from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.rankings.stability import rank_stability
-from rq4lens.analysis.statistics.bootstrap import (
-    CONSTANT,
-    LEVEL,
-    Bootstrap,
-    Estimate,
-    Interval,
-    Spread,
-)
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Spread
 from rq4lens.analysis.statistics.concentration import (
     NO_SCORE,
     churn,
@@ -32,11 +25,6 @@ from rq4lens.analysis.statistics.concentration import (
 )
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.alphas import alpha_sweep
-from rq4lens.analysis.structure.heads import (
-    EXPLAINED_PCT,
-    head_kinds,
-    kind_of,
-)
 from rq4lens.patching.maps.fitting import FitData
 from rq4lens.results import ranks_of
 
@@ -204,42 +192,6 @@ def test_interactions_without_a_full_effect_have_no_ratio():
     found = interactions(layer_of(Game(np.zeros((2, 30))), n_resamples=50))
     assert found.sum_over_joint.value is None
     assert found.sum_over_joint.reason is not None
-
-
-def test_kinds_of_heads_by_construction():
-    """A head that does nothing, one the map explains, one it does not, and one in between."""
-    rng = np.random.default_rng(0)
-    raw = np.array([0.001, 1.0, 1.0, 1.0])[:, None] * rng.uniform(0.9, 1.1, size=(4, 30))
-    left = np.array([0.5, 0.05, 0.95, 0.5])[:, None] * np.concatenate(
-        [np.ones((3, 30)), rng.uniform(0.2, 1.8, size=(1, 30))]
-    )
-    found = head_kinds(raw, raw * left, 3.0, 1e-9, Bootstrap(NAMES, 500))
-    assert [head.kind for head in found.heads] == [
-        "idle",
-        "re-coordinated",
-        "rewired",
-        "undecided",
-    ]
-    assert "10%" in found.rule
-    assert f"{EXPLAINED_PCT:g}%" in found.rule
-
-
-def test_noise_floor_makes_heads_idle():
-    """Below ten noise floors nothing can be said of a head but that it is idle."""
-    raw = np.full((2, 30), 0.005)
-    found = head_kinds(raw, raw, 0.01, 1e-3, Bootstrap(NAMES, 50))
-    assert {head.kind for head in found.heads} == {"idle"}
-    assert found.idle_below_nats == pytest.approx(0.01)
-
-
-def test_kind_without_an_interval_is_undecided():
-    """Without an interval nobody can say on which side of the line a head lies."""
-    raw = Estimate(1.0)
-    assert kind_of(raw, Estimate(99.0), 0.1) == "undecided"
-    assert kind_of(raw, Estimate(99.0, None, CONSTANT), 0.1) == "re-coordinated"
-    assert (
-        kind_of(raw, Estimate(99.0, Interval(98.0, 100.0, LEVEL, "bca")), 0.1) == "re-coordinated"
-    )
 
 
 def test_alpha_sweep_holds_the_runs_own_alpha():

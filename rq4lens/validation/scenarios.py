@@ -393,11 +393,11 @@ class Trial:
 
     def kinds(self) -> Iterator[tuple[str, str, str]]:
         """Truth and verdict of each head."""
-        measured, rungs = self.of_kinds, (*RUNGS, OUTPUT)
+        measured, rungs = self.of_kinds, [*RUNGS, OUTPUT]
         experiment = self._experiment(measured)
         without = held_out(experiment.maps[self.layer], self.activations, experiment.split)
         if not isinstance(without, str):
-            measured, rungs = measured.also({HELD_OUT: without}), (*rungs, HELD_OUT)
+            measured, rungs = measured.also({HELD_OUT: without}), [*rungs, HELD_OUT]
         neutral = self.of_neutral
         bootstrap = Bootstrap(measured.groups, RESAMPLES, self.planted.how.seed)
         inputs = KindInputs(

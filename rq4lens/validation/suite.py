@@ -295,7 +295,9 @@ class Suite:
         return BaseHeads(self.base, few, self.settings.reading)
 
     def _first(self, n_train: int, n_val: int) -> PromptSet:
-        limits = {FIT_SPLIT: n_train, MEASURE_SPLIT: n_val, SIDE_EFFECT_SPLIT: n_val}
+        limits = {FIT_SPLIT: n_train, MEASURE_SPLIT: n_val}
+        if SIDE_EFFECT_SPLIT in self.prompts.splits:
+            limits[SIDE_EFFECT_SPLIT] = n_val
         some = (self.prompts.split(split).prompts[:n] for split, n in limits.items())
         return PromptSet(tuple(chain.from_iterable(some)))
 

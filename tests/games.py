@@ -1,8 +1,9 @@
 """Head-set games with known truth: a stand-in for a measured pair, computed from formulas.
 
 A game gives ``KL_raw(S)`` and ``KL_mapped(S)`` of every head set on every prompt. In an additive
-game heads do not interact; a pairwise game adds a bonus for chosen pairs. Whatever the analysis
-says about such a game can be checked by enumeration or by hand.
+game heads do not interact; a pairwise game adds a bonus for chosen pairs. Swapped into the other model,
+a head set closes the gap between the two by its ΔKL. Whatever the analysis says about such a game
+can be checked by enumeration or by hand.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.config import Effort, Patching
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Measurer, Planned
-from rq4lens.patching.patch import RAW, Effects
-from rq4lens.results import ConditionResult, GridResult, GridSettings
+from rq4lens.patching.patch import BASE, MAPPED, OTHERS, OWN, SELF, TUNED, Effects
+from rq4lens.results import EVERY, EVERY_LAYER, GridResult, GridSettings
 
 
 class Game:
@@ -32,7 +33,7 @@ class Game:
     ``pairs`` is ``[head head]``, symmetric with a zero diagonal: what a pair adds to ΔKL.
     """
 
-    def __init__(self, single, raw=None, pairs=None, groups=None, scale_by_source=None):
+    def __init__(self, single, raw=None, pairs=None, groups=None):
         self.single = np.asarray(single, dtype=float)
         self.n_heads, n_prompts = self.single.shape
         self.n_layers = 2
@@ -40,7 +41,7 @@ class Game:
         self.pairs = np.zeros((self.n_heads,) * 2) if pairs is None else np.asarray(pairs)
         self.prompt_ids = tuple(f"p{i}" for i in range(n_prompts))
         self.groups = tuple(groups) if groups is not None else self.prompt_ids
-        self.scale_by_source = scale_by_source or {}
+        self.gap_nats = 2 * (np.abs(self.single).sum(0) + np.abs(self.pairs).sum())
         self.n_measured = 0
 
     def delta(self, masks: np.ndarray) -> np.ndarray:
@@ -58,28 +59,25 @@ class Game:
 
     def effects(self, patches, progress=None):  # noqa: ARG002
         """Effects of patches, as an experiment gives them; layer 0 has half the repair."""
-        self.n_measured += sum(patch.source != RAW for patch in patches)
+        sources = np.array([patch.source for patch in patches])[:, None]
+        self.n_measured += int((sources == MAPPED).sum())
         strength = np.array([(patch.alpha / 0.3) ** 2 for patch in patches])[:, None]
-        share = np.array([[self.scale_of(patch)] for patch in patches])
+        share = np.array([1.0 if patch.layer == 1 else 0.5 for patch in patches])[:, None]
         masks = self.masks([patch.heads for patch in patches])
-        kl_nats = strength * (masks @ self.raw) - strength * share * self.delta(masks)
-        return Effects(kl_nats, -kl_nats)
+        own = share * self.delta(masks)
+        kl_nats = strength * ((sources != SELF) * (masks @ self.raw) - (sources == MAPPED) * own)
+        closed = np.isin(sources, (BASE, TUNED)) * own
+        answer_is = np.where(closed < self.gap_nats / 2, float(OWN), float(OTHERS))
+        return Effects(kl_nats, -kl_nats, self.gap_nats - closed, answer_is)
 
-    def scale_of(self, patch):
-        """The share of its ΔKL that a patch repairs."""
-        if patch.source == RAW:
-            return 0.0
-        return self.scale_by_source.get(patch.source, 1.0) * (1.0 if patch.layer == 1 else 0.5)
-
-    def condition(self, cond, heads, layer=1, alpha=0.3):
+    def condition(self, cond, heads, layer=1, source=None):
         """One condition of a grid."""
-        planned = Planned(cond, layer, HeadSet.of(heads, self.n_heads), alpha)
+        planned = Planned(cond, layer, HeadSet.of(heads, self.n_heads), 0.3, source)
         return Measurer(self).conditions([planned])[cond]
 
     def grid(self, ks=(1, 2), random_seeds=(0, 1, 2), noise_floor_nats=0.0, rank_by="delta"):
         """The main job's grid of this game."""
         heads = range(self.n_heads)
-        zeros = np.zeros(len(self.prompt_ids))
         conditions = [self.condition("full", heads)]
         conditions += [self.condition(f"head{h}", [h]) for h in heads]
         order = np.argsort(-self.single.mean(1), kind="stable")
@@ -90,15 +88,15 @@ class Game:
                 for s in random_seeds
             ]
         conditions.append(self.condition("ctrl_full", heads, layer=0))
-        for cond in ("none", "self"):
-            empty = HeadSet.none(self.n_heads) if cond == "none" else HeadSet.all(self.n_heads)
-            conditions.append(ConditionResult(cond, 1, empty, 0.3, zeros, zeros, zeros, zeros))
+        conditions += [self.condition("none", []), self.condition("self", heads, source=SELF)]
+        every = Planned(EVERY, EVERY_LAYER, HeadSet.all(self.n_heads), 1.0)
         return GridResult(
             settings=settings(self.n_heads, ks, random_seeds, rank_by),
             prompt_ids=self.prompt_ids,
             groups=self.groups,
             conditions={condition.cond: condition for condition in conditions},
             noise_floor_nats=noise_floor_nats,
+            every_layer=Measurer(self).transfer(every),
         )
 
 

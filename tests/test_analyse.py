@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from games import Game, noisy_game
 from synthetic import resampled
-from tiny import grid_of, prepared
+from tiny import TINY_HEADS, grid_of, prepared
 
-from rq4lens.analysis.analyse import PARTS, analyse
-from rq4lens.analysis.claims import amount_of, claims, decisive_row, spread_of
+from rq4lens.analysis.analyse import PARTS, Beside, analyse
+from rq4lens.analysis.claims import decisive_row
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE
 from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, exact
+from rq4lens.analysis.structure.controls import QUESTIONS
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import AnalysisEffort
 from rq4lens.errors import UserError
 from rq4lens.patching.maps.fitting import fit_maps
-
-TAU = "Kendall's tau with their order by ΔKL is"
+from rq4lens.results import TRANSFERS
 
 ROW = {
     *("k", "ranking", "heads", "coverage_pct", "coverage_pct_ci95", "cross_fitted_coverage_pct"),
@@ -42,13 +42,13 @@ def of_pair(tiny_pair, tiny_maps):
     """The whole analysis of the tiny pair, with every method and control."""
     experiment = prepared(tiny_pair, tiny_maps)
     grid = grid_of(tiny_pair, tiny_maps, 1, 0, 0.3, ks=(1, 2, 4), experiment=experiment)
-    return analyse(
-        resampled(grid, 300), experiment, AnalysisEffort(n_random_sets=50), neutral=experiment
-    )
+    beside = Beside(neutral=experiment)
+    effort = AnalysisEffort(n_random_sets=50)
+    return analyse(resampled(grid, 300), experiment, effort, beside=beside)
 
 
 def test_analysis_of_a_pair_has_every_part(of_pair):
-    """All methods ran, every control has its row, and every part was timed."""
+    """All methods ran, whatever stands in has its row, and every part was timed."""
     assert [row.method for row in of_pair.methods] == list(METHODS)
     assert all(row.reason is None for row in of_pair.methods)
     assert {curve.ranking for curve in of_pair.curves} >= {"delta (cross-fitted)", "best subset"}
@@ -56,9 +56,31 @@ def test_analysis_of_a_pair_has_every_part(of_pair):
     assert of_pair.alignment is not None
     kinds = {agreement.kind for agreement in of_pair.agreement}
     assert kinds == {"metric", "fold", "map_kind", "alpha"}
-    assert {"control layer", "shuffled pairs", "neutral prompts"} <= {
-        control.name for control in of_pair.controls
-    }
+    assert {each.name for each in of_pair.stand_ins} == set(QUESTIONS)
+    assert of_pair.control_layer.layer == 0
+    assert [ladder.alpha for ladder in of_pair.ladders] == [1.0, 0.3]
+    assert of_pair.neutral.alpha == 1.0
+    assert [each.direction for each in of_pair.directions] == list(TRANSFERS)
+    assert len(of_pair.kinds.heads) == TINY_HEADS
+
+
+def test_no_pair_of_noise_is_beside_what_was_given_none(of_pair):
+    """What was not measured is None, with its reason."""
+    assert of_pair.noise is None
+    assert of_pair.to_dict()["noise_reason"]
+
+
+def test_transfer_is_the_same_wherever_it_stands(of_pair):
+    """The layer, its tables in both directions and the sweep over alphas at 1 agree."""
+    for found, heads in zip(
+        of_pair.directions,
+        (of_pair.transfer.heads_to_base_pct, of_pair.transfer.heads_to_tuned_pct),
+        strict=True,
+    ):
+        (head,) = found.coverage[0].heads
+        assert found.coverage[0].coverage_pct.value == pytest.approx(heads[head].value)
+    at_one = next(point for point in of_pair.alphas if point.alpha == 1.0)
+    assert at_one.to_base_pct.value == pytest.approx(of_pair.transfer.to_base_pct.value)
 
 
 def test_analysis_file_is_strict_json_with_the_documented_rows(of_pair):
@@ -66,7 +88,7 @@ def test_analysis_file_is_strict_json_with_the_documented_rows(of_pair):
     record = of_pair.to_dict()
     json.dumps(record, allow_nan=False)
     assert set(record["coverage"][0]) >= ROW
-    assert {"areas", "concentration", "controls", "agreement", "claims"} <= set(record)
+    assert {"areas", "concentration", "ladders", "kinds", "stand_ins", "claims"} <= set(record)
     assert {"ranking", "area_pct", "cpr", "cmd", "k90"} <= set(record["areas"][0])
 
 
@@ -182,73 +204,29 @@ def test_grid_alone_is_enough_for_its_own_numbers():
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_claims_follow_the_numbers():
+def test_what_the_study_says_follows_the_numbers():
     """A few heads, many heads and no effect each read differently."""
-    few = " ".join(analysed(noisy_game([5.0, 4.9, *[0.1] * 10], 40)).claims)
-    assert "The top 2 of 12 heads by delta (L1H0, L1H1) carry most of it" in few
-    assert "a few heads carry it" in few
-    assert "the top 2 are better" in few
-    even = " ".join(analysed(noisy_game(np.ones(12), 40, noise=0.3)).claims)
-    assert "carry only part of it" in even
-    assert "spread over many heads" in even
-    assert "the top 2 are not clearly better" in even
-    null = " ".join(analysed(noisy_game(np.zeros(12), 40)).claims)
-    assert "Coverage is undefined" in null
-    assert "carry" not in null
+    few = " ".join(analysed(noisy_game([5.0, 4.9, *[0.1] * 10], 40)).study_claims)
+    assert "the top 2 heads by delta (L1H0, L1H1) cover" in few
+    assert "clearly less" in few
+    assert "not clearly less" not in few
+    even = " ".join(analysed(noisy_game(np.ones(12), 40, noise=0.3)).study_claims)
+    assert "not clearly less" in even
+    (null,) = analysed(noisy_game(np.zeros(12), 40)).study_claims
+    assert "no share of the map's repair is claimed" in null
 
 
-@pytest.mark.parametrize(
-    ("strengths", "said"),
-    [
-        ([-5.0, -4.9, *[-0.1] * 10], "2 of 12 heads do 90."),
-        ([0.2, *[0.1] * 5, -9.0], "1 of 7 heads does 10"),
-    ],
-)
-def test_claims_of_harm_name_those_that_do_it(strengths, said):
-    """Of a harmful map the ranking's first heads do least; the best sets say who does most."""
-    found = analysed(noisy_game(strengths, 40))
-    harmful = " ".join(found.claims)
-    assert "makes the raw patch worse" in harmful
-    assert "does not say which heads carry the harm" in harmful
-    assert said in harmful
-    assert "spread over" not in harmful
-    assert "Random sets" not in harmful
-    random = [control for control in found.controls if control.name.startswith("random heads")]
-    assert {control.survives for control in random} == {None}
-
-
-def test_most_is_said_only_where_the_interval_says_so():
-    """A share above one half whose interval holds one half is given as its interval."""
-    shares = {"most": (51.0, 90.0), "between 45% and 75%": (45.0, 75.0), "only part": (20.0, 49.0)}
-    for said, ends in shares.items():
-        share = Estimate(sum(ends) / 2, Interval(*ends, LEVEL, "bca"))
-        assert amount_of(share) == said
-    assert amount_of(Estimate(60.0)) == "an uncertain share"
-
-
-def test_no_row_is_called_most_on_its_point_alone():
-    """The paragraph moves on to the first size whose whole interval lies above one half."""
-    game = noisy_game([1.1, 0.9, *[0.1] * 8], 12, noise=1.0, seed=3)
-    found = analysed(game, ks=(1, 2, 4))
-    vague = replace(
-        found.coverage[1],
-        cross_fitted_coverage_pct=Estimate(60.0, Interval(40.0, 80.0, LEVEL, "bca")),
+def test_no_row_decides_on_its_point_alone():
+    """The first size whose whole interval lies above one half; the largest if none does."""
+    rows = analysed(noisy_game([1.1, 0.9, *[0.1] * 8], 12), ks=(2, 4)).coverage
+    vague, firm = (
+        replace(row, cross_fitted_coverage_pct=Estimate(share, Interval(*ends, LEVEL, "bca")))
+        for row, share, ends in zip(rows, (60.0, 80.0), ((40.0, 80.0), (60.0, 99.0)), strict=True)
     )
-    firm = replace(
-        found.coverage[2],
-        cross_fitted_coverage_pct=Estimate(80.0, Interval(60.0, 99.0, LEVEL, "bca")),
-    )
-    told = replace(found, coverage=(vague, firm))
-    assert decisive_row(told) is firm
-    assert "carry between 40% and 80% of it" in " ".join(claims(replace(found, coverage=(vague,))))
-
-
-def test_a_layer_with_one_head_has_nothing_to_spread():
-    """All lies on its one head, so nothing is said about few or many."""
-    only = " ".join(analysed(noisy_game([1.0], 30), ks=(1,)).claims)
-    assert "repairs part" in only
-    assert "spread" not in only
-    assert "90%" not in only
+    assert decisive_row((vague, firm), 100.0) is firm
+    assert decisive_row((vague,), 100.0) is vague
+    assert decisive_row((vague, firm), 70.0) is vague
+    assert decisive_row((), 100.0) is None
 
 
 def test_no_measured_set_lies_above_the_best():
@@ -265,70 +243,6 @@ def test_no_measured_set_lies_above_the_best():
             assert upper.value >= lower.value - 1e-9
     for row in found.coverage:
         assert row.best_coverage_pct == best.coverage_pct[row.k].value
-
-
-def test_claims_name_controls_that_fail():
-    """A control without survival is named; one without a verdict is listed apart."""
-    found = analysed(noisy_game([3.0, 2.0, 1.0], 30))
-    first = found.controls[0]
-    failed = replace(found, controls=(replace(first, survives=False), *found.controls[1:]))
-    assert "does not survive: control layer" in " ".join(claims(failed))
-    untested = replace(found, controls=(replace(first, survives=None),))
-    assert "controls" not in " ".join(claims(untested)).replace("survives", "")
-
-
-def test_claims_make_no_range_of_a_few_random_sets():
-    """Three draws have no 95% of theirs; all sets of a size, or many draws, do."""
-    game = noisy_game([5.0, 4.9, *[0.1] * 10], 40)
-    few, many = (" ".join(analysed(game, measure=each).claims) for each in (False, True))
-    assert "The 3 random sets of 2 cover" in few
-    assert "(95% between" not in few
-    assert "Random sets of 2 cover" in many
-    assert "(95% between" in many
-
-
-def test_claims_count_idle_heads_apart():
-    """Heads that differ from zero by next to nothing count, and are said to be idle."""
-    game = noisy_game([3.0, 2.0, *[1e-6] * 4], 30, noise=0.0)
-    raw = np.outer([4.0, 3.0, *[2e-6] * 4], np.ones(30)) * np.linspace(0.9, 1.1, 30)
-    said = " ".join(analysed(Game(game.single * np.linspace(0.8, 1.2, 30), raw=raw)).claims)
-    assert "6 of 6 heads by themselves differ from zero" in said
-    assert "2 of these are not idle" in said
-    assert "all 30 tests (6 heads x 1 layer x 5 alphas)" in said
-
-
-def test_claims_name_a_metric_that_ranks_otherwise():
-    """A second metric is mentioned where its order of the heads has nothing to do with ΔKL's."""
-    found = analysed(noisy_game([3.0, 2.0, 1.0], 30))
-    assert "rank otherwise" not in " ".join(found.claims)
-    metric = found.agreement[0]
-    for estimate in (Estimate(-0.13, Interval(-0.17, 0.27, LEVEL, "percentile")), exact(-1.0)):
-        other = replace(metric, kendall=estimate)
-        said = " ".join(claims(replace(found, agreement=(other, *found.agreement[1:]))))
-        assert f"answer log-probability the heads rank otherwise: {TAU} {estimate:.3g}" in said
-
-
-def test_claims_name_every_control_that_comes_close():
-    """One control is the closest; several above 80% are all named with their shares."""
-    found = analysed(noisy_game([3.0, 2.0, 1.0], 30))
-    shares = {"shuffled pairs": 89.7, "tuned mean": 88.0, "random rotation": 79.9}
-    rows = {
-        name: replace(found.controls[0], name=name, survives=True, share_pct=exact(share))
-        for name, share in shares.items()
-    }
-    said = " ".join(claims(replace(found, controls=tuple(rows.values()))))
-    assert "2 come close to its repair: shuffled pairs 89.7% [89.7, 89.7], tuned mean 88.0%" in said
-    assert "random rotation" not in said
-    alone = " ".join(claims(replace(found, controls=(rows["random rotation"],))))
-    assert "random rotation comes closest: 79.9%" in alone
-
-
-def test_words_for_spread():
-    """The words follow 90% of the effect first and the area second."""
-    assert spread_of(1, 2, 72.0) == "one head carries it"
-    assert spread_of(2, 16, 90.0) == "a few heads carry it"
-    assert "many carry the rest" in spread_of(8, 16, 80.0)
-    assert "spread over many" in spread_of(15, 16, 55.0)
 
 
 def test_numbers_in_sentences():

@@ -63,7 +63,10 @@ def test_a_key_like_no_other_is_answered_with_all():
         ({"k": [2, 2]}, "a number stands twice"),
         ({"random_seeds": [0, 0]}, "a number stands twice"),
         ({"random_seeds": [-1]}, "random_seeds = '-1'"),
-        ({"rank_by": "size"}, "rank_by = 'size'.*'delta', 'drop_pct' or 'kl_raw'"),
+        (
+            {"rank_by": "size"},
+            "rank_by = 'size'.*'delta', 'drop_pct', 'kl_raw', 'to_base' or 'to_tuned'",
+        ),
         ({"map_kind": "magic"}, "map_kind = 'magic'.*'procrustes_scaled'"),
         ({"map_scope": "model"}, "map_scope = 'model'.*'head' or 'layer'"),
         ({"k_positions": 0}, "k_positions = '0'"),

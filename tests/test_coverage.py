@@ -9,7 +9,7 @@ from games import Game, inputs_of, layer_of, measured, noisy_game
 
 from rq4lens.analysis.coverage.best_sets import best_subsets, interaction_matrix
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, half_means, half_splits
-from rq4lens.analysis.coverage.curves import area, fewest_heads, ranking_curve, share_of_full
+from rq4lens.analysis.coverage.curves import area, fewest_heads, ranking_curve, share_of_whole
 from rq4lens.analysis.coverage.table import coverage, coverage_of_grid, seed_sets
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
@@ -69,7 +69,8 @@ def test_band_is_wider_than_every_interval_of_its_kind():
     """A band that holds the whole curve holds each point with more than its nominal rate."""
     inputs = inputs_of(noisy_game([2.0, 1.5, 1.0, 0.5], 60, noise=1.0), n_resamples=4000)
     layer, sets = inputs.layer, prefixes(inputs.ranking.heads)
-    draws = layer.bootstrap.resampled(layer.measured.delta_nats(sets)).apply(share_of_full).draws
+    nats = layer.measured.delta_nats([*sets, layer.measured.everything])
+    draws = layer.bootstrap.resampled(nats).apply(share_of_whole).draws
     curve = ranking_curve(inputs.ranking, layer)
     inside = (100 * draws >= curve.band_low_pct) & (100 * draws <= curve.band_high_pct)
     assert inside.all(1).mean() == pytest.approx(0.95, abs=0.002)
@@ -166,7 +167,7 @@ def test_half_means_are_means():
 def test_cross_fitting_scores_each_half_with_the_other_halfs_heads():
     """With two prompts each prompt is scored by the head that is best on the other one."""
     game = Game(np.array([[5.0, 1.0], [2.0, 4.0]]))
-    crossed = CrossFit.of(measured(game), "delta", 1, 0).delta_nats
+    crossed = CrossFit.of(layer_of(game), 1).delta_nats
     # Prompt 0 prefers head 0 and prompt 1 head 1, so each gets the other's choice.
     assert crossed[1] == pytest.approx([2.0, 1.0])
     assert crossed[2] == pytest.approx([7.0, 5.0])

@@ -79,6 +79,14 @@ class Noisy:
         """As the exact engine reads it."""
         return self.engine.clean_z(layer)
 
+    def clean_log_probs(self):
+        """As the exact engine reads them."""
+        return self.engine.clean_log_probs()
+
+    def every_layer(self, source, sources, other=None):
+        """The exact effects: no check is made of all layers at once."""
+        return self.engine.every_layer(source, sources, other)
+
     def effects(self, interventions, sources, progress=None, other=None):
         """The exact effects with the noise on top."""
         exact = self.engine.effects(interventions, sources, progress, other)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from games import Game, inputs_of, measured
+from games import Game, inputs_of, layer_of
 from synthetic import resampled
 from tiny import fine_tuned, grid_of, pair_of, prepared, random_prompts, tiny_model
 
@@ -53,9 +53,14 @@ NOISE = {
 }
 
 
+def crossed(game, n_splits, seed=0):
+    """A game's heads, ranked on halves."""
+    return CrossFit.of(layer_of(game, n_resamples=2, seed=seed), n_splits)
+
+
 def p_value_of(single, seed, k):
     """The cross-fitted p-value of an additive game, whose average random set has k mean heads."""
-    cross_fit = CrossFit.of(measured(Game(single)), "delta", 5, seed)
+    cross_fit = crossed(Game(single), 5, seed)
     return cross_fitted_p_value(cross_fit, k, k * single.mean(0)).value
 
 
@@ -95,17 +100,17 @@ def test_p_values_claim_no_more_than_groups_can_show():
     """With g groups in a half no p-value is below 2^-g, and under four groups there is none."""
     single = np.outer([5.0, *[1.0] * 7], 1 + 0.01 * np.arange(12))
     groups = [f"g{i // 2}" for i in range(12)]
-    cross_fit = CrossFit.of(measured(Game(single, groups=groups)), "delta", 5, 0)
+    cross_fit = crossed(Game(single, groups=groups), 5)
     found = cross_fitted_p_value(cross_fit, 1, single.mean(0))
     assert found.value == pytest.approx(found.smallest) == 2.0**-3
-    three = CrossFit.of(measured(Game(single[:, :6], groups=groups[:6])), "delta", 5, 0)
+    three = crossed(Game(single[:, :6], groups=groups[:6]), 5)
     assert "fewer than four groups" in untestable_because(three)
 
 
 def test_cross_fitted_coverage_is_unbiased_where_plain_coverage_is_not():
     """Of heads that are all alike any k carry 100 k/H; only cross-fitting says so."""
     n_heads, n_studies, k = 10, 400, 3
-    plain, crossed = [], []
+    plain, out_of_half = [], []
     for seed in range(n_studies):
         game = null_game(seed, mean=1.0, n_prompts=30)
         first = half_splits(game.groups, 1, seed)[0]
@@ -116,12 +121,12 @@ def test_cross_fitted_coverage_is_unbiased_where_plain_coverage_is_not():
         of_first = np.argsort(-game.single[:, first].mean(1))[:k]
         of_second = np.argsort(-game.single[:, ~first].mean(1))[:k]
         out = np.where(first, game.single[of_second].sum(0), game.single[of_first].sum(0))
-        crossed.append(100 * out.mean() / total)
+        out_of_half.append(100 * out.mean() / total)
         if seed < 20:
-            ours = CrossFit.of(measured(game), "delta", 1, seed).delta_nats[k]
+            ours = crossed(game, 1, seed).delta_nats[k]
             assert np.allclose(ours, out)
-    truth, error = 100 * k / n_heads, np.std(crossed) / np.sqrt(n_studies)
-    assert abs(np.mean(crossed) - truth) < 3 * error
+    truth, error = 100 * k / n_heads, np.std(out_of_half) / np.sqrt(n_studies)
+    assert abs(np.mean(out_of_half) - truth) < 3 * error
     assert np.mean(plain) - truth > 10 * error
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,10 +185,10 @@ def test_order_and_repetition_in_a_spec_do_not_matter(tiny_experiment):
 
 
 def test_all_covers_everything_and_none_covers_nothing(tiny_grid):
-    """`coverage(ALL) = 100` and `coverage(NONE) = 0`; every top-H set is the full set."""
+    """`coverage(ALL) = 100` and `coverage(NONE) = 0`; all layers at once have no share of one."""
     by_name = {record["cond"]: record for record in to_json(records(resampled(tiny_grid, 200)))}
     assert by_name["full"]["coverage_pct"] == 100
-    assert by_name["full"]["coverage_pct"] == pytest.approx(100, abs=1e-9)
+    assert by_name.pop("every_layer")["coverage_pct"] is None
     assert by_name["none"]["coverage_pct"] == 0
     assert by_name["self"]["coverage_pct"] == pytest.approx(0, abs=1e-9)
     delta = {name: condition.delta for name, condition in tiny_grid.conditions.items()}
@@ -332,7 +331,7 @@ def test_batch_size_does_not_matter(reference, engine, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
-def test_padding_side_does_not_matter(reference, batch_size):
+def test_padding_side_does_not_matter(reference, batch_size, monkeypatch):
     """Left padding (with a mask) and right padding (without one) give the same numbers."""
     _, _, experiment, compare = reference
     engine = HookEngine(
@@ -344,7 +343,8 @@ def test_padding_side_does_not_matter(reference, batch_size):
     torch.testing.assert_close(
         engine.clean_z(MAIN), experiment.sources[MAIN, SELF], atol=1e-5, rtol=0
     )
-    compare(columns(replace(experiment, engine=engine).measure(MAIN, SETS, ALPHA)))
+    monkeypatch.setitem(experiment.ends._engines, "tuned", engine)
+    compare(columns(experiment.measure(MAIN, SETS, ALPHA)))
 
 
 def shuffled(pair):
@@ -515,7 +515,7 @@ def test_a_head_that_does_nothing_scores_nothing():
 
 def test_random_sets_are_the_documented_ones(tiny_grid):
     """`rand{k}_s{seed}` patches `sorted(random.Random(seed).sample(range(H), k))`."""
-    for k in (1, 2, 4):
+    for k in (1, 2):
         for seed in (0, 1, 2):
             condition = tiny_grid[f"rand{k}_s{seed}"]
             expected = sorted(random.Random(seed).sample(range(TINY_HEADS), k))
@@ -525,7 +525,7 @@ def test_random_sets_are_the_documented_ones(tiny_grid):
 def test_the_top_sets_are_the_best_single_heads(tiny_grid):
     """`top{k}` holds the k heads of largest single-head `ΔKL`."""
     order = sorted(range(TINY_HEADS), key=lambda head: -tiny_grid.single(head).delta)
-    for k in (1, 2, 4):
+    for k in (1, 2):
         assert set(tiny_grid[f"top{k}"].heads) == set(order[:k])
 
 

@@ -15,10 +15,13 @@ from rq4lens.analysis.effects.table import (
 )
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.heads import HeadSet
+from rq4lens.patching.patch import BASE, Patch
 
 FIELDS = [
     *("layer", "hook", "cond", "alpha", "heads", "head_mask", "split", "k_positions", "n"),
-    *("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct"),
+    *("KL_raw_mean", "KL_mapped_mean", "delta", "drop_pct", "coverage_pct", "raw_coverage_pct"),
+    *("to_base_pct", "to_tuned_pct", "gap_base_nats", "gap_tuned_nats"),
 ]
 
 
@@ -30,7 +33,7 @@ def test_records_have_the_fields_of_the_results_file():
     """Every condition gives one record with the documented fields and a pair per number."""
     grid = noisy_game([1.0, 0.5, 0.0], 30).grid()
     rows = to_json(records(resampled(grid, 100)))
-    assert [row["cond"] for row in rows] == list(grid.conditions)
+    assert [row["cond"] for row in rows] == [*grid.conditions, "every_layer"]
     for row in rows:
         assert set(FIELDS) <= set(row)
         assert {f"{name}_ci95" for name in FIELDS[9:]} <= set(row)
@@ -134,17 +137,48 @@ def test_records_do_not_depend_on_what_else_was_measured():
 
 def test_ranking_rows_are_best_first_with_ties_by_index():
     """The ranking file lists heads by descending ΔKL; equal heads keep their index order."""
-    grid = Game([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]).grid(ks=(1,))
+    grid = Game([[1.0, 1.1], [2.0, 2.2], [1.0, 1.1]]).grid(ks=(1,))
     rows = ranking_rows(grid)
     assert [row["head"] for row in rows] == [1, 0, 2]
     assert [row["rank"] for row in rows] == [1, 2, 3]
-    assert set(rows[0]) == {"head", "rank", "delta", "drop_pct", "KL_raw", "KL_mapped"}
+    own = {"head", "rank", "delta", "drop_pct", "KL_raw", "KL_mapped"}
+    assert set(rows[0]) == own | {"to_base_pct", "to_tuned_pct"}
 
 
 def test_ranking_can_follow_the_relative_drop():
     """Ranked by drop_pct, a small head that the map explains wholly comes before a large one."""
     grid = Game([[1.0], [2.0]], raw=[[1.0], [8.0]]).grid(ks=(1,), rank_by="drop_pct")
     assert [row["head"] for row in ranking_rows(grid)] == [0, 1]
+
+
+def test_transfer_is_the_share_of_the_gap_that_is_closed():
+    """`100 (1 - KL left / gap)` of ratios of means, both ways; the gap stands in every record."""
+    game = Game([[3.0, 1.0], [1.0, 2.0]])
+    left = game.effects([Patch(1, HeadSet.of([0], 2), 1.0, BASE)]).gap_left_nats.mean()
+    gap_nats = game.gap_nats.mean()
+    for row in (by_cond(game.grid(ks=(1,)))["head0"], ranking_rows(game.grid(ks=(1,)))[0]):
+        for direction in ("to_base_pct", "to_tuned_pct"):
+            assert row[direction] == pytest.approx(100 * (1 - left / gap_nats))
+            assert 0 < row[direction] < 100
+    for row in by_cond(game.grid(ks=(1,))).values():
+        assert row["gap_base_nats"] == pytest.approx(gap_nats)
+
+
+def test_nothing_carries_nothing_and_the_self_patch_is_no_swap():
+    """Transfer of `none` is 0 by definition; `self` has none, with its reason."""
+    rows = by_cond(noisy_game([1.0, 0.5], 20).grid(ks=(1,)))
+    assert rows["none"]["to_base_pct"] == rows["none"]["to_tuned_pct"] == 0
+    assert rows["self"]["to_base_pct"] is None
+    assert "not swapped" in rows["self"]["to_base_pct_reason"]
+
+
+def test_a_gap_that_the_models_do_not_have_carries_nothing():
+    """Models that answer alike have no share of a gap, and the reason says so."""
+    game = Game(np.zeros((2, 6)))
+    (row, *_) = ranking_rows(game.grid(ks=(1,)))
+    for each in (row, by_cond(game.grid(ks=(1,)))["full"]):
+        assert each["to_base_pct"] is None
+        assert "answer alike" in each["to_base_pct_reason"]
 
 
 def test_bootstrap_of_a_grid_resamples_its_groups():

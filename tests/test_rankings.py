@@ -2,6 +2,7 @@
 
 import json
 from itertools import permutations
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rq4lens.analysis.rankings.methods import (
 )
 from rq4lens.analysis.rankings.shapley import exact_shapley, rank_by_shapley, sampled_shapley
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 
 SET_METHODS = [method for method in METHODS if method not in GRADIENT_METHODS]
@@ -64,9 +66,9 @@ def test_study_ranking_is_that_of_the_grid():
     assert ours.scores == pytest.approx(theirs.scores)
 
 
-@pytest.mark.parametrize("rank_by", ["delta", "drop_pct", "kl_raw"])
+@pytest.mark.parametrize("rank_by", get_args(RankBy))
 def test_a_grid_ranks_by_what_was_asked_for(rank_by):
-    """`rank_by` names the score: `ΔKL`, `100 ΔKL / KL_raw` or `KL_raw`, three orders here."""
+    """`rank_by` names the score: `ΔKL`, `100 ΔKL / KL_raw`, `KL_raw` or transfer."""
     game = Game(
         np.array([[1.0, 1.0], [2.0, 2.2], [3.0, 3.1]]),
         raw=np.array([[9.0] * 2, [2.1, 2.3], [5.0] * 2]),
@@ -76,8 +78,11 @@ def test_a_grid_ranks_by_what_was_asked_for(rank_by):
         "delta": [each.delta for each in grid.singles],
         "drop_pct": [each.drop_pct for each in grid.singles],
         "kl_raw": [each.KL_raw for each in grid.singles],
-    }[rank_by]
-    order = {"delta": (2, 1, 0), "drop_pct": (1, 2, 0), "kl_raw": (0, 2, 1)}[rank_by]
+    }
+    # The game's swapped heads close the gap by their ΔKL.
+    closed = [100 * each.delta / game.gap_nats.mean() for each in grid.singles]
+    expected = expected.get(rank_by, closed)
+    order = {"drop_pct": (1, 2, 0), "kl_raw": (0, 2, 1)}.get(rank_by, (2, 1, 0))
     for ranking in (grid.ranking_by(rank_by), rank_heads(rank_by, MeasuredSets.of_grid(grid))):
         assert ranking.method == rank_by
         assert ranking.heads == order

@@ -1,31 +1,39 @@
 """Records: what follows from a condition's own numbers, and the order of heads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import resampled, synthetic_grid, synthetic_settings
-from tiny import MAIN, prepared
+from tiny import MAIN
 
 from rq4lens.analysis.analyse import analyse
-from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
-from rq4lens.heads import Head, HeadSet
+from rq4lens.heads import HeadSet
 from rq4lens.results import (
-    SHOWN_ROWS,
     ConditionResult,
     GridSettings,
     HeadRanking,
+    PatchRow,
+    Transfer,
     rank_conditions,
 )
-from rq4lens.validation.planting import plant
 
 
-def condition(raw, mapped, cond="head0", head=0):
-    raw, mapped = np.array(raw, dtype=float), np.array(mapped, dtype=float)
-    return ConditionResult(cond, 1, HeadSet.of([head], 4), 0.3, raw, mapped, -raw, -mapped)
+def row(kl_nats, gap_left_nats=None):
+    kl_nats = np.array(kl_nats, dtype=float)
+    left = None if gap_left_nats is None else np.array(gap_left_nats, dtype=float)
+    return PatchRow(kl_nats, -kl_nats, left)
+
+
+def condition(raw, mapped, cond="head0", head=0, left=None):
+    """`left` is what is left of the gap, of the patched tuned and of the patched base model."""
+    transfer = left and Transfer(*(row(raw, [each] * len(raw)) for each in left))
+    heads = HeadSet.of([head], 4)
+    return ConditionResult(cond, 1, heads, 0.3, row(raw), row(mapped), transfer)
 
 
 def test_the_quantities_are_the_definitions():
@@ -80,18 +88,39 @@ def test_ranks_and_prefixes_agree():
     assert [ranking.rank_of(head) for head in ranking.heads] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("rank_by", "best"), [("delta", 0), ("drop_pct", 1)])
-def test_single_heads_are_ranked_by_the_chosen_score(rank_by, best):
-    """A large effect repaired by a half, and a small one repaired whole."""
-    singles = [
-        condition([4.0, 4.0], [2.0, 2.0], "head0", 0),
-        condition([1.0, 1.0], [0.0, 0.0], "head1", 1),
-        condition([0.0, 0.0], [0.0, 0.0], "head2", 2),
-    ]
-    ranking = rank_conditions(singles, rank_by)
-    assert ranking.heads[0] == best
-    assert ranking.heads[-1] == 2
-    assert (ranking.share_of is None) == (rank_by == "delta")
+SINGLES = [
+    condition([0.0, 0.0], [0.0, 0.0], "none", left=(2.0, 8.0)),
+    condition([4.0, 4.0], [2.0, 2.0], "head0", 0, left=(1.5, 5.0)),
+    condition([1.0, 1.0], [0.0, 0.0], "head1", 1, left=(1.0, 6.0)),
+    condition([5.0, 5.0], [5.0, 5.0], "head2", 2, left=(0.5, 9.0)),
+]
+"""Head 0: a large effect, repaired by a half; 1: a small one, repaired whole; 2: no repair."""
+
+
+@pytest.mark.parametrize(
+    ("rank_by", "heads", "scores"),
+    [
+        ("delta", (0, 1, 2), (2, 1, 0)),
+        ("drop_pct", (1, 0, 2), (100, 50, 0)),
+        ("kl_raw", (2, 0, 1), (5, 4, 1)),
+        ("to_base", (2, 1, 0), (75, 50, 25)),
+        ("to_tuned", (0, 1, 2), (37.5, 25, -12.5)),
+    ],
+)
+def test_single_heads_are_ranked_by_the_chosen_score(rank_by, heads, scores):
+    """Each score is its definition; transfer is at full strength whatever alpha the grid has."""
+    ranking = rank_conditions({each.cond: each for each in SINGLES}, 3, rank_by)
+    assert ranking.heads == heads
+    assert ranking.scores == pytest.approx(scores)
+    assert (ranking.share_of is None) == (rank_by in {"delta", "kl_raw"})
+    assert ranking.alpha == (1.0 if rank_by.startswith("to_") else 0.3)
+
+
+def test_a_ranking_by_transfer_needs_it_measured():
+    """The sentence names the condition and what can be ranked by instead."""
+    plain = {each.cond: replace(each, transfer=None) for each in SINGLES}
+    with pytest.raises(UserError, match="transfer of none was not measured: rank by delta or kl_r"):
+        rank_conditions(plain, 3, "to_base")
 
 
 def test_a_grid_knows_its_conditions():
@@ -141,71 +170,3 @@ def test_what_stands_last_in_a_cell_is_short(tiny_pair, tiny_maps, tiny_grid):
     assert len(shown) == 4
     assert max(map(len, shown)) < 120
     assert f"layer {MAIN} of 3, alpha 0.3" in repr(tiny_grid)
-
-
-@pytest.fixture(scope="module")
-def results(tiny_pair, tiny_maps, tiny_grid):
-    """Whatever a user may leave at the end of a cell, by name."""
-    experiment, analysis = prepared(tiny_pair, tiny_maps), analyse(resampled(tiny_grid, 100))
-    return {
-        "prompts": tiny_pair.prompts,
-        "tokens": tiny_pair.tokens("base", "val"),
-        "member": tiny_pair.base,
-        "loaded": tiny_pair.base.loaded,
-        "experiment": experiment,
-        "effects": experiment.measure(MAIN, "0,2", 0.3)[0],
-        "planted": plant(tiny_pair.base.model, rotated=[Head(1, 0)]),
-        "condition": tiny_grid.full,
-        "grid": tiny_grid,
-        "ranking": tiny_grid.ranking,
-        "analysis": analysis,
-        "kinds": analysis.kinds,
-        "tests": analysis.tests,
-        "stability": analysis.stability,
-        "audit": tiny_pair.audit(),
-        "layers": compare_layers({MAIN: resampled(tiny_grid, 100)}),
-    }
-
-
-def test_no_result_prints_pages(results):
-    """Everything that can stand last in a cell is a line or two, and no address in memory."""
-    for name, each in results.items():
-        limit = 1_000 if name in {"planted", "loaded"} else 130
-        assert len(repr(each)) <= limit, name
-        assert " object at 0x" not in repr(each)
-
-
-@pytest.mark.parametrize(
-    ("name", "n_rows"),
-    [
-        ("grid", lambda each: len(each.conditions)),
-        ("condition", lambda each: len(each.raw.kl_nats)),
-        ("ranking", lambda each: each.n_heads),
-        ("analysis", lambda each: len(each.coverage)),
-        ("kinds", lambda each: len(each.heads)),
-        ("tests", lambda each: len(each.tests)),
-        ("stability", lambda each: len(each.heads)),
-        ("audit", lambda each: len(each.prompts)),
-        ("layers", lambda each: len(each.rows)),
-    ],
-)
-def test_results_are_tables(results, name, n_rows):
-    """A row for each of their records; a notebook shows as many, and no reasons beside them."""
-    result = results[name]
-    table = result.to_dataframe()
-    assert len(table) == n_rows(result)
-    html = result._repr_html_()
-    assert html.count("<tr") == min(len(table), SHOWN_ROWS) + 1 + (len(table) > SHOWN_ROWS)
-    assert "_reason" not in html
-
-
-def test_a_table_holds_the_numbers_of_its_records(results):
-    """The ranking's scores, and the layers' estimates with both ends of their intervals."""
-    ranking, layers = results["ranking"], results["layers"]
-    table = ranking.to_dataframe()
-    assert [Head.parse(head).index for head in table["head"]] == list(ranking.heads)
-    assert tuple(table[ranking.method]) == ranking.scores
-    (row,) = layers.to_dataframe().to_dict("records")
-    delta = layers.rows[0].delta
-    assert row["delta"] == delta.value
-    assert row["delta_ci95"] == [delta.interval.low, delta.interval.high]

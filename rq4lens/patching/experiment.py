@@ -238,6 +238,12 @@ class Experiment:
         self, side: Side, patches: Sequence[Patch], progress: Progress | None
     ) -> Float64[ndarray, "measure patch prompt"]:
         """The measures of patches that go into one of the models."""
+        if side == "base":
+            # The other model's activations first: it may have to go before this one is loaded.
+            for patch in patches:
+                every = range(self.n_layers) if patch.layer == EVERY_LAYER else [patch.layer]
+                for layer in every:
+                    self.sources[layer, patch.source]
         other, engine = self.ends.other(side), self.ends.engine(side)
         rows = np.empty((4, len(patches), len(self.prompts)))
         single = [at for at, patch in enumerate(patches) if patch.layer != EVERY_LAYER]

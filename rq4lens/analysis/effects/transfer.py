@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float64
 from numpy import ndarray
 
@@ -113,14 +114,14 @@ def _row(transfer: Transfer, differ: Float64[ndarray, "prompt"]) -> ndarray:
 def _percentages(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
     """Of each head set; the three numbers of the clean models come first."""
     to_base, to_tuned, differ = (means[..., at, None] for at in range(3))
-    rows = means[..., 3:].reshape(*means.shape[:-1], -1, 4)
+    rows = rearrange(means[..., 3:], "... (sets quantity) -> ... sets quantity", quantity=4)
     shares = [
         100 * (1 - rows[..., 0] / to_base),
         100 * (1 - rows[..., 1] / to_tuned),
         100 * rows[..., 2],
         100 * rows[..., 3] / differ,
     ]
-    return np.stack(shares, axis=-1).reshape(*means.shape[:-1], -1)
+    return rearrange(np.stack(shares, axis=-1), "... sets share -> ... (sets share)")
 
 
 def layer_transfer(grid: GridResult, gap: Gap, bootstrap: Bootstrap) -> LayerTransfer:

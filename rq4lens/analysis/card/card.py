@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rq4lens.analysis.card.numbers import carried_by, map_facts, moved_pct, numbers_of
 from rq4lens.analysis.card.passes import HeadWrites, Readout
-from rq4lens.analysis.card.reads import OTHER_TOKENS, Reader, distances, roles_of, text_shares
+from rq4lens.analysis.card.reads import OTHER_TOKENS, HeadReader, distances, roles_of, text_shares
 from rq4lens.analysis.card.records import (
     Carried,
     Decision,
@@ -104,7 +104,7 @@ class _Model:
     ``shown`` are direct effects on the logits, over all prompts and on those that a card shows.
     """
 
-    reader: Reader
+    reader: HeadReader
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
@@ -172,7 +172,7 @@ class _Layer:
             mean.append(readout.mean_direct(added).cpu())
             shown.append(Readout(model, states.resid[at]).direct(added[at]).cpu())
         other = states.z_elsewhere.get(self.layer)
-        reader = Reader.of(
+        reader = HeadReader.of(
             self.sides.tokens[side].token_ids,
             self.sides.texts(side),
             states.pattern[self.layer][:, self.heads],

@@ -23,7 +23,7 @@ NO_TOKEN = "no token (attention sink)"
 
 
 @dataclass(frozen=True)
-class Reader:
+class HeadReader:
     """The prompts as one model reads them, padded, and the attention of some heads over them."""
 
     texts: tuple[tuple[str, ...], ...]
@@ -38,7 +38,7 @@ class Reader:
         pattern: Float[Tensor, "prompt head pos"],
         *,
         has_sinks: bool,
-    ) -> Reader:
+    ) -> HeadReader:
         """Attention from the last token of each prompt; a sink takes what no token gets."""
         share = pattern.double().transpose(0, 1).numpy()
         texts = tuple(tuple(text_of[each] for each in tokens) for tokens in token_ids)
@@ -85,7 +85,7 @@ def _role_masks(
     }
 
 
-def roles_of(base: Reader, tuned: Reader, bootstrap: Bootstrap) -> list[tuple[Role, ...]]:
+def roles_of(base: HeadReader, tuned: HeadReader, bootstrap: Bootstrap) -> list[tuple[Role, ...]]:
     """Attention of each head by role in both models, most changed first."""
     names = list({**base.roles, **tuned.roles})
     n_heads, n_prompts, _ = base.pattern.shape
@@ -104,7 +104,7 @@ def roles_of(base: Reader, tuned: Reader, bootstrap: Bootstrap) -> list[tuple[Ro
     return [tuple(sorted(each, key=lambda r: -abs(r.tuned_pct - r.base_pct))) for each in of_head]
 
 
-def text_shares(base: Reader, tuned: Reader, head: int) -> tuple[TextShare, ...]:
+def text_shares(base: HeadReader, tuned: HeadReader, head: int) -> tuple[TextShare, ...]:
     """Attention by token text in both models, most changed first."""
     of_base, of_tuned = base.by_text(head), tuned.by_text(head)
     holding: dict[str, int] = {}
@@ -118,7 +118,7 @@ def text_shares(base: Reader, tuned: Reader, head: int) -> tuple[TextShare, ...]
     return tuple(sorted(shares, key=lambda each: -abs(each.change_pct))[:N_TEXTS])
 
 
-def distances(base: Reader, tuned: Reader, bootstrap: Bootstrap) -> list[Estimate]:
+def distances(base: HeadReader, tuned: HeadReader, bootstrap: Bootstrap) -> list[Estimate]:
     """Mean Jensen-Shannon distance, from 0 to 1, between both patterns of each head."""
     apart = jensenshannon(base.pattern, tuned.pattern, base=2, axis=-1)
     # Rounding can push the divergence of patterns that are nearly equal below 0.

@@ -26,6 +26,7 @@ class Alone:
         self.asked = []
 
     def effects(self, patches, progress=None):  # noqa: ARG002 - as the protocol has it
+        """Nothing happens anywhere."""
         self.asked.append(tuple(patches))
         return Effects(*np.zeros((4, len(patches), 1)))
 

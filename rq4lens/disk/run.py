@@ -185,7 +185,10 @@ def _condition(rows: pd.DataFrame, n_heads: int, ids: Collection[str]) -> Condit
 
 
 def _transfer(rows: pd.DataFrame, ids: Collection[str]) -> Transfer:
-    return Transfer(*(_patch_row(rows, kind, ids) for kind in SWAPS))
+    transfer = Transfer(*(_patch_row(rows, kind, ids) for kind in SWAPS))
+    if any(row.gap_left_nats is None or row.answer_is is None for row in transfer):
+        raise ValueError(f"{rows.iloc[0]['cond']!r} lacks what is left of the gap")
+    return transfer
 
 
 def _patch_row(rows: pd.DataFrame, kind: str, ids: Collection[str]) -> PatchRow:

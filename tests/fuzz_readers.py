@@ -46,7 +46,7 @@ from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.keys import ConditionIngredients, MeasuredOn
 from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.patch import Patch
-from rq4lens.results import ConditionResult, GridResult, GridSettings
+from rq4lens.results import ConditionResult, GridResult, GridSettings, PatchRow, Transfer
 
 Reader = Callable[[bytes], object]
 
@@ -351,14 +351,22 @@ def small_grid() -> GridResult:
     """A grid of two heads and three prompts."""
     draw = np.random.default_rng(0)
     names = {"full": "ALL", "head0": "0", "head1": "1", "none": "NONE", "self": "ALL"}
+
+    def rows(n: int) -> list[PatchRow]:
+        return [PatchRow(*draw.random((4, 3))) for _ in range(n)]
+
     conditions = {
-        name: ConditionResult(name, 1, HeadSet.parse(spec, 2), 0.3, *draw.random((4, 3)))
+        name: ConditionResult(
+            *(name, 1, HeadSet.parse(spec, 2), 0.3, *rows(2)),
+            transfer=None if name == "self" else Transfer(*rows(2)),
+        )
         for name, spec in names.items()
     }
     settings = GridSettings(
         "x", "x", "x", 3, 2, "x", "x", "x", Patching(layer=1, k=(), random_seeds=())
     )
-    return GridResult(settings, ("a", "b", "c"), ("a", "b", "c"), conditions, 0.0)
+    ids = ("a", "b", "c")
+    return GridResult(settings, ids, ids, conditions, 0.0, Transfer(*rows(2)))
 
 
 def small_run(grid: GridResult) -> dict[str, object]:
@@ -367,6 +375,7 @@ def small_run(grid: GridResult) -> dict[str, object]:
         "format": FORMAT,
         "settings": grid.settings.to_dict(),
         "noise_floor_nats": 0.0,
+        "compared": grid.compared._asdict(),
         "config": {},
     }
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from rq4lens.config import Reading
 from rq4lens.models.prompts.audit import audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
-from rq4lens.models.prompts.reading import Reads, tokenize
+from rq4lens.models.prompts.reading import ReadingLimits, tokenize
 from rq4lens.models.prompts.record import Message, chat_text
 from rq4lens.screen.audit import audit_text
 
@@ -284,7 +284,7 @@ def test_other_tokens_for_the_same_text_are_counted(bpe, kazakh):
 def test_what_a_run_refuses_is_found(bpe):
     """A prompt that one model cannot hold, and a split that every run needs."""
     prompts = PromptSet(plain(*TEXTS))
-    short = Reads(n_ctx=3, d_vocab=10_000)
+    short = ReadingLimits(n_ctx=3, d_vocab=10_000)
     audit = audit_prompts(prompts, {"base": bpe, "tuned": bpe}, None, {"tuned": short})
     assert audit.misaligned == ("p0", "p1")
     assert "but the tuned model reads at most 3" in audit.prompts[0].problems[0]

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,23 @@ from rq4lens.cluster.pieces import WHOLE, Shard, Share, divided, inward, pieces_
 from rq4lens.config import Patching
 from rq4lens.errors import UserError
 from rq4lens.patching.grid import GridPlan
-from rq4lens.patching.measured import RECORDED_TOGETHER
+from rq4lens.patching.measured import Measurer
+from rq4lens.patching.patch import Effects, into_side
+
+
+class Alone:
+    """Stands for an experiment; notes what it is asked to measure at once."""
+
+    groups = ("a",)
+
+    def __init__(self, n_heads):
+        self.n_heads = n_heads
+        self.asked = []
+
+    def effects(self, patches, progress=None):  # noqa: ARG002 - as the protocol has it
+        """Nothing happens anywhere."""
+        self.asked.append(tuple(patches))
+        return Effects(*np.zeros((4, len(patches), 1)))
 
 
 def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2), alpha=0.3):
@@ -27,10 +44,21 @@ def plan(n_heads=32, layer=3, control=1, ks=(1, 2, 4, 8), seeds=(0, 1, 2), alpha
 def test_pieces_are_the_chunks_of_a_single_process(n_heads, ks, seeds):
     """Cut from the plan in the same places, so that every product has the same rows."""
     grid = plan(n_heads, ks=tuple(k for k in ks if k <= n_heads), seeds=tuple(seeds))
-    patches = list(dict.fromkeys(p for each in grid.fixed() for p in each.patches))
-    size = RECORDED_TOGETHER
-    chunks = [tuple(patches[at : at + size]) for at in range(0, len(patches), size)]
-    assert [piece.patches for piece in pieces_of([grid])] == chunks
+    alone = Alone(n_heads)
+    Measurer(alone).conditions(grid.fixed())
+    assert [piece.patches for piece in pieces_of([grid])] == alone.asked
+
+
+def test_pieces_of_a_sweep_are_its_chunks_and_measure_all_layers_at_once_one_time():
+    """What the layers share is in the first layer's pieces, and moves no other layer's cuts."""
+    plans, alone = [plan(20, layer, None) for layer in (0, 2, 1)], Alone(20)
+    measurer = Measurer(alone)
+    for each in plans:
+        measurer.conditions(each.fixed())
+    pieces = pieces_of(plans)
+    assert [piece.patches for piece in pieces] == alone.asked
+    assert [piece.layers for piece in pieces].count(()) == 2
+    assert all(len({into_side(patch) for patch in piece.patches}) == 1 for piece in pieces)
 
 
 def test_pieces_are_addressed_by_what_they_measure():

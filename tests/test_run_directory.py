@@ -1,7 +1,7 @@
 """The run directory: what is written reads back, and only a whole finished run is read."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -20,14 +20,15 @@ from rq4lens.disk.run import (
 )
 from rq4lens.errors import UserError
 from rq4lens.jobs.rank import write_ranking
-from rq4lens.results import HeadRanking
+from rq4lens.results import HeadRanking, PatchRow, Transfer
 
-ARRAYS = (
-    "kl_raw_nats",
-    "kl_mapped_nats",
-    "answer_logprob_change_raw_nats",
-    "answer_logprob_change_mapped_nats",
-)
+MEASURES = tuple(each.name for each in fields(PatchRow))
+
+
+def assert_same_row(again, row):
+    """Each number of each prompt, bit for bit."""
+    for name in MEASURES:
+        np.testing.assert_array_equal(getattr(again, name), getattr(row, name))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ def write(directory, grid):
         "format": FORMAT,
         "settings": grid.settings.to_dict(),
         "noise_floor_nats": grid.noise_floor_nats,
+        "compared": grid.compared._asdict(),
     }
     write_run(directory, analyse(resampled(grid, 100)), run, "summary\n")
     return table
@@ -68,8 +70,12 @@ def test_what_is_written_reads_back(grid, tmp_path):
         assert (again.layer, again.heads, again.alpha) == (
             *(condition.layer, condition.heads, condition.alpha),
         )
-        for array in ARRAYS:
-            assert np.array_equal(getattr(again, array), getattr(condition, array))
+        assert len(again.rows) == len(condition.rows)
+        for one, other in zip(again.rows, condition.rows, strict=True):
+            assert_same_row(one, other)
+    for one, other in zip(saved.grid.every_layer, grid.every_layer, strict=True):
+        assert_same_row(one, other)
+    assert saved.grid.compared == grid.compared
     assert saved.records == table
     assert saved.grid.ranking.heads == grid.ranking.heads
 
@@ -79,8 +85,8 @@ def test_a_real_grid_reads_back(tiny_grid, tmp_path):
     write(tmp_path, tiny_grid)
     saved = read_run(tmp_path)
     for name, condition in tiny_grid.conditions.items():
-        for array in ARRAYS:
-            assert np.array_equal(getattr(saved.grid[name], array), getattr(condition, array))
+        for one, other in zip(saved.grid[name].rows, condition.rows, strict=True):
+            assert_same_row(one, other)
 
 
 def test_every_json_file_is_strict(tmp_path):
@@ -89,15 +95,17 @@ def test_every_json_file_is_strict(tmp_path):
     Here the map repairs nothing and some heads do nothing, so that most shares are undefined.
     """
     grid = synthetic_grid(n_heads=4, n_prompts=12, ks=(1,))
-    nothing = np.zeros(12)
+    nothing = PatchRow(*np.zeros((len(MEASURES), 12)))
+    same = Transfer(nothing, nothing)
     dead = {
-        name: replace(c, **dict.fromkeys(ARRAYS, nothing)) for name, c in grid.conditions.items()
+        name: replace(c, raw=nothing, mapped=nothing, transfer=c.transfer and same)
+        for name, c in grid.conditions.items()
     }
-    write(tmp_path, replace(grid, conditions=dead))
+    write(tmp_path, replace(grid, conditions=dead, every_layer=same))
     for path in tmp_path.glob("*.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)
     for record in json.loads((tmp_path / "rq4_results.json").read_text()):
-        for name in ("drop_pct", "coverage_pct"):
+        for name in ("drop_pct", "coverage_pct", "to_base_pct", "to_tuned_pct"):
             assert record[name] is None
             assert record[f"{name}_reason"]
 
@@ -107,21 +115,28 @@ def test_the_table_of_prompts_is_long(grid):
     table = per_prompt_table(grid)
     assert list(table.columns) == [
         *("prompt_id", "group", "layer", "cond", "heads", "alpha", "kind", "kl"),
-        "answer_logprob_change",
+        *("answer_logprob_change", "gap_left", "answer_is"),
     ]
-    assert len(table) == 2 * grid.n_prompts * len(grid.conditions)
+    swapped = sum(each.transfer is not None for each in grid.conditions.values())
+    assert len(table) == 2 * grid.n_prompts * (len(grid.conditions) + swapped + 1)
     assert not table.duplicated(["prompt_id", "cond", "kind"]).any()
     row = table[(table.cond == "head3") & (table.kind == "mapped")].iloc[4]
     assert (row.prompt_id, row.heads, row.layer) == (grid.prompt_ids[4], "3", 26)
-    assert row.kl == grid.single(3).kl_mapped_nats[4]
+    assert (row.kl, row.alpha) == (grid.single(3).kl_mapped_nats[4], 0.3)
+    row = table[(table.cond == "head3") & (table.kind == "into_base")].iloc[4]
+    assert (row.gap_left, row.alpha) == (grid.single(3).transfer.into_base.gap_left_nats[4], 1)
+    assert set(table[table.layer == -1].cond) == {"every_layer"}
 
 
 def test_the_results_file_has_the_documented_fields(grid, tmp_path):
     """One record per condition, in the order of the grid."""
     write(tmp_path, grid)
     rows = json.loads((tmp_path / "rq4_results.json").read_text())
-    assert [row["cond"] for row in rows] == list(grid.conditions)
-    for row in rows:
+    *own, every = rows
+    assert [row["cond"] for row in own] == list(grid.conditions)
+    assert (every["cond"], every["layer"], every["KL_raw_mean"]) == ("every_layer", None, None)
+    check_explained(rows)
+    for row in own:
         assert row["hook"] == "hook_z"
         assert [h for h, bit in enumerate(row["head_mask"]) if bit] == row["heads"]
         assert row["n"] == grid.n_prompts
@@ -174,6 +189,12 @@ def lose_a_column(directory):
     table.drop(columns="kl").to_parquet(directory / "per_prompt.parquet")
 
 
+def lose_the_swaps(directory):
+    """What is left of the gap is no part of the record that could be missing."""
+    table = pd.read_parquet(directory / "per_prompt.parquet")
+    table.drop(columns="gap_left").to_parquet(directory / "per_prompt.parquet")
+
+
 def lose_the_numbers(directory):
     (directory / "per_prompt.parquet").unlink()
 
@@ -191,7 +212,7 @@ def write_nan(directory):
 @pytest.mark.parametrize(
     "damage",
     [
-        *(lose_a_condition, lose_a_prompt, lose_a_column),
+        *(lose_a_condition, lose_a_prompt, lose_a_column, lose_the_swaps),
         *(lose_the_numbers, cut_the_records, write_nan),
     ],
 )

@@ -11,7 +11,6 @@ import pytest
 from explained import check_explained
 from pair_on_disk import write_pair
 
-from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.saved import read_layers
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.analysis.statistics.plain import to_json
@@ -21,7 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.jobs.pages import draw_run, write_report_of
 from rq4lens.jobs.rank import rank_layer
 from rq4lens.jobs.run import run as run_job
-from rq4lens.jobs.sweep import choose_layers, parse_layers, sweep_layers
+from rq4lens.jobs.sweep import WORTH_PCT, choose_layers, parse_layers, sweep_layers
 
 
 @pytest.fixture(scope="module")
@@ -95,39 +94,60 @@ def test_layers_of_another_alpha_stay_out_of_a_run(config, tmp_path):
     assert not (tmp_path / "out" / "layers.html").exists()
 
 
-def _row(rows, layer, *, raw, delta, half_width):
-    estimate = Estimate(delta, Interval(delta - half_width, delta + half_width, 0.95, "bca"))
-    reason = "reaches 0" if delta - half_width <= 0 else None
-    return replace(
-        rows[0],
-        layer=layer,
-        KL_raw=Estimate(raw, None),
-        delta=estimate,
-        full=FullEffect(estimate, 0.0, reason),
+def around(value, half_width):
+    """An estimate with a symmetric interval."""
+    return Estimate(value, Interval(value - half_width, value + half_width, 0.95, "bca"))
+
+
+def compared(swept, *layers, gap_undefined_because=None):
+    """A comparison of layers of which each undoes so much, and does so much damage."""
+    comparison = swept[1].comparison
+    rows = tuple(
+        replace(
+            comparison.rows[0],
+            layer=layer,
+            to_base_pct=around(undone, half_width),
+            KL_raw=Estimate(raw),
+            drop_pct=around(80.0, 5.0),
+        )
+        for layer, (undone, half_width, raw) in enumerate(layers)
     )
+    gap = replace(comparison.gap, undefined_because=gap_undefined_because)
+    return replace(comparison, rows=rows, gap=gap)
 
 
-def test_choice_is_the_layer_that_repairs_most_and_the_damaged_one_that_repairs_less(swept):
-    """Main repairs most, never layer 0; control is damaged most among the clearly lesser ones."""
-    rows = swept[1].comparison.rows
-    given = [
-        _row(rows, 0, raw=0.9, delta=0.8, half_width=0.01),
-        _row(rows, 1, raw=0.05, delta=0.04, half_width=0.01),
-        _row(rows, 2, raw=0.06, delta=0.035, half_width=0.01),
-        _row(rows, 3, raw=0.03, delta=0.001, half_width=0.0005),
-        _row(rows, 4, raw=0.01, delta=0.002, half_width=0.0005),
-    ]
-    choice = choose_layers(given)
-    assert (choice.main, choice.control) == (1, 3)
+def test_choice_is_the_layer_that_undoes_most_and_the_damaged_one_that_undoes_less(swept):
+    """Main undoes most; control is damaged most among those whose interval lies below main's."""
+    layers = [(30.0, 3.0, 0.05), (27.0, 3.0, 0.9), (2.0, 1.0, 0.03), (3.0, 1.0, 0.01)]
+    choice = choose_layers(compared(swept, *layers))
+    assert (choice.main, choice.control) == (0, 2)
     assert len(choice.reasons) == 2
 
 
-def test_no_main_layer_where_nothing_can_be_told_from_zero(swept):
-    """Without a layer worth studying there is no proposal, and the reason says what to do."""
-    rows = swept[1].comparison.rows
-    choice = choose_layers([_row(rows, 1, raw=0.5, delta=0.1, half_width=0.2)])
-    assert choice.main is None
-    assert "raise alpha" in choice.reasons[0]
+def test_a_layer_whose_map_takes_little_back_is_named(swept):
+    """A damage that stays is a finding, wherever the layer stands."""
+    comparison = compared(swept, (30.0, 3.0, 0.05), (2.0, 1.0, 0.03))
+    kept, lost = comparison.rows
+    lost = replace(lost, drop_pct=around(20.0, 10.0))
+    choice = choose_layers(replace(comparison, rows=(kept, lost)))
+    assert [reason.startswith("layer 1: ") for reason in choice.reasons] == [False, False, True]
+
+
+@pytest.mark.parametrize("undone", [(0.5 * WORTH_PCT, 0.1), (2 * WORTH_PCT, 1.5 * WORTH_PCT)])
+def test_no_main_layer_where_none_is_worth_it(swept, undone):
+    """The whole interval must lie above the line; or there is no proposal, and it is said why."""
+    choice = choose_layers(compared(swept, (*undone, 0.5)))
+    assert (choice.main, choice.control) == (None, None)
+    assert choice.reasons[0].startswith("no layer is proposed: ")
+
+
+def test_no_layer_is_proposed_where_there_is_no_gap(swept):
+    """A share of a gap that is not there says nothing."""
+    choice = choose_layers(
+        compared(swept, (30.0, 3.0, 0.05), gap_undefined_because="the models answer alike")
+    )
+    assert (choice.main, choice.control) == (None, None)
+    assert choice.reasons == ("no layer is proposed: the models answer alike",)
 
 
 @pytest.mark.parametrize(("text", "layers"), [("0-2", [0, 1, 2]), ("5,1", [5, 1]), ("all", None)])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain, groupby
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,8 +19,9 @@ from rq4lens.jobs.bench import plan_for
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan
-from rq4lens.patching.measured import RECORDED_TOGETHER, Planned
-from rq4lens.patching.patch import Patch
+from rq4lens.patching.measured import patches_of, recorded_together
+from rq4lens.patching.patch import Patch, into_side
+from rq4lens.results import EVERY, EVERY_LAYER
 
 Command = Literal["run", "sweep"]
 T = TypeVar("T")
@@ -60,37 +61,40 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """Conditions that are measured together; a piece may be measured any number of times.
+    """Patches that are measured together; a piece may be measured any number of times.
 
     Args:
-        conditions: the conditions.
+        patches: the patches, all into one model.
         job: key of the job that the piece belongs to, empty while none is known.
         prompts: ids of the prompts that they are measured on; all measured prompts when empty.
     """
 
-    conditions: tuple[Planned, ...]
+    patches: tuple[Patch, ...]
     job: str = ""
     prompts: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """Its layer, first condition and prompts, short enough for a file name."""
-        first = self.conditions[0]
+        """Its layer, patches and prompts, short enough for a file name."""
+        layer = self.patches[0].layer
+        where = EVERY if layer == EVERY_LAYER else f"L{layer}"
         of = f"_of_{len(self.prompts)}_prompts" if self.prompts else ""
-        return f"L{first.layer}_{first.cond}_and_{len(self.conditions) - 1}_more{of}"
+        return f"{where}_{len(self.patches)}_patches_{into_side(self.patches[0])}{of}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides what is measured, by name."""
         whole = {
             "job": self.job,
-            "alpha": float(self.conditions[0].alpha),
-            "conditions": [[each.layer, list(each.heads), each.source] for each in self.conditions],
+            "patches": [
+                [each.layer, list(each.heads), float(each.alpha), each.source]
+                for each in self.patches
+            ],
         }
         return {**whole, "prompts": list(self.prompts)} if self.prompts else whole
 
     @property
     def whole(self) -> Piece:
-        """The same conditions on all measured prompts."""
+        """The same patches on all measured prompts."""
         return replace(self, prompts=())
 
     @property
@@ -100,48 +104,38 @@ class Piece:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that it patches."""
-        return tuple(dict.fromkeys(each.layer for each in self.conditions))
-
-    @property
-    def patches(self) -> tuple[Patch, ...]:
-        """What is measured: each condition raw and mapped, nothing twice."""
-        both = (patch for each in self.conditions for patch in each.patches)
-        return tuple(dict.fromkeys(both))
+        """The layers whose maps it needs."""
+        layers = dict.fromkeys(each.layer for each in self.patches)
+        return tuple(layer for layer in layers if layer != EVERY_LAYER)
 
     def describe(self) -> str:
         """The piece in a few words."""
-        first, last = self.conditions[0], self.conditions[-1]
+        first, last = self.patches[0], self.patches[-1]
+        where = "every layer" if first.layer == EVERY_LAYER else f"layer {first.layer}"
         on = f" on {len(self.prompts)} prompts from {self.prompts[0]!r}" if self.prompts else ""
-        return f"layer {first.layer} from {first.cond} to {last.cond}{on}"
+        what = f"{first.source} of {first.heads} to {last.source} of {last.heads}"
+        return f"{where} of {into_side(first)} from {what}{on}"
 
 
 def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:
-    """Every condition whose head set is known beforehand, in pieces.
+    """Every patch whose head set is known beforehand, in pieces.
 
     A piece is a chunk that a single process measures together too, so that its numbers are the
     same to the last digit wherever it is measured. Top-k head sets follow from the single heads
     and are measured when the pieces are merged.
     """
-    return [Piece(tuple(chunk), job) for plan in plans for chunk in _chunks(plan.fixed())]
+    pieces: list[Piece] = []
+    seen: set[Patch] = set()
+    for plan in plans:
+        new = [patch for patch in patches_of(plan.fixed()) if patch not in seen]
+        seen |= set(new)
+        pieces += (Piece(tuple(chunk), job) for chunk in recorded_together(new))
+    return pieces
 
 
 def divided(pieces: Sequence[Piece], parts: Sequence[tuple[str, ...]]) -> list[Piece]:
     """Pieces that cover a part of the prompts each."""
     return [replace(piece, prompts=part) for part in parts for piece in pieces]
-
-
-def _chunks(planned: Sequence[Planned]) -> list[list[Planned]]:
-    """Conditions by chunks of their patches; what patches nothing new is in an earlier chunk."""
-    seen: set[Patch] = set()
-    numbered: list[tuple[int, Planned]] = []
-    for each in planned:
-        new = set(each.patches) - seen
-        if new:
-            numbered.append((len(seen) // RECORDED_TOGETHER, each))
-            seen |= new
-    chunks = groupby(numbered, key=lambda pair: pair[0])
-    return [[each for _, each in chunk] for _, chunk in chunks]
 
 
 def inward(layers: Sequence[int]) -> list[int]:

@@ -57,7 +57,8 @@ def run_shard(
                 # The layers of the whole share, done or not: a kill changes no product.
                 own = [piece for piece in pieces if piece.prompts == prompts]
                 layers = [layer for piece in own for layer in piece.layers]
-                measurer = bench.measurer(layers, prompts)
+                # All layers at once need no map, but an experiment has one.
+                measurer = bench.measurer(layers or bench.layers[:1], prompts)
                 for piece in together:
                     bench.measure(piece, job, measurer, progress)
     n_missing = len(job.missing(bench.marks))

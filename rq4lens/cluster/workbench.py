@@ -75,11 +75,11 @@ class Workbench(Bench):
         """Measure a piece, or find it done; it is marked when its last number is on disk."""
         started = time.perf_counter()
         part: dict[str, Any] = {}
-        if not piece.prompts or measurer.are_recorded(piece.conditions):
-            measurer.conditions(piece.conditions, progress)
+        if not piece.prompts or measurer.are_recorded(piece.patches):
+            measurer.record(piece.patches, progress)
             piece = piece.whole
         else:
-            part = measurer.part(piece.conditions, progress)
+            part = measurer.part(piece.patches, progress)
         seconds = round(time.perf_counter() - started, 4)
         self.marks.put(piece, {"rows": job.rows(piece), "seconds": seconds, **part})
         if piece.prompts:
@@ -100,7 +100,7 @@ class Workbench(Bench):
         parts = [part for piece in pieces if (part := self.marks.get(piece)) is not None]
         if len(parts) < len(pieces):
             return
-        foreign = measurer.join(whole.conditions, parts)
+        foreign = measurer.join(whole.patches, parts)
         for place in foreign:
             log.warning("%s was made with another map: to be measured again", pieces[place].label)
             self.marks.path(pieces[place]).unlink(missing_ok=True)

@@ -185,14 +185,17 @@ def _condition(rows: pd.DataFrame, n_heads: int, ids: Collection[str]) -> Condit
 
 
 def _transfer(rows: pd.DataFrame, ids: Collection[str]) -> Transfer:
-    return Transfer(*(_patch_row(rows, kind, ids) for kind in SWAPS))
+    transfer = Transfer(*(_patch_row(rows, kind, ids) for kind in SWAPS))
+    if any(row.gap_left_nats is None or row.answer_is is None for row in transfer):
+        raise ValueError(f"{rows.iloc[0]['cond']!r} lacks what is left of the gap")
+    return transfer
 
 
 def _patch_row(rows: pd.DataFrame, kind: str, ids: Collection[str]) -> PatchRow:
     own = rows[rows["kind"] == kind].set_index("prompt_id").loc[list(ids)]
-    measured = [column for column in MEASURES if column in own]
-    numbers = own[measured].to_numpy(dtype=np.float64).T
-    if numbers.shape[-1] != len(ids) or not np.isfinite(numbers).all():
+    measured = {name: own[column] for column, name in MEASURES.items() if column in own}
+    numbers = {name: each.to_numpy(dtype=np.float64) for name, each in measured.items()}
+    if len(own) != len(ids) or not all(np.isfinite(each).all() for each in numbers.values()):
         cond = rows.iloc[0]["cond"]
         raise ValueError(f"{kind} of {cond!r} has repeated prompts or numbers that are not finite")
-    return PatchRow(*numbers)
+    return PatchRow(**numbers)

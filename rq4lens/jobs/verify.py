@@ -27,9 +27,9 @@ from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.keys import identity, measured_parts
-from rq4lens.patching.measured import Measurer, Planned, payload_of
-from rq4lens.patching.patch import MAPPED, Patch
-from rq4lens.results import EVERY, ConditionResult, PatchRow
+from rq4lens.patching.measured import Measurer, Planned, patches_of, payload_of
+from rq4lens.patching.patch import MAPPED, Effects, Patch
+from rq4lens.results import EVERY, GridResult, PatchRow
 
 TOLERANCE_NATS = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 """How far a number measured again may be from the saved one, on any one prompt.
@@ -196,11 +196,23 @@ def _equal(saved: Any, again: Any) -> bool:
 def _check_conditions(saved: Run) -> _Finding:
     """Every prompt's own numbers are those of the records."""
     found, differences = _records(saved.directory / CONDITIONS)
-    for condition in saved.grid.conditions.values():
-        for patch, row in Planned.of(condition).measured(condition):
-            differences += _against_records(saved, condition.cond, patch, row, found)
+    for cond, (plan, rows) in _measured(saved.grid).items():
+        for patch, row in zip(plan.patches, rows, strict=True):
+            differences += _against_records(saved, cond, patch, row, found)
     n_records = sum(map(len, found.values()))
     return differences, f"{n_records} records are whole and agree with the table"
+
+
+_Measured = tuple[Planned, tuple[PatchRow, ...]]
+
+
+def _measured(grid: GridResult) -> dict[str, _Measured]:
+    """How each condition was measured, all layers at once among them, and what came of it."""
+    found = {each.cond: (Planned.of(each), each.rows) for each in grid.conditions.values()}
+    if grid.every_layer is None:
+        return found
+    plan = GridPlan(grid.settings.n_heads, grid.settings.patching)
+    return {**found, EVERY: (plan.every_layer, tuple(grid.every_layer))}
 
 
 _Address = tuple[int, int, tuple[int, ...], float, str]
@@ -214,6 +226,8 @@ def _records(directory: Path) -> tuple[dict[_Address, list[StoredRecord]], list[
             record = read_record(path)
             if not path.stem.endswith(f"_{content_key(record.ingredients)[:16]}"):
                 raise ValueError("its name is that of another record")
+            if "patch" not in record.ingredients:
+                continue  # how well the two models can be compared
             layer, n_heads, heads, alpha, source = (
                 record.ingredients["patch"][name]
                 for name in ("layer", "n_heads", "heads", "alpha", "source")
@@ -285,8 +299,9 @@ def _check_again(
         raise _NotCheckedError(reason) from None
     if others:
         return others, ""
-    conditions = list(saved.grid.conditions.values())
-    chosen = random.Random(seed).sample(conditions, min(sample, len(conditions)))
+    measured = _measured(saved.grid)
+    names = random.Random(seed).sample(list(measured), min(sample, len(measured)))
+    chosen = {name: measured[name] for name in names}
     name, distance = max(_distances(saved, pair, chosen).items(), key=lambda item: item[1])
     tolerance = TOLERANCE_NATS[saved.grid.settings.dtype]
     said = (
@@ -309,16 +324,21 @@ def _other_models(saved: Run, pair: ModelPair) -> list[str]:
     return differences
 
 
-def _distances(saved: Run, pair: ModelPair, chosen: Sequence[ConditionResult]) -> dict[str, float]:
+def _distances(saved: Run, pair: ModelPair, chosen: Mapping[str, _Measured]) -> dict[str, float]:
     """Largest difference on one prompt, by condition, of the sample measured again."""
     settings, config = saved.grid.settings, _config(saved)
-    layers = {condition.layer for condition in chosen}
-    maps = {layer: each for layer, each in maps_of(saved).items() if layer in layers}
-    experiment = prepare(pair, maps, settings.patching, config.place.but(engine="hooks"))
-    again = Measurer(experiment).conditions([Planned.of(each) for each in chosen])
-    return {each.cond: _largest(each, again[each.cond]) for each in chosen}
+    layers = {plan.layer for plan, _ in chosen.values()} & set(maps_of(saved))
+    # All layers at once need no map, but an experiment has one.
+    maps = {layer: maps_of(saved)[layer] for layer in layers or {settings.layer}}
+    again = Measurer(prepare(pair, maps, settings.patching, config.place.but(engine="hooks")))
+    again.record(patches_of([plan for plan, _ in chosen.values()]))
+    return {
+        cond: _furthest(rows, again.effects(plan.patches)) for cond, (plan, rows) in chosen.items()
+    }
 
 
-def _largest(saved: ConditionResult, again: ConditionResult) -> float:
-    rows = zip(saved.rows, again.rows, strict=True)
-    return max(float(np.abs(first.kl_nats - second.kl_nats).max()) for first, second in rows)
+def _furthest(rows: Sequence[PatchRow], again: Effects) -> float:
+    return max(
+        float(np.abs(np.array([getattr(row, name) for row in rows]) - getattr(again, name)).max())
+        for name in ("kl_nats", "gap_left_nats")
+    )

@@ -38,7 +38,7 @@ from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side, prompts_left
 from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import Reads, tokenize
+from rq4lens.models.prompts.reading import ReadingLimits, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def audit_of(source: PairSource, reading: Reading) -> Audit:
     """Audit the prompts of a pair, from the tokenizers of its models alone."""
     prompts, members = prompts_of(source), _members(source, Place())
     shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
-    reads = {side: Reads(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
+    reads = {side: ReadingLimits(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
     tokenizers = {side: member.tokenizer for side, member in members.items()}
     audit = audit_prompts(prompts, tokenizers, reading, reads)
     # A run leaves out what does not align; what a model cannot hold, it refuses.

@@ -21,7 +21,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.loading import HOOKED, HookedModel, LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import Reads, tokenize, unreadable
+from rq4lens.models.prompts.reading import ReadingLimits, tokenize, unreadable
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -421,7 +421,7 @@ def require_same_heads(base: Shape, tuned: Shape) -> None:
 
 
 def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -> None:
-    reads = Reads(card.n_ctx, card.d_vocab)
+    reads = ReadingLimits(card.n_ctx, card.d_vocab)
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
         if (why := unreadable(tokens, side, reads)) is not None:
             raise UserError(f"prompt {name!r} {why}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -223,8 +224,7 @@ class Measurer:
         self, planned: Sequence[Planned], progress: Progress | None = None
     ) -> dict[str, ConditionResult]:
         """Results of conditions by name."""
-        for chunk in _chunks(self._unknown(_patches(planned)), RECORDED_TOGETHER):
-            self._learn(chunk, self._recorded(chunk, progress))
+        self.record(patches_of(planned), progress)
         return {plan.cond: self._condition(plan) for plan in planned if plan.layer != EVERY_LAYER}
 
     def transfer(self, plan: Planned) -> Transfer:
@@ -232,28 +232,28 @@ class Measurer:
         self.require(plan.swaps)
         return Transfer(*(self._row(patch) for patch in plan.swaps))
 
-    def are_recorded(self, planned: Sequence[Planned]) -> bool:
-        """Whether every patch of some conditions has a record, on all prompts."""
-        return all(self._record(patch) is not None for patch in _patches(planned))
+    def record(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
+        """Measure those patches that are not known, or take them from their records."""
+        for chunk in recorded_together(self._unknown(patches)):
+            self._learn(chunk, self._recorded(chunk, progress))
 
-    def part(self, planned: Sequence[Planned], progress: Progress | None = None) -> dict[str, Any]:
-        """What the experiment's prompts, a part of the split, add to some conditions."""
-        patches = _patches(planned)
-        chunks = _chunks(patches, RECORDED_TOGETHER)
+    def are_recorded(self, patches: Sequence[Patch]) -> bool:
+        """Whether every patch has a record, on all prompts."""
+        return all(self._record(patch) is not None for patch in patches)
+
+    def part(self, patches: Sequence[Patch], progress: Progress | None = None) -> dict[str, Any]:
+        """What the experiment's prompts, a part of the split, add to patches of one chunk."""
         return {
             "prompts": list(self.experiment.prompt_ids),
             "keys": self._keys(patches),
-            "patches": [
-                payload_of(row) for some in chunks for row in self._measured(some, progress)
-            ],
+            "patches": [payload_of(row) for row in self._measured(patches, progress)],
         }
 
-    def join(self, planned: Sequence[Planned], parts: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Record conditions that were measured in parts of the prompts.
+    def join(self, patches: Sequence[Patch], parts: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Record patches that were measured in parts of the prompts.
 
         Nothing is recorded if parts were made of something else; their places are returned.
         """
-        patches = _patches(planned)
         keys = self._keys(patches)
         foreign = [place for place, part in enumerate(parts) if part["keys"] != keys]
         if foreign or self.records is None:
@@ -359,10 +359,23 @@ class Measurer:
         return self._fingerprints[layer, source]
 
 
-def _patches(planned: Sequence[Planned]) -> list[Patch]:
-    # All of one model before any of the other: they may not fit into memory together.
-    patches = dict.fromkeys(patch for plan in planned for patch in plan.patches)
-    return sorted(patches, key=into_side, reverse=True)
+def patches_of(planned: Sequence[Planned]) -> list[Patch]:
+    """Every patch of some conditions, nothing twice."""
+    return list(dict.fromkeys(patch for plan in planned for patch in plan.patches))
+
+
+def recorded_together(patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
+    """Patches by the chunks in which they are measured.
+
+    All of one model come before any of the other, since they may not fit into memory together.
+    All layers at once are alone, so that a sweep, which measures them once, cuts each layer alike.
+    """
+    for _, together in groupby(sorted(patches, key=_company), key=_company):
+        yield from _chunks(tuple(together), RECORDED_TOGETHER)
+
+
+def _company(patch: Patch) -> tuple[bool, bool]:
+    return into_side(patch) == "base", patch.layer == EVERY_LAYER
 
 
 def _by_source(patches: Sequence[Patch]) -> Iterable[Sequence[Patch]]:

@@ -119,7 +119,7 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     n_train = len(pair.prompts.split(FIT_SPLIT))
     pieces = pieces_of(plans)
     # The best head is measured among the single ones; larger top-k sets are measured besides.
-    n_top = KINDS * sum(k > 1 for k in config.patching.k)
+    n_top = 2 * KINDS * sum(k > 1 for k in plans[0].ks)
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)
     work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
     seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds

@@ -20,8 +20,8 @@ from rq4lens.config import Reading
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.prompts.reading import (
+    ReadingLimits,
     ReadPrompt,
-    Reads,
     decoded,
     n_leading_bos,
     read_prompt,
@@ -244,7 +244,7 @@ class Reader:
 
     side: AuditSide
     tokenizer: PreTrainedTokenizerBase
-    reads: Reads | None = None
+    reads: ReadingLimits | None = None
 
     @cached_property
     def own_file(self) -> Any:
@@ -272,7 +272,7 @@ def audit_prompts(
     prompts: PromptSet,
     tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase],
     reading: Reading | None = None,
-    reads: Mapping[AuditSide, Reads] | None = None,
+    reads: Mapping[AuditSide, ReadingLimits] | None = None,
 ) -> Audit:
     """Compare how two models read prompts; only their tokenizers are needed.
 

@@ -20,7 +20,7 @@ Span = tuple[int, int]
 """First character of a token in the rendered text, and the one behind its last."""
 
 
-class Reads(NamedTuple):
+class ReadingLimits(NamedTuple):
     """How much a model can read."""
 
     n_ctx: int
@@ -103,7 +103,7 @@ def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
     return next(others, len(read.tokens))
 
 
-def unreadable(tokens: Sequence[int], side: str, model: Reads) -> str | None:
+def unreadable(tokens: Sequence[int], side: str, model: ReadingLimits) -> str | None:
     """Why a model cannot read so many tokens, or one of them."""
     if len(tokens) > model.n_ctx:
         return (

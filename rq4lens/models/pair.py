@@ -461,7 +461,6 @@ class WeightChange(NamedTuple):
     squares: tuple[float, float, float]
 
 
-@torch.no_grad()
 def weight_changes(pair: ModelPair) -> Iterator[WeightChange]:
     """Every matrix that both models have in the same shape; biases and norms are no matrices."""
     tuned = dict(pair.tuned.model.named_parameters())
@@ -469,7 +468,7 @@ def weight_changes(pair: ModelPair) -> Iterator[WeightChange]:
         other = tuned.get(name)
         if other is None or other.shape != base.shape or base.dim() < 2 or ".b_" in name:
             continue
-        a, b = base.float(), other.to(base.device).float()
+        a, b = base.detach().float(), other.detach().to(base.device).float()
         own, its, both = float((a * a).sum()), float((b * b).sum()), float((a * b).sum())
         change = float((b - a).norm()) / own**0.5 if own > 0 else None
         cosine = both / (own * its) ** 0.5 if own * its > 0 else None

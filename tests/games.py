@@ -1,9 +1,9 @@
 """Head-set games with known truth: a stand-in for a measured pair, computed from formulas.
 
 A game gives ``KL_raw(S)`` and ``KL_mapped(S)`` of every head set on every prompt. In an additive
-game heads do not interact; a pairwise game adds a bonus for chosen pairs. Swapped into the other model,
-a head set closes the gap between the two by its ΔKL. Whatever the analysis says about such a game
-can be checked by enumeration or by hand.
+game heads do not interact; a pairwise game adds a bonus for chosen pairs. Swapped into the other
+model, a head set closes the gap between the two by its ΔKL. Whatever the analysis says about such
+a game can be checked by enumeration or by hand.
 """
 
 from __future__ import annotations

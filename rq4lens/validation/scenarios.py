@@ -50,7 +50,6 @@ from rq4lens.models.prompts.prompt_set import (
     SIDE_EFFECT_SPLIT,
     PromptSet,
 )
-from rq4lens.models.weights import weight_cosine
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.experiment import Experiment, prepare
@@ -419,12 +418,12 @@ class Trial:
 
     def claims_something(self) -> bool:
         """Whether the answer says anything about heads, or what a map repairs of them."""
-        experiment, seed = self._experiment(self.of_kinds), self.planted.how.seed
+        seed = self.planted.how.seed
         patching = Patching(layer=self.layer, alpha=self.measured.alpha, k=(), random_seeds=())
         measurer = self.of_kinds.measurer
         grid = measure_grid(measurer, patching, Effort(resamples=RESAMPLES, seed=seed))
         noise = noise_effects(measurer, self.activations, patching, Place(), seed)
-        beside = Beside(noise=noise, weight_cosine=weight_cosine(experiment.pair))
+        beside = Beside(noise=noise)
         found = analyse(grid, None, AnalysisEffort(n_splits=1), beside=beside)
         said = " ".join((*found.claims, *found.study_claims))
         return NOTHING not in said or NO_SHARE not in said

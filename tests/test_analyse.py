@@ -58,8 +58,10 @@ def test_analysis_of_a_pair_has_every_part(of_pair):
     assert kinds == {"metric", "fold", "map_kind", "alpha"}
     assert {each.name for each in of_pair.stand_ins} == set(QUESTIONS)
     assert of_pair.control_layer.layer == 0
-    assert [ladder.alpha for ladder in of_pair.ladders] == [1.0, 0.3]
-    assert of_pair.neutral.alpha == 1.0
+    assert len(of_pair.ladders) == 2  # at full strength and at the run's own
+    for ladder in (*of_pair.ladders, of_pair.neutral):
+        assert {f"head{head}" for head in range(TINY_HEADS)} < {row.name for row in ladder.rows}
+        assert ladder.rows[-1].name == "full"
     assert [each.direction for each in of_pair.directions] == list(TRANSFERS)
     assert len(of_pair.kinds.heads) == TINY_HEADS
 
@@ -206,13 +208,17 @@ def test_grid_alone_is_enough_for_its_own_numbers():
 
 def test_what_the_study_says_follows_the_numbers():
     """A few heads, many heads and no effect each read differently."""
-    few = " ".join(analysed(noisy_game([5.0, 4.9, *[0.1] * 10], 40)).study_claims)
+
+    def said(strengths, noise):
+        return analysed(noisy_game(strengths, 40, noise=noise), methods=[]).study_claims
+
+    few = " ".join(said([5.0, 4.9, *[0.1] * 10], 0.1))
     assert "the top 2 heads by delta (L1H0, L1H1) cover" in few
     assert "clearly less" in few
     assert "not clearly less" not in few
-    even = " ".join(analysed(noisy_game(np.ones(12), 40, noise=0.3)).study_claims)
+    even = " ".join(said(np.ones(12), 0.3))
     assert "not clearly less" in even
-    (null,) = analysed(noisy_game(np.zeros(12), 40)).study_claims
+    (null,) = said(np.zeros(12), 0.1)
     assert "no share of the map's repair is claimed" in null
 
 

@@ -113,7 +113,7 @@ def records(
 
 
 def _record(
-    grid: GridResult, gap: Gap, condition: ConditionResult, numbers: Mapping[str, Estimate]
+    grid: GridResult, gap: Gap, condition: ConditionResult, numbers: Mapping[str, Any]
 ) -> ConditionRecord:
     return ConditionRecord(
         layer=condition.layer,

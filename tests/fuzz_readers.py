@@ -351,6 +351,7 @@ def small_grid() -> GridResult:
     """A grid of two heads and three prompts."""
     draw = np.random.default_rng(0)
     names = {"full": "ALL", "head0": "0", "head1": "1", "none": "NONE", "self": "ALL"}
+
     def rows(n: int) -> list[PatchRow]:
         return [PatchRow(*draw.random((4, 3))) for _ in range(n)]
 

@@ -144,7 +144,7 @@ def test_every_condition_is_measured(run):
     ranking = run.read(f"single_head_L{LAYER}_hook_z_alpha0.3.json")
     assert sorted(row["head"] for row in ranking) == [0, 1, 2, 3]
     table = pd.read_parquet(run.directory / "per_prompt.parquet")
-    # Raw and mapped but for all layers at once, both swaps but for the patch of a model into itself.
+    # All layers at once are not mapped, and a model's own activations are no swap.
     assert len(table) == N_VAL * 4 * (len(records) - 1)
     for name in ("summary.txt", "analysis.json", "report.html", "figures/coverage.html"):
         assert (run.directory / name).stat().st_size > 0

@@ -208,9 +208,7 @@ def test_another_alpha_in_the_same_folder_takes_nothing_over(config, finished, t
     other = run_job(config.updated(alpha=0.6), directory, replace=True)
     store = json.loads((directory / "run.json").read_text())["store"]
     records = [read_record(path) for path in (finished.directory / "conditions").glob("*.json")]
-    sources = [
-        each.ingredients["patch"]["source"] for each in records if "patch" in each.ingredients
-    ]
+    sources = [each.ingredients.get("patch", {}).get("source") for each in records]
     # What heads carry at strength 1, and how far the models can be compared, know no alpha.
     assert store["reused"] <= sum(source in {"base", "tuned"} for source in sources) + 1
     assert other.grid.full.KL_raw > 1.5 * finished.grid.full.KL_raw

@@ -24,7 +24,7 @@ NOT_MEASURED = "only the grid was given: new head sets would have to be measured
 
 
 @dataclass(frozen=True)
-class ConditionRecord:
+class ConditionRecord(Record):
     """One condition of the grid with its intervals: a record of ``rq4_results.json``.
 
     Args:
@@ -51,6 +51,8 @@ class ConditionRecord:
         as_base_pct: of the prompts on which base and tuned have different most likely tokens, the
             share on which the patched tuned model has that of base.
     """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {"layer": "all layers are patched at once"}
 
     layer: int | None
     hook: str

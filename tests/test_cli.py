@@ -214,9 +214,12 @@ def test_patch_prints_one_condition_and_writes_its_record(rq4lens, settings, tmp
     assert (record["cond"], record["heads"], record["layer"]) == ("patch", [0, 1], 1)
     lines = out.splitlines()[2:]
     assert lines[0] == "heads 0-1"
-    assert lines[1].startswith(f"KL_raw    {record['KL_raw_mean']:.5f}")
-    assert lines[2].startswith(f"KL_mapped {record['KL_mapped_mean']:.5f}")
-    assert len(lines) == 6
+    for line, name in zip(lines[1:3], ("KL_raw", "KL_mapped"), strict=True):
+        label, printed = line.split()[:2]
+        decimals = len(printed.partition(".")[2])
+        assert (label, float(printed)) == (name, round(record[f"{name}_mean"], decimals))
+    shares = [line[:9].strip() for line in lines[4:]]
+    assert shares == ["drop", "to base", "to tuned", "coverage"]
 
 
 def test_options_replace_what_the_file_says(rq4lens, config):

@@ -482,12 +482,8 @@ def test_repeating_a_run_from_its_own_record_is_the_same_bytes(pair, undisturbed
 def test_the_numerics_version_makes_old_records_unused(pair, undisturbed, tmp_path, monkeypatch):
     """After a change of the arithmetic nothing old is reused."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    ingredients = Measurer._ingredients
-
-    def of_another_version(self, patch):
-        found = ingredients(self, patch)
-        return replace(found, on=replace(found.on, numerics_version="another"))
-
-    monkeypatch.setattr(Measurer, "_ingredients", of_another_version)
+    on = Measurer.on.func
+    another = property(lambda self: replace(on(self), numerics_version="another"))
+    monkeypatch.setattr(Measurer, "on", another)
     run_job(config_from(pair), folder)
     assert counters(folder)["reused"] == 0

@@ -174,6 +174,15 @@ def test_a_spread_model_is_counted_on_each_device(settings, monkeypatch):
     assert memory.devices == ("cuda:1", "cuda:0")
 
 
+def test_a_full_analysis_holds_one_more_tuned_model(settings):
+    """The noise pair's tuned model lies beside the two of the pair."""
+    grid, full = (
+        plan_memory(config_from({**settings, "keep_both": True, "analysis": effort}))
+        for effort in ("grid", "full")
+    )
+    assert full.held[MAIN] - grid.held[MAIN] == full.weights["tuned"]
+
+
 def test_models_of_other_heads_are_refused_before_a_weight_is_read(settings, monkeypatch, tmp_path):
     """Head counts that differ are said as such, whatever else does not fit because of them."""
     other = shutil.copytree(settings["tuned"], tmp_path / "other")

@@ -1,6 +1,7 @@
 """Units of work: a job's pieces and their shares."""
 
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
@@ -65,12 +66,11 @@ def test_pieces_are_addressed_by_what_they_measure():
     """The same plans give the same keys in the same order; anything else gives others."""
     one, again = (pieces_of([plan()], "job") for _ in range(2))
     assert [piece.key for piece in one] == [piece.key for piece in again]
-    others = [
-        *(pieces_of([plan(alpha=0.5)], "job"), pieces_of([plan()], "other job")),
-        pieces_of([plan(layer=2)], "job"),
-    ]
-    for other in others:
-        assert {piece.key for piece in one}.isdisjoint(piece.key for piece in other)
+    assert {piece.key for piece in one}.isdisjoint(x.key for x in pieces_of([plan()], "other job"))
+    for other in (pieces_of([plan(alpha=0.5)], "job"), pieces_of([plan(layer=2)], "job")):
+        assert [piece.key for piece in one] != [piece.key for piece in other]
+        for first, second in product(one, other):
+            assert (first.key == second.key) == (first.patches == second.patches)
 
 
 def test_divided_pieces_cover_each_condition_and_prompt_once():

@@ -239,7 +239,10 @@ def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypa
     """Sweeps, pieces, model loads, seconds and disk; nothing is written."""
     monkeypatch.chdir(tmp_path)
     text = plan_text(study)
-    assert "4 sweeps of 1 pairs, 8 pieces, 8 model loads" in text
+    # A layer has 8 heads, up to 3 pairs of heads, all and none: thrice into the tuned model, once
+    # into base, 32 to a piece. All layers at once are a piece of either model.
+    n_pieces = 4 * (2 * (2 + 1) + 2)
+    assert f"4 sweeps of 1 pairs, {n_pieces} pieces, 8 model loads" in text
     assert re.search(r"about [\d,]+ device-seconds", text)
     assert re.search(r"about [\d.]+ MiB", text)
     assert "compared by delta, KL_raw, KL_mapped, drop_pct; single heads ranked by delta" in text
@@ -249,7 +252,7 @@ def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypa
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    assert "8 pieces" in capsys.readouterr().out
+    assert f"{n_pieces} pieces" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -135,7 +135,7 @@ def test_a_layer_whose_map_takes_little_back_is_named(swept):
 
 @pytest.mark.parametrize("undone", [(0.5 * WORTH_PCT, 0.1), (2 * WORTH_PCT, 1.5 * WORTH_PCT)])
 def test_no_main_layer_where_none_is_worth_it(swept, undone):
-    """The whole interval must lie above the line; or there is no proposal, and it is said why."""
+    """The whole interval must lie above the line, or no layer is proposed, and this is said."""
     choice = choose_layers(compared(swept, (*undone, 0.5)))
     assert (choice.main, choice.control) == (None, None)
     assert choice.reasons[0].startswith("no layer is proposed: ")

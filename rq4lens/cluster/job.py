@@ -18,7 +18,7 @@ from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.grid import GridPlan
 
 PIECES = "pieces"
-FORMAT = 1
+FORMAT = 2
 
 ELSEWHERE = {
     *("about", "base", "tuned", "base_revision", "tuned_revision", "prompts", "trust_remote_code"),

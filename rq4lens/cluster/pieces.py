@@ -113,8 +113,8 @@ class Piece:
         first, last = self.patches[0], self.patches[-1]
         where = "every layer" if first.layer == EVERY_LAYER else f"layer {first.layer}"
         on = f" on {len(self.prompts)} prompts from {self.prompts[0]!r}" if self.prompts else ""
-        what = f"{first.source} of {first.heads} to {last.source} of {last.heads}"
-        return f"{where} of {into_side(first)} from {what}{on}"
+        to = f" to {last.source} of {last.heads}" if last != first else ""
+        return f"{where} of {into_side(first)} from {first.source} of {first.heads}{to}{on}"
 
 
 def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:

@@ -193,7 +193,9 @@ def _transfer(rows: pd.DataFrame, ids: Collection[str]) -> Transfer:
 
 def _patch_row(rows: pd.DataFrame, kind: str, ids: Collection[str]) -> PatchRow:
     own = rows[rows["kind"] == kind].set_index("prompt_id").loc[list(ids)]
-    measured = {name: own[column] for column, name in MEASURES.items() if column in own}
+    # What was not measured of any prompt is a column of nulls beside what was.
+    there = {name: own[column] for column, name in MEASURES.items() if column in own}
+    measured = {name: each for name, each in there.items() if each.notna().any()}
     numbers = {name: each.to_numpy(dtype=np.float64) for name, each in measured.items()}
     if len(own) != len(ids) or not all(np.isfinite(each).all() for each in numbers.values()):
         cond = rows.iloc[0]["cond"]

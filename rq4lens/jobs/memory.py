@@ -84,7 +84,7 @@ class RunMemory:
 
     Args:
         weights: of each model, by side; exact.
-        held: weights on each device while the tuned model is measured.
+        held: weights on each device, those of the noise pair among them.
         largest_model: the most weights of a single model on each device.
     """
 
@@ -101,9 +101,11 @@ class RunMemory:
     def needed(self) -> dict[str, int]:
         """The most that each device and main memory hold at once."""
         needed = {place: self.held.get(place, 0) for place in self.free}
+        # Base stands behind an engine of its own, which keeps about as much of its clean pass.
+        of_base = self.work.kept if self.keep_both else 0
         for place in self.devices:
-            needed[place] += self.work.on_device
-        needed[MAIN] += self.work.in_main_memory
+            needed[place] += self.work.on_device + (of_base if self.work.kept_on_device else 0)
+        needed[MAIN] += self.work.in_main_memory + (0 if self.work.kept_on_device else of_base)
         return needed
 
     @property
@@ -188,6 +190,8 @@ def plan_memory(config: RunConfig) -> RunMemory:
     on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
     tuned = estimates["tuned"]
     held = Counter(on["tuned"]) + Counter(on["base"] if keep_both else {})
+    if keep_both and config.effort.analysis == "full" and config.effort.noise_pair:
+        held += Counter(on["tuned"])  # the noise pair's tuned model
     free = {_place(device): n_bytes for device, n_bytes in tuned.free.items()}
     free.setdefault(MAIN, free_bytes("cpu"))
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]

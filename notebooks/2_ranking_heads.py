@@ -38,12 +38,10 @@ print(f"{run.n_heads} heads of layer 1, {run.n_prompts} prompts")
 rq.figures.ranking_bars(run)
 
 # %% [markdown]
-# ## Three kinds of heads
+# ## Damage and repair
 #
-# A head is **idle** when both patches do next to nothing, **re-coordinated** when the raw patch does
-# damage that the map repairs (the head computes the same thing in other coordinates), and **rewired**
-# when the map does not repair it (no linear map explains what it does now). A head whose interval does
-# not settle this is **undecided**. The figure says by which rule.
+# Each head at what its raw patch does and what is left of it with the map. Which kind of change a head
+# shows is told by the ladder, which the analysis below measures.
 
 # %%
 rq.figures.head_plane(run)
@@ -51,7 +49,7 @@ rq.figures.head_plane(run)
 # %% [markdown]
 # ## The analysis
 #
-# `rq.analyse` does everything of the report. Here it compares six ranking methods instead of eleven
+# `rq.analyse` does everything of the report. Here it compares six ranking methods instead of thirteen
 # and draws fewer resamples and random sets than by default, to be quick.
 
 # %%

@@ -123,27 +123,20 @@ print(f"sum of singles over joint effect: {text(analysis.interactions.sum_over_j
 rq.figures.interaction_matrix(run, analysis.interactions)
 
 # %% [markdown]
-# ## Does the claim survive?
+# ## What stands in for a head
 #
-# Each row puts something else in the map's place, or looks elsewhere. A claim can survive a control
-# that comes close, so `share` gives the control's effect as a part of the main one: read it before the
-# verdict. Two of them matter most. *Shuffled pairs* fits the map on prompts that do not belong together:
-# it learns little more than the tuned mean and predicts nearly the same for every prompt. Where it comes
-# close to the main effect, most of the raw patch's damage is that the base activation varies in ways the
-# tuned model does not expect, and any blend towards the tuned mean avoids it; only the rest needs a map
-# that knows the prompt. *Mean only* is the reverse: it keeps the base activation's variation and moves
-# its mean.
+# The ladder: a constant, base's own activation, a shift of the mean, the map, and what base's head writes
+# stand in for each head at full strength. `recovered` says how much of what the head tells beyond a
+# constant is there. A map that knows the prompt recovers it; a map of shuffled pairs does not.
+
+# %%
+rq.figures.ladder(analysis)
 
 # %%
 pd.DataFrame(
-    {
-        "control": row.name,
-        "question": row.question,
-        "share": "-" if row.share_pct.value is None else f"{row.share_pct.value:.1f}%",
-        "survives": "not decided" if row.survives is None else row.survives,
-    }
-    for row in analysis.controls
-).set_index("control")
+    {"stand-in": row.name, "question": row.question, "recovered %": text(row.recovered_pct)}
+    for row in analysis.stand_ins
+).set_index("stand-in")
 
 # %% [markdown]
 # ## What the numbers support
@@ -151,7 +144,7 @@ pd.DataFrame(
 # These sentences are built from the numbers and change with them.
 
 # %%
-print(*analysis.claims, sep="\n")
+print(*analysis.claims, *analysis.study_claims, sep="\n")
 
 # %% [markdown]
 # ## When nothing can be said

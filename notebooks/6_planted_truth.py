@@ -135,10 +135,8 @@ table.pivot(index="method", columns="scenario", values="precision").round(2)
 # %% [markdown]
 # ## Are heads called what they are?
 #
-# How often heads that were changed in some way (or not at all) were called idle, re-coordinated, rewired
-# or undecided. A planted head that matters little to the model is rightly called idle. New values (`W_V`,
-# `W_O`) are read from the same tokens as the old ones, so a map explains part of them: such a rewired
-# head may be called re-coordinated, which says what the kinds can and cannot tell.
+# How often heads that were changed in some way (or not at all) were given their kind. A planted head
+# that matters little to the model is rightly called idle.
 
 # %%
 counts = pd.DataFrame(

@@ -61,7 +61,7 @@ analysis = rq.analyse(
     run,
     experiment,
     rq.AnalysisEffort(methods=("delta",), alphas=(0.3,), n_random_sets=100, random_ks=()),
-    neutral=neutral,
+    beside=rq.Beside(neutral=neutral),
 )
 rq.figures.coverage_curve(run, analysis)
 

@@ -1,6 +1,7 @@
 """Where each public name lives: read when a name is first used, and by type checkers."""
 
 from . import figures as figures
+from .analysis.analyse import Beside as Beside
 from .analysis.analyse import analyse as analyse
 from .analysis.card.card import head_card as head_card
 from .analysis.card.records import HeadCard as HeadCard

@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
-from rq4lens.models.load.loading import HookedModel, LoadedModel
+from rq4lens.models.load.lens import Backend, HookedModel, ModelConfig, backend_of
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import Reads, tokenize, unreadable
@@ -26,7 +26,7 @@ from rq4lens.models.prompts.reading import Reads, tokenize, unreadable
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
 
-Shape: TypeAlias = "ModelCard | HookedTransformerConfig"
+Shape: TypeAlias = "ModelCard | ModelConfig"
 """What says how many layers and heads a model has, and how wide these are."""
 
 
@@ -52,6 +52,7 @@ class ModelCard:
         tokenizer_fingerprint: hash of the vocabulary and the special tokens.
         logit_check_max_abs_diff: largest logit difference to the Hugging Face model at load time.
         adapter_base: folder or hub id of the base model of an adapter; None for a whole model.
+        backend: ``"hooked"`` for a HookedTransformer, ``"bridge"`` for a TransformerBridge.
     """
 
     source: str
@@ -70,6 +71,7 @@ class ModelCard:
     tokenizer_fingerprint: str
     logit_check_max_abs_diff: float | None
     adapter_base: str | None = None
+    backend: Backend = "hooked"
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelCard:
@@ -92,6 +94,7 @@ class ModelCard:
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
             logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
             adapter_base=loaded.adapter_base,
+            backend=backend_of(loaded.model),
         )
 
     def to_dict(self) -> dict[str, Any]:

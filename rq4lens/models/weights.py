@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from rq4lens.models.load.lens import named_weights
 from rq4lens.models.pair import ModelPair
 
 
@@ -30,8 +31,8 @@ class WeightChange(NamedTuple):
 @torch.no_grad()
 def weight_changes(pair: ModelPair) -> Iterator[WeightChange]:
     """Every matrix that both models have in the same shape; biases and norms are no matrices."""
-    tuned = dict(pair.tuned.model.named_parameters())
-    for name, base in pair.base.model.named_parameters():
+    tuned = dict(named_weights(pair.tuned.model))
+    for name, base in named_weights(pair.base.model):
         other = tuned.get(name)
         if other is None or other.shape != base.shape or base.dim() < 2 or ".b_" in name:
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import device_of, forward_batch
 from rq4lens.patching.engines.cached import CachedEngine

@@ -11,9 +11,9 @@ from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sour
 from jaxtyping import Float
 from model_zoo import ZOO, save, train_tokenizer
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.config import Patching
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import forward_batch

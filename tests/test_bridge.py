@@ -8,10 +8,10 @@ from loading_cases import TOKENS, TOLERANCE, same_weights
 from model_zoo import (
     ZOO,
 )
-from transformer_lens.model_bridge import TransformerBridge
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.models.load.lens import TransformerBridge
 from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.pair import ModelCard
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts

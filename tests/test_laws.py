@@ -23,13 +23,13 @@ from tiny import (
     random_prompts,
     tiny_model,
 )
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import Place
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head, HeadSet
+from rq4lens.models.load.lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, forward_batch

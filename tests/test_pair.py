@@ -16,11 +16,11 @@ from tiny import (
     tiny_model,
     word_tokenizer,
 )
-from transformer_lens import HookedTransformer
 
 from rq4lens.config import Reading, config_from
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import (
     ModelCard,

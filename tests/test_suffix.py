@@ -22,11 +22,11 @@ from engine_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import ZOO, save, train_tokenizer
-from transformer_lens.model_bridge import TransformerBridge
 
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.models.load.lens import TransformerBridge
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from rq4lens.config import Effort, Patching, Place
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head
+from rq4lens.models.load.lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet

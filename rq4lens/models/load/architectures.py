@@ -420,11 +420,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 def loadable(backend: Backend) -> tuple[str, ...]:
     """The architectures that load as one kind of model, by the name in their ``config.json``.
 
-    A bridge runs what transformers itself knows as a causal language model.
+    A bridge runs what transformers itself knows as a causal language model; BERT reads both ways.
     """
     if backend == "hooked":
         return tuple(ARCHITECTURES)
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
     return tuple(sorted(causal & set(bridge_architectures())))
 
 

@@ -30,6 +30,7 @@ from transformer_lens.utilities.quantization import quantization_method
 from transformers import DynamicCache
 
 from rq4lens.errors import UserError
+from rq4lens.models.load.checkpoint import explained
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -132,26 +133,34 @@ def bridge_from(hf_model: Any, architecture: str, tokens: Int[Tensor, "1 _pos"])
     Its heads must be there to be patched: each layer's z has to pass, in the shape that the
     configuration says.
     """
-    # The bridge's own set-up of a tokenizer asks the hub for another one.
-    bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config)
+    with explained(
+        f"TransformerLens' bridge cannot run this {architecture}",
+        "head patching needs a model all of whose layers have attention heads of one width",
+    ):
+        # The bridge's own set-up of a tokenizer asks the hub for another one.
+        bridge = build_bridge_from_module(hf_model, architecture, hf_config=hf_model.config).eval()
+        shapes = _shapes_of_z(bridge, tokens.to(next(hf_model.parameters()).device))
+    cfg = bridge.cfg
+    if cfg.attention_dir != "causal" or shapes != [(cfg.n_heads, cfg.d_head)] * cfg.n_layers:
+        raise UserError(
+            f"the heads of this {architecture} cannot be patched: its attention is "
+            f"{cfg.attention_dir}, and z has the shapes {sorted(set(shapes))} [head d_head]; use a "
+            f"causal language model whose layers all have {cfg.n_heads} heads of {cfg.d_head}."
+        )
+    return bridge
+
+
+def _shapes_of_z(bridge: Any, tokens: Tensor) -> list[tuple[int, ...]]:
     seen: dict[int, tuple[int, ...]] = {}
-    cfg, device = bridge.cfg, next(hf_model.parameters()).device
+    layers = range(bridge.cfg.n_layers)
 
     def note(layer: int) -> Any:
         # TransformerLens passes the hook point by its name.
         return lambda z, hook: seen.update({layer: tuple(z.shape[2:])})  # noqa: ARG005
 
-    with bridge.hooks(fwd_hooks=[(z_site(layer), note(layer)) for layer in range(cfg.n_layers)]):
-        bridge(tokens.to(device))
-    shape = (cfg.n_heads, cfg.d_head)
-    other = [layer for layer in range(cfg.n_layers) if seen.get(layer) != shape]
-    if other:
-        raise UserError(
-            f"layer {other[0]} of this {architecture} has no head activations of shape "
-            f"{list(shape)} [head d_head] at {z_site(other[0])} but {seen.get(other[0])}; head "
-            "patching needs a model whose layers all have attention heads of one width."
-        )
-    return bridge.eval()
+    with bridge.hooks(fwd_hooks=[(z_site(layer), note(layer)) for layer in layers]):
+        bridge(tokens)
+    return [seen.get(layer, ()) for layer in layers]
 
 
 def z_site(layer: int) -> str:
@@ -199,13 +208,13 @@ def _run_hooked(
     model: Any, tokens: Tensor, earlier: Sequence[KeptKeys] | None
 ) -> tuple[Tensor, list[KeptKeys]]:
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
+    every = torch.ones_like(tokens)  # without a mask it would be derived from the tokenizer
     if earlier:
         cache.entries = [
             TransformerLensKeyValueCacheEntry(each.keys, each.values) for each in earlier
         ]
-        n_pos = earlier[0].keys.shape[1]
-        cache.previous_attention_mask = torch.ones_like(tokens[:, :1]).expand(-1, n_pos)
-    logits = model(tokens, past_kv_cache=cache, padding_side="right")
+        cache.previous_attention_mask = every[:, :1].expand(-1, earlier[0].keys.shape[1])
+    logits = model(tokens, attention_mask=every, past_kv_cache=cache, padding_side="right")
     return logits, [KeptKeys(each.past_keys, each.past_values, None) for each in cache.entries]
 
 

@@ -24,8 +24,10 @@ from rq4lens.patching.patch import Intervention, Sources
 TOLERANCE = 1e-4
 """Largest logit difference in float32, relative to the largest logit."""
 
-EXPECTED_ENGINE = {"gpt-oss": "cached"}
-"""Architectures that the suffix engine leaves to another one; every other runs on it."""
+BACKENDS = ("hooked", "bridge") if HAS_HOOKED else ("bridge",)
+LEFT_BY_SUFFIX = {"gpt-oss"}
+"""Architectures that the suffix engine leaves to the cached one; every other converted one runs on
+it, and every bridge on the cached one."""
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,17 @@ import transformers
 from engine_cases import N_HEADS
 from loading_cases import TOLERANCE, hugging_face, refusal
 from model_zoo import BRIDGED, ZOO, random_model, save
+from tiny import (
+    CONTROL,
+    MAIN,
+    TINY_HEADS,
+    grid_of,
+    needs_hooked,
+    pair_of,
+    random_prompts,
+    rotated_bridge,
+    tiny_bridge,
+)
 from typer.testing import CliRunner
 
 from rq4lens.cli import app
@@ -26,6 +37,7 @@ from rq4lens.models.pair import ModelCard
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
+from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.noise import shuffled_change
 from rq4lens.patching.patch import Patch, Sources
 
@@ -35,7 +47,6 @@ BRIDGE = Place(device="cpu", backend="bridge")
 WRONG_IN_3_9 = {"cohere", "cohere2"}
 """Families whose logits TransformerLens 3.9's bridge gets wrong."""
 WITHOUT_CACHE_IN_3_9 = {"falcon-alibi", "mpt"}
-needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has only bridges")
 
 LENGTHS = (5, 11, 8, 5)
 HEADS = (HeadSet.of([0], N_HEADS), HeadSet.of([1, 3], N_HEADS), HeadSet.all(N_HEADS))
@@ -194,6 +205,25 @@ def test_a_cache_of_nothing(k_positions, folders):
     assert engine.name == "cached"
     expected = HookEngine(model, short, settings).effects(patches, sources).kl_nats
     assert abs(engine.effects(patches, sources).kl_nats - expected).max() < 1e-5
+
+
+def test_rotated_heads_of_a_bridge_are_found_and_explained():
+    """The gauge law: rotated value spaces are found first, the fitted map explains them, and every
+    other head reads 0.
+    """
+    base = tiny_bridge()
+    pair = pair_of(base, rotated_bridge(base, MAIN, [1, 2]), random_prompts())
+    maps = fit_maps(pair, [MAIN, CONTROL], "procrustes")
+    grid = grid_of(pair, maps, MAIN, CONTROL, ks=(2,))
+    assert set(grid.ranking.top(2)) == {1, 2}
+    for head in range(TINY_HEADS):
+        single = grid.single(head)
+        if head in {1, 2}:
+            assert single.KL_raw > 1e-5
+            assert single.KL_mapped < min(1e-6, 1e-2 * single.KL_raw)
+        else:
+            assert single.KL_raw < 1e-9
+    assert grid.control.KL_raw < 1e-9
 
 
 DEMO = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "100", "--device", "cpu")

@@ -238,10 +238,8 @@ def rotated_bridge(base: TransformerBridge, layer: int, heads: Sequence[int]) ->
     for head in heads:
         generator = torch.Generator().manual_seed(head)
         square = torch.randn(TINY_WIDTH, TINY_WIDTH, generator=generator, dtype=W_V.dtype)
-        rotation, own = (
-            torch.linalg.qr(square)[0],
-            slice(head * TINY_WIDTH, (head + 1) * TINY_WIDTH),
-        )
+        rotation = torch.linalg.qr(square)[0]
+        own = slice(head * TINY_WIDTH, (head + 1) * TINY_WIDTH)
         with torch.no_grad():
             W_V[own], W_O[:, own] = rotation.T @ W_V[own], W_O[:, own] @ rotation
     return tuned

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import einops
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Shaped
 from numpy import ndarray
 from torch import Tensor
 
@@ -196,7 +196,7 @@ def effects_by_difference(
     other: OtherModel | None = None,
     *,
     by_kernel: bool = False,
-) -> tuple[Float[Tensor, "prompt row"], ...]:
+) -> tuple[Shaped[Tensor, "prompt row"], ...]:
     """:func:`all_effects` of many rows: without a softmax of each, and no less precise.
 
     With ``δ`` the difference of the logits, counted from its value at the clean model's most likely
@@ -241,7 +241,7 @@ def all_effects(
     clean_logits: Float[Tensor, "prompt 1 vocab"],
     direction: KLDirection = "patched||clean",
     other: OtherModel | None = None,
-) -> tuple[Float[Tensor, "prompt row"], ...]:
+) -> tuple[Shaped[Tensor, "prompt row"], ...]:
     """The measures of :class:`Effects`, the last two only beside another model."""
     own = next_token_effects(patched_logits, clean_logits, direction)
     if other is None:

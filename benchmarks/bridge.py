@@ -52,7 +52,7 @@ def main() -> None:
     slow = reference.effects(patches[:SAMPLE], sources).kl_nats
     # The reference runs the clean pass as well, once.
     hooks = (time.process_time() - middle) * (len(patches) + 1) / (SAMPLE + 1)
-    seconds = {"cached": middle - started, "hooks, extrapolated": hooks}
+    seconds = {"cached": middle - started, "hooks": hooks}
     record = {
         "case": "bridge-gpt2-small",
         "what": f"TransformerBridge of GPT-2 small's shape with random weights, {N_PROMPTS} "

@@ -184,7 +184,9 @@ def test_order_and_repetition_in_a_spec_do_not_matter(tiny_experiment):
     """`2,0`, `0,2,2` and `0,2` are one head set with one set of numbers."""
     sets = [HeadSet.parse(spec, TINY_HEADS) for spec in ("0,2", "2,0", "0,2,2")]
     for values in columns(tiny_experiment.measure(MAIN, sets, ALPHA)):
-        np.testing.assert_allclose(values[1:], values[[0, 0]], atol=1e-12)
+        np.testing.assert_allclose(
+            values[1:], values[[0, 0]], atol=1e-12 if HAS_HOOKED else ROUNDING_NATS
+        )
     assert len(set(sets)) == 1
 
 
@@ -342,7 +344,9 @@ def test_batch_size_does_not_matter(reference, engine, batch_size):
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_padding_side_does_not_matter(reference, batch_size):
     """Left padding (with a mask) and right padding (without one) give the same numbers."""
-    _, _, experiment, compare = reference
+    pair, _, experiment, compare = reference
+    if not HAS_HOOKED and pair.tuned.model.cfg.dtype == torch.float64:
+        pytest.skip("Hugging Face's mask of float64 is infinite in its softmax of float32")
     engine = HookEngine(
         experiment.tuned_model,
         experiment.prompts,

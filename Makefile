@@ -9,11 +9,19 @@ QUICK := $(addprefix tests/test_, laws.py hooks.py grid.py \
 	study.py::test_what_was_written_is_what_was_measured \
 	study.py::test_the_random_sets_are_the_documented_ones)
 
-.PHONY: help demo test quick lint figures notebooks docs clean
+# What runs under TransformerLens 4 as well: the laws, engine parity and loading of every architecture,
+# the main job, and the numbers of the built-in pair beside those of the other line.
+LENS4 := $(addprefix tests/test_, laws.py architectures.py backends.py bridge.py \
+	folder_runs.py::test_every_condition_is_measured folder_runs.py::test_the_run_verifies)
+BIN4 := .venv-lens4/bin
+INSTALLED4 := .venv-lens4/.installed
+
+.PHONY: help demo test test-lens4 quick lint figures notebooks docs clean
 
 help:
 	@echo "make demo      run the main job on the built-in pair, into runs/demo/"
 	@echo "make test      lint, type-check and test everything"
+	@echo "make test-lens4  test what depends on TransformerLens under its line 4"
 	@echo "make quick     lint, type-check, the laws, engine parity and the main job"
 	@echo "make figures   draw every figure of figures/ again"
 	@echo "make notebooks run every notebook of notebooks/ again"
@@ -28,6 +36,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+$(INSTALLED4): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lens4
+	grep -v '^transformer-lens==' constraints.txt > .venv-lens4/constraints.txt
+	$(BIN4)/python -m pip install --quiet --constraint .venv-lens4/constraints.txt pip setuptools
+	$(BIN4)/python -m pip install --quiet torch==2.13.0
+	$(BIN4)/python -m pip install --quiet --constraint .venv-lens4/constraints.txt \
+		transformer-lens==4.3.0 --editable ".[dev]"
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/rq4lens demo
 
@@ -38,6 +55,10 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-lens4: $(INSTALLED) $(INSTALLED4)
+	OTHER_LINE=$(CURDIR)/$(BIN)/python $(BIN4)/python -m pytest \
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder $(LENS4)
 
 quick: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(QUICK)
@@ -52,4 +73,4 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache test-artifacts
+	rm -rf .venv .venv-lens4 runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache test-artifacts

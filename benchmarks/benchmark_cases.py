@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from rq4lens.heads import HeadSet
+from rq4lens.models.load.lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.patch import Intervention, Patch
 

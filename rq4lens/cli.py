@@ -305,7 +305,7 @@ app.command()(merge)
 
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
-@takes_config(PairSource, Reading, config_file=True)
+@takes_config(PairSource, Reading, "backend", config_file=True)
 def audit(
     config: RunConfig,
     every: Annotated[bool, typer.Option("--all", help="Show every prompt.")] = False,
@@ -321,7 +321,7 @@ def audit(
     from rq4lens.screen.audit import audit_parts, audit_text  # noqa: PLC0415
 
     refuse_no_file(out)
-    found = audit_of(config.pair, config.reading)
+    found = audit_of(config.pair, config.reading, config.place)
     if out is not None:
         write_json_atomic(out, found.to_dict())
     if output.is_terminal:

@@ -200,7 +200,13 @@ class Patching(Settings):
 
 
 class Place(Settings):
-    """Where models and their work are: engine, devices, number format, memory."""
+    """Where models and their work are: kind of model, engine, devices, number format, memory."""
+
+    backend: Literal["hooked", "bridge"] | None = setting(
+        None,
+        "HookedTransformer, or bridge: the Hugging Face model itself; if left out, what the "
+        "installed TransformerLens has first",
+    )
 
     engine: Literal["suffix", "cached", "hooks"] = setting(
         "suffix", "fast engines, or hooks, the reference"

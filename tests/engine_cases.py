@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.heads import HeadSet
+from rq4lens.models.load.lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.patch import Intervention, Patch, Sources
 

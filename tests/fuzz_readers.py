@@ -342,7 +342,7 @@ def checkpoint_files(folder: Path, *, whole: bool = False) -> tuple[Reader, dict
         if found.is_adapter:
             check_adapter(found)
             found = base_of(found)
-        return loadable_architecture(found), len(found.weight_files)
+        return loadable_architecture(found, "hooked"), len(found.weight_files)
 
     return read, valid
 

@@ -259,4 +259,35 @@ ZOO: Mapping[str, Entry] = {
         n_groups=2,
     ),
 }
-"""Every architecture that loads, with the variants that are easy to get wrong."""
+"""Every architecture that is converted, with the variants that are easy to get wrong."""
+
+
+def _falcon(**extra: Any) -> Callable[[], Any]:
+    return _decoder("FalconConfig", ffn_hidden_size=48, **extra)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+BRIDGED: Mapping[str, Entry] = {
+    "falcon": Entry(_falcon(), n_groups=1),
+    "falcon-alibi": Entry(_falcon(alibi=True, multi_query=False, parallel_attn=False)),
+    "granite": Entry(
+        _decoder("GraniteConfig", residual_multiplier=0.5, logits_scaling=2.0, **TWO_GROUPS)
+    ),
+    "cohere": Entry(_decoder("CohereConfig", **TWO_GROUPS)),
+    "cohere2": Entry(_decoder("Cohere2Config", **TWO_GROUPS, **WINDOW, **MIXED)),
+    "stablelm": Entry(_decoder("StableLmConfig", **TWO_GROUPS)),
+    "starcoder2": Entry(_decoder("Starcoder2Config", **TWO_GROUPS)),
+    "smollm3": Entry(_decoder("SmolLM3Config", **TWO_GROUPS)),
+    "glm4": Entry(_decoder("Glm4Config", head_dim=8, **TWO_GROUPS)),
+    "seed-oss": Entry(_decoder("SeedOssConfig", head_dim=8, **TWO_GROUPS)),
+    "nemotron": Entry(_decoder("NemotronConfig", **TWO_GROUPS)),
+    "codegen": Entry(_gpt2_like("CodeGenConfig", rotary_dim=4)),
+    "mpt": Entry(
+        lambda: hf.MptConfig(
+            vocab_size=VOCABULARY, d_model=32, n_layers=3, n_heads=4, max_seq_len=256
+        )
+    ),
+    "qwen3-moe": Entry(_decoder("Qwen3MoeConfig", head_dim=8, **EXPERTS, **TWO_GROUPS)),
+}
+"""Families that are not converted and load as a bridge."""

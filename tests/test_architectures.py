@@ -11,9 +11,9 @@ from engine_cases import all_kinds_of_interventions, ragged_prompts, random_sour
 from jaxtyping import Float
 from model_zoo import ZOO, save, train_tokenizer
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
-from rq4lens.config import Patching
+from rq4lens.config import Patching, Place
+from rq4lens.models.load.lens import HAS_HOOKED, Backend, HookedModel
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import forward_batch
@@ -24,24 +24,27 @@ from rq4lens.patching.patch import Intervention, Sources
 TOLERANCE = 1e-4
 """Largest logit difference in float32, relative to the largest logit."""
 
-EXPECTED_ENGINE = {"gpt-oss": "cached"}
-"""Architectures that the suffix engine leaves to another one; every other runs on it."""
+BACKENDS = ("hooked", "bridge") if HAS_HOOKED else ("bridge",)
+LEFT_BY_SUFFIX = {"gpt-oss"}
+"""Architectures that the suffix engine leaves to the cached one; every other converted one runs on
+it, and every bridge on the cached one."""
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HookedTransformer]:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Backend], HookedModel]:
     """Loads an architecture of the zoo the way a user's folder is loaded."""
     tokenizer = train_tokenizer()
 
-    def loaded(name: str) -> HookedTransformer:
+    def loaded(name: str, backend: Backend) -> HookedModel:
         folder: Path = save(ZOO[name].make(), tokenizer, tmp_path_factory.mktemp(name))
-        return load_hooked(folder, check_logits=False).model
+        place = Place(device="cpu", backend=backend)
+        return load_hooked(folder, place=place, check_logits=False).model
 
     return loaded
 
 
 def native_logits(
-    model: HookedTransformer,
+    model: HookedModel,
     prompts: TokenizedPrompts,
     interventions: list[Intervention],
     sources: Sources,
@@ -59,16 +62,18 @@ def native_logits(
 
 @pytest.mark.parametrize("k_positions", [1, 3])
 @pytest.mark.parametrize("architecture", ZOO)
-def test_patched_logits_equal_native_hooks(architecture, k_positions, load):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_patched_logits_equal_native_hooks(backend, architecture, k_positions, load):
     """Every architecture: the engine's patched logits are those of a full forward pass."""
-    model, prompts = load(architecture), ragged_prompts()
+    model, prompts = load(architecture, backend), ragged_prompts()
     sources = random_sources(len(prompts), k_positions, model.cfg.d_head)
     interventions = sorted(
         all_kinds_of_interventions(model.cfg.n_layers),
         key=lambda patches: min(patch.layer for patch in patches),
     )
     engine = make_engine(model, prompts, Patching(k_positions=k_positions))
-    assert engine.name == EXPECTED_ENGINE.get(architecture, "suffix"), engine.fallback_reason
+    left = backend == "bridge" or architecture in LEFT_BY_SUFFIX
+    assert engine.name == ("cached" if left else "suffix"), engine.fallback_reason
     expected = native_logits(model, prompts, interventions, sources, k_positions)
     clean = native_logits(model, prompts, [()], sources, k_positions)
     scale = expected.abs().max()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from loading_cases import TOKENS, refusal
 from model_zoo import ZOO
-from transformer_lens import HookedTransformer
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from rq4lens.config import Place
@@ -27,6 +26,7 @@ from rq4lens.models.load.devices import (
     usable_cores,
 )
 from rq4lens.models.load.huggingface import device_map_of, load_hugging_face, skeleton_of
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import load_hooked
 
 pytest_plugins = ("loading_cases",)

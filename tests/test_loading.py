@@ -29,7 +29,6 @@ from model_zoo import (
     save,
     train_tokenizer,
 )
-from transformer_lens import HookedTransformer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,6 +45,7 @@ from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.load.conversion import hooked_from
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.fingerprint import checkpoint_fingerprint
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.load.parity import CHECK_TEXTS
 from rq4lens.models.pair import ModelCard, PairMember

@@ -21,7 +21,6 @@ from tiny import (
     tiny_model,
     word_tokenizer,
 )
-from transformer_lens import HookedTransformer
 
 from rq4lens.config import Effort, Patching, Reading, RunConfig, config_from
 from rq4lens.errors import UserError
@@ -29,6 +28,7 @@ from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.run import run
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models.catalog import load_pair
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import (
     ModelCard,

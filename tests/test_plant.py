@@ -6,10 +6,10 @@ import pytest
 import torch
 from sklearn.linear_model import LinearRegression
 from tiny import pair_of, random_prompts, tiny_model
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
+from rq4lens.models.load.lens import HookedTransformer, HookedTransformerConfig
 from rq4lens.validation.attended import AttendedInputs
 from rq4lens.validation.planting import CHANGE_KINDS, WEIGHTS, Planting, plant, unrelated
 

@@ -24,11 +24,11 @@ from engine_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import ZOO, save, train_tokenizer
-from transformer_lens.model_bridge import TransformerBridge
 
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.models.load.lens import TransformerBridge
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z, forward_batch
@@ -418,8 +418,8 @@ def test_the_suffix_engine_is_the_default(model, prompts):
         ({"use_attention_sinks": True}, "cached", "attention sinks"),
         ({"use_attn_in": True, "n_key_value_heads": None}, "cached", "inputs of their own"),
         ({"use_dynamic_ntk_rope": True, "train_seq_length": 16}, "hooks", "length of the batch"),
-        ({"use_logn_attn": True, "train_seq_length": 16}, "hooks", "query scaling counts padding"),
-        ({"positional_embedding_type": "shortformer"}, "hooks", "inside the blocks"),
+        ({"use_logn_attn": True, "train_seq_length": 16}, "cached", "logarithm of their position"),
+        ({"positional_embedding_type": "shortformer"}, "cached", "embedding is shortformer"),
     ],
 )
 def test_what_is_not_covered_falls_back_to_exact_numbers(
@@ -466,12 +466,12 @@ def test_an_engine_that_crashes_is_not_used(monkeypatch, prompts):
     assert (engine.fallback_reason or "").count("RuntimeError: no such projection") == 2
 
 
-def test_a_bridge_is_measured_by_hooks(tmp_path, prompts, sources):
-    """A TransformerBridge has hook_z too, but not the submodules the fast engines call."""
+def test_a_bridge_is_measured_through_its_own_cache(tmp_path, prompts, sources):
+    """A TransformerBridge has hook_z too, but not the submodules that the suffix engine calls."""
     folder = save(ZOO["llama3"].make(), train_tokenizer(), tmp_path)
     hooked = load_hooked(folder, check_logits=False).model
     bridge = make_engine(TransformerBridge.boot_transformers(str(folder), device="cpu"), prompts)
-    assert bridge.name == "hooks"
+    assert bridge.name == "cached"
     assert "it is a TransformerBridge, not a HookedTransformer" in (bridge.fallback_reason or "")
     interventions = all_kinds_of_interventions(hooked.cfg.n_layers)
     expected = make_engine(hooked, prompts).effects(interventions, sources)

@@ -10,17 +10,27 @@ a gated MLP and, where asked for, grouped-query attention.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from rq4lens.config import Effort, Patching, Place
 from rq4lens.disk.store import Store
 from rq4lens.heads import Head
+from rq4lens.models.load.lens import (
+    HAS_HOOKED,
+    HookedModel,
+    HookedTransformer,
+    HookedTransformerConfig,
+    TransformerBridge,
+    bridge_from,
+    named_weights,
+)
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
@@ -38,6 +48,9 @@ MICRO_HEADS, MICRO_LAYERS, MICRO_VOCAB = 2, 2, 5
 TINY_HEADS, TINY_LAYERS, TINY_WIDTH = 4, 3, 8
 MAIN, CONTROL, ALPHA = 1, 0, 0.3
 """Layers and strength that tests of the tiny pair patch at."""
+FAST = "suffix" if HAS_HOOKED else "cached"
+"""The fastest engine that the installed TransformerLens has models for."""
+needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has only bridges")
 
 
 def word_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
@@ -165,8 +178,10 @@ def kl_nats(patched_logits: np.ndarray, clean_logits: np.ndarray) -> float:
 
 def tiny_model(
     seed: int = 0, n_key_value_heads: int | None = None, dtype: torch.dtype = torch.float32
-) -> HookedTransformer:
+) -> HookedModel:
     """A random decoder, wide enough that every part of it matters."""
+    if not HAS_HOOKED:
+        return tiny_bridge(seed, n_key_value_heads, dtype)
     cfg = HookedTransformerConfig(
         n_layers=TINY_LAYERS,
         d_model=32,
@@ -193,16 +208,56 @@ def tiny_model(
     return model
 
 
-def fine_tuned(base: HookedTransformer, size: float = 0.1, seed: int = 1) -> HookedTransformer:
+def tiny_bridge(
+    seed: int = 0, n_key_value_heads: int | None = None, dtype: torch.dtype = torch.float32
+) -> TransformerBridge:
+    """The same decoder as a bridge around a Llama."""
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=TINY_LAYERS,
+        num_attention_heads=TINY_HEADS,
+        num_key_value_heads=n_key_value_heads,
+        max_position_embeddings=16,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return bridge_from(model.eval(), "LlamaForCausalLM", torch.arange(4)[None])
+
+
+def rotated_bridge(base: TransformerBridge, layer: int, heads: Sequence[int]) -> TransformerBridge:
+    """A copy with value spaces rotated, which changes activations and no logit."""
+    tuned = copy.deepcopy(base)
+    weights = dict(named_weights(tuned))
+    W_V, W_O = (weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "vo")
+    for head in heads:
+        generator = torch.Generator().manual_seed(head)
+        square = torch.randn(TINY_WIDTH, TINY_WIDTH, generator=generator, dtype=W_V.dtype)
+        rotation = torch.linalg.qr(square)[0]
+        own = slice(head * TINY_WIDTH, (head + 1) * TINY_WIDTH)
+        with torch.no_grad():
+            W_V[own], W_O[:, own] = rotation.T @ W_V[own], W_O[:, own] @ rotation
+    return tuned
+
+
+def fine_tuned(base: HookedModel, size: float = 0.1, seed: int = 1) -> HookedModel:
     """A copy whose attention weights moved a little, with two heads of layer 1 rotated besides.
 
     The rotations are what a map can explain, so that the map of layer 1 has an effect to speak of.
     """
-    tuned = plant(base, rotated=[Head(1, 2), Head(1, 3)]).tuned
+    if HAS_HOOKED:
+        tuned = plant(base, rotated=[Head(1, 2), Head(1, 3)]).tuned
+    else:
+        tuned = rotated_bridge(base, 1, [2, 3])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if ".attn." in name:
+            if ".attn." in name or ".self_attn." in name:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(size * parameter.std() * noise)
     return tuned

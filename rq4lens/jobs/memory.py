@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformerConfig
 
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
@@ -22,6 +21,7 @@ from rq4lens.models.catalog import (
     tokens_of,
 )
 from rq4lens.models.load.devices import Placement, free_bytes
+from rq4lens.models.load.lens import ModelConfig
 from rq4lens.models.load.size import ModelSize, estimate_memory, gigabytes
 from rq4lens.models.pair import SIDES, require_same_heads
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
@@ -219,7 +219,7 @@ def plan_memory(config: RunConfig) -> RunMemory:
 def work_memory(
     config: RunConfig,
     plan: GridPlan,
-    cfg: HookedTransformerConfig,
+    cfg: ModelConfig,
     measured: TokenizedPrompts,
     placement: Placement,
     *,
@@ -263,7 +263,7 @@ def work_memory(
 
 
 def _clean_pass_bytes(
-    cfg: HookedTransformerConfig, prompts: TokenizedPrompts, passes: RowBudget, k_positions: int
+    cfg: ModelConfig, prompts: TokenizedPrompts, passes: RowBudget, k_positions: int
 ) -> int:
     """Bytes that the suffix engine stores of each layer, if memory does not run out meanwhile.
 

@@ -33,7 +33,8 @@ from rq4lens.models.load.fingerprint import (
     checkpoint_fingerprint,
     files_digest,
 )
-from rq4lens.models.load.loading import HOOKED, LoadedModel, load_hooked, load_own_tokenizer
+from rq4lens.models.load.lens import HOOKED, chosen_backend
+from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
 from rq4lens.models.pair import SIDES, ModelCard, ModelPair, PairMember, Side, prompts_left
 from rq4lens.models.prompts.audit import Audit, audit_prompts, lacking
@@ -157,10 +158,10 @@ def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
     return prompts_left(prompts_of(source), _members(source, Place()), reading)
 
 
-def audit_of(source: PairSource, reading: Reading) -> Audit:
+def audit_of(source: PairSource, reading: Reading, place: Place | None = None) -> Audit:
     """Audit the prompts of a pair, from the tokenizers of its models alone."""
     prompts, members = prompts_of(source), _members(source, Place())
-    shapes: dict[Side, Any] = {side: size_of(source, side, Place()).cfg for side in SIDES}
+    shapes: dict[Side, Any] = {side: size_of(source, side, place or Place()).cfg for side in SIDES}
     reads = {side: ReadingLimits(cfg.n_ctx, cfg.d_vocab) for side, cfg in shapes.items()}
     tokenizers = {side: member.tokenizer for side, member in members.items()}
     audit = audit_prompts(prompts, tokenizers, reading, reads)
@@ -224,6 +225,7 @@ def size_of(source: PairSource, side: Side, place: Place) -> ModelSize:
         revision=origin.revision,
         dtype=getattr(torch, place.dtype),
         trust_remote_code=origin.trust_remote_code,
+        backend=place.backend,
     )
 
 
@@ -294,6 +296,7 @@ class _CardIngredients:
     """What a card is addressed by: everything that can change what is known of a model."""
 
     checkpoint: str
+    backend: str
     dtype: str
     device: str
     """Kind of device; an adapter is merged there."""
@@ -311,6 +314,7 @@ class _CardIngredients:
 def _card_ingredients(origin: _Origin, place: Place) -> _CardIngredients:
     return _CardIngredients(
         checkpoint_fingerprint(origin.path, origin.revision),
+        chosen_backend(place.backend),
         place.dtype,
         torch.device(resolve_device(place.device)).type,
         origin.trust_remote_code,

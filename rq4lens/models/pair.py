@@ -13,12 +13,19 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
-from rq4lens.models.load.loading import HOOKED, HookedModel, LoadedModel
+from rq4lens.models.load.lens import (
+    HOOKED,
+    Backend,
+    HookedModel,
+    ModelConfig,
+    backend_of,
+    named_weights,
+)
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import ReadingLimits, tokenize, unreadable
@@ -29,7 +36,7 @@ SIDES: tuple[Side, Side] = ("base", "tuned")
 Given: TypeAlias = "HookedModel | LoadedModel | PairMember"
 """What a pair takes as one of its models."""
 
-Shape: TypeAlias = "ModelCard | HookedTransformerConfig"
+Shape: TypeAlias = "ModelCard | ModelConfig"
 """What says how many layers and heads a model has, and how wide these are."""
 
 
@@ -55,6 +62,7 @@ class ModelCard:
         tokenizer_fingerprint: hash of the vocabulary and the special tokens.
         logit_check_max_abs_diff: largest logit difference to the Hugging Face model at load time.
         adapter_base: folder or hub id of the base model of an adapter; None for a whole model.
+        backend: ``"hooked"`` for a HookedTransformer, ``"bridge"`` for a TransformerBridge.
     """
 
     source: str
@@ -73,6 +81,7 @@ class ModelCard:
     tokenizer_fingerprint: str
     logit_check_max_abs_diff: float | None
     adapter_base: str | None = None
+    backend: Backend = "hooked"
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> ModelCard:
@@ -95,6 +104,7 @@ class ModelCard:
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
             logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
             adapter_base=loaded.adapter_base,
+            backend=backend_of(loaded.model),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -463,8 +473,8 @@ class WeightChange(NamedTuple):
 
 def weight_changes(pair: ModelPair) -> Iterator[WeightChange]:
     """Every matrix that both models have in the same shape; biases and norms are no matrices."""
-    tuned = dict(pair.tuned.model.named_parameters())
-    for name, base in pair.base.model.named_parameters():
+    tuned = dict(named_weights(pair.tuned.model))
+    for name, base in named_weights(pair.base.model):
         other = tuned.get(name)
         if other is None or other.shape != base.shape or base.dim() < 2 or ".b_" in name:
             continue

@@ -10,15 +10,18 @@ import einops
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
-from rq4lens.models.load.devices import copied_once
+from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.load.fingerprint import arithmetic_libraries
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import (
+    HookedModel,
+    HookedTransformer,
+    HookPoint,
+    apply_softcap,
+    z_site,
+)
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.engines.layout import Steps, fused_norms, side_by_side, store_for_products
@@ -26,11 +29,6 @@ from rq4lens.patching.keys import NamedIngredients
 
 Reader = Callable[[Tensor], None]
 """Takes the activations that pass a hook point."""
-
-
-def z_site(layer: int) -> str:
-    """Name of the hook point of head activations, ``blocks.{layer}.attn.hook_z``."""
-    return f"blocks.{layer}.attn.hook_z"
 
 
 def patched_positions(batch: TokenBatch, k_positions: int) -> Int[Tensor, "prompt position"]:
@@ -58,8 +56,11 @@ def forward_batch(
     """One forward pass over a padded batch.
 
     Right padding needs no mask: a causal model's earlier positions cannot see it. The padding side
-    is named so that TransformerLens does not derive a mask from the tokenizer's own setting.
+    is named so that TransformerLens does not derive a mask from the tokenizer's own setting. After
+    its last block a bridge does not stop: it ends with logits.
     """
+    if stop_at_layer == model.cfg.n_layers and not isinstance(model, HookedTransformer):
+        stop_at_layer = None
     left = batch.padding_side == "left"
     return model(
         batch.tokens.to(device_of(model)),
@@ -114,7 +115,9 @@ def device_of(model: HookedModel) -> torch.device:
 def unembed(
     model: HookedModel, resid: Float[Tensor, "prompt *row d_model"]
 ) -> Float[Tensor, "prompt *row vocab"]:
-    """Logits of the residual stream after the last block."""
+    """Logits of the residual stream after the last block; a bridge's pass ends with them."""
+    if not isinstance(model, HookedTransformer):
+        return resid
     if model.cfg.normalization_type is not None:
         with fused_norms(model.ln_final):
             resid = model.ln_final(resid)
@@ -175,7 +178,7 @@ def capture(
             for layer, z in read.items():
                 captured[layer][rows] = z.to("cpu")
             if log_probs is not None:
-                logits = unembed(model, ends.to(model.unembed.W_U.device))
+                logits = unembed(model, ends.to(Placement.of(model).exit))
                 log_probs[rows] = logits.double().log_softmax(-1).float().cpu()
     return Captured(captured, log_probs)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rq4lens.config import Patching, Place
 from rq4lens.heads import Heads, head_sets
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair, Side, weight_cosine
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, check_layers, require_finite

@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare

@@ -16,12 +16,11 @@ import einops
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from rq4lens.errors import UserError
+from rq4lens.models.load.lens import HookedTransformer, HookPoint, z_site
 from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import forward_batch, z_site
+from rq4lens.patching.activations import forward_batch
 
 ROUNDING = 1e-6
 """Relative size of what float32 sums of equal numbers differ by."""

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from scipy.stats import ortho_group
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.validation.attended import AttendedInputs
 

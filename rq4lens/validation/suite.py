@@ -20,7 +20,6 @@ from zlib import crc32
 import numpy as np
 from pydantic import TypeAdapter
 from scipy.stats import binomtest
-from transformer_lens import HookedTransformer
 
 from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
 from rq4lens.analysis.statistics.plain import Listed
@@ -29,6 +28,7 @@ from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.fingerprint import arithmetic_libraries
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelCard, ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import (

@@ -13,10 +13,8 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.components import LayerNorm, LayerNormPre
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.activation_functions import apply_softcap
 
+from rq4lens.models.load.lens import HookPoint, LayerNorm, LayerNormPre, apply_softcap
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import Reader, forward_batch, reader_at, reading

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.analysis.card.passes import DecisionStates, Readout, decision_states
 from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, LogProbs, engine_of
@@ -21,6 +20,7 @@ from rq4lens.disk.run import MAPS, RUN
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.models.catalog import pair_from
+from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import MEASURE_SPLIT
 from rq4lens.models.prompts.reading import decoded

@@ -12,17 +12,15 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.activation_functions import apply_softcap
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.exact import per_prompt_ranking
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
+from rq4lens.models.load.lens import HookedTransformer, HookPoint, apply_softcap, z_site
 from rq4lens.models.prompts.prompt_set import TokenBatch
-from rq4lens.patching.activations import device_of, forward_batch, patched_positions, z_site
+from rq4lens.patching.activations import device_of, forward_batch, patched_positions
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch
 from rq4lens.patching.engines.suffix import SuffixEngine

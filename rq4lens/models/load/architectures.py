@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.pretrained import weight_conversions as tl
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
+from rq4lens.models.load.lens import Backend, HookedTransformer, bridge_architectures
+from rq4lens.models.load.lens import weight_conversions as tl
 
 Fields = dict[str, Any]
 StateDict = dict[str, Tensor]
@@ -413,14 +414,32 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture(_grouped, tl.convert_qwen2_weights),
     "Qwen3ForCausalLM": Architecture(_qwen3, with_biases(tl.convert_qwen3_weights)),
 }
-"""Every architecture that loads, by the name in its ``config.json``."""
+"""Every architecture that loads as a ``HookedTransformer``, by the name in its ``config.json``."""
+
+
+def loadable(backend: Backend) -> tuple[str, ...]:
+    """The architectures that load as one kind of model, by the name in their ``config.json``.
+
+    A bridge runs what transformers itself knows as a causal language model; BERT reads both ways.
+    """
+    if backend == "hooked":
+        return tuple(ARCHITECTURES)
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
+    return tuple(sorted(causal & set(bridge_architectures())))
+
+
+def require_loadable(name: str | None, backend: Backend) -> None:
+    """Refuse an architecture that does not load as this kind of model."""
+    if name in loadable(backend):
+        return
+    other = " or use backend 'bridge'" if name in loadable("bridge") else ""
+    raise UserError(
+        f"Architecture {str(name)[:80]} cannot be loaded with backend {backend!r}; allowed are "
+        f"{', '.join(loadable(backend))}; use a causal language model of one of these{other}."
+    )
 
 
 def find_architecture(name: str | None) -> Architecture:
     """The entry of an architecture."""
-    if name not in ARCHITECTURES:
-        raise UserError(
-            f"Architecture {str(name)[:80]} cannot be loaded; allowed are "
-            f"{', '.join(ARCHITECTURES)}; use a causal language model of one of these."
-        )
-    return ARCHITECTURES[name]
+    require_loadable(name, "hooked")
+    return ARCHITECTURES[str(name)]

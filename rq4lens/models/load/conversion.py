@@ -15,14 +15,20 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.errors import UserError
 from rq4lens.models.load.architectures import StateDict, find_architecture, write_longrope_tables
 from rq4lens.models.load.checkpoint import explained
 from rq4lens.models.load.devices import AT_THE_EXIT, Placement, bring_inputs
+from rq4lens.models.load.lens import (
+    SUPPORTED_ACTIVATIONS,
+    HookedModel,
+    HookedTransformer,
+    HookedTransformerConfig,
+)
+
+USUAL = "use a checkpoint of the usual form"
 
 
 @torch.no_grad()
@@ -90,7 +96,7 @@ def _converted(hf_model: Any, architecture: str, cfg: HookedTransformerConfig) -
 
 def _converting(architecture: str) -> AbstractContextManager[None]:
     what = f"TransformerLens cannot convert this {architecture}"
-    return explained(what, "use a checkpoint of the usual form")
+    return explained(what, USUAL)
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +153,7 @@ def _place(model: HookedTransformer, placement: Placement) -> None:
             getattr(model, name).to(placement.entry)
 
 
-def give_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:
+def give_tokenizer(model: HookedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the model a copy of the tokenizer, for its own methods such as ``to_tokens``.
 
     A copy, because TransformerLens changes the padding side of the one it holds.

@@ -15,9 +15,9 @@ import psutil
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 from rq4lens.errors import UserError
+from rq4lens.models.load.lens import HookedModel, HookedTransformer
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time in a period, and the period, as Linux states them."""
@@ -56,10 +56,10 @@ class Placement:
     exit: torch.device
 
     @classmethod
-    def of(cls, model: HookedTransformer) -> Placement:
+    def of(cls, model: HookedModel) -> Placement:
         """Where the weights of a model are."""
         layers = tuple(next(block.parameters()).device for block in model.blocks)
-        return cls(layers, model.unembed.W_U.device)
+        return cls(layers, next(model.unembed.parameters()).device)
 
     @classmethod
     def all_on(cls, device: torch.device, n_layers: int) -> Placement:
@@ -221,9 +221,9 @@ class ModelBytes:
     @classmethod
     def of(cls, model: HookedTransformer) -> ModelBytes:
         """Of a model, with or without memory for its weights."""
-        blocks = tuple(map(_n_bytes, model.blocks))
-        after = sum(_n_bytes(getattr(model, name)) for name in AT_THE_EXIT)
-        return cls(_n_bytes(model) - sum(blocks) - after, blocks, after)
+        blocks = tuple(map(n_bytes, model.blocks))
+        after = sum(n_bytes(getattr(model, name)) for name in AT_THE_EXIT)
+        return cls(n_bytes(model) - sum(blocks) - after, blocks, after)
 
     @property
     def total(self) -> int:
@@ -240,7 +240,8 @@ class ModelBytes:
         return held
 
 
-def _n_bytes(module: nn.Module) -> int:
+def n_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights, each counted once."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 

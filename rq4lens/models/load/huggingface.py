@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformer_lens.utilities.quantization import quantization_method
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
-from rq4lens.models.load.architectures import ARCHITECTURES, find_architecture
+from rq4lens.models.load.architectures import ARCHITECTURES, require_loadable
 from rq4lens.models.load.checkpoint import INDEX, LEFTOVER, WEIGHTS, Checkpoint, explained
 from rq4lens.models.load.devices import Placement
+from rq4lens.models.load.lens import Backend, quantization_method
 
 SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads",
@@ -28,10 +28,10 @@ SIZES = (
 """Sizes by the names that architectures give to them; null leaves one to the architecture."""
 
 
-def loadable_architecture(checkpoint: Checkpoint) -> str:
+def loadable_architecture(checkpoint: Checkpoint, backend: Backend) -> str:
     """The name of a checkpoint's architecture, after what ``config.json`` says was checked."""
     config, architecture = checkpoint.config, checkpoint.architecture
-    find_architecture(architecture)
+    require_loadable(architecture, backend)
     _refuse_quantized(checkpoint)
     _check_model_type(checkpoint)
     text = config.get("text_config")
@@ -65,8 +65,9 @@ def _check_model_type(checkpoint: Checkpoint) -> None:
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(named) if isinstance(named, str) else None
     if known is None and own_code:
         return  # transformers asks for trust_remote_code, or has been given it
-    same = known in ARCHITECTURES and (
-        find_architecture(checkpoint.architecture) == ARCHITECTURES[known]
+    named_by_both = checkpoint.architecture
+    same = known == named_by_both or (
+        known in ARCHITECTURES and ARCHITECTURES.get(str(named_by_both)) == ARCHITECTURES[known]
     )
     if not same and not (own_code and checkpoint.trust_remote_code):
         raise UserError(
@@ -97,18 +98,20 @@ def read_hf_config(checkpoint: Checkpoint) -> Any:
         )
 
 
-def skeleton_of(checkpoint: Checkpoint) -> Any:
+def skeleton_of(
+    checkpoint: Checkpoint, hf_config: Any = None, dtype: torch.dtype | None = None
+) -> Any:
     """The Hugging Face model that a configuration describes, without memory for its weights."""
-    config = read_hf_config(checkpoint)
+    config = read_hf_config(checkpoint) if hf_config is None else hf_config
     with _reading("model", checkpoint), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=checkpoint.trust_remote_code
+            config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
         )
 
 
 def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
     """A placement in the names of the Hugging Face model, as ``from_pretrained`` takes it."""
-    path, layers = _blocks_of(skeleton)
+    path, layers = blocks_of(skeleton)
     tied = skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
     first, last = str(placement.entry), str(placement.exit)
     found = {f"{path}.{i}": str(place) for i, place in enumerate(placement.layers[: len(layers)])}
@@ -126,7 +129,7 @@ def device_map_of(skeleton: Any, placement: Placement) -> dict[str, str]:
     return found
 
 
-def _blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
+def blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
     """The list of a model's blocks, and the path to it."""
     n_layers = skeleton.config.get_text_config().num_hidden_layers
     return next(

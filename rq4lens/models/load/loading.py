@@ -1,8 +1,9 @@
-"""Load a Hugging Face folder or hub id as a ``HookedTransformer`` with untouched weights.
+"""Load a Hugging Face folder or hub id, with untouched weights, as a model that can be patched.
 
 ``HookedTransformer.from_pretrained`` refuses every name that is not on its list, so the parts are
 put together here: the configuration from the folder, the weights from the Hugging Face model
-through TransformerLens' own conversions, the tokenizer from the folder.
+through TransformerLens' own conversions, the tokenizer from the folder. A ``TransformerBridge``
+runs the Hugging Face model itself.
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import Place
@@ -33,13 +31,9 @@ from rq4lens.models.load.huggingface import (
     require_finite,
     skeleton_of,
 )
+from rq4lens.models.load.lens import Backend, HookedModel, bridge_from, chosen_backend
 from rq4lens.models.load.parity import check_tokens, hugging_face_logits, require_same_logits
 from rq4lens.models.load.size import checkpoint_size, estimate_memory
-
-HookedModel: TypeAlias = HookedTransformer | TransformerBridge
-"""What can be patched: both answer to the same names of hooks, as ``blocks.3.attn.hook_z``."""
-
-HOOKED = (HookedTransformer, TransformerBridge)
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ def load_hooked(
     trust_remote_code: bool = False,
     check_logits: bool = True,
 ) -> LoadedModel:
-    """Load a checkpoint as a ``HookedTransformer`` without processing its weights.
+    """Load a checkpoint without processing its weights.
 
     Args:
         source: A Hugging Face folder, a hub id, or either of these with a PEFT adapter.
@@ -139,7 +133,9 @@ def load_hooked(
         place: Device or devices of the model, and its number format; when left out, the CPU and
             float32. ``n_devices`` spreads the layers evenly over GPUs, in order; ``device_map`` is
             ``"auto"`` for all GPUs, each by what is free on it, or GPUs by name, as
-            ``"cuda:0,cuda:2"``.
+            ``"cuda:0,cuda:2"``. ``backend`` is ``"hooked"`` for a ``HookedTransformer``,
+            ``"bridge"`` for a ``TransformerBridge``; left out, the first where TransformerLens
+            has it.
         trust_remote_code: Allow code that the checkpoint brings along to run.
         check_logits: Compare with the Hugging Face model on two prompts.
 
@@ -154,9 +150,11 @@ def load_hooked(
     dtype = getattr(torch, place.dtype)
     asked = locate(source, revision, trust_remote_code=trust_remote_code)
     weights = base_of(asked) if asked.is_adapter else asked
-    size = checkpoint_size(asked, dtype)
+    backend = chosen_backend(place.backend)
+    size = checkpoint_size(asked, dtype, backend)
     estimate = estimate_memory(size, devices)
     estimate.require_fit()
+    _require_one_device(backend, estimate.placement)
     tokenizer = load_tokenizer(asked if asked.has_tokenizer else weights)
     files = files_digest(asked)
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
@@ -168,7 +166,10 @@ def load_hooked(
     if asked.is_adapter:
         hf_model = merged(hf_model, asked)
     require_finite(hf_model, asked.source)
-    model = hooked_from(hf_model, size.architecture, dtype=dtype, placement=estimate.placement)
+    if backend == "bridge":
+        model = bridge_from(hf_model, size.architecture, tokens[0])
+    else:
+        model = hooked_from(hf_model, size.architecture, dtype=dtype, placement=estimate.placement)
     del hf_model
     give_tokenizer(model, tokenizer)
     return LoadedModel(
@@ -204,6 +205,14 @@ def _hugging_face_places(
     if merged:
         return None  # PEFT merges on one device; the merged blocks then move one by one
     return device_map_of(skeleton_of(weights), placement)
+
+
+def _require_one_device(backend: Backend, placement: Placement) -> None:
+    if backend == "bridge" and len(placement.devices) > 1:
+        raise UserError(
+            f"backend 'bridge' cannot be spread over {', '.join(map(str, placement.devices))}; "
+            "load it on one device, or use backend 'hooked'."
+        )
 
 
 def _refuse_processed(model: HookedModel) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.disk.files import short_reason
 from rq4lens.errors import UserError
 from rq4lens.models.load.checkpoint import explained
+from rq4lens.models.load.lens import HookedModel
 
 CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -70,7 +70,7 @@ def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) 
 
 @torch.no_grad()
 def require_same_logits(
-    model: HookedTransformer,
+    model: HookedModel,
     tokens: Sequence[Int[Tensor, "1 _pos"]],
     expected: Logits,
     source: str,
@@ -91,7 +91,7 @@ def require_same_logits(
     allowed = TOLERANCES[model.cfg.dtype] * max(1.0, largest_logit)
     if not judged <= allowed:  # written so that NaN is refused too
         raise UserError(
-            f"{source} as a HookedTransformer differs from its Hugging Face model by up to "
+            f"{source} as a {type(model).__name__} differs from its Hugging Face model by up to "
             f"{largest:.3g} in a logit, and {allowed:.3g} is allowed; load it as float32 to "
             "tell rounding from a real mismatch, or pass check_logits=False to use it all the same."
         )

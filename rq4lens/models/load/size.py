@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformer_lens import HookedTransformerConfig
 
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, vocabulary_of
-from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.conversion import hooked_config, hooked_skeleton
-from rq4lens.models.load.devices import Devices, ModelBytes, Placement, free_bytes, place_blocks
-from rq4lens.models.load.huggingface import loadable_architecture, read_hf_config
+from rq4lens.models.load.checkpoint import Checkpoint, explained, locate
+from rq4lens.models.load.conversion import USUAL, hooked_config, hooked_skeleton
+from rq4lens.models.load.devices import (
+    Devices,
+    ModelBytes,
+    Placement,
+    free_bytes,
+    n_bytes,
+    place_blocks,
+)
+from rq4lens.models.load.huggingface import (
+    blocks_of,
+    loadable_architecture,
+    read_hf_config,
+    skeleton_of,
+)
+from rq4lens.models.load.lens import Backend, ModelConfig, bridge_config, chosen_backend
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,7 @@ class ModelSize:
 
     source: str
     architecture: str
-    cfg: HookedTransformerConfig
+    cfg: ModelConfig
     weights: ModelBytes
 
 
@@ -37,24 +50,43 @@ def model_size(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    backend: Backend | None = None,
 ) -> ModelSize:
     """The size of a checkpoint's model, from its small files alone."""
     asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
-    return checkpoint_size(asked, dtype)
+    return checkpoint_size(asked, dtype, chosen_backend(backend))
 
 
-def checkpoint_size(asked: Checkpoint, dtype: torch.dtype) -> ModelSize:
+def checkpoint_size(asked: Checkpoint, dtype: torch.dtype, backend: Backend) -> ModelSize:
     """The size of a model that was found; an adapter's is that of its merged model."""
     base = base_of(asked) if asked.is_adapter else asked
-    architecture, hf_config = loadable_architecture(base), read_hf_config(base)
+    architecture, hf_config = loadable_architecture(base, backend), read_hf_config(base)
     if asked.is_adapter and (asked.with_weights or asked.revision is None):
         text = hf_config.get_text_config()
         text.vocab_size = vocabulary_of(asked) or text.vocab_size
-    cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
-    key = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+    if backend == "bridge":
+        with explained(f"TransformerLens has no bridge for this {architecture}", USUAL):
+            cfg = bridge_config(hf_config, architecture, dtype)
+    else:
+        cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
+    key = json.dumps([backend, cfg.to_dict()], sort_keys=True, default=str)
     if key not in _MEASURED:
-        _MEASURED[key] = ModelBytes.of(hooked_skeleton(cfg))
+        _MEASURED[key] = (
+            ModelBytes.of(hooked_skeleton(cfg))
+            if backend == "hooked"
+            else _bridge_bytes(skeleton_of(base, hf_config, dtype))
+        )
     return ModelSize(asked.source, architecture, cfg, _MEASURED[key])
+
+
+def _bridge_bytes(skeleton: Any) -> ModelBytes:
+    """Bytes of a Hugging Face model's weights; an output embedding of its own comes last."""
+    with explained("this model has no list of blocks", USUAL):
+        _, layers = blocks_of(skeleton)
+    tied = skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
+    after = 0 if tied else n_bytes(skeleton.get_output_embeddings())
+    blocks = tuple(map(n_bytes, layers))
+    return ModelBytes(n_bytes(skeleton) - sum(blocks) - after, blocks, after)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.components import TransformerBlock
-from transformer_lens.utilities.activation_functions import apply_softcap
-from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from rq4lens.models.load.lens import POST_NORM_ARCHITECTURES, TransformerBlock, apply_softcap
 
 
 def attention_bias(

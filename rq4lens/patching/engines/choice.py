@@ -13,7 +13,7 @@ from torch import Tensor
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import HookedModel, backend_of
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import device_of, forward_batch
 from rq4lens.patching.engines.cached import CachedEngine
@@ -67,7 +67,10 @@ def make_engine(
         reasons.append(f"engine {name} is not used because {found}")
     engine.fallback_reason = "; ".join(reasons) or None
     if reasons:
-        logger.warning("%s; using engine %s", engine.fallback_reason, engine.name)
+        # On a bridge the cached engine is the one that is meant.
+        as_meant = engine.name == "cached" and backend_of(model) == "bridge"
+        level = logging.INFO if as_meant else logging.WARNING
+        logger.log(level, "%s; using engine %s", engine.fallback_reason, engine.name)
     return engine
 
 

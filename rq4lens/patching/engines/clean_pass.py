@@ -10,10 +10,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 from rq4lens.models.load.devices import Placement, copied_once
+from rq4lens.models.load.lens import HookedTransformer, TransformerLensKeyValueCacheEntry
 from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.activations import (
     forward_batch,
@@ -52,7 +51,8 @@ def each_tensor(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
 class CleanLayer:
     """What one layer of the clean pass leaves behind at the patched positions.
 
-    ``earlier`` is keys and values of the positions before, in the form that the engine needs.
+    ``earlier`` is keys and values of the positions before, in the form that the engine needs; None
+    where there are none.
     """
 
     resid: Float[Tensor, "prompt position d_model"]
@@ -70,8 +70,8 @@ class CleanLayer:
     @property
     def n_bytes(self) -> int:
         """Memory of what depends on the layer: masks are shared by all."""
-        tensors = (self.resid, self.z, self.earlier.keys, self.earlier.values)
-        return sum(tensor.nbytes for tensor in tensors)
+        earlier = [self.earlier.keys, self.earlier.values] if self.earlier else []
+        return sum(tensor.nbytes for tensor in (self.resid, self.z, *earlier))
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import HookedModel, HookPoint, z_site
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import (
     capture_z,
     check_layers,
     forward_batch,
     patched_positions,
-    z_site,
 )
 from rq4lens.patching.patch import (
     Effects,
@@ -82,9 +80,12 @@ def added(
     with ExitStack() as stack:
         for layer in layers:
 
-            def add(_attn: Any, _inputs: Any, out: Tensor, layer: int = layer) -> Tensor:
+            def add(_attn: Any, _inputs: Any, out: Any, layer: int = layer) -> Any:
                 beside = written(layer)
-                return out if beside is None else out + beside
+                if beside is None:
+                    return out
+                # A bridge's attention returns its pattern as well.
+                return (out[0] + beside, *out[1:]) if isinstance(out, tuple) else out + beside
 
             stack.enter_context(model.blocks[layer].attn.register_forward_hook(add))
         yield

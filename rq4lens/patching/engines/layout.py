@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from transformer_lens.components import AbstractAttention, GatedMLP, LayerNorm, RMSNorm, Unembed
+
+from rq4lens.models.load.lens import AbstractAttention, GatedMLP, LayerNorm, RMSNorm, Unembed
 
 
 @contextmanager

@@ -9,12 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
-from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.load.lens import HookedModel, HookedTransformer, ModelConfig
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 
 logger = logging.getLogger("rq4lens")
@@ -154,7 +153,7 @@ class MemoryPlan:
     @classmethod
     def of(
         cls,
-        cfg: HookedTransformerConfig,
+        cfg: ModelConfig,
         prompts: TokenizedPrompts,
         placement: Placement,
         *,
@@ -172,7 +171,9 @@ class MemoryPlan:
         keep_on_device = shares_memory or keys * len(prompts) <= max_bytes // 2
         # What is stored in main memory is not what the budget is about.
         left = max_bytes - (0 if shares_memory else min(keys * len(prompts), max_bytes // 2))
-        passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab=0) + keys)
+        # A pass through the model's own cache ends with logits everywhere.
+        vocab = cfg.d_vocab_out if rows_copy_keys else 0
+        passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
         in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out) + keys * rows_copy_keys
         rows = RowBudget(left, in_row)
         passes.max_rows = min(passes.max_rows, batch_size)
@@ -189,18 +190,18 @@ class MemoryPlan:
         }
 
 
-def stored_bytes_per_prompt(cfg: HookedTransformerConfig, n_pos: int) -> int:
+def stored_bytes_per_prompt(cfg: ModelConfig, n_pos: int) -> int:
     """Memory of one prompt's keys and values over all layers."""
     return cfg.n_layers * key_bytes(cfg, n_pos)
 
 
-def key_bytes(cfg: HookedTransformerConfig, n_pos: int) -> int:
+def key_bytes(cfg: ModelConfig, n_pos: int) -> int:
     """Memory of one prompt's keys and values in one layer."""
     n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
     return 2 * n_pos * n_kv_heads * cfg.d_head * cfg.dtype.itemsize
 
 
-def bytes_per_row(cfg: HookedTransformerConfig, n_pos: int, vocab: int) -> int:
+def bytes_per_row(cfg: ModelConfig, n_pos: int, vocab: int) -> int:
     """Memory of one row at its widest point, estimated from above.
 
     The three wide points are not reached together: attention (queries, scores and their copies),

@@ -15,10 +15,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rq4lens.config import Patching, Place
 from rq4lens.models.load.devices import Placement, copied_once
+from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.activations import check_layers, patched_positions
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
@@ -196,7 +196,7 @@ class RowEngine(ABC):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: HookedModel,
         prompts: TokenizedPrompts,
         settings: Patching | None = None,
         place: Place | None = None,
@@ -226,18 +226,18 @@ class RowEngine(ABC):
     @classmethod
     def not_covered(cls, model: Any) -> str | None:
         """Why the engine does not cover a model, or None if it does."""
-        if not isinstance(model, HookedTransformer):
-            return f"it is a {type(model).__name__}, not a HookedTransformer"
         reasons = {
             f"its attention is {model.cfg.attention_dir}": model.cfg.attention_dir != "causal",
-            "its rotary base depends on the length of the batch": model.cfg.use_dynamic_ntk_rope,
+            "its rotary base depends on the length of the batch": getattr(
+                model.cfg, "use_dynamic_ntk_rope", False
+            ),
             **cls._limits(model),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     @staticmethod
     @abstractmethod
-    def _limits(model: HookedTransformer) -> dict[str, bool]:
+    def _limits(model: HookedModel) -> dict[str, bool]:
         """Further reasons not to cover a model, and whether they hold."""
 
     @abstractmethod
@@ -263,8 +263,8 @@ class RowEngine(ABC):
         shape = (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head)
         z = torch.empty(shape, dtype=cfg.dtype)
         for clean in self.clean_batches(self.first_layer):
-            below = layer < self.first_layer
-            z[clean.rows] = (clean.z_below[layer] if below else clean.layers[layer].z).cpu()
+            stored = clean.layers.get(layer)
+            z[clean.rows] = (stored.z if stored else clean.z_below[layer]).cpu()
         return z
 
     @torch.no_grad()
@@ -386,7 +386,7 @@ class RowEngine(ABC):
     @torch.no_grad()
     def clean_batches(self, lowest: int) -> list[CleanBatch]:
         """The clean pass, made on first use; a layer below its first one makes another."""
-        if self._clean and lowest >= self.first_layer:
+        if self._clean and lowest in self._clean[0].layers:
             return self._clean
         self.first_layer = min(lowest, self.first_layer)
         every = next(self.prompts.batches(len(self.prompts), self.padding_side))

@@ -15,9 +15,14 @@ import torch
 from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.components import Attention, GroupedQueryAttention, TransformerBlock
 
+from rq4lens.models.load.lens import (
+    Attention,
+    GroupedQueryAttention,
+    HookedModel,
+    HookedTransformer,
+    TransformerBlock,
+)
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
 from rq4lens.patching.activations import unembed
 from rq4lens.patching.engines.block_row import finish_block, row_z
@@ -44,8 +49,10 @@ class SuffixEngine(RowEngine):
     rows_copy_keys = False
 
     @staticmethod
-    def _limits(model: HookedTransformer) -> dict[str, bool]:
+    def _limits(model: HookedModel) -> dict[str, bool]:
         cfg = model.cfg
+        if not isinstance(model, HookedTransformer):
+            return {f"it is a {type(model).__name__}, not a HookedTransformer": True}
         parts = [part for block in model.blocks for part in (block, getattr(block, "attn", None))]
         # Exactly these classes: a subclass may do something in forward that is not repeated here.
         mirrored = {TransformerBlock, Attention, GroupedQueryAttention}

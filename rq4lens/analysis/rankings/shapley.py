@@ -20,7 +20,7 @@ from rq4lens.analysis.rankings.exact import per_prompt_ranking
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.results import HeadRanking
 
-TOLERANCE = 0.02
+TOLERANCE = 0.05
 """Sampling stops when every standard error is below this share of ``|ΔKL(ALL)|``."""
 
 MAX_PAIRS = 32

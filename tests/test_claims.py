@@ -14,7 +14,6 @@ from rq4lens.analysis.claims import NO_SHARE, NOTHING, claims, p_text, share, st
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place
 from rq4lens.heads import Head
-from rq4lens.models.pair import weight_cosine
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
@@ -41,7 +40,7 @@ def analysis_of(pair, layer=MAIN, control_layer=CONTROL, *, ks=(1, 2), beside_no
     if "neutral" in pair.prompts.splits:
         neutral = prepare(pair, maps, Patching(split="neutral"), activations=activations)
     noise = noise_effects(measurer, activations, patching, Place()) if beside_noise else None
-    beside = Beside(neutral, noise, weight_cosine(pair))
+    beside = Beside(neutral, noise)
     return analyse(grid, measurer, LITTLE, activations=activations, beside=beside)
 
 

@@ -8,9 +8,9 @@ from rq4lens.analysis.card.records import (
     Carried,
     Decision,
     HeadCard,
+    HeadReads,
     Likely,
     NextTokens,
-    Reads,
     Role,
     Shifts,
     TextShare,
@@ -38,7 +38,7 @@ def synthetic_card(head: Head, token: str = "token", n_tokens: int = 200) -> Hea
         n_prompts=60,
         carried=Carried(ESTIMATE, ESTIMATE, ESTIMATE),
         numbers=None,
-        reads=Reads(
+        reads=HeadReads(
             (Role("first token", 50.0, 62.5, ESTIMATE),) * 5,
             (TextShare(token, 60, 50.0, 62.5),) * 12,
             ESTIMATE,

@@ -124,6 +124,11 @@ def unembed(
     return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
 
 
+def precise_dtype(model: HookedModel) -> torch.dtype:
+    """The number format of a model's probabilities: float32, or its own if that is more precise."""
+    return torch.promote_types(torch.float32, model.cfg.dtype)
+
+
 class Captured(NamedTuple):
     """What one pass over prompts gives.
 
@@ -167,7 +172,9 @@ def capture(
     cfg = model.cfg
     shape = (n_prompts, k_positions, cfg.n_heads, cfg.d_head)
     captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
-    log_probs = torch.empty(n_prompts, cfg.d_vocab_out) if to_the_end else None
+    log_probs = None
+    if to_the_end:
+        log_probs = torch.empty(n_prompts, cfg.d_vocab_out, dtype=precise_dtype(model))
     stop = cfg.n_layers if to_the_end else max(layers) + 1
     batches = list(batches)
     if len(batches) > 1 and isinstance(model, HookedTransformer):
@@ -179,7 +186,7 @@ def capture(
                 captured[layer][rows] = z.to("cpu")
             if log_probs is not None:
                 logits = unembed(model, ends.to(Placement.of(model).exit))
-                log_probs[rows] = logits.double().log_softmax(-1).float().cpu()
+                log_probs[rows] = logits.double().log_softmax(-1).to(log_probs).cpu()
     return Captured(captured, log_probs)
 
 

@@ -102,7 +102,7 @@ class Ends:
                 log_probs = log_probs[:, ids]
                 inside = log_probs.double().logsumexp(-1, keepdim=True)
                 self._left_out[other] = float(100 * (1 - inside.exp()).mean())
-                log_probs = (log_probs - inside).float()
+                log_probs = (log_probs - inside).to(log_probs)
             self._others[side] = OtherModel(log_probs, shared.of(side))
         return self._others[side]
 

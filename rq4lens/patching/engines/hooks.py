@@ -24,6 +24,7 @@ from rq4lens.patching.activations import (
     check_layers,
     forward_batch,
     patched_positions,
+    precise_dtype,
 )
 from rq4lens.patching.patch import (
     Effects,
@@ -164,10 +165,11 @@ class HookEngine:
     @torch.no_grad()
     def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
         """The clean model's next-token distribution at the decision token."""
-        log_probs = torch.empty(len(self.prompts), self.model.cfg.d_vocab_out)
+        shape = (len(self.prompts), self.model.cfg.d_vocab_out)
+        log_probs = torch.empty(shape, dtype=precise_dtype(self.model))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
             logits = self._decision_logits(batch)
-            log_probs[batch.rows] = logits.double().log_softmax(-1).float().cpu()
+            log_probs[batch.rows] = logits.double().log_softmax(-1).to(log_probs).cpu()
         return log_probs
 
     def every_layer(

@@ -20,7 +20,7 @@ from rq4lens.config import Patching, Place
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import check_layers, patched_positions
+from rq4lens.patching.activations import check_layers, patched_positions, precise_dtype
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
 from rq4lens.patching.engines.hooks import everywhere, used_sources, used_writers
 from rq4lens.patching.engines.memory import MemoryPlan, RowBlock
@@ -271,12 +271,12 @@ class RowEngine(ABC):
     def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
         """The clean model's next-token distribution at the decision token."""
         shape = (len(self.prompts), self.model.cfg.d_vocab_out)
-        log_probs = torch.empty(shape, dtype=torch.float32)
+        log_probs = torch.empty(shape, dtype=precise_dtype(self.model))
         for clean in self.clean_batches(self.model.cfg.n_layers - 1):
 
             def work(block: RowBlock, rows: Tensor = clean.rows, here: CleanBatch = clean) -> None:
                 logits = self.logits_of(here, block.prompts, [()], {})[:, 0]
-                log_probs[rows[block.prompts]] = logits.double().log_softmax(-1).float().cpu()
+                log_probs[rows[block.prompts]] = logits.double().log_softmax(-1).to(log_probs).cpu()
 
             self._memory.rows.run(RowBlock(slice(0, len(clean.rows)), slice(0, 1)), work)
         return log_probs

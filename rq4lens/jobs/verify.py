@@ -31,6 +31,9 @@ from rq4lens.patching.measured import Measurer, Planned, patches_of, payload_of
 from rq4lens.patching.patch import MAPPED, Effects, Patch
 from rq4lens.results import EVERY, GridResult, PatchRow
 
+ALLOWED_AT = 0.3
+"""The strength that the allowance is given for."""
+
 TOLERANCE_NATS = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 """How far a number measured again may be from the saved one, on any one prompt.
 
@@ -333,10 +336,15 @@ def _distances(saved: Run, pair: ModelPair, chosen: Mapping[str, _Measured]) -> 
     again = Measurer(prepare(pair, maps, settings.patching, config.place.but(engine="hooks")))
     again.record(patches_of([plan for plan, _ in chosen.values()]))
     return {
-        cond: _furthest(rows, again.effects(plan.patches)) for cond, (plan, rows) in chosen.items()
+        cond: _furthest(plan.patches, rows, again.effects(plan.patches))
+        for cond, (plan, rows) in chosen.items()
     }
 
 
-def _furthest(rows: Sequence[PatchRow], again: Effects) -> float:
+def _furthest(patches: Sequence[Patch], rows: Sequence[PatchRow], again: Effects) -> float:
     # What is left of the gap is far from 0, so that rounding moves it more than it moves this.
-    return float(np.abs(np.array([row.kl_nats for row in rows]) - again.kl_nats).max())
+    saved = np.array([row.kl_nats for row in rows])
+    # KL has a slope in proportion to the displacement, so rounding of the logits moves it so much
+    # more at full strength than at the strength that the allowance is given for.
+    strength = np.array([[max(1.0, patch.alpha / ALLOWED_AT)] for patch in patches])
+    return float((np.abs(saved - again.kl_nats) / strength).max())

@@ -155,7 +155,7 @@ def found(etiquette):
 
 def replace_prompts(pair, prompts):
     """The same models on other prompts."""
-    return type(pair)(pair.name, pair.base, pair.tuned, prompts, reading=pair.reading)
+    return type(pair)(pair.base, pair.tuned, prompts, name=pair.name, reading=pair.reading)
 
 
 def around(value, width=1.0):

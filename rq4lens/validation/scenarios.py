@@ -134,7 +134,7 @@ RIGHT: Mapping[str, tuple[str, ...]] = {
     "turned": ("recoded", NOT_UNDONE),
     "shifted": ("shifted",),
     "replaced": ("replaced",),
-    UNTOUCHED: ("unchanged",),
+    UNTOUCHED: ("unchanged", "idle"),  # neither says that it changed
     UNRELATED: ("replaced",),
 }
 """The right words for each truth; ``"undecided"`` is no word, what is too small is idle, too."""

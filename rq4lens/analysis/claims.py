@@ -28,7 +28,7 @@ NAMED = 8
 FEW_PROMPTS = 50
 """An effect that lies on fewer prompts than this is uncertain, whatever its interval says."""
 
-TIMES_NOISE = 2.0
+TIMES_NOISE = 1.5
 """The whole interval of the gap lies above so many gaps of the noise pair, which is a single draw:
 of two draws of the same size one may by luck lie this far from the other."""
 

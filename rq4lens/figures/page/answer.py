@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from rq4lens.analysis.claims import NOTHING
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.records import ControlLayer, HeadKind, Ladder, LadderRow, NoisePair, StandIn
@@ -46,11 +47,11 @@ def findings(report: Report) -> Section:
 
 def _headline(report: Report) -> str:
     """The answer in one line, and no more than the sentences below it claim."""
-    layer, analysis = report.grid.settings.layer, report.analysis
+    layer = report.grid.settings.layer
     whole = report.records["full"].to_base_pct
     if whole.value is None:
         return "Nothing can be said about heads here"
-    if analysis is not None and any("Nothing is claimed" in each for each in analysis.claims):
+    if _claims_nothing(report):
         return "Nothing is claimed about heads here"
     if whole.interval is None or whole.interval.low <= 0 or whole.interval.high < LITTLE_PCT:
         return f"The heads of layer {layer} carry little of the change"
@@ -62,6 +63,11 @@ def _headline(report: Report) -> str:
     return f"{every}, {name} alone {share:.0f}%"
 
 
+def _claims_nothing(report: Report) -> bool:
+    claims = report.analysis.claims if report.analysis else ()
+    return any(NOTHING in each for each in claims)
+
+
 def _by_share(report: Report) -> list[int]:
     shares = [single.to_base_pct.value or 0.0 for single in report.singles]
     return sorted(range(len(shares)), key=lambda head: -shares[head])
@@ -69,6 +75,8 @@ def _by_share(report: Report) -> list[int]:
 
 def _tiles(report: Report) -> Iterator[Tile]:
     """The two or three heads that carry most."""
+    if _claims_nothing(report):
+        return
     told = told_kinds(report.analysis)
     kinds = told.heads if told else ()
     for head in _by_share(report)[:MOST_TILES]:

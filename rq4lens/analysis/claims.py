@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import CoverageRow, LayerTransfer, NoisePair
+from rq4lens.analysis.records import SHUFFLED, CoverageRow, LayerTransfer, NoisePair
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
-from rq4lens.analysis.structure.controls import SHUFFLED, SIGNIFICANT
+from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head
 
 FEWEST_GROUPS = 10

@@ -541,6 +541,10 @@ class HeadKinds(Listed, Record):
         return tuple(each.head for each in self.heads if each.kind in kinds)
 
 
+SHUFFLED = "shuffled pairs"
+"""The stand-in that a claim names: a map fitted on prompts that do not belong together."""
+
+
 @dataclass(frozen=True)
 class StandIn:
     """Something that stands in for the map, on the heads that changed, at strength 1.

@@ -19,7 +19,7 @@ from rq4lens.analysis.records import (
 )
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text
-from rq4lens.analysis.structure.controls import SIGNIFICANT
+from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head, HeadSet
 from rq4lens.results import GridSettings, HeadRanking
 

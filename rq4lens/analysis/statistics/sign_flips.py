@@ -24,6 +24,7 @@ from rq4lens.analysis.records import HeadTest, HeadTests
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
 from rq4lens.heads import Head
 
+SIGNIFICANT = 0.05
 N_FLIPS = 10_000
 HOLM_REACH = 0.005
 """Holm multiplies the smallest p-value by the number of tests; it can still become this small."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.effects.transfer import NO_GAP
-from rq4lens.analysis.records import ControlLayer, Gap, NoisePair, StandIn
+from rq4lens.analysis.records import SHUFFLED, ControlLayer, Gap, NoisePair, StandIn
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, undefined
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
@@ -25,11 +25,8 @@ from rq4lens.results import NO_CONTROL_LAYER, GridResult, gaps_of
 
 Site = Float[Tensor, "prompt position head d_head"]
 
-SHUFFLED = "shuffled pairs"
 WRONG_LAYER = "wrong layer"
 ROTATED = "random rotation"
-
-SIGNIFICANT = 0.05
 
 QUESTIONS = {
     SHUFFLED: "Does a map fitted on prompts that do not belong together do as well?",

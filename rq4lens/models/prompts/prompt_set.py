@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,15 +251,30 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Prompts as one model reads them, each cut at its decision token (its last token).
+    """Prompts as one model reads them, each up to the last token that is compared.
 
-    What stands behind the decision token cannot change its next-token distribution in a causal
-    model. ``n_dropped`` counts the tokens that were cut off on the left; empty where none were.
+    What stands behind that token cannot change its next-token distribution in a causal model.
+
+    Args:
+        ids: the prompts' ids.
+        token_ids: what the model reads; the last token is the decision token, or the last but one
+            of an answer of several.
+        n_dropped: how many tokens were cut off on the left; empty where none were.
+        spots: places of the patched tokens, in order; empty where the last ones are patched, as
+            many as ``k_positions`` says.
+        answers: the tokens that follow the decision token, in the answer that is asked for.
+        foils: the tokens of the answer that it is compared with.
+        n_answer: how many tokens of the answer are compared, each at the token before it; empty
+            where it is one, at the decision token.
     """
 
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
+    spots: tuple[tuple[int, ...], ...] = ()
+    answers: tuple[tuple[int, ...], ...] = ()
+    foils: tuple[tuple[int, ...], ...] = ()
+    n_answer: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"<TokenizedPrompts: {len(self)} prompts>"
@@ -274,14 +289,15 @@ class TokenizedPrompts:
 
     def some(self, rows: Sequence[int]) -> TokenizedPrompts:
         """Some of the prompts, in the order of their places."""
-        dropped = tuple(self.n_dropped[row] for row in rows) if self.n_dropped else ()
-        token_ids = tuple(self.token_ids[row] for row in rows)
-        return TokenizedPrompts(tuple(self.ids[row] for row in rows), token_ids, dropped)
+        every = {each.name: getattr(self, each.name) for each in fields(self)}
+        chosen = {name: tuple(of[row] for row in rows) for name, of in every.items() if of}
+        return TokenizedPrompts(**{"ids": (), "token_ids": (), **chosen})
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the ids and tokens, and with them of every decision index."""
-        content = json.dumps([self.ids, self.token_ids])
+        """Hash of all that decides what is computed: ids, tokens, patched and compared places."""
+        placed = [self.spots, self.n_answer] if self.spots or self.n_answer else []
+        content = json.dumps([self.ids, self.token_ids, *placed])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, batch_size: int, padding_side: PaddingSide = "right") -> Iterator[TokenBatch]:

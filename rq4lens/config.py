@@ -205,7 +205,8 @@ def refuse_two_places(reading: Reading, k_positions: int) -> None:
         )
 
 
-RankBy = Literal["delta", "drop_pct", "kl_raw", "to_base", "to_tuned"]
+RankBy = Literal["delta", "drop_pct", "kl_raw", "to_base", "to_tuned", "metric", "metric_to_tuned"]
+MetricName = Literal["kl", "answer_logprob", "logit_difference", "accuracy"]
 MapKind = Literal[
     "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
 ]
@@ -218,6 +219,11 @@ class Patching(Settings):
 
     Attributes:
         map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
+        metric: what is measured beside the divergence: ``"kl"`` nothing; ``"answer_logprob"`` the
+            log-probability of the answer, which is the tuned model's own where a prompt gives none;
+            ``"logit_difference"`` that of answer and foil; ``"accuracy"`` whether the answer lies
+            above the foil. With another than ``"kl"`` heads are ranked by it unless ``rank_by``
+            says otherwise. ``"own:NAME"`` stands for a :class:`rq4lens.Metric`.
         raw_baseline: what the raw patch inserts: ``"identity"`` base z itself, ``"moments"`` base
             z matched in mean and spread (fitted on train).
 
@@ -241,6 +247,25 @@ class Patching(Settings):
         "identity", "raw patch: base z itself, or matched in mean and spread"
     )
     kl_direction: KLDirection = setting("patched||clean", "which way the divergence is taken")
+    metric: MetricName | Annotated[str, Field(pattern="^own:.")] = setting(
+        "kl", "what is measured of the answer beside the divergence, and ranks heads"
+    )
+
+    @model_validator(mode="after")
+    def _metric_ranks(self) -> Patching:
+        if self.metric != "kl" and "rank_by" not in self.model_fields_set:
+            self.__dict__["rank_by"] = "metric"
+        if self.metric == "kl" and self.rank_by.startswith("metric"):
+            raise UserError(
+                f"rank_by {self.rank_by!r} has no metric to rank by: choose one with --metric, or "
+                "rank by delta or to_base."
+            )
+        return self
+
+    @property
+    def of_divergence(self) -> Patching:
+        """The same without a metric, for prompts that nothing else is asked of."""
+        return self if self.metric == "kl" else self.but(metric="kl", rank_by="delta")
 
     @field_validator("k", "random_seeds", mode="after")
     @classmethod

@@ -43,8 +43,8 @@ from rq4lens.results import EVERY_LAYER, Compared, ConditionResult, GridResult, 
 T = TypeVar("T")
 Indices = tuple[int, ...]
 
-MEASURES = ("kl_nats", "answer_logprob_change_nats", "gap_left_nats", "answer_is")
-"""What is stored of a patch: a number for each prompt."""
+MEASURES = PatchRow._fields
+"""What is stored of a patch, where it was measured: a number for each prompt."""
 
 RECORDED_TOGETHER = 32
 """Patches of a grid that are measured together; each has a record of its own."""
@@ -199,11 +199,12 @@ class Measurer:
         found = self.chunks.get_tensors(ingredients)
         if found is not None:
             self._report(len(patches), progress)
-            return _rows(found[name].numpy() for name in MEASURES)
+            return _rows(found[name].numpy() for name in MEASURES if name in found)
         measured = self._measured(patches, progress)
-        stacked = (torch.from_numpy(np.stack(each)) for each in zip(*measured, strict=True))
+        every = [each for each in zip(*measured, strict=True) if each[0] is not None]
+        stacked = (torch.from_numpy(np.stack(each)) for each in every)
         heads = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
-        tensors = dict(zip(MEASURES, stacked, strict=True))
+        tensors = dict(zip(MEASURES, stacked, strict=False))
         self.chunks.put_tensors(ingredients, {**tensors, "heads": heads})
         return measured
 
@@ -261,7 +262,7 @@ class Measurer:
         ids = self.experiment.pair.tokens("tuned", self.experiment.split).ids
         for place, patch in enumerate(patches):
             joined = {}
-            for name in MEASURES:
+            for name in parts[0]["patches"][place]:
                 by_id: dict[str, float] = {}
                 for part in parts:
                     numbers = part["patches"][place][name]
@@ -285,7 +286,7 @@ class Measurer:
 
     def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return PatchRow(*(np.array(payload[name]) for name in MEASURES)) if payload else None
+        return PatchRow(**{name: np.array(payload[name]) for name in payload}) if payload else None
 
     def _condition(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._row(patch) for patch in plan.raw_and_mapped)
@@ -396,4 +397,5 @@ def _rows(measures: Iterable[ndarray]) -> list[PatchRow]:
 
 def payload_of(row: PatchRow) -> dict[str, list[float]]:
     """What the record of a patch holds."""
-    return {name: getattr(row, name).tolist() for name in MEASURES}
+    found = row._asdict().items()
+    return {name: values.tolist() for name, values in found if values is not None}

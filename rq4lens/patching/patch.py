@@ -17,6 +17,7 @@ from torch import Tensor
 from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.patching.metrics import Asked
 from rq4lens.results import OTHERS, OWN
 
 logger = logging.getLogger(__name__)
@@ -153,19 +154,28 @@ class OtherModel:
     Args:
         log_probs: over the tokens that both models have, renormalised.
         tokens: the patched model's ids of these tokens; None if the vocabularies are the same.
+        asked: the metric that is measured beside the divergence, if there is one.
     """
 
     log_probs: Float[Tensor, "prompt shared"]
     tokens: Int[Tensor, "shared"] | None = None
+    asked: Asked | None = None
 
     def of_prompts(self, prompts: Any) -> OtherModel:
         """The same on some of the prompts."""
-        return OtherModel(self.log_probs[prompts], self.tokens)
+        asked = self.asked and self.asked.of_prompts(prompts)
+        return OtherModel(self.log_probs[prompts], self.tokens, asked)
 
     def to(self, device: torch.device) -> OtherModel:
         """The same on a device."""
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return OtherModel(self.log_probs.to(device), tokens)
+        return OtherModel(self.log_probs.to(device), tokens, self.asked)
+
+    def metric(
+        self, logits: Float[Tensor, "prompt row vocab"], clean: Float[Tensor, "prompt 1 vocab"]
+    ) -> tuple[Tensor, ...]:
+        """The value of the metric of each row, where one is measured."""
+        return () if self.asked is None else (self.asked.values(logits, clean),)
 
     @property
     def answers(self) -> Int[Tensor, "prompt"]:
@@ -235,7 +245,10 @@ def effects_by_difference(
         gap_left = other.gap_left_nats(patched_logits)
     else:
         gap_left = other.gap_left_nats(clean) - pull + ln_z
-    return kl, -ln_z, gap_left, other.answer_is(patched_logits, clean_logits)
+    return (
+        *(kl, -ln_z, gap_left, other.answer_is(patched_logits, clean_logits)),
+        *other.metric(patched_logits, clean_logits),
+    )
 
 
 def all_effects(
@@ -244,7 +257,7 @@ def all_effects(
     direction: KLDirection = "patched||clean",
     other: OtherModel | None = None,
 ) -> tuple[Shaped[Tensor, "prompt row"], ...]:
-    """The measures of :class:`Effects`, the last two only beside another model."""
+    """The measures of :class:`Effects`, all but the first two only beside another model."""
     own = next_token_effects(patched_logits, clean_logits, direction)
     if other is None:
         return own
@@ -252,7 +265,13 @@ def all_effects(
         *own,
         other.gap_left_nats(patched_logits),
         other.answer_is(patched_logits, clean_logits),
+        *other.metric(patched_logits, clean_logits),
     )
+
+
+def n_measures(other: OtherModel | None) -> int:
+    """How many measures of a patch there are, alone or beside another model."""
+    return 2 if other is None else 4 + (other.asked is not None)
 
 
 def summed_by_tensors(
@@ -367,12 +386,14 @@ class Effects:
         gap_left_nats: ``KL(p_other || p_patched)``, how far the patched model still is from the
             other model of the pair, in nats; None if there is no other.
         answer_is: whose answer the most likely token is, see :meth:`OtherModel.answer_is`.
+        metric: the patched model's value of the metric, in its unit; None where none is measured.
     """
 
     kl_nats: Float64[ndarray, "condition prompt"]
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
     gap_left_nats: Float64[ndarray, "condition prompt"] | None = None
     answer_is: Float64[ndarray, "condition prompt"] | None = None
+    metric: Float64[ndarray, "condition prompt"] | None = None
 
     def __repr__(self) -> str:
         return "<Effects of {} patches on {} prompts>".format(*self.kl_nats.shape)

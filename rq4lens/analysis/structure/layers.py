@@ -169,7 +169,7 @@ def compare_layers(
 
 
 def _carried(
-    grids: Mapping[int, GridResult], direction: str, gap: Gap
+    grids: Mapping[int, GridResult], direction: RankBy, gap: Gap
 ) -> tuple[tuple[float | None, ...], ...]:
     """What each single head carries in one direction, layer by layer."""
     if gap.undefined_because is not None:

@@ -36,6 +36,7 @@ from rq4lens.patching.patch import (
     all_effects,
     blend,
     head_outputs,
+    n_measures,
 )
 
 
@@ -189,7 +190,7 @@ class HookEngine:
         """Effect of each intervention on each prompt, and how far it takes the model to another."""
         k_positions = self.settings.k_positions
         used_sources(interventions, sources, self.model, (len(self.prompts), k_positions))
-        found = np.empty((2 if other is None else 4, len(interventions), len(self.prompts)))
+        found = np.empty((n_measures(other), len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
             clean = self._decision_logits(batch)[:, None]
             beside = other and other.of_prompts(batch.rows).to(clean.device)

@@ -35,6 +35,7 @@ from rq4lens.patching.patch import (
     blend,
     effects_by_difference,
     head_outputs,
+    n_measures,
 )
 
 KERNEL_MIN_LOGITS = 2**34
@@ -330,7 +331,7 @@ class RowEngine(ABC):
         every = {key: self._beside_layer(key, source) for key, source in used.items()}
         # Numbers stay on the device until all are there: fetching one would stop the queue.
         found = torch.empty(
-            (2 if other is None else 4, len(interventions), len(self.prompts)),
+            (n_measures(other), len(interventions), len(self.prompts)),
             dtype=torch.float64,
             device=self.placement.exit,
         )

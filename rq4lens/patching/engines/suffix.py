@@ -30,7 +30,7 @@ from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_pro
 from rq4lens.patching.engines.layout import fused_norms, side_by_side, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, even_parts
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
-from rq4lens.patching.patch import Effects, OtherModel, Sources, all_effects
+from rq4lens.patching.patch import Effects, OtherModel, Sources, all_effects, n_measures
 
 BATCHES_PER_DEVICE = 3
 """Of a model that is spread over several. Only one device has work when the first batch begins and
@@ -96,7 +96,7 @@ class SuffixEngine(RowEngine):
         With every head replaced nothing is attended to at the patched positions: this needs neither
         keys nor values, only the rest of each block.
         """
-        found = np.empty((2 if other is None else 4, 1, len(self.prompts)))
+        found = np.empty((n_measures(other), 1, len(self.prompts)))
         clean = self.clean_log_probs()
         for batch in self.clean_batches(self.first_layer):
 

@@ -146,6 +146,9 @@ class GridSettings:
         return first == second
 
 
+METRIC_UNITS = {"answer_logprob": " nats", "logit_difference": " nats"}
+"""The units of metrics that have one, behind a number."""
+
 OWN, OTHERS = 1, 2
 """The most likely token is that of the clean patched model, of the other model."""
 

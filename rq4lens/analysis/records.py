@@ -171,7 +171,7 @@ class MetricSummary(Record):
 
     Args:
         name: the metric.
-        unit: its unit.
+        unit: its unit, as it stands behind a number.
         base: its mean over prompts, of the clean base model.
         tuned: of the clean tuned model.
         difference: tuned less base, what shares are taken of.

@@ -33,7 +33,7 @@ class Metric:
     >>> import rq4lens as rq
     >>> def margin(logits, clean_logits, answer, foil):
     ...     return logits[:, 0, answer[0]] - logits[:, 0].mean(-1)
-    >>> rq.Metric("margin", margin, unit="nats")
+    >>> rq.Metric("margin", margin)
     <Metric margin>
 
     Args:
@@ -43,14 +43,12 @@ class Metric:
             ids, to a number for each row. ``token`` runs over the compared tokens of the answer; at
             0 is the decision token. An answer that a prompt does not give is the tuned model's own
             most likely one; a foil that it does not give is ``()``.
-        unit: the unit of its values.
         needs: what each prompt must have: ``"answer"``, ``"foil"``, or both, which then must start
             with different tokens.
     """
 
     name: str
     function: Values
-    unit: str = ""
     needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -86,9 +84,9 @@ def precisely(logits: Tensor) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "answer_logprob": Metric("answer_logprob", answer_logprob, "nats"),
-    "logit_difference": Metric("logit_difference", logit_difference, "nats", ("answer", "foil")),
-    "accuracy": Metric("accuracy", accuracy, "share of prompts", ("answer", "foil")),
+    "answer_logprob": Metric("answer_logprob", answer_logprob),
+    "logit_difference": Metric("logit_difference", logit_difference, needs=("answer", "foil")),
+    "accuracy": Metric("accuracy", accuracy, needs=("answer", "foil")),
 }
 """The metrics beside ``kl`` by name."""
 
@@ -108,11 +106,6 @@ def metric_named(name: str) -> Metric | None:
             f"rq.run_grid(..., metric=rq.Metric(...)), or choose one of {known}."
         )
     return METRICS[name]
-
-
-def unit_of(name: str) -> str:
-    """The unit of a metric by its name in settings; of a user's own it is not kept."""
-    return METRICS[name].unit if name in METRICS else ""
 
 
 @dataclass(frozen=True)

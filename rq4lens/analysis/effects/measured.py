@@ -17,7 +17,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
 from rq4lens.patching.patch import BASE, MAPPED, RAW, TUNED, Effects, Patch, Progress
-from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, PatchRow, sign_of
+from rq4lens.results import METRIC_TRANSFERS, GridResult, PatchRow, sign_of
 
 PerPrompt = Float64[ndarray, "condition prompt"]
 Site = Float[Tensor, "prompt position head d_head"]

@@ -17,8 +17,14 @@ from rq4lens.analysis.effects.transfer import (
 )
 from rq4lens.analysis.records import FullEffect, MetricEffect, MetricSummary
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
-from rq4lens.patching.metrics import unit_of
-from rq4lens.results import ConditionResult, GridResult, PatchRow, Transfer, gaps_of
+from rq4lens.results import (
+    METRIC_UNITS,
+    ConditionResult,
+    GridResult,
+    PatchRow,
+    Transfer,
+    gaps_of,
+)
 
 QUANTITIES = ("raw_change", "mapped_change", "to_base_pct", "to_tuned_pct")
 AT_ONCE = "all layers are patched at once, with base's own activations alone"
@@ -56,7 +62,7 @@ def metric_summary(grid: GridResult, bootstrap: Bootstrap) -> MetricSummary | No
     assert full is not None
     return MetricSummary(
         name=name,
-        unit=unit_of(name),
+        unit=METRIC_UNITS.get(name, ""),
         base=base,
         tuned=tuned,
         difference=difference,
@@ -102,9 +108,8 @@ def _noise(grid: GridResult) -> float:
 
 def _why_undefined(grid: GridResult, difference: Estimate) -> str | None:
     name = grid.settings.patching.metric
-    unit = f" {unit_of(name)}" if unit_of(name) == "nats" else ""
     what = f"the difference of {name}{BETWEEN}"
-    return gap_undefined_because(difference, _noise(grid), what, unit)
+    return gap_undefined_because(difference, _noise(grid), what, METRIC_UNITS.get(name, ""))
 
 
 Patched = tuple[PatchRow | None, PatchRow | None, Transfer | None]

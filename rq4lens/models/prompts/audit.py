@@ -54,7 +54,7 @@ PieceName = Literal["answer", "foil", "patched"]
 PIECES: tuple[PieceName, ...] = ("answer", "foil", "patched")
 
 
-class Piece(NamedTuple):
+class ReadTokens(NamedTuple):
     """Tokens of an answer, of a foil, or that are patched: as text, and how they were found."""
 
     tokens: tuple[str, ...]
@@ -87,7 +87,7 @@ class SideAudit:
     text_end: int | None
     in_template: bool | None
     problems: tuple[str, ...]
-    pieces: Mapping[PieceName, Piece] = field(default_factory=dict)
+    pieces: Mapping[PieceName, ReadTokens] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -378,12 +378,12 @@ def _side(read: ReadPrompt, reader: Reader, reading: Reading) -> SideAudit:
 
 def _pieces(
     read: ReadPrompt, reader: Reader, reading: Reading
-) -> Iterator[tuple[PieceName, Piece]]:
+) -> Iterator[tuple[PieceName, ReadTokens]]:
     """What was read of a prompt's answer and foil, and which tokens of it are patched."""
     if read.answer is not None:
-        yield "answer", Piece(read.answer.texts, read.answer.how)
+        yield "answer", ReadTokens(read.answer.texts, read.answer.how)
     if read.foil is not None:
-        yield "foil", Piece(read.foil.texts, read.foil.how)
+        yield "foil", ReadTokens(read.foil.texts, read.foil.how)
     patched, how = read.patched, reading.positions
     if reading.positions == "decision" and read.prompt.subject is not None:
         try:
@@ -393,7 +393,7 @@ def _pieces(
             patched = ()
     if patched:
         texts = (decoded(reader.tokenizer, read.tokens[at]) for at in patched)
-        yield "patched", Piece(tuple(texts), how)
+        yield "patched", ReadTokens(tuple(texts), how)
 
 
 def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:

@@ -14,9 +14,9 @@ from rq4lens.config import MetricName
 from rq4lens.errors import UserError
 
 Tokens = tuple[int, ...]
-Logits = Float[Tensor, "*row token vocab"]
+Patched, Clean = Float[Tensor, "row token vocab"], Float[Tensor, "token vocab"]
 
-Values = Callable[[Logits, Logits, Tokens, Tokens], Float[Tensor, "row"]]
+Values = Callable[[Patched, Clean, Tokens, Tokens], Float[Tensor, "row"]]
 """From the patched logits ``[row token vocab]`` of one prompt, the clean ones of the same model
 ``[token vocab]``, the tokens of its answer and those of its foil: a number a row. ``token`` runs
 over the compared tokens of the answer, each at the place before it: the first is the decision
@@ -60,22 +60,22 @@ class Metric:
         return self.name if METRICS.get(self.name) is self else f"{OWN_METRIC}{self.name}"
 
 
-def answer_logprob(logits: Logits, clean_logits: Logits, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
+def answer_logprob(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
     """Log-probability of the answer: the sum over its compared tokens."""
     log_probs = precisely(logits).log_softmax(-1)
     n_tokens = logits.shape[1]
     return log_probs[:, torch.arange(n_tokens), list(answer[:n_tokens])].sum(-1)
 
 
-def logit_difference(logits: Logits, clean_logits: Logits, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
+def logit_difference(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
     """Logit of the answer's first token less that of the foil's, at the decision token."""
     at_decision = logits[:, 0]
     return precisely(at_decision[:, answer[0]]) - precisely(at_decision[:, foil[0]])
 
 
-def accuracy(logits: Logits, clean_logits: Logits, answer: Tokens, foil: Tokens) -> Tensor:
+def accuracy(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:
     """Whether the answer's first token lies above the foil's: 1 or 0."""
-    return (logit_difference(logits, clean_logits, answer, foil) > 0).double()
+    return (logit_difference(logits, clean, answer, foil) > 0).double()
 
 
 def precisely(logits: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ class Reading(Settings):
     hold_out: str = setting(
         "content", "field that says what a prompt is about; maps are tried without it"
     )
+    answer_tokens: int = setting(1, "how many tokens of the answer are compared", ge=1)
 
     @model_validator(mode="after")
     def _marker_has_its_rule(self) -> Reading:

@@ -37,6 +37,7 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     into_side,
+    n_measures,
 )
 from rq4lens.results import EVERY_LAYER, Compared
 
@@ -62,6 +63,7 @@ class Ends:
         self.place = place if rows is None else place.but(batch_size=len(rows))
         self.first_layer = first_layer
         self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
+        self._prompts: dict[Side, TokenizedPrompts] = {}
         self._engines: dict[Side, Engine] = {}
         self._others: dict[Side, OtherModel] = {}
         self._left_out: dict[Side, float] = {}
@@ -74,8 +76,10 @@ class Ends:
 
     def prompts(self, side: Side) -> TokenizedPrompts:
         """The measured prompts as one of the models reads them."""
-        prompts = self.pair.tokens(side, self.settings.split)
-        return prompts if isinstance(self.rows, slice) else prompts.some(self.rows)
+        if side not in self._prompts:
+            every = self.activations.prompts(side, self.settings.split)
+            self._prompts[side] = every if isinstance(self.rows, slice) else every.some(self.rows)
+        return self._prompts[side]
 
     def engine(self, side: Side) -> Engine:
         """One of the models behind an engine."""
@@ -99,9 +103,11 @@ class Ends:
             log_probs, ids = self._log_probs(other), shared.of(other)
             self._left_out[other] = 0.0
             if ids is not None:
-                log_probs = log_probs[:, ids]
+                log_probs = log_probs[..., ids]
                 inside = log_probs.double().logsumexp(-1, keepdim=True)
-                self._left_out[other] = float(100 * (1 - inside.exp()).mean())
+                answered = torch.tensor(self.prompts(side).n_answer or [1] * len(log_probs))
+                there = torch.arange(log_probs.shape[1], 0, -1) <= answered[:, None]
+                self._left_out[other] = float(100 * (1 - inside[there].exp()).mean())
                 log_probs = (log_probs - inside).to(log_probs)
             self._others[side] = OtherModel(log_probs, shared.of(side))
         return self._others[side]
@@ -111,7 +117,7 @@ class Ends:
         for side in SIDES:
             self.other(side)
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
-        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum(-1)
+        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum((1, 2))
         left_out = self._left_out
         return Compared(
             left_out_base_pct=left_out["base"],
@@ -120,7 +126,7 @@ class Ends:
             weight_cosine=weight_cosine(self.pair),
         )
 
-    def _log_probs(self, side: Side) -> Float[Tensor, "prompt vocab"]:
+    def _log_probs(self, side: Side) -> Float[Tensor, "prompt answer vocab"]:
         if side == "base":
             return self.activations.log_probs(side, self.settings.split)[self.rows]
         return self.engine(side).clean_log_probs()
@@ -227,12 +233,16 @@ class Experiment:
             UserError: if a layer was not prepared, a head set does not fit, or a number of the
                 models' format overflows.
         """
-        rows = np.empty((4, len(patches), len(self.prompts)))
+        rows = self._no_rows(len(patches))
         for side in reversed(SIDES):
             into = [at for at, patch in enumerate(patches) if into_side(patch) == side]
             if into:
                 rows[:, into] = self._into(side, [patches[at] for at in into], progress)
-        return Effects(*rows)
+        return Effects.of(rows, self.prompts.longest_answer)
+
+    def _no_rows(self, n_patches: int) -> Float64[ndarray, "measure patch prompt"]:
+        n_rows = n_measures(self.prompts.longest_answer, beside=True)
+        return np.empty((n_rows, n_patches, len(self.prompts)))
 
     def _into(
         self, side: Side, patches: Sequence[Patch], progress: Progress | None
@@ -245,15 +255,15 @@ class Experiment:
                 for layer in every:
                     self.sources[layer, patch.source]
         other, engine = self.ends.other(side), self.ends.engine(side)
-        rows = np.empty((4, len(patches), len(self.prompts)))
+        rows = self._no_rows(len(patches))
         single = [at for at, patch in enumerate(patches) if patch.layer != EVERY_LAYER]
         if single:
             interventions = [(patches[at],) for at in single]
             found = engine.effects(interventions, self.sources, progress, other)
-            rows[:, single] = list(found.measures)
+            rows[:, single] = found.rows
         for at in set(range(len(patches))) - set(single):
             found = engine.every_layer(patches[at].source, self.sources, other)
-            rows[:, at] = [each[0] for each in found.measures]
+            rows[:, at] = found.rows[:, 0]
             if progress is not None:
                 progress(len(self.prompts))
         whole: list[bool] = np.isfinite(rows[0]).all(0).tolist()
@@ -365,11 +375,11 @@ def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any
         return ends.engine("tuned").clean_z(layer)
 
     def mean(side: Side, layer: int) -> Tensor:
-        return activations.z(side, FIT_SPLIT, layer).double().mean(0)
+        return activations.z(side, FIT_SPLIT, layer)[activations.there(FIT_SPLIT)].double().mean(0)
 
     def constant(layer: int) -> Tensor:
-        n_prompts = len(ends.prompts("tuned"))
-        return mean("tuned", layer).expand(n_prompts, -1, -1, -1).to(ends.dtype)
+        prompts = ends.prompts("tuned")
+        return mean("tuned", layer).expand(len(prompts), prompts.n_spots, -1, -1).to(ends.dtype)
 
     def shifted(layer: int) -> Tensor:
         move = mean("tuned", layer) - mean("base", layer)

@@ -20,7 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations, check_layers, checked_layers, device_of
+from rq4lens.patching.activations import PairActivations, check_layers, checked_layers
 from rq4lens.patching.maps.kinds import Fit, FitRows, fit_all
 from rq4lens.patching.maps.map import (
     DEFAULT_KIND,
@@ -36,6 +36,7 @@ from rq4lens.patching.maps.map import (
     put_map,
     to_blocks,
 )
+from rq4lens.patching.passes import device_of
 
 MAP_NUMERICS = 2
 """Raised whenever the same ingredients would give other map weights than before."""
@@ -172,16 +173,12 @@ class FitData:
 
     @classmethod
     def of(cls, activations: PairActivations, layer: int) -> FitData:
-        """The train rows of one layer: every patched position of every prompt."""
-        groups = activations.pair.prompts.split(FIT_SPLIT).groups
-        x, y = (
-            einops.rearrange(
-                activations.z(side, FIT_SPLIT, layer),
-                "prompt position head d_head -> (prompt position) head d_head",
-            ).double()
-            for side in SIDES
-        )
-        return cls(x, y, np.repeat(groups, activations.k_positions), _device_of(activations.pair))
+        """The train rows of one layer: every patched token of every prompt."""
+        groups = np.array(activations.pair.prompts.split(FIT_SPLIT).groups)
+        there = activations.there(FIT_SPLIT)
+        x, y = (activations.z(side, FIT_SPLIT, layer)[there].double() for side in SIDES)
+        of_rows = groups[activations.prompt_of_rows(FIT_SPLIT)]
+        return cls(x, y, of_rows, _device_of(activations.pair))
 
     def unpaired(self, seed: int) -> FitData:
         """The same rows, each base row beside the tuned row of another prompt."""

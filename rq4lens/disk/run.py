@@ -61,11 +61,12 @@ MEASURES = {
     "answer_logprob_change": "answer_logprob_change_nats",
     "gap_left": "gap_left_nats",
     "answer_is": "answer_is",
+    "metric": "metric",
     "kl_by_token": "kl_by_token_nats",
 }
 """Columns of the table of every prompt's own numbers, and the fields that they hold."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files; stands in ``run.json``."""
 
 MAX_HEADS = 10_000

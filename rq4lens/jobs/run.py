@@ -293,7 +293,7 @@ def _neutral(bench: Bench, experiment: Experiment) -> Measurer | None:
     """The pair on neutral prompts, where there are some."""
     if SIDE_EFFECT_SPLIT not in bench.pair.prompts.splits:
         return None
-    patching = bench.config.patching.but(split=SIDE_EFFECT_SPLIT)
+    patching = bench.config.patching.of_divergence.but(split=SIDE_EFFECT_SPLIT)
     return bench.measuring(
         prepare(
             bench.pair,

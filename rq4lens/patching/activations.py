@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 from torch import Tensor
 
+from rq4lens.config import refuse_two_places
 from rq4lens.disk.store import NUMERICS_VERSION, Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
@@ -176,6 +177,7 @@ class PairActivations:
         store: Store | None = None,
         device: str = "cpu",
     ) -> None:
+        refuse_two_places(pair.reading, k_positions)
         self.pair = pair
         self.k_positions = k_positions
         self.batch_size = batch_size

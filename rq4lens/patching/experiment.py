@@ -21,6 +21,7 @@ from rq4lens.patching.activations import PairActivations, check_layers, require_
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import LayerMap
+from rq4lens.patching.metrics import Asked, Metric, metric_named
 from rq4lens.patching.patch import (
     BASE,
     CONSTANT,
@@ -56,6 +57,7 @@ class Ends:
         *,
         first_layer: int,
         rows: Sequence[int] | None,
+        metric: Metric | None = None,
     ) -> None:
         self.pair = activations.pair
         self.activations = activations
@@ -64,6 +66,8 @@ class Ends:
         self.first_layer = first_layer
         self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
         self._prompts: dict[Side, TokenizedPrompts] = {}
+        self.metric = metric
+        self._asked = {side: self._asks(side) for side in SIDES} if metric else {}
         self._engines: dict[Side, Engine] = {}
         self._others: dict[Side, OtherModel] = {}
         self._left_out: dict[Side, float] = {}
@@ -109,8 +113,27 @@ class Ends:
                 there = torch.arange(log_probs.shape[1], 0, -1) <= answered[:, None]
                 self._left_out[other] = float(100 * (1 - inside[there].exp()).mean())
                 log_probs = (log_probs - inside).to(log_probs)
-            self._others[side] = OtherModel(log_probs, shared.of(side))
+            self._others[side] = OtherModel(log_probs, shared.of(side), self.asked(side))
         return self._others[side]
+
+    def asked(self, side: Side) -> Asked | None:
+        """What the metric is asked of one of the models; None without one.
+
+        The answer of a prompt that gives none is the tuned model's most likely token.
+        """
+        asked = self._asked.get(side)
+        if asked is None or all(asked.answers):
+            return asked
+        shared = self.pair.shared_tokens
+        log_probs, ids, own = self._log_probs("tuned"), shared.of("tuned"), shared.of(side)
+        best = (log_probs if ids is None else log_probs[..., ids])[:, -1].argmax(-1)
+        self._asked[side] = asked.answered((best if own is None else own[best]).tolist())
+        return self._asked[side]
+
+    def _asks(self, side: Side) -> Asked:
+        assert self.metric is not None
+        prompts = self.prompts(side)
+        return Asked.of(self.metric, prompts.ids, prompts.answers, prompts.foils)
 
     def compared(self) -> Compared:
         """How well the two distributions can be compared."""
@@ -161,6 +184,11 @@ class Experiment:
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return f"<Experiment on {self.pair!r}: layers {layers}, split {self.split}>"
+
+    @property
+    def metric(self) -> Metric | None:
+        """What is measured beside the divergence, if anything is."""
+        return self.ends.metric
 
     @property
     def engine(self) -> Engine:
@@ -233,16 +261,15 @@ class Experiment:
             UserError: if a layer was not prepared, a head set does not fit, or a number of the
                 models' format overflows.
         """
-        rows = self._no_rows(len(patches))
+        rows, n_answer = np.empty((0, 0, 0)), self.prompts.longest_answer
         for side in reversed(SIDES):
             into = [at for at, patch in enumerate(patches) if into_side(patch) == side]
             if into:
-                rows[:, into] = self._into(side, [patches[at] for at in into], progress)
-        return Effects.of(rows, self.prompts.longest_answer)
-
-    def _no_rows(self, n_patches: int) -> Float64[ndarray, "measure patch prompt"]:
-        n_rows = n_measures(self.prompts.longest_answer, beside=True)
-        return np.empty((n_rows, n_patches, len(self.prompts)))
+                found = self._into(side, [patches[at] for at in into], progress)
+                rows = rows if rows.size else np.empty((len(found), len(patches), found.shape[-1]))
+                rows[:, into] = found
+        nothing = np.empty((2, 0, len(self.prompts)))
+        return Effects.of(rows, n_answer) if rows.size else Effects(*nothing)
 
     def _into(
         self, side: Side, patches: Sequence[Patch], progress: Progress | None
@@ -255,7 +282,8 @@ class Experiment:
                 for layer in every:
                     self.sources[layer, patch.source]
         other, engine = self.ends.other(side), self.ends.engine(side)
-        rows = self._no_rows(len(patches))
+        n_rows = n_measures(self.prompts.longest_answer, other)
+        rows = np.empty((n_rows, len(patches), len(self.prompts)))
         single = [at for at, patch in enumerate(patches) if patch.layer != EVERY_LAYER]
         if single:
             interventions = [(patches[at],) for at in single]
@@ -311,6 +339,7 @@ def prepare(
     *,
     activations: PairActivations | None = None,
     rows: Sequence[int] | None = None,
+    metric: Metric | None = None,
 ) -> Experiment:
     """Capture the measured prompts, map them, and set the tuned model behind an engine.
 
@@ -323,14 +352,19 @@ def prepare(
         activations: already captured activations of this pair.
         rows: places of the split's prompts that are measured, in the order in which they are; all
             of them when left out.
+        metric: a metric of your own, in place of the one that the settings name.
 
     Returns:
         The experiment.
 
     Raises:
-        UserError: if a layer does not exist.
+        UserError: if a layer does not exist, or a prompt lacks what the metric needs.
     """
     settings, place = settings or Patching(), place or Place()
+    if metric is None:
+        metric = metric_named(settings.metric)
+    else:
+        settings = settings.but(metric=metric.label)
     split = settings.split
     check_layers(list(maps), pair.n_layers)
     activations = activations or PairActivations(
@@ -341,7 +375,7 @@ def prepare(
     raw_maps: dict[int, LayerMap] = {}
     if settings.raw_baseline != "identity":
         raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
-    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows)
+    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows, metric=metric)
     ends.engine("tuned")
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.patching.metrics import Asked
 from rq4lens.results import OTHERS, OWN
 
 logger = logging.getLogger(__name__)
@@ -155,24 +156,27 @@ class OtherModel:
         log_probs: over the tokens that both models have, renormalised; a row for each compared
             token of each prompt.
         tokens: the patched model's ids of these tokens; None if the vocabularies are the same.
+        asked: the metric that is measured beside the divergence, if there is one.
     """
 
     log_probs: Float[Tensor, "*rows shared"]
     tokens: Int[Tensor, "shared"] | None = None
+    asked: Asked | None = None
 
     def of_prompts(self, prompts: Any) -> OtherModel:
         """The same on some of the prompts."""
-        return OtherModel(self.log_probs[prompts], self.tokens)
+        asked = self.asked and self.asked.of_prompts(prompts)
+        return OtherModel(self.log_probs[prompts], self.tokens, asked)
 
     def by_token(self, n_answer: int) -> OtherModel:
         """The same, with the last ``n_answer`` tokens of each prompt as rows of their own."""
         log_probs = self.log_probs[:, -n_answer:].flatten(0, 1)
-        return OtherModel(log_probs, self.tokens)
+        return OtherModel(log_probs, self.tokens, self.asked)
 
     def to(self, device: torch.device) -> OtherModel:
         """The same on a device."""
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return OtherModel(self.log_probs.to(device), tokens)
+        return OtherModel(self.log_probs.to(device), tokens, self.asked)
 
     @property
     def answers(self) -> Int[Tensor, "*rows"]:
@@ -251,7 +255,7 @@ def all_effects(
     direction: KLDirection = "patched||clean",
     other: OtherModel | None = None,
 ) -> tuple[Shaped[Tensor, "prompt row"], ...]:
-    """The measures of :class:`Effects`, the last two only beside another model."""
+    """The measures of :class:`Effects`, all but the first two only beside another model."""
     own = next_token_effects(patched_logits, clean_logits, direction)
     if other is None:
         return own
@@ -262,25 +266,40 @@ def all_effects(
     )
 
 
-def over_answer(
-    by_token: Sequence[Shaped[Tensor, "token row"]], there: Bool[Tensor, "prompt answer"]
+EffectsOf = Callable[..., Sequence[Shaped[Tensor, "token row"]]]
+"""What measures rows by token: :func:`all_effects` or :func:`effects_by_difference`."""
+
+
+def answer_effects(
+    effects_of: EffectsOf,
+    logits: Float[Tensor, "token row vocab"],
+    clean_logits: Float[Tensor, "token 1 vocab"],
+    there: Bool[Tensor, "prompt answer"],
+    direction: KLDirection = "patched||clean",
+    other: OtherModel | None = None,
 ) -> list[Shaped[Tensor, "prompt row"]]:
-    """The measures of whole answers, from those of their tokens.
+    """The measures of whole answers.
 
     An answer's divergence, log-probability and gap are the sums over its tokens, each read behind
     those before it, and the most likely answer is a model's own where each token is.
 
     Args:
-        by_token: what :func:`all_effects` gives of each compared token.
-        there: which tokens each answer has.
+        effects_of: measures each token.
+        logits: at the compared tokens of the first prompt, then those of the next.
+        clean_logits: the same without a patch.
+        there: which of these tokens each answer has.
+        direction: which way the divergence is taken.
+        other: the other model at these tokens, see :meth:`OtherModel.by_token`.
 
     Returns:
-        The same measures of each answer, then the divergence of each of its tokens, where it has
-        several; NaN where an answer is shorter.
+        The measures of :class:`Effects` in their order, those of single tokens one by one.
     """
+    by_token = effects_of(logits, clean_logits, direction, other)
+    asked = None if other is None else other.asked
+    metric = [] if asked is None else [asked.values(logits, clean_logits, there)]
     n_answer = there.shape[1]
     if n_answer == 1:
-        return list(by_token)
+        return [*by_token, *metric]
     kl, *others = (
         einops.rearrange(each, "(prompt token) row -> prompt row token", token=n_answer)
         for each in by_token
@@ -291,7 +310,7 @@ def over_answer(
         [((each & value > 0) | ~here).all(-1) for each in others[2:]] for value in (OWN, OTHERS)
     )
     answer_is = [OWN * one + OTHERS * other for one, other in zip(own, others_own, strict=True)]
-    return [*sums, *answer_is, *torch.where(here, kl, torch.nan).unbind(-1)]
+    return [*sums, *answer_is, *metric, *torch.where(here, kl, torch.nan).unbind(-1)]
 
 
 def summed_by_tensors(
@@ -415,6 +434,7 @@ class Effects:
         gap_left_nats: ``KL(p_other || p_patched)``, how far the patched model still is from the
             other model of the pair, in nats; None if there is no other.
         answer_is: whose answer the most likely token is, see :meth:`OtherModel.answer_is`.
+        metric: the patched model's value of the metric, in its unit; None where none is measured.
         kl_by_token_nats: ``kl_nats`` of each token of an answer of several, NaN behind the end of
             shorter ones; None where one token is compared.
     """
@@ -423,6 +443,7 @@ class Effects:
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
     gap_left_nats: Float64[ndarray, "condition prompt"] | None = None
     answer_is: Float64[ndarray, "condition prompt"] | None = None
+    metric: Float64[ndarray, "condition prompt"] | None = None
     kl_by_token_nats: Float64[ndarray, "condition prompt token"] | None = None
 
     @classmethod
@@ -455,9 +476,10 @@ class Effects:
         return Effects(**{name: each[conditions] for name, each in self.measures.items()})
 
 
-def n_measures(n_answer: int, *, beside: bool) -> int:
+def n_measures(n_answer: int, other: OtherModel | None) -> int:
     """How many measures of a patch there are, alone or beside another model."""
-    return (4 if beside else 2) + (n_answer if n_answer > 1 else 0)
+    whole = 2 if other is None else 4 + (other.asked is not None)
+    return whole + (n_answer if n_answer > 1 else 0)
 
 
 @runtime_checkable

@@ -81,7 +81,8 @@ class PromptSet:
     def from_jsonl(cls, path: str | Path) -> PromptSet:
         """Read a JSONL file: one object per line with ``id``, ``split``, ``text`` or ``messages``.
 
-        Optional keys are ``group``, ``content``, ``answer``, ``offset``, ``marker`` and ``meta``.
+        Optional keys are ``group``, ``content``, ``answer``, ``foil``, ``subject``, ``offset``,
+        ``marker`` and ``meta``.
 
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.

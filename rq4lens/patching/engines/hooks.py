@@ -29,10 +29,10 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     all_effects,
+    answer_effects,
     blend,
     head_outputs,
     n_measures,
-    over_answer,
 )
 
 
@@ -180,9 +180,7 @@ class HookEngine:
         shape = (len(self.prompts), self.prompts.n_spots)
         used_sources(interventions, sources, self.model, shape)
         n_answer = self.prompts.longest_answer
-        found = np.empty(
-            (n_measures(n_answer, beside=other is not None), len(interventions), len(self.prompts))
-        )
+        found = np.empty((n_measures(n_answer, other), len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
             there = batch.compared.there
             clean = self._answer_logits(batch).flatten(0, 1)[:, None]
@@ -191,8 +189,9 @@ class HookEngine:
             for index, intervention in enumerate(interventions):
                 with patched_heads(self.model, intervention, sources, batch):
                     patched = self._answer_logits(batch).flatten(0, 1)[:, None]
-                by_token = all_effects(patched, clean, self.settings.kl_direction, beside)
-                effects = over_answer(by_token, there)
+                effects = answer_effects(
+                    all_effects, patched, clean, there, self.settings.kl_direction, beside
+                )
                 for measure, values in zip(found, effects, strict=True):
                     measure[index, batch.rows.numpy()] = values[:, 0].cpu()
                 if progress is not None:

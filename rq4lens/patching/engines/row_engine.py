@@ -34,11 +34,11 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     all_effects,
+    answer_effects,
     blend,
     effects_by_difference,
     head_outputs,
     n_measures,
-    over_answer,
 )
 
 KERNEL_MIN_LOGITS = 2**34
@@ -344,7 +344,7 @@ class RowEngine(ABC):
         every = {key: self._beside_layer(key, source) for key, source in used.items()}
         # Numbers stay on the device until all are there: fetching one would stop the queue.
         found = torch.empty(
-            (n_measures(n_answer, beside=other is not None), len(interventions), len(self.prompts)),
+            (n_measures(n_answer, other), len(interventions), len(self.prompts)),
             dtype=torch.float64,
             device=self.placement.exit,
         )
@@ -371,8 +371,8 @@ class RowEngine(ABC):
                 n_prompts = block.prompts.stop - block.prompts.start
                 there = torch.ones(n_prompts, n_answer, dtype=torch.bool)
                 for group, logits in self._group_logits(here, block.prompts, rows, some):
-                    by_token = effects_of(logits, logits[:, :1], self.settings.kl_direction, to)
-                    effects = over_answer(by_token, there)
+                    direction, clean_logits = self.settings.kl_direction, logits[:, :1]
+                    effects = answer_effects(effects_of, logits, clean_logits, there, direction, to)
                     for measure, values in zip(into, effects, strict=True):
                         measure[group.conditions, block.prompts] = values[:, 1:].mT
                 if progress is not None:

@@ -35,8 +35,8 @@ from rq4lens.patching.patch import (
     OtherModel,
     Sources,
     all_effects,
+    answer_effects,
     n_measures,
-    over_answer,
 )
 
 BATCHES_PER_DEVICE = 3
@@ -104,7 +104,7 @@ class SuffixEngine(RowEngine):
         if not self.window.is_patched_whole:
             return super().every_layer(source, sources, other)
         n_answer = self.window.n_answer
-        found = np.empty((n_measures(n_answer, beside=other is not None), 1, len(self.prompts)))
+        found = np.empty((n_measures(n_answer, other), 1, len(self.prompts)))
         clean = self.clean_log_probs()
         for batch in self.clean_batches(self.first_layer):
 
@@ -113,9 +113,10 @@ class SuffixEngine(RowEngine):
                 logits = self._replaced(batch.embedded[block.prompts], rows, source, sources)
                 beside = other and other.of_prompts(rows).by_token(n_answer).to(logits.device)
                 reference = clean[rows].flatten(0, 1)[:, None].to(logits.device)
-                by_token = all_effects(logits, reference, self.settings.kl_direction, beside)
                 there = torch.ones(len(rows), n_answer, dtype=torch.bool)
-                effects = over_answer(by_token, there)
+                effects = answer_effects(
+                    all_effects, logits, reference, there, self.settings.kl_direction, beside
+                )
                 for measure, values in zip(found, effects, strict=True):
                     measure[0, rows.numpy()] = values[:, 0].cpu()
 

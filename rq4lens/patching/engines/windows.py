@@ -185,9 +185,9 @@ class EngineOfWindows:
         measure: Callable[[Engine, list[int], OtherModel | None], Effects],
     ) -> Effects:
         n_answer = self.prompts.longest_answer
-        n_rows = n_measures(n_answer, beside=other is not None)
+        n_rows = n_measures(n_answer, other)
         found = np.full((n_rows, n_conditions, len(self.prompts)), np.nan)
-        n_whole = n_measures(1, beside=other is not None)
+        n_whole = n_measures(1, other)
         for rows, engine in self.engines.items():
             effects = measure(engine, list(rows), other and other.of_prompts(list(rows)))
             values = effects.rows

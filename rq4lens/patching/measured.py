@@ -331,10 +331,11 @@ class Measurer:
         """Everything but the patch that can change an effect."""
         experiment = self.experiment
         pair, split = experiment.pair, experiment.split
+        read = experiment.ends.activations.read
         return MeasuredOn(
             models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
             prompts=pair.prompts.split(split).fingerprint,
-            tokens={side: pair.token_fingerprint(side, split) for side in SIDES},
+            tokens={side: read(side, split).fingerprint for side in SIDES},
             decision_rule=pair.decision_rule,
             patching=measured_parts(experiment.settings),
             dtype=pair.tuned.card.dtype,

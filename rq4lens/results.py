@@ -164,8 +164,11 @@ class PatchRow(NamedTuple):
         answer_is: 1 where its most likely token is its own clean one, plus 2 where it is the other
             model's.
         metric: the patched model's value of the metric, in its unit.
+        kl_by_token_nats: ``kl_nats`` of each token of the answer, NaN behind the end of shorter
+            ones; None where one token is compared.
 
-    Gap and answer are None where there was no other model, the metric where none was measured.
+    Gap and answer are None where there was no other model. Of an answer of several tokens they and
+    the first two are those of all of it.
     """
 
     kl_nats: Float64[ndarray, "prompt"]
@@ -173,6 +176,12 @@ class PatchRow(NamedTuple):
     gap_left_nats: Float64[ndarray, "prompt"] | None = None
     answer_is: Float64[ndarray, "prompt"] | None = None
     metric: Float64[ndarray, "prompt"] | None = None
+    kl_by_token_nats: Float64[ndarray, "prompt token"] | None = None
+
+    @property
+    def measures(self) -> dict[str, Float64[ndarray, "prompt *token"]]:
+        """Those that were measured, by name."""
+        return {name: each for name, each in self._asdict().items() if each is not None}
 
 
 class Compared(NamedTuple):

@@ -249,7 +249,8 @@ def _write_cards(
 ) -> None:
     """The cards of the heads that matter; a repeated run finds those of the first one."""
     # A card patches the decision token alone: engines of more positions are of no use to it.
-    shared = SIDES if experiment.k_positions == 1 else ()
+    prompts = experiment.prompts
+    shared = SIDES if prompts == prompts.decided().placed() else ()
     engines = {side: experiment.ends.engine(side) for side in shared}
     inputs = CardInputs(bench.pair, grid, analysis, experiment.maps, bench.config.place, engines)
     write_cards(bench.run_directory, inputs, heads_that_matter(grid, analysis))

@@ -7,12 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
@@ -261,8 +262,8 @@ class TokenizedPrompts:
         token_ids: what the model reads; the last token is the decision token, or the last but one
             of an answer of several.
         n_dropped: how many tokens were cut off on the left; empty where none were.
-        spots: places of the patched tokens, in order; empty where the last ones are patched, as
-            many as ``k_positions`` says.
+        spots: places of the patched tokens, in order, after places that some prompts lack, -1;
+            empty where the last ones are patched, see :meth:`placed`.
         answers: the tokens that follow the decision token, in the answer that is asked for.
         foils: the tokens of the answer that it is compared with.
         n_answer: how many tokens of the answer are compared, each at the token before it; empty
@@ -287,6 +288,76 @@ class TokenizedPrompts:
     def lengths(self) -> Int[Tensor, "prompt"]:
         """Number of tokens of each prompt."""
         return torch.tensor([len(tokens) for tokens in self.token_ids])
+
+    def placed(self, k_positions: int = 1) -> TokenizedPrompts:
+        """The same with its spots written out, equally many of each prompt.
+
+        Where none are named they are the decision token, ``k_positions - 1`` tokens before it, and
+        the tokens of the answer behind it.
+
+        Raises:
+            UserError: if a prompt has fewer tokens.
+        """
+        spots = self.spots
+        if not spots:
+            decisions = [
+                len(tokens) - self.answered(row) for row, tokens in enumerate(self.token_ids)
+            ]
+            shortest = 1 + min(decisions)
+            if not 1 <= k_positions <= shortest:
+                raise UserError(
+                    f"k_positions {k_positions} does not fit: the shortest prompt has {shortest} "
+                    f"tokens; choose a number from 1 to {shortest}."
+                )
+            spots = tuple(
+                tuple(range(decision + 1 - k_positions, len(tokens)))
+                for decision, tokens in zip(decisions, self.token_ids, strict=True)
+            )
+        widest = max(map(len, spots))
+        return replace(self, spots=tuple((-1,) * (widest - len(each)) + each for each in spots))
+
+    def continued(self, answers: Sequence[Sequence[int]]) -> TokenizedPrompts:
+        """The same with the tokens of an answer behind each decision token, to be compared.
+
+        Each is compared at the token before it, so that the last one need not be read. Where the
+        decision token is patched, so are the tokens of the answer behind it.
+        """
+        grown = [
+            (*read, *answer[:-1]) for read, answer in zip(self.token_ids, answers, strict=True)
+        ]
+        spots = tuple(
+            (*named, *range(len(read), len(whole))) if named[-1] == len(read) - 1 else named
+            for named, read, whole in zip(self.spots, self.token_ids, grown, strict=False)
+        )
+        return replace(
+            self,
+            token_ids=tuple(grown),
+            spots=spots,
+            answers=tuple(map(tuple, answers)),
+            n_answer=tuple(map(len, answers)),
+        )
+
+    def decided(self) -> TokenizedPrompts:
+        """The same up to the decision token, which alone is patched."""
+        if not (self.spots or self.n_answer):
+            return self
+        ends = (len(read) + 1 - self.answered(row) for row, read in enumerate(self.token_ids))
+        cut = tuple(read[:end] for read, end in zip(self.token_ids, ends, strict=True))
+        return replace(self, token_ids=cut, spots=(), n_answer=())
+
+    def answered(self, row: int) -> int:
+        """How many tokens of its answer are compared."""
+        return self.n_answer[row] if self.n_answer else 1
+
+    @cached_property
+    def longest_answer(self) -> int:
+        """How many tokens of an answer are compared, at most."""
+        return max(self.n_answer, default=1)
+
+    @property
+    def n_spots(self) -> int:
+        """How many tokens of a prompt are patched, at most."""
+        return max(map(len, self.spots), default=1)
 
     def some(self, rows: Sequence[int]) -> TokenizedPrompts:
         """Some of the prompts, in the order of their places."""
@@ -314,17 +385,43 @@ class TokenizedPrompts:
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)
         ones = [torch.ones_like(sequence) for sequence in sequences]
         mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, padding_side)
-        return TokenBatch(rows, tokens, mask, padding_side)
+        n_answer = torch.tensor([self.answered(row) for row in rows.tolist()])
+        if self.spots:
+            named = [torch.tensor(self.spots[row]) for row in rows.tolist()]
+            spots = torch.nn.utils.rnn.pad_sequence(named, True, -1, "left")
+        else:
+            spots = mask.sum(-1, keepdim=True) - n_answer[:, None]
+        return TokenBatch(rows, tokens, mask, padding_side, spots, n_answer, self.longest_answer)
+
+
+class Places(NamedTuple):
+    """Places in padded rows; where a prompt lacks one it is 0 and not ``there``."""
+
+    at: Int[Tensor, "prompt place"]
+    there: Bool[Tensor, "prompt place"]
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch of prompts; ``rows`` are their places in the :class:`TokenizedPrompts`."""
+    """A padded batch of prompts.
+
+    Args:
+        rows: their places in the :class:`TokenizedPrompts`.
+        tokens: what the model reads, padded.
+        attention_mask: 1 for each token of a prompt.
+        padding_side: where the padding is.
+        spots: the patched tokens of each prompt, -1 where it has fewer.
+        n_answer: how many tokens of each answer are compared.
+        longest_answer: how many they are at most, of all prompts.
+    """
 
     rows: Int[Tensor, "prompt"]
     tokens: Int[Tensor, "prompt pos"]
     attention_mask: Int[Tensor, "prompt pos"]
     padding_side: PaddingSide
+    spots: Int[Tensor, "prompt spot"]
+    n_answer: Int[Tensor, "prompt"]
+    longest_answer: int
 
     @property
     def lengths(self) -> Int[Tensor, "prompt"]:
@@ -334,9 +431,26 @@ class TokenBatch:
     @property
     def decision(self) -> Int[Tensor, "prompt"]:
         """Index of the decision token in the padded row."""
-        if self.padding_side == "left":
-            return torch.full_like(self.rows, self.tokens.shape[1] - 1)
-        return self.lengths - 1
+        return self._first + self.lengths - self.n_answer
+
+    @property
+    def patched(self) -> Places:
+        """The patched tokens."""
+        there = self.spots >= 0
+        return Places(torch.where(there, self.spots + self._first[:, None], 0), there)
+
+    @property
+    def compared(self) -> Places:
+        """The tokens after which the next one is compared, the last of them last."""
+        steps = torch.arange(-self.longest_answer, 0)
+        there = -steps <= self.n_answer[:, None]
+        return Places(torch.where(there, (self._first + self.lengths)[:, None] + steps, 0), there)
+
+    @property
+    def _first(self) -> Int[Tensor, "prompt"]:
+        """Index of the first token in the padded row."""
+        padded = self.tokens.shape[1] - self.lengths
+        return padded if self.padding_side == "left" else torch.zeros_like(padded)
 
 
 def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:

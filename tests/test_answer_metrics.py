@@ -25,7 +25,7 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.metric import metric_summary
 from rq4lens.analysis.effects.table import bootstrap_of, ranking_rows, records
 from rq4lens.analysis.statistics.plain import from_json, to_json
-from rq4lens.config import AnalysisEffort, Patching
+from rq4lens.config import AnalysisEffort, Patching, Reading
 from rq4lens.disk.run import grid_of_table, per_prompt_table
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -206,6 +206,52 @@ def test_without_an_answer_the_tuned_models_own_is_meant(tiny_pair, tiny_maps):
         best = int(tuned.argmax())
         assert found[0, prompt] == pytest.approx(float(tuned[best]), abs=1e-5)
         assert found[1, prompt] == pytest.approx(float(base[best]), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", [FAST, "hooks"])
+@pytest.mark.parametrize("positions", ["decision", "subject"])
+def test_an_answer_of_several_tokens_is_summed_over_them(tiny_pair, engine, positions):
+    """Each token behind those before it, shorter answers too, whatever is patched before them."""
+    rows = [
+        {
+            "id": p.id,
+            "text": p.text,
+            "split": p.split,
+            "answer": " " + " ".join(WORDS[n % 5 : n % 5 + 1 + n % 3]),
+            "subject": p.text.split()[n % 2],
+        }
+        for n, p in enumerate(random_prompts())
+    ]
+    reading = Reading(positions=positions, answer_tokens=2)
+    models = {side: tiny_pair.member(side).model for side in ("base", "tuned")}
+    pair = pair_of(models["base"], models["tuned"], PromptSet.of(rows), reading=reading)
+    heads = [1, 3]
+    patches = [Patch(MAIN, HeadSet.of(heads, TINY_HEADS), 1.0, each) for each in (BASE, TUNED)]
+    maps = fit_maps(pair, [MAIN])
+    found = prepared(pair, maps, engine=engine, metric="answer_logprob").effects(patches).metric
+    read = pair.tokens("tuned", "val")
+    for prompt, (tokens, answer) in enumerate(zip(read.token_ids, read.answers, strict=True)):
+        said, decision = answer[:2], len(tokens) - 1
+        row = torch.tensor([[*tokens, *said[:-1]]])
+        compared = list(range(decision, row.shape[1]))
+        at = compared if positions == "decision" else list(read.spots[prompt])
+        if at[-1] == decision:
+            at = sorted({*at, *compared})
+        for number, (into, source) in enumerate((("tuned", "base"), ("base", "tuned"))):
+            z = models[source].run_with_cache(row)[1][f"blocks.{MAIN}.attn.hook_z"]
+
+            def put(value, hook, z=z, at=at):  # noqa: ARG001
+                value = value.clone()
+                for place in at:
+                    value[:, place, heads] = z[:, place, heads]
+                return value
+
+            hooks = [(f"blocks.{MAIN}.attn.hook_z", put)]
+            logits = models[into].run_with_hooks(row, fwd_hooks=hooks)[0].double()
+            log_probs = logits[compared].log_softmax(-1)
+            expected = sum(float(log_probs[n, token]) for n, token in enumerate(said))
+            assert found[number, prompt] == pytest.approx(expected, abs=1e-5)
 
 
 # --- rankings, tables, curves, files

@@ -14,7 +14,8 @@ from rq4lens.config import MetricName
 from rq4lens.errors import UserError
 
 Tokens = tuple[int, ...]
-Patched, Clean = Float[Tensor, "row token vocab"], Float[Tensor, "token vocab"]
+Patched = Float[Tensor, "row token vocab"]
+Clean = Float[Tensor, "token vocab"]
 
 Values = Callable[[Patched, Clean, Tokens, Tokens], Float[Tensor, "row"]]
 """From the patched logits ``[row token vocab]`` of one prompt, the clean ones of the same model
@@ -152,10 +153,9 @@ class Asked:
 
     def of_prompts(self, prompts: Any) -> Asked:
         """The same of some of the prompts."""
-        rows = torch.arange(len(self.answers))[
-            prompts if isinstance(prompts, slice) else prompts.cpu()
-        ]
-        chosen = rows.tolist()
+        every = range(len(self.answers))
+        rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+        chosen = every[rows] if isinstance(rows, slice) else rows
         return Asked(
             self.metric,
             tuple(self.answers[row] for row in chosen),

@@ -5,6 +5,7 @@ from .analysis.analyse import Beside as Beside
 from .analysis.analyse import analyse as analyse
 from .analysis.card.card import head_card as head_card
 from .analysis.card.records import HeadCard as HeadCard
+from .analysis.positions import PositionMap as PositionMap
 from .analysis.saved import read_run as read_run
 from .analysis.structure.layers import compare_layers as compare_layers
 from .config import AnalysisEffort as AnalysisEffort
@@ -20,6 +21,7 @@ from .config import read_config as read_config
 from .errors import UserError as UserError
 from .heads import Head as Head
 from .heads import HeadSet as HeadSet
+from .jobs.positions import position_map as position_map
 from .jobs.run import run as run
 from .jobs.sweep import sweep_layers as sweep_layers
 from .models.catalog import load_pair as load_pair

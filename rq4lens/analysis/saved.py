@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
+from rq4lens.analysis.positions import MappedPosition, PositionMap
 from rq4lens.analysis.records import ConditionRecord, LayerChoice, LayerComparison
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.plain import Listed, from_json, to_json
@@ -28,6 +29,8 @@ from rq4lens.disk.run import (
     LAYERS,
     LAYERS_PER_PROMPT,
     PER_PROMPT,
+    POSITIONS,
+    POSITIONS_PER_PROMPT,
     RESULTS,
     RUN,
     SUMMARY,
@@ -82,6 +85,11 @@ class Run(Listed):
     def summary(self) -> str:
         """What the console printed."""
         return read_regular_file(self.directory / SUMMARY)
+
+    @property
+    def positions(self) -> PositionMap | None:
+        """Its position map, if `rq4lens positions` measured one."""
+        return read_positions(self.directory)
 
 
 @dataclass(frozen=True)
@@ -200,9 +208,7 @@ def write_layers(
     table = pd.concat([*tables[:1], *alone], ignore_index=True)
     write_bytes_atomic(directory / LAYERS_PER_PROMPT, table.to_parquet(index=False))
     record = {
-        "settings": {str(layer): grid.settings.to_dict() for layer, grid in grids.items()},
-        "noise_floor_nats": {str(layer): grid.noise_floor_nats for layer, grid in grids.items()},
-        "compared": {str(layer): grid.compared._asdict() for layer, grid in grids.items()},
+        **_measured_how({str(layer): grid for layer, grid in grids.items()}),
         "comparison": to_json(comparison),
         "choice": to_json(choice),
     }
@@ -221,13 +227,74 @@ def read_layers(directory: Path) -> SavedLayers | None:
     with _whole(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
         table = pd.read_parquet(directory / LAYERS_PER_PROMPT)
         grids = {
-            int(layer): grid_of_table(
-                GridSettings.from_dict(settings),
-                table[table["layer"].isin([int(layer), EVERY_LAYER])],
-                noise_floor_nats=float(record["noise_floor_nats"][layer]),
-                compared=Compared(**record["compared"][layer]),
-            )
-            for layer, settings in record["settings"].items()
+            int(layer): _grid(record, layer, table[table["layer"].isin([int(layer), EVERY_LAYER])])
+            for layer in record["settings"]
         }
         comparison = from_json(LayerComparison, record["comparison"])
         return SavedLayers(grids, comparison, from_json(LayerChoice, record["choice"]))
+
+
+def _measured_how(grids: Mapping[str, GridResult]) -> dict[str, Any]:
+    """What a table of every prompt's own numbers does not say of its grids, by their names."""
+    return {
+        "settings": {name: grid.settings.to_dict() for name, grid in grids.items()},
+        "noise_floor_nats": {name: grid.noise_floor_nats for name, grid in grids.items()},
+        "compared": {name: grid.compared._asdict() for name, grid in grids.items()},
+    }
+
+
+def _grid(record: Mapping[str, Any], name: str, table: pd.DataFrame) -> GridResult:
+    """The grid of a name, from what :func:`_measured_how` said and its rows of the table."""
+    return grid_of_table(
+        GridSettings.from_dict(record["settings"][name]),
+        table,
+        noise_floor_nats=float(record["noise_floor_nats"][name]),
+        compared=Compared(**record["compared"][name]),
+    )
+
+
+def write_positions(directory: Path, found: PositionMap) -> None:
+    """Write a position map beside the run that it is of."""
+    tables = [per_prompt_table(each.grid).assign(position=each.role) for each in found.positions]
+    table = pd.concat(tables, ignore_index=True)
+    write_bytes_atomic(directory / POSITIONS_PER_PROMPT, table.to_parquet(index=False))
+    record = {
+        "of": file_sha256(directory / PER_PROMPT),
+        **_measured_how({each.role: each.grid for each in found.positions}),
+        "positions": [
+            to_json({name: getattr(each, name) for name in OF_A_POSITION})
+            for each in found.positions
+        ],
+    }
+    write_json_atomic(directory / POSITIONS, record)
+
+
+OF_A_POSITION = ("role", "texts", "n_train", "records")
+"""What the file says of a position beside the numbers of each prompt."""
+
+
+def read_positions(directory: Path) -> PositionMap | None:
+    """Read the position map of a run back; None where there is none, or it is of another run.
+
+    Raises:
+        UserError: if its files are damaged.
+    """
+    if not (directory / POSITIONS).is_file():
+        return None
+    record = read_json(directory / POSITIONS)
+    fix = f"delete {POSITIONS}, or measure it again with `rq4lens positions`"
+    with _whole(f"the position map in {str(directory)!r}", fix):
+        if record["of"] != file_sha256(directory / PER_PROMPT):
+            return None
+        table = pd.read_parquet(directory / POSITIONS_PER_PROMPT)
+        positions = (
+            MappedPosition(
+                role=each["role"],
+                texts=tuple(each["texts"]),
+                n_train=int(each["n_train"]),
+                grid=_grid(record, each["role"], table[table["position"] == each["role"]]),
+                records=tuple(from_json(ConditionRecord, one) for one in each["records"]),
+            )
+            for each in record["positions"]
+        )
+        return PositionMap(tuple(positions))

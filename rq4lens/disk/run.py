@@ -43,6 +43,8 @@ HEADS = "heads"
 
 LAYERS = "layers.json"
 LAYERS_PER_PROMPT = "layers_per_prompt.parquet"
+POSITIONS = "positions.json"
+POSITIONS_PER_PROMPT = "positions_per_prompt.parquet"
 JOB = "job.json"
 CELL = "cell.json"
 """The settings of a study's cell, for ``rq4lens run`` to add a main job to it."""

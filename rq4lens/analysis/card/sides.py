@@ -66,10 +66,7 @@ class CardInputs:
         Raises:
             UserError: if a model cannot be loaded.
         """
-        config = config_from(run.run["config"], str(run.directory / RUN))
-        place = config.place.but(device="auto")
-        source = config.pair.but(trust_remote_code=trust_remote_code)
-        pair = pair_from(source, config.reading, place)
+        pair, place = models_of(run, trust_remote_code=trust_remote_code)
         return cls(pair, run.grid, run.analysis, maps_of(run), place)
 
     @property
@@ -94,6 +91,18 @@ class CardInputs:
                     f"head {head} does not exist: a layer of this model has heads 0 to "
                     f"{self.pair.n_heads - 1}."
                 )
+
+
+def models_of(run: Run, *, trust_remote_code: bool = False) -> tuple[ModelPair, Place]:
+    """The pair that a finished run names, its models to be loaded again, and where they go.
+
+    Raises:
+        UserError: if a model cannot be loaded.
+    """
+    config = config_from(run.run["config"], str(run.directory / RUN))
+    place = config.place.but(device="auto")
+    source = config.pair.found_from(run.directory).but(trust_remote_code=trust_remote_code)
+    return pair_from(source, config.reading, place), place
 
 
 def maps_of(run: Run) -> dict[int, LayerMap]:

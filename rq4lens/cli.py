@@ -304,6 +304,37 @@ app.command()(study)
 app.command()(merge)
 
 
+@app.command(epilog="Example: rq4lens positions runs/demo --last 4 --prompt val0001")
+def positions(
+    run: Run,
+    last: Annotated[
+        str, typer.Option(metavar="N", help="How many of the last tokens, or all.")
+    ] = "8",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Measure on this prompt alone; repeatable."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
+    ] = False,
+) -> None:
+    """Say at which token the heads of a run's layer carry something.
+
+    Each of the last tokens is patched alone, and the subject where prompts name one: the whole
+    layer and each head, in both directions. They are at most as many as every measured prompt has.
+    A patch N tokens before the end costs N rows, since all behind it changes. Writes
+    RUN/positions.json, and the report again.
+    """
+    from rq4lens.jobs.positions import map_run  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.screen.tables import positions_text  # noqa: PLC0415
+
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}
+    with kept_when_stopped(run):
+        found = map_run(run, int(last) if last.isdecimal() else last, prompt, **how)
+    output.print(positions_text(found), end="")
+    output.print(f"written to {run}")
+
+
 @app.command(cls=Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
 @takes_config(PairSource, Reading, "backend", config_file=True)
 def audit(

@@ -46,9 +46,7 @@ class MappedPosition:
     records: tuple[ConditionRecord, ...]
 
     @classmethod
-    def of(
-        cls, role: str, texts: Sequence[str], n_train: int, grid: GridResult
-    ) -> MappedPosition:
+    def of(cls, role: str, texts: Sequence[str], n_train: int, grid: GridResult) -> MappedPosition:
         """A position with its intervals."""
         return cls(role, tuple(texts), n_train, grid, records(grid))
 

@@ -20,5 +20,6 @@ from .page.report import write_report as write_report
 from .plane import head_plane as head_plane
 from .plane import map_quality as map_quality
 from .plane import per_prompt as per_prompt
+from .positions import position_map as position_map
 from .ranking import rank_flow as rank_flow
 from .ranking import ranking_bars as ranking_bars

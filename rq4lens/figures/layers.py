@@ -60,7 +60,12 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = Non
     """
     layers = sorted(grids)
     singles = [numbers.single_records(grids[layer]) for layer in layers]
-    scales = _scales(singles)
+    scales = scales_of(
+        {
+            name: [[getattr(each, kind.field).value for each in row] for row in singles]
+            for name, kind in QUANTITIES.items()
+        }
+    )
     quantity = quantity or next(iter(scales))
     if quantity not in scales:
         raise UserError(f"the heatmap has no quantity {quantity!r}: choose {', '.join(scales)}.")
@@ -76,8 +81,7 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = Non
             **theme.hover([[numbers.hover(each) for each in row] for row in singles]),
         )
     )
-    buttons = [_button(QUANTITIES[name], scale) for name, scale in scales.items()]
-    theme.switch(figure, buttons, list(scales).index(quantity))
+    theme.switch(figure, buttons_of(scales), list(scales).index(quantity))
     figure.update_xaxes(
         title_text="head (indices mean nothing across layers)",
         dtick=max(1, len(heads) // 8),
@@ -98,24 +102,23 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = Non
     )
 
 
-class _Scale(NamedTuple):
-    """What the heatmap takes to show one quantity, and the ticks of its colour bar."""
+class Scale(NamedTuple):
+    """What a heatmap takes to show one quantity, and the ticks of its colour bar."""
 
     trace: dict[str, Any]
     ticks: dict[str, Any]
 
 
-def _scales(singles: Sequence[Sequence[ConditionRecord]]) -> dict[str, _Scale]:
-    """The quantities that are defined for any head."""
-    values = {
-        name: [[getattr(each, quantity.field).value for each in row] for row in singles]
-        for name, quantity in QUANTITIES.items()
-    }
-    known = {name: z for name, z in values.items() if any(v is not None for row in z for v in row)}
+Cells = Sequence[Sequence[float | None]]
+
+
+def scales_of(cells: Mapping[str, Cells]) -> dict[str, Scale]:
+    """The quantities that are defined in any cell, each with its scale."""
+    known = {name: z for name, z in cells.items() if any(v is not None for row in z for v in row)}
     return {name: _scale(z, QUANTITIES[name]) for name, z in known.items()}
 
 
-def _scale(z: Sequence[Sequence[float | None]], quantity: Quantity) -> _Scale:
+def _scale(z: Cells, quantity: Quantity) -> Scale:
     values = [value for row in z for value in row if value is not None]
     reach = max(map(abs, values)) or 1.0
     # A single head can make things a hundred times worse in percent; colours end at 100%.
@@ -128,10 +131,15 @@ def _scale(z: Sequence[Sequence[float | None]], quantity: Quantity) -> _Scale:
         ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
         z = [[None if value is None else scale.place(value) for value in row] for row in z]
         low, reach = scale.place(low), scale.place(reach)
-    return _Scale({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
+    return Scale({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
 
 
-def _button(quantity: Quantity, scale: _Scale) -> dict[str, Any]:
+def buttons_of(scales: Mapping[str, Scale]) -> list[dict[str, Any]]:
+    """A switch between quantities."""
+    return [_button(QUANTITIES[name], scale) for name, scale in scales.items()]
+
+
+def _button(quantity: Quantity, scale: Scale) -> dict[str, Any]:
     change = {name: [value] for name, value in scale.trace.items()}
     change |= {f"colorbar.{name}": [value] for name, value in scale.ticks.items()}
     change["colorbar.title.text"] = [quantity.title]

@@ -9,7 +9,7 @@ from typing import Any
 from rq4lens import figures
 from rq4lens.analysis.records import LayerComparison
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.saved import Run, read_layers, read_run
+from rq4lens.analysis.saved import Run, read_layers, read_positions, read_run
 from rq4lens.disk.files import read_json
 from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
 from rq4lens.jobs.head import heads_that_matter, read_cards
@@ -33,7 +33,8 @@ def write_pages(
     figures.write_html(figures.coverage_curve(grid, analysis), pictures / "coverage.html")
     cards = read_cards(directory, heads_that_matter(grid, analysis))
     report = figures.Report(
-        grid, analysis, texts, provenance, *_layers_like(directory, grid), cards
+        *(grid, analysis, texts, provenance, *_layers_like(directory, grid), cards),
+        read_positions(directory),
     )
     figures.write_report(directory / REPORT, report)
 
@@ -66,7 +67,12 @@ def figures_of(saved: Run) -> dict[str, Any]:
     """The figures of a finished run by name."""
     layers, comparison = _layers_like(saved.directory, saved.grid)
     return figures.run_figures(
-        saved.grid, saved.analysis, layers=layers, comparison=comparison, provenance=saved.run
+        saved.grid,
+        saved.analysis,
+        layers=layers,
+        comparison=comparison,
+        provenance=saved.run,
+        positions=saved.positions,
     )
 
 

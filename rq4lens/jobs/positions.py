@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from rq4lens.analysis.card.sides import models_of
 from rq4lens.analysis.positions import SUBJECT, MappedPosition, PositionMap
@@ -33,7 +32,8 @@ log = logging.getLogger(__name__)
 LAST = 8
 """So many of the last tokens are mapped unless others are asked for."""
 
-Asked = int | Literal["all"]
+Asked = int | str
+"""A number of tokens, or ``"all"``."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def map_run(
 
 def _refuse_no_number(positions: Asked) -> None:
     whole = isinstance(positions, int) and not isinstance(positions, bool)
-    if positions != "all" and not (whole and positions >= 1):
+    if positions != "all" and not (whole and int(positions) >= 1):
         raise UserError(
             f"positions {positions!r} is no number of tokens: give how many of the last ones are "
             "patched, one at a time, such as 8, or all."
@@ -160,18 +160,17 @@ def _chosen(mapped: _Mapped, prompts: Sequence[str] | None) -> PromptSet:
     if prompts is not None:
         measured = measured.of_ids(prompts)
     train = mapped.pair.prompts.split(FIT_SPLIT)
-    return replace(measured, prompts=tuple({each.id: each for each in (*train, *measured)}.values()))
+    by_id = {each.id: each for each in (*train, *measured)}
+    return replace(measured, prompts=tuple(by_id.values()))
 
 
-def _pair_of_each_role(
-    mapped: _Mapped, prompts: PromptSet, asked: Asked
-) -> dict[str, ModelPair]:
+def _pair_of_each_role(mapped: _Mapped, prompts: PromptSet, asked: Asked) -> dict[str, ModelPair]:
     """The pair read at each position, on the prompts that have it."""
     pair, split = mapped.pair, mapped.split
     n_tokens = _n_tokens(pair, prompts)
     most = min(n_tokens[each] for each in prompts.split(split).ids)
     most = min(most, max(n_tokens[each] for each in prompts.split(FIT_SPLIT).ids))
-    last = range(most if asked == "all" else min(most, asked), 0, -1)
+    last = range(most if asked == "all" else min(most, int(asked)), 0, -1)
     having = {
         f"-{at}": prompts.without([name for name, n in n_tokens.items() if n < at]) for at in last
     }
@@ -227,9 +226,7 @@ def _reading(pair: ModelPair, positions: str) -> Reading:
     return pair.reading.but(positions=positions)
 
 
-def _at(
-    mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None
-) -> MappedPosition:
+def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) -> MappedPosition:
     """One position, measured."""
     patching, effort = mapped.plan.settings, mapped.grid.settings.effort
     activations = PairActivations(pair, batch_size=mapped.place.batch_size)

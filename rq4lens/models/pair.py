@@ -339,10 +339,11 @@ class ModelPair:
             self.use(side)  # makes room for it
         other: Side = "tuned" if side == "base" else "base"
         tokens = self._tokens.get((other, split))
+        is_first = tokens is None
         if tokens is None or self.member(other).tokenizer is not member.tokenizer:
             tokens = tokenize(prompts, member.tokenizer, self.reading)
-            if needs_matching(self.reading):
-                require_matched(prompts, self.base.tokenizer, self.tuned.tokenizer, self.reading)
+        if is_first and needs_matching(self.reading):  # it reads both
+            require_matched(prompts, self.base.tokenizer, self.tuned.tokenizer, self.reading)
         _refuse_unreadable(tokens, member.card, side)
         self._tokens[side, split] = tokens
         return tokens

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rq4lens.analysis.claims import metric_sentences
+from rq4lens.analysis.positions import MappedPosition, PositionMap
 from rq4lens.analysis.records import (
     ConditionRecord,
     HeadTests,
@@ -236,6 +237,33 @@ def _layer_table(comparison: LayerComparison) -> Table:
         "the layer's own ranking"
     )
     return table
+
+
+def positions_text(found: PositionMap) -> str:
+    """A position map as plain text: the whole layer at each position, and its best head."""
+    table = columns(
+        *("position", "usual token", "undoes", "95% CI", "gives base", "95% CI"),
+        *("ΔKL(ALL)", "best heads by what they undo"),
+    )
+    for each in found.positions:
+        table.add_row(*_position_cells(each, found.labels))
+    table.caption = (
+        "each token patched alone, -1 is the decision token; undoes, gives base: of the gap, at "
+        "strength 1"
+    )
+    return text_of([Text(setting_line(found.settings, found.grid.n_prompts)), table])
+
+
+def _position_cells(position: MappedPosition, labels: Sequence[str]) -> Iterator[str]:
+    layer, *heads = position.layer_and_heads
+    text, share = position.usual_text
+    yield from (position.role, f"{text!r} ({100 * share:.0f}%)")
+    for each in (layer.to_base_pct, layer.to_tuned_pct):
+        yield from (_number(each, ".1f%"), _ends(each.interval, ".1f"))
+    yield _number(layer.delta, ".6f")
+    carried = zip((each.to_base_pct.value for each in heads), labels[1:], strict=True)
+    known = sorted((-value, label) for value, label in carried if value is not None)
+    yield ", ".join(f"{label} {number_text(-value, '.1f%')}" for value, label in known[:3]) or "-"
 
 
 def ranking_text(

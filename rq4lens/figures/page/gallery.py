@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from rq4lens.analysis.effects.table import bootstrap_of
+from rq4lens.analysis.positions import PositionMap
 from rq4lens.analysis.rankings.agreement import Scored, agreement, strengths
 from rq4lens.analysis.records import Agreement, LayerComparison
 from rq4lens.analysis.result import Analysis
@@ -18,6 +19,7 @@ from rq4lens.figures.ladder import ladder
 from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
 from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
 from rq4lens.figures.plane import head_plane, map_quality, per_prompt
+from rq4lens.figures.positions import position_map, strongest_prompt
 from rq4lens.figures.ranking import rank_flow, ranking_bars
 from rq4lens.results import GridResult
 
@@ -31,6 +33,7 @@ def run_figures(
     layers: Mapping[int, GridResult] | None = None,
     comparison: LayerComparison | None = None,
     provenance: Mapping[str, Any] | None = None,
+    positions: PositionMap | None = None,
 ) -> dict[str, go.Figure]:
     """Draw everything that a run has the data for; what is missing is left out.
 
@@ -41,6 +44,7 @@ def run_figures(
         comparison: the comparison of these layers by the analysis.
         provenance: the content of ``run.json``, for the map diagnostics; the grid's own when left
             out.
+        positions: the position map of the run.
 
     Returns:
         Figures by name, in reading order.
@@ -58,6 +62,9 @@ def run_figures(
         drawn["layers"] = layer_heatmap(layers)
         drawn["layers_ranking"] = global_ranking(layers, comparison)
         drawn["layers_coverage"] = layer_curves(layers, comparison, main=grid.settings.layer)
+    if positions is not None:
+        drawn["positions"] = position_map(positions)
+        drawn["positions_prompt"] = position_map(positions, prompt=strongest_prompt(positions))
     diagnostics = map_diagnostics(grid, grid.provenance if provenance is None else provenance)
     if diagnostics:
         drawn["maps"] = map_quality(grid, diagnostics, analysis=analysis)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.positions import PositionMap
 from rq4lens.analysis.records import ConditionRecord, LayerComparison
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
@@ -96,6 +97,7 @@ class Report:
         layers: the grid of each layer, from a sweep.
         comparison: the comparison of these layers by the analysis.
         cards: cards of heads that matter, the most important ones first.
+        positions: the position map of the run.
     """
 
     grid: GridResult
@@ -105,6 +107,7 @@ class Report:
     layers: Mapping[int, GridResult] = field(default_factory=dict)
     comparison: LayerComparison | None = None
     cards: tuple[HeadCard, ...] = ()
+    positions: PositionMap | None = None
 
     @property
     def run(self) -> Mapping[str, Any]:

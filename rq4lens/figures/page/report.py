@@ -55,6 +55,7 @@ def report_page(report: Report) -> str:
         layers=report.layers,
         comparison=report.comparison,
         provenance=report.run,
+        positions=report.positions,
     )
     setting = grid_setting(grid)
     figures = {name: page_figure(name, figure, setting) for name, figure in drawn.items()}

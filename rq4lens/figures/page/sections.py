@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.positions import MappedPosition
 from rq4lens.analysis.records import (
     Agreement,
     ConditionRecord,
@@ -34,7 +35,7 @@ def sections(report: Report) -> list[Section]:
         controls,
         study,
     )
-    folded = (layers, rankings, structure, maps, prompts, provenance)
+    folded = (layers, positions, rankings, structure, maps, prompts, provenance)
     first = [section for make in makers if (section := make(report)) is not None]
     rest = [section for make in folded if (section := make(report)) is not None]
     return first + [replace(section, folded=True) for section in rest]
@@ -177,6 +178,38 @@ def _best_head(grid: GridResult) -> str:
     ranking = grid.ranking_by("to_base" if carried else "delta")
     score = ranking.scores[0] or 0.0
     return f"{grid.label(ranking.heads[0])} ({f'{score:.0f}%' if carried else number(score)})"
+
+
+def positions(report: Report) -> Section | None:
+    """What heads carry at each token."""
+    if report.positions is None:
+        return None
+    mapped = report.positions
+    table = Table(
+        "All heads of the layer at one token of each prompt; effects in nats; [..]: 95% intervals",
+        ("position", "usual token", "undoes", "gives base", "ΔKL", "best head"),
+        tuple(_position_row(each, mapped.labels) for each in mapped.positions),
+        words=(1,),
+    )
+    text = (
+        "Counted from the decision token, which is -1. A patch at an earlier token changes "
+        "everything behind it; the maps are fitted at the same token of the train prompts.",
+    )
+    return Section("positions", "Token by token", text, (table,), ("positions", "positions_prompt"))
+
+
+def _position_row(position: MappedPosition, labels: Sequence[str]) -> Row:
+    layer, *heads = position.layer_and_heads
+    shares = [each.to_base_pct.value for each in heads]
+    best = max(range(len(heads)), key=lambda head: shares[head] or 0.0)
+    text, share = position.usual_text
+    return (
+        position.role,
+        f"{text!r} ({100 * share:.0f}%)",
+        *(cell(each, "%") for each in (layer.to_base_pct, layer.to_tuned_pct)),
+        cell(layer.delta),
+        "–" if shares[best] is None else f"{labels[best + 1]} ({shares[best]:.0f}%)",
+    )
 
 
 def rankings(report: Report) -> Section | None:

@@ -15,6 +15,7 @@ from rq4lens.figures import numbers, theme
 from rq4lens.figures.layers import QUANTITIES, Cells, buttons_of, scales_of
 
 ROLES = "-1 is the decision token, whose next token is compared; -2 stands before it"
+INTERVALS = "[..]: 95% bootstrap intervals over prompts"
 USUAL = 0.5
 """A token text that so many prompts share stands beside its position."""
 
@@ -90,7 +91,7 @@ def strongest_prompt(positions: PositionMap) -> str:
 
 
 def _setting(positions: PositionMap, *, one: bool) -> tuple[str, ...]:
-    notes = (ROLES, "shares of the prompt's own gap") if one else (ROLES, numbers.INTERVAL_NOTE)
+    notes = (ROLES, "shares of the prompt's own gap") if one else (ROLES, INTERVALS)
     return numbers.grid_setting(positions.grid, *notes)
 
 

@@ -1,7 +1,7 @@
 """Turn the records of ``benchmarks/results/`` into ``benchmarks/RESULTS.md`` and growth curves.
 
-Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py``, ``spread.py`` and
-``end_to_end.py``.
+Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py``, ``spread.py``,
+``positions.py`` and ``end_to_end.py``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     sections += [spread(each) for name, each in found.items() if name.startswith("spread-")]
     sections += [whole_run(each) for name, each in found.items() if name.startswith("end-to-end-")]
     sections += [bridge(each) for name, each in found.items() if name.startswith("bridge-")]
+    sections += [positions(each) for name, each in found.items() if name.startswith("positions-")]
     (HERE / "RESULTS.md").write_text("\n".join([INTRODUCTION, *sections]))
     for name, record in records.items():
         if "growth" in record:
@@ -205,6 +206,29 @@ def bridge(record: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def positions(record: dict[str, Any]) -> str:
+    """Rows of several tokens beside rows of one."""
+    points = record["points"]
+    sizes = sorted({point["size"] for point in points})
+    lines = [
+        f"## More tokens: {record['case']}",
+        "",
+        f"{record['what']}; rows of the grid, relative to the decision token alone, and seconds; "
+        "beside them the clean pass, check included, likewise.",
+        "",
+        origin(record),
+        "",
+        "| | " + " | ".join(str(size) for size in sizes) + " |",
+        "|---|" + "---:|" * len(sizes),
+    ]
+    for axis in dict.fromkeys(point["axis"] for point in points):
+        some = [point for point in points if point["axis"] == axis]
+        for label, key in (("rows", "rows_seconds"), ("clean pass", "clean_pass_seconds")):
+            cells = (f"{p[key] / some[0][key]:.2g}x, {p[key]:.3g} s" for p in some)
+            lines.append(f"| {axis}: {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def spread(record: dict[str, Any]) -> str:

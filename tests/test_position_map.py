@@ -317,6 +317,7 @@ class HuggingFacePair:
         self.n_heads = self.models["base"].config.num_attention_heads
 
     def projection(self, side):
+        """The output projection of the layer, whose input the heads are."""
         (found,) = (
             module
             for name, module in self.models[side].named_modules()

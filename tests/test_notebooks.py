@@ -40,9 +40,9 @@ def dotted(node: ast.AST) -> list[str]:
     return [*inner, node.attr] if inner else []
 
 
-def test_the_seven_notebooks_are_there():
-    """Quickstart, ranking, coverage, layers, your own pair, planted truth, one head."""
-    assert [script.name[0] for script in SCRIPTS] == list("1234567")
+def test_the_eight_notebooks_are_there():
+    """Quickstart, ranking, coverage, layers, own pair, planted truth, one head, answers."""
+    assert [script.name[0] for script in SCRIPTS] == list("12345678")
 
 
 @each_notebook

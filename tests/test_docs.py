@@ -35,11 +35,11 @@ def site(tmp_path_factory):
 
 
 def test_every_room_has_its_page(site):
-    """Home, seven tutorials, how-tos, method, a reference page per room, and the FAQ."""
+    """Home, eight tutorials, how-tos, method, a reference page per room, and the FAQ."""
     pages = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     rooms = ("running", "models", "patching", "results", "analysis", "figures", "validation")
     assert {f"reference/{room}.html" for room in (*rooms, "index", "command-line")} <= pages
-    assert sum(page.startswith("tutorial/") for page in pages) == 7
+    assert sum(page.startswith("tutorial/") for page in pages) == 8
     assert {"index.html", "method.html", "faq.html", "figures/index.html"} <= pages
 
 

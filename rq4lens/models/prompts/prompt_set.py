@@ -359,6 +359,19 @@ class TokenizedPrompts:
         """How many tokens of a prompt are patched, at most."""
         return max(map(len, self.spots), default=1)
 
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Of each prompt the number of tokens from the first patched one on, and of those compared.
+
+        The first of them is the first compared one where that comes before.
+        """
+        sizes = []
+        for row, read in enumerate(self.token_ids):
+            n_tokens, n_answer = len(read), self.answered(row)
+            spots = [spot for spot in self.spots[row] if spot >= 0] if self.spots else []
+            sizes.append((max(n_tokens - min(spots, default=n_tokens), n_answer), n_answer))
+        return sizes
+
     def some(self, rows: Sequence[int]) -> TokenizedPrompts:
         """Some of the prompts, in the order of their places."""
         every = {each.name: getattr(self, each.name) for each in fields(self)}

@@ -160,9 +160,8 @@ class MemoryPlan:
         batch_size: int = 32,
         max_bytes: int | None = None,
         rows_copy_keys: bool = False,
-        window: tuple[int, int] = (1, 1),
     ) -> MemoryPlan:
-        """Divide a memory budget; ``window`` is a row's positions, and those with logits."""
+        """Divide a memory budget."""
         devices = placement.devices
         if max_bytes is None:
             max_bytes = min(default_budget_bytes(device) for device in devices)
@@ -175,8 +174,8 @@ class MemoryPlan:
         # A pass through the model's own cache ends with logits everywhere.
         vocab = cfg.d_vocab_out if rows_copy_keys else 0
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
-        in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, window) + keys * rows_copy_keys
-        rows = RowBudget(left, in_row)
+        in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, max(prompts.windows))
+        rows = RowBudget(left, in_row + keys * rows_copy_keys)
         passes.max_rows = min(passes.max_rows, batch_size)
         if shares_memory:
             rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
@@ -206,6 +205,8 @@ def bytes_per_row(
     cfg: ModelConfig, n_pos: int, vocab: int, window: tuple[int, int] = (1, 1)
 ) -> int:
     """Memory of one row at its widest point, estimated from above.
+
+    ``window`` is how many positions it has, and at how many of them it has logits.
 
     The three wide points are not reached together: attention (queries, scores and their copies),
     the MLP, and the vocabulary (logits, and their differences in float32 or better).

@@ -229,7 +229,6 @@ class RowEngine(ABC):
             batch_size=(place or Place()).batch_size,
             max_bytes=max_bytes,
             rows_copy_keys=self.rows_copy_keys,
-            window=(self.window.n_positions, self.window.n_answer),
         )
         self._clean: list[CleanBatch] = []
 

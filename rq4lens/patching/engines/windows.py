@@ -46,7 +46,7 @@ class Window:
     @classmethod
     def of(cls, prompts: TokenizedPrompts) -> Window:
         """The window of prompts that all need the same."""
-        (size,) = set(window_sizes(prompts))
+        (size,) = set(prompts.windows)
         n_positions, n_answer = size
         spots = torch.tensor(prompts.spots)
         first = prompts.lengths[:, None] - n_positions
@@ -90,20 +90,10 @@ class Window:
         return found.masked_fill(~there.reshape(*there.shape, *(1,) * (found.ndim - 2)), 0)
 
 
-def window_sizes(prompts: TokenizedPrompts) -> list[tuple[int, int]]:
-    """How many last tokens of each prompt are run anew, and how many of an answer are compared."""
-    sizes = []
-    for row, (tokens, spots) in enumerate(zip(prompts.token_ids, prompts.spots, strict=True)):
-        n_answer = prompts.answered(row)
-        first = min((spot for spot in spots if spot >= 0), default=len(tokens))
-        sizes.append((len(tokens) - min(first, len(tokens) - n_answer), n_answer))
-    return sizes
-
-
 def by_window(prompts: TokenizedPrompts, make: Callable[[TokenizedPrompts], Engine]) -> Engine:
     """One engine for prompts that need the same window, else an engine for each window."""
     rows: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(window_sizes(prompts)):
+    for row, size in enumerate(prompts.windows):
         rows.setdefault(size, []).append(row)
     if len(rows) == 1:
         return make(prompts)

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformer_lens import patching
 
 from rq4lens.config import Place
-from rq4lens.patching.activations import device_of, forward_batch, z_site
+from rq4lens.models.load.lens import z_site
 from rq4lens.patching.engines.hooks import HookEngine
+from rq4lens.patching.passes import device_of, forward_batch
 from rq4lens.patching.patch import Sources, next_token_effects
 
 Timer = Callable[[Callable[[], object]], float]

@@ -33,9 +33,10 @@ from engine import RESULTS, timer
 
 from rq4lens.config import Place
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import capture_z, forward_batch
+from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import Sources
 
 PROMPTS_OF_A_BATCH = 32

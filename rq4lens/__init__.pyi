@@ -37,6 +37,7 @@ from .patching.grid import measure_grid as measure_grid
 from .patching.grid import run_grid as run_grid
 from .patching.grid import run_sweep as run_sweep
 from .patching.maps.fitting import fit_maps as fit_maps
+from .patching.metrics import Metric as Metric
 from .patching.patched import patch as patch
 from .results import ConditionResult as ConditionResult
 from .results import GridResult as GridResult

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -116,6 +117,10 @@ class Reading(Settings):
             answer, ``"marker"`` at the last character of a marker's last occurrence, ``"offset"``
             at the character that the prompt names.
         marker: the marker of prompts that name none.
+        positions: ``"decision"`` patches the decision token, and the ``k_positions - 1`` before it;
+            ``"-4..-1"`` such a range of the tokens up to it, which is -1; ``"subject"`` the tokens
+            of each prompt's ``subject``; ``"all"`` every token up to it but the BOS.
+        answer_tokens: how many tokens of the answer are compared, each at the token before it.
 
     Raises:
         UserError: if a value is not allowed, or a marker is given that no rule looks for.
@@ -135,6 +140,24 @@ class Reading(Settings):
     hold_out: str = setting(
         "content", "field that says what a prompt is about; maps are tried without it"
     )
+    positions: str = setting(
+        "decision", "patched tokens: decision, a range as -4..-1, subject of each prompt, or all"
+    )
+    answer_tokens: int = setting(1, "how many tokens of the answer are compared", ge=1)
+
+    @field_validator("positions", mode="after")
+    @classmethod
+    def _positions_exist(cls, value: str) -> str:
+        if value not in ("decision", "subject", "all") and _last_tokens(value) is None:
+            raise ValueError(
+                "allowed are decision, subject, all, or a range that ends at -1 or before"
+            )
+        return value
+
+    @property
+    def last_tokens(self) -> tuple[int, int] | None:
+        """The first and the last of a range of patched tokens; None where it is no range."""
+        return _last_tokens(self.positions)
 
     @model_validator(mode="after")
     def _marker_has_its_rule(self) -> Reading:
@@ -150,11 +173,40 @@ class Reading(Settings):
     @property
     def label(self) -> str:
         """The rule in a few words, with everything that can change a token."""
-        rule = self.decision_rule if self.marker is None else f"marker {self.marker!r}"
-        return rule if self.max_tokens is None else f"{rule}, last {self.max_tokens} tokens"
+        said = [self.decision_rule if self.marker is None else f"marker {self.marker!r}"]
+        if self.max_tokens is not None:
+            said.append(f"last {self.max_tokens} tokens")
+        if self.positions != "decision":
+            said.append(f"patched at {self.positions}")
+        if self.answer_tokens > 1:
+            said.append(f"{self.answer_tokens} answer tokens")
+        return ", ".join(said)
 
 
-RankBy = Literal["delta", "drop_pct", "kl_raw", "to_base", "to_tuned"]
+def _last_tokens(positions: str) -> tuple[int, int] | None:
+    """A range of places counted from the end, as ``"-4..-1"``, if it is one."""
+    found = re.fullmatch(r"-(\d{1,6})\.\.-(\d{1,6})", positions)
+    if found is None:
+        return None
+    first, last = (-int(each) for each in found.groups())
+    return (first, last) if first <= last < 0 else None
+
+
+def refuse_two_places(reading: Reading, k_positions: int) -> None:
+    """Refuse patched tokens that are named twice.
+
+    Raises:
+        UserError: if both ``positions`` and ``k_positions`` name some.
+    """
+    if k_positions > 1 and reading.positions != "decision":
+        raise UserError(
+            f"positions {reading.positions!r} and k_positions {k_positions} both say which tokens "
+            f"are patched: leave one out; the last {k_positions} are -{k_positions}..-1."
+        )
+
+
+RankBy = Literal["delta", "drop_pct", "kl_raw", "to_base", "to_tuned", "metric", "metric_to_tuned"]
+MetricName = Literal["kl", "answer_logprob", "logit_difference", "accuracy"]
 MapKind = Literal[
     "identity", "mean_shift", "moments", "procrustes", "procrustes_scaled", "ridge", "low_rank"
 ]
@@ -167,6 +219,11 @@ class Patching(Settings):
 
     Attributes:
         map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
+        metric: what is measured beside the divergence: ``"kl"`` nothing; ``"answer_logprob"`` the
+            log-probability of the answer, which is the tuned model's own where a prompt gives none;
+            ``"logit_difference"`` that of answer and foil; ``"accuracy"`` whether the answer lies
+            above the foil. With another than ``"kl"`` heads are ranked by it unless ``rank_by``
+            says otherwise. ``"own:NAME"`` stands for a :class:`rq4lens.Metric`.
         raw_baseline: what the raw patch inserts: ``"identity"`` base z itself, ``"moments"`` base
             z matched in mean and spread (fitted on train).
 
@@ -190,6 +247,25 @@ class Patching(Settings):
         "identity", "raw patch: base z itself, or matched in mean and spread"
     )
     kl_direction: KLDirection = setting("patched||clean", "which way the divergence is taken")
+    metric: MetricName | Annotated[str, Field(pattern="^own:.")] = setting(
+        "kl", "what is measured of the answer beside the divergence, and ranks heads"
+    )
+
+    @model_validator(mode="after")
+    def _metric_ranks(self) -> Patching:
+        if self.metric != "kl" and "rank_by" not in self.model_fields_set:
+            self.__dict__["rank_by"] = "metric"
+        if self.metric == "kl" and self.rank_by.startswith("metric"):
+            raise UserError(
+                f"rank_by {self.rank_by!r} has no metric to rank by: choose one with --metric, or "
+                "rank by delta or to_base."
+            )
+        return self
+
+    @property
+    def of_divergence(self) -> Patching:
+        """The same without a metric, for prompts that nothing else is asked of."""
+        return self if self.metric == "kl" else self.but(metric="kl", rank_by="delta")
 
     @field_validator("k", "random_seeds", mode="after")
     @classmethod
@@ -280,6 +356,10 @@ class RunConfig(BaseModel):
     patching: Patching = Field(default_factory=Patching)
     place: Place = Field(default_factory=Place)
     effort: Effort = Field(default_factory=Effort)
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        refuse_two_places(self.reading, self.patching.k_positions)
 
     def flat(self, *, defaults: bool = False) -> dict[str, Any]:
         """What was set, by the keys of a TOML file, as plain JSON values; or every setting."""

@@ -146,6 +146,9 @@ class GridSettings:
         return first == second
 
 
+METRIC_UNITS = {"answer_logprob": " nats", "logit_difference": " nats"}
+"""The units of metrics that have one, behind a number."""
+
 OWN, OTHERS = 1, 2
 """The most likely token is that of the clean patched model, of the other model."""
 
@@ -160,14 +163,25 @@ class PatchRow(NamedTuple):
         gap_left_nats: ``KL(p_other || p_patched)``: how far it still is from the other model.
         answer_is: 1 where its most likely token is its own clean one, plus 2 where it is the other
             model's.
+        metric: the patched model's value of the metric, in its unit.
+        kl_by_token_nats: ``kl_nats`` of each token of the answer, NaN behind the end of shorter
+            ones; None where one token is compared.
 
-    The last two are None where there was no other model.
+    Gap and answer are None where there was no other model. Of an answer of several tokens they and
+    the first two are those of all of it.
     """
 
     kl_nats: Float64[ndarray, "prompt"]
     answer_logprob_change_nats: Float64[ndarray, "prompt"]
     gap_left_nats: Float64[ndarray, "prompt"] | None = None
     answer_is: Float64[ndarray, "prompt"] | None = None
+    metric: Float64[ndarray, "prompt"] | None = None
+    kl_by_token_nats: Float64[ndarray, "prompt token"] | None = None
+
+    @property
+    def measures(self) -> dict[str, Float64[ndarray, "prompt *token"]]:
+        """Those that were measured, by name."""
+        return {name: each for name, each in self._asdict().items() if each is not None}
 
 
 class Compared(NamedTuple):
@@ -202,7 +216,7 @@ class Transfer(NamedTuple):
     into_tuned: PatchRow
     into_base: PatchRow
 
-    def left_nats(self, direction: str) -> Float64[ndarray, "prompt"]:
+    def left_nats(self, direction: RankBy) -> Float64[ndarray, "prompt"]:
         """What is left of the gap in one direction, ``"to_base"`` or ``"to_tuned"``."""
         left = getattr(self, TRANSFERS[direction]).gap_left_nats
         return np.asarray(left)
@@ -513,11 +527,12 @@ def rank_conditions(
     """Rank the heads of one layer from their single-head conditions."""
     singles = [conditions[f"head{head}"] for head in range(n_heads)]
     whole, part = kl_nats_of(singles)
-    if rank_by in TRANSFERS:
+    by_transfer = rank_by in TRANSFERS or rank_by in METRIC_TRANSFERS
+    if by_transfer:
         whole, part = gaps_of(conditions["none"], singles, rank_by)
-    alpha = 1.0 if rank_by in TRANSFERS else singles[0].alpha
+    alpha = 1.0 if by_transfer else singles[0].alpha
     ranking = rank_single_heads(whole, part, rank_by, layer=singles[0].layer, alpha=alpha)
-    return replace(ranking, settings={"metric": "kl"})
+    return replace(ranking, settings={} if rank_by in METRIC_TRANSFERS else {"metric": "kl"})
 
 
 def kl_nats_of(
@@ -529,26 +544,54 @@ def kl_nats_of(
 
 
 def gaps_of(
-    nothing: ConditionResult, conditions: Sequence[ConditionResult], direction: str
+    nothing: ConditionResult, conditions: Sequence[ConditionResult], direction: RankBy
 ) -> Float64[ndarray, "when condition prompt"]:
     """The gap between the models, and what conditions leave of it, on each prompt.
 
     Args:
         nothing: the condition that patches nothing.
         conditions: the conditions.
-        direction: ``"to_base"`` or ``"to_tuned"``.
+        direction: one of ``TRANSFERS``, or of ``METRIC_TRANSFERS``: then the gap is the difference
+            of the metric, counted so that its mean is not negative.
     """
     missing = [each.cond for each in (nothing, *conditions) if each.transfer is None]
-    if missing:
+    if missing or nothing.transfer is None:
         raise UserError(f"transfer of {missing[0]} was not measured: rank by delta or kl_raw.")
+    clean = nothing.transfer
     before, *left = (
-        each.transfer.left_nats(direction) for each in (nothing, *conditions) if each.transfer
+        left_of(clean, each.transfer, direction) for each in (nothing, *conditions) if each.transfer
     )
-    return np.array([[before] * len(left), left])
+    return np.array([[before] * len(left), left]) * sign_of(before)
 
 
-TRANSFERS = {"to_base": "into_tuned", "to_tuned": "into_base"}
+def sign_of(gap: Float64[ndarray, "prompt"]) -> int:
+    """1, or -1 where a gap is negative on average: a metric may be higher of either model."""
+    return -1 if gap.mean() < 0 else 1
+
+
+def left_of(clean: Transfer, patched: Transfer, direction: RankBy) -> Float64[ndarray, "prompt"]:
+    """What a patched model still lies away from the other, by divergence or by the metric.
+
+    Args:
+        clean: both models with nothing patched.
+        patched: both with some heads patched.
+        direction: see :func:`gaps_of`.
+    """
+    if direction in TRANSFERS:
+        return patched.left_nats(direction)
+    into = METRIC_TRANSFERS[direction]
+    other = "into_base" if into == "into_tuned" else "into_tuned"
+    here, there = getattr(patched, into).metric, getattr(clean, other).metric
+    if here is None or there is None:
+        raise UserError("no metric was measured: choose one with --metric, or rank by to_base.")
+    return np.asarray(here - there)
+
+
+TRANSFERS: dict[RankBy, str] = {"to_base": "into_tuned", "to_tuned": "into_base"}
 """The directions of transfer, and which patch each is read from."""
+
+METRIC_TRANSFERS: dict[RankBy, str] = {"metric": "into_tuned", "metric_to_tuned": "into_base"}
+"""The same by the metric: how far it goes from its value of one model to that of the other."""
 
 
 def rank_single_heads(
@@ -563,7 +606,7 @@ def rank_single_heads(
 
     ``whole`` and ``part`` are ``KL_raw`` and ``KL_mapped``: the score is their difference ``ΔKL``
     by ``"delta"``, its share of ``KL_raw`` by ``"drop_pct"`` and ``KL_raw`` itself by ``"kl_raw"``.
-    By ``"to_base"`` and ``"to_tuned"`` they are the gap and what is left of it.
+    By ``"to_base"``, ``"to_tuned"`` and ``"metric"`` they are the gap and what is left of it.
     """
     delta_nats = whole_nats - part_nats
     scores = single_scores(whole_nats.mean(-1), delta_nats.mean(-1), rank_by)

@@ -39,8 +39,9 @@ from rq4lens.jobs.head import heads_that_matter, read_cards
 from rq4lens.jobs.pages import write_report_of
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import capture_z, forward_batch
+from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.hooks import patched_heads
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import Patch, Sources
 from rq4lens.screen.card import card_text
 from rq4lens.validation.planting import Planting, plant

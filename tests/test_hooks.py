@@ -8,8 +8,10 @@ from tiny import ALPHA, MAIN, TINY_HEADS, TINY_LAYERS, TINY_WIDTH, prepared
 from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.activations import capture_z, forward_batch, patched_positions, z_site
+from rq4lens.models.load.lens import z_site
+from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import (
     Patch,
     Sources,
@@ -119,17 +121,17 @@ def test_patches_nest(model, batch):
 @pytest.mark.parametrize("k_positions", [1, 3])
 def test_only_the_named_heads_and_positions_change(model, prompts, padding_side, k_positions):
     """`z'` is the blend at the heads and last positions of the patch, and `z` everywhere else."""
-    (batch,) = prompts.batches(64, padding_side)
+    (batch,) = prompts.placed(k_positions).batches(64, padding_side)
     values = sources(positions=k_positions)
     seen = []
     look = [(z_site(MAIN), watching(seen))]
     with model.hooks(fwd_hooks=look):
         forward_batch(model, batch)
-    with patched_heads(model, PATCH, values, batch, k_positions), model.hooks(fwd_hooks=look):
+    with patched_heads(model, PATCH, values, batch), model.hooks(fwd_hooks=look):
         forward_batch(model, batch)
     (_, before), (_, after) = seen
     expected = before.clone()
-    for row, positions in enumerate(patched_positions(batch, k_positions)):
+    for row, positions in enumerate(batch.patched.at):
         for index, position in enumerate(positions):
             source = values[MAIN, "raw"][batch.rows[row], index, 1]
             old = before[row, position, 1]
@@ -319,7 +321,7 @@ def test_what_is_looked_at_is_what_is_measured(tiny_pair, tiny_maps, prompts, re
     experiment = prepared(tiny_pair, tiny_maps)
     heads = HeadSet.of([0, 2], TINY_HEADS)
     expected = experiment.effects([Patch(MAIN, heads, ALPHA, source)]).kl_nats[0]
-    clean = HookEngine(tiny_pair.tuned.model, prompts).clean_log_probs()
+    clean = HookEngine(tiny_pair.tuned.model, prompts).clean_log_probs()[:, 0]
     with patch(experiment if ready else tiny_pair, MAIN, "0,2", ALPHA, source) as patched:
         kl_nats, _ = next_token_effects(patched.logits(), clean)
         assert patched.prompts.ids == prompts.ids

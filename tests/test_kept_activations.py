@@ -148,7 +148,7 @@ def test_a_ranking_and_a_single_patch_share_the_folder(again, tmp_path, job, mon
     read = []
 
     def capturing(*arguments, **settings):
-        read.append(arguments[3])
+        read.append(arguments[2])
         return capture(*arguments, **settings)
 
     capture = activations.capture

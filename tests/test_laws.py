@@ -33,10 +33,11 @@ from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.lens import HAS_HOOKED, HookedTransformer, HookedTransformerConfig
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenizedPrompts
-from rq4lens.patching.activations import PairActivations, forward_batch
+from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import MAPPED, RAW, SELF, Patch, Sources
 from rq4lens.validation.planting import Planting, plant
 

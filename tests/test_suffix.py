@@ -31,7 +31,7 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import TransformerBridge
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import capture_z, forward_batch
+from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines import block_row, memory
 from rq4lens.patching.engines import row_engine as row_engine_module
 from rq4lens.patching.engines.cached import CachedEngine
@@ -40,6 +40,7 @@ from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.engines.layout import fused_norms, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, RowBudget
 from rq4lens.patching.engines.suffix import SuffixEngine
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import (
     Effects,
     OtherModel,
@@ -102,7 +103,7 @@ def beside_and_written(n_prompts: int, shared: torch.Tensor | None) -> tuple[Any
     """Another model's answers, sources with a `W_O` of their own, and patches of both."""
     draw = torch.Generator().manual_seed(5)
     n_tokens = VOCAB if shared is None else len(shared)
-    other = OtherModel(torch.randn(n_prompts, n_tokens, generator=draw).log_softmax(-1), shared)
+    other = OtherModel(torch.randn(n_prompts, 1, n_tokens, generator=draw).log_softmax(-1), shared)
     sources, W_O = random_sources(n_prompts), torch.randn(N_HEADS, D_HEAD, 32, generator=draw)
     sources.made["output"] = lambda layer: sources[layer, "raw"]
     sources.W_O["output"] = lambda _layer: W_O
@@ -122,7 +123,7 @@ def test_the_other_model_and_its_outputs_equal_native_hooks(engine, shared, mode
         (each.every_layer("raw", sources, other) for each in (hooks, fast)),
     ):
         assert len(expected.measures) == 4
-        for one, two in zip(expected.measures, found.measures, strict=True):
+        for one, two in zip(expected.rows, found.rows, strict=True):
             np.testing.assert_allclose(two, one, atol=TOLERANCE_NATS)
     assert torch.allclose(hooks.clean_log_probs(), fast.clean_log_probs(), atol=TOLERANCE_NATS)
     assert torch.allclose(hooks.clean_z(0), fast.clean_z(0), atol=TOLERANCE_NATS)

@@ -31,12 +31,26 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.effects.transfer import effective_number, gap_of
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
+from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps
-from rq4lens.patching.patch import CONSTANT, MAPPED, OTHERS, OUTPUT, OWN, RAW, SHIFTED
+from rq4lens.patching.metrics import Metric
+from rq4lens.patching.patch import (
+    BASE,
+    CONSTANT,
+    MAPPED,
+    OTHERS,
+    OUTPUT,
+    OWN,
+    RAW,
+    SHIFTED,
+    TUNED,
+    Patch,
+)
 
 LAST = TINY_LAYERS - 1
 TRANSFERS = ("to_base_pct", "to_tuned_pct")
@@ -481,3 +495,23 @@ def test_a_real_pairs_gap_and_what_every_layer_carries(real):
     assert round(found.tuned_nats.value, 3) == 0.775
     assert round(found.every_layer_to_base_pct.value, 1) == 45.4
     assert round(found.every_layer_to_tuned_pct.value, 1) == 25.4
+
+
+def test_a_metric_is_that_of_plain_models(on_disk):
+    """Its value in both directions, of some heads and of a layer: Hugging Face models agree."""
+    pair, plain = on_disk
+    one, other = 3, 11
+
+    def margin(logits, clean_logits, answer, foil):  # noqa: ARG001
+        return logits[:, 0, one] - logits[:, 0, other]
+
+    experiment = prepare(pair, fit_maps(pair, [MAIN]), metric=Metric("margin", margin))
+    for here, there, source in (("tuned", "base", BASE), ("base", "tuned", TUNED)):
+        patches = [Patch(MAIN, HeadSet.of(heads, 8), 1.0, source) for heads in ((), *SETS)]
+        found = experiment.effects(patches).metric
+        for number, tokens in enumerate(plain.prompts["val"]):
+            z = plain.run(there, tokens)[1][MAIN]
+            for at, heads in enumerate(((), *SETS)):
+                log_probs, _ = plain.run(here, tokens, {MAIN: plain.put(heads, z)})
+                expected = float(log_probs[one] - log_probs[other])
+                assert found[at, number] == pytest.approx(expected, abs=1e-5)

@@ -18,7 +18,8 @@ from rq4lens.analysis.coverage.cross_fitted import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.transfer import gap_of, layer_transfer
+from rq4lens.analysis.effects.metric import metric_full_effect, metric_summary
+from rq4lens.analysis.effects.transfer import gap_effect, gap_of, layer_transfer
 from rq4lens.analysis.rankings import compared
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
@@ -52,9 +53,7 @@ from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.measured import Indices, MeasuresPatches
 from rq4lens.patching.noise import NoiseEffects
 from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, RAW, SHIFTED, Progress
-from rq4lens.results import GridResult, HeadRanking
-
-DIRECTIONS: tuple[RankBy, RankBy] = ("to_base", "to_tuned")
+from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, HeadRanking
 
 LADDER = (CONSTANT, BASE, SHIFTED, MAPPED, HELD_OUT, OUTPUT)
 
@@ -139,6 +138,7 @@ class _Work:
             settings=self.settings,
             gap=self.gap,
             transfer=layer_transfer(self.grid, self.gap, self.layer.bootstrap),
+            metric=metric_summary(self.grid, self.layer.bootstrap),
             directions=self.directions,
             ladders=self.ladders,
             neutral=self.neutral_ladder,
@@ -282,10 +282,14 @@ class _Work:
         """The coverage table of each direction of transfer, on the sizes of the run."""
         if not self.can_measure or self.layer.gap_nats is None:
             return ()
-        return tuple(self._direction(each) for each in DIRECTIONS)
+        floor, bootstrap = self.layer.full.noise_floor_nats, self.layer.bootstrap
+        wholes = {name: gap_effect(self.gap, name, floor) for name in TRANSFERS}
+        if self.grid.settings.patching.metric != "kl":
+            wholes |= dict.fromkeys(METRIC_TRANSFERS, metric_full_effect(self.grid, bootstrap))
+        return tuple(self._direction(*each) for each in wholes.items())
 
-    def _direction(self, direction: RankBy) -> records.DirectionCoverage:
-        layer = self.layer.transfer(direction, self.gap)
+    def _direction(self, direction: RankBy, whole: records.FullEffect) -> records.DirectionCoverage:
+        layer = self.layer.transfer(direction, whole)
         inputs = replace(
             self.inputs,
             layer=layer,

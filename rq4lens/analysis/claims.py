@@ -382,3 +382,22 @@ def _labels(analysis: Analysis, heads: Sequence[int]) -> str:
 def _is_above(estimate: Estimate) -> bool:
     """Whether the whole interval lies above 0."""
     return estimate.interval is not None and estimate.interval.low > 0
+
+
+def metric_sentences(analysis: Analysis) -> tuple[str, ...]:
+    """The metric in both models, and what the layer's heads carry of its difference."""
+    found, layer = analysis.metric, analysis.settings.grid.layer
+    if found is None:
+        return ()
+    unit = found.unit
+    clean = f"{found.name} is {found.base:.3g}{unit} in base and {found.tuned:.3g}{unit} in tuned"
+    if found.undefined_because is not None:
+        return (f"{clean}; shares of the difference are undefined: {found.undefined_because}.",)
+    heads = [each.value or 0.0 for each in found.heads_to_base_pct]
+    best = heads.index(max(heads))
+    return (
+        f"{clean}. Of the difference the heads of layer {layer} undo {found.to_base_pct:.1f%} and "
+        f"give base {found.to_tuned_pct:.1f%}, all heads of all layers "
+        f"{found.every_layer_to_base_pct:.1f%} and {found.every_layer_to_tuned_pct:.1f%}; "
+        f"{Head(layer, best).label} alone undoes {found.heads_to_base_pct[best]:.1f%}.",
+    )

@@ -20,7 +20,26 @@ from rq4lens.results import NO_RAW_EFFECT, Record
 
 NO_ANSWER_COVERAGE = undefined("it was not measured")
 NOT_ASKED = undefined("it is asked of heads that changed alone")
+NO_METRIC = "the divergence alone was measured: no metric was asked for"
 NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
+
+
+@dataclass(frozen=True)
+class MetricEffect:
+    """What a condition does to the metric of the answer.
+
+    Args:
+        raw_change: of the tuned model with the raw patch, less that of the clean one.
+        mapped_change: with the mapped patch.
+        to_base_pct: how far base's activations, at strength 1, take the tuned model's metric to
+            that of base.
+        to_tuned_pct: how far tuned activations, at strength 1, take base's to that of tuned.
+    """
+
+    raw_change: Estimate
+    mapped_change: Estimate
+    to_base_pct: Estimate
+    to_tuned_pct: Estimate
 
 
 @dataclass(frozen=True)
@@ -50,9 +69,13 @@ class ConditionRecord(Record):
         flipped_pct: share of prompts whose most likely token base's activations change.
         as_base_pct: of the prompts on which base and tuned have different most likely tokens, the
             share on which the patched tuned model has that of base.
+        metric: what it does to the metric of the answer; None where none was measured.
     """
 
-    BECAUSE: ClassVar[Mapping[str, str]] = {"layer": "all layers are patched at once"}
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "layer": "all layers are patched at once",
+        "metric": NO_METRIC,
+    }
 
     layer: int | None
     hook: str
@@ -75,6 +98,17 @@ class ConditionRecord(Record):
     gap_tuned_nats: Estimate
     flipped_pct: Estimate
     as_base_pct: Estimate
+    metric: MetricEffect | None
+
+    @property
+    def metric_pct(self) -> Estimate:
+        """How far the metric goes to base."""
+        return undefined(NO_METRIC) if self.metric is None else self.metric.to_base_pct
+
+    @property
+    def metric_to_tuned_pct(self) -> Estimate:
+        """How far the metric goes to tuned."""
+        return undefined(NO_METRIC) if self.metric is None else self.metric.to_tuned_pct
 
 
 @dataclass(frozen=True)
@@ -124,6 +158,48 @@ class LayerTransfer(Record):
 
     BECAUSE: ClassVar[Mapping[str, str]] = {"n_eff": "its heads carry nothing on any prompt"}
 
+    to_base_pct: Estimate
+    to_tuned_pct: Estimate
+    heads_to_base_pct: tuple[Estimate, ...]
+    heads_to_tuned_pct: tuple[Estimate, ...]
+    n_eff: float | None
+
+
+@dataclass(frozen=True)
+class MetricSummary(Record):
+    """The metric of the answer in both models, and what the heads of one layer carry of it.
+
+    Args:
+        name: the metric.
+        unit: its unit, as it stands behind a number.
+        base: its mean over prompts, of the clean base model.
+        tuned: of the clean tuned model.
+        difference: tuned less base, what shares are taken of.
+        noise: what patching nothing changes of it.
+        undefined_because: why nothing is a share of the difference; None when shares are defined.
+        every_layer_to_base_pct: how far all heads of all layers take tuned's metric to base's.
+        every_layer_to_tuned_pct: how far they take base's to tuned's.
+        to_base_pct: the same of all heads of the layer.
+        to_tuned_pct: the other way.
+        heads_to_base_pct: of each head alone, in head order.
+        heads_to_tuned_pct: the other way.
+        n_eff: how many prompts carry the effect of all its heads, ``(Σ d)² / Σ d²``.
+    """
+
+    BECAUSE: ClassVar[Mapping[str, str]] = {
+        "undefined_because": "shares of the difference are defined",
+        "n_eff": "its heads carry nothing on any prompt",
+    }
+
+    name: str
+    unit: str
+    base: Estimate
+    tuned: Estimate
+    difference: Estimate
+    noise: float
+    undefined_because: str | None
+    every_layer_to_base_pct: Estimate
+    every_layer_to_tuned_pct: Estimate
     to_base_pct: Estimate
     to_tuned_pct: Estimate
     heads_to_base_pct: tuple[Estimate, ...]
@@ -613,7 +689,8 @@ class DirectionCoverage(Listed):
     """What the top k heads carry of the gap in one direction, beside random heads.
 
     Args:
-        direction: ``"to_base"`` or ``"to_tuned"``.
+        direction: ``"to_base"`` or ``"to_tuned"``; of the metric ``"metric"``, to base, or
+            ``"metric_to_tuned"``.
         full: the gap, of which everything is a share.
         coverage: a row a k.
         curves: the curve of the ranking by this direction, and the cross-fitted one.

@@ -72,6 +72,7 @@ class Analysis(Listed, Record):
         settings: how it was made.
         gap: how far apart the models are, and what all heads of all layers carry of that.
         transfer: what the heads of the layer carry, together and one by one.
+        metric: the metric of the answer, and what the heads of the layer carry of it.
         directions: top k heads beside random ones in both directions of transfer.
         ladders: what stands in for heads, at strength 1 and at the run's own.
         neutral: the ladder at strength 1 on neutral prompts.
@@ -105,6 +106,7 @@ class Analysis(Listed, Record):
         "interactions": records.NOT_MEASURED,
         "neutral": records.NOT_MEASURED,
         "noise": records.NOT_MEASURED,
+        "metric": records.NO_METRIC,
         "weight_cosine": "the models were not compared weight by weight",
         "control_layer": NO_CONTROL_LAYER,
         "alignment": (
@@ -115,6 +117,7 @@ class Analysis(Listed, Record):
     settings: AnalysisSettings
     gap: records.Gap
     transfer: records.LayerTransfer
+    metric: records.MetricSummary | None
     directions: tuple[records.DirectionCoverage, ...]
     ladders: tuple[records.Ladder, ...]
     neutral: records.Ladder | None

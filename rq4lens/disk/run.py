@@ -61,10 +61,12 @@ MEASURES = {
     "answer_logprob_change": "answer_logprob_change_nats",
     "gap_left": "gap_left_nats",
     "answer_is": "answer_is",
+    "metric": "metric",
+    "kl_by_token": "kl_by_token_nats",
 }
 """Columns of the table of every prompt's own numbers, and the fields that they hold."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files; stands in ``run.json``."""
 
 MAX_HEADS = 10_000
@@ -136,7 +138,7 @@ def _rows(
 ) -> pd.DataFrame:
     prompts = {"prompt_id": grid.prompt_ids, "group": grid.groups}
     measures = {column: getattr(row, name) for column, name in MEASURES.items()}
-    measured = {column: values for column, values in measures.items() if values is not None}
+    measured = {column: list(values) for column, values in measures.items() if values is not None}
     return pd.DataFrame({**prompts, **about, "alpha": alpha, "kind": kind, **measured})
 
 
@@ -196,8 +198,9 @@ def _patch_row(rows: pd.DataFrame, kind: str, ids: Collection[str]) -> PatchRow:
     # What was not measured of any prompt is a column of nulls beside what was.
     there = {name: own[column] for column, name in MEASURES.items() if column in own}
     measured = {name: each for name, each in there.items() if each.notna().any()}
-    numbers = {name: each.to_numpy(dtype=np.float64) for name, each in measured.items()}
-    if len(own) != len(ids) or not all(np.isfinite(each).all() for each in numbers.values()):
+    numbers = {name: np.array(each.tolist(), dtype=np.float64) for name, each in measured.items()}
+    whole = (each for each in numbers.values() if each.ndim == 1)
+    if len(own) != len(ids) or not all(np.isfinite(each).all() for each in whole):
         cond = rows.iloc[0]["cond"]
         raise ValueError(f"{kind} of {cond!r} has repeated prompts or numbers that are not finite")
     return PatchRow(**numbers)

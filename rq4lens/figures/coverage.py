@@ -36,6 +36,8 @@ AXIS = "coverage (% of ΔKL of all heads)"
 VIEWS = {
     "to_base": ("undoes", "undoes of the gap, at strength 1 (%)"),
     "to_tuned": ("gives base", "gives base, at strength 1 (%)"),
+    "metric": ("metric", "undoes of the metric's difference, at strength 1 (%)"),
+    "metric_to_tuned": ("metric, to tuned", "gives base of the metric's difference (%)"),
     "delta": ("ΔKL", AXIS),
 }
 CAPTION = (
@@ -47,8 +49,8 @@ CAPTION = (
 def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     """What the best ``k`` heads carry against ``k``, with random head sets and the control layer.
 
-    A switch shows the share of the gap between the models (``to_base``, ``to_tuned``) or coverage
-    of ``ΔKL``.
+    A switch shows the share of the gap between the models (``to_base``, ``to_tuned``), of their
+    difference in a metric, or coverage of ``ΔKL``.
 
     Args:
         grid: the measured grid; its ``top{k}``, ``rand{k}_s{seed}``, ``full`` and ``ctrl_full``

@@ -46,6 +46,7 @@ def settings_line(
         settings.dtype.removeprefix("torch."),
         *((f"raw baseline {baseline}",) if baseline != "identity" else ()),
         *((f"last {k} positions",) if k != 1 else ()),
+        *((f"metric {patching.metric}",) if patching.metric != "kl" else ()),
         *notes,
     )
 

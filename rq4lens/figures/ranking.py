@@ -14,7 +14,7 @@ from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
 from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
-from rq4lens.results import TRANSFERS, GridResult, HeadRanking
+from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, HeadRanking
 
 
 class Score(NamedTuple):
@@ -28,6 +28,10 @@ class Score(NamedTuple):
 SCORES = {
     "to_base": Score("to_base_pct", "undoes", "undoes of the gap, alone at strength 1 (%)"),
     "to_tuned": Score("to_tuned_pct", "gives base", "gives base, alone at strength 1 (%)"),
+    "metric": Score("metric_pct", "metric", "undoes of the metric, alone at strength 1 (%)"),
+    "metric_to_tuned": Score(
+        "metric_to_tuned_pct", "metric, to tuned", "gives base of the metric, at strength 1 (%)"
+    ),
     "delta": Score("delta", "ΔKL", "ΔKL of the head alone (nats)"),
     "kl_raw": Score("KL_raw_mean", "KL_raw", "KL_raw of the head alone (nats)"),
     "drop_pct": Score("drop_pct", "drop", "drop of the head alone (%)"),
@@ -87,8 +91,11 @@ def ranking_bars(
 def _rankings(grid: GridResult, singles: Sequence[ConditionRecord]) -> list[HeadRanking]:
     """The rankings of the switch: what heads carry first, as far as that is defined."""
     names = dict.fromkeys((*FIRST_VIEWS, grid.settings.patching.rank_by))
+    swapped = TRANSFERS | METRIC_TRANSFERS
     known = [
-        name for name in names if name not in TRANSFERS or singles[0].to_base_pct.value is not None
+        name
+        for name in names
+        if name not in swapped or getattr(singles[0], SCORES[name].field).value is not None
     ]
     return [grid.ranking_by(name) for name in known]
 

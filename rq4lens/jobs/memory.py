@@ -228,14 +228,19 @@ def work_memory(
 ) -> WorkMemory:
     """Estimate what one run of the engine, with its maps, takes."""
     patching, n_layers, width = config.patching, len(plan.layers), cfg.n_heads * cfg.d_head
+    n_answer = config.reading.answer_tokens
+    if n_answer > 1:  # whatever they are
+        measured = measured.continued([(0,) * n_answer] * len(measured))
+    measured = measured.placed(patching.k_positions)
+    n_positions, _ = max(measured.windows)
     # Read of base on train and measured prompts, of tuned on train prompts.
-    n_read = (2 * n_train + len(measured)) * patching.k_positions
+    n_read = (2 * n_train + len(measured)) * measured.n_spots
     joint = patching.map_scope == "layer"
     side, n_blocks = (width, 1) if joint else (cfg.d_head, cfg.n_heads)
     matrices = 4 * n_layers * n_blocks * side**2 + 8 * FIT_COPIES * side**2
     in_main_memory = {
         "activations": n_read * n_layers * width * cfg.dtype.itemsize,
-        "fit": 8 * FIT_COPIES * n_train * patching.k_positions * width + matrices,
+        "fit": 8 * FIT_COPIES * n_train * measured.n_spots * width + matrices,
     }
     if config.place.engine == "hooks":
         longest, at_once = int(measured.lengths.max()), min(config.place.batch_size, len(measured))
@@ -251,7 +256,7 @@ def work_memory(
         n_rows = min(n_rows, n_prompts * plan.n_patches)
     n_stored_layers = cfg.n_layers - min(plan.layers)
     return WorkMemory(
-        kept=n_stored_layers * _clean_pass_bytes(cfg, measured, passes, patching.k_positions),
+        kept=n_stored_layers * _clean_pass_bytes(cfg, measured, passes, n_positions),
         kept_on_device=budget.keep_on_device,
         in_pass=n_prompts * passes.bytes_per_row,
         n_prompts_at_once=n_prompts,
@@ -263,14 +268,14 @@ def work_memory(
 
 
 def _clean_pass_bytes(
-    cfg: ModelConfig, prompts: TokenizedPrompts, passes: RowBudget, k_positions: int
+    cfg: ModelConfig, prompts: TokenizedPrompts, passes: RowBudget, n_positions: int
 ) -> int:
     """Bytes that the suffix engine stores of each layer, if memory does not run out meanwhile.
 
     Each batch is as wide as its longest prompt.
     """
     lengths = prompts.lengths.sort().values
-    at_positions = k_positions * (cfg.d_model + cfg.n_heads * cfg.d_head) * cfg.dtype.itemsize
+    at_positions = n_positions * (cfg.d_model + cfg.n_heads * cfg.d_head) * cfg.dtype.itemsize
     return sum(
         (part.stop - part.start)
         * (key_bytes(cfg, n_columns(int(lengths[part].max()))) + at_positions)

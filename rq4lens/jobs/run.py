@@ -249,7 +249,8 @@ def _write_cards(
 ) -> None:
     """The cards of the heads that matter; a repeated run finds those of the first one."""
     # A card patches the decision token alone: engines of more positions are of no use to it.
-    shared = SIDES if experiment.k_positions == 1 else ()
+    prompts = experiment.prompts
+    shared = SIDES if prompts == prompts.decided().placed() else ()
     engines = {side: experiment.ends.engine(side) for side in shared}
     inputs = CardInputs(bench.pair, grid, analysis, experiment.maps, bench.config.place, engines)
     write_cards(bench.run_directory, inputs, heads_that_matter(grid, analysis))
@@ -292,7 +293,7 @@ def _neutral(bench: Bench, experiment: Experiment) -> Measurer | None:
     """The pair on neutral prompts, where there are some."""
     if SIDE_EFFECT_SPLIT not in bench.pair.prompts.splits:
         return None
-    patching = bench.config.patching.but(split=SIDE_EFFECT_SPLIT)
+    patching = bench.config.patching.of_divergence.but(split=SIDE_EFFECT_SPLIT)
     return bench.measuring(
         prepare(
             bench.pair,

@@ -15,9 +15,10 @@ from rq4lens.errors import UserError
 from rq4lens.models.pair import SIDES, Side
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.models.prompts.reading import decoded
-from rq4lens.patching.activations import capture_z, forward_batch
+from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.hooks import patched_heads
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import MAPPED, RAW, Patch, Sources
 from rq4lens.screen.audit import printable
 from rq4lens.screen.tables import UNCUT, text_of
@@ -69,7 +70,7 @@ class _Speaker:
 
     def __init__(self, experiment: Experiment, patch: Patch, prompts: Sequence[str]) -> None:
         self.experiment, self.patch, self.pair = experiment, patch, experiment.pair
-        read = {side: self.pair.tokens(side, experiment.split) for side in SIDES}
+        read = {side: self.pair.tokens(side, experiment.split).decided() for side in SIDES}
         places = {each: row for row, each in enumerate(read["tuned"].ids)}
         unknown = [each for each in prompts if each not in places]
         if unknown:
@@ -139,14 +140,14 @@ class _Speaker:
         """Logits behind the last token, in the order of the prompts."""
         side: Side = "base" if voice == "base" else "tuned"
         model, prompts = self.pair.use(side).model, self._grown(side, new)
-        batch = next(prompts.batches(len(prompts)))
+        n_positions = 1 + len(new[0])
+        batch = next(prompts.placed(n_positions).batches(len(prompts)))
         if voice in SIDES:
             logits = forward_batch(model, batch)
         else:
-            n_positions = 1 + len(new[0])
             patch = replace(self.patch, source=voice)
             sources = Sources({(patch.layer, voice): self._source(voice, new, n_positions)})
-            with patched_heads(model, (patch,), sources, batch, n_positions):
+            with patched_heads(model, (patch,), sources, batch):
                 logits = forward_batch(model, batch)
         here = logits[torch.arange(len(logits)), batch.decision]
         return here[batch.rows.argsort()]

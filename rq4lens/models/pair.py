@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ from rq4lens.models.load.lens import (
 )
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
+from rq4lens.models.prompts.matching import needs_matching, require_matched
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import ReadingLimits, tokenize, unreadable
 
@@ -323,11 +325,12 @@ class ModelPair:
     def tokens(self, side: Side, split: str) -> TokenizedPrompts:
         """The prompts of a split as one of the models reads them, cut at the decision token.
 
-        They are read once.
+        They are read once. Patched tokens of the one model are those of the other, one by one.
 
         Raises:
-            UserError: if no prompt has this split, or one is longer than the model's context or
-                has a token that the model does not know.
+            UserError: if no prompt has this split, or one is longer than the model's context, has a
+                token that the model does not know, or patched tokens or an answer that the models
+                split differently.
         """
         if (side, split) in self._tokens:
             return self._tokens[side, split]
@@ -338,6 +341,8 @@ class ModelPair:
         tokens = self._tokens.get((other, split))
         if tokens is None or self.member(other).tokenizer is not member.tokenizer:
             tokens = tokenize(prompts, member.tokenizer, self.reading)
+            if needs_matching(self.reading):
+                require_matched(prompts, self.base.tokenizer, self.tuned.tokenizer, self.reading)
         _refuse_unreadable(tokens, member.card, side)
         self._tokens[side, split] = tokens
         return tokens
@@ -435,6 +440,13 @@ def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
         if (why := unreadable(tokens, side, reads)) is not None:
             raise UserError(f"prompt {name!r} {why}.")
+    asked = filter(None, (prompts.answers, prompts.foils))
+    for name, *said in zip(prompts.ids, *asked, strict=True):
+        if (highest := max(chain(*said), default=0)) >= card.d_vocab:
+            raise UserError(
+                f"the answer or foil of prompt {name!r} has token {highest}, but the vocabulary of "
+                f"the {side} model has {card.d_vocab}: give another."
+            )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,6 +21,7 @@ from rq4lens.patching.activations import PairActivations, check_layers, require_
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import LayerMap
+from rq4lens.patching.metrics import Asked, Metric, metric_named
 from rq4lens.patching.patch import (
     BASE,
     CONSTANT,
@@ -37,6 +38,7 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     into_side,
+    n_measures,
 )
 from rq4lens.results import EVERY_LAYER, Compared
 
@@ -55,6 +57,7 @@ class Ends:
         *,
         first_layer: int,
         rows: Sequence[int] | None,
+        metric: Metric | None = None,
     ) -> None:
         self.pair = activations.pair
         self.activations = activations
@@ -62,6 +65,9 @@ class Ends:
         self.place = place if rows is None else place.but(batch_size=len(rows))
         self.first_layer = first_layer
         self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
+        self._prompts: dict[Side, TokenizedPrompts] = {}
+        self.metric = metric
+        self._asked = {side: self._asks(side) for side in SIDES} if metric else {}
         self._engines: dict[Side, Engine] = {}
         self._others: dict[Side, OtherModel] = {}
         self._left_out: dict[Side, float] = {}
@@ -74,8 +80,10 @@ class Ends:
 
     def prompts(self, side: Side) -> TokenizedPrompts:
         """The measured prompts as one of the models reads them."""
-        prompts = self.pair.tokens(side, self.settings.split)
-        return prompts if isinstance(self.rows, slice) else prompts.some(self.rows)
+        if side not in self._prompts:
+            every = self.activations.prompts(side, self.settings.split)
+            self._prompts[side] = every if isinstance(self.rows, slice) else every.some(self.rows)
+        return self._prompts[side]
 
     def engine(self, side: Side) -> Engine:
         """One of the models behind an engine."""
@@ -99,19 +107,40 @@ class Ends:
             log_probs, ids = self._log_probs(other), shared.of(other)
             self._left_out[other] = 0.0
             if ids is not None:
-                log_probs = log_probs[:, ids]
+                log_probs = log_probs[..., ids]
                 inside = log_probs.double().logsumexp(-1, keepdim=True)
-                self._left_out[other] = float(100 * (1 - inside.exp()).mean())
+                answered = torch.tensor(self.prompts(side).n_answer or [1] * len(log_probs))
+                there = torch.arange(log_probs.shape[1], 0, -1) <= answered[:, None]
+                self._left_out[other] = float(100 * (1 - inside[there].exp()).mean())
                 log_probs = (log_probs - inside).to(log_probs)
-            self._others[side] = OtherModel(log_probs, shared.of(side))
+            self._others[side] = OtherModel(log_probs, shared.of(side), self.asked(side))
         return self._others[side]
+
+    def asked(self, side: Side) -> Asked | None:
+        """What the metric is asked of one of the models; None without one.
+
+        The answer of a prompt that gives none is the tuned model's most likely token.
+        """
+        asked = self._asked.get(side)
+        if asked is None or all(asked.answers):
+            return asked
+        shared = self.pair.shared_tokens
+        log_probs, ids, own = self._log_probs("tuned"), shared.of("tuned"), shared.of(side)
+        best = (log_probs if ids is None else log_probs[..., ids])[:, -1].argmax(-1)
+        self._asked[side] = asked.answered((best if own is None else own[best]).tolist())
+        return self._asked[side]
+
+    def _asks(self, side: Side) -> Asked:
+        assert self.metric is not None
+        prompts = self.prompts(side)
+        return Asked.of(self.metric, prompts.ids, prompts.answers, prompts.foils)
 
     def compared(self) -> Compared:
         """How well the two distributions can be compared."""
         for side in SIDES:
             self.other(side)
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
-        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum(-1)
+        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum((1, 2))
         left_out = self._left_out
         return Compared(
             left_out_base_pct=left_out["base"],
@@ -120,7 +149,7 @@ class Ends:
             weight_cosine=weight_cosine(self.pair),
         )
 
-    def _log_probs(self, side: Side) -> Float[Tensor, "prompt vocab"]:
+    def _log_probs(self, side: Side) -> Float[Tensor, "prompt answer vocab"]:
         if side == "base":
             return self.activations.log_probs(side, self.settings.split)[self.rows]
         return self.engine(side).clean_log_probs()
@@ -155,6 +184,11 @@ class Experiment:
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return f"<Experiment on {self.pair!r}: layers {layers}, split {self.split}>"
+
+    @property
+    def metric(self) -> Metric | None:
+        """What is measured beside the divergence, if anything is."""
+        return self.ends.metric
 
     @property
     def engine(self) -> Engine:
@@ -227,12 +261,15 @@ class Experiment:
             UserError: if a layer was not prepared, a head set does not fit, or a number of the
                 models' format overflows.
         """
-        rows = np.empty((4, len(patches), len(self.prompts)))
+        rows, n_answer = np.empty((0, 0, 0)), self.prompts.longest_answer
         for side in reversed(SIDES):
             into = [at for at, patch in enumerate(patches) if into_side(patch) == side]
             if into:
-                rows[:, into] = self._into(side, [patches[at] for at in into], progress)
-        return Effects(*rows)
+                found = self._into(side, [patches[at] for at in into], progress)
+                rows = rows if rows.size else np.empty((len(found), len(patches), found.shape[-1]))
+                rows[:, into] = found
+        nothing = np.empty((2, 0, len(self.prompts)))
+        return Effects.of(rows, n_answer) if rows.size else Effects(*nothing)
 
     def _into(
         self, side: Side, patches: Sequence[Patch], progress: Progress | None
@@ -245,15 +282,16 @@ class Experiment:
                 for layer in every:
                     self.sources[layer, patch.source]
         other, engine = self.ends.other(side), self.ends.engine(side)
-        rows = np.empty((4, len(patches), len(self.prompts)))
+        n_rows = n_measures(self.prompts.longest_answer, other)
+        rows = np.empty((n_rows, len(patches), len(self.prompts)))
         single = [at for at, patch in enumerate(patches) if patch.layer != EVERY_LAYER]
         if single:
             interventions = [(patches[at],) for at in single]
             found = engine.effects(interventions, self.sources, progress, other)
-            rows[:, single] = list(found.measures)
+            rows[:, single] = found.rows
         for at in set(range(len(patches))) - set(single):
             found = engine.every_layer(patches[at].source, self.sources, other)
-            rows[:, at] = [each[0] for each in found.measures]
+            rows[:, at] = found.rows[:, 0]
             if progress is not None:
                 progress(len(self.prompts))
         whole: list[bool] = np.isfinite(rows[0]).all(0).tolist()
@@ -301,6 +339,7 @@ def prepare(
     *,
     activations: PairActivations | None = None,
     rows: Sequence[int] | None = None,
+    metric: Metric | None = None,
 ) -> Experiment:
     """Capture the measured prompts, map them, and set the tuned model behind an engine.
 
@@ -313,14 +352,19 @@ def prepare(
         activations: already captured activations of this pair.
         rows: places of the split's prompts that are measured, in the order in which they are; all
             of them when left out.
+        metric: a metric of your own, in place of the one that the settings name.
 
     Returns:
         The experiment.
 
     Raises:
-        UserError: if a layer does not exist.
+        UserError: if a layer does not exist, or a prompt lacks what the metric needs.
     """
     settings, place = settings or Patching(), place or Place()
+    if metric is None:
+        metric = metric_named(settings.metric)
+    else:
+        settings = settings.but(metric=metric.label)
     split = settings.split
     check_layers(list(maps), pair.n_layers)
     activations = activations or PairActivations(
@@ -331,7 +375,7 @@ def prepare(
     raw_maps: dict[int, LayerMap] = {}
     if settings.raw_baseline != "identity":
         raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
-    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows)
+    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows, metric=metric)
     ends.engine("tuned")
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():
@@ -365,11 +409,11 @@ def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any
         return ends.engine("tuned").clean_z(layer)
 
     def mean(side: Side, layer: int) -> Tensor:
-        return activations.z(side, FIT_SPLIT, layer).double().mean(0)
+        return activations.z(side, FIT_SPLIT, layer)[activations.there(FIT_SPLIT)].double().mean(0)
 
     def constant(layer: int) -> Tensor:
-        n_prompts = len(ends.prompts("tuned"))
-        return mean("tuned", layer).expand(n_prompts, -1, -1, -1).to(ends.dtype)
+        prompts = ends.prompts("tuned")
+        return mean("tuned", layer).expand(len(prompts), prompts.n_spots, -1, -1).to(ends.dtype)
 
     def shifted(layer: int) -> Tensor:
         move = mean("tuned", layer) - mean("base", layer)

@@ -14,6 +14,7 @@ from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.keys import PREPARED
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer, Planned
+from rq4lens.patching.metrics import Metric
 from rq4lens.patching.patch import SELF, Progress
 from rq4lens.results import (
     EVERY,
@@ -127,6 +128,7 @@ def run_grid(
     *,
     settings: Patching | None = None,
     effort: Effort | None = None,
+    metric: Metric | None = None,
 ) -> GridResult:
     """Measure every condition of the main job.
 
@@ -141,15 +143,19 @@ def run_grid(
         alpha: blend strength, in [0, 1].
         settings: everything else that decides what is patched and measured.
         effort: resamples and seed of what is drawn later, recorded with the result.
+        metric: a metric of your own, which then ranks heads unless the settings say otherwise.
 
     Returns:
         The grid's results, with every prompt's own numbers.
 
     Raises:
-        UserError: if a layer has no map, a k does not fit or alpha is outside [0, 1].
+        UserError: if a layer has no map, a k does not fit, alpha is outside [0, 1], or a prompt
+            lacks what the metric needs.
     """
     named = (settings or Patching()).but(layer=layer, control_layer=control_layer, alpha=alpha)
-    return measure_grid(prepare(pair, maps, named), named, effort)
+    if metric is not None:
+        named = named.but(metric=metric.label)
+    return measure_grid(prepare(pair, maps, named, metric=metric), named, effort)
 
 
 def measure_grid(

@@ -12,7 +12,7 @@ from rq4lens.config import Patching
 from rq4lens.disk.store import NUMERICS_VERSION, content_key
 from rq4lens.patching.patch import Patch
 
-PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction"}
+PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction", "metric"}
 """Settings that are decided when an experiment is prepared."""
 
 
@@ -34,7 +34,13 @@ def identity(card: Mapping[str, Any]) -> dict[str, str]:
 
 def measured_parts(patching: Patching) -> dict[str, Any]:
     """The settings that decide what a patch is and how it is measured, whatever is patched."""
-    return patching.model_dump(mode="json", include=PREPARED)
+    return settings_values(patching, PREPARED)
+
+
+def settings_values(patching: Patching, names: set[str] | None = None) -> dict[str, Any]:
+    """Settings by name; one that measures nothing more stands in no key."""
+    values = patching.model_dump(mode="json", include=names)
+    return {name: value for name, value in values.items() if (name, value) != ("metric", "kl")}
 
 
 @dataclass(frozen=True, kw_only=True)

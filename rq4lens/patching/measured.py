@@ -16,7 +16,6 @@ from rq4lens.disk.store import Store, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import arithmetic_libraries, tensor_fingerprint
 from rq4lens.models.pair import SIDES
-from rq4lens.patching.activations import device_of
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.keys import (
     ChunkIngredients,
@@ -26,6 +25,7 @@ from rq4lens.patching.keys import (
     identity,
     measured_parts,
 )
+from rq4lens.patching.passes import device_of
 from rq4lens.patching.patch import (
     BASE,
     MAPPED,
@@ -42,9 +42,6 @@ from rq4lens.results import EVERY_LAYER, Compared, ConditionResult, GridResult, 
 
 T = TypeVar("T")
 Indices = tuple[int, ...]
-
-MEASURES = ("kl_nats", "answer_logprob_change_nats", "gap_left_nats", "answer_is")
-"""What is stored of a patch: a number for each prompt."""
 
 RECORDED_TOGETHER = 32
 """Patches of a grid that are measured together; each has a record of its own."""
@@ -186,10 +183,11 @@ class Measurer:
     def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
         """Effect of each patch by itself on each prompt."""
         self.require(patches, progress)
-        measures = zip(*(self._row(patch) for patch in patches), strict=True)
+        rows = [self._row(patch).measures for patch in patches]
         nothing = np.empty((0, len(self.groups)))
-        found = [np.stack(each) for each in measures if each[0] is not None]
-        return Effects(*found) if found else Effects(nothing, nothing)
+        if not rows:
+            return Effects(nothing, nothing)
+        return Effects(**{name: np.stack([each[name] for each in rows]) for name in rows[0]})
 
     def _stored(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
         if self.chunks is None:
@@ -199,11 +197,13 @@ class Measurer:
         found = self.chunks.get_tensors(ingredients)
         if found is not None:
             self._report(len(patches), progress)
-            return _rows(found[name].numpy() for name in MEASURES)
+            return _rows({name: each.numpy() for name, each in found.items() if name != "heads"})
         measured = self._measured(patches, progress)
-        stacked = (torch.from_numpy(np.stack(each)) for each in zip(*measured, strict=True))
+        rows = [row.measures for row in measured]
+        tensors = {
+            name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]
+        }
         heads = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
-        tensors = dict(zip(MEASURES, stacked, strict=True))
         self.chunks.put_tensors(ingredients, {**tensors, "heads": heads})
         return measured
 
@@ -261,8 +261,8 @@ class Measurer:
         ids = self.experiment.pair.tokens("tuned", self.experiment.split).ids
         for place, patch in enumerate(patches):
             joined = {}
-            for name in MEASURES:
-                by_id: dict[str, float] = {}
+            for name in parts[0]["patches"][place]:
+                by_id: dict[str, Any] = {}
                 for part in parts:
                     numbers = part["patches"][place][name]
                     by_id.update(zip(part["prompts"], numbers, strict=True))
@@ -285,7 +285,7 @@ class Measurer:
 
     def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return PatchRow(*(np.array(payload[name]) for name in MEASURES)) if payload else None
+        return _row_of(payload) if payload else None
 
     def _condition(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._row(patch) for patch in plan.raw_and_mapped)
@@ -334,10 +334,11 @@ class Measurer:
         """Everything but the patch that can change an effect."""
         experiment = self.experiment
         pair, split = experiment.pair, experiment.split
+        read = experiment.ends.activations.read
         return MeasuredOn(
             models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
             prompts=pair.prompts.split(split).fingerprint,
-            tokens={side: pair.token_fingerprint(side, split) for side in SIDES},
+            tokens={side: read(side, split).fingerprint for side in SIDES},
             decision_rule=pair.decision_rule,
             patching=measured_parts(experiment.settings),
             dtype=pair.tuned.card.dtype,
@@ -390,10 +391,18 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def _rows(measures: Iterable[ndarray]) -> list[PatchRow]:
-    return [PatchRow(*each) for each in zip(*measures, strict=True)]
+def _rows(measures: Mapping[str, ndarray]) -> list[PatchRow]:
+    of_patches = zip(*measures.values(), strict=True)
+    return [PatchRow(**dict(zip(measures, each, strict=True))) for each in of_patches]
 
 
-def payload_of(row: PatchRow) -> dict[str, list[float]]:
-    """What the record of a patch holds."""
-    return {name: getattr(row, name).tolist() for name in MEASURES}
+def payload_of(row: PatchRow) -> dict[str, list[Any]]:
+    """What the record of a patch holds: a number for each prompt, null where there is none."""
+    found = {name: each.astype(object) for name, each in row.measures.items()}
+    for each in found.values():
+        each[np.isnan(each.astype(float))] = None
+    return {name: each.tolist() for name, each in found.items()}
+
+
+def _row_of(payload: Mapping[str, Any]) -> PatchRow:
+    return PatchRow(**{name: np.array(each, dtype=float) for name, each in payload.items()})

@@ -16,7 +16,7 @@ from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.keys import NamedIngredients
+from rq4lens.patching.keys import NamedIngredients, settings_values
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.patch import BASE, MAPPED, RAW, Patch
@@ -74,7 +74,7 @@ def noise_effects(
     seed: int = 0,
 ) -> NoiseEffects:
     """The effects of the noise pair; from the store of the measurer if they lie there."""
-    on = {**asdict(measurer.on), **patching.model_dump(mode="json"), "seed": seed}
+    on = {**asdict(measurer.on), **settings_values(patching), "seed": seed}
     ingredients = NamedIngredients("noise_pair", on)
     found = measurer.records and measurer.records.get(ingredients)
     if found:
@@ -92,7 +92,7 @@ def _measured(
     noisy, layer = noise_pair(pair, seed), int(patching.layer or 0)
     beside = activations.beside(noisy)
     maps = fit_maps(noisy, [layer], patching.map_kind, scope=patching.map_scope, activations=beside)
-    experiment = prepare(noisy, maps, patching, place, activations=beside)
+    experiment = prepare(noisy, maps, patching.of_divergence, place, activations=beside)
     every, none = HeadSet.all(pair.n_heads), HeadSet.none(pair.n_heads)
     swaps = [Patch(layer, heads, 1.0, BASE) for heads in (none, every)]
     both = [Patch(layer, every, patching.alpha, source) for source in (RAW, MAPPED)]

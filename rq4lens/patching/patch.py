@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import einops
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
 from numpy import ndarray
@@ -17,6 +18,7 @@ from torch import Tensor
 from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.patching.metrics import Asked
 from rq4lens.results import OTHERS, OWN
 
 logger = logging.getLogger(__name__)
@@ -148,27 +150,36 @@ def next_token_effects(
 
 @dataclass(frozen=True)
 class OtherModel:
-    """The clean next-token distribution of the other model of the pair.
+    """The clean next-token distributions of the other model of the pair.
 
     Args:
-        log_probs: over the tokens that both models have, renormalised.
+        log_probs: over the tokens that both models have, renormalised; a row for each compared
+            token of each prompt.
         tokens: the patched model's ids of these tokens; None if the vocabularies are the same.
+        asked: the metric that is measured beside the divergence, if there is one.
     """
 
-    log_probs: Float[Tensor, "prompt shared"]
+    log_probs: Float[Tensor, "*rows shared"]
     tokens: Int[Tensor, "shared"] | None = None
+    asked: Asked | None = None
 
     def of_prompts(self, prompts: Any) -> OtherModel:
         """The same on some of the prompts."""
-        return OtherModel(self.log_probs[prompts], self.tokens)
+        asked = self.asked and self.asked.of_prompts(prompts)
+        return OtherModel(self.log_probs[prompts], self.tokens, asked)
+
+    def by_token(self, n_answer: int) -> OtherModel:
+        """The same, with the last ``n_answer`` tokens of each prompt as rows of their own."""
+        log_probs = self.log_probs[:, -n_answer:].flatten(0, 1)
+        return OtherModel(log_probs, self.tokens, self.asked)
 
     def to(self, device: torch.device) -> OtherModel:
         """The same on a device."""
         tokens = None if self.tokens is None else self.tokens.to(device)
-        return OtherModel(self.log_probs.to(device), tokens)
+        return OtherModel(self.log_probs.to(device), tokens, self.asked)
 
     @property
-    def answers(self) -> Int[Tensor, "prompt"]:
+    def answers(self) -> Int[Tensor, "*rows"]:
         """Its most likely token, as an id of the patched model."""
         best = self.log_probs.argmax(-1)
         return best if self.tokens is None else self.tokens[best]
@@ -244,7 +255,7 @@ def all_effects(
     direction: KLDirection = "patched||clean",
     other: OtherModel | None = None,
 ) -> tuple[Shaped[Tensor, "prompt row"], ...]:
-    """The measures of :class:`Effects`, the last two only beside another model."""
+    """The measures of :class:`Effects`, all but the first two only beside another model."""
     own = next_token_effects(patched_logits, clean_logits, direction)
     if other is None:
         return own
@@ -253,6 +264,53 @@ def all_effects(
         other.gap_left_nats(patched_logits),
         other.answer_is(patched_logits, clean_logits),
     )
+
+
+EffectsOf = Callable[..., Sequence[Shaped[Tensor, "token row"]]]
+"""What measures rows by token: :func:`all_effects` or :func:`effects_by_difference`."""
+
+
+def answer_effects(
+    effects_of: EffectsOf,
+    logits: Float[Tensor, "token row vocab"],
+    clean_logits: Float[Tensor, "token 1 vocab"],
+    there: Bool[Tensor, "prompt answer"],
+    direction: KLDirection = "patched||clean",
+    other: OtherModel | None = None,
+) -> list[Shaped[Tensor, "prompt row"]]:
+    """The measures of whole answers.
+
+    An answer's divergence, log-probability and gap are the sums over its tokens, each read behind
+    those before it, and the most likely answer is a model's own where each token is.
+
+    Args:
+        effects_of: measures each token.
+        logits: at the compared tokens of the first prompt, then those of the next.
+        clean_logits: the same without a patch.
+        there: which of these tokens each answer has.
+        direction: which way the divergence is taken.
+        other: the other model at these tokens, see :meth:`OtherModel.by_token`.
+
+    Returns:
+        The measures of :class:`Effects` in their order, those of single tokens one by one.
+    """
+    by_token = effects_of(logits, clean_logits, direction, other)
+    asked = None if other is None else other.asked
+    metric = [] if asked is None else [asked.values(logits, clean_logits, there)]
+    n_answer = there.shape[1]
+    if n_answer == 1:
+        return [*by_token, *metric]
+    kl, *others = (
+        einops.rearrange(each, "(prompt token) row -> prompt row token", token=n_answer)
+        for each in by_token
+    )
+    here = there.to(kl.device)[:, None]
+    sums = [torch.where(here, each, 0).sum(-1) for each in (kl, *others[:2])]
+    own, others_own = (
+        [((each & value > 0) | ~here).all(-1) for each in others[2:]] for value in (OWN, OTHERS)
+    )
+    answer_is = [OWN * one + OTHERS * other for one, other in zip(own, others_own, strict=True)]
+    return [*sums, *answer_is, *metric, *torch.where(here, kl, torch.nan).unbind(-1)]
 
 
 def summed_by_tensors(
@@ -312,7 +370,7 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 
 Site = Float[Tensor, "prompt position head d_head"]
-"""Activations of a layer; ``position`` runs over the patched ones, the decision token last."""
+"""Activations of a layer; ``position`` runs over the patched tokens, 0 where a prompt has fewer."""
 
 
 class Sources(dict[tuple[int, str], Tensor]):
@@ -351,6 +409,15 @@ class Sources(dict[tuple[int, str], Tensor]):
             f"no activations for source {source!r} at layer {layer}: there are {known}."
         )
 
+    def of_prompts(self, rows: Sequence[int]) -> Sources:
+        """The same for some of the prompts, each looked up when it is asked for."""
+
+        def chosen(name: str) -> Callable[[int], Site]:
+            return lambda layer: self[layer, name][rows]
+
+        names = {*self.made, *(name for _, name in self)}
+        return Sources({}, {name: chosen(name) for name in names}, self.W_O)
+
     def also(self, extra: Mapping[tuple[int, str], Site]) -> Sources:
         """The same with more."""
         return Sources({**self, **extra}, self.made, self.W_O)
@@ -358,7 +425,7 @@ class Sources(dict[tuple[int, str], Tensor]):
 
 @dataclass(frozen=True)
 class Effects:
-    """What interventions did to the next-token distribution.
+    """What interventions did to the next-token distribution, or to those of an answer's tokens.
 
     Args:
         kl_nats: divergence from the clean patched model, in nats, ``[condition prompt]``.
@@ -367,25 +434,52 @@ class Effects:
         gap_left_nats: ``KL(p_other || p_patched)``, how far the patched model still is from the
             other model of the pair, in nats; None if there is no other.
         answer_is: whose answer the most likely token is, see :meth:`OtherModel.answer_is`.
+        metric: the patched model's value of the metric, in its unit; None where none is measured.
+        kl_by_token_nats: ``kl_nats`` of each token of an answer of several, NaN behind the end of
+            shorter ones; None where one token is compared.
     """
 
     kl_nats: Float64[ndarray, "condition prompt"]
     answer_logprob_change_nats: Float64[ndarray, "condition prompt"]
     gap_left_nats: Float64[ndarray, "condition prompt"] | None = None
     answer_is: Float64[ndarray, "condition prompt"] | None = None
+    metric: Float64[ndarray, "condition prompt"] | None = None
+    kl_by_token_nats: Float64[ndarray, "condition prompt token"] | None = None
+
+    @classmethod
+    def of(cls, rows: Float64[ndarray, "measure condition prompt"], n_answer: int) -> Effects:
+        """The measures one behind the other, those of an answer's tokens last."""
+        if n_answer == 1:
+            return cls(*rows)
+        whole, by_token = rows[:-n_answer], rows[-n_answer:]
+        tokens = einops.rearrange(by_token, "token condition prompt -> condition prompt token")
+        return replace(cls(*whole), kl_by_token_nats=tokens)
 
     def __repr__(self) -> str:
         return "<Effects of {} patches on {} prompts>".format(*self.kl_nats.shape)
 
     @property
-    def measures(self) -> list[Float64[ndarray, "condition prompt"]]:
-        """Those that were measured."""
-        every = (getattr(self, each.name) for each in fields(self))
-        return [each for each in every if each is not None]
+    def measures(self) -> dict[str, Float64[ndarray, "condition prompt *token"]]:
+        """Those that were measured, by name."""
+        every = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: values for name, values in every.items() if values is not None}
+
+    @property
+    def rows(self) -> Float64[ndarray, "measure condition prompt"]:
+        """The measures one behind the other, as :meth:`of` takes them."""
+        whole = [values for values in self.measures.values() if values.ndim == 2]
+        tokens = self.kl_by_token_nats
+        return np.stack([*whole, *([] if tokens is None else np.moveaxis(tokens, -1, 0))])
 
     def __getitem__(self, conditions: slice) -> Effects:
         """Some of the conditions."""
-        return Effects(*(each[conditions] for each in self.measures))
+        return Effects(**{name: each[conditions] for name, each in self.measures.items()})
+
+
+def n_measures(n_answer: int, other: OtherModel | None) -> int:
+    """How many measures of a patch there are, alone or beside another model."""
+    whole = 2 if other is None else 4 + (other.asked is not None)
+    return whole + (n_answer if n_answer > 1 else 0)
 
 
 @runtime_checkable
@@ -403,8 +497,8 @@ class Engine(Protocol):
     def clean_z(self, layer: int) -> Site:
         """Clean activations at the patched positions of a layer."""
 
-    def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
-        """The clean model's next-token distribution at the decision token."""
+    def clean_log_probs(self) -> Float[Tensor, "prompt answer vocab"]:
+        """The clean model's next-token distribution at each compared token; else 0."""
 
     def every_layer(
         self, source: str, sources: Sources, other: OtherModel | None = None

@@ -19,10 +19,11 @@ from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import PromptSet, TokenBatch
 from rq4lens.models.prompts.reading import decoded
-from rq4lens.patching.activations import PairActivations, check_layers, device_of, forward_batch
+from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.engines.hooks import patched_heads
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.maps.fitting import fit_maps
+from rq4lens.patching.passes import device_of, forward_batch
 from rq4lens.patching.patch import RAW, Patch, into_side
 
 
@@ -135,9 +136,9 @@ def patch(
     asked = pair.prompts.split(experiment.split).of_ids(every.ids if prompts is None else prompts)
     places = {name: place for place, name in enumerate(every.ids)}
     batch = every.batch(torch.tensor([places[name] for name in asked.ids]))
-    model, k_positions = pair.use(side).model, experiment.k_positions
+    model = pair.use(side).model
     patched = PatchedModel(model, pair.member(side).tokenizer, chosen, asked, batch)
-    with patched_heads(model, (chosen,), experiment.sources, batch, k_positions):
+    with patched_heads(model, (chosen,), experiment.sources, batch):
         try:
             yield patched
         finally:

@@ -8,7 +8,15 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rq4lens.models.prompts.audit import AUDIT_SIDES, Audit, Cause, PromptAudit, SideAudit, causes
+from rq4lens.models.prompts.audit import (
+    AUDIT_SIDES,
+    PIECES,
+    Audit,
+    Cause,
+    PromptAudit,
+    SideAudit,
+    causes,
+)
 from rq4lens.screen.tables import UNCUT, text_of
 
 WIDTH = 120
@@ -31,7 +39,8 @@ def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableT
     left_out = len(audit.prompts) - len(shown)
     if left_out:
         lines.append(f"{left_out} more prompts are not shown; --all shows them.")
-    return [_table(shown), *(Text(printable(line)) for line in lines)]
+    tables = [_table(shown), *_pieces(shown)]
+    return [*tables, *(Text(printable(line)) for line in lines)]
 
 
 def _reasons(prompts: list[PromptAudit]) -> Iterator[str]:
@@ -77,6 +86,24 @@ def _table(prompts: list[PromptAudit]) -> Table:
             verdict,
         )
     return table
+
+
+def _pieces(prompts: list[PromptAudit]) -> Iterator[Table]:
+    """How answers, foils and patched tokens were read, token by token, where prompts have any."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
+    for title in ("prompt", "piece", "base", "tuned", "how"):
+        table.add_column(title, overflow="fold")
+    for each in prompts:
+        for name in PIECES:
+            read = [
+                s.pieces.get(name) if (s := each.sides.get(side)) else None for side in AUDIT_SIDES
+            ]
+            tokens = (Text(printable("|".join(piece.tokens)) if piece else "-") for piece in read)
+            how = " / ".join(dict.fromkeys(piece.how for piece in read if piece))
+            if how:
+                table.add_row(Text(printable(each.id)), name, *tokens, how)
+    if table.row_count:
+        yield table
 
 
 def _around(side: SideAudit | None) -> Text:

@@ -10,12 +10,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rq4lens.analysis.claims import metric_sentences
 from rq4lens.analysis.records import (
     ConditionRecord,
     HeadTests,
     LayerChoice,
     LayerComparison,
     MethodRow,
+    MetricEffect,
 )
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text
@@ -50,7 +52,7 @@ def summary_text(
     lines: list[RenderableType] = [
         Text(setting_line(settings, by_name["full"].n)),
         Text(),
-        *map(Text, analysis.claims),
+        *map(Text, (*analysis.claims, *metric_sentences(analysis))),
         Text(),
         carried_table(records),
         Text(),
@@ -62,7 +64,8 @@ def summary_text(
 
 def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
     """One condition in a few lines of plain text."""
-    why = record.coverage_pct.reason
+    why, metric = record.coverage_pct.reason, record.metric
+    measured = "" if metric is None else _metric_text(settings, metric)
     return (
         f"{setting_line(settings, record.n)}\n"
         f"heads {HeadSet.of(record.heads, settings.n_heads)}\n"
@@ -73,6 +76,15 @@ def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
         f"to base   {record.to_base_pct:.1f%}\n"
         f"to tuned  {record.to_tuned_pct:.1f%}\n"
         f"coverage  {record.coverage_pct:.1f%}{f' ({why})' if why else ''}\n"
+        f"{measured}"
+    )
+
+
+def _metric_text(settings: GridSettings, metric: MetricEffect) -> str:
+    return (
+        f"{settings.patching.metric}: raw {metric.raw_change:auto}, mapped "
+        f"{metric.mapped_change:auto}, to base {metric.to_base_pct:.1f%}, to tuned "
+        f"{metric.to_tuned_pct:.1f%}\n"
     )
 
 
@@ -85,7 +97,7 @@ def setting_line(settings: GridSettings, n_prompts: int, where: str | None = Non
         f"{settings.n_heads} heads, alpha {patching.alpha:g}, "
         f"{patching.split} split (n={n_prompts}),\n"
         f"map {patching.map_kind} per {patching.map_scope}, KL({patching.kl_direction}) in nats, "
-        f"{settings.dtype}"
+        f"{settings.dtype}" + ("" if patching.metric == "kl" else f", metric {patching.metric}")
     )
 
 
@@ -106,7 +118,10 @@ def _check(value: float | None) -> str:
 
 def carried_table(records: Sequence[ConditionRecord]) -> Table:
     """What each head set carries, and its coverage: top-k and random-k by k, then the layers."""
-    table = columns("condition", "undoes", "gives base", "ΔKL (nats)", "coverage", "95% CI")
+    asked = ("metric",) if records[0].metric else ()
+    table = columns(
+        *("condition", "undoes", "gives base"), *asked, *("ΔKL (nats)", "coverage", "95% CI")
+    )
     table.caption_justify = "left"
     table.add_column("heads", overflow="fold")
     sized = [each for each in records if each.cond in LAYERS or _SIZED.match(each.cond)]
@@ -116,6 +131,7 @@ def carried_table(records: Sequence[ConditionRecord]) -> Table:
             record.cond + control,
             number_text(record.to_base_pct.value, ".1f%", "-"),
             number_text(record.to_tuned_pct.value, ".1f%", "-"),
+            *(number_text(record.metric_pct.value, ".1f%", "-") for _ in asked),
             number_text(record.delta.value, "auto", "-"),
             number_text(record.coverage_pct.value, ".1f%", "-"),
             _ends(record.coverage_pct.interval, ".1f", absent=""),
@@ -126,6 +142,8 @@ def carried_table(records: Sequence[ConditionRecord]) -> Table:
         "undoes, gives base: of the gap, at strength 1 (to_base, to_tuned); ΔKL and its coverage "
         f"at strength {strength}"
     )
+    if asked:
+        table.caption += "; metric: what base's activations undo of its difference"
     return table
 
 

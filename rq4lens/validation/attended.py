@@ -20,7 +20,7 @@ from torch import Tensor
 from rq4lens.errors import UserError
 from rq4lens.models.load.lens import HookedTransformer, HookPoint, z_site
 from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import forward_batch
+from rq4lens.patching.passes import forward_batch
 
 ROUNDING = 1e-6
 """Relative size of what float32 sums of equal numbers differ by."""

@@ -37,8 +37,9 @@ from rq4lens.models.prompts.prompt_set import (
     SIDE_EFFECT_SPLIT,
     PromptSet,
 )
-from rq4lens.patching.activations import check_layers, device_of
+from rq4lens.patching.activations import check_layers
 from rq4lens.patching.keys import NamedIngredients, identity
+from rq4lens.patching.passes import device_of
 from rq4lens.patching.patch import Progress
 from rq4lens.validation.planting import Planting, plant, unrelated
 from rq4lens.validation.scenarios import (

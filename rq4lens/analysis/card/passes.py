@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
@@ -17,8 +17,8 @@ from torch.nn import functional
 from rq4lens.models.load.lens import HookPoint, LayerNorm, LayerNormPre, apply_softcap
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import Reader, forward_batch, reader_at, reading
 from rq4lens.patching.engines.block_row import is_post_norm
+from rq4lens.patching.passes import Reader, forward_batch, reading
 
 Patterns = Mapping[int, Float[Tensor, "prompt head pos"]]
 """Attention from the decision token by layer; zeros stand behind a prompt's last token."""
@@ -79,7 +79,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _at_decision(batch: TokenBatch, value: Float[Tensor, "prompt pos *site"]) -> Tensor:
-    return reader_at(rearrange(batch.decision, "prompt -> prompt 1"))(value)[:, 0]
+    return value[torch.arange(len(value), device=value.device), batch.decision.to(value.device)]
 
 
 def _points(

@@ -115,7 +115,7 @@ class Sides:
 
     def __init__(self, inputs: CardInputs, layers: Sequence[int]) -> None:
         self.inputs, self.layers = inputs, layers
-        self.tokens = {side: inputs.pair.tokens(side, inputs.split) for side in SIDES}
+        self.tokens = {side: inputs.pair.tokens(side, inputs.split).decided() for side in SIDES}
         self.aligned = self.tokens["base"].token_ids == self.tokens["tuned"].token_ids
         self._engines: dict[Side, Engine] = dict(inputs.engines)
         self._texts: dict[Side, dict[int, str]] = {side: {} for side in SIDES}

@@ -15,10 +15,10 @@ from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import forward_batch
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import Engine, Intervention, Patch, Sources
 
 N_LIKELY = 5

@@ -10,12 +10,11 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import MeasuredSets, TransferSets
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
-from rq4lens.analysis.effects.transfer import gap_effect
 from rq4lens.analysis.rankings.agreement import Scored
-from rq4lens.analysis.records import FullEffect, Gap
+from rq4lens.analysis.records import FullEffect
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
 from rq4lens.patching.measured import MeasuresPatches
-from rq4lens.results import TRANSFERS, GridResult, RankBy
+from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, RankBy
 
 PerPrompt = Float64[ndarray, "head prompt"]
 
@@ -47,16 +46,16 @@ class MeasuredLayer:
         gap_nats = None if nothing is None else nothing.left_nats("to_base")
         return cls(measured, full, bootstrap, patching.k, patching.rank_by, gap_nats)
 
-    def transfer(self, direction: RankBy, gap: Gap) -> MeasuredLayer:
-        """The same layer by what its heads carry in one direction."""
-        full = gap_effect(gap, direction, self.full.noise_floor_nats)
+    def transfer(self, direction: RankBy, full: FullEffect) -> MeasuredLayer:
+        """The same layer by what its heads carry of a gap in one direction."""
         measured = self.measured.transfer(direction)
         return replace(self, measured=measured, full=full, rank_by=direction)
 
     @property
     def ranked_on(self) -> MeasuredSets:
         """What single heads are ranked by: their transfer, or the layer's own effects."""
-        by_transfer = self.rank_by in TRANSFERS and not isinstance(self.measured, TransferSets)
+        swapped = self.rank_by in TRANSFERS or self.rank_by in METRIC_TRANSFERS
+        by_transfer = swapped and not isinstance(self.measured, TransferSets)
         return self.measured.transfer(self.rank_by) if by_transfer else self.measured
 
     @cached_property

@@ -12,17 +12,23 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
+from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
 from rq4lens.patching.patch import BASE, MAPPED, RAW, TUNED, Effects, Patch, Progress
-from rq4lens.results import GridResult, PatchRow
+from rq4lens.results import METRIC_TRANSFERS, GridResult, PatchRow, sign_of
 
 PerPrompt = Float64[ndarray, "condition prompt"]
 Site = Float[Tensor, "prompt position head d_head"]
 
 
-SWAPPED = {"to_base": BASE, "to_tuned": TUNED}
+SWAPPED: dict[RankBy, str] = {
+    "to_base": BASE,
+    "to_tuned": TUNED,
+    "metric": BASE,
+    "metric_to_tuned": TUNED,
+}
 """The directions of transfer, and whose activations are put into the other model."""
 
 
@@ -190,7 +196,7 @@ class MeasuredSets:
         """Damage of putting a source in place of head sets, ``KL``, on each prompt."""
         return self.effects_of(source, sets).kl_nats
 
-    def transfer(self, direction: str) -> TransferSets:
+    def transfer(self, direction: RankBy) -> TransferSets:
         """What head sets of the layer carry in one direction."""
         return TransferSets(self.measurer, self.layer, direction)
 
@@ -201,10 +207,10 @@ class TransferSets(MeasuredSets):
     Args:
         measurer: measures what is missing.
         layer: the layer.
-        direction: ``"to_base"`` or ``"to_tuned"``.
+        direction: one of ``TRANSFERS`` or ``METRIC_TRANSFERS``.
     """
 
-    def __init__(self, measurer: Measurer, layer: int, direction: str) -> None:
+    def __init__(self, measurer: Measurer, layer: int, direction: RankBy) -> None:
         super().__init__(measurer, layer, 1.0)
         self.direction = direction
 
@@ -216,21 +222,41 @@ class TransferSets(MeasuredSets):
     @property
     def gap_nats(self) -> Float64[ndarray, "prompt"]:
         """The gap between the clean models on each prompt."""
+        return self._left_of_nothing * self._sign
+
+    @property
+    def _left_of_nothing(self) -> Float64[ndarray, "prompt"]:
         nothing = Patch(self.layer, HeadSet.none(self.n_heads), 1.0, *self.sources)
         self.measurer.require([nothing])
         return self._left(())
 
+    @property
+    def _sign(self) -> int:
+        return sign_of(self._left_of_nothing) if self.direction in METRIC_TRANSFERS else 1
+
     def kl_nats(self, sets: Iterable[Iterable[int]]) -> tuple[PerPrompt, PerPrompt]:
         """The gap, and what is left of it under each head set, on each prompt."""
         gap, wanted = self.gap_nats, self.require(sets)
-        left = np.array([self._left(heads) for heads in wanted]).reshape(-1, len(gap))
+        left = np.array([self._left(heads) for heads in wanted]).reshape(-1, len(gap)) * self._sign
         return np.broadcast_to(gap, left.shape), left
 
     def _left(self, heads: Indices) -> Float64[ndarray, "prompt"]:
-        left = self._views[0][heads].gap_left_nats
+        row = self._views[0][heads]
+        left = row.gap_left_nats
+        if self.direction in METRIC_TRANSFERS:
+            other = self._of_other.metric
+            left = None if row.metric is None or other is None else row.metric - other
         if left is None:
             raise UserError("transfer was not measured: give an experiment that has both models.")
         return left
+
+    @property
+    def _of_other(self) -> PatchRow:
+        """The other model with nothing patched."""
+        source = TUNED if self.sources == (BASE,) else BASE
+        nothing = Patch(self.layer, HeadSet.none(self.n_heads), 1.0, source)
+        self.measurer.require([nothing])
+        return self.measurer.known(self.layer, 1.0, source)[()]
 
 
 def prefixes(heads: Iterable[int]) -> list[Indices]:

@@ -11,6 +11,11 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
+from rq4lens.analysis.effects.metric import (
+    every_layer_effect,
+    metric_effects,
+    metric_full_effect,
+)
 from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.records import ConditionRecord, FullEffect, Gap
 from rq4lens.analysis.statistics.bootstrap import (
@@ -21,9 +26,11 @@ from rq4lens.analysis.statistics.bootstrap import (
     exact,
     undefined,
 )
+from rq4lens.config import RankBy
 from rq4lens.results import (
     EVERY,
     HOOK,
+    METRIC_TRANSFERS,
     NO_RAW_EFFECT,
     TRANSFERS,
     ConditionResult,
@@ -102,13 +109,15 @@ def records(
     transfers = [each.transfer for each in conditions]
     swapped = transfer_estimates(grid, transfers, bootstrap, gap.undefined_because)
     estimates = condition_estimates(grid, conditions, bootstrap)
+    metric = metric_effects(grid, conditions, bootstrap)
     found = [
-        _record(grid, gap, each, {**own, **both})
-        for each, own, both in zip(conditions, estimates, swapped, strict=True)
+        _record(grid, gap, each, {**own, **both, "metric": its})
+        for each, own, both, its in zip(conditions, estimates, swapped, metric, strict=True)
     ]
     if every and grid.every_layer is not None:
         swapped = transfer_estimates(grid, [grid.every_layer], bootstrap, gap.undefined_because)
-        found.append(_every_layer(found[0], swapped[0]))
+        its = every_layer_effect(grid, bootstrap)
+        found.append(_every_layer(found[0], {**swapped[0], "metric": its}))
     return tuple(found)
 
 
@@ -131,7 +140,7 @@ def _record(
     )
 
 
-def _every_layer(full: ConditionRecord, swapped: Mapping[str, Estimate]) -> ConditionRecord:
+def _every_layer(full: ConditionRecord, swapped: Mapping[str, Any]) -> ConditionRecord:
     absent = dict.fromkeys(QUANTITIES, undefined(AT_ONCE))
     same: dict[str, Any] = {**absent, **swapped, "layer": None, "cond": EVERY, "alpha": 1.0}
     heads = tuple(range(len(full.head_mask)))
@@ -173,6 +182,10 @@ def _six_numbers(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
 def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[dict[str, Any]]:
     """The rows of the single-head ranking file, best first."""
     gap = gap_of(grid, bootstrap_of(grid))
+    whys = dict.fromkeys(TRANSFERS, gap.undefined_because)
+    if grid.settings.patching.metric != "kl":
+        metric = metric_full_effect(grid, bootstrap_of(grid))
+        whys |= dict.fromkeys(METRIC_TRANSFERS, metric.undefined_because)
     rows = []
     for rank, head in enumerate((ranking or grid.ranking).heads, 1):
         single = grid.single(head)
@@ -180,14 +193,14 @@ def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[d
         row: dict[str, Any] = {"head": head, "rank": rank, **numbers}
         if single.drop_pct is None:
             row["drop_pct_reason"] = NO_RAW_EFFECT
-        for direction in TRANSFERS:
-            row |= _carried(grid, single, direction, gap.undefined_because)
+        for direction, why in whys.items():
+            row |= _carried(grid, single, direction, why)
         rows.append(row)
     return rows
 
 
 def _carried(
-    grid: GridResult, single: ConditionResult, direction: str, undefined_because: str | None
+    grid: GridResult, single: ConditionResult, direction: RankBy, undefined_because: str | None
 ) -> dict[str, Any]:
     name = f"{direction}_pct"
     if undefined_because is not None:

@@ -19,6 +19,7 @@ QUANTITIES = ("to_base_pct", "to_tuned_pct", "flipped_pct", "as_base_pct")
 MOST_LEFT_OUT_PCT = 5.0
 """Where more probability than this lies on tokens of one model alone, nothing is compared."""
 
+BETWEEN = " between base and tuned"
 NOT_SWAPPED = "the two models were not swapped: it is a check of the patch alone"
 NO_GAP = "transfer was not measured"
 SAME_ANSWERS = "base and tuned have the same most likely token on every prompt"
@@ -60,17 +61,23 @@ def _why_undefined(gaps: Sequence[Estimate], noise_nats: float, grid: GridResult
             f"the models give {left_out:.1f}% of their probability to tokens that only one of "
             f"their vocabularies has (at most {MOST_LEFT_OUT_PCT:g}% may be left out)"
         )
-    for gap in gaps:
-        value = gap.value or 0.0
-        if abs(value) <= noise_nats or value == 0:
-            return (
-                f"the gap between base and tuned is {value:.2g} nats, within the noise of "
-                f"{noise_nats:.2g} nats: the models answer alike here"
-            )
-        if gap.interval is None:
-            return f"the gap between base and tuned has no confidence interval: {gap.reason}"
-        if gap.interval.low <= 0:
-            return f"the 95% interval of the gap, {gap:.2g} nats, reaches 0"
+    what = f"the gap{BETWEEN}"
+    whys = (gap_undefined_because(gap, noise_nats, what, " nats") for gap in gaps)
+    return next((why for why in whys if why is not None), None)
+
+
+def gap_undefined_because(gap: Estimate, noise: float, what: str, unit: str) -> str | None:
+    """Why nothing is a share of a gap; None where it can be told from 0."""
+    value, what_alone = gap.value or 0.0, what.removesuffix(BETWEEN)
+    if abs(value) <= noise or value == 0:
+        return (
+            f"{what} is {value:.2g}{unit}, within the noise of {noise:.2g}{unit}: the models "
+            "answer alike here"
+        )
+    if gap.interval is None:
+        return f"{what} has no confidence interval: {gap.reason}"
+    if gap.interval.low <= 0 <= gap.interval.high:
+        return f"the 95% interval of {what_alone}, {gap:.2g}{unit}, reaches 0"
     return None
 
 

@@ -33,7 +33,7 @@ from rq4lens.analysis.rankings.gradients import (
     decision_functions,
     experiment_of,
 )
-from rq4lens.patching.activations import device_of
+from rq4lens.patching.passes import device_of
 from rq4lens.patching.patch import MAPPED, RAW, SELF
 from rq4lens.results import HeadRanking
 
@@ -76,7 +76,7 @@ def curvature(measured: MeasuredSets) -> Curvature:
     device = device_of(experiment.tuned_model)
     n_prompts, n_heads = len(experiment.prompts), experiment.n_heads
     z = experiment.sources[measured.layer, SELF]
-    grams = np.empty((2, n_prompts, n_heads, n_heads))
+    grams = np.zeros((2, n_prompts, n_heads, n_heads))
     # One row per head and source, and the clean row that each derivative starts from.
     for function in decision_functions(experiment, measured.layer, 4 * n_heads):
         clean = z[function.rows].to(device)
@@ -85,7 +85,7 @@ def curvature(measured: MeasuredSets) -> Curvature:
             for source in (RAW, MAPPED)
         ]
         found = _grams(function, clean, torch.stack(sources, dim=1))
-        grams[:, function.rows.numpy()] = found.cpu().numpy()
+        grams[:, function.rows.numpy()] += found.cpu().numpy()
     return Curvature(grams[0], grams[1])
 
 

@@ -20,11 +20,11 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.lens import HookedTransformer, HookPoint, apply_softcap, z_site
 from rq4lens.models.prompts.prompt_set import TokenBatch
-from rq4lens.patching.activations import device_of, forward_batch, patched_positions
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.experiment import Experiment
+from rq4lens.patching.passes import device_of, forward_batch
 from rq4lens.patching.patch import MAPPED, RAW, SELF
 from rq4lens.results import HeadRanking
 
@@ -39,7 +39,7 @@ MAX_VALUES = 2**24
 
 @dataclass(frozen=True)
 class DecisionFunction:
-    """Logits at the decision token of some prompts, as a function of ``z`` at one layer.
+    """Logits at a compared token of some prompts, as a function of ``z`` at one layer.
 
     Args:
         rows: which prompts of the experiment these are.
@@ -72,19 +72,21 @@ def _suffix_logits(
 
 
 def _native_logits(
-    model: HookedTransformer, layer: int, batch: TokenBatch, k_positions: int, z: RowsOfZ
+    model: HookedTransformer, layer: int, batch: TokenBatch, token: int, z: RowsOfZ
 ) -> RowsOfLogits:
-    """From ``z`` to logits by full forward passes through a native hook."""
-    positions = patched_positions(batch, k_positions)
-    prompts = torch.arange(len(positions))
+    """From ``z`` to logits at one token of the answer by full passes through a native hook."""
+    places = batch.patched
+    prompt, spot = places.there.nonzero(as_tuple=True)
+    at = places.at[prompt, spot]
 
     def logits_of(row: Site) -> Tensor:
         def replace(clean: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - by the library
-            at = (prompts[:, None].to(clean.device), positions.to(clean.device))
-            return clean.index_put(at, row.to(clean))
+            here = (prompt.to(clean.device), at.to(clean.device))
+            return clean.index_put(here, row[prompt, spot].to(clean))
 
         with model.hooks(fwd_hooks=[(z_site(layer), replace)]):
-            return forward_batch(model, batch)[prompts, batch.decision]
+            logits = forward_batch(model, batch)
+            return logits[torch.arange(len(logits)), batch.compared.at[:, token]]
 
     return torch.stack([logits_of(row) for row in z.unbind(1)], dim=1)
 
@@ -92,10 +94,11 @@ def _native_logits(
 def decision_functions(
     experiment: Experiment, layer: int, rows_per_prompt: int
 ) -> Iterator[DecisionFunction]:
-    """The decision function of each batch of the measured prompts."""
+    """The decision functions of each batch of the measured prompts, one for each answer token."""
     model, engine = experiment.tuned_model, experiment.engine
     size = _prompts_at_once(experiment, rows_per_prompt)
-    if isinstance(engine, SuffixEngine):
+    simple = isinstance(engine, SuffixEngine) and engine.window.is_patched_whole
+    if isinstance(engine, SuffixEngine) and simple and engine.window.n_answer == 1:
         for clean in engine.clean_batches(layer):
             for start in range(0, len(clean.rows), size):
                 here, prompts = clean.to(Placement.of(model)), slice(start, start + size)
@@ -103,15 +106,20 @@ def decision_functions(
                 yield DecisionFunction(here.rows[prompts], logits)
     else:
         for batch in experiment.prompts.batches(size):
-            logits = partial(_native_logits, model, layer, batch, experiment.k_positions)
-            yield DecisionFunction(batch.rows, logits)
+            for token in range(-batch.longest_answer, 0):
+                answering = batch.rows[batch.n_answer >= -token]
+                if len(answering):
+                    some = experiment.prompts.batch(answering)
+                    logits = partial(_native_logits, model, layer, some, token)
+                    yield DecisionFunction(answering, logits)
 
 
 def _prompts_at_once(experiment: Experiment, rows_per_prompt: int) -> int:
     cfg = experiment.tuned_model.cfg
     longest = int(experiment.prompts.lengths.max())
     widest = cfg.d_vocab + (cfg.d_mlp or 0) + cfg.n_heads * longest
-    return max(1, MAX_VALUES // (rows_per_prompt * experiment.k_positions * widest))
+    n_positions = experiment.prompts.n_spots
+    return max(1, MAX_VALUES // (rows_per_prompt * n_positions * widest))
 
 
 def as_rows(z: Site) -> RowsOfZ:
@@ -194,7 +202,7 @@ def path_gradients(
     at, weights = (
         torch.tensor(values, dtype=z.dtype, device=device) for values in (path.at, path.weights)
     )
-    means = [torch.empty_like(z) for _ in directions]
+    means = [torch.zeros_like(z) for _ in directions]
     for function in decision_functions(experiment, layer, len(path.at)):
         clean = as_rows(z[function.rows].to(device))
         for direction, mean in zip(directions, means, strict=True):
@@ -202,7 +210,7 @@ def path_gradients(
             points = clean + rearrange(at, "row -> 1 row 1 1 1") * step
             by_row = _row_gradients(function, points, clean, target)
             weighted = einsum(by_row, weights, "prompt row ... , row -> prompt ...")
-            mean[function.rows] = weighted.to(mean)
+            mean[function.rows] += weighted.to(mean)
     return means
 
 

@@ -41,7 +41,7 @@ def held_out(layer_map: LayerMap, activations: PairActivations, split: str) -> S
         return ONE_CONTENT
     data = FitData.of(activations, layer_map.layer)
     z_base = activations.z("base", split, layer_map.layer)
-    of_rows = np.repeat(np.array(train, dtype=object), activations.k_positions)
+    of_rows = np.array(train, dtype=object)[activations.prompt_of_rows(FIT_SPLIT)]
     of_prompts = np.array(measured, dtype=object)
     shared = sorted(set(measured) & set(train))
     kept = [np.flatnonzero(of_rows != content) for content in shared]

@@ -38,7 +38,7 @@ from rq4lens.results import (
 
 
 @dataclass(frozen=True)
-class Metric:
+class StudyMetric:
     """One number of a head set, on the mean over prompts.
 
     Args:
@@ -91,14 +91,16 @@ class Metric:
         return max(found, key=lambda each: each[0])[1] if found else None
 
 
-METRICS: Mapping[str, Metric] = {
+METRICS: Mapping[str, StudyMetric] = {
     each.name: each
     for each in (
-        Metric("delta", "ΔKL", "nats", "raw minus mapped", lambda c: c.delta, "delta"),
-        Metric("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda c: c.KL_raw),
-        Metric("KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda c: c.KL_mapped),
-        Metric("drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda c: c.drop_pct, "drop_pct"),
-        Metric(
+        StudyMetric("delta", "ΔKL", "nats", "raw minus mapped", lambda c: c.delta, "delta"),
+        StudyMetric("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda c: c.KL_raw),
+        StudyMetric(
+            "KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda c: c.KL_mapped
+        ),
+        StudyMetric("drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda c: c.drop_pct, "drop_pct"),
+        StudyMetric(
             "answer_logprob",
             "answer",
             "nats",
@@ -169,7 +171,7 @@ def compare_layers(
 
 
 def _carried(
-    grids: Mapping[int, GridResult], direction: str, gap: Gap
+    grids: Mapping[int, GridResult], direction: RankBy, gap: Gap
 ) -> tuple[tuple[float | None, ...], ...]:
     """What each single head carries in one direction, layer by layer."""
     if gap.undefined_because is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from rq4lens.analysis.claims import NOTHING
+from rq4lens.analysis.claims import NOTHING, metric_sentences
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.records import ControlLayer, HeadKind, Ladder, LadderRow, NoisePair, StandIn
@@ -38,7 +38,9 @@ def findings(report: Report) -> Section:
         _headline(report),
         short="The answer",
         paragraphs=(warning,) if warning else (),
-        sentences=analysis.claims if analysis else tuple(_main_numbers(report)),
+        sentences=(*analysis.claims, *metric_sentences(analysis))
+        if analysis
+        else tuple(_main_numbers(report)),
         tiles=tuple(_tiles(report)),
         tables=(_carried_table(report),),
         notes=tuple(_undefined(report)),
@@ -141,27 +143,28 @@ def _carried_table(report: Report) -> Table:
     return Table(
         "What head sets carry: of the gap at strength 1, and of ΔKL at strength "
         f"{report.grid.settings.patching.alpha:g}; [..]: 95% intervals",
-        (
-            "heads",
-            "undoes",
-            "gives base",
-            "answers changed",
-            "become base's",
-            "ΔKL (nats)",
-            "coverage",
-        ),
+        ("heads", *(title for title, _ in _fields(report).values())),
         tuple(row for row in rows if row),
     )
 
 
 FIELDS = {
-    "to_base_pct": "%",
-    "to_tuned_pct": "%",
-    "flipped_pct": "%",
-    "as_base_pct": "%",
-    "delta": "",
-    "coverage_pct": "%",
+    "to_base_pct": ("undoes", "%"),
+    "to_tuned_pct": ("gives base", "%"),
+    "flipped_pct": ("answers changed", "%"),
+    "as_base_pct": ("become base's", "%"),
+    "delta": ("ΔKL (nats)", ""),
+    "coverage_pct": ("coverage", "%"),
 }
+METRIC_FIELDS = {
+    "metric_pct": ("metric undone", "%"),
+    "metric_to_tuned_pct": ("metric given base", "%"),
+}
+
+
+def _fields(report: Report) -> dict[str, tuple[str, str]]:
+    """What a row of the table says: the field of its record, and its title and unit."""
+    return FIELDS | (METRIC_FIELDS if report.records["full"].metric else {})
 
 
 def _carried_row(report: Report, name: str) -> Row | None:
@@ -177,14 +180,20 @@ def _carried_row(report: Report, name: str) -> Row | None:
         "ctrl_full": f"all of control layer {record.layer}",
         EVERY: "all of all layers",
     }.get(name, f"best {len(record.heads)}: {heads}")
-    return (title, *(cell(getattr(record, field), unit) for field, unit in FIELDS.items()))
+    return (
+        title,
+        *(cell(getattr(record, field), unit) for field, (_, unit) in _fields(report).items()),
+    )
 
 
 def _random_row(report: Report, name: str, drawn: Sequence[str]) -> Row:
     """The random sets of one size: the range of what they carry."""
     size = name.removeprefix("rand")
     title = f"{len(drawn)} random sets of {size}"
-    return (title, *(_range(report, drawn, field, unit) for field, unit in FIELDS.items()))
+    return (
+        title,
+        *(_range(report, drawn, field, unit) for field, (_, unit) in _fields(report).items()),
+    )
 
 
 def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> TableEntry:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,12 +18,14 @@ import pandas as pd
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
+from rq4lens.models.prompts.matching import shown, unmatched
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.prompts.reading import (
     ReadingLimits,
     ReadPrompt,
     decoded,
     n_leading_bos,
+    patched_tokens,
     read_prompt,
     unreadable,
 )
@@ -48,6 +50,17 @@ SKIN_TONES = range(0x1F3FB, 0x1F400)
 FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 
 
+PieceName = Literal["answer", "foil", "patched"]
+PIECES: tuple[PieceName, ...] = ("answer", "foil", "patched")
+
+
+class ReadTokens(NamedTuple):
+    """Tokens of an answer, of a foil, or that are patched: as text, and how they were found."""
+
+    tokens: tuple[str, ...]
+    how: str
+
+
 @dataclass(frozen=True)
 class SideAudit:
     """How one model reads a prompt.
@@ -62,6 +75,8 @@ class SideAudit:
             token; None if the tokenizer or the template does not let it be known.
         in_template: whether it lies in what the chat template adds.
         problems: what is wrong on this side, a sentence part each.
+        pieces: how its answer, its foil and its patched tokens were read, those that it has.
+        notes: what was taken of them.
     """
 
     before: tuple[str, ...]
@@ -72,6 +87,8 @@ class SideAudit:
     text_end: int | None
     in_template: bool | None
     problems: tuple[str, ...]
+    pieces: Mapping[PieceName, ReadTokens] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -310,11 +327,12 @@ def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> Promp
         except UserError as problem:
             found[reader.side] = (str(problem),)
     able = [reader for reader in readers if reader.side in read]
-    sides = {reader.side: _side(read[reader.side], reader) for reader in able}
+    sides = {reader.side: _side(read[reader.side], reader, reading) for reader in able}
     problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
-    notes: list[str] = []
+    notes = list(_by_side({side: each.notes for side, each in sides.items()}))
     if len(sides) == len(AUDIT_SIDES):
         problems += _disagreements(read, sides)
+        problems += unmatched(read["base"], read["tuned"], reading)
         notes += _harmless(sides)
     return PromptAudit(
         prompt.id,
@@ -331,13 +349,13 @@ def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> Promp
 
 def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
     """Each problem with the side that has it; what is wrong on both is said once."""
-    base, tuned = problems["base"], problems["tuned"]
+    base, tuned = problems.get("base", ()), problems.get("tuned", ())
     for what in base:
         yield f"{'both' if what in tuned else 'base'}: {what}"
     yield from (f"tuned: {what}" for what in tuned if what not in base)
 
 
-def _side(read: ReadPrompt, reader: Reader) -> SideAudit:
+def _side(read: ReadPrompt, reader: Reader, reading: Reading) -> SideAudit:
     place, tokenizer = read.decision_end, reader.tokenizer
     start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
     before, after = (
@@ -353,7 +371,56 @@ def _side(read: ReadPrompt, reader: Reader) -> SideAudit:
         text_end=None if place is None else place.end,
         in_template=None if place is None else place.in_template,
         problems=tuple(_problems(read, reader)),
+        pieces=dict(_pieces(read, reader, reading)),
+        notes=tuple(_taken(read, reading)),
     )
+
+
+def _pieces(
+    read: ReadPrompt, reader: Reader, reading: Reading
+) -> Iterator[tuple[PieceName, ReadTokens]]:
+    """What was read of a prompt's answer and foil, and which tokens of it are patched."""
+    if read.answer is not None:
+        yield "answer", ReadTokens(read.answer.texts, read.answer.how)
+    if read.foil is not None:
+        yield "foil", ReadTokens(read.foil.texts, read.foil.how)
+    patched, how = read.patched, reading.positions
+    if reading.positions == "decision" and read.prompt.subject is not None:
+        try:
+            patched = patched_tokens(read, reading.but(positions="subject"))
+            how = "subject, not patched"
+        except UserError:  # it is not asked for
+            patched = ()
+    if patched:
+        texts = (decoded(reader.tokenizer, read.tokens[at]) for at in patched)
+        yield "patched", ReadTokens(tuple(texts), how)
+
+
+def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:
+    """What is taken of an answer or foil that is not one token, or does not continue the prompt."""
+    for what, said in (("answer", read.answer), ("foil", read.foil)):
+        if said is None:
+            continue
+        if (n := len(said.tokens)) > 1:
+            yield f"the {what} is {n} tokens, {shown(said.texts)}: {_part(n, reading)}"
+        if said.how == "alone":
+            yield (
+                f"the {what} {shown(said.texts)} is tokenized alone, since it changes the tokens "
+                "before it"
+            )
+    if read.answer and read.foil and read.answer.tokens[0] == read.foil.tokens[0]:
+        yield (
+            f"answer and foil start with the same token {read.answer.texts[0]!r}, so that no logit "
+            "tells them apart"
+        )
+
+
+def _part(n_tokens: int, reading: Reading) -> str:
+    """What is taken of so many tokens."""
+    n_compared = min(n_tokens, reading.answer_tokens)
+    if n_compared == n_tokens:
+        return "all are compared"
+    return "the first is compared" if n_compared == 1 else f"the first {n_compared} are compared"
 
 
 def _problems(read: ReadPrompt, reader: Reader) -> Iterator[str]:
@@ -496,7 +563,8 @@ def _notes(
 def _record(audit: PromptAudit) -> dict[str, Any]:
     sides: dict[str, Any] = {side: asdict(each) for side, each in audit.sides.items()}
     for side in sides.values():
-        del side["problems"]  # they stand beside both sides
+        del side["problems"], side["notes"]  # they stand beside both sides
+        side |= {name: piece._asdict() for name, piece in side.pop("pieces").items()}
     return {
         "id": audit.id,
         "split": audit.split,

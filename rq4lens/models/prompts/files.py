@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -131,6 +132,8 @@ def _csv_record(row: Mapping[Any, Any], where: str) -> dict[str, Any]:
     for key in ("messages", "meta"):
         if key in record:
             record[key] = _parse(record[key], f"{where}, column {key!r},", "write it as JSON")
+    if re.fullmatch(r"\[\s*\d+\s*,\s*\d+\s*\]", str(record.get("subject"))):
+        record["subject"] = parse_json(record["subject"])
     if str(record.get("offset", "")).isdecimal():
         record["offset"] = int(record["offset"])
     return record

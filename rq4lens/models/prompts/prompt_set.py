@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
@@ -80,7 +81,8 @@ class PromptSet:
     def from_jsonl(cls, path: str | Path) -> PromptSet:
         """Read a JSONL file: one object per line with ``id``, ``split``, ``text`` or ``messages``.
 
-        Optional keys are ``group``, ``content``, ``answer``, ``offset``, ``marker`` and ``meta``.
+        Optional keys are ``group``, ``content``, ``answer``, ``foil``, ``subject``, ``offset``,
+        ``marker`` and ``meta``.
 
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.
@@ -251,15 +253,30 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Prompts as one model reads them, each cut at its decision token (its last token).
+    """Prompts as one model reads them, each up to the last token that is compared.
 
-    What stands behind the decision token cannot change its next-token distribution in a causal
-    model. ``n_dropped`` counts the tokens that were cut off on the left; empty where none were.
+    What stands behind that token cannot change its next-token distribution in a causal model.
+
+    Args:
+        ids: the prompts' ids.
+        token_ids: what the model reads; the last token is the decision token, or the last but one
+            of an answer of several.
+        n_dropped: how many tokens were cut off on the left; empty where none were.
+        spots: places of the patched tokens, in order, after places that some prompts lack, -1;
+            empty where the last ones are patched, see :meth:`placed`.
+        answers: the tokens that follow the decision token, in the answer that is asked for.
+        foils: the tokens of the answer that it is compared with.
+        n_answer: how many tokens of the answer are compared, each at the token before it; empty
+            where it is one, at the decision token.
     """
 
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
+    spots: tuple[tuple[int, ...], ...] = ()
+    answers: tuple[tuple[int, ...], ...] = ()
+    foils: tuple[tuple[int, ...], ...] = ()
+    n_answer: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"<TokenizedPrompts: {len(self)} prompts>"
@@ -272,16 +289,100 @@ class TokenizedPrompts:
         """Number of tokens of each prompt."""
         return torch.tensor([len(tokens) for tokens in self.token_ids])
 
+    def placed(self, k_positions: int = 1) -> TokenizedPrompts:
+        """The same with its spots written out, equally many of each prompt.
+
+        Where none are named they are the decision token, ``k_positions - 1`` tokens before it, and
+        the tokens of the answer behind it.
+
+        Raises:
+            UserError: if a prompt has fewer tokens.
+        """
+        spots = self.spots
+        if not spots:
+            decisions = [
+                len(tokens) - self.answered(row) for row, tokens in enumerate(self.token_ids)
+            ]
+            shortest = 1 + min(decisions)
+            if not 1 <= k_positions <= shortest:
+                raise UserError(
+                    f"k_positions {k_positions} does not fit: the shortest prompt has {shortest} "
+                    f"tokens; choose a number from 1 to {shortest}."
+                )
+            spots = tuple(
+                tuple(range(decision + 1 - k_positions, len(tokens)))
+                for decision, tokens in zip(decisions, self.token_ids, strict=True)
+            )
+        widest = max(map(len, spots))
+        return replace(self, spots=tuple((-1,) * (widest - len(each)) + each for each in spots))
+
+    def continued(self, answers: Sequence[Sequence[int]]) -> TokenizedPrompts:
+        """The same with the tokens of an answer behind each decision token, to be compared.
+
+        Each is compared at the token before it, so that the last one need not be read. Where the
+        decision token is patched, so are the tokens of the answer behind it.
+        """
+        grown = [
+            (*read, *answer[:-1]) for read, answer in zip(self.token_ids, answers, strict=True)
+        ]
+        spots = tuple(
+            (*named, *range(len(read), len(whole))) if named[-1] == len(read) - 1 else named
+            for named, read, whole in zip(self.spots, self.token_ids, grown, strict=False)
+        )
+        return replace(
+            self,
+            token_ids=tuple(grown),
+            spots=spots,
+            answers=tuple(map(tuple, answers)),
+            n_answer=tuple(map(len, answers)),
+        )
+
+    def decided(self) -> TokenizedPrompts:
+        """The same up to the decision token, which alone is patched."""
+        if not (self.spots or self.n_answer):
+            return self
+        ends = (len(read) + 1 - self.answered(row) for row, read in enumerate(self.token_ids))
+        cut = tuple(read[:end] for read, end in zip(self.token_ids, ends, strict=True))
+        return replace(self, token_ids=cut, spots=(), n_answer=())
+
+    def answered(self, row: int) -> int:
+        """How many tokens of its answer are compared."""
+        return self.n_answer[row] if self.n_answer else 1
+
+    @cached_property
+    def longest_answer(self) -> int:
+        """How many tokens of an answer are compared, at most."""
+        return max(self.n_answer, default=1)
+
+    @property
+    def n_spots(self) -> int:
+        """How many tokens of a prompt are patched, at most."""
+        return max(map(len, self.spots), default=1)
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Of each prompt the number of tokens from the first patched one on, and of those compared.
+
+        The first of them is the first compared one where that comes before.
+        """
+        sizes = []
+        for row, read in enumerate(self.token_ids):
+            n_tokens, n_answer = len(read), self.answered(row)
+            spots = [spot for spot in self.spots[row] if spot >= 0] if self.spots else []
+            sizes.append((max(n_tokens - min(spots, default=n_tokens), n_answer), n_answer))
+        return sizes
+
     def some(self, rows: Sequence[int]) -> TokenizedPrompts:
         """Some of the prompts, in the order of their places."""
-        dropped = tuple(self.n_dropped[row] for row in rows) if self.n_dropped else ()
-        token_ids = tuple(self.token_ids[row] for row in rows)
-        return TokenizedPrompts(tuple(self.ids[row] for row in rows), token_ids, dropped)
+        every = {each.name: getattr(self, each.name) for each in fields(self)}
+        chosen = {name: tuple(of[row] for row in rows) for name, of in every.items() if of}
+        return TokenizedPrompts(**{"ids": (), "token_ids": (), **chosen})
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the ids and tokens, and with them of every decision index."""
-        content = json.dumps([self.ids, self.token_ids])
+        """Hash of all that decides what is computed: ids, tokens, patched and compared places."""
+        placed = [self.spots, self.n_answer] if self.spots or self.n_answer else []
+        content = json.dumps([self.ids, self.token_ids, *placed])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, batch_size: int, padding_side: PaddingSide = "right") -> Iterator[TokenBatch]:
@@ -297,17 +398,43 @@ class TokenizedPrompts:
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)
         ones = [torch.ones_like(sequence) for sequence in sequences]
         mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, padding_side)
-        return TokenBatch(rows, tokens, mask, padding_side)
+        n_answer = torch.tensor([self.answered(row) for row in rows.tolist()])
+        if self.spots:
+            named = [torch.tensor(self.spots[row]) for row in rows.tolist()]
+            spots = torch.nn.utils.rnn.pad_sequence(named, True, -1, "left")
+        else:
+            spots = mask.sum(-1, keepdim=True) - n_answer[:, None]
+        return TokenBatch(rows, tokens, mask, padding_side, spots, n_answer, self.longest_answer)
+
+
+class Places(NamedTuple):
+    """Places in padded rows; where a prompt lacks one it is 0 and not ``there``."""
+
+    at: Int[Tensor, "prompt place"]
+    there: Bool[Tensor, "prompt place"]
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch of prompts; ``rows`` are their places in the :class:`TokenizedPrompts`."""
+    """A padded batch of prompts.
+
+    Args:
+        rows: their places in the :class:`TokenizedPrompts`.
+        tokens: what the model reads, padded.
+        attention_mask: 1 for each token of a prompt.
+        padding_side: where the padding is.
+        spots: the patched tokens of each prompt, -1 where it has fewer.
+        n_answer: how many tokens of each answer are compared.
+        longest_answer: how many they are at most, of all prompts.
+    """
 
     rows: Int[Tensor, "prompt"]
     tokens: Int[Tensor, "prompt pos"]
     attention_mask: Int[Tensor, "prompt pos"]
     padding_side: PaddingSide
+    spots: Int[Tensor, "prompt spot"]
+    n_answer: Int[Tensor, "prompt"]
+    longest_answer: int
 
     @property
     def lengths(self) -> Int[Tensor, "prompt"]:
@@ -317,9 +444,26 @@ class TokenBatch:
     @property
     def decision(self) -> Int[Tensor, "prompt"]:
         """Index of the decision token in the padded row."""
-        if self.padding_side == "left":
-            return torch.full_like(self.rows, self.tokens.shape[1] - 1)
-        return self.lengths - 1
+        return self._first + self.lengths - self.n_answer
+
+    @property
+    def patched(self) -> Places:
+        """The patched tokens."""
+        there = self.spots >= 0
+        return Places(torch.where(there, self.spots + self._first[:, None], 0), there)
+
+    @property
+    def compared(self) -> Places:
+        """The tokens after which the next one is compared, the last of them last."""
+        steps = torch.arange(-self.longest_answer, 0)
+        there = -steps <= self.n_answer[:, None]
+        return Places(torch.where(there, (self._first + self.lengths)[:, None] + steps, 0), there)
+
+    @property
+    def _first(self) -> Int[Tensor, "prompt"]:
+        """Index of the first token in the padded row."""
+        padded = self.tokens.shape[1] - self.lengths
+        return padded if self.padding_side == "left" else torch.zeros_like(padded)
 
 
 def _refuse_unreadable(prompts: Sequence[Prompt]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rq4lens.config import Reading
 from rq4lens.errors import UserError
@@ -27,11 +27,24 @@ class ReadingLimits(NamedTuple):
     d_vocab: int
 
 
+class ReadAnswer(NamedTuple):
+    """The tokens that follow the decision token in an answer or a foil, also as text.
+
+    They stand in the prompt's text, continue it, or were tokenized alone, since the tokens before
+    would be others with them.
+    """
+
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+    how: Literal["in the text", "continued", "alone"]
+
+
 @dataclass(frozen=True)
 class ReadPrompt:
     """One prompt as one model reads it, before it is cut: ``n_dropped`` tokens on the left.
 
     Spans are None for tokens that the tokenizer added of itself, or altogether if it cannot tell.
+    ``patched`` are the places of the patched tokens; none where the last ones are.
     """
 
     prompt: Prompt
@@ -41,6 +54,9 @@ class ReadPrompt:
     decision: int
     n_dropped: int
     has_bos: bool
+    patched: tuple[int, ...] = ()
+    answer: ReadAnswer | None = None
+    foil: ReadAnswer | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -71,30 +87,176 @@ def tokenize(
                 f"prompt {each.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: "
                 "remove it from the text or the chat template; see `rq4lens audit`."
             )
+    answers, foils = ([getattr(each, name) for each in read] for name in ("answer", "foil"))
+    placed = reading is not None and reading.positions != "decision"
     return TokenizedPrompts(
-        prompts.ids, tuple(each.kept for each in read), tuple(each.n_dropped for each in read)
+        prompts.ids,
+        tuple(each.kept for each in read),
+        tuple(each.n_dropped for each in read),
+        tuple(tuple(at - each.n_dropped for at in each.patched) for each in read if placed),
+        _tokens_of(answers),
+        _tokens_of(foils),
     )
+
+
+def _tokens_of(read: Sequence[ReadAnswer | None]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each answer; empty where no prompt has one."""
+    return tuple(each.tokens if each else () for each in read) if any(read) else ()
 
 
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:
     """One prompt as one model reads it."""
     rendered = render(prompt, tokenizer)
     tokens, spans = _encode(prompt, rendered.text, tokenizer)
+    has_bos = bool(tokens) and tokens[0] == tokenizer.bos_token_id
+    read = ReadPrompt(prompt, rendered, tokens, spans, len(tokens) - 1, 0, has_bos)
     if reading.decision_rule in ("last", "last_content"):
         skipped = _special_ids(tokenizer) if reading.decision_rule == "last_content" else ()
         deciding = [index for index, token in enumerate(tokens) if token not in skipped]
     else:
-        deciding = _at_character(prompt, rendered, spans, reading)
+        deciding = _at_character(read, reading)
     if not deciding:
         raise UserError(
             f"prompt {prompt.id!r} has no token to decide at: its text must have at least one "
             "token outside the special ones."
         )
     decision = deciding[-1]
-    has_bos = bool(tokens) and tokens[0] == tokenizer.bos_token_id
     most = reading.max_tokens or decision + 1
-    n_dropped = max(0, decision + 1 - max(most, 1 + has_bos))
-    return ReadPrompt(prompt, rendered, tokens, spans, decision, n_dropped, has_bos)
+    read = replace(read, decision=decision, n_dropped=max(0, decision + 1 - max(most, 1 + has_bos)))
+    return replace(
+        read,
+        patched=patched_tokens(read, reading),
+        answer=_answer(read, "answer", tokenizer, reading),
+        foil=_answer(read, "foil", tokenizer, reading),
+    )
+
+
+def patched_tokens(read: ReadPrompt, reading: Reading) -> tuple[int, ...]:
+    """Places of the tokens that ``positions`` names, in order; none for the last ones.
+
+    Raises:
+        UserError: if there is no such token, or it was cut off.
+    """
+    name, end = read.prompt.id, read.decision + 1
+    if reading.positions == "decision":
+        return ()
+    if reading.positions == "subject":
+        return _subject_tokens(read)
+    first, last = reading.last_tokens or (read.first_kept - end, -1)
+    if first >= 0 or end + first < read.first_kept:
+        raise UserError(
+            f"prompt {name!r} has {end - read.first_kept} tokens up to its decision token, its BOS "
+            f"and what was cut off left out, too few for positions {reading.positions!r}: name "
+            "fewer, or leave the prompt out."
+        )
+    return tuple(range(end + first, end + last + 1))
+
+
+def _subject_tokens(read: ReadPrompt) -> tuple[int, ...]:
+    """The tokens that hold a character of the subject."""
+    start, stop = _subject_span(read)
+    whole = _spans(read, "positions 'subject'", "the decision token")
+    first, last = (read.rendered.index_of(at) for at in (start, stop - 1))
+    found = [n for n, span in enumerate(whole) if span and span[0] <= last and span[1] > first]
+    name, subject = read.prompt.id, read.prompt.text[start:stop][:60]
+    if not found or found[-1] > read.decision:
+        where = "behind its decision token" if found else "where no token stands"
+        raise UserError(
+            f"the subject {subject!r} of prompt {name!r} lies {where}: mark a text before it."
+        )
+    if found[0] < read.first_kept:
+        raise UserError(
+            f"the subject {subject!r} of prompt {name!r} is cut off on the left: raise "
+            "--max-tokens, or leave the prompt out."
+        )
+    return tuple(found)
+
+
+def _subject_span(read: ReadPrompt) -> Span:
+    """The subject's first character in the prompt's text, and the one behind its last."""
+    subject, text, name = read.prompt.subject, read.prompt.text, read.prompt.id
+    if subject is None:
+        raise UserError(
+            f"prompt {name!r} has no subject, which positions 'subject' needs: give a text of it, "
+            "or [start, end]."
+        )
+    if not isinstance(subject, str):
+        if not subject[0] < subject[1] <= len(text):
+            raise UserError(
+                f"subject {list(subject)} of prompt {name!r} is no span of its text of {len(text)} "
+                "characters: count from 0, the end behind the last one."
+            )
+        return subject
+    end = read.decision_end
+    # The last one that is read: an answer behind the decision token may name it again.
+    at = text.rfind(subject, 0, end.end if end else len(text))
+    at = at if at >= 0 else text.find(subject)
+    if at < 0 or not subject:
+        raise UserError(
+            f"the subject {subject[:60]!r} does not stand in prompt {name!r}: give a string of its "
+            "text, letter for letter, or [start, end]."
+        )
+    return at, at + len(subject)
+
+
+def _answer(
+    read: ReadPrompt,
+    what: Literal["answer", "foil"],
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+) -> ReadAnswer | None:
+    """The prompt's answer or foil behind its decision token; None if it has none."""
+    text: str | None = getattr(read.prompt, what)
+    if text is None:
+        return None
+    how: Literal["in the text", "continued", "alone"] = "continued"
+    if reading.decision_rule == "before_answer" and what == "answer":
+        tokens, how = (
+            _in_text(read, _character(read.prompt, reading) + len(text) - 1),
+            "in the text",
+        )
+    else:
+        tokens = _continued(read, text, tokenizer, reading)
+    if not tokens:
+        tokens, how = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), "alone"
+    if not tokens:
+        raise UserError(
+            f"the {what} {text[:60]!r} of prompt {read.prompt.id!r} has no token: give one that "
+            "the models can say."
+        )
+    return ReadAnswer(tokens, tuple(decoded(tokenizer, token) for token in tokens), how)
+
+
+def _in_text(read: ReadPrompt, last: int) -> tuple[int, ...]:
+    """The tokens behind the decision token, up to a character of the prompt's text."""
+    end, behind = read.rendered.index_of(last), read.decision + 1
+    spans = (read.spans or ())[behind:]
+    both = zip(read.tokens[behind:], spans, strict=True)
+    return tuple(token for token, span in both if span is not None and span[0] <= end)
+
+
+def _continued(
+    read: ReadPrompt, text: str, tokenizer: PreTrainedTokenizerBase, reading: Reading
+) -> tuple[int, ...]:
+    """The tokens of a text behind the decision token; none if those before become others."""
+    before, behind = _text_before(read, reading), read.decision + 1
+    if before is None:
+        return ()
+    tokens, spans = _encode(read.prompt, before + text, tokenizer)
+    if tokens[:behind] != read.tokens[:behind]:
+        return ()
+    ends = len(tokens) if spans is None else max(n for n, span in enumerate(spans) if span) + 1
+    return tokens[behind:ends]
+
+
+def _text_before(read: ReadPrompt, reading: Reading) -> str | None:
+    """The rendered text that an answer stands behind; None if it is not known."""
+    text, span = read.rendered.text, read.spans[read.decision] if read.spans else None
+    if reading.decision_rule == "before_answer":
+        return text[: read.rendered.index_of(_character(read.prompt, reading))]
+    if span is not None:
+        return text[: span[1]]
+    return text if read.decision + 1 == len(read.tokens) else None
 
 
 def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -181,27 +343,29 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(named | set(tokenizer.all_special_ids))
 
 
-def _at_character(
-    prompt: Prompt, rendered: Rendered, spans: tuple[Span | None, ...] | None, reading: Reading
-) -> list[int]:
+def _at_character(read: ReadPrompt, reading: Reading) -> list[int]:
     """The tokens that hold the character that the rule names, or the one before the answer's."""
-    if spans is None:
-        raise UserError(
-            f"decision rule {reading.decision_rule!r} needs a tokenizer that tells the characters "
-            "of its tokens: save the fast tokenizer with the model, or use 'last'."
-        )
-    character = _character(prompt, reading)
-    if rendered.parts is None:
-        raise UserError(
-            f"the chat template does not hold the messages of prompt {prompt.id!r} as they were "
-            f"written, so that no character can be found: use the rule 'last' instead of "
-            f"{reading.decision_rule!r}."
-        )
-    at = rendered.index_of(character)
+    spans = _spans(read, f"decision rule {reading.decision_rule!r}", "rule 'last'")
+    at = read.rendered.index_of(_character(read.prompt, reading))
     if reading.decision_rule == "before_answer":
-        return [_before(prompt, at, spans)]
+        return [_before(read.prompt, at, spans)]
     # A character of several bytes may be several tokens: the last one decides.
     return [index for index, span in enumerate(spans) if span is not None and span[0] <= at]
+
+
+def _spans(read: ReadPrompt, what: str, instead: str) -> tuple[Span | None, ...]:
+    """The characters of each token, where they can be found in the prompt's text."""
+    if read.spans is None:
+        raise UserError(
+            f"{what} needs a tokenizer that tells the characters of its tokens: save the fast "
+            f"tokenizer with the model, or use {instead}."
+        )
+    if read.rendered.parts is None:
+        raise UserError(
+            f"the chat template does not hold the messages of prompt {read.prompt.id!r} as they "
+            f"were written, so that no character can be found: use {instead} instead of {what}."
+        )
+    return read.spans
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

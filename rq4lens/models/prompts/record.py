@@ -10,7 +10,10 @@ from rq4lens.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-KEYS = ("id", "text", "messages", "split", "group", "content", "answer", "offset", "marker", "meta")
+KEYS = (
+    *("id", "text", "messages", "split", "group", "content"),
+    *("answer", "foil", "subject", "offset", "marker", "meta"),
+)
 """What a record may say about a prompt."""
 
 
@@ -41,7 +44,12 @@ class Prompt:
         meta: anything else that the file says about the prompt.
         messages: the messages of a chat, which each model's own template renders; none for plain
             text.
-        answer: a string of the text; the rule ``before_answer`` decides at the token before it.
+        answer: what the models are to say behind the decision token, with the space before it if it
+            has one. Under the rule ``before_answer`` it stands in the text, and the prompt is
+            decided at the token before it.
+        foil: what ``answer`` is compared with, behind the same token.
+        subject: what of the text is patched where ``positions`` is ``"subject"``: a string of it,
+            or its first character and the one behind its last, counted from 0.
         offset: index of the character of the text that the rule ``offset`` decides at.
         marker: a string of the text whose last character the rule ``marker`` decides at; it
             replaces the marker that all prompts share.
@@ -59,13 +67,17 @@ class Prompt:
     offset: int | None = None
     marker: str | None = None
     content: str | None = None
+    foil: str | None = None
+    subject: str | tuple[int, int] | None = None
 
     @property
     def read_values(self) -> tuple[Any, ...]:
         """Everything that decides what the models read of it, as JSON values."""
         messages = [(message.role, message.content) for message in self.messages]
         asked = (self.answer, self.offset, self.marker)
-        return (self.id, self.text, self.split, self.group, messages, *asked)
+        later = {"foil": self.foil, "subject": self.subject}
+        given = [each for each in later.items() if each[1] is not None]
+        return (self.id, self.text, self.split, self.group, messages, *asked, *given)
 
     def value_of(self, field: str) -> str | None:
         """Its content, or an entry of its meta (``"meta.KEY"``), as text."""
@@ -110,6 +122,8 @@ def prompt_of_record(record: Any, where: str) -> Prompt:
         offset=_offset(record.get("offset"), where),
         marker=_string(record, "marker", where),
         content=content,
+        foil=_string(record, "foil", where),
+        subject=_subject(record.get("subject"), where),
     )
 
 
@@ -157,8 +171,23 @@ def _message(value: Any, where: str) -> Message:
 def _string(record: Mapping[str, Any], key: str, where: str) -> str | None:
     value = record.get(key)
     if not isinstance(value, str | None) or value == "":
-        raise UserError(f"{where}: {key} must be a string of the text, or be left out.")
+        meant = "one of what may be said" if key == "foil" else "a string of the text"
+        raise UserError(f"{where}: {key} must be {meant}, or be left out.")
     return value
+
+
+def _subject(value: Any, where: str) -> str | tuple[int, int] | None:
+    if isinstance(value, list | tuple):
+        whole = all(type(each) is int for each in value)
+        if whole and len(value) == 2 and 0 <= value[0] < value[1]:
+            return value[0], value[1]
+    elif value is None or (isinstance(value, str) and value):
+        return value
+    raise UserError(
+        f"{where}: subject {str(value)[:60]!r} is no place of the text: give a string of it, or "
+        "[start, end] with the numbers of its first character, from 0, and of the one behind its "
+        "last."
+    )
 
 
 def _offset(value: Any, where: str) -> int | None:

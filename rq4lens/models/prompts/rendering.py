@@ -45,9 +45,22 @@ class Rendered:
     def index_of(self, character: int) -> int:
         """Index in the rendered text of a character of the prompt's text; ``parts`` are known."""
         assert self.parts is not None
-        part = next(each for each in reversed(self.parts) if each.text <= character)
-        # What a template trims off the end of a message counts to its last character.
-        return part.rendered + min(character - part.text, max(part.length - 1, 0))
+        before = (each for each in reversed(self.parts) if each.text <= character)
+        part = next(before, self.parts[0])
+        # What a template trims off a message counts to its first or last character.
+        return part.rendered + min(max(character - part.text, 0), max(part.length - 1, 0))
+
+    def spot(self, index: int) -> tuple[int, int] | None:
+        """An index of the rendered text in terms of the prompt's text; None if unknown.
+
+        Which message it stands in or behind, and how many characters of the prompt's text from the
+        start: as many on both sides for one place, whatever stands before it in their templates.
+        """
+        if self.parts is None:
+            return None
+        number = max(sum(part.rendered <= index for part in self.parts) - 1, 0)
+        part = self.parts[number]
+        return number, part.text + index - part.rendered
 
     def place(self, end: int) -> TextEnd | None:
         """Where an index of the rendered text lies in the prompt's text; None if unknown."""

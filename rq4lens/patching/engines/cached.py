@@ -21,10 +21,10 @@ from torch import Tensor
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.lens import HookedModel, KeptKeys, run_over, z_site
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
-from rq4lens.patching.activations import device_of
 from rq4lens.patching.engines.clean_pass import CleanBatch, CleanLayer, some_prompts
 from rq4lens.patching.engines.hooks import added
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
+from rq4lens.patching.passes import device_of
 
 
 class CachedEngine(RowEngine):
@@ -49,7 +49,7 @@ class CachedEngine(RowEngine):
 
     def _pass_of(self, batch: TokenBatch) -> CleanBatch:
         """The clean pass of prompts of one length."""
-        tokens, n_last = batch.tokens.to(device_of(self.model)), self.settings.k_positions
+        tokens, n_last = batch.tokens.to(device_of(self.model)), self.window.n_positions
         n_layers = self.model.cfg.n_layers
         earlier: list[KeptKeys] = []
         if tokens.shape[1] > n_last:
@@ -69,19 +69,20 @@ class CachedEngine(RowEngine):
 
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
-    ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
+    ) -> Iterator[tuple[RowGroup, Float[Tensor, "token row vocab"]]]:
         n_rows, layers = len(rows.interventions), clean.layers.values()
         last = [
-            self.prompts.token_ids[row][-self.settings.k_positions :]
+            self.prompts.token_ids[row][-self.window.n_positions :]
             for row in clean.rows[prompts].tolist()
         ]
         tokens = torch.tensor(last, device=device_of(self.model)).repeat_interleave(n_rows, dim=0)
         earlier = [each.earlier.rows(prompts, n_rows) for each in layers if each.earlier]
         written: dict[int, Tensor | None] = {}
+        spots = None if clean.patched is None else clean.patched[prompts]
 
         def blended(z: Tensor, hook: Any, layer: int) -> Tensor:  # noqa: ARG001 - by the library
             by_row = rearrange(z.clone(), "(prompt row) ... -> prompt row ...", row=n_rows)
-            beside = rows.blend_into(by_row, layer, sources)
+            beside = rows.blend_into(by_row, layer, sources, spots)
             written[layer] = None if beside is None else beside.flatten(0, 1)
             return by_row.flatten(0, 1)
 
@@ -89,7 +90,11 @@ class CachedEngine(RowEngine):
         hooks = [(z_site(layer), partial(blended, layer=layer)) for layer in patched]
         with self.model.hooks(fwd_hooks=hooks), added(self.model, patched, written.get):
             logits, _ = run_over(self.model, tokens, earlier)
-        by_row = rearrange(logits[:, -1], "(prompt row) vocab -> prompt row vocab", row=n_rows)
+        by_row = rearrange(
+            logits[:, -self.window.n_answer :],
+            "(prompt row) token vocab -> (prompt token) row vocab",
+            row=n_rows,
+        )
         for group in rows.groups:
             yield group, by_row[:, group.rows]
 

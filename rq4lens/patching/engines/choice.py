@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,12 +16,13 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import HookedModel, backend_of
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import device_of, forward_batch
 from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.clean_pass import CleanBatch, shortest_and_longest
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.engines.suffix import SuffixEngine
+from rq4lens.patching.engines.windows import by_window
+from rq4lens.patching.passes import device_of, forward_batch
 from rq4lens.patching.patch import Engine, Intervention, Patch, Sources
 
 logger = logging.getLogger("rq4lens")
@@ -52,25 +54,39 @@ def make_engine(
     and why is logged once and stands in ``name`` and ``fallback_reason``.
     """
     settings, place = settings or Patching(), place or Place()
+
+    def make(some: TokenizedPrompts) -> Engine:
+        return _fastest(model, some, settings, place, first_layer=first_layer, max_bytes=max_bytes)
+
+    placed = prompts.placed(settings.k_positions)
+    engine = make(placed) if place.engine == "hooks" else by_window(placed, make)
+    if engine.fallback_reason:
+        # On a bridge the cached engine is the one that is meant.
+        as_meant = engine.name == "cached" and backend_of(model) == "bridge"
+        level = logging.INFO if as_meant else logging.WARNING
+        logger.log(level, "%s; using engine %s", engine.fallback_reason, engine.name)
+    return engine
+
+
+def _fastest(
+    model: HookedModel,
+    prompts: TokenizedPrompts,
+    settings: Patching,
+    place: Place,
+    **memory: Any,
+) -> Engine:
     order = [*FASTEST_FIRST, "hooks"]
     reasons: list[str] = []
     engine: Engine = HookEngine(model, prompts, settings, place)
     for name in order[order.index(place.engine) : -1]:
         kind = FASTEST_FIRST[name]
-        make = partial(
-            kind, model, prompts, settings, place, first_layer=first_layer, max_bytes=max_bytes
-        )
+        make = partial(kind, model, prompts, settings, place, **memory)
         found = kind.not_covered(model) or _checked(make)
         if isinstance(found, RowEngine):
             engine = found
             break
         reasons.append(f"engine {name} is not used because {found}")
     engine.fallback_reason = "; ".join(reasons) or None
-    if reasons:
-        # On a bridge the cached engine is the one that is meant.
-        as_meant = engine.name == "cached" and backend_of(model) == "bridge"
-        level = logging.INFO if as_meant else logging.WARNING
-        logger.log(level, "%s; using engine %s", engine.fallback_reason, engine.name)
     return engine
 
 
@@ -104,7 +120,7 @@ def difference_to_hooks(engine: RowEngine) -> float:
     layer, model = engine.first_layer, engine.model
     clean = engine.clean_batches(layer)[-1]
     ends = shortest_and_longest(len(clean.rows))
-    z = clean.layers[layer].z[ends]
+    z = engine.window.gather(clean.layers[layer].z[ends], clean.rows[ends])
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     # Nothing is fetched from the device before the end: the clean pass is still under way there.
     size = z.float().std(unbiased=False).to(z.dtype)
@@ -120,14 +136,14 @@ def difference_to_hooks(engine: RowEngine) -> float:
 
 def _native_logits(
     engine: RowEngine, clean: CleanBatch, intervention: Intervention, sources: Sources
-) -> Float[Tensor, "prompt vocab"]:
-    """Logits at the decision token of a batch's two ends by a pass through native hooks."""
+) -> Float[Tensor, "token vocab"]:
+    """Logits at the compared tokens of a batch's two ends by a pass through native hooks."""
     some = engine.prompts.some(clean.rows[shortest_and_longest(len(clean.rows))].tolist())
     batch = next(some.batches(len(some)))
-    with patched_heads(engine.model, intervention, sources, batch, engine.settings.k_positions):
+    with patched_heads(engine.model, intervention, sources, batch):
         if clean.entering is None:
             logits = forward_batch(engine.model, batch)
         else:
             resid = clean.entering.to(device_of(engine.model))
             logits = engine.model(resid, start_at_layer=engine.first_layer, padding_side="right")
-    return logits[torch.arange(len(logits)), batch.decision]
+    return logits[torch.arange(len(logits))[:, None], batch.compared.at].flatten(0, 1)

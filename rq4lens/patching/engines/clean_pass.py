@@ -8,19 +8,12 @@ from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.load.lens import HookedTransformer, TransformerLensKeyValueCacheEntry
-from rq4lens.models.prompts.prompt_set import TokenBatch
-from rq4lens.patching.activations import (
-    forward_batch,
-    forward_steps,
-    patched_positions,
-    reader_at,
-    reading,
-)
+from rq4lens.models.prompts.prompt_set import Places, TokenBatch
 from rq4lens.patching.engines.block_row import (
     SharedKeys,
     attention_bias,
@@ -28,6 +21,7 @@ from rq4lens.patching.engines.block_row import (
     turn_to_decision,
 )
 from rq4lens.patching.engines.layout import Steps
+from rq4lens.patching.passes import forward_batch, forward_steps, reader_at, reading
 
 COLUMN_MULTIPLE = 8
 """Half-precision matrix products are fast when their sides are multiples of this."""
@@ -49,7 +43,7 @@ def each_tensor(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
 
 @dataclass(frozen=True)
 class CleanLayer:
-    """What one layer of the clean pass leaves behind at the patched positions.
+    """What one layer of the clean pass leaves behind at the last positions.
 
     ``earlier`` is keys and values of the positions before, in the form that the engine needs; None
     where there are none.
@@ -79,7 +73,8 @@ class CleanBatch:
     """A batch of prompts, ``rows`` of the engine's, after its clean pass.
 
     ``z_below`` is z of the layers below the lowest one, and ``embedded`` what enters the first
-    block, both at the patched positions. ``entering`` is the residual stream of two prompts,
+    block, both at the last positions. ``patched`` says which of these are patched; None where all
+    are. ``entering`` is the residual stream of two prompts,
     :func:`shortest_and_longest`, before the lowest layer; the start-up check runs native hooks
     on it, or on tokens without it.
     """
@@ -89,6 +84,7 @@ class CleanBatch:
     z_below: dict[int, Float[Tensor, "prompt position head d_head"]]
     embedded: Float[Tensor, "prompt position d_model"]
     entering: Float[Tensor, "end pos d_model"] | None = None
+    patched: Bool[Tensor, "prompt position"] | None = None
 
     def to(self, placement: Placement) -> CleanBatch:
         """The batch with each layer on its device."""
@@ -97,7 +93,7 @@ class CleanBatch:
         embedded, entering = self.embedded.to(placement.layers[0]), self.entering
         if entering is not None:
             entering = entering.to(placement.layers[min(layers)])
-        return CleanBatch(self.rows, layers, below, embedded, entering)
+        return replace(self, layers=layers, z_below=below, embedded=embedded, entering=entering)
 
 
 def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
@@ -105,8 +101,13 @@ def some_prompts(batch: TokenBatch, prompts: slice) -> TokenBatch:
     mask = batch.attention_mask[prompts]
     longest = int(mask.sum(-1).max())
     used = slice(-longest, None) if batch.padding_side == "left" else slice(longest)
-    return TokenBatch(
-        batch.rows[prompts], batch.tokens[prompts, used], mask[:, used], batch.padding_side
+    return replace(
+        batch,
+        rows=batch.rows[prompts],
+        tokens=batch.tokens[prompts, used],
+        attention_mask=mask[:, used],
+        spots=batch.spots[prompts],
+        n_answer=batch.n_answer[prompts],
     )
 
 
@@ -121,7 +122,7 @@ def clean_pass(
     decision token alone, where the engine's own clean row computes them.
     """
     placement = Placement.of(model)
-    read = reader_at(patched_positions(batch, n_positions))
+    read = reader_at(last_places(batch, n_positions))
     layers: dict[int, CleanLayer] = {}
     z: list[Tensor] = []
     bias = _bias_of_layers(batch, n_positions)
@@ -153,6 +154,13 @@ def clean_pass(
         shared = seen.share(block.attn, n_positions, bias_here, position_mask(device))
         layers[layer] = CleanLayer(at_positions, z.pop(), shared)
     return CleanBatch(batch.rows, layers, below, embedded, entering)
+
+
+def last_places(batch: TokenBatch, n_positions: int) -> Places:
+    """The last ``n_positions`` tokens of each prompt."""
+    last = batch.decision + batch.n_answer - 1
+    at = last[:, None] + torch.arange(1 - n_positions, 1)
+    return Places(at, torch.ones_like(at, dtype=torch.bool))
 
 
 def shortest_and_longest(n_prompts: int) -> slice:

@@ -19,13 +19,8 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import HookedModel, HookPoint, z_site
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import (
-    capture_z,
-    check_layers,
-    forward_batch,
-    patched_positions,
-    precise_dtype,
-)
+from rq4lens.patching.activations import capture_z, check_layers, put_log_probs
+from rq4lens.patching.passes import forward_batch, precise_dtype
 from rq4lens.patching.patch import (
     Effects,
     Intervention,
@@ -34,8 +29,10 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     all_effects,
+    answer_effects,
     blend,
     head_outputs,
+    n_measures,
 )
 
 
@@ -45,7 +42,6 @@ def patched_heads(
     intervention: Intervention,
     sources: Sources,
     batch: TokenBatch,
-    k_positions: int = 1,
 ) -> Iterator[HookedModel]:
     """The model with its heads patched while the context lasts; no hook stays behind.
 
@@ -53,8 +49,7 @@ def patched_heads(
         model: the tuned model.
         intervention: the patches, at most one per layer.
         sources: the activations that are blended in, for all prompts.
-        batch: the prompts that will be run.
-        k_positions: how many positions, ending at the decision token, are patched.
+        batch: the prompts that will be run; they say which of their tokens are patched.
 
     Yields:
         The model, to be run on ``batch.tokens``.
@@ -62,11 +57,9 @@ def patched_heads(
     Raises:
         UserError: if a source does not have the shape of the site it is patched into.
     """
-    positions = patched_positions(batch, k_positions)
     written: dict[int, Tensor] = {}
     hooks = [
-        (z_site(patch.layer), _patch_hook(patch, sources, (batch, positions), written))
-        for patch in intervention
+        (z_site(patch.layer), _patch_hook(patch, sources, batch, written)) for patch in intervention
     ]
     own_W_O = [patch.layer for patch in intervention if patch.source in sources.W_O]
     with model.hooks(fwd_hooks=hooks), added(model, own_W_O, written.get):
@@ -93,30 +86,29 @@ def added(
 
 
 def _patch_hook(
-    patch: Patch, sources: Sources, at: tuple[TokenBatch, Tensor], written: dict[int, Tensor]
+    patch: Patch, sources: Sources, batch: TokenBatch, written: dict[int, Tensor]
 ) -> Callable[[Tensor, HookPoint], Tensor]:
-    batch, positions = at
-    source = sources[patch.layer, patch.source]
+    places, source = batch.patched, sources[patch.layer, patch.source]
+    prompt, spot = places.there.nonzero(as_tuple=True)
 
     # TransformerLens passes the hook point by its name.
     def write(z: Float[Tensor, "prompt pos head d_head"], hook: HookPoint) -> Tensor:  # noqa: ARG001
-        rows = torch.arange(len(z), device=z.device)[:, None]
-        here = positions.to(z.device)
-        current = z[rows, here]
         # An engine checks the number of prompts; here only a batch of them is known.
         n_prompts = max(len(source), int(batch.rows.max()) + 1)
-        _check_source((patch.layer, patch.source), source, (n_prompts, *current.shape[1:]))
-        incoming = source[batch.rows].to(z)
+        shape = (n_prompts, places.at.shape[1], *z.shape[2:])
+        _check_source((patch.layer, patch.source), source, shape)
+        here = (prompt.to(z.device), places.at[prompt, spot].to(z.device))
+        current, incoming = z[here], source[batch.rows[prompt], spot].to(z)
         z = z.clone()
         mask = torch.tensor(patch.heads.mask, dtype=torch.bool, device=z.device)
         if patch.source in sources.W_O:
             W_O = sources.W_O[patch.source](patch.layer).to(z)
-            z[rows, here], out = head_outputs(current, incoming, (mask, patch.alpha), W_O)
+            z[here], out = head_outputs(current, incoming, (mask, patch.alpha), W_O)
             beside = out.new_zeros(*z.shape[:2], out.shape[-1])
-            beside[rows, here] = out
+            beside[here] = out
             written[patch.layer] = beside
         else:
-            z[rows, here] = blend(current, incoming, mask, patch.alpha)
+            z[here] = blend(current, incoming, mask, patch.alpha)
         return z
 
     return write
@@ -140,8 +132,8 @@ class HookEngine:
         padding_side: PaddingSide = "right",
     ) -> None:
         self.model = model
-        self.prompts = prompts
         self.settings = settings or Patching()
+        self.prompts = prompts.placed(self.settings.k_positions)
         self.batch_size = (place or Place()).batch_size
         self.padding_side: PaddingSide = padding_side
         self.fallback_reason: str | None = None
@@ -157,19 +149,17 @@ class HookEngine:
             self.model,
             self.prompts,
             [layer],
-            k_positions=self.settings.k_positions,
             batch_size=self.batch_size,
             padding_side=self.padding_side,
         )[layer]
 
     @torch.no_grad()
-    def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
-        """The clean model's next-token distribution at the decision token."""
-        shape = (len(self.prompts), self.model.cfg.d_vocab_out)
+    def clean_log_probs(self) -> Float[Tensor, "prompt answer vocab"]:
+        """The clean model's next-token distribution at each compared token; else 0."""
+        shape = (len(self.prompts), self.prompts.longest_answer, self.model.cfg.d_vocab_out)
         log_probs = torch.empty(shape, dtype=precise_dtype(self.model))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
-            logits = self._decision_logits(batch)
-            log_probs[batch.rows] = logits.double().log_softmax(-1).to(log_probs).cpu()
+            put_log_probs(log_probs, batch, self._answer_logits(batch))
         return log_probs
 
     def every_layer(
@@ -187,25 +177,30 @@ class HookEngine:
         other: OtherModel | None = None,
     ) -> Effects:
         """Effect of each intervention on each prompt, and how far it takes the model to another."""
-        k_positions = self.settings.k_positions
-        used_sources(interventions, sources, self.model, (len(self.prompts), k_positions))
-        found = np.empty((2 if other is None else 4, len(interventions), len(self.prompts)))
+        shape = (len(self.prompts), self.prompts.n_spots)
+        used_sources(interventions, sources, self.model, shape)
+        n_answer = self.prompts.longest_answer
+        found = np.empty((n_measures(n_answer, other), len(interventions), len(self.prompts)))
         for batch in self.prompts.batches(self.batch_size, self.padding_side):
-            clean = self._decision_logits(batch)[:, None]
-            beside = other and other.of_prompts(batch.rows).to(clean.device)
+            there = batch.compared.there
+            clean = self._answer_logits(batch).flatten(0, 1)[:, None]
+            beside = other and other.of_prompts(batch.rows).by_token(there.shape[1])
+            beside = beside and beside.to(clean.device)
             for index, intervention in enumerate(interventions):
-                with patched_heads(self.model, intervention, sources, batch, k_positions):
-                    patched = self._decision_logits(batch)[:, None]
-                effects = all_effects(patched, clean, self.settings.kl_direction, beside)
+                with patched_heads(self.model, intervention, sources, batch):
+                    patched = self._answer_logits(batch).flatten(0, 1)[:, None]
+                effects = answer_effects(
+                    all_effects, patched, clean, there, self.settings.kl_direction, beside
+                )
                 for measure, values in zip(found, effects, strict=True):
                     measure[index, batch.rows.numpy()] = values[:, 0].cpu()
                 if progress is not None:
                     progress(len(batch.rows))
-        return Effects(*found)
+        return Effects.of(found, n_answer)
 
-    def _decision_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt vocab"]:
+    def _answer_logits(self, batch: TokenBatch) -> Float[Tensor, "prompt answer vocab"]:
         logits = forward_batch(self.model, batch)
-        return logits[torch.arange(len(logits)), batch.decision]
+        return logits[torch.arange(len(logits))[:, None], batch.compared.at]
 
 
 def everywhere(model: HookedModel, source: str) -> Intervention:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -20,10 +20,12 @@ from rq4lens.config import Patching, Place
 from rq4lens.models.load.devices import Placement, copied_once
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.activations import check_layers, patched_positions, precise_dtype
+from rq4lens.patching.activations import check_layers
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
 from rq4lens.patching.engines.hooks import everywhere, used_sources, used_writers
 from rq4lens.patching.engines.memory import MemoryPlan, RowBlock
+from rq4lens.patching.engines.windows import Window
+from rq4lens.patching.passes import precise_dtype
 from rq4lens.patching.patch import (
     Effects,
     Intervention,
@@ -32,9 +34,11 @@ from rq4lens.patching.patch import (
     Progress,
     Sources,
     all_effects,
+    answer_effects,
     blend,
     effects_by_difference,
     head_outputs,
+    n_measures,
 )
 
 KERNEL_MIN_LOGITS = 2**34
@@ -152,21 +156,26 @@ class Rows:
         z: Float[Tensor, "prompt condition position head d_head"],
         layer: int,
         sources: SourceTensors,
+        patched: Bool[Tensor, "prompt position"] | None = None,
     ) -> Float[Tensor, "prompt condition position d_model"] | None:
         """Blend what this layer's rows are patched with into their ``z``, in place.
+
+        Only the positions that ``patched`` names are, or all of them.
 
         What sources with an output matrix of their own write beside ``z W_O`` is returned.
         """
         written: Tensor | None = None
+        spots = None if patched is None else patched.to(z.device)[:, None, :, None]
         for (patched_layer, source), patch in self.patches.items():
             if patched_layer != layer:
                 continue
+            mask = patch.mask if spots is None else patch.mask & spots
             current = z[:, patch.rows]
             incoming = sources[layer, source][:, None].expand_as(current)
             if patch.W_O is None:
-                z[:, patch.rows] = blend(current, incoming, patch.mask, patch.alpha)
+                z[:, patch.rows] = blend(current, incoming, mask, patch.alpha)
                 continue
-            kept, out = head_outputs(current, incoming, (patch.mask, patch.alpha), patch.W_O)
+            kept, out = head_outputs(current, incoming, (mask, patch.alpha), patch.W_O)
             z[:, patch.rows] = kept
             if written is None:
                 written = out.new_zeros(*z.shape[:-2], out.shape[-1])
@@ -206,13 +215,13 @@ class RowEngine(ABC):
     ) -> None:
         check_layers([first_layer], model.cfg.n_layers)
         self.model = model
-        self.prompts = prompts
         self.settings = settings or Patching()
+        self.prompts = prompts.placed(self.settings.k_positions)
+        self.window = Window.of(self.prompts)
+        self._patched = self.window.patched
         self.first_layer = first_layer
         self.fallback_reason: str | None = None
         self.placement = Placement.of(model)
-        shortest = next(prompts.batches(1))
-        patched_positions(shortest, self.settings.k_positions)  # refuses more than it has
         self._memory = MemoryPlan.of(
             model.cfg,
             prompts,
@@ -247,8 +256,8 @@ class RowEngine(ABC):
     @abstractmethod
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
-    ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
-        """Logits at the decision token of each group's rows, the clean reference first."""
+    ) -> Iterator[tuple[RowGroup, Float[Tensor, "token row vocab"]]]:
+        """Logits of each group's rows, the clean reference first, at each compared token."""
 
     @property
     def memory_report(self) -> dict[str, Any]:
@@ -257,25 +266,28 @@ class RowEngine(ABC):
         return {"kept_bytes": stored, **self._memory.report()}
 
     def clean_z(self, layer: int) -> Float[Tensor, "prompt position head d_head"]:
-        """Clean activations at the patched positions of a layer."""
-        cfg, k_positions = self.model.cfg, self.settings.k_positions
+        """Clean activations at the patched tokens of a layer."""
+        cfg = self.model.cfg
         check_layers([layer], cfg.n_layers)
-        shape = (len(self.prompts), k_positions, cfg.n_heads, cfg.d_head)
+        shape = (len(self.prompts), self.prompts.n_spots, cfg.n_heads, cfg.d_head)
         z = torch.empty(shape, dtype=cfg.dtype)
         for clean in self.clean_batches(self.first_layer):
             stored = clean.layers.get(layer)
-            z[clean.rows] = (stored.z if stored else clean.z_below[layer]).cpu()
+            found = stored.z if stored else clean.z_below[layer]
+            z[clean.rows] = self.window.gather(found, clean.rows).cpu()
         return z
 
     @torch.no_grad()
-    def clean_log_probs(self) -> Float[Tensor, "prompt vocab"]:
-        """The clean model's next-token distribution at the decision token."""
-        shape = (len(self.prompts), self.model.cfg.d_vocab_out)
+    def clean_log_probs(self) -> Float[Tensor, "prompt answer vocab"]:
+        """The clean model's next-token distribution at each compared token."""
+        shape = (len(self.prompts), self.window.n_answer, self.model.cfg.d_vocab_out)
         log_probs = torch.empty(shape, dtype=precise_dtype(self.model))
         for clean in self.clean_batches(self.model.cfg.n_layers - 1):
 
             def work(block: RowBlock, rows: Tensor = clean.rows, here: CleanBatch = clean) -> None:
-                logits = self.logits_of(here, block.prompts, [()], {})[:, 0]
+                logits = self.logits_of(here, block.prompts, [()], {})[:, 0].unflatten(
+                    0, (-1, self.window.n_answer)
+                )
                 log_probs[rows[block.prompts]] = logits.double().log_softmax(-1).to(log_probs).cpu()
 
             self._memory.rows.run(RowBlock(slice(0, len(clean.rows)), slice(0, 1)), work)
@@ -307,7 +319,7 @@ class RowEngine(ABC):
             measured = self._measure(work, None, all_effects)
         every = np.empty_like(measured)
         every[:, order] = measured
-        return Effects(*every)
+        return Effects.of(every, self.window.n_answer)
 
     @torch.no_grad()
     def _measure(
@@ -315,7 +327,8 @@ class RowEngine(ABC):
     ) -> Float64[ndarray, "measure condition prompt"]:
         """All measures of interventions that are sorted by entry layer, in chunks that fit."""
         interventions, sources, other = asked
-        shape = (len(self.prompts), self.settings.k_positions)
+        n_answer = self.window.n_answer
+        shape = (len(self.prompts), self.prompts.n_spots)
         used = used_sources(interventions, sources, self.model, shape)
         writers = used_writers(used, sources)
 
@@ -330,7 +343,7 @@ class RowEngine(ABC):
         every = {key: self._beside_layer(key, source) for key, source in used.items()}
         # Numbers stay on the device until all are there: fetching one would stop the queue.
         found = torch.empty(
-            (2 if other is None else 4, len(interventions), len(self.prompts)),
+            (n_measures(n_answer, other), len(interventions), len(self.prompts)),
             dtype=torch.float64,
             device=self.placement.exit,
         )
@@ -338,7 +351,10 @@ class RowEngine(ABC):
             batches, found.split([len(b.rows) for b in batches], -1), strict=True
         ):
             here, rows_on = clean.to(self.placement), copied_once(clean.rows)
-            incoming = {key: source[rows_on(source.device)] for key, source in every.items()}
+            incoming = {
+                key: self.window.spread(source[rows_on(source.device)], clean.rows)
+                for key, source in every.items()
+            }
             beside = other and other.of_prompts(clean.rows).to(self.placement.exit)
 
             def work(
@@ -350,9 +366,12 @@ class RowEngine(ABC):
             ) -> None:
                 rows = arrange(block.conditions.start, block.conditions.stop)
                 some = {key: source[block.prompts] for key, source in incoming.items()}
-                to = beside and beside.of_prompts(block.prompts)
+                to = beside and beside.of_prompts(block.prompts).by_token(n_answer)
+                n_prompts = block.prompts.stop - block.prompts.start
+                there = torch.ones(n_prompts, n_answer, dtype=torch.bool)
                 for group, logits in self._group_logits(here, block.prompts, rows, some):
-                    effects = effects_of(logits, logits[:, :1], self.settings.kl_direction, to)
+                    direction, clean_logits = self.settings.kl_direction, logits[:, :1]
+                    effects = answer_effects(effects_of, logits, clean_logits, there, direction, to)
                     for measure, values in zip(into, effects, strict=True):
                         measure[group.conditions, block.prompts] = values[:, 1:].mT
                 if progress is not None:
@@ -371,11 +390,18 @@ class RowEngine(ABC):
         prompts: slice,
         interventions: Sequence[Intervention],
         sources: SourceTensors,
-    ) -> Float[Tensor, "prompt condition vocab"]:
-        """Logits of a few rows, all at once; the interventions are sorted by entry layer."""
+    ) -> Float[Tensor, "token condition vocab"]:
+        """Logits of a few rows, all at once; the interventions are sorted by entry layer.
+
+        The tokens are those compared of the first prompt, then those of the next.
+        """
         every = slice(0, len(interventions))
         rows = Rows.arrange(interventions, every, self.placement, used_writers(sources, sources))
-        here = {key: self._beside_layer(key, source) for key, source in sources.items()}
+        chosen = clean.rows[prompts]
+        here = {
+            key: self.window.spread(self._beside_layer(key, source), chosen)
+            for key, source in sources.items()
+        }
         groups = self._group_logits(clean.to(self.placement), prompts, rows, here)
         return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
 
@@ -396,8 +422,13 @@ class RowEngine(ABC):
         def work(block: RowBlock) -> None:
             batches = self._clean_pass(some_prompts(every, block.prompts), self.first_layer)
             on_device = self._memory.keep_on_device
-            made.extend(clean if on_device else clean.to(main_memory) for clean in batches)
+            for clean in map(self._with_spots, batches):
+                made.append(clean if on_device else clean.to(main_memory))
 
         self._memory.passes.run(RowBlock(slice(0, len(self.prompts)), slice(0, 1)), work)
         self._clean = made
         return made
+
+    def _with_spots(self, clean: CleanBatch) -> CleanBatch:
+        patched = None if self._patched is None else self._patched[clean.rows]
+        return replace(clean, patched=patched)

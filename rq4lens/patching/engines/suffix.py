@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -24,13 +24,20 @@ from rq4lens.models.load.lens import (
     TransformerBlock,
 )
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
-from rq4lens.patching.activations import unembed
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_prompts
 from rq4lens.patching.engines.layout import fused_norms, side_by_side, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, even_parts
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
-from rq4lens.patching.patch import Effects, OtherModel, Sources, all_effects
+from rq4lens.patching.passes import unembed
+from rq4lens.patching.patch import (
+    Effects,
+    OtherModel,
+    Sources,
+    all_effects,
+    answer_effects,
+    n_measures,
+)
 
 BATCHES_PER_DEVICE = 3
 """Of a model that is spread over several. Only one device has work when the first batch begins and
@@ -73,9 +80,7 @@ class SuffixEngine(RowEngine):
         store_for_products((*self.model.blocks[lowest:], self.model.unembed))
         parts = even_parts(slice(0, len(batch.rows)), self._at_once(len(batch.rows)))
         works = (
-            clean_pass(
-                self.model, some_prompts(batch, part), first_layer, self.settings.k_positions
-            )
+            clean_pass(self.model, some_prompts(batch, part), first_layer, self.window.n_positions)
             for part in parts
         )
         with fused_norms(self.model, half_only=True):
@@ -93,24 +98,30 @@ class SuffixEngine(RowEngine):
     ) -> Effects:
         """Effect of a source in place of every head of every layer.
 
-        With every head replaced nothing is attended to at the patched positions: this needs neither
-        keys nor values, only the rest of each block.
+        With every head replaced nothing is attended to at the patched positions: where all of the
+        window's are, this needs neither keys nor values, only the rest of each block.
         """
-        found = np.empty((2 if other is None else 4, 1, len(self.prompts)))
+        if not self.window.is_patched_whole:
+            return super().every_layer(source, sources, other)
+        n_answer = self.window.n_answer
+        found = np.empty((n_measures(n_answer, other), 1, len(self.prompts)))
         clean = self.clean_log_probs()
         for batch in self.clean_batches(self.first_layer):
 
             def work(block: RowBlock, batch: CleanBatch = batch) -> None:
                 rows = batch.rows[block.prompts]
                 logits = self._replaced(batch.embedded[block.prompts], rows, source, sources)
-                beside = other and other.of_prompts(rows).to(logits.device)
-                reference = clean[rows][:, None].to(logits.device)
-                effects = all_effects(logits, reference, self.settings.kl_direction, beside)
+                beside = other and other.of_prompts(rows).by_token(n_answer).to(logits.device)
+                reference = clean[rows].flatten(0, 1)[:, None].to(logits.device)
+                there = torch.ones(len(rows), n_answer, dtype=torch.bool)
+                effects = answer_effects(
+                    all_effects, logits, reference, there, self.settings.kl_direction, beside
+                )
                 for measure, values in zip(found, effects, strict=True):
                     measure[0, rows.numpy()] = values[:, 0].cpu()
 
             self._memory.rows.run(RowBlock(slice(0, len(batch.rows)), slice(0, 1)), work)
-        return Effects(*found)
+        return Effects.of(found, n_answer)
 
     def _replaced(
         self,
@@ -118,18 +129,18 @@ class SuffixEngine(RowEngine):
         rows: Int[Tensor, "prompt"],
         source: str,
         sources: Sources,
-    ) -> Float[Tensor, "prompt 1 vocab"]:
+    ) -> Float[Tensor, "token 1 vocab"]:
         resid = embedded[:, None]
         with fused_norms(self.model.blocks):
             for layer, block in enumerate(self.model.blocks):
                 device = self.placement.layers[layer]
                 z = sources[layer, source][rows][:, None].to(device, self.model.cfg.dtype)
                 resid = finish_block(block, resid.to(device), z)
-        return unembed(self.model, resid[:, :, -1].to(self.placement.exit))
+        return unembed(self.model, self._by_token(resid))
 
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
-    ) -> Iterator[tuple[RowGroup, Float[Tensor, "prompt row vocab"]]]:
+    ) -> Iterator[tuple[RowGroup, Float[Tensor, "token row vocab"]]]:
         with fused_norms(self.model.blocks):
             resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
@@ -137,10 +148,11 @@ class SuffixEngine(RowEngine):
 
     def _walk(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
-    ) -> Float[Tensor, "prompt row d_model"]:
+    ) -> Float[Tensor, "token row d_model"]:
         """Carry the rows from the layers they enter at to the end of the last block."""
         resid: Tensor | None = None
         changed: Tensor | None = None
+        patched = None if clean.patched is None else clean.patched[prompts]
         for layer in range(rows.groups[0].layer, self.model.cfg.n_layers):
             block, at = self.model.blocks[layer], clean.layers[layer].of_prompts(prompts)
             if resid is not None:
@@ -148,10 +160,17 @@ class SuffixEngine(RowEngine):
                 changed = row_z(block, resid, at.earlier)
             n_new = rows.entering(layer)
             resid, z = _joined(resid, at.resid, n_new), _joined(changed, at.z, n_new)
-            written = rows.blend_into(z, layer, sources)
+            written = rows.blend_into(z, layer, sources, patched)
             resid = finish_block(block, resid, z, written)
         assert resid is not None
-        return resid[:, :, -1].to(self.placement.exit)
+        return self._by_token(resid)
+
+    def _by_token(
+        self, resid: Float[Tensor, "prompt row position d_model"]
+    ) -> Float[Tensor, "token row d_model"]:
+        """The residual stream at each compared token."""
+        last = resid[:, :, -self.window.n_answer :].to(self.placement.exit)
+        return rearrange(last, "prompt row token d_model -> (prompt token) row d_model")
 
 
 def _joined(

@@ -20,7 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations, check_layers, checked_layers, device_of
+from rq4lens.patching.activations import PairActivations, check_layers, checked_layers
 from rq4lens.patching.maps.kinds import Fit, FitRows, fit_all
 from rq4lens.patching.maps.map import (
     DEFAULT_KIND,
@@ -36,6 +36,7 @@ from rq4lens.patching.maps.map import (
     put_map,
     to_blocks,
 )
+from rq4lens.patching.passes import device_of
 
 MAP_NUMERICS = 2
 """Raised whenever the same ingredients would give other map weights than before."""
@@ -100,17 +101,16 @@ def maps_from(
         raise UserError(f"map kind {kind!r} does not exist: choose one of {', '.join(MAP_KINDS)}.")
     if scope not in MAP_SCOPES:
         raise UserError(f"map scope {scope!r} does not exist: choose 'head' or 'layer'.")
-    pair, k_positions = activations.pair, activations.k_positions
-    check_layers(layers, pair.n_layers)
+    check_layers(layers, activations.pair.n_layers)
     maps: dict[int, LayerMap | None] = {}
-    recipes = [MapRecipe(pair, layer, kind, scope, seed, k_positions) for layer in layers]
+    recipes = [MapRecipe(activations, layer, kind, scope, seed) for layer in layers]
     for recipe in recipes:
         maps[recipe.layer] = None if store is None else get_map(store, recipe)
     missing = [recipe for recipe in recipes if maps[recipe.layer] is None]
     for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
         activations.capture(side, FIT_SPLIT, [recipe.layer for recipe in missing])
     for recipe in missing:
-        fitted = maps[recipe.layer] = _fit(recipe, activations)
+        fitted = maps[recipe.layer] = _fit(recipe)
         if store is not None:
             put_map(store, recipe, fitted)
     return {layer: layer_map for layer, layer_map in maps.items() if layer_map is not None}
@@ -120,12 +120,16 @@ def maps_from(
 class MapRecipe:
     """Everything that decides a fitted map: what a store addresses it by."""
 
-    pair: ModelPair
+    activations: PairActivations
     layer: int
     kind: MapKind
     scope: MapScope
     seed: int
-    k_positions: int
+
+    @property
+    def pair(self) -> ModelPair:
+        """The pair."""
+        return self.activations.pair
 
     @property
     def label(self) -> str:
@@ -142,15 +146,15 @@ class MapRecipe:
             "tuned_weights": tuned.weights_fingerprint,
             "base_config": base.config_fingerprint,
             "tuned_config": tuned.config_fingerprint,
-            "base_tokens": self.pair.token_fingerprint("base", FIT_SPLIT),
-            "tuned_tokens": self.pair.token_fingerprint("tuned", FIT_SPLIT),
+            "base_tokens": self.activations.read("base", FIT_SPLIT).fingerprint,
+            "tuned_tokens": self.activations.read("tuned", FIT_SPLIT).fingerprint,
             "prompts": self.pair.prompts.split(FIT_SPLIT).fingerprint,
             "dtypes": [base.dtype, tuned.dtype],
             "layer": self.layer,
             "kind": self.kind,
             "scope": self.scope,
             "seed": self.seed,
-            "k_positions": self.k_positions,
+            "k_positions": self.activations.k_positions,
         }
 
 
@@ -172,16 +176,12 @@ class FitData:
 
     @classmethod
     def of(cls, activations: PairActivations, layer: int) -> FitData:
-        """The train rows of one layer: every patched position of every prompt."""
-        groups = activations.pair.prompts.split(FIT_SPLIT).groups
-        x, y = (
-            einops.rearrange(
-                activations.z(side, FIT_SPLIT, layer),
-                "prompt position head d_head -> (prompt position) head d_head",
-            ).double()
-            for side in SIDES
-        )
-        return cls(x, y, np.repeat(groups, activations.k_positions), _device_of(activations.pair))
+        """The train rows of one layer: every patched token of every prompt."""
+        groups = np.array(activations.pair.prompts.split(FIT_SPLIT).groups)
+        there = activations.there(FIT_SPLIT)
+        x, y = (activations.z(side, FIT_SPLIT, layer)[there].double() for side in SIDES)
+        of_rows = groups[activations.prompt_of_rows(FIT_SPLIT)]
+        return cls(x, y, of_rows, _device_of(activations.pair))
 
     def unpaired(self, seed: int) -> FitData:
         """The same rows, each base row beside the tuned row of another prompt."""
@@ -239,8 +239,8 @@ def fit_subsets(
     return found
 
 
-def _fit(recipe: MapRecipe, activations: PairActivations) -> LayerMap:
-    data = FitData.of(activations, recipe.layer)
+def _fit(recipe: MapRecipe) -> LayerMap:
+    data = FitData.of(recipe.activations, recipe.layer)
     rows = data.rows(recipe.scope)
     n_rows, width = rows.x.shape[1:]
     if n_rows < 2 * width:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONTROL, MAIN, pair_of, prepared, random_prompts, tiny_model
+from tiny import CONTROL, MAIN, fine_tuned, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.analyse import Beside, analyse
 from rq4lens.analysis.claims import NO_SHARE, NOTHING, claims, p_text, share, study_claims
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
-from rq4lens.config import AnalysisEffort, Effort, Patching, Place
+from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
@@ -343,3 +343,18 @@ def test_p_values_say_that_they_are_small_not_how_small():
     """Below 0.001 they print as that."""
     assert p_text(0.00002) == "p < 0.001"
     assert p_text(0.02) == "p = 0.02"
+
+
+def test_where_more_than_the_decision_token_is_patched_the_sentences_say_so():
+    """What heads do not carry, they do not carry at one token, or at several."""
+    base = tiny_model()
+    tuned = fine_tuned(base, 0.3)
+    with torch.no_grad():
+        tuned.unembed.W_U += 0.1 * torch.randn(tuned.unembed.W_U.shape)
+    for reading, where in (
+        (Reading(), "at this token"),
+        (Reading(positions="-2..-1"), "at the patched tokens"),
+        (Reading(answer_tokens=2), "at the patched tokens"),
+    ):
+        pair = pair_of(base, tuned, random_prompts(), reading=reading)
+        assert f"is not in what heads say {where}" in every_claim(analysis_of(pair))

@@ -179,3 +179,11 @@ def test_an_estimate_prints_itself():
     assert [number_text(value, "auto") for value in (0.0, 0.1234567, 1.5e-5)] == [
         *("0.00000", "0.12346", "1.5e-05")
     ]
+
+
+@pytest.mark.parametrize("form", [".1f%", ".0f", ".3g nats", "auto", ".2e"])
+def test_what_rounds_to_zero_has_no_sign(form):
+    """Neither minus nothing nor a small negative number; others keep theirs."""
+    assert not number_text(-0.0, form).startswith("-")
+    assert number_text(-0.0004, ".1f%") == "0.0%"
+    assert number_text(-1.0, form).startswith("-1")

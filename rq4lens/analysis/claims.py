@@ -146,10 +146,10 @@ LITTLE_OF_GAP = 0.001
 
 def _layer(analysis: Analysis) -> str:
     here, gap = analysis.transfer, analysis.gap
-    layer = f"layer {analysis.settings.grid.layer}"
+    layer, at = f"layer {analysis.settings.grid.layer}", _where(analysis)
     if _carries_little(here):
         size = f"{share(here.to_base_pct)} of it undone, {share(here.to_tuned_pct)} of it given"
-        first = f"What {layer}'s heads say {_where(analysis)} carries next to nothing of that ({size})"
+        first = f"What {layer}'s heads say {at} carries next to nothing of that ({size})"
     else:
         first = (
             f"Giving {layer}'s heads the base model's activations undoes "
@@ -161,12 +161,12 @@ def _layer(analysis: Analysis) -> str:
         return f"{first}."
     rest = ""
     if (every[0].value or 0.0) < 90:
-        rest = f"; the rest is not in what heads say {_where(analysis)}"
+        rest = f"; the rest is not in what heads say {at}"
     return f"{first}; all heads of all layers {share(every[0])} and {share(every[1])}{rest}."
 
 
 def _where(analysis: Analysis) -> str:
-    """Where heads are patched: the decision token, unless the reading or the patching names more."""
+    """Where heads are patched, as a sentence says it."""
     grid = analysis.settings.grid
     named = ("patched at", "answer tokens")
     several = grid.patching.k_positions > 1 or any(each in grid.decision_rule for each in named)

@@ -330,6 +330,7 @@ def synthetic_analysis(grid: GridResult) -> Analysis:
         ),
         gap=gap,
         transfer=layer_transfer(grid, gap, bootstrap),
+        metric=None,
         directions=directions(grid, gap),
         ladders=(ladder(grid, 1.0), ladder(grid, grid.settings.patching.alpha)),
         neutral=ladder(grid, 1.0),

@@ -19,6 +19,7 @@ from tiny import (
     prepared,
     random_prompts,
     tiny_model,
+    word_tokenizer,
 )
 
 from rq4lens.analysis.analyse import analyse
@@ -43,20 +44,26 @@ LAST = TINY_LAYERS - 1
 NAMES = tuple(METRICS)
 
 
-def asked_prompts():
-    """The random prompts, each with an answer and a foil of one word."""
-    answers = [(WORDS[n % 7], WORDS[7 + n % 5]) for n in range(64)]
-    return PromptSet.of(
-        [
-            {"id": p.id, "text": p.text, "split": p.split, "answer": f" {a}", "foil": f" {f}"}
-            for p, (a, f) in zip(random_prompts(), answers, strict=True)
-        ]
-    )
+@torch.no_grad()
+def asked_prompts(base, tuned):
+    """The random prompts: the answer is the word that tuned raises most, the foil the least.
+
+    So the models differ in every metric that counts them, and no share is left undefined.
+    """
+    rows = []
+    for prompt in random_prompts():
+        tokens = torch.tensor([word_tokenizer()(prompt.text)["input_ids"]])
+        raised = (tuned(tokens) - base(tokens))[0, -1]
+        answer, foil = WORDS[int(raised.argmax())], WORDS[int(raised.argmin())]
+        row = {name: getattr(prompt, name) for name in ("id", "text", "split")}
+        rows.append({**row, "answer": f" {answer}", "foil": f" {foil}"})
+    return PromptSet.of(rows)
 
 
 @pytest.fixture(scope="module")
 def asked_pair(tiny_pair):
-    return pair_of(tiny_pair.base.model, tiny_pair.tuned.model, asked_prompts())
+    models = [tiny_pair.member(side).model for side in ("base", "tuned")]
+    return pair_of(*models, asked_prompts(*models))
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +100,16 @@ def test_a_last_layer_that_differs_alone_carries_all_of_the_metric(name):
         for which in ("W_Q", "W_V"):
             weight = getattr(tuned.blocks[LAST].attn, which)
             weight += 0.5 * torch.randn(weight.shape, generator=generator)
-    pair = pair_of(base, tuned, asked_prompts())
+    pair = pair_of(base, tuned, asked_prompts(base, tuned))
     grid = grid_of(pair, fit_maps(pair, [LAST]), LAST, ks=(1,), metric=name)
     clean, full = grid["none"].transfer, grid.full.transfer
     assert np.abs(clean.into_tuned.metric - clean.into_base.metric).sum() > 0
     assert full.into_tuned.metric == pytest.approx(clean.into_base.metric, abs=1e-4)
     assert full.into_base.metric == pytest.approx(clean.into_tuned.metric, abs=1e-4)
     rows = table(grid)
-    if rows["full"].metric_pct.value is not None:  # accuracy may agree on average
-        assert rows["full"].metric_pct.value == pytest.approx(100, abs=1e-2)
-        assert rows["full"].metric_to_tuned_pct.value == pytest.approx(100, abs=1e-2)
-        assert rows["none"].metric_pct.value == rows["none"].metric_to_tuned_pct.value == 0
+    assert rows["full"].metric_pct.value == pytest.approx(100, abs=1e-2)
+    assert rows["full"].metric_to_tuned_pct.value == pytest.approx(100, abs=1e-2)
+    assert rows["none"].metric_pct.value == rows["none"].metric_to_tuned_pct.value == 0
     assert rows["none"].metric.raw_change.value == rows["self"].metric.raw_change.value == 0
 
 
@@ -113,6 +119,7 @@ def test_swapping_the_models_swaps_both_directions(asked_pair, asked_grid):
     back = grid_of(swapped, fit_maps(swapped, [MAIN]), MAIN, ks=(1,), metric="logit_difference")
     for cond in ("full", "head0", "head2"):
         here, there = table(asked_grid)[cond], table(back)[cond]
+        assert here.metric_pct.value is not None
         assert here.metric_pct.value == pytest.approx(there.metric_to_tuned_pct.value, abs=1e-3)
         assert here.metric_to_tuned_pct.value == pytest.approx(there.metric_pct.value, abs=1e-3)
     one, other = (metric_summary(grid, bootstrap_of(grid)) for grid in (asked_grid, back))
@@ -272,8 +279,7 @@ def test_the_metric_ranks_heads_unless_another_score_does(asked_grid):
     assert list(ranking.heads) == list(np.argsort(-np.array(shares), kind="stable"))
     assert ranking.scores == pytest.approx(sorted(shares, reverse=True))
     rows = ranking_rows(asked_grid)
-    if rows[0]["metric_pct"] is not None:
-        assert [row["metric_pct"] for row in rows] == pytest.approx(list(ranking.scores))
+    assert [row["metric_pct"] for row in rows] == pytest.approx(list(ranking.scores))
 
 
 def test_curves_of_the_metric_end_where_its_table_does(asked_pair, asked_maps):
@@ -289,7 +295,7 @@ def test_curves_of_the_metric_end_where_its_table_does(asked_pair, asked_maps):
     for name, field in (("metric", "metric_pct"), ("metric_to_tuned", "metric_to_tuned_pct")):
         value = getattr(full, field).value
         last = by_name[name].curves[0].coverage_pct[-1].value
-        assert last == (None if value is None else pytest.approx(value))
+        assert last == pytest.approx(value)
     summary = analysis.metric
     assert summary.difference.value == pytest.approx(summary.tuned.value - summary.base.value)
     again = from_json(type(analysis), to_json(analysis))

@@ -18,7 +18,7 @@ from rq4lens.heads import Head
 from rq4lens.results import GridResult
 
 if TYPE_CHECKING:
-    from rq4lens.analysis.structure.layers import StudyMetric
+    from rq4lens.analysis.structure.layers import GridNumber
 
 
 class Quantity(NamedTuple):
@@ -339,7 +339,7 @@ def _depth_scale(span: tuple[int, int]) -> go.Scatter:
 
 
 def study_layers(
-    rows: Sequence[CellRow], setting: Sequence[str], metrics: Sequence[StudyMetric]
+    rows: Sequence[CellRow], setting: Sequence[str], metrics: Sequence[GridNumber]
 ) -> go.Figure:
     """A metric of all heads against the layer, a line per cell of the study."""
     cells = list(dict.fromkeys(row.cell for row in rows))
@@ -374,7 +374,7 @@ def study_layers(
     )
 
 
-def _study_text(row: CellRow, metrics: Sequence[StudyMetric]) -> str:
+def _study_text(row: CellRow, metrics: Sequence[GridNumber]) -> str:
     lines = [f"layer {row.layer}"]
     for metric in metrics:
         value = row.values[metric.name].value

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rq4lens.analysis.structure.layers import COMPARED, METRICS, StudyMetric, rank_by_of
+from rq4lens.analysis.structure.layers import COMPARED, METRICS, GridNumber, rank_by_of
 from rq4lens.cluster.pieces import Request
 from rq4lens.config import SETTINGS, config_from, preset, preset_names, refuse_unknown
 from rq4lens.disk.files import read_regular_file, short_reason
@@ -80,7 +80,7 @@ class StudyPlan:
 
     name: str
     cells: tuple[Cell, ...]
-    metrics: tuple[StudyMetric, ...]
+    metrics: tuple[GridNumber, ...]
     text: str
 
 
@@ -137,7 +137,7 @@ def _checked(values: Mapping[str, Any], where: str) -> StudyFile:
         ) from None
 
 
-def _metrics(names: Sequence[str], where: str) -> tuple[StudyMetric, ...]:
+def _metrics(names: Sequence[str], where: str) -> tuple[GridNumber, ...]:
     for name in names:
         if name not in METRICS:
             raise UserError(f"metrics of {where!r} name {name!r}: {_advice(name, METRICS)}")

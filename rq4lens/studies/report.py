@@ -17,7 +17,7 @@ from rq4lens.analysis.records import CellRow
 from rq4lens.analysis.saved import SavedLayers, read_layers
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
 from rq4lens.analysis.statistics.plain import to_json
-from rq4lens.analysis.structure.layers import StudyMetric
+from rq4lens.analysis.structure.layers import GridNumber
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.errors import UserError
 from rq4lens.figures.export import html_part
@@ -77,7 +77,7 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     return study_text(plan.name, cells, plan.metrics[0])
 
 
-def study_text(name: str, cells: Sequence[CellSummary], metric: StudyMetric) -> str:
+def study_text(name: str, cells: Sequence[CellSummary], metric: GridNumber) -> str:
     """A study as plain text: a row per sweep with the layers it proposes."""
     table = columns("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
     for cell in cells:
@@ -92,7 +92,7 @@ def study_text(name: str, cells: Sequence[CellSummary], metric: StudyMetric) -> 
     return text_of([Text(f"{name}: {len(cells)} sweeps"), table])
 
 
-def _ends(estimate: Estimate, metric: StudyMetric, absent: str, form: str) -> str:
+def _ends(estimate: Estimate, metric: GridNumber, absent: str, form: str) -> str:
     ends = estimate.interval
     return absent if ends is None else form.format(*map(metric.text, ends.pair))
 
@@ -104,7 +104,7 @@ def _read(cell: Cell, directory: Path) -> SavedLayers:
     return saved
 
 
-def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[StudyMetric]) -> list[CellRow]:
+def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[GridNumber]) -> list[CellRow]:
     any_grid = next(iter(saved.grids.values()))
     bootstrap = bootstrap_of(any_grid)
     return [
@@ -125,7 +125,7 @@ def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[StudyMetric]) -> lis
 
 
 def _summary(
-    cell: Cell, saved: SavedLayers, metrics: Sequence[StudyMetric], rows: Sequence[CellRow]
+    cell: Cell, saved: SavedLayers, metrics: Sequence[GridNumber], rows: Sequence[CellRow]
 ) -> CellSummary:
     no_main = dict.fromkeys((metric.name for metric in metrics), undefined(NO_MAIN))
     best = metrics[0].best_head(saved.grids)

@@ -38,7 +38,7 @@ from rq4lens.results import (
 
 
 @dataclass(frozen=True)
-class StudyMetric:
+class GridNumber:
     """One number of a head set, on the mean over prompts.
 
     Args:
@@ -91,16 +91,16 @@ class StudyMetric:
         return max(found, key=lambda each: each[0])[1] if found else None
 
 
-METRICS: Mapping[str, StudyMetric] = {
+METRICS: Mapping[str, GridNumber] = {
     each.name: each
     for each in (
-        StudyMetric("delta", "ΔKL", "nats", "raw minus mapped", lambda c: c.delta, "delta"),
-        StudyMetric("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda c: c.KL_raw),
-        StudyMetric(
+        GridNumber("delta", "ΔKL", "nats", "raw minus mapped", lambda c: c.delta, "delta"),
+        GridNumber("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda c: c.KL_raw),
+        GridNumber(
             "KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda c: c.KL_mapped
         ),
-        StudyMetric("drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda c: c.drop_pct, "drop_pct"),
-        StudyMetric(
+        GridNumber("drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda c: c.drop_pct, "drop_pct"),
+        GridNumber(
             "answer_logprob",
             "answer",
             "nats",

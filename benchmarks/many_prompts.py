@@ -70,7 +70,7 @@ def run(folder: Path, n_val: int, analysis: str) -> dict[str, Any]:
 
 
 def drawing(record: dict[str, Any]) -> go.Figure:
-    """Seconds and memory against the number of prompts; dotted: in proportion to the largest run."""
+    """Seconds and memory against the prompts; dotted: in proportion to the largest run."""
     runs = record["runs"]
     sizes = [each["n_val"] for each in runs]
     lines = {"CPU seconds": "cpu_seconds", "peak memory (MB)": "peak_bytes"}

@@ -21,6 +21,7 @@ from rq4lens.results import NO_RAW_EFFECT, Record
 NO_ANSWER_COVERAGE = undefined("it was not measured")
 NOT_ASKED = undefined("it is asked of heads that changed alone")
 NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
+UNMEASURED = undefined(NOT_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -646,6 +647,7 @@ class AlphaPoint:
         heads: heads ranked by it, best first.
         agreement: agreement of this ranking with that at the run's own alpha, unless it is that.
         agreement_reason: why it is missing, if it is.
+        shuffled_pct: what a map of shuffled pairs repairs, as a share of ``ΔKL(ALL)``.
     """
 
     alpha: float
@@ -660,6 +662,7 @@ class AlphaPoint:
     heads: tuple[int, ...]
     agreement: Agreement | None
     agreement_reason: str | None = None
+    shuffled_pct: Estimate = UNMEASURED
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def rounded(estimate: Estimate, unit: str = "") -> str:
         return number(value, unit)
     step = math.floor(math.log10(half))
     if unit == "%":
-        return format(estimate, f".{min(1, max(0, -step))}f%").replace("-0.0%", "0.0%")
+        return format(estimate, f".{min(1, max(0, -step))}f%")
     form = f".{max(0, -step)}f"
     if 0 < abs(value) < _SMALL:
         form = f".{max(0, math.floor(math.log10(abs(value))) - step)}e"

@@ -71,7 +71,8 @@ def number_text(value: float | None, form: str, absent: str = "undefined") -> st
         form = ".5f" if value == 0 or abs(value) >= 1e-4 else ".1e"
     spec, space, unit = form.partition(" ")
     percent = "%" if spec.endswith("%") else ""
-    return f"{value:{spec.removesuffix('%')}}{percent}{space}{unit}"
+    # z: what rounds to 0 has no sign.
+    return f"{value:z{spec.removesuffix('%')}}{percent}{space}{unit}"
 
 
 IntervalMethod = Literal["bca", "percentile"]

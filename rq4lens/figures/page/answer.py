@@ -85,8 +85,8 @@ def _tiles(report: Report) -> Iterator[Tile]:
         if ends is None or ends.low < LEAST_PCT:
             return
         kind = kinds[head].kind if kinds else ""
-        both = cell(single.to_base_pct, "%"), cell(single.to_tuned_pct, "%")
-        yield Tile(label_of(single), *both, kind)
+        both = {"undoes": single.to_base_pct, "gives base": single.to_tuned_pct}
+        yield Tile(label_of(single), {word: cell(each, "%") for word, each in both.items()}, kind)
 
 
 def _main_numbers(report: Report) -> Iterator[str]:

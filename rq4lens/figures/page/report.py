@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, rounded
 from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
-from rq4lens.figures.page.parts import Report
+from rq4lens.figures.page.parts import Page, Report
 from rq4lens.figures.page.sections import sections
 from rq4lens.figures.page.words import WORDS, meaning
 from rq4lens.results import ConditionResult
@@ -56,24 +56,45 @@ def report_page(report: Report) -> str:
         comparison=report.comparison,
         provenance=report.run,
     )
-    setting = grid_setting(grid)
-    figures = {name: page_figure(name, figure, setting) for name, figure in drawn.items()}
+    return html_of(
+        Page(
+            title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
+            setting=grid_setting(grid),
+            sections=sections(report),
+            figures=drawn,
+            labels=[grid.label(head) for head in range(grid.n_heads)],
+            cards=cards_section(report.cards),
+            data=_data(report),
+        )
+    )
+
+
+def html_of(page: Page) -> str:
+    """A page as HTML that needs no network, with the script and the colours that all pages have."""
+    figures = {name: page_figure(name, each, page.setting) for name, each in page.figures.items()}
     plotly, script = get_plotlyjs(), _read("report.js")
+    data = {
+        "config": CONFIG,
+        "templates": {
+            name: theme.template(dark=dark).to_plotly_json()
+            for name, dark in (("light", False), ("dark", True))
+        },
+        "figures": {name: figure["drawing"] for name, figure in figures.items()},
+        "labels": page.labels,
+        **page.data,
+    }
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.jinja").render(
-        title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
-        setting=setting,
+        page=page,
         words=WORDS,
         meaning=meaning,
-        labels=[grid.label(head) for head in range(grid.n_heads)],
-        sections=sections(report),
         figures=figures,
-        cards=Markup(cards_section(report.cards)),
+        cards=Markup(page.cards),
         policy=_policy(plotly, script),
         css=Markup(_read("report.css")),
-        data=Markup(script_json(_data(report, figures))),
+        data=Markup(script_json(data)),
         plotly=Markup(plotly),
         script=Markup(script),
     )
@@ -171,16 +192,10 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _data(report: Report, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _data(report: Report) -> dict[str, Any]:
     grid = report.grid
     everywhere = {grid.settings.layer: grid, **report.layers}
     return {
-        "config": CONFIG,
-        "templates": {
-            name: theme.template(dark=dark).to_plotly_json()
-            for name, dark in (("light", False), ("dark", True))
-        },
-        "figures": {name: figure["drawing"] for name, figure in figures.items()},
         "labels": [
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],

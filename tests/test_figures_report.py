@@ -54,7 +54,10 @@ def test_undefined_numbers_are_refused_rather_than_written_as_nan():
 def test_sections_without_data_are_left_out(grid):
     """With the grid alone there are no controls, layers or maps, and no empty headings."""
     page = report_page(grid, provenance={})
-    assert sections_of(page) == ["findings", "heads", "study", "prompts", "provenance", "words"]
+    assert sections_of(page) == [
+        *("findings", "heads", "study", "prompts", "provenance"),
+        *("questions", "words"),
+    ]
     assert "No analysis was made" in page
 
 
@@ -135,6 +138,18 @@ def test_words_are_explained_where_they_stand(grid):
         assert f'<span title="{escape(WORDS[word])}">{word}</span>' in page
     for word, text in WORDS.items():
         assert f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" in page
+
+
+def test_the_report_holds_the_questions_of_the_documentation(grid):
+    """Each of the FAQ with its answer, linked from the top; no markup is left in it."""
+    page = report_page(grid)
+    faq = (Path(figures.__file__).parent / "page" / "faq.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^\*\*(.+)\*\*$", faq, re.MULTILINE)
+    assert len(asked) > 10
+    part = page[page.index('<section id="questions"') : page.index('<section id="words"')]
+    assert re.findall("<h3>(.+)</h3>", unescape(part)) == asked
+    assert not re.search(r"[`*]|\]\(", part)
+    assert '<a href="#questions">' in page
 
 
 def test_what_is_undefined_is_said_once_with_what_to_do(grid):

@@ -80,6 +80,9 @@ def analyse(
     behind it, new head sets are measured: whole curves, random sets, cross-fitting, interactions,
     the other ranking methods and the controls.
 
+    >>> rq.analyse(run)
+    <Analysis of etiquette, layer 1>
+
     Args:
         grid: the measured grid.
         experiment: the experiment behind it, or a measurer with what it measured before.
@@ -107,6 +110,9 @@ def analyse(
 @dataclass(frozen=True)
 class Beside:
     """What a pair is compared with.
+
+    >>> rq.Beside().noise is None
+    True
 
     Args:
         neutral: the pair prepared on neutral prompts, with the same maps.

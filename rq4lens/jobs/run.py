@@ -148,6 +148,9 @@ def run(
     run directory. ``rq.run(rq.RunConfig(patching=rq.Patching(layer=1)), "runs/mine", pair=pair)``
     runs it on a pair in memory.
 
+    >>> rq.run(config, folder, pair=pair).grid
+    <GridResult etiquette, layer 1 of 6, alpha 0.3: ... conditions, 320 val prompts>
+
     Args:
         config: what to run.
         directory: the run directory; made if missing.

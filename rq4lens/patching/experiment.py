@@ -130,6 +130,9 @@ class Ends:
 class Experiment:
     """A pair, its measured prompts and its maps, ready to measure any head set.
 
+    >>> experiment.layers
+    (1,)
+
     Args:
         pair: the pair.
         settings: how the pair is patched and measured.
@@ -303,6 +306,9 @@ def prepare(
     rows: Sequence[int] | None = None,
 ) -> Experiment:
     """Capture the measured prompts, map them, and set the tuned model behind an engine.
+
+    >>> rq.prepare(pair, maps)
+    <Experiment on <ModelPair etiquette: ...>: layers 1, split val>
 
     Args:
         pair: the pair.

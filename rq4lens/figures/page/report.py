@@ -28,7 +28,7 @@ from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.parts import Page, Report
 from rq4lens.figures.page.sections import sections
-from rq4lens.figures.page.words import WORDS, meaning
+from rq4lens.figures.page.words import WORDS, meaning, questions
 from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
@@ -89,6 +89,7 @@ def html_of(page: Page) -> str:
     return environment.get_template("report.html.jinja").render(
         page=page,
         words=WORDS,
+        questions=questions(),
         meaning=meaning,
         figures=figures,
         cards=Markup(page.cards),
@@ -219,6 +220,20 @@ def _prompt_data(report: Report) -> dict[str, Any]:
         "texts": [report.prompts.get(prompt) for prompt in grid.prompt_ids],
         "groups": list(grid.groups),
         "conditions": [_condition(*each) for each in (*fixed, *single)],
+        "answers": _answers(report),
+    }
+
+
+def _answers(report: Report) -> dict[str, Any]:
+    """What is said on each prompt: by both models, and by tuned with a head from base."""
+    cards = [card for card in report.cards if len(card.answers.tuned) == report.grid.n_prompts]
+    if not cards:
+        return {}
+    clean = cards[0].answers
+    said = {"base": clean.base, "tuned": clean.tuned}
+    said |= {card.head.label: card.answers.tuned_with_base_head for card in cards}
+    return {
+        who: [[each.token, each.probability] for each in answers] for who, answers in said.items()
     }
 
 

@@ -22,6 +22,9 @@ from rq4lens.figures.page.parts import Report, Row, Section, Table, cell
 from rq4lens.figures.plane import PREDICTORS, QUALITIES
 from rq4lens.results import GridResult
 
+READ_PROMPTS = (
+    "Open a prompt to read it whole, with what each model says next and what each patch does."
+)
 NO_PROMPTS = "The texts of the prompts were not given to this report; their ids and numbers were."
 
 
@@ -290,7 +293,7 @@ def _mean(values: Sequence[float | None]) -> str:
 def prompts(report: Report) -> Section:
     """Prompt by prompt; the page's script lists them."""
     missing = not any(prompt in report.prompts for prompt in report.grid.prompt_ids)
-    text = (NO_PROMPTS,) if missing else ()
+    text = (NO_PROMPTS,) if missing else (READ_PROMPTS,)
     return Section("prompts", "Prompt by prompt", text, (), ("prompts",))
 
 

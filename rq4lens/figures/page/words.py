@@ -1,4 +1,9 @@
-"""The words of the report, each explained in one sentence where it stands and at the end."""
+"""The words of the report, each explained in one sentence, and questions that readers ask."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
 
 WORDS = {
     "head": "An attention head; L1H0 is head 0 of layer 1.",
@@ -56,6 +61,16 @@ WORDS = {
     "95% interval": "[low, high]: where the number lies for more prompts like these.",
 }
 """Words as they stand in headings of tables, and what they mean."""
+
+
+MARKUP = re.compile(r"`|\[(?=[^]]*\]\()|\]\([^)]*\)")
+
+
+def questions() -> dict[str, str]:
+    """The questions of the FAQ and their answers, as plain text."""
+    faq = (Path(__file__).parent / "faq.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^\*\*(.+?)\*\*\n(.+?)(?=\n\*\*|\Z)", faq, re.MULTILINE | re.DOTALL)
+    return {question: MARKUP.sub("", answer).strip() for question, answer in parts}
 
 
 def meaning(text: str) -> str:

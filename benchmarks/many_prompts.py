@@ -1,8 +1,8 @@
 """How a run grows with its prompts: ``python benchmarks/many_prompts.py --folder FOLDER``.
 
-Runs ``rq4lens run`` on the models of the pair ``dialect`` with more and more val prompts, made of the
-words of its own ones, from the folders to the end of the report, and keeps seconds by stage and the
-peak memory. The record goes to ``benchmarks/results/``, and a drawing of the growth beside it.
+Runs ``rq4lens run`` on the models of the pair ``dialect`` with more and more val prompts, made of
+the words of its own ones, from the folders to the end of the report, and keeps seconds by stage and
+the peak memory. The record goes to ``benchmarks/results/``, and a drawing of the growth beside it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the documentation site shows besides the pages of this folder.
 
-The report's questions are the FAQ, the notebooks become the tutorial, the command line describes itself, and the figures of the
-built-in pair are linked from the home page: each stands in one place and is read from there.
+The notebooks become the tutorial, the questions of the report the FAQ, the command line describes
+itself, and the figures of the built-in pair are linked from the home page: each stands in one place
+and is read from there.
 """
 
 from __future__ import annotations

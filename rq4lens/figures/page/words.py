@@ -31,7 +31,7 @@ WORDS = {
     "damage": "KL of the tuned model with this in place of the head, from the clean tuned model.",
     "damage of a constant": "What the tuned mean in place of the head costs: what there is to "
     "recover.",
-    "kind": "What the fine-tune did to a head, told by what is recovered at strength 1.",
+    "kind": "What the fine-tune did to a head, decided by what is recovered at strength 1.",
     "idle": "A constant, base's activation and leaving the head out all do next to nothing.",
     "unchanged": "Base's own activation recovers at least 90%.",
     "recoded": "The map recovers at least 50%, also on other contents and neutral prompts: the "

@@ -3,6 +3,8 @@
 import json
 import re
 from dataclasses import replace
+from html import unescape
+from pathlib import Path
 
 import pytest
 from markupsafe import escape
@@ -150,6 +152,17 @@ def test_the_report_holds_the_questions_of_the_documentation(grid):
     assert re.findall("<h3>(.+)</h3>", unescape(part)) == asked
     assert not re.search(r"[`*]|\]\(", part)
     assert '<a href="#questions">' in page
+
+
+def test_many_prompts_do_not_make_the_page_large():
+    """It lists those with the largest effects, says so, and draws as many points of a head."""
+    some, many = (synthetic_grid(n_prompts=n) for n in (2_000, 8_000))
+    pages = [report_page(each) for each in (some, many)]
+    assert len(pages[1]) < 1.1 * len(pages[0])
+    assert "The 2,000 of 8,000 with the largest" in pages[1]
+    listed = json.loads(re.search('id="data">(.+?)</script>', pages[1])[1])["prompts"]
+    size = dict(zip(many.prompt_ids, abs(many.full.delta_nats), strict=True))
+    assert min(size[name] for name in listed["ids"]) >= sorted(size.values())[-2_000]
 
 
 def test_what_is_undefined_is_said_once_with_what_to_do(grid):

@@ -116,7 +116,7 @@ def validate(
     >>> base = rq.load_hooked(str(files("rq4lens.models") / "builtin/etiquette/base"))
     >>> few = {"pairs": 1, "layers": [1], "n_train": 80, "n_val": 16, "n_val_kinds": 16}
     >>> one = rq.ValidationSettings(methods=["delta"], scenarios=SCENARIOS[:1], **few)
-    >>> len(rq.validate(base, pair.prompts, one).pairs)
+    >>> len(rq.validate(base, pair.prompts, one).planted)
     1
 
     Args:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -27,7 +28,7 @@ from rq4lens.figures.numbers import grid_setting, label_of, rounded
 from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.parts import Page, Report
-from rq4lens.figures.page.sections import sections
+from rq4lens.figures.page.sections import MOST_PROMPTS, sections
 from rq4lens.figures.page.words import WORDS, meaning, questions
 from rq4lens.results import ConditionResult
 
@@ -215,16 +216,18 @@ def _prompt_data(report: Report) -> dict[str, Any]:
         fixed.append((f"all heads of control layer {grid.control.layer}", None, grid.control))
     labels = [grid.label(head) for head in range(grid.n_heads)]
     single = zip(labels, labels, grid.singles, strict=True)
+    rows = sorted(np.argsort(-np.abs(grid.full.delta_nats), kind="stable")[:MOST_PROMPTS].tolist())
+    ids = [grid.prompt_ids[row] for row in rows]
     return {
-        "ids": list(grid.prompt_ids),
-        "texts": [report.prompts.get(prompt) for prompt in grid.prompt_ids],
-        "groups": list(grid.groups),
-        "conditions": [_condition(*each) for each in (*fixed, *single)],
-        "answers": _answers(report),
+        "ids": ids,
+        "texts": [report.prompts.get(prompt) for prompt in ids],
+        "groups": [grid.groups[row] for row in rows],
+        "conditions": [_condition(*each, rows) for each in (*fixed, *single)],
+        "answers": _answers(report, rows),
     }
 
 
-def _answers(report: Report) -> dict[str, Any]:
+def _answers(report: Report, rows: Sequence[int]) -> dict[str, Any]:
     """What is said on each prompt: by both models, and by tuned with a head from base."""
     cards = [card for card in report.cards if len(card.answers.tuned) == report.grid.n_prompts]
     if not cards:
@@ -233,16 +236,19 @@ def _answers(report: Report) -> dict[str, Any]:
     said = {"base": clean.base, "tuned": clean.tuned}
     said |= {card.head.label: card.answers.tuned_with_base_head for card in cards}
     return {
-        who: [[each.token, each.probability] for each in answers] for who, answers in said.items()
+        who: [[answers[row].token, answers[row].probability] for row in rows]
+        for who, answers in said.items()
     }
 
 
-def _condition(name: str, head: str | None, condition: ConditionResult) -> dict[str, Any]:
+def _condition(
+    name: str, head: str | None, condition: ConditionResult, rows: Sequence[int]
+) -> dict[str, Any]:
     return {
         "name": name,
         "head": head,
-        "raw": [_short(value) for value in condition.kl_raw_nats],
-        "mapped": [_short(value) for value in condition.kl_mapped_nats],
+        "raw": [_short(value) for value in condition.kl_raw_nats[rows]],
+        "mapped": [_short(value) for value in condition.kl_mapped_nats[rows]],
     }
 
 

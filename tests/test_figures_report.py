@@ -241,7 +241,7 @@ def test_every_condition_stands_in_the_table(grid):
     page = report_page(grid, provenance={})
     rows = {row.cond: row for row in records(grid)}
     for title, cond in (
-        ("best 4: ", "top4"),
+        ("best 4 by ΔKL: ", "top4"),
         ("all of layer 26", "full"),
         ("all of control layer 24", "ctrl_full"),
         ("all of all layers", "every_layer"),

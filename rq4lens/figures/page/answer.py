@@ -164,6 +164,9 @@ FIELDS = {
 }
 
 
+SCORE = {"delta": "ΔKL", "to_base": "undoes", "to_tuned": "gives base"}
+
+
 def _carried_row(report: Report, name: str) -> Row | None:
     drawn = [each for each in report.records if (_RANDOM.match(each) or [""])[0] == f"{name}_s"]
     if drawn:
@@ -171,12 +174,12 @@ def _carried_row(report: Report, name: str) -> Row | None:
     record = report.records.get(name)
     if record is None:
         return None
-    heads = ", ".join(f"H{head}" for head in record.heads)
+    heads, method = ", ".join(f"H{head}" for head in record.heads), report.grid.ranking.method
     title = {
         "full": f"all of layer {record.layer}",
         "ctrl_full": f"all of control layer {record.layer}",
         EVERY: "all of all layers",
-    }.get(name, f"best {len(record.heads)}: {heads}")
+    }.get(name, f"best {len(record.heads)} by {SCORE.get(method, method)}: {heads}")
     return (title, *(cell(getattr(record, field), unit) for field, unit in FIELDS.items()))
 
 

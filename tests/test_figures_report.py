@@ -16,7 +16,9 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.figures import plane
 from rq4lens.figures.numbers import rounded
+from rq4lens.figures.page import report, sections
 from rq4lens.figures.page.report import script_json
 from rq4lens.figures.page.words import WORDS
 
@@ -154,15 +156,19 @@ def test_the_report_holds_the_questions_of_the_documentation(grid):
     assert '<a href="#questions">' in page
 
 
-def test_many_prompts_do_not_make_the_page_large():
+def test_many_prompts_do_not_make_the_page_large(grid, monkeypatch):
     """It lists those with the largest effects, says so, and draws as many points of a head."""
-    some, many = (synthetic_grid(n_prompts=n) for n in (2_000, 8_000))
-    pages = [report_page(each) for each in (some, many)]
-    assert len(pages[1]) < 1.1 * len(pages[0])
-    assert "The 2,000 of 8,000 with the largest" in pages[1]
-    listed = json.loads(re.search('id="data">(.+?)</script>', pages[1])[1])["prompts"]
-    size = dict(zip(many.prompt_ids, abs(many.full.delta_nats), strict=True))
-    assert min(size[name] for name in listed["ids"]) >= sorted(size.values())[-2_000]
+    for module, limit in ((plane, "MOST_POINTS"), (report, "MOST_PROMPTS")):
+        monkeypatch.setattr(module, limit, 10)
+    monkeypatch.setattr(sections, "MOST_PROMPTS", 10)
+    page = report_page(grid)
+    assert "The 10 of 30 with the largest ΔKL" in page
+    data = json.loads(re.search('id="data">(.+?)</script>', page)[1])
+    size = dict(zip(grid.prompt_ids, abs(grid.full.delta_nats), strict=True))
+    assert set(data["prompts"]["ids"]) == set(sorted(size, key=size.get)[-10:])
+    assert all(len(each["raw"]) == 10 for each in data["prompts"]["conditions"])
+    box = data["figures"]["prompts"]["data"][0]
+    assert len(box["hovertext"]) == 10
 
 
 def test_what_is_undefined_is_said_once_with_what_to_do(grid):

@@ -1,7 +1,8 @@
 """What the documentation site shows besides the pages of this folder.
 
-The notebooks become the tutorial, the command line describes itself, and the figures of the
-built-in pair are linked from the home page: each stands in one place and is read from there.
+The notebooks become the tutorial, the questions of the report the FAQ, the command line describes
+itself, and the figures of the built-in pair are linked from the home page: each stands in one place
+and is read from there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for file in _tutorial(notebook, config):
             files.append(file)
+    faq = (ROOT / "rq4lens" / "figures" / "page" / "faq.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "faq.md", content=faq))
     files.append(File.generated(config, "reference/command-line.md", content=_command_line()))
     for pattern in FIGURES:
         for path in sorted((ROOT / "figures").glob(pattern)):

@@ -1,10 +1,12 @@
 """rq4lens: which attention heads carry what a fine-tune changed.
 
+The examples of this package go on from here; ``folder`` is a finished run of ``config``.
+
 >>> import rq4lens as rq
 >>> pair = rq.load_pair("etiquette")
->>> maps = rq.fit_maps(pair, layers=[1, 2])
->>> run = rq.run_grid(pair, maps, layer=1, control_layer=2, alpha=0.3)
->>> run.ranking.top(4)  # doctest: +SKIP
+>>> maps = rq.fit_maps(pair, layers=1)
+>>> run = rq.run_grid(pair, maps, layer=1)
+>>> experiment = rq.prepare(pair, maps)
 """
 
 from lazy_loader import attach_stub

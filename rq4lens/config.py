@@ -111,6 +111,9 @@ def _found(path: str, folder: Path) -> str | None:
 class Reading(Settings):
     """How prompts are read: where they are decided, and how long they may be.
 
+    >>> rq.Reading(decision_rule="last_content").label
+    'last_content'
+
     Attributes:
         decision_rule: ``"last"`` decides a prompt at its last token, ``"last_content"`` at the
             last one that is not special, ``"before_answer"`` at the token before the prompt's
@@ -217,6 +220,9 @@ KLDirection = Literal["patched||clean", "clean||patched"]
 class Patching(Settings):
     """How base activations are patched into the tuned model, and what is measured of it.
 
+    >>> rq.Patching(layer=1, alpha=0.5).k
+    (1, 2, 4, 8)
+
     Attributes:
         map_scope: ``"head"`` for one map per head, ``"layer"`` for one over all heads jointly.
         metric: what is measured beside the divergence: ``"kl"`` nothing; ``"answer_logprob"`` the
@@ -276,7 +282,11 @@ class Patching(Settings):
 
 
 class Place(Settings):
-    """Where models and their work are: kind of model, engine, devices, number format, memory."""
+    """Where models and their work are: kind of model, engine, devices, number format, memory.
+
+    >>> rq.Place(device="cpu").dtype
+    'float32'
+    """
 
     backend: Literal["hooked", "bridge"] | None = setting(
         None,
@@ -305,7 +315,11 @@ class Place(Settings):
 
 
 class Effort(Settings):
-    """How much is measured and drawn beyond the grid, and from which seed."""
+    """How much is measured and drawn beyond the grid, and from which seed.
+
+    >>> rq.Effort(analysis="grid").resamples
+    10000
+    """
 
     analysis: Literal["full", "grid"] = setting(
         "full", "full, or grid: only what the grid's own conditions support"
@@ -321,7 +335,11 @@ class Effort(Settings):
 
 
 class AnalysisEffort(Settings):
-    """What an analysis measures and compares beyond the grid."""
+    """What an analysis measures and compares beyond the grid.
+
+    >>> rq.AnalysisEffort(alphas=(0.3, 1.0)).n_random_sets
+    200
+    """
 
     n_random_sets: int = setting(200, "random sets drawn of each size that has more", ge=1)
     random_ks: tuple[int, ...] | None = setting(
@@ -340,6 +358,10 @@ class RunConfig(BaseModel):
     """Everything that decides a run, part by part.
 
     The keys of a TOML file are flat; :func:`config_from` sorts them into the parts.
+
+    >>> config = rq.RunConfig(patching=rq.Patching(layer=1))
+    >>> config.updated(alpha=0.5).patching.alpha
+    0.5
 
     Attributes:
         pair: which models, on which prompts.
@@ -390,6 +412,9 @@ SETTINGS: dict[str, FieldInfo] = {
 def config_from(values: Mapping[str, Any], where: str = "the configuration") -> RunConfig:
     """A configuration from plain values by key; the error sentence calls their origin ``where``.
 
+    >>> rq.config_from({"pair": "etiquette", "layer": 1}).patching.layer
+    1
+
     Raises:
         UserError: for an unknown key (the nearest known one is named) or a value that is not
             allowed.
@@ -401,6 +426,9 @@ def config_from(values: Mapping[str, Any], where: str = "the configuration") -> 
 
 def read_config(path: Path | str) -> RunConfig:
     """Read a TOML file, or the ``run.json`` of a finished run to repeat it.
+
+    >>> rq.read_config(folder / "run.json").patching.layer
+    1
 
     Raises:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
@@ -437,7 +465,11 @@ def read_config(path: Path | str) -> RunConfig:
 
 
 def preset_names() -> tuple[str, ...]:
-    """The pairs that come with the package."""
+    """The pairs that come with the package.
+
+    >>> rq.preset_names()[:2]
+    ('etiquette', 'dialect')
+    """
     folder = files("rq4lens.models").joinpath("presets")
     names = [entry.name.removesuffix(".toml") for entry in folder.iterdir()]
     return (*BUILTIN, *sorted(set(names) - set(BUILTIN)))
@@ -445,6 +477,9 @@ def preset_names() -> tuple[str, ...]:
 
 def preset(name: str) -> RunConfig:
     """The settings of a pair that comes with the package.
+
+    >>> rq.preset("etiquette").patching.control_layer
+    2
 
     Raises:
         UserError: if ``name`` is none of :func:`preset_names`.

@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2; a script can catch it as an
     ordinary ``ValueError``.
+
+    >>> rq.Patching(alpha=2)
+    Traceback (most recent call last):
+    rq4lens.errors.UserError: Patching: alpha = '2' is not allowed ...
     """
 
     def __str__(self) -> str:

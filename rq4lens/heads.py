@@ -17,7 +17,11 @@ _LABEL = re.compile(r"L(\d{1,9})H(\d{1,9})", re.ASCII)
 
 @dataclass(frozen=True, order=True)
 class Head:
-    """One attention head, printed the way the field prints it: ``L9H6``."""
+    """One attention head, printed the way the field prints it: ``L9H6``.
+
+    >>> rq.Head(9, 6).label
+    'L9H6'
+    """
 
     layer: int
     index: int
@@ -48,6 +52,9 @@ class HeadSet:
     """A set of heads of one layer.
 
     Order and repetition do not matter: two specs that name the same heads give equal sets.
+
+    >>> list(rq.HeadSet.parse("0-2,5", n_heads=8))
+    [0, 1, 2, 5]
 
     Args:
         indices: head indices, each in ``[0, n_heads)``; kept sorted and unique.

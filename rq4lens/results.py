@@ -235,6 +235,9 @@ EVERY, EVERY_LAYER = "every_layer", -1
 class ConditionResult(Shown):
     """One condition of the grid: a head set patched at one layer, raw and mapped.
 
+    >>> str(run.full.heads)
+    'ALL'
+
     Args:
         cond: name of the condition: ``full``, ``head{h}``, ``top{k}``, ``rand{k}_s{seed}``,
             ``ctrl_full``, ``none`` or ``self``.
@@ -314,6 +317,9 @@ class ConditionResult(Shown):
 @dataclass(frozen=True)
 class HeadRanking(Record, Shown):
     """Heads of one layer, best first.
+
+    >>> run.ranking.method
+    'delta'
 
     Args:
         method: the ranking method, for instance ``"delta"``.
@@ -425,6 +431,9 @@ class HeadRanking(Record, Shown):
 @dataclass(frozen=True)
 class GridResult(Shown):
     """All conditions of one run of the main job, with every prompt's own numbers.
+
+    >>> run.ranking_by("to_base").top(2)
+    (0, 2)
 
     Args:
         settings: how the grid was made.

@@ -299,6 +299,10 @@ def test_transfer_and_next_tokens_are_those_of_patched_forward_passes(etiquette,
     closed = (base.exp() * (patched - clean)).sum()
     assert card.decides[0].closed_nats == pytest.approx(float(closed), rel=1e-3)
     likeliest = card.decides[0].next_tokens.tuned_with_base_head[0]
+    row = etiquette.prompts.split("val").ids.index(card.decides[0].prompt)
+    assert card.answers.tuned_with_base_head[row] == likeliest
+    assert card.answers.base[row] == card.decides[0].next_tokens.base[0]
+    assert len(card.answers.tuned) == card.n_prompts
     assert likeliest.probability == pytest.approx(float(patched.exp().max()), rel=1e-3)
     assert likeliest.token == etiquette.tuned.tokenizer.decode([int(patched.argmax())])
 

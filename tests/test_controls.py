@@ -8,9 +8,11 @@ import torch
 from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.claims import control_reading
+from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled
 from rq4lens.analysis.structure.controls import (
     NOTHING_CHANGED,
     QUESTIONS,
@@ -21,10 +23,13 @@ from rq4lens.analysis.structure.controls import (
     control_layer,
     random_rotations,
     rotated,
+    stand_in_sources,
     stand_ins,
 )
+from rq4lens.config import Effort, Patching
 from rq4lens.heads import Head
 from rq4lens.patching.activations import PairActivations
+from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
 from rq4lens.validation.planting import plant
 
@@ -67,6 +72,22 @@ def test_no_stand_in_does_what_a_true_map_does(table):
 def test_shuffled_pairs_know_no_more_than_a_constant(table):
     """A map that was fitted on prompts that do not belong together recovers about nothing."""
     assert table[SHUFFLED].recovered_pct.value == pytest.approx(0, abs=20)
+
+
+def test_shuffled_pairs_repair_a_share_of_what_the_map_repairs_at_each_strength(planted):
+    """Of the raw patch's damage, what they take back, over what the map takes back."""
+    experiment, activations = planted
+    bootstrap = Bootstrap(experiment.groups, 200)
+    source = stand_in_sources(experiment, LAYER, None, activations, 0)[SHUFFLED]
+    settings = Patching(layer=LAYER, k=(1,), random_seeds=(0,))
+    grid = measure_grid(experiment, settings, Effort(resamples=200))
+    layer = MeasuredLayer.of_grid(grid, experiment)
+    points = with_shuffled(*alpha_sweep(layer, (0.1, 1.0)), source, bootstrap)
+    for point in points:
+        measured = MeasuredSets.of(experiment, LAYER, point.alpha).also({SHUFFLED: source})
+        damage = measured.of_source(SHUFFLED, [measured.everything]).mean()
+        share = 100 * (point.KL_raw.value - damage) / point.delta.value
+        assert point.shuffled_pct.value == pytest.approx(share)
 
 
 def test_stand_ins_leave_the_heads_that_did_not_change_alone(planted, table):

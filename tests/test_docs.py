@@ -50,6 +50,16 @@ def test_the_site_needs_no_network(site):
     assert {name: match.group() for name, match in found.items() if match} == {}
 
 
+def test_a_site_in_a_folder_says_that_its_search_needs_a_server(site):
+    """A browser starts no search from a folder: the home page and the search box say so."""
+    for page in site.rglob("*.html"):
+        text = page.read_text("utf-8")
+        if "md-search__input" in text:
+            assert 'search.js"' in text
+    assert "needs a server" in (site / "search.js").read_text("utf-8")
+    assert "only the search needs a server" in (site / "index.html").read_text("utf-8")
+
+
 def test_every_public_name_is_in_the_reference(site):
     """What `rq4lens` and `rq4lens.figures` export is documented, under its full name."""
     pages = "".join(path.read_text("utf-8") for path in (site / "reference").glob("*.html"))

@@ -14,7 +14,7 @@ from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.agreement import kendall
 from rq4lens.analysis.records import HeadStability
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.analysis.statistics.plain import from_json
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.errors import UserError
@@ -312,6 +312,22 @@ def test_alpha_sweep_opens_with_what_heads_undo(grid, analysis):
             head = int(trace.name.split("H")[1])
             drawn = trace_named(figure, trace.name, view)
             assert list(drawn.y) == [getattr(row, field)[head].value for row in analysis.alphas]
+
+
+def test_alpha_sweep_shows_the_control_and_says_what_depends(grid, analysis):
+    """Coverage, the map of shuffled pairs and what heads undo: one figure and one sentence."""
+    shares = (99.0, 90.0, 40.0, 3.0)
+    points = [
+        replace(point, shuffled_pct=exact(share))
+        for point, share in zip(analysis.alphas, shares, strict=False)
+    ]
+    figure = figures.alpha_sweep(grid, points)
+    drawn = trace_named(figure, "shuffled pairs", "coverage")
+    assert list(drawn.y) == [point.shuffled_pct.value for point in points]
+    caption = figure.layout.meta["caption"]
+    assert f"shuffled pairs from {min(drawn.y):.0f} to {max(drawn.y):.0f}%" in caption
+    undone = [point.to_base_pct.value for point in points]
+    assert f"all heads undo from {min(undone):.0f} to {max(undone):.0f}%" in caption
 
 
 def test_per_prompt_shows_each_prompt_of_the_best_heads(grid):

@@ -3,6 +3,8 @@
 import json
 import re
 from dataclasses import replace
+from html import unescape
+from pathlib import Path
 
 import pytest
 from markupsafe import escape
@@ -14,7 +16,9 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.figures import plane
 from rq4lens.figures.numbers import rounded
+from rq4lens.figures.page import report, sections
 from rq4lens.figures.page.report import script_json
 from rq4lens.figures.page.words import WORDS
 
@@ -54,7 +58,10 @@ def test_undefined_numbers_are_refused_rather_than_written_as_nan():
 def test_sections_without_data_are_left_out(grid):
     """With the grid alone there are no controls, layers or maps, and no empty headings."""
     page = report_page(grid, provenance={})
-    assert sections_of(page) == ["findings", "heads", "study", "prompts", "provenance", "words"]
+    assert sections_of(page) == [
+        *("findings", "heads", "study", "prompts", "provenance"),
+        *("questions", "words"),
+    ]
     assert "No analysis was made" in page
 
 
@@ -137,6 +144,33 @@ def test_words_are_explained_where_they_stand(grid):
         assert f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" in page
 
 
+def test_the_report_holds_the_questions_of_the_documentation(grid):
+    """Each of the FAQ with its answer, linked from the top; no markup is left in it."""
+    page = report_page(grid)
+    faq = (Path(figures.__file__).parent / "page" / "faq.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^\*\*(.+)\*\*$", faq, re.MULTILINE)
+    assert len(asked) > 10
+    part = page[page.index('<section id="questions"') : page.index('<section id="words"')]
+    assert re.findall("<h3>(.+)</h3>", unescape(part)) == asked
+    assert not re.search(r"[`*]|\]\(", part)
+    assert '<a href="#questions">' in page
+
+
+def test_many_prompts_do_not_make_the_page_large(grid, monkeypatch):
+    """It lists those with the largest effects, says so, and draws as many points of a head."""
+    for module, limit in ((plane, "MOST_POINTS"), (report, "MOST_PROMPTS")):
+        monkeypatch.setattr(module, limit, 10)
+    monkeypatch.setattr(sections, "MOST_PROMPTS", 10)
+    page = report_page(grid)
+    assert "The 10 of 30 with the largest ΔKL" in page
+    data = json.loads(re.search('id="data">(.+?)</script>', page)[1])
+    size = dict(zip(grid.prompt_ids, abs(grid.full.delta_nats), strict=True))
+    assert set(data["prompts"]["ids"]) == set(sorted(size, key=size.get)[-10:])
+    assert all(len(each["raw"]) == 10 for each in data["prompts"]["conditions"])
+    box = data["figures"]["prompts"]["data"][0]
+    assert len(box["hovertext"]) == 10
+
+
 def test_what_is_undefined_is_said_once_with_what_to_do(grid):
     """A layer without an effect: the reason stands in the answer, followed by the remedy."""
     page = report_page(replace(grid, noise_floor_nats=1e3), provenance={})
@@ -213,7 +247,7 @@ def test_every_condition_stands_in_the_table(grid):
     page = report_page(grid, provenance={})
     rows = {row.cond: row for row in records(grid)}
     for title, cond in (
-        ("best 4: ", "top4"),
+        ("best 4 by ΔKL: ", "top4"),
         ("all of layer 26", "full"),
         ("all of control layer 24", "ctrl_full"),
         ("all of all layers", "every_layer"),

@@ -289,6 +289,19 @@ def test_prompt_texts_stay_text(opened):
     assert HOSTILE.replace('"', '\\"') in opened.page.locator("details pre").text_content()
 
 
+def test_a_prompt_says_what_base_tuned_and_patched_say(opened, grid):
+    """The likeliest token of both models and of tuned with the chosen head, as text."""
+    opened.unfold()
+    opened.page.select_option("#head", grid.label(grid.ranking.heads[0]))
+    opened.page.locator("#list summary").first.click()
+    said = opened.page.locator("#list .said").first.text_content()
+    token = HOSTILE.replace('"', '\\"')
+    head = grid.label(grid.ranking.heads[0])
+    assert said == "; ".join(
+        f'{who} says "{token}" (25%)' for who in ("base", "tuned", f"tuned with {head} from base")
+    )
+
+
 def test_prompts_can_be_searched_and_sorted(opened, grid):
     """The list shows the matching prompts, largest effect first unless asked otherwise."""
     opened.unfold()

@@ -1,10 +1,14 @@
 """The bootstrap over prompts and its intervals, against scipy, closed forms and simulation."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.stats
 from scipy.stats._resampling import BootstrapResult
 
+from rq4lens.analysis.coverage.cross_fitted import half_splits
+from rq4lens.analysis.rankings.exact import standard_errors
 from rq4lens.analysis.statistics.bootstrap import (
     CONSTANT,
     ONE_GROUP,
@@ -17,6 +21,7 @@ from rq4lens.analysis.statistics.bootstrap import (
     quantiles,
     undefined,
 )
+from rq4lens.analysis.statistics.sign_flips import sign_flips
 from rq4lens.errors import UserError
 
 
@@ -38,6 +43,32 @@ def test_same_seed_same_resamples_for_every_quantity():
     together = Bootstrap(singletons(20), 100, 1).means(values)
     alone = Bootstrap(singletons(20), 100, 1).means(values[1:2])
     assert np.allclose(together[:, 1], alone[:, 0])
+
+
+def test_nothing_grows_with_the_square_of_the_prompts():
+    """20,000 prompts take a few MB for each number of resamples, never prompts times prompts."""
+    groups = tuple(f"g{i // 2}" for i in range(20_000))
+    values = np.random.default_rng(0).normal(size=(2, 20_000))
+    bootstrap = Bootstrap(groups, n_resamples=100)
+    tracemalloc.start()
+    try:
+        bootstrap.estimate(values)
+        half_splits(groups, 5, 0)
+        standard_errors(values, groups)
+        sign_flips(values, groups, n_flips=100)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 20_000**2 / 4  # a square matrix of these groups has 800 MB
+
+
+def test_leaving_a_group_out_is_the_mean_of_the_others():
+    """Sums over groups give what averaging without each group gives."""
+    groups = ("a", "b", "a", "c", "b", "a")
+    values = np.random.default_rng(0).normal(size=(3, 6))
+    for row, group in zip(Bootstrap(groups).without_each_group(values), "abc", strict=True):
+        others = [place for place, each in enumerate(groups) if each != group]
+        assert row == pytest.approx(values[:, others].mean(1))
 
 
 def test_resampling_does_not_depend_on_prompt_order_within_groups():

@@ -205,6 +205,9 @@ def test_another_alpha_in_the_same_folder_takes_nothing_over(config, finished, t
     with pytest.raises(UserError, match=said):
         run_job(config.updated(alpha=0.6), directory)
     assert (directory / "run.json").read_bytes() == before
+    # A fresh run uses nothing of the folder, so nothing is lost unasked.
+    again = config.updated(alpha=0.5)
+    assert run_job(again, directory, fresh=True).grid.settings.patching.alpha == 0.5
     other = run_job(config.updated(alpha=0.6), directory, replace=True)
     store = json.loads((directory / "run.json").read_text())["store"]
     records = [read_record(path) for path in (finished.directory / "conditions").glob("*.json")]

@@ -182,8 +182,8 @@ def test_other_metrics_of_a_finished_study_are_only_reported(
     layer, cond = single.idxmax()
     assert cell["best"] == f"L{layer}H{cond.removeprefix('head')}"
     page = (directory / REPORT).read_text(encoding="utf-8")
-    assert "<th>answer(ALL)</th>" in page
-    assert "<th>KL_mapped(ALL)</th>" not in page
+    assert ">answer (nats)</th>" in page
+    assert "KL_mapped</span>" not in page
 
 
 def test_the_report_is_one_safe_file(finished):
@@ -193,6 +193,20 @@ def test_the_report_is_one_safe_file(finished):
     assert not re.search(r"""<(script|link|img)[^>]*\b(src|href)=""", page)
     assert "<maps>" not in page.replace("\\u003cmaps\\u003e", "")
     assert "strengths &amp; &lt;maps&gt;" in page
+
+
+def test_the_report_has_the_answer_first_and_the_rest_folded(study, finished):
+    """A headline, a reason a sweep, tiles and a linked table; every layer is folded; no white."""
+    page = (finished[0] / REPORT).read_text(encoding="utf-8")
+    shown, folded = page[page.index("<main") :].split('<details class="part">', 1)
+    assert "<h2" in shown
+    assert shown.count("<li>") == len(study.cells)
+    assert 0 < shown.count('class="tile"') <= 3
+    for cell in study.cells:
+        assert f'<a href="cells/{cell.name}/">{cell.name}</a>' in shown
+    assert "Every layer" in folded
+    assert ':root[data-colours="dark"]' in page
+    assert "#fff" not in page.split("</style>")[0].split('[data-colours="dark"]')[1].lower()
 
 
 def test_a_finished_study_measures_nothing_again(study, finished, monkeypatch):

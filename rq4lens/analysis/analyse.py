@@ -29,7 +29,7 @@ from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.analysis.structure import controls
-from rq4lens.analysis.structure.alphas import alpha_sweep
+from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled
 from rq4lens.analysis.structure.elsewhere import (
     contents_of,
     from_other_heads,
@@ -79,6 +79,9 @@ def analyse(
     behind it, new head sets are measured: whole curves, random sets, cross-fitting, interactions,
     the other ranking methods and the controls.
 
+    >>> rq.analyse(run)
+    <Analysis of etiquette, layer 1>
+
     Args:
         grid: the measured grid.
         experiment: the experiment behind it, or a measurer with what it measured before.
@@ -106,6 +109,9 @@ def analyse(
 @dataclass(frozen=True)
 class Beside:
     """What a pair is compared with.
+
+    >>> rq.Beside().noise is None
+    True
 
     Args:
         neutral: the pair prepared on neutral prompts, with the same maps.
@@ -259,6 +265,13 @@ class _Work:
         if not self.can_measure:
             return (), (self.layer.measured,)
         points, measured = alpha_sweep(self.layer, self.effort.alphas)
+        if self.activations is not None and self.experiment is not None:
+            layer, bootstrap = self.layer.measured.layer, self.layer.bootstrap
+            sources = controls.stand_in_sources(
+                self.experiment, layer, None, self.activations, bootstrap.seed
+            )
+            shuffled = sources[records.SHUFFLED]
+            points = with_shuffled(points, measured, shuffled, bootstrap)
         return tuple(points), tuple(measured)
 
     @cached_property

@@ -22,6 +22,7 @@ NO_ANSWER_COVERAGE = undefined("it was not measured")
 NOT_ASKED = undefined("it is asked of heads that changed alone")
 NO_METRIC = "the divergence alone was measured: no metric was asked for"
 NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
+UNMEASURED = undefined(NOT_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -723,6 +724,7 @@ class AlphaPoint:
         heads: heads ranked by it, best first.
         agreement: agreement of this ranking with that at the run's own alpha, unless it is that.
         agreement_reason: why it is missing, if it is.
+        shuffled_pct: what a map of shuffled pairs repairs, as a share of ``ΔKL(ALL)``.
     """
 
     alpha: float
@@ -737,6 +739,7 @@ class AlphaPoint:
     heads: tuple[int, ...]
     agreement: Agreement | None
     agreement_reason: str | None = None
+    shuffled_pct: Estimate = UNMEASURED
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,9 @@ def write_run(directory: Path, analysis: Analysis, run: Mapping[str, Any], summa
 def read_run(directory: Path | str) -> Run:
     """Read a finished run.
 
+    >>> rq.read_run(folder).grid.settings.layer
+    1
+
     Args:
         directory: the run directory.
 

@@ -15,7 +15,11 @@ from rq4lens.screen.terminal import kept_when_stopped, output, watched
 
 Fresh = Annotated[
     bool,
-    typer.Option("--fresh", help="Measure again whatever is there.", rich_help_panel=DIRECTORY),
+    typer.Option(
+        "--fresh",
+        help="Measure anew, and replace what is there.",
+        rich_help_panel=DIRECTORY,
+    ),
 ]
 Shard = Annotated[
     str | None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.records import AlphaPoint
+from rq4lens.analysis.records import SHUFFLED, AlphaPoint
 from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import effect_axis, error_bars, grid_setting, shown
@@ -26,10 +26,6 @@ _VIEWS = {
     "coverage": "coverage (% of ΔKL of all heads)",
     "nats": "all heads",
 }
-CAPTION = (
-    "Lines that cross: the share of a head depends on the blend strength, so a share at one "
-    "strength says little; what heads undo at strength 1 is the answer."
-)
 
 
 def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
@@ -73,8 +69,27 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
             "bars: 95% bootstrap intervals over prompts",
             alpha=f"{points[0].alpha:g} to {points[-1].alpha:g}",
         ),
-        caption=CAPTION,
+        caption=_caption(grid, points),
     )
+
+
+def _caption(grid: GridResult, points: Sequence[AlphaPoint]) -> str:
+    """What depends on the strength, in the numbers of this run."""
+    (head, *_) = _top_heads(grid, points)
+    parts = {
+        f"the coverage of {grid.label(head)} runs from": _of_head(points, "coverage_pct", head),
+        "the repair by a map of shuffled pairs from": [each.shuffled_pct for each in points],
+        "and what all heads undo from": [each.to_base_pct for each in points],
+    }
+    said = [f"{words} {run}" for words, values in parts.items() if (run := _run_of(values))]
+    start = f"Shares depend on the strength: {', '.join(said)}. " if said else ""
+    return f"{start}So a share at one strength says little: what heads undo at 1 is the answer."
+
+
+def _run_of(values: Sequence[Estimate]) -> str:
+    """The smallest and the largest value; nothing where there are none."""
+    known = [each.value for each in values if each.value is not None]
+    return f"{min(known):z.0f} to {max(known):z.0f}%" if len(known) > 1 else ""
 
 
 def _views(grid: GridResult, points: Sequence[AlphaPoint]) -> dict[str, list[go.Scatter]]:
@@ -83,7 +98,8 @@ def _views(grid: GridResult, points: Sequence[AlphaPoint]) -> dict[str, list[go.
     shares = {
         "undoes": {"all heads": [point.to_base_pct for point in points]}
         | {name: _of_head(points, "head_to_base_pct", head) for name, head in alone.items()},
-        "coverage": {name: _of_head(points, "coverage_pct", head) for name, head in alone.items()},
+        "coverage": {name: _of_head(points, "coverage_pct", head) for name, head in alone.items()}
+        | {SHUFFLED: [point.shuffled_pct for point in points]},
     }
     views = {
         view: [
@@ -125,7 +141,7 @@ def _share(
         x=[point.alpha for point in points],
         y=[value.value for value in values],
         error_y=error_bars(values, color=style["color"]),
-        customdata=[name if place else None] * len(points),
+        customdata=[name if place and name != SHUFFLED else None] * len(points),
         mode="lines+markers",
         line={**style, "width": 2},
         marker={"symbol": theme.SYMBOLS[place], "size": 7},

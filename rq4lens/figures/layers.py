@@ -364,13 +364,22 @@ def study_layers(
         figure.update_xaxes(title_text="layer", tick0=0, dtick=step)
     else:
         figure.update_xaxes(title_text="relative depth (0 first layer, 1 last)")
-    figure.update_yaxes(title_text=metrics[0].title, rangemode="tozero")
+    figure.update_yaxes(_lead_axis(rows, metrics[0]))
     return theme.frame(
         figure,
         f"{metrics[0].label} of each layer",
         [*setting, "bars: 95% bootstrap intervals over prompts"],
         theme.Layout(480 + 21 * max(0, len(cells) - 4)),
         caption="A peak is a layer whose heads carry the change.",
+    )
+
+
+def _lead_axis(rows: Sequence[CellRow], lead: GridNumber) -> dict[str, Any]:
+    """The axis of the metric that is drawn: logarithmic where one layer would hide the others."""
+    if lead.unit == "%":
+        return {"title_text": lead.title, "rangemode": "tozero"}
+    return numbers.effect_axis(
+        f"{lead.label} of all heads", [row.values[lead.name] for row in rows]
     )
 
 

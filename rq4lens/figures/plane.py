@@ -215,6 +215,10 @@ def _fit_hover(single: ConditionRecord, fit: Fit) -> str:
     return "<br>".join([numbers.hover(single), *fits])
 
 
+MOST_POINTS = 2_000
+"""Prompts that are drawn of a head: more could not be told apart, and would fill the page."""
+
+
 def per_prompt(
     grid: GridResult, heads: tuple[int, ...] | None = None, *, top: int = 8
 ) -> go.Figure:
@@ -236,7 +240,9 @@ def per_prompt(
     figure = go.Figure([_box(grid, each, scale) for each in numbers.single_records(grid, heads)])
     figure.add_vline(x=0, line={"color": theme.GREY, "width": 1})
     figure.update_xaxes(title_text="ΔKL of the head alone, per prompt (nats)", nticks=7)
-    notes = ["box: quartiles and median; a point a prompt"]
+    many = grid.n_prompts > MOST_POINTS
+    points = f"{MOST_POINTS:,} points, evenly through all prompts" if many else "a point a prompt"
+    notes = [f"box: quartiles and median; {points}"]
     if scale is not None:
         places, texts = scale.ticks(float(values.min()), float(values.max()))
         figure.update_xaxes(tickvals=places, ticktext=texts)
@@ -252,7 +258,12 @@ def per_prompt(
 
 
 def _box(grid: GridResult, single: ConditionRecord, scale: numbers.SignedLog | None) -> go.Box:
-    label, values = numbers.label_of(single), grid[single.cond].delta_nats
+    label, every = numbers.label_of(single), grid[single.cond].delta_nats
+    # Evenly through their order: the box and the ends stay where they are.
+    rows = np.argsort(every)[
+        np.linspace(0, len(every) - 1, min(len(every), MOST_POINTS)).astype(int)
+    ]
+    values, ids = every[rows], [grid.prompt_ids[row] for row in rows]
     mean = f"mean of {grid.n_prompts} prompts {numbers.shown(single.delta, 'nats')}"
     return go.Box(
         name=label,
@@ -270,7 +281,7 @@ def _box(grid: GridResult, single: ConditionRecord, scale: numbers.SignedLog | N
         **theme.hover(
             [
                 f"<b>{label}</b><br>prompt {theme.plain(prompt)}<br>ΔKL {value:.3g} nats<br>{mean}"
-                for prompt, value in zip(grid.prompt_ids, values, strict=True)
+                for prompt, value in zip(ids, values, strict=True)
             ]
         ),
     )

@@ -148,10 +148,14 @@ def run(
     run directory. ``rq.run(rq.RunConfig(patching=rq.Patching(layer=1)), "runs/mine", pair=pair)``
     runs it on a pair in memory.
 
+    >>> rq.run(config, folder, pair=pair).grid
+    <GridResult etiquette, layer 1 of 6, alpha 0.3: ... conditions, 320 val prompts>
+
     Args:
         config: what to run.
         directory: the run directory; made if missing.
-        fresh: measure everything again, whatever the directory holds.
+        fresh: measure everything again, whatever the directory holds; it may be a finished run of
+            other settings.
         replace: let this run take the place of a finished run of other settings.
         stage: opens a stage of the work, for progress bars.
         pair: a pair in memory, in place of the one that the configuration names; it is read as it
@@ -165,7 +169,7 @@ def run(
             a finished run of other settings, or something cannot be read or written.
     """
     bench = Bench(config, directory, fresh=fresh, stage=stage, pair=pair)
-    if not replace:
+    if not (replace or fresh):
         refuse_other_run(bench.config, bench.run_directory, pair)
     return run_on(bench)
 

@@ -64,6 +64,9 @@ def sweep_layers(
 ) -> Sweep:
     """Measure the grid of every layer from one clean pass of each model, and compare the layers.
 
+    >>> sorted(rq.sweep_layers(config, layers=1, pair=pair).grids)
+    [1]
+
     Args:
         config: the pair and how to patch; its main and control layer do not matter.
         directory: where the conditions, maps and results are kept, if anywhere; a run directory

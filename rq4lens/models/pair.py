@@ -134,6 +134,9 @@ class SharedTokens:
 class PairMember:
     """One model of a pair, loaded when it is first used and released on request.
 
+    >>> pair.base
+    <PairMember 'etiquette/base (built in)'>
+
     Args:
         load: loads the model.
         load_tokenizer: loads its tokenizer alone; left out, the tokenizer comes with the model.

@@ -159,6 +159,9 @@ class Ends:
 class Experiment:
     """A pair, its measured prompts and its maps, ready to measure any head set.
 
+    >>> experiment.layers
+    (1,)
+
     Args:
         pair: the pair.
         settings: how the pair is patched and measured.
@@ -342,6 +345,9 @@ def prepare(
     metric: Metric | None = None,
 ) -> Experiment:
     """Capture the measured prompts, map them, and set the tuned model behind an engine.
+
+    >>> rq.prepare(pair, maps)
+    <Experiment on <ModelPair etiquette: ...>: layers 1, split val>
 
     Args:
         pair: the pair.

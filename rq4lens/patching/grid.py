@@ -135,6 +135,9 @@ def run_grid(
     These are: all heads (``full``), each single head, the top k and random k heads, all heads of
     the control layer, and the two checks ``none`` and ``self``, which must read 0.
 
+    >>> rq.run_grid(pair, maps, layer=1).ranking_by("to_base").top(2)
+    (0, 2)
+
     Args:
         pair: the pair.
         maps: the maps of at least the main and the control layer.
@@ -165,6 +168,9 @@ def measure_grid(
     progress: Progress | None = None,
 ) -> GridResult:
     """Every condition of the main job, from an experiment that is prepared.
+
+    >>> rq.measure_grid(experiment, rq.Patching(layer=1, k=(1,)))
+    <GridResult etiquette, layer 1 of 6, ...>
 
     Raises:
         UserError: if a layer has no map or a k does not fit.
@@ -212,6 +218,9 @@ def run_sweep(
     progress: Progress | None = None,
 ) -> dict[int, GridResult]:
     """The grid of every prepared layer, without control layers, from one clean pass.
+
+    >>> sorted(rq.run_sweep(experiment, rq.Patching(k=(1,))))
+    [1]
 
     Args:
         measurer: the prepared pair, or what measures with it; its layers are swept.

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 from rich.text import Text
 
 from rq4lens.analysis.effects.table import bootstrap_of
@@ -20,13 +18,16 @@ from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.structure.layers import GridNumber
 from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.errors import UserError
-from rq4lens.figures.export import html_part
 from rq4lens.figures.layers import study_layers
+from rq4lens.figures.page.parts import Page, Section, Table, TableEntry, Tile
+from rq4lens.figures.page.parts import cell as table_cell
+from rq4lens.figures.page.report import html_of
 from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
 REPORT = "study.html"
 ROWS = "study.json"
+MOST_TILES = 3
 NO_MAIN = "the sweep proposes no main layer"
 
 
@@ -62,9 +63,9 @@ def flat(record: CellRow | CellSummary) -> dict[str, Any]:
 
 def write_study_report(plan: StudyPlan, directory: Path) -> str:
     """Write the page and its numbers."""
-    found = {cell: _read(cell, directory) for cell in plan.cells}
-    rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
-    cells = [_summary(cell, saved, plan.metrics, rows) for cell, saved in found.items()]
+    found = {each: _read(each, directory) for each in plan.cells}
+    rows = [row for each, saved in found.items() for row in _rows(each, saved, plan.metrics)]
+    cells = [_summary(each, saved, plan.metrics, rows) for each, saved in found.items()]
     record = {
         "name": plan.name,
         "metrics": [metric.name for metric in plan.metrics],
@@ -73,7 +74,7 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     }
     write_json_atomic(directory / ROWS, record)
     setting = _setting(plan, list(found.values()))
-    write_text_atomic(directory / REPORT, _page(plan, setting, rows, cells))
+    write_text_atomic(directory / REPORT, html_of(_page(plan, setting, rows, cells)))
     return study_text(plan.name, cells, plan.metrics[0])
 
 
@@ -154,8 +155,7 @@ def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
     ]
 
 
-def _shown(value: object) -> object:
-    return "none" if value is None else value
+# The page
 
 
 def _page(
@@ -163,23 +163,95 @@ def _page(
     setting: Sequence[str],
     rows: Sequence[CellRow],
     cells: Sequence[CellSummary],
-) -> str:
-    # Everything that is not the drawing is escaped; the drawing escapes its own texts.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_shown
+) -> Page:
+    sections = (_findings(cells, plan.metrics[0]), _every_layer(rows, plan.metrics))
+    figures = {"layers": study_layers(rows, setting, plan.metrics)}
+    return Page(f"rq4lens: {plan.name}", setting, sections, figures)
+
+
+def _findings(cells: Sequence[CellSummary], lead: Metric) -> Section:
+    """A headline, the sweeps with the largest effects, and what each sweep proposes."""
+    largest = sorted(cells, key=lambda each: -(each.values[lead.name].value or 0.0))
+    proposing = [each for each in largest if each.main is not None]
+    none = len(cells) - len(proposing)
+    advice = f"{none} of {len(cells)} sweeps propose no main layer. {NEXT}"
+    return Section(
+        "findings",
+        _headline(proposing, lead),
+        short="The answer",
+        sentences=tuple(f"{each.cell}: {'; '.join(each.reasons)}." for each in cells),
+        tiles=tuple(_tile(each, lead) for each in proposing[:MOST_TILES]),
+        tables=(_proposed(cells, lead),),
+        figures=("layers",),
+        notes=(*([advice] if none else ()), NOTE),
     )
-    environment.filters |= {
-        "value": lambda row, metric: metric.text(row.values[metric.name].value),
-        "bounds": lambda row, metric: _ends(row.values[metric.name], metric, "—", "{} to {}"),
-        "count": lambda value: number_text(value, ".0f", "—"),
-        "share": lambda value: number_text(value, ".2f", "—"),
-    }
-    figure = html_part(study_layers(rows, setting, plan.metrics), "study_layers")
-    return environment.get_template("study.html.jinja").render(
-        name=plan.name,
-        figure=Markup(figure),
-        rows=rows,
-        cells=cells,
-        metrics=plan.metrics,
-        lead=plan.metrics[0],
+
+
+NEXT = "Look at more layers, more prompts, or prompts on which the models answer differently."
+NOTE = (
+    "Head indices mean nothing across layers or pairs: layers are compared by the effect of all "
+    "their heads, and by how concentrated it is."
+)
+
+
+def _headline(proposing: Sequence[CellSummary], lead: Metric) -> str:
+    if not proposing:
+        return "No sweep proposes a main layer"
+    where = {each.main for each in proposing}
+    if len(where) == 1 < len(proposing):
+        return f"Layer {where.pop()} carries most in each of {len(proposing)} sweeps"
+    first = proposing[0]
+    return f"{lead.label} is largest in layer {first.main} of {first.cell}"
+
+
+def _tile(cell: CellSummary, lead: Metric) -> Tile:
+    best = TableEntry(cell.best or "–")
+    numbers = {f"{lead.label}": _entry(cell.values[lead.name], lead), "best head": best}
+    return Tile(cell.cell, numbers, f"layer {cell.main}")
+
+
+def _proposed(cells: Sequence[CellSummary], lead: Metric) -> Table:
+    return Table(
+        f"What each sweep proposes; {lead.label}: of all heads of its main layer, {lead.meaning}; "
+        "[..]: 95% intervals",
+        ("sweep", "main layer", "control layer", _heading(lead), "best head", "prompts"),
+        tuple(
+            (
+                TableEntry(each.cell, link=each.link),
+                *("none" if layer is None else str(layer) for layer in (each.main, each.control)),
+                _entry(each.values[lead.name], lead),
+                each.best or "–",
+                str(each.n_prompts),
+            )
+            for each in cells
+        ),
     )
+
+
+def _every_layer(rows: Sequence[CellRow], metrics: Sequence[Metric]) -> Section:
+    """Every layer of every sweep, in a table that stays folded."""
+    meanings = "; ".join(f"{metric.label}: {metric.meaning}" for metric in metrics)
+    table = Table(
+        f"All heads of a layer patched at once; {meanings}; [..]: 95% intervals",
+        ("sweep", "layer", *map(_heading, metrics), "k90", "Gini of |ΔKL|", "proposed"),
+        tuple(
+            (
+                row.cell,
+                str(row.layer),
+                *(_entry(row.values[metric.name], metric) for metric in metrics),
+                number_text(row.k90, ".0f", "–"),
+                number_text(row.gini, ".2f", "–"),
+                "main" if row.is_main else "",
+            )
+            for row in rows
+        ),
+    )
+    return Section("layers", "Every layer", tables=(table,), folded=True)
+
+
+def _heading(metric: Metric) -> str:
+    return f"{metric.label} (nats)" if metric.unit == "nats" else metric.label
+
+
+def _entry(estimate: Estimate, metric: Metric) -> TableEntry:
+    return table_cell(estimate, metric.unit if metric.unit == "%" else "")

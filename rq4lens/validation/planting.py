@@ -69,6 +69,9 @@ class PlantedChange:
 class Planting:
     """How much is changed, and how.
 
+    >>> rq.Planting(strength=0.5).drift
+    0.0
+
     Args:
         drift: how far every parameter of the model moves, relative to its own norm.
         strength: size of the changes.
@@ -172,6 +175,10 @@ def plant(
       partly a linear function of the old activations, unless ``attended`` is given.
     - ``replaced``: heads whose values read something else in place of what they read; it takes
       ``attended``.
+
+    >>> planted = rq.plant(pair.base.model, turned=[rq.Head(1, 3)])
+    >>> str(planted.changed_heads(1))
+    '3'
 
     Args:
         base: the model; it is copied, never changed.

@@ -57,6 +57,9 @@ from rq4lens.validation.scenarios import (
 class ValidationSettings:
     """What is planted, and which methods are judged on it.
 
+    >>> rq.ValidationSettings(pairs=1).alpha
+    0.3
+
     Args:
         methods: names of ranking methods, or functions that rank :class:`MeasuredSets`.
         layers: the layers that heads are planted in, in turn; None draws one per pair.
@@ -109,6 +112,13 @@ def validate(
     progress: Progress | None = None,
 ) -> Validation:
     """Judge ranking methods on planted pairs made from a base model.
+
+    >>> from importlib.resources import files
+    >>> base = rq.load_hooked(str(files("rq4lens.models") / "builtin/etiquette/base"))
+    >>> few = {"pairs": 1, "layers": [1], "n_train": 80, "n_val": 16, "n_val_kinds": 16}
+    >>> one = rq.ValidationSettings(methods=["delta"], scenarios=SCENARIOS[:1], **few)
+    >>> len(rq.validate(base, pair.prompts, one).planted)
+    1
 
     Args:
         base: the model that pairs are made from; it is not changed.

@@ -9,7 +9,7 @@ from operator import attrgetter
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from rq4lens.analysis.card.reads import (
     text_shares,
 )
 from rq4lens.analysis.card.records import (
+    Answers,
     Carried,
     Decision,
     HeadCard,
@@ -63,6 +64,9 @@ def head_card(
     n_prompts: int = MOST_PROMPTS,
 ) -> HeadCard:
     """What one head reads, writes and decides, in base and in tuned.
+
+    >>> rq.head_card(pair, "L1H0", grid=run, maps=maps, n_prompts=1).head.label
+    'L1H0'
 
     Args:
         of: a finished run, whose models are loaded again, or a pair.
@@ -287,6 +291,11 @@ class _OfHead:
             writes=self._writes(moved),
             map=None if layer_map is None else map_facts(layer_map, head.index, z_tuned),
             decides=tuple(self._decision(rank, each) for rank, each in enumerate(chosen)),
+            answers=Answers(
+                base=self._answers("base", 0),
+                tuned=self._answers("tuned", 0),
+                tuned_with_base_head=self._answers("tuned", self.place + 1),
+            ),
             reasons={"numbers": NO_NUMBERS, "map": NO_MAP},
         )
 
@@ -325,10 +334,20 @@ class _OfHead:
             reasons={"closed_nats": OTHER_VOCABULARY, "delta_nats": NO_NUMBERS},
         )
 
-    def _likely(self, side: Side, row: int, prompt: int) -> tuple[Likely, ...]:
+    def _answers(self, side: Side, row: int) -> tuple[Likely, ...]:
+        """The most likely token of every prompt."""
         found = self.swaps[side].likeliest
-        both = (each[prompt, row].tolist() for each in (found.tokens, found.probabilities))
-        pairs = zip(*both, strict=True)
+        return self._named(side, found.tokens[:, row, 0], found.probabilities[:, row, 0])
+
+    def _likely(self, side: Side, row: int, prompt: int) -> tuple[Likely, ...]:
+        """The likely tokens of one prompt."""
+        found = self.swaps[side].likeliest
+        return self._named(side, found.tokens[prompt, row], found.probabilities[prompt, row])
+
+    def _named(
+        self, side: Side, tokens: Int[ndarray, "likely"], shares: Float[ndarray, "likely"]
+    ) -> tuple[Likely, ...]:
+        pairs = zip(tokens.tolist(), shares.tolist(), strict=True)
         return tuple(Likely(self.layer.sides.token(side, at), _short(p)) for at, p in pairs)
 
     def _shifts(self, side: Side, logits: Float[Tensor, " vocab"], n: int) -> Shifts:

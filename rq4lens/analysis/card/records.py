@@ -194,6 +194,15 @@ class NextTokens:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The most likely next token of every prompt: of both models, and of tuned with base's head."""
+
+    base: tuple[Likely, ...] = ()
+    tuned: tuple[Likely, ...] = ()
+    tuned_with_base_head: tuple[Likely, ...] = ()
+
+
+@dataclass(frozen=True)
 class Decision(Record):
     """A prompt on which the head decides.
 
@@ -224,6 +233,10 @@ class Decision(Record):
 class HeadCard(Record):
     """What one head reads, writes and decides, in base and in tuned.
 
+    >>> card = rq.head_card(pair, "L1H0", n_prompts=1)
+    >>> card.decides[0].next_tokens.base != card.decides[0].next_tokens.tuned
+    True
+
     Args:
         head: the head.
         pair: name of the pair.
@@ -235,6 +248,7 @@ class HeadCard(Record):
         writes: what it writes to the logits.
         map: its map.
         decides: the prompts on which it decides.
+        answers: what is said on all prompts, in their order.
     """
 
     head: Head
@@ -247,6 +261,7 @@ class HeadCard(Record):
     writes: Writes
     map: MapFacts | None
     decides: tuple[Decision, ...]
+    answers: Answers = Answers()
 
     def __repr__(self) -> str:
         return f"<HeadCard {self.head} of {self.pair}: {self.n_prompts} {self.split} prompts>"

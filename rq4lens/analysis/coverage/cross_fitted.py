@@ -24,12 +24,12 @@ TOO_FEW_GROUPS = "there are fewer than two groups of prompts, so they cannot be 
 def half_splits(groups: Sequence[str], n_splits: int, seed: int) -> Bool[ndarray, "split prompt"]:
     """Random halves of the prompts, whole groups at a time."""
     membership = group_membership(groups)
-    n_groups = len(membership)
+    n_groups = membership.shape[0]
     if n_groups < 2:
         return np.empty((0, len(groups)), dtype=bool)
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(n_groups), (n_splits, 1)), axis=1)
-    return (order < n_groups // 2) @ membership > 0
+    return np.asarray((order < n_groups // 2) @ membership > 0)
 
 
 def half_means(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
+from scipy.sparse import csr_array
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
@@ -225,7 +226,7 @@ def cross_fitted_p_value(
     without the assumption that they are normal (every sign alike).
     """
     membership = group_membership(cross_fit.measured.groups)
-    n_half = len(membership) // 2
+    n_half = membership.shape[0] // 2
     smallest = 2.0**-n_half
     scores = cross_fit.split_delta_nats[:, k]
     gains = scores - average_nats
@@ -235,9 +236,7 @@ def cross_fitted_p_value(
     return PValue(float(student.sf(mean_t, n_half - 1)), smallest)
 
 
-def _skew_corrected_t(
-    gain: Float64[ndarray, "prompt"], membership: Float64[ndarray, "group prompt"]
-) -> float:
+def _skew_corrected_t(gain: Float64[ndarray, "prompt"], membership: csr_array) -> float:
     """Mean gain in units of its largest possible standard deviation, less what skewness adds.
 
     Without any gain, on no prompt, it is minus infinity: the null holds to the letter.

@@ -156,7 +156,7 @@ def _together(first: Scored, second: Scored, bootstrap: Bootstrap) -> Resampled 
 def fixed(scores: Float64[ndarray, "head"], bootstrap: Bootstrap) -> Resampled:
     """Scores that are the same in every resample."""
     shape = (bootstrap.n_resamples, len(scores))
-    groups = (len(bootstrap.jackknife_weights), len(scores))
+    groups = (bootstrap.n_groups if bootstrap.n_groups > 1 else 0, len(scores))
     return Resampled(scores, np.broadcast_to(scores, shape), np.broadcast_to(scores, groups))
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
+from scipy.sparse import csr_array
 from scipy.special import ndtr, ndtri
 
 from rq4lens.errors import UserError
@@ -77,6 +78,9 @@ def number_text(value: float | None, form: str, absent: str = "undefined") -> st
 IntervalMethod = Literal["bca", "percentile"]
 
 LEVEL = 0.95
+CHUNK = 500
+"""Resamples drawn at once: what is drawn takes no more memory than what is kept."""
+
 ONE_GROUP = "there is only one group of prompts, so nothing shows how much groups differ"
 ZERO_DENOMINATOR = "its denominator is 0"
 CONSTANT = "every resample gives the same value, so resampling shows no spread"
@@ -235,8 +239,8 @@ class Bootstrap:
         return len(set(self.groups))
 
     @cached_property
-    def membership(self) -> Float64[ndarray, "group prompt"]:
-        """1 where a prompt belongs to a group."""
+    def membership(self) -> csr_array:
+        """``[group prompt]``: 1 where a prompt belongs to a group."""
         return group_membership(self.groups)
 
     @cached_property
@@ -244,18 +248,24 @@ class Bootstrap:
         """Weight of each prompt in each resample; rows sum to 1."""
         rng = np.random.default_rng(self.seed)
         even = np.full(self.n_groups, 1 / self.n_groups)
-        counts = rng.multinomial(self.n_groups, even, size=self.n_resamples)
-        return _normalised(counts @ self.membership)
+        weights = np.empty((self.n_resamples, len(self.groups)))
+        for start in range(0, self.n_resamples, CHUNK):
+            some = weights[start : start + CHUNK]
+            some[:] = rng.multinomial(self.n_groups, even, size=len(some)) @ self.membership
+            some /= some.sum(-1, keepdims=True)
+        return weights
 
-    @cached_property
-    def jackknife_weights(self) -> Float64[ndarray, "group prompt"]:
-        """Weight of each prompt with one group left out; rows sum to 1.
+    def without_each_group(
+        self, values: Float64[ndarray, "quantity prompt"]
+    ) -> Float64[ndarray, "group quantity"]:
+        """Mean of each quantity with one group left out.
 
         With a single group there is nothing left to average, and there are no rows.
         """
         if self.n_groups == 1:
-            return np.empty((0, len(self.groups)))
-        return _normalised(1 - self.membership)
+            return np.empty((0, len(values)))
+        left = len(self.groups) - self.membership.sum(-1)
+        return np.asarray((values.sum(-1) - self.membership @ values.T) / left[:, None])
 
     def means(
         self, values: Float64[ndarray, "quantity prompt"]
@@ -265,7 +275,7 @@ class Bootstrap:
 
     def resampled(self, values: Float64[ndarray, "quantity prompt"]) -> Resampled:
         """Means of quantities on all prompts, in every resample and without each group."""
-        return Resampled(values.mean(-1), self.means(values), self.jackknife_weights @ values.T)
+        return Resampled(values.mean(-1), self.means(values), self.without_each_group(values))
 
     def estimate(
         self,
@@ -331,13 +341,12 @@ class Resampled:
         return quantiles(draws, levels).T.tolist()
 
 
-def group_membership(groups: Sequence[str]) -> Float64[ndarray, "group prompt"]:
-    """1 where a prompt belongs to a group; groups stand in order of appearance."""
+def group_membership(groups: Sequence[str]) -> csr_array:
+    """``[group prompt]``: 1 where a prompt belongs to a group, in order of appearance.
+
+    It is sparse: a full one would grow with the square of the prompts.
+    """
     index = {group: row for row, group in enumerate(dict.fromkeys(groups))}
-    membership = np.zeros((len(index), len(groups)))
-    membership[[index[group] for group in groups], np.arange(len(groups))] = 1.0
-    return membership
-
-
-def _normalised(weights: Float64[ndarray, "row prompt"]) -> Float64[ndarray, "row prompt"]:
-    return weights / weights.sum(-1, keepdims=True)
+    rows = [index[group] for group in groups]
+    columns, shape = np.arange(len(groups)), (len(index), len(groups))
+    return csr_array((np.ones(len(groups)), (rows, columns)), shape=shape)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from numpy import ndarray
+from torch import Tensor
 
 from rq4lens.analysis.effects.layer import MeasuredLayer
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.transfer import NO_GAP
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
-from rq4lens.analysis.records import AlphaPoint
-from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
+from rq4lens.analysis.records import SHUFFLED, AlphaPoint
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 from rq4lens.patching.patch import RAW
 from rq4lens.results import order_of
 
@@ -52,6 +54,30 @@ def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:
         agreement=None if is_own else agreement("alpha", scored, own, layer.ks, bootstrap),
         agreement_reason=THE_SAME if is_own else None,
     )
+
+
+def with_shuffled(
+    points: Sequence[AlphaPoint],
+    at_alpha: Sequence[MeasuredSets],
+    shuffled: Float[Tensor, "prompt position head d_head"],
+    bootstrap: Bootstrap,
+) -> list[AlphaPoint]:
+    """The points with what a map of shuffled pairs repairs, in all heads, as a share of ``ΔKL``."""
+    shares = []
+    for point, measured in zip(points, at_alpha, strict=True):
+        if not full_is_clear(point.delta):
+            shares.append(undefined(UNCLEAR))
+            continue
+        everything = [measured.everything]
+        raw, mapped = measured.kl_nats(everything)
+        left = measured.also({SHUFFLED: shuffled}).of_source(SHUFFLED, everything)
+        both = np.concatenate([raw - mapped, raw - left])
+        shares += bootstrap.estimate(both, lambda m: 100 * m[..., 1:] / m[..., :1])
+    each = zip(points, shares, strict=True)
+    return [replace(point, shuffled_pct=share) for point, share in each]
+
+
+UNCLEAR = "the interval of ΔKL of all heads reaches 0 at this strength"
 
 
 def full_is_clear(delta: Estimate) -> bool:

@@ -126,6 +126,9 @@ def compare_layers(
 ) -> LayerComparison:
     """Compare the layers that were measured on the same prompts.
 
+    >>> rq.compare_layers({1: run}).rows[0].layer
+    1
+
     Args:
         grids: the grid of each layer; full and single-head conditions are enough.
         experiment: measures the rest of each layer's curve.

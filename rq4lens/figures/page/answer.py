@@ -87,8 +87,8 @@ def _tiles(report: Report) -> Iterator[Tile]:
         if ends is None or ends.low < LEAST_PCT:
             return
         kind = kinds[head].kind if kinds else ""
-        both = cell(single.to_base_pct, "%"), cell(single.to_tuned_pct, "%")
-        yield Tile(label_of(single), *both, kind)
+        both = {"undoes": single.to_base_pct, "gives base": single.to_tuned_pct}
+        yield Tile(label_of(single), {word: cell(each, "%") for word, each in both.items()}, kind)
 
 
 def _main_numbers(report: Report) -> Iterator[str]:
@@ -167,6 +167,9 @@ def _fields(report: Report) -> dict[str, tuple[str, str]]:
     return FIELDS | (METRIC_FIELDS if report.records["full"].metric else {})
 
 
+SCORE = {"delta": "ΔKL", "to_base": "undoes", "to_tuned": "gives base"}
+
+
 def _carried_row(report: Report, name: str) -> Row | None:
     drawn = [each for each in report.records if (_RANDOM.match(each) or [""])[0] == f"{name}_s"]
     if drawn:
@@ -174,12 +177,12 @@ def _carried_row(report: Report, name: str) -> Row | None:
     record = report.records.get(name)
     if record is None:
         return None
-    heads = ", ".join(f"H{head}" for head in record.heads)
+    heads, method = ", ".join(f"H{head}" for head in record.heads), report.grid.ranking.method
     title = {
         "full": f"all of layer {record.layer}",
         "ctrl_full": f"all of control layer {record.layer}",
         EVERY: "all of all layers",
-    }.get(name, f"best {len(record.heads)}: {heads}")
+    }.get(name, f"best {len(record.heads)} by {SCORE.get(method, method)}: {heads}")
     return (
         title,
         *(cell(getattr(record, field), unit) for field, (_, unit) in _fields(report).items()),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
 
 from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.effects.table import records
@@ -18,11 +20,15 @@ from rq4lens.results import GridResult
 
 
 class TableEntry(NamedTuple):
-    """A cell of a table: its text, what the mouse says, and its colour, ``good`` or ``bad``."""
+    """A cell of a table: its text, what the mouse says, its colour, and where it leads.
+
+    The colour is ``good`` or ``bad``, or none.
+    """
 
     text: str
     why: str = ""
     look: str = ""
+    link: str = ""
 
 
 Row = tuple[TableEntry | str, ...]
@@ -55,11 +61,10 @@ class Table:
 
 
 class Tile(NamedTuple):
-    """One of the heads that carry most."""
+    """One of the few heads or sweeps that matter most: words with their numbers, and its kind."""
 
-    head: str
-    undoes: TableEntry
-    gives_base: TableEntry
+    name: str
+    numbers: Mapping[str, TableEntry]
     kind: str
 
 
@@ -83,6 +88,29 @@ class Section:
     notes: tuple[str, ...] = ()
     folded: bool = False
     short: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows: its sections and their figures.
+
+    Args:
+        title: its title.
+        setting: how the numbers came about, in parts.
+        sections: the sections in reading order.
+        figures: figures by the names that sections use.
+        labels: heads that can be chosen.
+        cards: cards of heads, as HTML.
+        data: what its script needs beyond the figures.
+    """
+
+    title: str
+    setting: Sequence[str]
+    sections: Sequence[Section]
+    figures: Mapping[str, go.Figure]
+    labels: Sequence[str] = ()
+    cards: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

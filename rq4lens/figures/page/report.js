@@ -172,10 +172,22 @@
       if (!details.open || details.childElementCount > 1) return;
       if (text) details.append(element("p", text, "prompt"));
       if (groups[i] !== ids[i]) details.append(element("p", `group ${groups[i]}`, "setting"));
+      const said = answersOf(i);
+      if (said) details.append(element("p", said, "said"));
       details.append(promptTable(i));
     });
     item.append(details);
     return item;
+  }
+
+  // What both models say here, and tuned with the chosen head from base, or with the first ones.
+  function answersOf(i) {
+    const { base, tuned, ...heads } = data.prompts.answers;
+    if (!base) return "";
+    const say = ([token, share]) => `${JSON.stringify(token)} (${(100 * share).toFixed(0)}%)`;
+    const shown = heads[state.head] ? [state.head] : Object.keys(heads).slice(0, 3);
+    const patched = shown.map((head) => `tuned with ${head} from base says ${say(heads[head][i])}`);
+    return [`base says ${say(base[i])}`, `tuned says ${say(tuned[i])}`, ...patched].join("; ");
   }
 
   function promptTable(i) {

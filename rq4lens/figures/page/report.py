@@ -11,10 +11,11 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,9 +27,9 @@ from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, rounded
 from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
-from rq4lens.figures.page.parts import Report
-from rq4lens.figures.page.sections import sections
-from rq4lens.figures.page.words import WORDS, meaning
+from rq4lens.figures.page.parts import Page, Report
+from rq4lens.figures.page.sections import MOST_PROMPTS, sections
+from rq4lens.figures.page.words import WORDS, meaning, questions
 from rq4lens.results import ConditionResult
 
 _HERE = Path(__file__).parent
@@ -57,24 +58,46 @@ def report_page(report: Report) -> str:
         provenance=report.run,
         positions=report.positions,
     )
-    setting = grid_setting(grid)
-    figures = {name: page_figure(name, figure, setting) for name, figure in drawn.items()}
+    return html_of(
+        Page(
+            title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
+            setting=grid_setting(grid),
+            sections=sections(report),
+            figures=drawn,
+            labels=[grid.label(head) for head in range(grid.n_heads)],
+            cards=cards_section(report.cards),
+            data=_data(report),
+        )
+    )
+
+
+def html_of(page: Page) -> str:
+    """A page as HTML that needs no network, with the script and the colours that all pages have."""
+    figures = {name: page_figure(name, each, page.setting) for name, each in page.figures.items()}
     plotly, script = get_plotlyjs(), _read("report.js")
+    data = {
+        "config": CONFIG,
+        "templates": {
+            name: theme.template(dark=dark).to_plotly_json()
+            for name, dark in (("light", False), ("dark", True))
+        },
+        "figures": {name: figure["drawing"] for name, figure in figures.items()},
+        "labels": page.labels,
+        **page.data,
+    }
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("report.html.jinja").render(
-        title=f"rq4lens: {grid.settings.pair}, layer {grid.settings.layer}",
-        setting=setting,
+        page=page,
         words=WORDS,
+        questions=questions(),
         meaning=meaning,
-        labels=[grid.label(head) for head in range(grid.n_heads)],
-        sections=sections(report),
         figures=figures,
-        cards=Markup(cards_section(report.cards)),
+        cards=Markup(page.cards),
         policy=_policy(plotly, script),
         css=Markup(_read("report.css")),
-        data=Markup(script_json(_data(report, figures))),
+        data=Markup(script_json(data)),
         plotly=Markup(plotly),
         script=Markup(script),
     )
@@ -172,16 +195,10 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _data(report: Report, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _data(report: Report) -> dict[str, Any]:
     grid = report.grid
     everywhere = {grid.settings.layer: grid, **report.layers}
     return {
-        "config": CONFIG,
-        "templates": {
-            name: theme.template(dark=dark).to_plotly_json()
-            for name, dark in (("light", False), ("dark", True))
-        },
-        "figures": {name: figure["drawing"] for name, figure in figures.items()},
         "labels": [
             each.label(head) for each in everywhere.values() for head in range(each.n_heads)
         ],
@@ -200,20 +217,39 @@ def _prompt_data(report: Report) -> dict[str, Any]:
         fixed.append((f"all heads of control layer {grid.control.layer}", None, grid.control))
     labels = [grid.label(head) for head in range(grid.n_heads)]
     single = zip(labels, labels, grid.singles, strict=True)
+    rows = sorted(np.argsort(-np.abs(grid.full.delta_nats), kind="stable")[:MOST_PROMPTS].tolist())
+    ids = [grid.prompt_ids[row] for row in rows]
     return {
-        "ids": list(grid.prompt_ids),
-        "texts": [report.prompts.get(prompt) for prompt in grid.prompt_ids],
-        "groups": list(grid.groups),
-        "conditions": [_condition(*each) for each in (*fixed, *single)],
+        "ids": ids,
+        "texts": [report.prompts.get(prompt) for prompt in ids],
+        "groups": [grid.groups[row] for row in rows],
+        "conditions": [_condition(*each, rows) for each in (*fixed, *single)],
+        "answers": _answers(report, rows),
     }
 
 
-def _condition(name: str, head: str | None, condition: ConditionResult) -> dict[str, Any]:
+def _answers(report: Report, rows: Sequence[int]) -> dict[str, Any]:
+    """What is said on each prompt: by both models, and by tuned with a head from base."""
+    cards = [card for card in report.cards if len(card.answers.tuned) == report.grid.n_prompts]
+    if not cards:
+        return {}
+    clean = cards[0].answers
+    said = {"base": clean.base, "tuned": clean.tuned}
+    said |= {card.head.label: card.answers.tuned_with_base_head for card in cards}
+    return {
+        who: [[answers[row].token, answers[row].probability] for row in rows]
+        for who, answers in said.items()
+    }
+
+
+def _condition(
+    name: str, head: str | None, condition: ConditionResult, rows: Sequence[int]
+) -> dict[str, Any]:
     return {
         "name": name,
         "head": head,
-        "raw": [_short(value) for value in condition.kl_raw_nats],
-        "mapped": [_short(value) for value in condition.kl_mapped_nats],
+        "raw": [_short(value) for value in condition.kl_raw_nats[rows]],
+        "mapped": [_short(value) for value in condition.kl_mapped_nats[rows]],
     }
 
 

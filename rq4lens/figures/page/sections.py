@@ -23,6 +23,12 @@ from rq4lens.figures.page.parts import Report, Row, Section, Table, cell
 from rq4lens.figures.plane import PREDICTORS, QUALITIES
 from rq4lens.results import GridResult
 
+MOST_PROMPTS = 2_000
+"""Prompts that a page lists; all of them stand in the run's ``per_prompt.parquet``."""
+
+READ_PROMPTS = (
+    "Open a prompt to read it whole, with what each model says next and what each patch does."
+)
 NO_PROMPTS = "The texts of the prompts were not given to this report; their ids and numbers were."
 
 
@@ -323,8 +329,10 @@ def _mean(values: Sequence[float | None]) -> str:
 def prompts(report: Report) -> Section:
     """Prompt by prompt; the page's script lists them."""
     missing = not any(prompt in report.prompts for prompt in report.grid.prompt_ids)
-    text = (NO_PROMPTS,) if missing else ()
-    return Section("prompts", "Prompt by prompt", text, (), ("prompts",))
+    n, text = report.grid.n_prompts, [NO_PROMPTS if missing else READ_PROMPTS]
+    if n > MOST_PROMPTS:
+        text.append(f"The {MOST_PROMPTS:,} of {n:,} with the largest ΔKL of all heads are here.")
+    return Section("prompts", "Prompt by prompt", tuple(text), (), ("prompts",))
 
 
 def provenance(report: Report) -> Section:

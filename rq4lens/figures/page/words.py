@@ -1,4 +1,9 @@
-"""The words of the report, each explained in one sentence where it stands and at the end."""
+"""The words of the report, each explained in one sentence, and questions that readers ask."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
 
 WORDS = {
     "head": "An attention head; L1H0 is head 0 of layer 1.",
@@ -26,7 +31,7 @@ WORDS = {
     "damage": "KL of the tuned model with this in place of the head, from the clean tuned model.",
     "damage of a constant": "What the tuned mean in place of the head costs: what there is to "
     "recover.",
-    "kind": "What the fine-tune did to a head, told by what is recovered at strength 1.",
+    "kind": "What the fine-tune did to a head, decided by what is recovered at strength 1.",
     "idle": "A constant, base's activation and leaving the head out all do next to nothing.",
     "unchanged": "Base's own activation recovers at least 90%.",
     "recoded": "The map recovers at least 50%, also on other contents and neutral prompts: the "
@@ -56,6 +61,16 @@ WORDS = {
     "95% interval": "[low, high]: where the number lies for more prompts like these.",
 }
 """Words as they stand in headings of tables, and what they mean."""
+
+
+MARKUP = re.compile(r"`|\[(?=[^]]*\]\()|\]\([^)]*\)")
+
+
+def questions() -> dict[str, str]:
+    """The questions of the FAQ and their answers, as plain text."""
+    faq = (Path(__file__).parent / "faq.md").read_text(encoding="utf-8")
+    parts = re.findall(r"^\*\*(.+?)\*\*\n(.+?)(?=\n\*\*|\Z)", faq, re.MULTILINE | re.DOTALL)
+    return {question: MARKUP.sub("", answer).strip() for question, answer in parts}
 
 
 def meaning(text: str) -> str:

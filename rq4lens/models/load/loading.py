@@ -127,6 +127,11 @@ def load_hooked(
 ) -> LoadedModel:
     """Load a checkpoint without processing its weights.
 
+    >>> from importlib.resources import files
+    >>> base = files("rq4lens.models") / "builtin/etiquette/base"
+    >>> rq.load_hooked(str(base)).model.cfg.n_heads
+    16
+
     Args:
         source: A Hugging Face folder, a hub id, or either of these with a PEFT adapter.
         revision: Commit, branch or tag of a hub id.

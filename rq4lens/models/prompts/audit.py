@@ -293,6 +293,10 @@ def audit_prompts(
 ) -> Audit:
     """Compare how two models read prompts; only their tokenizers are needed.
 
+    >>> tokenizers = {side: pair.member(side).tokenizer for side in ("base", "tuned")}
+    >>> len(rq.audit_prompts(pair.prompts, tokenizers).prompts)
+    1248
+
     Args:
         prompts: the prompts.
         tokenizers: each model's own tokenizer.

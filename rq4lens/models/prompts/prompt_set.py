@@ -34,6 +34,9 @@ MAX_ID_LENGTH = 200
 class PromptSet:
     """Prompts with their splits, checked when they are made.
 
+    >>> rq.PromptSet.of([{"id": "a", "text": "To the wedding brings Lena", "split": "val"}]).ids
+    ('a',)
+
     Args:
         prompts: the prompts, in file order.
         group_by: fields whose values make a group together, ``"content"`` or ``"meta.KEY"``;

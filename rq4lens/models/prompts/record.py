@@ -21,6 +21,9 @@ KEYS = (
 class Message:
     """One message of a chat.
 
+    >>> rq.Message("user", "What does Lena bring?").role
+    'user'
+
     Args:
         role: who speaks: one of :data:`ROLES`.
         content: what is said.
@@ -33,6 +36,9 @@ class Message:
 @dataclass(frozen=True)
 class Prompt:
     """One prompt.
+
+    >>> rq.Prompt(id="a", text="To the wedding brings Lena", split="val").split
+    'val'
 
     Args:
         id: its unique name.

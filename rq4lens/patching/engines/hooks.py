@@ -45,6 +45,17 @@ def patched_heads(
 ) -> Iterator[HookedModel]:
     """The model with its heads patched while the context lasts; no hook stays behind.
 
+    :func:`rq4lens.patch` does all of this at once.
+
+    >>> import torch
+    >>> from rq4lens.patching.patch import Patch
+    >>> batch = experiment.prompts.batch(torch.arange(3))
+    >>> patches = (Patch(1, rq.HeadSet.parse("0", n_heads=16), 1.0, "raw"),)
+    >>> model = pair.tuned.model
+    >>> with rq.patched_heads(model, patches, experiment.sources, batch) as patched:
+    ...     patched(batch.tokens).shape[0]
+    3
+
     Args:
         model: the tuned model.
         intervention: the patches, at most one per layer.

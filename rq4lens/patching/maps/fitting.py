@@ -63,6 +63,9 @@ def fit_maps(
     Each map is fitted on all train prompts. Its diagnostics come from a second fit that leaves a
     fifth of the train groups out and is judged on them.
 
+    >>> sorted(rq.fit_maps(pair, layers=[0, 1]))
+    [0, 1]
+
     Args:
         pair: the pair.
         layers: the layers to map, or one.

@@ -90,5 +90,69 @@ def cost_bars(seconds: Mapping[str, float], *, reference: str, setting: Sequence
     )
 
 
+STARTUP = "start-up and the rest"
+
+
+def whole_run(record: dict[str, Any]) -> go.Figure:
+    """Where the seconds of whole commands go, a bar a command, beside a plain script.
+
+    Args:
+        record: what ``benchmarks/end_to_end.py`` wrote.
+    """
+    plain = record["plain"]
+    bars = {"a plain script that loads both models": plain, **record["runs"]}
+    split = {name: _stages(each) for name, each in bars.items()}
+    stages = dict.fromkeys(stage for each in split.values() for stage in each)
+    colours = [theme.GREY, *(theme.SEQUENCE[:-1] * 3)]
+    figure = go.Figure(
+        [
+            go.Bar(
+                orientation="h",
+                name=stage,
+                y=list(bars),
+                x=[each.get(stage) for each in split.values()],
+                marker_color=colour,
+                **theme.hover(
+                    [
+                        f"<b>{name}</b><br>{stage}: {each.get(stage, 0):.1f} s"
+                        for name, each in split.items()
+                    ]
+                ),
+            )
+            for stage, colour in zip(stages, colours, strict=False)
+        ]
+    )
+    for name, each in bars.items():
+        wall, ratio = each["wall_seconds"], each["wall_seconds"] / plain["wall_seconds"]
+        more = "" if each["finished"] else "above "
+        figure.add_annotation(
+            x=wall,
+            y=name,
+            text=f"{more}{wall:.0f} s, {_times(ratio)}",
+            xanchor="left",
+            showarrow=False,
+        )
+    figure.update_layout(barmode="stack")
+    figure.update_xaxes(
+        title_text="seconds", range=[0, 1.2 * max(e["wall_seconds"] for e in bars.values())]
+    )
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False, dtick=1)
+    return theme.frame(
+        figure,
+        "Where the seconds of a whole command go",
+        (record["what"], record["hardware"], record["date"], "×: times the plain script"),
+        theme.Layout(
+            170 + ROW_PX * (len(bars) + 3), left_px=24 + 6 * max(map(len, bars)), right_px=54
+        ),
+        caption="Shorter is faster; each part of a bar is a stage that the command names.",
+    )
+
+
+def _stages(run: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each stage of a process; what no stage names comes first."""
+    named = {name: seconds for name, seconds in run["stages_seconds"].items() if seconds >= 0.05}
+    return {STARTUP: max(run["wall_seconds"] - sum(named.values()), 0.0), **named}
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:,.0f}×" if ratio >= 1000 else f"{ratio:.3g}×"

@@ -3,8 +3,8 @@
 Makes two random Llamas as sharded safetensors, then times from outside, each in a process of its
 own: a plain script that imports transformers and loads both models; ``rq4lens run --analysis
 grid``; the same again in another folder with its cache; the full ``rq4lens run``; ``rq4lens sweep``
-of every layer. The record is written after each of them, with ratios to the plain script and the seconds by
-stage, and drawn at the end.
+of every layer. The record is written after each of them, with ratios to the plain script and the
+seconds by stage, and drawn at the end.
 """
 
 from __future__ import annotations

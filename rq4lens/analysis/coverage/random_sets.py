@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
-from scipy.stats import rankdata
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 from rq4lens.analysis.coverage.cross_fitted import CrossFit
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
@@ -193,10 +192,15 @@ def random_band(
 
 def _by_extremeness(curves: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking"]:
     """Place of each curve from the most extreme, 0, up; equal ones share a place."""
-    from_below = rankdata(curves, method="max", axis=0)
-    from_above = rankdata(-curves, method="max", axis=0)
+    from_below, from_above = (_n_at_most(each) for each in (curves, -curves))
     places = np.sort(np.minimum(from_below, from_above), axis=1)
     return np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _n_at_most(values: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking k"]:
+    """How many of its column are not above each value."""
+    columns = [np.searchsorted(np.sort(each), each, side="right") for each in values.T]
+    return np.stack(columns, axis=1)
 
 
 FEWEST_GROUPS = 4
@@ -231,8 +235,9 @@ def cross_fitted_p_value(
     gains = scores - average_nats
     gains[np.abs(gains) <= ROUNDING * np.abs(scores).max(-1, keepdims=True)] = 0.0
     t = [_skew_corrected_t(gain, membership) for gain in gains]
-    mean_t = np.minimum(t, student.isf(smallest, n_half - 1)).mean()
-    return PValue(float(student.sf(mean_t, n_half - 1)), smallest)
+    # Student's t: its upper tail is its distribution function at minus t.
+    mean_t = np.minimum(t, -stdtrit(n_half - 1, smallest)).mean()
+    return PValue(float(stdtr(n_half - 1, -mean_t)), smallest)
 
 
 def _skew_corrected_t(

@@ -186,7 +186,7 @@ class _Rows:
 
     def __init__(self, table: pd.DataFrame, ids: Collection[str]) -> None:
         self.n_prompts = len(ids)
-        self.places = pd.Index(ids).get_indexer(table["prompt_id"].astype(str))
+        self.places = pd.Index(list(ids)).get_indexer(pd.Index(table["prompt_id"].astype(str)))
         self.numbers = {
             name: table[column].to_numpy(dtype=np.float64)
             for column, name in MEASURES.items()

@@ -11,7 +11,6 @@ from numpy import ndarray
 
 from rq4lens.analysis.records import Agreement
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
-from rq4lens.analysis.statistics.ranks import mean_ranks
 from rq4lens.results import HeadRanking, ranks_of, single_scores
 
 PERSISTENCE = 0.9
@@ -111,7 +110,8 @@ def agreement(
     together, shown = _together(first, second, bootstrap), [k for k in ks if k <= len(first.scores)]
 
     def measures(both: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows measure"]:
-        return _measures(*np.split(both, 2, axis=-1), shown)
+        one, other = np.split(both, 2, axis=-1)
+        return _measures(one, other, shown)
 
     if together is None:
         values = measures(np.concatenate([first.scores, second.scores])[None])[0]
@@ -201,6 +201,19 @@ def spearman(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
     with np.errstate(invalid="ignore"):
         return np.asarray((centred[0] * centred[1]).sum(-1) / scale)
+
+
+def mean_ranks(values: Float64[ndarray, "*rows each"]) -> Float64[ndarray, "*rows each"]:
+    """Ranks from 1 for the smallest of each row; ties share their mean rank."""
+    n_values, order = values.shape[-1], np.argsort(values, axis=-1)
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, np.arange(1.0, n_values + 1), axis=-1)
+    ordered = np.take_along_axis(values, order, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        from scipy.stats import rankdata  # noqa: PLC0415 - more than a second, and ties are rare
+
+        return np.asarray(rankdata(values, axis=-1))
+    return ranks
 
 
 def rank_biased_overlap(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:

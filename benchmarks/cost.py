@@ -90,5 +90,81 @@ def cost_bars(seconds: Mapping[str, float], *, reference: str, setting: Sequence
     )
 
 
+STARTUP, OTHERS = "start-up", "other stages"
+SHOWN_STAGES = 5
+"""Stages with a colour of their own, the longest ones."""
+
+
+def whole_run(record: dict[str, Any]) -> go.Figure:
+    """Where the seconds of whole commands go, a bar a command, beside a plain script.
+
+    Args:
+        record: what ``benchmarks/end_to_end.py`` wrote.
+    """
+    plain = record["plain"]
+    bars = {"plain script": plain, **{f"rq4lens, {name}": r for name, r in record["runs"].items()}}
+    split = _by_stage({name: _stages(each) for name, each in bars.items()})
+    colours = (theme.GREY, *theme.SEQUENCE[:-1])[: len(split)]
+    figure = go.Figure(
+        [_stage_bars(stage, split, colour) for stage, colour in zip(split, colours, strict=True)]
+    )
+    longest = max(each["wall_seconds"] for each in bars.values())
+    for name, each in bars.items():
+        wall = each["wall_seconds"]
+        text = f"{'' if each['finished'] else 'above '}{wall:.0f} s, "
+        text += _times(wall / plain["wall_seconds"])
+        figure.add_annotation(x=wall, y=name, text=text, xanchor="left", showarrow=False)
+    figure.update_layout(barmode="stack")
+    figure.update_xaxes(title_text="seconds", range=[0, 1.25 * longest])
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False, dtick=1)
+    return theme.frame(
+        figure,
+        "Where the seconds of a whole command go",
+        (record["what"], record["hardware"], record["date"], "×: times the plain script"),
+        theme.Layout(300 + ROW_PX * len(bars), left_px=24 + 6 * max(map(len, bars))),
+        caption="Shorter is faster; each part of a bar is a stage that the command names.",
+    )
+
+
+Split = dict[str, dict[str, float]]
+"""Seconds by stage and command, or by command and stage."""
+
+
+def _stages(run: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each stage of a process; what no stage names is start-up, and so are imports."""
+    named: dict[str, float] = {}
+    for stage, seconds in run["stages_seconds"].items():
+        name = "load" if stage.startswith("load") else stage
+        if stage != "import":
+            named[name] = named.get(name, 0.0) + seconds
+    return {STARTUP: max(run["wall_seconds"] - sum(named.values()), 0.0), **named}
+
+
+def _by_stage(commands: Split) -> Split:
+    """The same by stage; the shorter ones together."""
+    stages = dict.fromkeys(stage for each in commands.values() for stage in each)
+    split = {
+        stage: {name: each.get(stage, 0.0) for name, each in commands.items()} for stage in stages
+    }
+    ranked = sorted(split, key=lambda stage: max(split[stage].values()), reverse=True)
+    shown = {STARTUP, *[stage for stage in ranked if stage != STARTUP][:SHOWN_STAGES]}
+    rest = {name: sum(split[s][name] for s in stages if s not in shown) for name in commands}
+    return {stage: split[stage] for stage in stages if stage in shown} | {OTHERS: rest}
+
+
+def _stage_bars(stage: str, split: Split, colour: str) -> go.Bar:
+    seconds = split[stage]
+    return go.Bar(
+        orientation="h",
+        name=stage,
+        y=list(seconds),
+        x=list(seconds.values()),
+        marker_color=colour,
+        **theme.hover(
+            [f"<b>{name}</b><br>{stage}: {each:.1f} s" for name, each in seconds.items()]
+        ),
+    )
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:,.0f}×" if ratio >= 1000 else f"{ratio:.3g}×"

@@ -266,12 +266,19 @@ def spread(record: dict[str, Any]) -> str:
 
 
 def whole_run(record: dict[str, Any]) -> str:
-    """The whole command, by stage."""
-    runs = record["runs"]
+    """The whole command beside a plain script, by stage."""
+    runs = {"plain script": record["plain"], **record["runs"]}
     stages = list(dict.fromkeys(name for each in runs.values() for name in each["stages_seconds"]))
+    plain = record["plain"]["wall_seconds"]
 
     def line(label: str, values: list[str]) -> str:
         return f"| {label} | {' | '.join(values)} |"
+
+    def walls(form: str, unit: float) -> list[str]:
+        return [
+            f"{'' if each['finished'] else 'above '}{each['wall_seconds'] / unit:{form}}"
+            for each in runs.values()
+        ]
 
     lines = [
         "## The whole command, from folders to report",
@@ -286,10 +293,14 @@ def whole_run(record: dict[str, Any]) -> str:
             line(stage, [f"{each['stages_seconds'].get(stage, 0):.1f}" for each in runs.values()])
             for stage in stages
         ),
-        line("**wall, start-up included**", [f"{r['wall_seconds']:.0f}" for r in runs.values()]),
+        line("**wall, start-up included**", walls(".0f", 1.0)),
+        line("**of the plain script**", walls(".2f", plain)),
         line(
             "peak memory on the GPU",
-            [f"{(each['peak_device_bytes'] or 0) / 1e9:.1f} GB" for each in runs.values()],
+            [
+                f"{each['peak_device_bytes'] / 1e9:.1f} GB" if each.get("peak_device_bytes") else ""
+                for each in runs.values()
+            ],
         ),
         "",
     ]

@@ -102,11 +102,16 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """Run the main job on the built-in pair, every layer beside it."""
-    from rq4lens.jobs.sweep import sweep_layers  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.bench import Bench  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.run import refuse_other_run, run_on  # noqa: PLC0415
+    from rq4lens.jobs.sweep import sweep_on  # noqa: PLC0415
 
-    # The sweep first: the run takes its layers into the report, and its conditions from the store.
-    sweep_layers(preset("etiquette"), out, fresh=fresh, stage=watched)
-    _run(preset("etiquette"), out, fresh=False, replace=False)
+    bench = Bench(preset("etiquette"), out, fresh=fresh, stage=watched)
+    refuse_other_run(bench.config, out)
+    with kept_when_stopped(out):
+        # The sweep first: the run takes its layers into the report, and what it measured.
+        sweep_on(bench)
+        _say(run_on(bench).summary, out)
 
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens run {OWN_PAIR} --layer 26 --out runs/mine")
@@ -475,7 +480,11 @@ def _run(config: RunConfig, directory: Path, fresh: bool, replace: bool) -> None
 
     with kept_when_stopped(directory):
         finished = job.run(config, directory, fresh=fresh, replace=replace, stage=watched)
-    output.print(finished.summary, end="")
+        _say(finished.summary, directory)
+
+
+def _say(summary: str, directory: Path) -> None:
+    output.print(summary, end="")
     output.print(f"written to {directory}")
 
 

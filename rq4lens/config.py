@@ -341,7 +341,7 @@ class AnalysisEffort(Settings):
     200
     """
 
-    n_random_sets: int = setting(200, "random sets drawn of each size that has more", ge=1)
+    n_random_sets: int = setting(200, "random sets drawn of each size that has more, at most", ge=1)
     random_ks: tuple[int, ...] | None = setting(
         None, "sizes of random sets besides the grid's; if left out, as many as affordable"
     )

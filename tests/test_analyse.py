@@ -185,6 +185,25 @@ def test_shapley_values_use_the_random_sets_that_are_measured():
     assert with_values.n_measured - without.n_measured < 14
 
 
+@pytest.mark.parametrize("random_ks", [(1, 2), range(1, 12)])
+def test_what_one_part_measured_no_other_part_measures(random_ks):
+    """Coverage, directions, methods, agreements, alphas and the grid ask for each patch once."""
+    game = Game(np.random.default_rng(0).exponential(size=(11, 12)))
+    asked, measure = [], game.effects
+
+    def noting(patches, progress=None):
+        asked.extend(patches)
+        return measure(patches, progress)
+
+    game.effects = noting
+    grid = resampled(game.grid(), 100)
+    of_grid, asked[:] = set(asked), []
+    analyse(grid, game, AnalysisEffort(n_random_sets=60, random_ks=list(random_ks)))
+    assert len(asked) > 500
+    assert len(set(asked)) == len(asked)
+    assert not of_grid.intersection(asked)
+
+
 def test_analysis_repeats_itself(tiny_pair, tiny_maps):
     """The same grid, experiment and seed give the same analysis, timings aside."""
     experiment = prepared(tiny_pair, tiny_maps)

@@ -28,6 +28,7 @@ from rq4lens.analysis.structure.controls import (
 )
 from rq4lens.config import Effort, Patching
 from rq4lens.heads import Head
+from rq4lens.patching import noise
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
@@ -187,3 +188,28 @@ def test_unpaired_rows_hold_the_same_activations(planted):
     assert torch.equal(shuffled.x, data.x)
     assert not torch.equal(shuffled.y, data.y)
     assert torch.allclose(shuffled.y.sum(0), data.y.sum(0))
+
+
+@pytest.mark.parametrize("at_once", [2**26, 40])
+def test_a_noise_pair_keeps_every_entry_of_the_change(planted, monkeypatch, at_once):
+    """Of each matrix the entries of the change are the same, in another order; also in parts."""
+    monkeypatch.setattr(noise, "MOST_AT_ONCE", at_once)
+    pair = planted[0].pair
+    noisy = noise.noise_pair(pair, seed=1)
+    models = [member.model for member in (pair.base, pair.tuned, noisy.tuned)]
+    base, tuned, shuffled = (dict(model.named_parameters()) for model in models)
+    moved = 0
+    for name, start in base.items():
+        change, other = (each[name].double() - start for each in (tuned, shuffled))
+        assert torch.allclose(change.flatten().sort()[0], other.flatten().sort()[0], atol=1e-6)
+        moved += int(not torch.allclose(change, other, atol=1e-6))
+    assert moved
+
+
+def test_a_noise_pair_is_known_by_what_it_was_made_of(planted):
+    """The same models and seed are the same pair; another seed is another."""
+    pair = planted[0].pair
+    pairs = [pair, *(noise.noise_pair(pair, seed) for seed in (1, 1, 2))]
+    own, first, again, other = (each.tuned.card.weights_fingerprint for each in pairs)
+    assert first == again
+    assert len({own, first, other}) == 3

@@ -43,14 +43,16 @@ def threads(monkeypatch):
     return chosen
 
 
-def test_a_small_model_gets_one_thread_and_a_large_one_the_cores(threads, monkeypatch):
+@pytest.mark.parametrize(("load", "small"), [(0.2, 7), (2.6, 4), (30.0, 1)])
+def test_a_small_model_gets_the_idle_cores_and_a_large_one_all(threads, monkeypatch, load, small):
     """Unless the environment says how many."""
     monkeypatch.setattr(devices, "usable_cores", lambda: 7)
+    monkeypatch.setattr(devices.psutil, "getloadavg", lambda: (load, 0.0, 0.0))
     for n_bytes in (10**6, 10**10):
         choose_threads(n_bytes)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     choose_threads(10**10)
-    assert threads == [1, 7]
+    assert threads == [small, 7]
 
 
 @pytest.mark.parametrize(

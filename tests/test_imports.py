@@ -112,3 +112,22 @@ def test_drawing_loads_no_torch():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert said.stdout == "False\n"
+
+
+def test_a_run_loads_what_it_uses():
+    """No compiler, no tracker, nothing that draws, no library of statistics for one function."""
+    heavy = (
+        "triton",
+        "wandb",
+        "plotly",
+        "sklearn",
+        "statsmodels",
+        "scipy.stats",
+        "torch._inductor.compile_fx",
+    )
+    code = f"import sys, rq4lens.jobs.run; print([each for each in {heavy} if each in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "[]\n"

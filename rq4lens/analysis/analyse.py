@@ -404,7 +404,7 @@ class _Work:
         halves = half_splits(self.grid.groups, 1, self.layer.bootstrap.seed)
         found += [compared.fold_agreement(self.layer, half) for half in halves]
         found += [
-            compared.seed_agreement(self.layer, self.ranking_settings)
+            compared.seed_agreement(self.layer, self.ranking_settings, ranking)
             for ranking in self.compared.rankings
             if ranking.method == "shapley" and not ranking.settings["exact"]
         ]

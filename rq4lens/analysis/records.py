@@ -277,16 +277,18 @@ class RandomSets(Record):
 
     Args:
         k: their size.
-        n_subsets: how many were measured: all of them, or independent draws.
+        n_subsets: how many were measured: all of them, or draws until the mean is known.
         exhaustive: whether these are all sets of that size.
         delta_nats: mean ``ΔKL`` of each.
         coverage_pct: coverage of each; empty when coverage is undefined.
         mean_pct: mean coverage.
+        mean_error_pct: its standard error over the draws; 0 of all sets.
         quantiles_pct: coverage quantiles by level, for instance ``"0.975"``.
         seeds_pct: coverage of the run's own random sets, by seed.
         band_low_pct: lower end of the band that holds a random ranking's coverage at all measured
             k at once with probability 95%.
         band_high_pct: its upper end.
+        band_holds_pct: how many of the drawn rankings lie within the band of the others.
         p_value: of the test that the k heads ranked first on one half of the prompts do no better
             on the other half than the average random set; selection is accounted for.
         p_value_min: smallest value ``p_value`` can take.
@@ -300,8 +302,10 @@ class RandomSets(Record):
     mean_pct: float | None
     quantiles_pct: Mapping[str, float]
     seeds_pct: Mapping[int, float]
+    mean_error_pct: float | None = None
     band_low_pct: float | None = None
     band_high_pct: float | None = None
+    band_holds_pct: float | None = None
     p_value: float | None = None
     p_value_min: float | None = None
 

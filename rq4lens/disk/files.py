@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -139,6 +140,8 @@ def _refuse_foreign_types(value: Any, where: str) -> None:
                 raise UserError(f"{where} has the key {key!r}: keys of JSON objects are strings.")
             _refuse_foreign_types(inner, key)
     elif isinstance(value, list | tuple):
+        if set(map(type, value)) == {float} and math.isfinite(sum(value)):
+            return  # thousands of numbers; a sum that overflows is looked at one by one
         for inner in value:
             _refuse_foreign_types(inner, where)
     else:

@@ -156,53 +156,77 @@ def grid_of_table(
     if not 1 <= settings.n_heads <= MAX_HEADS:
         raise ValueError(f"{settings.n_heads} heads")
     ids = dict(zip(map(str, table["prompt_id"]), map(str, table["group"]), strict=True))
-    conditions = {
-        str(cond): _condition(rows, settings.n_heads, list(ids))
-        for cond, rows in table.groupby("cond", sort=False)
-        if cond != EVERY
-    }
-    every = table[table["cond"] == EVERY]
+    rows = _Rows(table, list(ids))
+    firsts = table[table["cond"] != EVERY].groupby("cond", sort=False).head(1)
     return GridResult(
         settings=settings,
         prompt_ids=tuple(ids),
         groups=tuple(ids.values()),
-        conditions=conditions,
+        conditions={
+            str(first.cond): _condition(first, rows, settings.n_heads)
+            for first in firsts.itertuples()
+        },
         noise_floor_nats=noise_floor_nats,
-        every_layer=_transfer(every, list(ids)) if len(every) else None,
+        every_layer=rows.transfer(EVERY),
         compared=compared or Compared(),
         provenance=provenance or {},
     )
 
 
-def _condition(rows: pd.DataFrame, n_heads: int, ids: Collection[str]) -> ConditionResult:
-    first = rows.iloc[0]
-    swapped = rows["kind"].isin(SWAPS).any()
+def _condition(first: Any, rows: _Rows, n_heads: int) -> ConditionResult:
     return ConditionResult(
-        cond=str(first["cond"]),
-        layer=int(first["layer"]),
-        heads=HeadSet.parse(str(first["heads"]), n_heads),
-        alpha=float(first["alpha"]),
-        raw=_patch_row(rows, "raw", ids),
-        mapped=_patch_row(rows, "mapped", ids),
-        transfer=_transfer(rows, ids) if swapped else None,
+        cond=str(first.cond),
+        layer=int(first.layer),
+        heads=HeadSet.parse(str(first.heads), n_heads),
+        alpha=float(first.alpha),
+        raw=rows.of(first.cond, "raw"),
+        mapped=rows.of(first.cond, "mapped"),
+        transfer=rows.transfer(first.cond),
     )
 
 
-def _transfer(rows: pd.DataFrame, ids: Collection[str]) -> Transfer:
-    transfer = Transfer(*(_patch_row(rows, kind, ids) for kind in SWAPS))
-    if any(row.gap_left_nats is None or row.answer_is is None for row in transfer):
-        raise ValueError(f"{rows.iloc[0]['cond']!r} lacks what is left of the gap")
-    return transfer
+class _Rows:
+    """The numbers of a table by condition and kind, in the order of the prompts."""
+
+    def __init__(self, table: pd.DataFrame, ids: Collection[str]) -> None:
+        self.n_prompts = len(ids)
+        self.places = pd.Index(list(ids)).get_indexer(pd.Index(table["prompt_id"].astype(str)))
+        self.numbers = {
+            name: _numbers(table[column])
+            for column, name in MEASURES.items()
+            if column in table
+        }
+        self.at = table.groupby(["cond", "kind"], sort=False).indices
+
+    def of(self, cond: Any, kind: str) -> PatchRow:
+        """One patch; repeated prompts and damaged numbers are a ValueError."""
+        own = np.asarray(self.at.get((cond, kind), ()), dtype=int)
+        own = own[np.argsort(self.places[own])]
+        whole = np.array_equal(self.places[own], np.arange(self.n_prompts))
+        # What was not measured of any prompt is a column of nulls beside what was.
+        numbers = {name: each[own] for name, each in self.numbers.items()}
+        numbers = {name: each for name, each in numbers.items() if not np.isnan(each).all()}
+        of_prompts = (each for each in numbers.values() if each.ndim == 1)
+        if not whole or not all(np.isfinite(each).all() for each in of_prompts):
+            raise ValueError(
+                f"{kind} of {cond!r} has repeated prompts or numbers that are not finite"
+            )
+        return PatchRow(**numbers)
+
+    def transfer(self, cond: Any) -> Transfer | None:
+        """What a condition carries in both directions, if that was measured."""
+        if not any((cond, kind) in self.at for kind in SWAPS):
+            return None
+        transfer = Transfer(*(self.of(cond, kind) for kind in SWAPS))
+        if any(row.gap_left_nats is None or row.answer_is is None for row in transfer):
+            raise ValueError(f"{cond!r} lacks what is left of the gap")
+        return transfer
 
 
-def _patch_row(rows: pd.DataFrame, kind: str, ids: Collection[str]) -> PatchRow:
-    own = rows[rows["kind"] == kind].set_index("prompt_id").loc[list(ids)]
-    # What was not measured of any prompt is a column of nulls beside what was.
-    there = {name: own[column] for column, name in MEASURES.items() if column in own}
-    measured = {name: each for name, each in there.items() if each.notna().any()}
-    numbers = {name: np.array(each.tolist(), dtype=np.float64) for name, each in measured.items()}
-    whole = (each for each in numbers.values() if each.ndim == 1)
-    if len(own) != len(ids) or not all(np.isfinite(each).all() for each in whole):
-        cond = rows.iloc[0]["cond"]
-        raise ValueError(f"{kind} of {cond!r} has repeated prompts or numbers that are not finite")
-    return PatchRow(**numbers)
+def _numbers(column: pd.Series) -> Float64[ndarray, "row *token"]:
+    """A column as numbers; one of lists, a number for each token of an answer, as a table."""
+    if column.dtype != object or not column.map(np.ndim).any():
+        return column.to_numpy(dtype=np.float64)
+    width = max(map(len, column.dropna()))
+    nothing = [np.nan] * width
+    return np.array([nothing if np.ndim(each) == 0 else list(each) for each in column], dtype=float)

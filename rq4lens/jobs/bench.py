@@ -68,7 +68,7 @@ class Bench:
         self.fresh = fresh
         self.keep_both = config.place.keep_both
         self.clock = Clock(stage)
-        self._measurers: dict[tuple[Any, ...], Measurer] = {}
+        self._measurer: Measurer | None = None
         self._maps: dict[int, LayerMap] = {}
 
     @property
@@ -154,15 +154,14 @@ class Bench:
         return maps_from(store, self.activations, layers, kind, **how)
 
     def measurer(self, layers: Sequence[int], prompts: Sequence[str] = ()) -> Measurer:
-        """Some layers ready to be measured; the one that was made last stays.
+        """Some layers ready to be measured; the one that was made last stays, and serves for less.
 
         Args:
             layers: the layers.
             prompts: ids of the prompts; all measured prompts when empty.
         """
-        wanted = (tuple(layers), tuple(prompts))
-        if wanted not in self._measurers:
-            self._measurers = {}  # lets the memory of the one before go first
+        if self._measurer is None or not self._serves(self._measurer, layers, prompts):
+            self._measurer = None  # lets the memory of the one before go first
             self.capture(layers)
             with self.clock("maps"):
                 maps = self.maps(layers)
@@ -175,8 +174,13 @@ class Bench:
                     activations=self.activations,
                     rows=self._rows_of(prompts) if prompts else None,
                 )
-            self._measurers[wanted] = self.measuring(experiment)
-        return self._measurers[wanted]
+            self._measurer = self.measuring(experiment)
+        return self._measurer
+
+    def _serves(self, measurer: Measurer, layers: Sequence[int], prompts: Sequence[str]) -> bool:
+        ids = prompts or self.pair.tokens("tuned", self.config.patching.split).ids
+        experiment = measurer.experiment
+        return set(layers) <= set(experiment.maps) and experiment.prompt_ids == tuple(ids)
 
     def _rows_of(self, prompts: Sequence[str]) -> list[int]:
         ids = self.pair.tokens("tuned", self.config.patching.split).ids

@@ -72,7 +72,7 @@ def provenance(bench: Bench, experiment: Experiment, grid: GridResult) -> dict[s
         },
         "maps": {
             str(layer): {**each.to_dict(), "fingerprint": each.fingerprint}
-            for layer, each in experiment.maps.items()
+            for layer, each in bench.maps(bench.plan.layers).items()
         },
         "engine": _engine(experiment),
         "device": resolve_device(config.place.device),
@@ -278,7 +278,7 @@ def _analyse(
             experiment.engine.name,
         )
     beside = Beside(
-        neutral=_neutral(bench, experiment),
+        neutral=_neutral(bench),
         noise=_noise(bench, measurer),
     )
     every = tuple(range(1, grid.n_heads + 1))
@@ -293,7 +293,7 @@ def _analyse(
     )
 
 
-def _neutral(bench: Bench, experiment: Experiment) -> Measurer | None:
+def _neutral(bench: Bench) -> Measurer | None:
     """The pair on neutral prompts, where there are some."""
     if SIDE_EFFECT_SPLIT not in bench.pair.prompts.splits:
         return None
@@ -301,7 +301,7 @@ def _neutral(bench: Bench, experiment: Experiment) -> Measurer | None:
     return bench.measuring(
         prepare(
             bench.pair,
-            experiment.maps,
+            bench.maps(bench.plan.layers),
             patching,
             bench.config.place,
             activations=bench.activations,

@@ -61,6 +61,11 @@ class MeasuredOn:
     libraries: str
     numerics_version: str = NUMERICS_VERSION
 
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Everything by name; it stands in thousands of records."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class ConditionIngredients:
@@ -81,7 +86,7 @@ class ConditionIngredients:
     def to_dict(self) -> dict[str, Any]:
         """Every ingredient by name."""
         patch = _group(self.patch, self.map_fingerprint) | {"heads": list(self.patch.heads)}
-        return asdict(self.on) | {"patch": patch}
+        return self.on.values | {"patch": patch}
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class ChunkIngredients:
             head_sets = [list(each.patch.heads) for each in members]
             patches.append(group | {"head_sets": content_key({"head_sets": head_sets})})
         prompt_ids = content_key({"ids": list(self.prompt_ids)})
-        return asdict(self.conditions[0].on) | {"prompt_ids": prompt_ids, "patches": patches}
+        return self.conditions[0].on.values | {"prompt_ids": prompt_ids, "patches": patches}
 
 
 def _group(patch: Patch, map_fingerprint: str | None) -> dict[str, Any]:

@@ -277,9 +277,13 @@ class Measurer:
             self._report(len(patches), progress)
             return found
         measured = self._measured(patches, progress)
-        for patch, before, row in zip(patches, records, measured, strict=True):
-            if self.records is not None and before is None:
-                self.records.put(self._ingredients(patch), payload_of(row))
+        if self.records is not None:
+            new = zip(patches, records, measured, strict=True)
+            self.records.put_all(
+                (self._ingredients(patch), payload_of(row))
+                for patch, found, row in new
+                if not found
+            )
         # What is stored is what the table shows, even where this machine would round otherwise.
         return [before or new for before, new in zip(records, measured, strict=True)]
 

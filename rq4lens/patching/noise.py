@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy import ndarray
+from torch import Tensor
 
 from rq4lens.config import Patching, Place
+from rq4lens.disk.store import content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import HookedModel
+from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
@@ -38,6 +42,10 @@ class NoiseEffects(NamedTuple):
     kl_mapped_nats: ndarray
 
 
+MOST_AT_ONCE = 2**26
+"""Entries that are shuffled together: their order takes many times their own memory."""
+
+
 @torch.no_grad()
 def shuffled_change(base: HookedModel, tuned: HookedModel, seed: int) -> HookedModel:
     """A model that lies as far from base as tuned does, matrix by matrix, in no direction."""
@@ -47,11 +55,23 @@ def shuffled_change(base: HookedModel, tuned: HookedModel, seed: int) -> HookedM
         start = of_base[name].to(parameter)
         if start.shape != parameter.shape:
             continue  # an embedding of another vocabulary has no change to shuffle
-        generator = torch.Generator().manual_seed(seed * 100_003 + at)
-        change = (parameter - start).flatten()
-        order = torch.randperm(len(change), generator=generator).to(change.device)
-        parameter.copy_(start + change[order].view_as(parameter))
+        # Where the weights lie: a processor takes minutes for the entries of a large model.
+        generator = torch.Generator(parameter.device).manual_seed(seed * 100_003 + at)
+        parameter.copy_(start + _shuffled(parameter - start, generator))
     return noisy
+
+
+def _shuffled(values: Tensor, generator: torch.Generator) -> Tensor:
+    """The entries in random order; of a very large matrix rows first, then entries of some rows."""
+
+    def order(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator, device=values.device)
+
+    if values.numel() <= MOST_AT_ONCE or len(values) == 1:
+        return values.flatten()[order(values.numel())].view_as(values)
+    rows_at_once = max(1, MOST_AT_ONCE * len(values) // values.numel())
+    parts = values[order(len(values))].split(rows_at_once)
+    return torch.cat([_shuffled(part, generator) for part in parts])
 
 
 def noise_pair(pair: ModelPair, seed: int = 0) -> ModelPair:
@@ -60,9 +80,13 @@ def noise_pair(pair: ModelPair, seed: int = 0) -> ModelPair:
     It takes the memory of one more tuned model.
     """
     base, tuned = pair.base.loaded, pair.tuned.loaded
-    noisy = shuffled_change(base.model, tuned.model, seed)
-    member = PairMember.of(noisy, tuned.tokenizer)
+    noisy = LoadedModel.wrap(shuffled_change(base.model, tuned.model, seed), tuned.tokenizer)
+    # What it was made of tells it apart; its own weights would have to be read back for that.
+    made_from: Future[str] = Future()
+    made_from.set_result(content_key({"of": [base.fingerprint, tuned.fingerprint], "seed": seed}))
+    known = replace(noisy, files=made_from)
     name = f"{pair.name}, noise"
+    member = PairMember(lambda: known)
     return ModelPair(pair.base, member, pair.prompts, name=name, reading=pair.reading)
 
 

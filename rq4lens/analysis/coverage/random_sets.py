@@ -11,9 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
+<<<<<<< HEAD
 from scipy.sparse import csr_array
 from scipy.stats import rankdata
 from scipy.stats import t as student
+=======
+from scipy.special import stdtr, stdtrit
+>>>>>>> speed
 
 from rq4lens.analysis.coverage.cross_fitted import CrossFit
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
@@ -95,9 +99,26 @@ class PValue(NamedTuple):
     smallest: float
 
 
+FEWEST_SQUARES = 4
+"""Squares of rankings that show how much squares differ."""
+
+PRECISION_PCT = 2.0
+"""Drawing stops when the mean of every size has a standard error of at most this much coverage,"""
+
+BAND_HOLDS_PCT = 90.0
+"""and the band of some rankings holds this share of the others."""
+
+FOLDS = 8
+"""Parts of the rankings, each held against the band of the others."""
+
+
 @dataclass(frozen=True)
 class RandomRankings:
-    """Random rankings of the heads of one layer; their first k heads are random sets of size k."""
+    """Random rankings of the heads of one layer; their first k heads are random sets of size k.
+
+    They come in squares: the rotations of one random ranking, in which every head stands at every
+    place once. Each is as random as any other, and what single heads do cancels in their mean.
+    """
 
     measured: MeasuredSets
     rankings: Int64[ndarray, "ranking head"]
@@ -105,8 +126,26 @@ class RandomRankings:
     @classmethod
     def draw(cls, measured: MeasuredSets, n_sets: int, seed: int) -> RandomRankings:
         """Draw random rankings."""
-        orders = np.tile(np.arange(measured.n_heads), (n_sets, 1))
-        return cls(measured, np.random.default_rng(seed).permuted(orders, axis=1))
+        n_heads = measured.n_heads
+        first = np.tile(np.arange(n_heads), (ceil(n_sets / n_heads), 1))
+        first = np.random.default_rng(seed).permuted(first, axis=1)
+        # Half a turn between neighbours: the top of one is the bottom of the other.
+        turns = np.arange(n_heads) // 2 + np.arange(n_heads) % 2 * ((n_heads + 1) // 2)
+        places = (turns[:, None] + np.arange(n_heads)) % n_heads
+        return cls(measured, first[:, places].reshape(-1, n_heads)[:n_sets])
+
+    def until_precise(self, ks: Sequence[int], full_delta: float) -> RandomRankings:
+        """As many of the rankings as it takes to know means and band, in whole squares."""
+        drawn = [k for k in ks if not self.is_exhaustive(k)]
+        n_heads, enough = self.measured.n_heads, PRECISION_PCT / 100 * abs(full_delta)
+        for n_sets in range(FEWEST_SQUARES * n_heads, len(self.rankings), n_heads):
+            some = replace(self, rankings=self.rankings[:n_sets])
+            self.measured.require(heads for k in ks for heads in some.top_sets(k))
+            if not all(error_of_mean(some.delta(k), n_heads) <= enough for k in drawn):
+                continue
+            if band_holds(np.stack([some.delta(k) for k in ks], axis=1)) >= BAND_HOLDS_PCT:
+                return some
+        return self
 
     @property
     def pairs(self) -> Int64[ndarray, "pair 2 head"]:
@@ -143,7 +182,18 @@ def random_sets(
     """Random head sets of one size: all of them when they are few, draws otherwise."""
     delta, of_seeds = rankings.measured.delta(rankings.sets(k)), deltas_of(rankings.measured, seeds)
     drawn = described(k, delta, full_delta, of_seeds)
-    return replace(drawn, exhaustive=rankings.is_exhaustive(k))
+    exhaustive = rankings.is_exhaustive(k)
+    error = 0.0 if exhaustive else error_of_mean(delta, rankings.measured.n_heads)
+    if full_delta is not None and np.isfinite(error):
+        drawn = replace(drawn, mean_error_pct=100 * error / abs(full_delta))
+    return replace(drawn, exhaustive=exhaustive)
+
+
+def error_of_mean(delta: Float64[ndarray, "ranking"], n_heads: int) -> float:
+    """Standard error of the mean of drawn sets, from how much squares differ; infinite of one."""
+    whole = len(delta) // n_heads
+    draws = delta[: whole * n_heads].reshape(whole, n_heads).mean(1) if whole > 1 else delta
+    return float(draws.std(ddof=1) / np.sqrt(len(draws))) if len(draws) > 1 else np.inf
 
 
 def deltas_of(measured: MeasuredSets, seeds: Mapping[int, Indices]) -> dict[int, float]:
@@ -192,12 +242,26 @@ def random_band(
     return held.min(0), held.max(0)
 
 
+def band_holds(curves: Float64[ndarray, "ranking k"]) -> float:
+    """How many of the rankings lie within the band of the others, in percent."""
+    n_held = 0
+    for part in np.array_split(np.arange(len(curves)), min(FOLDS, len(curves))):
+        low, high = random_band(np.delete(curves, part, axis=0))
+        n_held += int(((curves[part] >= low) & (curves[part] <= high)).all(1).sum())
+    return 100 * n_held / len(curves)
+
+
 def _by_extremeness(curves: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking"]:
     """Place of each curve from the most extreme, 0, up; equal ones share a place."""
-    from_below = rankdata(curves, method="max", axis=0)
-    from_above = rankdata(-curves, method="max", axis=0)
+    from_below, from_above = (_n_at_most(each) for each in (curves, -curves))
     places = np.sort(np.minimum(from_below, from_above), axis=1)
     return np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _n_at_most(values: Float64[ndarray, "ranking k"]) -> Int64[ndarray, "ranking k"]:
+    """How many of its column are not above each value."""
+    columns = [np.searchsorted(np.sort(each), each, side="right") for each in values.T]
+    return np.stack(columns, axis=1)
 
 
 FEWEST_GROUPS = 4
@@ -232,8 +296,9 @@ def cross_fitted_p_value(
     gains = scores - average_nats
     gains[np.abs(gains) <= ROUNDING * np.abs(scores).max(-1, keepdims=True)] = 0.0
     t = [_skew_corrected_t(gain, membership) for gain in gains]
-    mean_t = np.minimum(t, student.isf(smallest, n_half - 1)).mean()
-    return PValue(float(student.sf(mean_t, n_half - 1)), smallest)
+    # Student's t: its upper tail is its distribution function at minus t.
+    mean_t = np.minimum(t, -stdtrit(n_half - 1, smallest)).mean()
+    return PValue(float(stdtr(n_half - 1, -mean_t)), smallest)
 
 
 def _skew_corrected_t(gain: Float64[ndarray, "prompt"], membership: csr_array) -> float:

@@ -12,6 +12,7 @@ from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.coverage.random_sets import (
     RandomRankings,
+    band_holds,
     cross_fitted_p_value,
     deltas_of,
     described,
@@ -25,7 +26,7 @@ from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, R
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
 from rq4lens.results import GridResult, HeadRanking
 
-RANDOM_SHARES = ("mean_pct", "band_low_pct", "band_high_pct")
+RANDOM_SHARES = ("mean_pct", "mean_error_pct", "band_low_pct", "band_high_pct", "band_holds_pct")
 ROW_SHARES = ("random_mean_pct", "random_low_pct", "random_high_pct", "best_coverage_pct")
 FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
@@ -80,8 +81,9 @@ class CoverageInputs:
     @cached_property
     def rankings(self) -> RandomRankings:
         """Random rankings: their first k heads are the random sets of size k, for every k."""
-        layer = self.layer
-        return RandomRankings.draw(layer.measured, self.n_random_sets, layer.bootstrap.seed)
+        layer, whole = self.layer, self.layer.full_delta
+        drawn = RandomRankings.draw(layer.measured, self.n_random_sets, layer.bootstrap.seed)
+        return drawn if whole is None else drawn.until_precise(self.random_ks, whole)
 
     def absent(self, *shares: str) -> dict[str, str]:
         """Why shares of the full effect and p-values are missing, where they are."""
@@ -171,8 +173,14 @@ def _with_band(inputs: CoverageInputs, random: tuple[RandomSets, ...]) -> tuple[
         return random
     delta = np.stack([inputs.rankings.delta(sets.k) for sets in random], axis=1)
     low, high = random_band(100 / full_delta * delta)
+    holds = band_holds(delta) if len(delta) > 1 else None
     return tuple(
-        replace(sets, band_low_pct=float(low[at]), band_high_pct=float(high[at]))
+        replace(
+            sets,
+            band_low_pct=float(low[at]),
+            band_high_pct=float(high[at]),
+            band_holds_pct=holds,
+        )
         for at, sets in enumerate(random)
     )
 

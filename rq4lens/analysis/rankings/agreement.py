@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int8, Int64
 from numpy import ndarray
-from scipy.stats import rankdata
 
 from rq4lens.analysis.records import Agreement
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
@@ -32,7 +30,7 @@ INDEX_NOTE = (
 )
 
 Scores = Float64[ndarray, "*rows head"]
-Measure = Callable[[Scores, Scores], ndarray]
+Ranks = Int64[ndarray, "*rows head"]
 
 
 @dataclass(frozen=True)
@@ -109,29 +107,40 @@ def agreement(
 
     Intervals are percentile intervals over the shared resamples of the prompts.
     """
-    together = _together(first, second, bootstrap)
+    together, shown = _together(first, second, bootstrap), [k for k in ks if k <= len(first.scores)]
+
+    def measures(both: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows measure"]:
+        one, other = np.split(both, 2, axis=-1)
+        return _measures(one, other, shown)
+
+    if together is None:
+        values = measures(np.concatenate([first.scores, second.scores])[None])[0]
+        why = first.no_interval or second.no_interval or FIXED
+        found = [Estimate(value, None, why) for value in values.tolist()]
+    else:
+        found = together.apply(measures).estimates("percentile")
     reason = _why_uncorrelated(first, second)
-
-    def estimate(measure: Measure) -> Estimate:
-        if together is None:
-            value = float(measure(first.scores[None], second.scores[None])[0])
-            return Estimate(value, None, first.no_interval or second.no_interval or FIXED)
-        of_both = together.apply(lambda both: measure(*np.split(both, 2, axis=-1))[..., None])
-        return of_both.estimates("percentile")[0]
-
-    def correlation(measure: Measure) -> Estimate:
-        return estimate(measure) if reason is None else undefined(reason)
-
+    if reason is not None:
+        found[:2] = [undefined(reason)] * 2
+    tau, rho, rbo, *jaccard = found
     return Agreement(
         kind=kind,
         first=first.name,
         second=second.name,
-        kendall=correlation(kendall),
-        spearman=correlation(spearman),
-        rbo=estimate(rank_biased_overlap),
-        jaccard={k: estimate(partial(top_jaccard, k=k)) for k in ks if k <= len(first.scores)},
+        kendall=tau,
+        spearman=rho,
+        rbo=rbo,
+        jaccard=dict(zip(shown, jaccard, strict=True)),
         note=note,
     )
+
+
+def _measures(first: Scores, second: Scores, ks: Sequence[int]) -> Float64[ndarray, "*rows each"]:
+    """Both correlations, the rank-biased overlap and the Jaccard index of each k."""
+    ranks = ranks_of(first), ranks_of(second)
+    jaccard = [_top_jaccard(*ranks, k) for k in ks]
+    overlap = _rank_biased_overlap(*ranks)
+    return np.stack([kendall(first, second), spearman(first, second), overlap, *jaccard], axis=-1)
 
 
 def _why_uncorrelated(first: Scored, second: Scored) -> str | None:
@@ -166,42 +175,72 @@ def kendall(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     Source:
         Kendall, The Treatment of Ties in Ranking Problems (1945).
     """
-    i, j = np.triu_indices(first.shape[-1], 1)
-    signs = [np.sign(scores[..., i] - scores[..., j]) for scores in (first, second)]
-    agree = (signs[0] * signs[1]).sum(-1)
-    untied = (np.abs(signs[0]).sum(-1), np.abs(signs[1]).sum(-1))
+    # Head by head and in whole numbers: pairs of all rows at once are hundreds of megabytes.
+    one, other = (np.ascontiguousarray(np.moveaxis(each, -1, 0)) for each in (first, second))
+    agree, untied, its = np.zeros((3, *one.shape[1:]))
+    for head in range(len(one) - 1):
+        signs, others = _signs(one, head), _signs(other, head)
+        agree += (signs * others).sum(0, dtype=np.int32)
+        untied += np.count_nonzero(signs, axis=0)
+        its += np.count_nonzero(others, axis=0)
+    agree[~np.isfinite(one).all(0) | ~np.isfinite(other).all(0)] = np.nan
     with np.errstate(invalid="ignore"):
-        return np.asarray(agree / np.sqrt(untied[0] * untied[1]))
+        return np.asarray(agree / np.sqrt(untied * its))
+
+
+def _signs(scores: Float64[ndarray, "head *rows"], head: int) -> Int8[ndarray, "other *rows"]:
+    """Whether a head is above each later one, 1, or below it, -1."""
+    own, later = scores[head], scores[head + 1 :]
+    return (own > later).view(np.int8) - (own < later).view(np.int8)
 
 
 def spearman(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     """Spearman's rank correlation, row by row; ties share their mean rank, NaN where all tie."""
-    ranks = [rankdata(scores, axis=-1) for scores in (first, second)]
+    ranks = [mean_ranks(scores) for scores in (first, second)]
     centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
     scale = np.sqrt((centred[0] ** 2).sum(-1) * (centred[1] ** 2).sum(-1))
     with np.errstate(invalid="ignore"):
         return np.asarray((centred[0] * centred[1]).sum(-1) / scale)
 
 
-def rank_biased_overlap(
-    first: Scores, second: Scores, persistence: float = PERSISTENCE
-) -> Float64[ndarray, "*rows"]:
+def mean_ranks(values: Float64[ndarray, "*rows each"]) -> Float64[ndarray, "*rows each"]:
+    """Ranks from 1 for the smallest of each row; ties share their mean rank."""
+    n_values, order = values.shape[-1], np.argsort(values, axis=-1)
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, np.arange(1.0, n_values + 1), axis=-1)
+    ordered = np.take_along_axis(values, order, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        from scipy.stats import rankdata  # noqa: PLC0415 - more than a second, and ties are rare
+
+        return np.asarray(rankdata(values, axis=-1))
+    return ranks
+
+
+def rank_biased_overlap(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
     """Extrapolated rank-biased overlap of two full rankings, row by row, in [0, 1].
 
     Source:
         Webber, Moffat and Zobel, A Similarity Measure for Indefinite Rankings (2010), equation 23
         (rankings of equal length without ties; ties here break by head index).
     """
+    return _rank_biased_overlap(ranks_of(first), ranks_of(second))
+
+
+def _rank_biased_overlap(first: Ranks, second: Ranks) -> Float64[ndarray, "*rows"]:
     depth = np.arange(1, first.shape[-1] + 1)
-    # A head is among the first d of both rankings from the deeper of its two ranks on.
-    deeper = np.maximum(ranks_of(first), ranks_of(second))
-    overlap = (deeper[..., None] <= depth).sum(-2) / depth
-    weights = persistence**depth
-    body = (1 - persistence) / persistence * (overlap * weights).sum(-1)
-    return np.asarray(overlap[..., -1] * weights[-1] + body)
+    # A head is among the first d of both rankings from the deeper of its two ranks on, and weighs
+    # at each of these depths what its share of the overlap weighs there.
+    weights = PERSISTENCE**depth / depth
+    from_depth = np.cumsum(weights[::-1])[::-1]
+    body = (1 - PERSISTENCE) / PERSISTENCE * from_depth[np.maximum(first, second) - 1].sum(-1)
+    return np.asarray(PERSISTENCE ** depth[-1] + body)
 
 
 def top_jaccard(first: Scores, second: Scores, k: int) -> Float64[ndarray, "*rows"]:
     """``|A ∩ B| / |A ∪ B|`` of the two top-k sets, row by row."""
-    both = ((ranks_of(first) <= k) & (ranks_of(second) <= k)).sum(-1)
+    return _top_jaccard(ranks_of(first), ranks_of(second), k)
+
+
+def _top_jaccard(first: Ranks, second: Ranks, k: int) -> Float64[ndarray, "*rows"]:
+    both = ((first <= k) & (second <= k)).sum(-1)
     return np.asarray(both / (2 * k - both))

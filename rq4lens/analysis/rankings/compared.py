@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -16,7 +16,7 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of
-from rq4lens.analysis.rankings.shapley import rank_by_shapley, shapley_of_orders
+from rq4lens.analysis.rankings.shapley import sampled_orders, shapley_of_orders
 from rq4lens.analysis.records import Agreement, Alignment, CoverageCurve, MethodRow
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
 from rq4lens.errors import UserError
@@ -161,22 +161,24 @@ def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> Agre
     return agreement("fold", halves[0], halves[1], layer.ks, layer.bootstrap)
 
 
-def seed_agreement(layer: MeasuredLayer, settings: RankingSettings) -> Agreement:
-    """Compare rankings by sampled Shapley values from different random permutations."""
-    measured, bootstrap = layer.measured, layer.bootstrap
-    if settings.orders is None:
-        rankings = {
-            f"shapley, seed {seed}": rank_by_shapley(measured, replace(settings, seed=seed))
-            for seed in (settings.seed, settings.seed + 1)
-        }
-    else:
-        orders, half = np.array(settings.orders), len(settings.orders) // 2
-        rankings = {
-            "shapley, one half of the orders": shapley_of_orders(measured, orders[:half]),
-            "shapley, the other half": shapley_of_orders(measured, orders[half:]),
-        }
-    one, other = (Scored.of(ranking, bootstrap, name) for name, ranking in rankings.items())
-    return agreement("seed", one, other, layer.ks, bootstrap)
+def seed_agreement(
+    layer: MeasuredLayer, settings: RankingSettings, shapley: HeadRanking
+) -> Agreement:
+    """Compare rankings by sampled Shapley values from one half of the permutations and the other.
+
+    So no head set is measured for it.
+    """
+    given = settings.orders
+    orders = sampled_orders(shapley) if given is None else np.array(given)
+    half = len(orders) // 2
+    one, other = (
+        Scored.of(shapley_of_orders(layer.measured, some), layer.bootstrap, f"shapley, {name}")
+        for name, some in (
+            ("one half of the orders", orders[:half]),
+            ("the other half", orders[half:]),
+        )
+    )
+    return agreement("seed", one, other, layer.ks, layer.bootstrap)
 
 
 NO_DIRECTION = "the base activations do not predict the change: there is no first direction"

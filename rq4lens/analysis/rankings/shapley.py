@@ -123,6 +123,13 @@ def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Pairs]:
         left -= n_pairs
 
 
+def sampled_orders(ranking: HeadRanking) -> Pairs:
+    """The permutations that a ranking by sampled Shapley values used."""
+    n_pairs = ranking.settings["n_permutations"] // 2
+    rounds = _rounds(ranking.n_heads, MAX_PAIRS, ranking.settings["seed"])
+    return np.concatenate(list(rounds))[:n_pairs]
+
+
 def _gains(
     measured: MeasuredSets, order: Int64[ndarray, "head"]
 ) -> Float64[ndarray, "head prompt"]:

@@ -308,6 +308,11 @@ class Resampled:
             )
         return Resampled(point[0], draws, jackknife)
 
+    def some(self, start: int, n: int) -> Resampled:
+        """The same resamples of some of the quantities."""
+        part = slice(start, start + n)
+        return Resampled(self.point[part], self.draws[:, part], self.jackknife[:, part])
+
     def estimates(self, method: IntervalMethod = "bca") -> list[Estimate]:
         """Each quantity with its interval."""
         estimates = [

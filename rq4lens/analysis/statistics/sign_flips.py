@@ -11,14 +11,13 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from statsmodels.stats.multitest import multipletests
 
 from rq4lens.analysis.records import HeadTest, HeadTests
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
@@ -119,8 +118,8 @@ def head_tests(
     columns = {
         "p_value": flips.p_value,
         "p_max_t": flips.p_max_t,
-        "p_holm": _corrected(flips.p_value, usable, "holm"),
-        "p_bh": _corrected(flips.p_value, usable, "fdr_bh"),
+        "p_holm": _corrected(flips.p_value, usable, _holm),
+        "p_bh": _corrected(flips.p_value, usable, _benjamini_hochberg),
     }
     reason = NO_EFFECT if n_groups > 1 else ONE_GROUP
     tests = tuple(
@@ -158,9 +157,22 @@ def _family(tried: Sequence[tuple[Head, float]]) -> str:
     return " x ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in sizes.items())
 
 
-def _corrected(p_values: PerHypothesis, usable: ndarray, method: str) -> PerHypothesis:
+def _corrected(
+    p_values: PerHypothesis, usable: ndarray, of_sorted: Callable[[PerHypothesis], PerHypothesis]
+) -> PerHypothesis:
     """P-values corrected for their number; hypotheses without one are not counted."""
-    result = np.full(p_values.shape, np.nan)
-    if usable.any():
-        result[usable] = multipletests(p_values[usable], method=method)[1]
+    result, places = np.full(p_values.shape, np.nan), np.flatnonzero(usable)
+    order = places[np.argsort(p_values[places])]
+    result[order] = np.minimum(of_sorted(p_values[order]), 1.0)
     return result
+
+
+def _holm(ascending: PerHypothesis) -> PerHypothesis:
+    """Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979)."""
+    return np.maximum.accumulate(ascending * np.arange(len(ascending), 0, -1))
+
+
+def _benjamini_hochberg(ascending: PerHypothesis) -> PerHypothesis:
+    """Source: Benjamini and Hochberg, Controlling the False Discovery Rate (1995)."""
+    scaled = ascending * (len(ascending) / np.arange(1, len(ascending) + 1))
+    return np.minimum.accumulate(scaled[::-1])[::-1]

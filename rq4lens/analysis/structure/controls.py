@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
-from scipy.stats import ortho_group
 from torch import Tensor
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
@@ -51,11 +50,12 @@ def rotated(
 
 
 def random_rotations(n_heads: int, width: int, seed: int) -> Float64[ndarray, "head d d"]:
-    """One random orthogonal matrix per head."""
-    rng = np.random.default_rng(seed)
-    if width == 1:
-        return rng.choice([-1.0, 1.0], size=(n_heads, 1, 1))
-    return ortho_group.rvs(width, size=n_heads, random_state=rng).reshape(n_heads, width, width)
+    """One random orthogonal matrix per head, each as likely as any other.
+
+    Source: Mezzadri, How to Generate Random Matrices from the Classical Compact Groups (2007).
+    """
+    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(n_heads, width, width)))
+    return q * np.sign(r.diagonal(axis1=1, axis2=2))[:, None]
 
 
 def stand_in_sources(

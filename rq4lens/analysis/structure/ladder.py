@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.records import Ladder, LadderRow
@@ -63,8 +61,10 @@ def ladder(
     joint = max(full[sources.index(CONSTANT)], full[sources.index(BASE)])
     idle_below = max(IDLE_PCT / 100 * float(joint), NOISE_MULTIPLE * noise_floor_nats)
     names = [SOURCES[source] for source in sources]
+    # All resampled in one product: row by row, reading the weights would take most of the time.
+    means = bootstrap.resampled(damage.swapaxes(0, 1).reshape(-1, damage.shape[-1]))
     rows = [
-        _row(name, heads, measured.alpha, dict(zip(names, damage[:, at], strict=True)), bootstrap)
+        _row(name, heads, measured.alpha, names, means.some(at * len(names), len(names)))
         for at, (name, heads) in enumerate(sets.items())
     ]
     return Ladder(
@@ -76,11 +76,9 @@ def _row(
     name: str,
     heads: Indices,
     alpha: float,
-    damage: Mapping[str, Float64[ndarray, "prompt"]],
-    bootstrap: Bootstrap,
+    names: Sequence[str],
+    means: Resampled,
 ) -> LadderRow:
-    means = bootstrap.resampled(np.stack(list(damage.values())))
-    names = list(damage)
     at = {each: names.index(each) for each in names}
 
     def difference(first: str, second: str) -> Estimate:

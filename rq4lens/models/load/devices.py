@@ -28,9 +28,14 @@ another busy process several are many times slower than one."""
 
 
 def choose_threads(weight_bytes: int) -> None:
-    """One thread of torch for a small model, else one a core, unless ``OMP_NUM_THREADS`` is set."""
+    """A thread of torch for each core, for a small model only for those that nobody works on.
+
+    ``OMP_NUM_THREADS`` decides first.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if weight_bytes <= SMALL_MODEL_BYTES else usable_cores())
+        cores = usable_cores()
+        busy = round(psutil.getloadavg()[0]) if weight_bytes <= SMALL_MODEL_BYTES else 0
+        torch.set_num_threads(max(1, cores - busy))
 
 
 def usable_cores() -> int:

@@ -46,7 +46,7 @@ HELD_OUT = 0.2
 """Share of the train groups that judges the maps."""
 
 AT_ONCE = 8
-"""Subsets of rows that are held at once."""
+"""Subsets of rows, or layers, that are held at once."""
 
 
 def fit_maps(
@@ -112,10 +112,14 @@ def maps_from(
     missing = [recipe for recipe in recipes if maps[recipe.layer] is None]
     for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
         activations.capture(side, FIT_SPLIT, [recipe.layer for recipe in missing])
-    for recipe in missing:
-        fitted = maps[recipe.layer] = _fit(recipe)
-        if store is not None:
-            put_map(store, recipe, fitted)
+    for start in range(0, len(missing), AT_ONCE):
+        some = [_Fitting.of(recipe) for recipe in missing[start : start + AT_ONCE]]
+        fits = iter(fit_all(kind, [sample for each in some for sample in each.samples]))
+        for each in some:
+            fitted = each.fitted([next(fits) for _ in each.samples])
+            maps[fitted.layer] = fitted
+            if store is not None:
+                put_map(store, each.recipe, fitted)
     return {layer: layer_map for layer, layer_map in maps.items() if layer_map is not None}
 
 
@@ -242,32 +246,48 @@ def fit_subsets(
     return found
 
 
-def _fit(recipe: MapRecipe) -> LayerMap:
-    data = FitData.of(recipe.activations, recipe.layer)
-    rows = data.rows(recipe.scope)
-    n_rows, width = rows.x.shape[1:]
-    if n_rows < 2 * width:
-        warnings.warn(
-            f"the map of layer {recipe.layer} is {width} wide and has only {n_rows} train rows: it "
-            "may fit them without generalising; use more train prompts or maps per head, and read "
-            "the held-out R².",
-            stacklevel=4,
+@dataclass(frozen=True)
+class _Fitting:
+    """What the map of one layer is fitted on, and what judges it."""
+
+    recipe: MapRecipe
+    data: FitData
+    split: Split | None
+    samples: Sequence[FitRows]
+
+    @classmethod
+    def of(cls, recipe: MapRecipe) -> _Fitting:
+        """All rows, and those of the calibration beside them."""
+        data = FitData.of(recipe.activations, recipe.layer)
+        rows = data.rows(recipe.scope)
+        n_rows, width = rows.x.shape[1:]
+        if n_rows < 2 * width:
+            warnings.warn(
+                f"the map of layer {recipe.layer} is {width} wide and has only {n_rows} train "
+                "rows: it may fit them without generalising; use more train prompts or maps per "
+                "head, and read the held-out R².",
+                stacklevel=5,
+            )
+        split = _calibration_split(recipe, data.groups)
+        judging = () if split is None else _calibration_rows(rows, split.kept, recipe.seed)
+        return cls(recipe, data, split, (rows, *judging))
+
+    def fitted(self, fits: Sequence[Fit]) -> LayerMap:
+        """The map from the fits of the samples."""
+        fit, *judged = fits
+        weight, bias = _tensors(fit)
+        recipe, split = self.recipe, self.split
+        return LayerMap(
+            layer=recipe.layer,
+            kind=recipe.kind,
+            scope=recipe.scope,
+            weight=weight,
+            bias=bias,
+            n_heads=recipe.pair.n_heads,
+            ingredients=recipe.to_dict(),
+            diagnostics=() if split is None else _judge(judged, self.data, split, recipe.scope),
+            details={"train_rows": self.samples[0].x.shape[1], "blocks": _by_block(fit)},
         )
-    split = _calibration_split(recipe, data.groups)
-    samples = [rows] if split is None else [rows, *_calibration_rows(rows, split.kept, recipe.seed)]
-    fit, *judged = fit_all(recipe.kind, samples)
-    weight, bias = _tensors(fit)
-    return LayerMap(
-        layer=recipe.layer,
-        kind=recipe.kind,
-        scope=recipe.scope,
-        weight=weight,
-        bias=bias,
-        n_heads=recipe.pair.n_heads,
-        ingredients=recipe.to_dict(),
-        diagnostics=() if split is None else _judge(judged, data, split, recipe.scope),
-        details={"train_rows": n_rows, "blocks": _by_block(fit)},
-    )
 
 
 def _tensors(fit: Fit) -> tuple[Tensor, Tensor]:
@@ -297,7 +317,7 @@ def _calibration_split(recipe: MapRecipe, groups: Shaped[ndarray, "row"]) -> Spl
     warnings.warn(
         f"the map of layer {recipe.layer} has no held-out diagnostics: its train prompts are "
         f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
-        stacklevel=5,
+        stacklevel=6,
     )
     return None
 

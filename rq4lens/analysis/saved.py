@@ -41,7 +41,7 @@ from rq4lens.results import EVERY, EVERY_LAYER, Compared, GridResult, GridSettin
 
 SHOWN = (
     *("cond", "layer", "heads", "KL_raw_mean", "KL_mapped_mean", "delta", "coverage_pct"),
-    *("to_base_pct", "to_tuned_pct"),
+    *("raw_coverage_pct", "to_base_pct", "to_tuned_pct"),
 )
 """What a notebook shows of each record of a run."""
 

@@ -83,6 +83,12 @@ class Run(Listed):
         """What the console printed."""
         return read_regular_file(self.directory / SUMMARY)
 
+    def push(self, repo: str, *, private: bool = False) -> str:
+        """Share it on the Hugging Face hub; see :func:`rq4lens.disk.hub.push_run`."""
+        from rq4lens.disk.hub import push_run  # noqa: PLC0415 - looking at a run needs no hub
+
+        return push_run(self.directory, repo, private=private)
+
 
 @dataclass(frozen=True)
 class SavedLayers:
@@ -120,19 +126,24 @@ def read_run(directory: Path | str) -> Run:
     """Read a finished run.
 
     Args:
-        directory: the run directory.
+        directory: the run directory, or where the run is on the Hugging Face hub, as in
+            ``hf://datasets/USER/NAME`` or ``hf://USER/NAME@REVISION``.
 
     Returns:
         The run.
 
     Raises:
-        UserError: if it is not a finished run, was written by another version, or a file is
-            damaged.
+        UserError: if it is not a finished run, was written by another version, a file is damaged,
+            or it cannot be fetched from the hub.
     """
-    directory = Path(directory)
+    named, directory = str(directory), Path(directory)
+    if named.startswith("hf:/"):
+        from rq4lens.disk.hub import fetch_run  # noqa: PLC0415 - a folder needs no hub
+
+        directory = fetch_run(named)
     if not _exists(directory / RUN):
         raise UserError(
-            f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
+            f"{named!r} holds no finished run ({RUN} is missing): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))

@@ -179,7 +179,8 @@ def test_a_later_push_replaces_the_run_and_nothing_else(hub, finished):
     assert {name: hub.repos[REPO][name] for name in kept} == kept
 
 
-def test_a_run_that_was_read_is_there_without_network(hub, finished, monkeypatch):
+@pytest.mark.usefixtures("hub")
+def test_a_run_that_was_read_is_there_without_network(finished, monkeypatch):
     """What the client has kept is read where nothing can be reached."""
     push_run(finished, REPO)
     before = rq.read_run(f"hf://{REPO}")

@@ -111,7 +111,9 @@ def _check(value: float | None) -> str:
 
 def carried_table(records: Sequence[ConditionRecord]) -> Table:
     """What each head set carries, and its coverage: top-k and random-k by k, then the layers."""
-    table = columns("condition", "undoes", "gives base", "ΔKL (nats)", "coverage", "95% CI", "of raw")
+    table = columns(
+        *("condition", "undoes", "gives base", "ΔKL (nats)", "coverage", "95% CI", "of raw")
+    )
     table.caption_justify = "left"
     table.add_column("heads", overflow="fold")
     sized = [each for each in records if each.cond in LAYERS or _SIZED.match(each.cond)]

@@ -70,8 +70,8 @@ def _coverage_table(report: Report) -> Table:
     sized = [f"top{k}" for k in grid.settings.patching.k]
     names = [*sized, "full", *(["ctrl_full"] if grid.control else [])]
     return Table(
-        "Coverage: share of ΔKL of all heads; of raw: share of their KL_raw; effects in nats; [..]: "
-        "95% intervals",
+        "Coverage: share of ΔKL of all heads; of raw: share of their KL_raw; effects in nats; "
+        "[..]: 95% intervals",
         ("condition", "k", "ΔKL", "coverage", "cross-fitted", "random", "p", "of raw", "heads"),
         tuple(
             _coverage_row(report.records[name], str(grid[name].heads), crossed.get(name))

@@ -37,7 +37,15 @@ from rq4lens.disk.run import (
     written_files,
 )
 from rq4lens.errors import UserError
-from rq4lens.results import EVERY, EVERY_LAYER, Compared, GridResult, GridSettings, table_html
+from rq4lens.results import (
+    EVERY,
+    EVERY_LAYER,
+    Compared,
+    GridResult,
+    GridSettings,
+    Shown,
+    table_html,
+)
 
 SHOWN = (
     *("cond", "layer", "heads", "KL_raw_mean", "KL_mapped_mean", "delta", "coverage_pct"),
@@ -90,9 +98,9 @@ class Run(Listed):
         return push_run(self.directory, repo, private=private)
 
 
-@dataclass(frozen=True)
-class SavedLayers:
-    """A sweep read back.
+@dataclass(frozen=True, repr=False)
+class SavedLayers(Shown):
+    """A sweep, measured just now or read back.
 
     Args:
         grids: the grid of each layer.
@@ -103,6 +111,17 @@ class SavedLayers:
     grids: Mapping[int, GridResult]
     comparison: LayerComparison
     choice: LayerChoice
+
+    def __repr__(self) -> str:
+        choice = self.choice
+        return (
+            f"<{type(self).__name__} of {len(self.grids)} layers: main {choice.main}, "
+            f"control {choice.control}>"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a layer."""
+        return self.comparison.to_dataframe()
 
 
 def write_grid(directory: Path, grid: GridResult, records: Sequence[ConditionRecord]) -> None:

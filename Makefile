@@ -11,7 +11,7 @@ QUICK := $(addprefix tests/test_, laws.py hooks.py grid.py \
 
 # What runs under TransformerLens 4 as well: the laws, engine parity and loading of every architecture,
 # the main job, and the numbers of the built-in pair beside those of the other line.
-LENS4 := $(addprefix tests/test_, laws.py architectures.py backends.py bridge.py)
+LENS4 := $(addprefix tests/test_, laws.py architectures.py backends.py bridge.py loading.py study.py)
 BIN4 := .venv-lens4/bin
 INSTALLED4 := .venv-lens4/.installed
 
@@ -20,7 +20,7 @@ INSTALLED4 := .venv-lens4/.installed
 help:
 	@echo "make demo      run the main job on the built-in pair, into runs/demo/"
 	@echo "make test      lint, type-check and test everything"
-	@echo "make test-lens4  test what depends on TransformerLens under its line 4"
+	@echo "make test-lens4  test what depends on TransformerLens under its line 4, with 3.9 beside it"
 	@echo "make quick     lint, type-check, the laws, engine parity and the main job"
 	@echo "make figures   draw every figure of figures/ again"
 	@echo "make notebooks run every notebook of notebooks/ again"

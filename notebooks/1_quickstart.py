@@ -16,6 +16,15 @@
 # runs on a laptop in seconds; nothing is downloaded.
 
 # %%
+import sys
+
+if "google.colab" in sys.modules:  # elsewhere the package is installed already
+    import subprocess
+
+    packages = ["rq4lens", "transformer-lens<4"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+
+# %%
 import rq4lens as rq
 
 pair = rq.load_pair("etiquette")

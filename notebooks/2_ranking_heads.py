@@ -16,6 +16,15 @@
 # and whether other ways of ranking, other blend strengths and other maps agree.
 
 # %%
+import sys
+
+if "google.colab" in sys.modules:  # elsewhere the package is installed already
+    import subprocess
+
+    packages = ["rq4lens", "transformer-lens<4"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+
+# %%
 import pandas as pd
 
 import rq4lens as rq

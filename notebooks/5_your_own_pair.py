@@ -17,6 +17,15 @@
 # folders the first two cells fall away.
 
 # %%
+import sys
+
+if "google.colab" in sys.modules:  # elsewhere the package is installed already
+    import subprocess
+
+    packages = ["rq4lens", "transformer-lens<4"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+
+# %%
 import json
 import tempfile
 from pathlib import Path

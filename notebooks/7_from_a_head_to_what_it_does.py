@@ -15,6 +15,15 @@
 # pair, and its card says, in the words of that world, what the head is for and what the fine-tune did to it.
 
 # %%
+import sys
+
+if "google.colab" in sys.modules:  # elsewhere the package is installed already
+    import subprocess
+
+    packages = ["rq4lens", "transformer-lens<4"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+
+# %%
 import pandas as pd
 import plotly.express as px
 

@@ -401,6 +401,25 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def push(
+    run: Run,
+    repo: Annotated[
+        str, typer.Option(metavar="USER/NAME", help="The dataset; it is made if there is none.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Let a dataset that is made be private.")
+    ] = False,
+) -> None:
+    """Share a finished run on the Hugging Face hub.
+
+    Its results, prompts, maps and report; rq.read_run("hf://USER/NAME") reads it again.
+    """
+    from rq4lens.analysis.saved import read_run  # noqa: PLC0415 - keeps --help fast
+
+    output.print(f"pushed to {read_run(run).push(repo, private=private)}")
+
+
+@app.command()
 def verify(
     run: Run,
     sample: Annotated[

@@ -274,8 +274,8 @@ BRIDGED: Mapping[str, Entry] = {
     "granite": Entry(
         _decoder("GraniteConfig", residual_multiplier=0.5, logits_scaling=2.0, **TWO_GROUPS)
     ),
-    "cohere": Entry(_decoder("CohereConfig", **TWO_GROUPS)),
-    "cohere2": Entry(_decoder("Cohere2Config", **TWO_GROUPS, **WINDOW, **MIXED)),
+    "cohere": Entry(_decoder("CohereConfig", logit_scale=0.5, **TWO_GROUPS)),
+    "cohere2": Entry(_decoder("Cohere2Config", logit_scale=0.5, **TWO_GROUPS, **WINDOW, **MIXED)),
     "stablelm": Entry(_decoder("StableLmConfig", **TWO_GROUPS)),
     "starcoder2": Entry(_decoder("Starcoder2Config", **TWO_GROUPS)),
     "smollm3": Entry(_decoder("SmolLM3Config", **TWO_GROUPS)),

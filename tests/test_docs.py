@@ -13,6 +13,7 @@ import typer.main
 
 import rq4lens as rq
 from rq4lens.cli import app
+from rq4lens.models.load.architectures import loadable
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -77,6 +78,21 @@ def test_no_sphinx_role_is_left_on_a_page(site):
     """Names in docstrings are shown as code, without markup of another tool."""
     for path in site.rglob("*.html"):
         assert not re.search(r":(class|func|meth|mod|data|attr):", path.read_text("utf-8"))
+
+
+def test_the_list_of_architectures_is_the_registry():
+    """The page lists what loads as either kind of model, and README counts it."""
+    page = (ROOT / "docs" / "architectures.md").read_text("utf-8")
+    of_hooked, of_bridge = (
+        re.findall(r"^- `(\w+)`$", part, re.MULTILINE) for part in page.split("\n## ")[1:]
+    )
+    assert of_hooked == sorted(loadable("hooked"))
+    assert of_bridge == sorted(loadable("bridge"))
+    more = set(of_bridge) - set(of_hooked)
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"{len(of_hooked)} architectures load as `HookedTransformer`" in readme
+    assert f"those {len(of_bridge) - len(more)} and {len(more)} more load" in readme
+    assert len(of_bridge) - len(more) == len(of_hooked)
 
 
 def commands_of(page: Path) -> list[list[str]]:

@@ -22,6 +22,7 @@ from tiny import (
     pair_of,
     prepared,
     random_prompts,
+    rotated_bridge,
     tiny_model,
 )
 
@@ -514,15 +515,17 @@ def test_another_map_changes_the_mapped_column_alone(tiny_pair, tiny_grid):
         assert single.delta == pytest.approx(0, abs=1e-12)
 
 
-@needs_hooked
 def test_a_head_that_does_nothing_scores_nothing():
     """A head whose activations are the same in both models covers 0%, not 100%."""
-    base = tiny_model()
-    planted, pair = gauge_pair(base, MAIN, [1, 2], random_prompts())
+    base, heads = tiny_model(), [1, 2]
+    if HAS_HOOKED:
+        _, pair = gauge_pair(base, MAIN, heads, random_prompts())
+    else:
+        pair = pair_of(base, rotated_bridge(base, MAIN, heads), random_prompts())
     grid = grid_of(pair, fit_maps(pair, [MAIN]), MAIN, alpha=ALPHA, ks=(1,))
     by_name = {record["cond"]: record for record in to_json(records(resampled(grid, 200)))}
     for head in range(TINY_HEADS):
-        if head not in planted.changed_heads(MAIN):
+        if head not in heads:
             assert abs(by_name[f"head{head}"]["coverage_pct"]) < 0.1
             assert grid.ranking.rank_of(head) > 2
 
@@ -549,13 +552,13 @@ def test_the_top_sets_are_the_best_single_heads(tiny_grid):
 @pytest.fixture
 def two_heads():
     """Two heads whose effects differ much: one rotated, one rewired; and their grid."""
-    if not HAS_HOOKED:
-        pytest.skip("heads are planted in a HookedTransformer")
     base = tiny_model()
-    planted = plant(
-        base, rotated=[Head(MAIN, 0)], rewired=[Head(MAIN, 2)], how=Planting(strength=0.5)
-    )
-    pair = pair_of(base, planted.tuned, random_prompts())
+    if HAS_HOOKED:
+        how = Planting(strength=0.5)
+        tuned = plant(base, rotated=[Head(MAIN, 0)], rewired=[Head(MAIN, 2)], how=how).tuned
+    else:
+        tuned = fine_tuned(rotated_bridge(base, MAIN, [0]))
+    pair = pair_of(base, tuned, random_prompts())
     maps = fit_maps(pair, [MAIN])
     return lambda store: grid_of(pair, maps, MAIN, alpha=ALPHA, ks=(1, 2), store=store)
 

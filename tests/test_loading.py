@@ -29,6 +29,7 @@ from model_zoo import (
     save,
     train_tokenizer,
 )
+from tiny import needs_hooked
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -125,6 +126,7 @@ def test_configurations_of_older_releases(folders, tmp_path, name, old):
     assert difference(load_hooked(folder).model, hugging_face(folder)) < TOLERANCE
 
 
+@needs_hooked
 def test_positions_without_a_formula_end_where_they_are_exact(folders):
     """LongRoPE is exact up to the length of pre-training, so the model ends there."""
     cfg = load_hooked(folders("phi3-grouped-longrope")).model.cfg
@@ -151,6 +153,7 @@ def test_no_weight_is_processed(folders):
     assert torch.equal(model.W_U, hf.wte.weight.T)
 
 
+@needs_hooked
 def test_conversion_takes_over_the_memory(folders):
     """The matrices of the hooked model are views of Hugging Face's, so that no model is in
     memory twice.
@@ -164,6 +167,7 @@ def test_conversion_takes_over_the_memory(folders):
     assert all(p.untyped_storage().data_ptr() in theirs for p in matrices.values())
 
 
+@needs_hooked
 def test_tied_embeddings_are_untied(folders):
     """Editing the unembedding of a checkpoint with tied embeddings leaves the embedding alone."""
     model = load_hooked(folders("gpt2")).model
@@ -291,6 +295,7 @@ def test_the_tokenizer_comes_unchanged(llama):
     assert loaded.model.to_tokens(CHECK_TEXTS[0], prepend_bos=True)[0].tolist() == ids
 
 
+@needs_hooked
 def test_a_wrong_conversion_is_refused(folders, monkeypatch):
     """A model that differs from Hugging Face is refused with the largest difference, unless the
     check is switched off.
@@ -310,6 +315,7 @@ def test_a_wrong_conversion_is_refused(folders, monkeypatch):
     assert f"by up to {largest:.3g} in a logit" in sentence
 
 
+@needs_hooked
 def test_a_variant_without_counterpart_is_refused(llama, tmp_path, tokenizer):
     """What TransformerLens cannot compute is named before anything is converted."""
     edit_config(llama, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4})
@@ -358,6 +364,7 @@ def test_the_zoo_is_what_transformers_makes(folders):
     assert max(tokens) < config.vocab_size
 
 
+@needs_hooked
 def test_a_hooked_transformer_comes_out(folders):
     """What comes out is TransformerLens' own model, in evaluation mode."""
     loaded = load_hooked(str(folders("llama")))

@@ -1,6 +1,7 @@
 """The records of a grid, the ranking file, and the rule that decides when coverage exists."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,27 @@ def test_control_layer_is_measured_against_the_main_layer():
     """The control layer's coverage has the main layer's full effect as denominator."""
     rows = by_cond(noisy_game([1.0, 0.5], 20).grid(ks=(1,)))
     assert rows["ctrl_full"]["coverage_pct"] == pytest.approx(50.0)
+
+
+def test_raw_coverage_is_the_share_of_the_raw_damage():
+    """``100 KL_raw(S) / KL_raw(ALL)``, whatever the map does; ALL is 100 exactly and NONE is 0."""
+    game = Game([[3.0, 1.0], [0.0, 0.0]], raw=[[6.0, 4.0], [1.0, 4.0]])
+    rows = by_cond(game.grid(ks=(1,)))
+    assert rows["head0"]["raw_coverage_pct"] == pytest.approx(100 * 5 / 7.5)
+    assert rows["head1"]["raw_coverage_pct"] == pytest.approx(100 * 2.5 / 7.5)
+    assert rows["head1"]["coverage_pct"] == 0
+    assert rows["full"]["raw_coverage_pct"] == 100
+    assert rows["full"]["raw_coverage_pct_ci95"] == [100.0, 100.0]
+    assert rows["none"]["raw_coverage_pct"] == 0
+
+
+def test_raw_coverage_of_noise_is_undefined():
+    """Where the raw patch of all heads does no more than rounding, it has no share."""
+    grid = Game([[1.0, 1.0], [1.0, 1.0]]).grid(ks=(1,))
+    floor = replace(grid, noise_floor_nats=grid.full.KL_raw)
+    for row in to_json(records(resampled(floor, 100))):
+        assert row["raw_coverage_pct"] is None
+        assert row["raw_coverage_pct_reason"]
 
 
 def test_coverage_is_never_clipped():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import runpy
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +62,20 @@ def test_a_notebook_is_short_and_says_what_one_will_see(script):
     assert first.cell_type == "markdown"
     assert first.source.startswith("# ")
     assert "You will see" in first.source
+
+
+@each_notebook
+def test_the_first_cell_installs_the_package_on_colab_alone(script, monkeypatch):
+    """Elsewhere it starts nothing; on Colab it installs this package by its name."""
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: started.append(command))
+    first = code_cells(script)[0].source
+    exec(first, {})
+    assert started == []
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    exec(first, {})
+    assert started[0][1:4] == ["-m", "pip", "install"]
+    assert "rq4lens" in started[0]
 
 
 @each_notebook

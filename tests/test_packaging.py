@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import rq4lens
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +65,15 @@ def test_the_wheel_holds_every_file_that_the_package_reads(installed):
         return {p.relative_to(folder) for p in folder.rglob("*") if p.suffix in kinds}
 
     assert data(installed / "rq4lens") == data(ROOT / "rq4lens")
+
+
+def test_what_others_are_told_of_the_package_is_true():
+    """The citation has its version, and the workflows test the Pythons that it names."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rq4lens.__version__
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]
+    for job in ("tests", "package"):
+        assert jobs[job]["strategy"]["matrix"]["python"] == named
+    for form in (ROOT / ".github").rglob("*.yml"):
+        assert isinstance(yaml.safe_load(form.read_text()), dict)

@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import resampled, synthetic_grid, synthetic_settings
+from synthetic_analysis import curve
 from tiny import MAIN
 
 from rq4lens.analysis.analyse import analyse
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.jobs.verify import Check, Verification
 from rq4lens.results import (
     ConditionResult,
     GridSettings,
@@ -159,6 +162,24 @@ def test_a_grid_shows_itself_as_a_table(tiny_grid):
             condition.delta,
         )
     assert tiny_grid._repr_html_().count("<tr") == len(table) + 1
+
+
+def test_every_table_is_a_dataframe(tiny_pair, tiny_maps, tiny_grid):
+    """What has rows has them in pandas too, by the names of its records."""
+    of_map, of_curve = (
+        each.to_dataframe() for each in (tiny_maps[MAIN], curve("delta", tiny_grid, 1.0))
+    )
+    assert list(of_map["head"]) == list(range(tiny_pair.n_heads))
+    assert of_map["fitted_r2"][2] == tiny_maps[MAIN].diagnostics[2].fitted.r2
+    assert list(of_curve["k"]) == list(range(tiny_pair.n_heads + 1))
+    assert of_curve["coverage_pct"].iloc[-1] == 100
+    assert of_curve["heads"].iloc[2] == list(tiny_grid.ranking.top(2))
+    checks = Verification(Path("runs/x"), (Check("table", True, "it holds"),))
+    assert checks.to_dataframe().to_dict("list") == {
+        "name": ["table"],
+        "passed": [True],
+        "said": ["it holds"],
+    }
 
 
 def test_what_stands_last_in_a_cell_is_short(tiny_pair, tiny_maps, tiny_grid):

@@ -9,6 +9,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import FAST
 
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import to_json
@@ -125,7 +126,7 @@ def test_the_provenance_says_everything(config, finished):
         assert record["fingerprint"] == load_map(path).fingerprint
         assert len(record["diagnostics"]) == 16
     assert run["libraries"]["torch"]
-    assert run["engine"]["name"] == "suffix"
+    assert run["engine"]["name"] == FAST
     assert set(run["timings_seconds"]) >= {"load", "capture", "maps", "grid", "analysis"}
 
 

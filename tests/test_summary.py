@@ -40,7 +40,7 @@ def table_of(text):
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("condition"))
     end = next(i for i, line in enumerate(lines) if line.startswith(LAST))
-    return [line.replace(" (layer 24)", "").split() for line in lines[start : end + 1]]
+    return [line.replace(" L24", "").split() for line in lines[start : end + 1]]
 
 
 def test_the_answer_comes_first_and_the_study_s_own_numbers_last(text):
@@ -74,6 +74,7 @@ def test_the_table_says_what_the_records_say(rows, text):
         decimals = len(cells[3].partition(".")[2])
         assert float(cells[3]) == round(record.delta.value, decimals) != 0
         assert f"{record.coverage_pct.value:.1f}%" in cells
+        assert f"{record.raw_coverage_pct.value:.1f}%" == cells[-2]
         everything = record.cond in {"full", "ctrl_full"}
         assert cells[-1] == ("ALL" if everything else ",".join(map(str, record.heads)))
 
@@ -91,7 +92,7 @@ def test_undefined_coverage_is_a_dash(grid, analysis):
     rows = records(resampled(replace(grid, conditions=dead), 100))
     text = summary_text(grid.settings, rows, analysis)
     assert all(cells[4] == "-" for cells in table_of(text)[1:])
-    line = condition_text(grid.settings, rows[0]).splitlines()[-1]
+    line = condition_text(grid.settings, rows[0]).splitlines()[-2]
     assert "undefined" in line
     assert "ΔKL(ALL)" in line
 
@@ -126,6 +127,6 @@ def test_one_condition_fits_a_few_lines(grid, rows):
     for line, name in zip(lines[1:4], ("KL_raw_mean", "KL_mapped_mean", "delta"), strict=True):
         assert f"{getattr(record, name).value:.5f} [" in line
     assert f"{record.drop_pct.value:.1f}% [" in lines[4]
-    names = ("to_base_pct", "to_tuned_pct", "coverage_pct")
+    names = ("to_base_pct", "to_tuned_pct", "coverage_pct", "raw_coverage_pct")
     for line, name in zip(lines[5:], names, strict=True):
         assert f"{getattr(record, name).value:.1f}% [" in line

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pandas as pd
 from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.statistics.bootstrap import Estimate, Spread, undefined
-from rq4lens.analysis.statistics.plain import Listed, to_json
+from rq4lens.analysis.statistics.plain import Listed, frame_of, to_json
 from rq4lens.heads import Head
-from rq4lens.results import NO_RAW_EFFECT, Record
+from rq4lens.results import NO_RAW_EFFECT, Record, Shown
 
 NO_ANSWER_COVERAGE = undefined("it was not measured")
 NOT_ASKED = undefined("it is asked of heads that changed alone")
@@ -230,7 +231,7 @@ class FullEffect:
 
 
 @dataclass(frozen=True)
-class CoverageCurve(Record):
+class CoverageCurve(Record, Shown):
     """Coverage of the first k heads of a ranking, for k = 0 to H.
 
     Args:
@@ -264,6 +265,17 @@ class CoverageCurve(Record):
     cmd: Estimate
     k90: Estimate
     exhaustive: tuple[bool, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"<CoverageCurve of {len(self.head_sets) - 1} heads by {self.ranking}>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each k: the heads, their ``ΔKL`` and its share."""
+        rows = zip(self.head_sets, self.delta_nats, self.coverage_pct, strict=True)
+        return frame_of(
+            {"k": len(heads), "heads": heads, "delta_nats": delta, "coverage_pct": share}
+            for heads, delta, share in rows
+        )
 
     @property
     def cpr(self) -> Estimate:

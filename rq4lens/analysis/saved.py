@@ -40,11 +40,19 @@ from rq4lens.disk.run import (
     written_files,
 )
 from rq4lens.errors import UserError
-from rq4lens.results import EVERY, EVERY_LAYER, Compared, GridResult, GridSettings, table_html
+from rq4lens.results import (
+    EVERY,
+    EVERY_LAYER,
+    Compared,
+    GridResult,
+    GridSettings,
+    Shown,
+    table_html,
+)
 
 SHOWN = (
     *("cond", "layer", "heads", "KL_raw_mean", "KL_mapped_mean", "delta", "coverage_pct"),
-    *("to_base_pct", "to_tuned_pct"),
+    *("raw_coverage_pct", "to_base_pct", "to_tuned_pct"),
 )
 """What a notebook shows of each record of a run."""
 
@@ -91,10 +99,16 @@ class Run(Listed):
         """Its position map, if `rq4lens positions` measured one."""
         return read_positions(self.directory)
 
+    def push(self, repo: str, *, private: bool = False) -> str:
+        """Share it on the Hugging Face hub; see :func:`rq4lens.disk.hub.push_run`."""
+        from rq4lens.disk.hub import push_run  # noqa: PLC0415 - looking at a run needs no hub
 
-@dataclass(frozen=True)
-class SavedLayers:
-    """A sweep read back.
+        return push_run(self.directory, repo, private=private)
+
+
+@dataclass(frozen=True, repr=False)
+class SavedLayers(Shown):
+    """A sweep, measured just now or read back.
 
     Args:
         grids: the grid of each layer.
@@ -105,6 +119,17 @@ class SavedLayers:
     grids: Mapping[int, GridResult]
     comparison: LayerComparison
     choice: LayerChoice
+
+    def __repr__(self) -> str:
+        choice = self.choice
+        return (
+            f"<{type(self).__name__} of {len(self.grids)} layers: main {choice.main}, "
+            f"control {choice.control}>"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a layer."""
+        return self.comparison.to_dataframe()
 
 
 def write_grid(directory: Path, grid: GridResult, records: Sequence[ConditionRecord]) -> None:
@@ -131,19 +156,24 @@ def read_run(directory: Path | str) -> Run:
     1
 
     Args:
-        directory: the run directory.
+        directory: the run directory, or where the run is on the Hugging Face hub, as in
+            ``hf://datasets/USER/NAME`` or ``hf://USER/NAME@REVISION``.
 
     Returns:
         The run.
 
     Raises:
-        UserError: if it is not a finished run, was written by another version, or a file is
-            damaged.
+        UserError: if it is not a finished run, was written by another version, a file is damaged,
+            or it cannot be fetched from the hub.
     """
-    directory = Path(directory)
+    named, directory = str(directory), Path(directory)
+    if named.startswith("hf:/"):
+        from rq4lens.disk.hub import fetch_run  # noqa: PLC0415 - a folder needs no hub
+
+        directory = fetch_run(named)
     if not _exists(directory / RUN):
         raise UserError(
-            f"{str(directory)!r} holds no finished run ({RUN} is missing): name the folder that "
+            f"{named!r} holds no finished run ({RUN} is missing): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))

@@ -159,6 +159,7 @@ def hover(record: ConditionRecord, name: str | None = None) -> str:
             f"KL_mapped {shown(record.KL_mapped_mean, 'nats')}",
             f"drop {shown(record.drop_pct, '%')}",
             f"coverage {shown(record.coverage_pct, '%')}",
+            f"raw coverage {shown(record.raw_coverage_pct, '%')}",
         )
     )
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from rq4lens.analysis.records import LayerChoice, LayerComparison, LayerRow
-from rq4lens.analysis.saved import write_layers
+from rq4lens.analysis.saved import SavedLayers, write_layers
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
@@ -19,7 +17,6 @@ from rq4lens.jobs.progress import Stage, silent
 from rq4lens.models.pair import ModelPair
 from rq4lens.patching.activations import checked_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
-from rq4lens.results import GridResult, Shown
 from rq4lens.screen.tables import sweep_text
 
 _LAYERS = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", re.ASCII)
@@ -28,29 +25,11 @@ WORTH_PCT = 1.0
 """The heads of a main layer should undo at least this much of the gap."""
 
 
-@dataclass(frozen=True)
-class Sweep(Shown):
-    """A finished sweep.
+@dataclass(frozen=True, repr=False)
+class Sweep(SavedLayers):
+    """A finished sweep, and the ``summary`` that the console prints."""
 
-    Args:
-        grids: the grid of each layer.
-        comparison: what the analysis says of them.
-        choice: the proposed layers.
-        summary: what the console prints.
-    """
-
-    grids: Mapping[int, GridResult]
-    comparison: LayerComparison
-    choice: LayerChoice
     summary: str
-
-    def __repr__(self) -> str:
-        choice = self.choice
-        return f"<Sweep of {len(self.grids)} layers: main {choice.main}, control {choice.control}>"
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """A row a layer."""
-        return self.comparison.to_dataframe()
 
 
 def sweep_layers(

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from rq4lens.analysis.card.sides import maps_of
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.saved import Run, read_run
-from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import RunConfig, config_from
 from rq4lens.disk.files import read_json, short_reason
 from rq4lens.disk.run import CONDITIONS, RESULTS, RUN, file_sha256, ranking_file
@@ -54,9 +54,11 @@ class Check:
         return f"{self.name:<12} {verdict:<12} {self.said}"
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Listed):
     """What checking a run found."""
+
+    ROWS: ClassVar[str] = "checks"
 
     directory: Path
     checks: tuple[Check, ...]

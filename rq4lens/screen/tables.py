@@ -65,19 +65,25 @@ def summary_text(
 
 def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
     """One condition in a few lines of plain text."""
-    why, metric = record.coverage_pct.reason, record.metric
-    measured = "" if metric is None else _metric_text(settings, metric)
+    shares = {
+        "drop": record.drop_pct,
+        "to base": record.to_base_pct,
+        "to tuned": record.to_tuned_pct,
+        "coverage": record.coverage_pct,
+        "raw coverage": record.raw_coverage_pct,
+    }
+    metric = "" if record.metric is None else _metric_text(settings, record.metric)
+    lines = [
+        f"{name:<12} {share:.1f%}{f' ({share.reason})' if share.reason else ''}\n"
+        for name, share in shares.items()
+    ]
     return (
         f"{setting_line(settings, record.n)}\n"
         f"heads {HeadSet.of(record.heads, settings.n_heads)}\n"
-        f"KL_raw    {record.KL_raw_mean:auto}\n"
-        f"KL_mapped {record.KL_mapped_mean:auto}\n"
-        f"ΔKL       {record.delta:auto}\n"
-        f"drop      {record.drop_pct:.1f%}\n"
-        f"to base   {record.to_base_pct:.1f%}\n"
-        f"to tuned  {record.to_tuned_pct:.1f%}\n"
-        f"coverage  {record.coverage_pct:.1f%}{f' ({why})' if why else ''}\n"
-        f"{measured}"
+        f"KL_raw       {record.KL_raw_mean:auto}\n"
+        f"KL_mapped    {record.KL_mapped_mean:auto}\n"
+        f"ΔKL          {record.delta:auto}\n"
+        f"{''.join(lines)}{metric}"
     )
 
 
@@ -121,13 +127,15 @@ def carried_table(records: Sequence[ConditionRecord]) -> Table:
     """What each head set carries, and its coverage: top-k and random-k by k, then the layers."""
     asked = ("metric",) if records[0].metric else ()
     table = columns(
-        *("condition", "undoes", "gives base"), *asked, *("ΔKL (nats)", "coverage", "95% CI")
+        *("condition", "undoes", "gives base"),
+        *asked,
+        *("ΔKL (nats)", "coverage", "95% CI", "of raw"),
     )
     table.caption_justify = "left"
     table.add_column("heads", overflow="fold")
     sized = [each for each in records if each.cond in LAYERS or _SIZED.match(each.cond)]
     for record in sorted(sized, key=_table_key):
-        control = f" (layer {record.layer})" if record.cond == "ctrl_full" else ""
+        control = f" L{record.layer}" if record.cond == "ctrl_full" else ""
         table.add_row(
             record.cond + control,
             number_text(record.to_base_pct.value, ".1f%", "-"),
@@ -136,12 +144,13 @@ def carried_table(records: Sequence[ConditionRecord]) -> Table:
             number_text(record.delta.value, "auto", "-"),
             number_text(record.coverage_pct.value, ".1f%", "-"),
             _ends(record.coverage_pct.interval, ".1f", absent=""),
+            number_text(record.raw_coverage_pct.value, ".1f%", "-"),
             "ALL" if record.cond in LAYERS else ",".join(map(str, record.heads)),
         )
     strength = number_text(records[0].alpha, "g")
     table.caption = (
-        "undoes, gives base: of the gap, at strength 1 (to_base, to_tuned); ΔKL and its coverage "
-        f"at strength {strength}"
+        "undoes, gives base: of the gap, at strength 1 (to_base, to_tuned); ΔKL, its coverage, and "
+        f"KL_raw as a share of that of all heads (of raw) at strength {strength}"
     )
     if asked:
         table.caption += "; metric: what base's activations undo of its difference"

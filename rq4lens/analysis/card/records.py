@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rq4lens.analysis.card.fragment import card_css, card_fragment
 from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.statistics.plain import Listed
 from rq4lens.heads import Head
 from rq4lens.results import Record
 
@@ -230,7 +232,7 @@ class Decision(Record):
 
 
 @dataclass(frozen=True)
-class HeadCard(Record):
+class HeadCard(Listed, Record):
     """What one head reads, writes and decides, in base and in tuned.
 
     >>> card = rq.head_card(pair, "L1H0", n_prompts=1)
@@ -247,9 +249,11 @@ class HeadCard(Record):
         reads: what it attends to.
         writes: what it writes to the logits.
         map: its map.
-        decides: the prompts on which it decides.
+        decides: the prompts on which it decides; its table has a row for each.
         answers: what is said on all prompts, in their order.
     """
+
+    ROWS: ClassVar[str] = "decides"
 
     head: Head
     pair: str

@@ -11,13 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
-<<<<<<< HEAD
 from scipy.sparse import csr_array
-from scipy.stats import rankdata
-from scipy.stats import t as student
-=======
 from scipy.special import stdtr, stdtrit
->>>>>>> speed
 
 from rq4lens.analysis.coverage.cross_fitted import CrossFit
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets

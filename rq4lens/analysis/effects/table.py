@@ -74,10 +74,8 @@ def full_effect(
 
 def _why_undefined(resampled: Resampled, delta: Estimate, noise_floor_nats: float) -> str | None:
     value = float(resampled.point[0])
-    if abs(value) <= noise_floor_nats or value == 0:
-        return (
-            f"ΔKL(ALL) is {value:.3g} nats, within the noise floor of {noise_floor_nats:.3g} nats"
-        )
+    if abs(value) <= noise_floor_nats:
+        return _within_noise("ΔKL(ALL)", value, noise_floor_nats)
     if len(resampled.jackknife) == 0:
         return f"ΔKL(ALL) has no confidence interval: {ONE_GROUP}"
     # Where all prompts agree to the last digit there is no interval: the draws' own range.
@@ -87,6 +85,10 @@ def _why_undefined(resampled: Resampled, delta: Estimate, noise_floor_nats: floa
     if low <= 0 <= high:
         return f"the 95% interval of ΔKL(ALL), [{low:.3g}, {high:.3g}] nats, reaches 0"
     return None
+
+
+def _within_noise(what: str, nats: float, floor_nats: float) -> str:
+    return f"{what} is {nats:.3g} nats, within the noise floor of {floor_nats:.3g} nats"
 
 
 def grid_full_effect(grid: GridResult, bootstrap: Bootstrap) -> FullEffect:
@@ -160,8 +162,11 @@ def condition_estimates(
         # What follows from the definitions does not come from the resamples.
         if (row["KL_raw_mean"].value or 0.0) <= 0:
             row["drop_pct"] = undefined(NO_RAW_EFFECT)
-        if grid.full.KL_raw <= 0:
-            row["raw_coverage_pct"] = undefined("the raw patch of all heads changes nothing")
+        if grid.full.KL_raw <= grid.noise_floor_nats:
+            reason = _within_noise("KL_raw(ALL)", grid.full.KL_raw, grid.noise_floor_nats)
+            row["raw_coverage_pct"] = undefined(reason)
+        elif condition is grid.full:
+            row["raw_coverage_pct"] = exact(100.0)
         if undefined_because is not None:
             row["coverage_pct"] = undefined(undefined_because)
         elif condition is grid.full:

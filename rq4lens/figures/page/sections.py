@@ -77,13 +77,14 @@ def _coverage_table(report: Report) -> Table:
     sized = [f"top{k}" for k in grid.settings.patching.k]
     names = [*sized, "full", *(["ctrl_full"] if grid.control else [])]
     return Table(
-        "Coverage: share of ΔKL of all heads; effects in nats; [..]: 95% intervals",
-        ("condition", "k", "ΔKL", "coverage", "cross-fitted", "random", "p", "heads"),
+        "Coverage: share of ΔKL of all heads; of raw: share of their KL_raw; effects in nats; "
+        "[..]: 95% intervals",
+        ("condition", "k", "ΔKL", "coverage", "cross-fitted", "random", "p", "of raw", "heads"),
         tuple(
             _coverage_row(report.records[name], str(grid[name].heads), crossed.get(name))
             for name in names
         ),
-        words=(7,),
+        words=(8,),
     )
 
 
@@ -104,6 +105,7 @@ def _coverage_row(condition: ConditionRecord, heads: str, crossed: CoverageRow |
         cell(crossed.cross_fitted_coverage_pct, "%") if crossed else "–",
         "–" if mean is None else f"{mean:.0f}%",
         _p_text(crossed.p_value if crossed else None),
+        cell(condition.raw_coverage_pct, "%"),
         heads,
     )
 

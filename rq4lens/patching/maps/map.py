@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import einops
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +23,7 @@ from rq4lens.config import MapKind, MapScope, Patching
 from rq4lens.disk.files import short_reason
 from rq4lens.disk.store import Ingredients, Store, content_key, read_record, read_tensors
 from rq4lens.errors import UserError
+from rq4lens.results import Shown
 
 MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
 MAP_SCOPES: tuple[MapScope, ...] = get_args(MapScope)
@@ -64,7 +66,7 @@ class HeadDiagnostics:
 
 
 @dataclass(frozen=True)
-class LayerMap:
+class LayerMap(Shown):
     """The fitted map of one layer, from base z (source) to tuned z (target).
 
     Args:
@@ -91,6 +93,10 @@ class LayerMap:
 
     def __repr__(self) -> str:
         return f"<LayerMap of layer {self.layer}, {self.kind} per {self.scope}>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a head: its held-out fit, beside what simpler predictors reach."""
+        return pd.json_normalize([asdict(each) for each in self.diagnostics], sep="_")
 
     def __call__(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows head d_head"]:
         """Map base activations into the tuned model's space.

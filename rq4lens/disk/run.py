@@ -192,9 +192,7 @@ class _Rows:
         self.n_prompts = len(ids)
         self.places = pd.Index(list(ids)).get_indexer(pd.Index(table["prompt_id"].astype(str)))
         self.numbers = {
-            name: _numbers(table[column])
-            for column, name in MEASURES.items()
-            if column in table
+            name: _numbers(table[column]) for column, name in MEASURES.items() if column in table
         }
         self.at = table.groupby(["cond", "kind"], sort=False).indices
 

@@ -170,6 +170,10 @@ class PatchRow(NamedTuple):
     answer_is: Float64[ndarray, "prompt"] | None = None
 
 
+UNRELATED_COSINE = 0.5
+"""Weights of a fine-tune point where those of its base do."""
+
+
 class Compared(NamedTuple):
     """How well the next-token distributions of the two models can be compared.
 

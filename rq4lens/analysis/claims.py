@@ -9,12 +9,10 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head
+from rq4lens.results import UNRELATED_COSINE
 
 FEWEST_GROUPS = 10
 """Nothing is claimed from fewer groups of prompts."""
-
-UNRELATED_COSINE = 0.5
-"""Weights of a fine-tune point where those of its base do."""
 
 LITTLE_PCT = 5.0
 """A layer that carries less than this of the gap, with its whole interval, carries little."""

@@ -15,6 +15,7 @@ from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, write_grid, write_run
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import AnalysisEffort, RunConfig, read_config
 from rq4lens.disk.files import read_json, write_json_atomic
 from rq4lens.disk.run import (
@@ -26,6 +27,7 @@ from rq4lens.disk.run import (
     remove_other_rankings,
 )
 from rq4lens.errors import UserError
+from rq4lens.jobs.audit import facts_of
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
@@ -229,9 +231,12 @@ def run_on(bench: Bench) -> Run:
     write_json_atomic(directory / AUDIT, audit.to_dict())
     if audit.warning is not None:
         log.warning(audit.warning)
-    summary = summary_text(grid.settings, table, analysis)
+    gap = analysis.gap
+    apart = (gap.base_nats, gap.tuned_nats, gap.answers_differ_pct)
+    facts = facts_of(bench.pair, apart, audit)
+    summary = summary_text(grid.settings, table, analysis, facts)
     run = provenance(bench, experiment, grid)
-    run["audit"] = audit.summary
+    run |= {"audit": audit.summary, "pair": to_json(facts)}
     if memory is not None:
         run["memory_estimate"] = memory.to_dict()
     if config.effort.analysis == "full" and bench.pair.base.is_loaded and bench.pair.keep_both:

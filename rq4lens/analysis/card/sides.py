@@ -161,9 +161,8 @@ class Sides:
     @cached_property
     def one_vocabulary(self) -> bool:
         """Whether a token is the same in both models."""
-        base, tuned = (self.inputs.pair.member(side).tokenizer for side in SIDES)
         sizes = {each.shape[-1] for each in self.log_probs.values()}
-        return len(sizes) == 1 and (base is tuned or base.get_vocab() == tuned.get_vocab())
+        return len(sizes) == 1 and self.inputs.pair.same_tokenizer
 
     def token(self, side: Side, index: int) -> str:
         """The text of a token."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rq4lens.analysis.effects.apart import PairFacts, outside_layers, weights_table
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.records import (
     Agreement,
@@ -15,6 +16,7 @@ from rq4lens.analysis.records import (
     LayerRow,
     RankStability,
 )
+from rq4lens.analysis.statistics.plain import from_json
 from rq4lens.figures.numbers import label_of, number
 from rq4lens.figures.page.answer import controls, findings, heads
 from rq4lens.figures.page.gallery import AGREEMENT_KINDS, map_diagnostics
@@ -34,7 +36,7 @@ def sections(report: Report) -> list[Section]:
         controls,
         study,
     )
-    folded = (layers, rankings, structure, maps, prompts, provenance)
+    folded = (layers, rankings, structure, maps, pair, prompts, provenance)
     first = [section for make in makers if (section := make(report)) is not None]
     rest = [section for make in folded if (section := make(report)) is not None]
     return first + [replace(section, folded=True) for section in rest]
@@ -285,6 +287,19 @@ def maps(report: Report) -> Section | None:
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return number(sum(known) / len(known)) if known else "undefined"
+
+
+def pair(report: Report) -> Section | None:
+    """How far apart the models are, whether they read alike, and which matrices changed."""
+    if "pair" not in report.run:
+        return None
+    facts = from_json(PairFacts, report.run["pair"])
+    matrices, rows = weights_table(facts.weights)
+    caption = "How much each matrix changed, in percent of base's; (..): cosine of before and after"
+    table = Table(caption, ("layer", *matrices), tuple(map(tuple, rows)))
+    notes = (f"Outside the layers: {outside_layers(facts.weights)}.",) if rows else ()
+    said = tuple(facts.lines)
+    return Section("pair", "The pair", (), (table,) * bool(rows), sentences=said, notes=notes)
 
 
 def prompts(report: Report) -> Section:

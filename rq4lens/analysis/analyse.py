@@ -437,10 +437,7 @@ class _Work:
             if self.ladders[0][f"head{head}"].recovered_pct["mapped"].value is None:
                 continue
             best = int(damage[:, at].mean(-1).argmin())
-            both = np.stack([constant[at], damage[best, at]])
-            (share,) = self.layer.bootstrap.estimate(
-                both, lambda m: 100 * (1 - m[..., 1:] / m[..., :1])
-            )
+            (share,) = self.layer.bootstrap.shares(constant[at][None], damage[best, at][None])
             other = other_heads(own.n_heads, best + 1)[head]
             heads[head] = replace(heads[head], other_head=other, other_recovered_pct=share)
         return replace(kinds, heads=tuple(heads))

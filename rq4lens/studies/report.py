@@ -22,12 +22,14 @@ from rq4lens.disk.files import write_json_atomic, write_text_atomic
 from rq4lens.errors import UserError
 from rq4lens.figures.export import html_part
 from rq4lens.figures.layers import study_layers
+from rq4lens.results import TRANSFERS
 from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
 REPORT = "study.html"
 ROWS = "study.json"
 NO_MAIN = "the sweep proposes no main layer"
+GAPS = ("gap_base_nats", "gap_tuned_nats")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class CellSummary:
     """One cell: the layers it proposes, why, and what the main layer does, by metric.
 
     Args:
+        values: the metrics, and the gap of the clean models both ways.
         best: the head with the largest first metric.
     """
 
@@ -64,32 +67,46 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     """Write the page and its numbers."""
     found = {cell: _read(cell, directory) for cell in plan.cells}
     rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
-    cells = [_summary(cell, saved, plan.metrics, rows) for cell, saved in found.items()]
+    metrics = _defined_first(plan.metrics, rows)
+    cells = [_summary(cell, saved, metrics, rows) for cell, saved in found.items()]
     record = {
         "name": plan.name,
-        "metrics": [metric.name for metric in plan.metrics],
+        "metrics": [metric.name for metric in metrics],
         "cells": list(map(flat, cells)),
         "layers": list(map(flat, rows)),
     }
     write_json_atomic(directory / ROWS, record)
     setting = _setting(plan, list(found.values()))
-    write_text_atomic(directory / REPORT, _page(plan, setting, rows, cells))
-    return study_text(plan.name, cells, plan.metrics[0])
+    write_text_atomic(directory / REPORT, _page(setting, rows, cells, metrics))
+    return study_text(plan.name, cells, metrics)
 
 
-def study_text(name: str, cells: Sequence[CellSummary], metric: Metric) -> str:
-    """A study as plain text: a row per sweep with the layers it proposes."""
-    table = columns("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
+def _defined_first(metrics: Sequence[Metric], rows: Sequence[CellRow]) -> list[Metric]:
+    """The metrics in their order, those last that are undefined in every layer."""
+    return sorted(metrics, key=lambda each: all(r.values[each.name].value is None for r in rows))
+
+
+def study_text(name: str, cells: Sequence[CellSummary], metrics: Sequence[Metric]) -> str:
+    """A study as plain text: a row per sweep with the gap and the layers it proposes."""
+    shown = [metric for metric in metrics if metric.ranks in TRANSFERS or metric is metrics[0]]
+    named = (column for metric in shown for column in (f"{metric.label}(ALL)", "95% CI"))
+    table = columns("sweep", "gap (nats)", "95% CI", "main", "control", *named, "best head")
     for cell in cells:
-        estimate = cell.values[metric.name]
+        gap = cell.values[GAPS[0]]
         table.add_row(
             cell.cell,
+            number_text(gap.value, ".3g", "-"),
+            "-" if gap.interval is None else f"{gap.interval:.3g}",
             *(str(layer).lower() for layer in (cell.main, cell.control)),
-            "-" if estimate.value is None else metric.text(estimate.value),
-            _ends(estimate, metric, "-", "[{}, {}]"),
+            *(text for metric in shown for text in _texts(cell.values[metric.name], metric)),
             str(cell.best),
         )
     return text_of([Text(f"{name}: {len(cells)} sweeps"), table])
+
+
+def _texts(estimate: Estimate, metric: Metric) -> tuple[str, str]:
+    value = "-" if estimate.value is None else metric.text(estimate.value)
+    return value, _ends(estimate, metric, "-", "[{}, {}]")
 
 
 def _ends(estimate: Estimate, metric: Metric, absent: str, form: str) -> str:
@@ -129,11 +146,13 @@ def _summary(
 ) -> CellSummary:
     no_main = dict.fromkeys((metric.name for metric in metrics), undefined(NO_MAIN))
     best = metrics[0].best_head(saved.grids)
+    main = next((row.values for row in rows if row.cell == cell.name and row.is_main), no_main)
+    gap = saved.comparison.gap
     return CellSummary(
         cell=cell.name,
         main=saved.choice.main,
         control=saved.choice.control,
-        values=next((row.values for row in rows if row.cell == cell.name and row.is_main), no_main),
+        values={**dict(zip(GAPS, (gap.base_nats, gap.tuned_nats), strict=True)), **main},
         best=None if best is None else best.label,
         n_prompts=next(iter(saved.grids.values())).n_prompts,
         reasons=saved.choice.reasons,
@@ -159,10 +178,10 @@ def _shown(value: object) -> object:
 
 
 def _page(
-    plan: StudyPlan,
     setting: Sequence[str],
     rows: Sequence[CellRow],
     cells: Sequence[CellSummary],
+    metrics: Sequence[Metric],
 ) -> str:
     # Everything that is not the drawing is escaped; the drawing escapes its own texts.
     environment = Environment(
@@ -173,13 +192,14 @@ def _page(
         "bounds": lambda row, metric: _ends(row.values[metric.name], metric, "—", "{} to {}"),
         "count": lambda value: number_text(value, ".0f", "—"),
         "share": lambda value: number_text(value, ".2f", "—"),
+        "nats": lambda estimate: format(estimate, ".3g") if estimate.interval else "—",
     }
-    figure = html_part(study_layers(rows, setting, plan.metrics), "study_layers")
+    figure = html_part(study_layers(rows, setting, metrics), "study_layers")
     return environment.get_template("study.html.jinja").render(
-        name=plan.name,
+        name=setting[0],
         figure=Markup(figure),
         rows=rows,
         cells=cells,
-        metrics=plan.metrics,
-        lead=plan.metrics[0],
+        metrics=metrics,
+        lead=metrics[0],
     )

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.records import Ladder, LadderRow
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Resampled, undefined
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, SHIFTED
 
 IDLE_PCT = 0.25
@@ -79,7 +79,8 @@ def _row(
     damage: Mapping[str, Float64[ndarray, "prompt"]],
     bootstrap: Bootstrap,
 ) -> LadderRow:
-    means = bootstrap.resampled(np.stack(list(damage.values())))
+    rows = np.stack(list(damage.values()))
+    means = bootstrap.resampled(rows)
     names = list(damage)
     at = {each: names.index(each) for each in names}
 
@@ -92,16 +93,11 @@ def _row(
         heads=tuple(heads),
         alpha=alpha,
         damage_nats=estimates,
-        recovered_pct=dict(zip(names, recovered(means).estimates(), strict=True)),
+        recovered_pct=dict(zip(names, bootstrap.shares(rows[:1], rows), strict=True)),
         interference_nats=difference("raw", "constant"),
         restored_nats=difference("constant", "mapped"),
         lost_nats=estimates["mapped"],
     )
-
-
-def recovered(damage: Resampled) -> Resampled:
-    """``100 (1 - D(x) / D(constant))`` of damages, the constant's first."""
-    return damage.apply(lambda m: 100 * (1 - m / m[..., :1]))
 
 
 def _checked(row: LadderRow, idle_below: float) -> LadderRow:

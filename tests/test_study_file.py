@@ -116,7 +116,10 @@ def test_the_first_metric_that_can_rank_heads_ranks_them(text, ranked, tmp_path)
         ('[[pairs]]\npair = "etiquette"\nsplitt = "val"', "did you mean 'split'"),
         ('alphas = [2.0]\n[[pairs]]\npair = "etiquette"', "alphas"),
         ('metrics = ["dleta"]\n[[pairs]]\npair = "etiquette"', "'dleta': did you mean 'delta'?"),
-        ('metrics = ["x"]\n[[pairs]]\npair = "etiquette"', "allowed are to_base_pct, to_tuned_pct, delta"),
+        (
+            'metrics = ["x"]\n[[pairs]]\npair = "etiquette"',
+            "allowed are to_base_pct, to_tuned",
+        ),
         ('metrics = ["delta", "delta"]\n[[pairs]]\npair = "etiquette"', "'delta' twice"),
         ('metrics = []\n[[pairs]]\npair = "etiquette"', "metrics"),
         ('metrics = "delta"\n[[pairs]]\npair = "etiquette"', "metrics"),
@@ -156,7 +159,7 @@ def test_the_report_compares_all_cells_and_layers(study, finished):
         assert (directory / "cells" / name / "layers.json").exists()
 
 
-def test_the_report_says_what_layers_carry_of_the_gap(study, finished):
+def test_the_report_says_what_layers_carry_of_the_gap(finished):
     """Both directions with their intervals, and the gap of each pair, as the saved prompts say."""
     directory, said = finished
     assert {"gap (nats)", "to_base(ALL)", "to_tuned(ALL)"} <= set(re.split(r"  +", said))

@@ -38,6 +38,9 @@ FIGURES = "figures"
 REPORT = "report.html"
 PROMPTS = "prompts.json"
 AUDIT = "audit.json"
+NEXT_TOKENS = "next_tokens.json"
+"""The likeliest next tokens of each measured prompt, clean and patched."""
+
 HEADS = "heads"
 """Folder of head cards, a JSON file a head."""
 
@@ -100,7 +103,7 @@ def remove_other_rankings(ranking: Path) -> None:
 def written_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The files of a finished run that its provenance holds checksums of."""
     ranking = ranking_file(settings["layer"], settings["alpha"])
-    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, AUDIT, SUMMARY)
+    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, AUDIT, NEXT_TOKENS, SUMMARY)
 
 
 def file_sha256(path: Path) -> str | None:

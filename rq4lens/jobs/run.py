@@ -12,6 +12,7 @@ import torch
 
 from rq4lens.analysis.analyse import PARTS, Beside, analyse
 from rq4lens.analysis.card.sides import CardInputs
+from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, write_grid, write_run
@@ -21,6 +22,7 @@ from rq4lens.disk.files import read_json, write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
     FORMAT,
+    NEXT_TOKENS,
     PROMPTS,
     RUN,
     ranking_file,
@@ -229,6 +231,9 @@ def run_on(bench: Bench) -> Run:
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
     write_json_atomic(directory / AUDIT, audit.to_dict())
+    of_base = bench.activations.log_probs("base", experiment.split)
+    said = next_tokens(experiment, plan.layer, of_base)
+    write_json_atomic(directory / NEXT_TOKENS, said)
     if audit.warning is not None:
         log.warning(audit.warning)
     gap = analysis.gap
@@ -243,7 +248,7 @@ def run_on(bench: Bench) -> Run:
         with clock("cards"):
             _write_cards(bench, experiment, grid, analysis)
     with clock("pages"):
-        write_pages(directory, grid, analysis, texts, run)
+        write_pages(directory, grid, analysis, (texts, said), run)
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis, run, summary)
     return Run(directory, grid, table, analysis, read_json(directory / RUN))

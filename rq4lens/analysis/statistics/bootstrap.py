@@ -69,8 +69,10 @@ def number_text(value: float | None, form: str, absent: str = "undefined") -> st
     if form == "auto":
         form = ".5f" if value == 0 or abs(value) >= 1e-4 else ".1e"
     spec, space, unit = form.partition(" ")
-    percent = "%" if spec.endswith("%") else ""
-    return f"{value:{spec.removesuffix('%')}}{percent}{space}{unit}"
+    percent, text = "%" if spec.endswith("%") else "", f"{value:{spec.removesuffix('%')}}"
+    if text.startswith("-0") and float(text) == 0:
+        text = text[1:]
+    return f"{text}{percent}{space}{unit}"
 
 
 IntervalMethod = Literal["bca", "percentile"]

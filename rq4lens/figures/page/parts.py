@@ -96,6 +96,7 @@ class Report:
         layers: the grid of each layer, from a sweep.
         comparison: the comparison of these layers by the analysis.
         cards: cards of heads that matter, the most important ones first.
+        next_tokens: by prompt, the likeliest ones of base, tuned and tuned with base's heads.
     """
 
     grid: GridResult
@@ -105,6 +106,7 @@ class Report:
     layers: Mapping[int, GridResult] = field(default_factory=dict)
     comparison: LayerComparison | None = None
     cards: tuple[HeadCard, ...] = ()
+    next_tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def run(self) -> Mapping[str, Any]:

@@ -203,6 +203,7 @@ def _prompt_data(report: Report) -> dict[str, Any]:
         "ids": list(grid.prompt_ids),
         "texts": [report.prompts.get(prompt) for prompt in grid.prompt_ids],
         "groups": list(grid.groups),
+        "next": [report.next_tokens.get(prompt) for prompt in grid.prompt_ids],
         "conditions": [_condition(*each) for each in (*fixed, *single)],
     }
 

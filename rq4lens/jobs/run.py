@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rq4lens.analysis.analyse import PARTS, Beside, analyse
-from rq4lens.analysis.card.sides import CardInputs
+from rq4lens.analysis.card.sides import NO_CARD, CardInputs
 from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
@@ -244,7 +244,8 @@ def run_on(bench: Bench) -> Run:
     run |= {"audit": audit.summary, "pair": to_json(facts)}
     if memory is not None:
         run["memory_estimate"] = memory.to_dict()
-    if config.effort.analysis == "full" and bench.pair.base.is_loaded and bench.pair.keep_both:
+    run["cards_reason"] = _why_no_cards(bench)
+    if run["cards_reason"] is None:
         with clock("cards"):
             _write_cards(bench, experiment, grid, analysis)
     with clock("pages"):
@@ -252,6 +253,17 @@ def run_on(bench: Bench) -> Run:
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis, run, summary)
     return Run(directory, grid, table, analysis, read_json(directory / RUN))
+
+
+def _why_no_cards(bench: Bench) -> str | None:
+    """Why no head cards are made; None where they are."""
+    pair = bench.pair
+    if bench.config.effort.analysis != "full":
+        return "head cards belong to the full analysis; rq4lens head RUN L1H0 makes one now"
+    if not (pair.keep_both and pair.base.is_loaded):
+        return "the models were not in memory together; rq4lens head RUN L1H0 loads them again"
+    bridged = any(member.card.backend == "bridge" for member in pair.members.values())
+    return NO_CARD if bridged else None
 
 
 def _write_cards(

@@ -29,6 +29,11 @@ from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.patch import Engine
 from rq4lens.results import GridResult
 
+NO_CARD = (
+    "head cards need a HookedTransformer, whose norms and weights have one form, and a "
+    "TransformerBridge runs the Hugging Face model's own: use --backend hooked where there is one"
+)
+
 
 @dataclass(frozen=True)
 class CardInputs:
@@ -129,10 +134,7 @@ class Sides:
             self._engines = {at: each for at, each in self._engines.items() if at == side}
         model = self.inputs.pair.use(side).model
         if not isinstance(model, HookedTransformer):
-            raise UserError(
-                f"the {side} model is a {type(model).__name__}, whose norms and weights a card "
-                "cannot read: load it with rq4lens.load_hooked."
-            )
+            raise UserError(f"{NO_CARD}.")
         return model
 
     def _pass(self, side: Side, attention: Mapping[int, Tensor] | None) -> DecisionStates:

@@ -98,7 +98,10 @@ def _texts(pair: ModelPair, name: str, log_probs: LogProbs) -> list[list[list[An
     tokenizer = pair.member("base" if name == "base" else "tuned").tokenizer
     found = Likeliest.of(log_probs)
     return [
-        [[token_text(decoded(tokenizer, token)), round(p, 6)] for token, p in zip(*row, strict=True)]
+        [
+            [token_text(decoded(tokenizer, token)), round(p, 6)]
+            for token, p in zip(*row, strict=True)
+        ]
         for row in zip(found.tokens.tolist(), found.probabilities.tolist(), strict=True)
     ]
 

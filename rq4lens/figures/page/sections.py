@@ -24,6 +24,7 @@ from rq4lens.figures.page.parts import Report, Row, Section, Table, cell
 from rq4lens.figures.plane import PREDICTORS, QUALITIES
 from rq4lens.results import GridResult
 
+TITLE_OF_CARDS = "What changed in a head"
 NO_PROMPTS = "The texts of the prompts were not given to this report; their ids and numbers were."
 
 
@@ -45,12 +46,13 @@ def sections(report: Report) -> list[Section]:
 def cards(report: Report) -> Section | None:
     """What single heads do in both models; the page's template shows the cards."""
     if not report.cards:
-        return None
+        why = report.run.get("cards_reason")
+        return Section("cards", TITLE_OF_CARDS, (f"There are none: {why}.",)) if why else None
     text = (
         "What a head attends to from the decision token, what it writes to the logits, and the "
         "prompts on which it decides, in both models. Choosing a head anywhere opens its card."
     )
-    return Section("cards", "What changed in a head", (text,))
+    return Section("cards", TITLE_OF_CARDS, (text,))
 
 
 def study(report: Report) -> Section:

@@ -1,7 +1,7 @@
 """What cards of 24 heads cost beside one plain pass of each model: ``python benchmarks/cards.py``.
 
 Both models are random, of a Llama's shape. As in a run, the engines have made their clean passes
-before; the cards read attention, writes and swaps of the heads on all prompts, and show 12 of these.
+before; the cards read attention, writes and swaps of the heads on all prompts, and show 12.
 ``small`` runs anywhere; ``llama-8b`` is for a GPU with 80 GB.
 """
 

@@ -16,7 +16,7 @@ from engine_cases import ragged_prompts
 from model_zoo import ZOO, save, train_tokenizer
 from pair_on_disk import LAYER, write_pair
 from synthetic_card import synthetic_card
-from tiny import half_precision, pair_of, random_prompts, tiny_model
+from tiny import half_precision, pair_of, prepared, random_prompts, tiny_model
 from torch import Tensor
 
 from rq4lens import cli
@@ -26,6 +26,7 @@ from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, t
 from rq4lens.analysis.card.reads import NO_TOKEN
 from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
 from rq4lens.analysis.card.sides import CardInputs
+from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import config_from
@@ -39,8 +40,9 @@ from rq4lens.jobs.head import heads_that_matter, read_cards
 from rq4lens.jobs.pages import write_report_of
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import capture_z, forward_batch
+from rq4lens.patching.activations import PairActivations, capture_z, forward_batch
 from rq4lens.patching.engines.hooks import patched_heads
+from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import Patch, Sources
 from rq4lens.screen.card import card_text
 from rq4lens.validation.planting import Planting, plant
@@ -300,6 +302,31 @@ def test_transfer_and_next_tokens_are_those_of_patched_forward_passes(etiquette,
     likeliest = card.decides[0].next_tokens.tuned_with_base_head[0]
     assert likeliest.probability == pytest.approx(float(patched.exp().max()), rel=1e-3)
     assert likeliest.token == etiquette.tuned.tokenizer.decode([int(patched.argmax())])
+
+
+@torch.no_grad()
+def test_the_likeliest_next_tokens_are_those_of_patched_forward_passes(etiquette):
+    """Of base, of tuned, and of tuned with all of base's heads of the layer, prompt by prompt."""
+    experiment = prepared(etiquette, fit_maps(etiquette, [1]))
+    base = PairActivations(etiquette)
+    base.capture("base", "val", [0], to_the_end=True)
+    said = next_tokens(experiment, 1, base.log_probs("base", "val"))
+    assert list(said) == list(experiment.prompt_ids)
+    tokens = etiquette.tokens("tuned", "val").some([5])
+    batch = next(tokens.batches(1))
+    z = capture_z(etiquette.base.model, etiquette.tokens("base", "val").some([5]), [1])[1]
+    patch = (Patch(1, HeadSet.all(16), 1.0, "raw"),)
+    expected = {
+        "base": forward_batch(etiquette.base.model, batch)[0, -1],
+        "tuned": forward_batch(etiquette.tuned.model, batch)[0, -1],
+    }
+    with patched_heads(etiquette.tuned.model, patch, Sources({(1, "raw"): z}), batch):
+        expected["patched"] = forward_batch(etiquette.tuned.model, batch)[0, -1]
+    for name, logits in expected.items():
+        best = logits.softmax(-1).topk(5)
+        found = said[experiment.prompt_ids[5]][name]
+        assert [p for _, p in found] == pytest.approx(best.values.tolist(), rel=1e-3, abs=1e-6)
+        assert found[0][0] == etiquette.tuned.tokenizer.decode([int(best.indices[0])])
 
 
 def test_the_head_of_the_changed_customs_carries_them(etiquette_cards):

@@ -28,7 +28,7 @@ FEW_PROMPTS = 50
 
 TIMES_NOISE = 1.5
 """The whole interval of the gap lies above so many gaps of the noise pair, which is a single draw.
-Of 2,760 pairs of draws none did; of lower lines each was crossed (docs/trust.md has the curve)."""
+Of 3,312 pairs of draws none did; of lower lines each was crossed (docs/trust.md has the curve)."""
 
 NOTHING, NO_SHARE = "Nothing is claimed about heads", "no share of the map's repair is claimed"
 

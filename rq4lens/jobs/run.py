@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ from rq4lens.models.catalog import resolve_device
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
+from rq4lens.models.weights import WeightChange
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
+from rq4lens.patching.keys import NamedIngredients
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.noise import NoiseEffects, noise_effects
 from rq4lens.results import GridResult
@@ -238,7 +241,7 @@ def run_on(bench: Bench) -> Run:
         log.warning(audit.warning)
     gap = analysis.gap
     apart = (gap.base_nats, gap.tuned_nats, gap.answers_differ_pct)
-    facts = facts_of(bench.pair, apart, audit)
+    facts = facts_of(bench.pair, apart, audit, _weight_changes(measurer))
     summary = summary_text(grid.settings, table, analysis, facts)
     run = provenance(bench, experiment, grid)
     run |= {"audit": audit.summary, "pair": to_json(facts)}
@@ -253,6 +256,20 @@ def run_on(bench: Bench) -> Run:
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis, run, summary)
     return Run(directory, grid, table, analysis, read_json(directory / RUN))
+
+
+def _weight_changes(measurer: Measurer) -> Sequence[WeightChange]:
+    """How each matrix changed; a repeated run need not load base for it."""
+    pair, kept = measurer.experiment.pair, measurer.records
+    models = {side: member.card.weights_fingerprint for side, member in pair.members.items()}
+    backends = {f"{side}_backend": member.card.backend for side, member in pair.members.items()}
+    ingredients = NamedIngredients("weight_changes", models | backends)
+    found = None if kept is None else kept.get(ingredients)
+    if found is not None:
+        return [WeightChange(layer, name, tuple(sums)) for layer, name, sums in found["changes"]]
+    if kept is not None and pair.weight_changes:
+        kept.put(ingredients, {"changes": [list(each) for each in pair.weight_changes]})
+    return pair.weight_changes
 
 
 def _why_no_cards(bench: Bench) -> str | None:

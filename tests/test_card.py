@@ -16,7 +16,15 @@ from engine_cases import ragged_prompts
 from model_zoo import ZOO, save, train_tokenizer
 from pair_on_disk import LAYER, write_pair
 from synthetic_card import synthetic_card
-from tiny import half_precision, pair_of, prepared, random_prompts, tiny_model
+from tiny import (
+    WORDS,
+    half_precision,
+    pair_of,
+    prepared,
+    random_prompts,
+    tiny_model,
+    word_tokenizer,
+)
 from torch import Tensor
 
 from rq4lens import cli
@@ -28,6 +36,7 @@ from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
 from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.saved import read_run
+from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import config_from
 from rq4lens.disk.run import PER_PROMPT, file_sha256
@@ -38,7 +47,8 @@ from rq4lens.heads import Head, HeadSet
 from rq4lens.jobs import run as run_job
 from rq4lens.jobs.head import heads_that_matter, read_cards
 from rq4lens.jobs.pages import write_report_of
-from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.load.loading import LoadedModel, load_hooked
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, capture_z, forward_batch
 from rq4lens.patching.engines.hooks import patched_heads
@@ -253,6 +263,30 @@ def test_a_rotated_head_keeps_what_it_reads_and_what_it_writes():
     assert card.writes.output_change_pct.value < 1e-2
     assert card.carried.to_base_pct.value is None
     assert "alike" in card.carried.to_base_pct.reason
+
+
+def test_other_vocabularies_leave_nulls_with_their_reasons():
+    """What is compared token by token is not there; each model's own reading and writing is."""
+    base, tuned = (
+        LoadedModel.wrap(tiny_model(seed), word_tokenizer(words))
+        for seed, words in ((0, WORDS), (1, WORDS[::-1]))
+    )
+    card = head_card(ModelPair(base, tuned, random_prompts()), "L1H2", n_prompts=2)
+    for each in (*vars(card.carried).values(), card.reads.distance, card.writes.output_change_pct):
+        if isinstance(each, Estimate):
+            assert each.value is None
+            assert "other" in each.reason
+    assert card.writes.change is None
+    assert "vocabular" in card.writes.reasons["change"]
+    for decision in card.decides:
+        assert decision.closed_nats is None
+        assert "vocabular" in decision.reasons["closed_nats"]
+        assert decision.next_tokens.base
+        assert decision.next_tokens.tuned_with_base_head
+    assert card.writes.base.raised
+    assert card.writes.tuned.raised
+    json.dumps(to_json(card), allow_nan=False)
+    assert "other" in card_text(card)
 
 
 @pytest.mark.parametrize("n_key_value_heads", [None, 2])

@@ -437,7 +437,8 @@ class _Work:
             if self.ladders[0][f"head{head}"].recovered_pct["mapped"].value is None:
                 continue
             best = int(damage[:, at].mean(-1).argmin())
-            (share,) = self.layer.bootstrap.shares(constant[at][None], damage[best, at][None])
+            both = constant[at][None], damage[best, at][None]
+            (share,) = self.layer.bootstrap.shares(*both, method="bca")
             other = other_heads(own.n_heads, best + 1)[head]
             heads[head] = replace(heads[head], other_head=other, other_recovered_pct=share)
         return replace(kinds, heads=tuple(heads))

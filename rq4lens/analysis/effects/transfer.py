@@ -73,7 +73,9 @@ def why_no_gap(gap: Estimate, noise_nats: float) -> str | None:
     if gap.interval is None:
         return f"the gap between base and tuned has no confidence interval: {gap.reason}"
     if gap.interval.low <= 0:
-        return f"the 95% interval of the gap, {gap:.2g} nats, reaches 0"
+        return (
+            f"the 95% interval of the gap, {gap:.2g} nats, reaches 0: the models may answer alike"
+        )
     return None
 
 

@@ -286,12 +286,16 @@ class Bootstrap:
         return resampled.estimates(method)
 
     def shares(
-        self, whole: Float64[ndarray, "#quantity prompt"], left: Float64[ndarray, "quantity prompt"]
+        self,
+        whole: Float64[ndarray, "#quantity prompt"],
+        left: Float64[ndarray, "quantity prompt"],
+        *,
+        method: Literal["studentised", "bca"] = "studentised",
     ) -> list[Estimate]:
         """``100 (1 - left / whole)`` of means: how much of a whole is gone, in percent.
 
         What is left lies on few prompts, and the share ends at 100: the interval is studentised on
-        the logarithm of what is left. Where nothing is left in some resample it is BCa.
+        the logarithm of what is left. Where nothing is left in some resample it is BCa, too.
 
         Source:
             Hall, Theoretical Comparison of Bootstrap Confidence Intervals (Annals of Statistics
@@ -299,6 +303,8 @@ class Bootstrap:
         """
         both = np.concatenate([np.broadcast_to(whole, left.shape), left])
         plain = self.estimate(both, _gone_pct)
+        if method == "bca":
+            return plain
         ends = zip(plain, *self._studentised(whole, left).tolist(), strict=True)
         return [
             replace(each, interval=Interval(low, high, LEVEL, "studentised"))

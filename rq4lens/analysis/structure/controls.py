@@ -112,7 +112,7 @@ def stand_ins(inputs: StandInInputs, bootstrap: Bootstrap) -> tuple[StandIn, ...
             continue
         damage = varied[name].of_source(name, heads)[0]
         means = bootstrap.resampled(np.stack([constant, mapped, damage]))
-        (share,) = bootstrap.shares(constant[None], damage[None])
+        (share,) = bootstrap.shares(constant[None], damage[None], method="bca")
         behind = means.apply(lambda m: m[..., [2]] - m[..., [1]]).estimates()[0]
         value = means.estimates()[2]
         found.append(StandIn(name, question, inputs.heads, value, share, behind))

@@ -239,7 +239,7 @@ def _kinds(analysis: Analysis) -> str:
     for each in analysis.stand_ins:
         if each.name == SHUFFLED and each.recovered_pct.value is not None and told:
             kept = max(0.0, each.recovered_pct.value)
-            told.append(f"a map of shuffled pairs keeps {kept:.0f}% of what they tell")
+            told.append(f"a map of shuffled pairs keeps {kept:.0f}% of what changed heads tell")
     for kind in ("undecided", "unchanged"):
         if heads := kinds.of(kind):
             verb = "are" if len(heads) > 1 else "is"

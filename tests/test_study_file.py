@@ -277,7 +277,7 @@ def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypa
     assert f"4 sweeps of 1 pairs, {n_pieces} pieces, 8 model loads" in text
     assert re.search(r"about [\d,]+ device-seconds", text)
     assert re.search(r"about [\d.]+ MiB", text)
-    assert "compared by delta, KL_raw, KL_mapped, drop_pct; single heads ranked by delta" in text
+    assert f"compared by {', '.join(COMPARED)}; single heads ranked by delta" in text
     assert list(tmp_path.iterdir()) == []
     path = written(study.text, tmp_path)
     monkeypatch.setattr(sys, "argv", ["rq4lens", "study", str(path), "--plan"])

@@ -13,7 +13,7 @@ from pair_on_disk import write_pair
 
 from rq4lens.analysis.records import CellRow
 from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, undefined
-from rq4lens.analysis.structure.layers import METRICS
+from rq4lens.analysis.structure.layers import COMPARED, METRICS
 from rq4lens.cli import main
 from rq4lens.cluster.many import Many
 from rq4lens.config import read_config

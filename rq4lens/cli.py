@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -341,31 +341,39 @@ def positions(
 
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
-@takes_config(PairSource, Reading, "backend", config_file=True)
+@takes_config(PairSource, Reading, "backend", "device", "dtype", config_file=True)
 def audit(
     config: RunConfig,
     every: Annotated[bool, typer.Option("--all", help="Show every prompt.")] = False,
+    compare: Annotated[
+        Literal["auto", "none", "weights", "models"],
+        typer.Option(
+            help="What is compared besides: the weights, from their files, or the models, loaded, "
+            "for the gap too; auto loads small ones that lie in folders."
+        ),
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the audit as JSON.")
     ] = None,
 ) -> None:
-    """Check that both models read each prompt alike.
+    """Check that both models read each prompt alike, and say what the pair is.
 
-    Needs their tokenizers, not their weights. The exit code is 1 if less than 95% align.
+    Large models are left alone: their tokenizers are enough for the prompts. The exit code is 1 if
+    less than 95% align.
     """
-    from rq4lens.models.catalog import audit_of  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.audit import audit_pair  # noqa: PLC0415 - keeps --help fast
     from rq4lens.screen.audit import audit_parts, audit_text  # noqa: PLC0415
 
     refuse_no_file(out)
-    found = audit_of(config.pair, config.reading, config.place)
+    found = audit_pair(config, compare, stage=watched)
     if out is not None:
         write_json_atomic(out, found.to_dict())
     if output.is_terminal:
-        for part in audit_parts(found, every_prompt=every):
+        for part in audit_parts(*found, every_prompt=every):
             output.print(part, soft_wrap=False)
     else:
-        output.print(audit_text(found, every_prompt=every), end="")
-    if found.lacking or not found.enough:
+        output.print(audit_text(*found, every_prompt=every), end="")
+    if found.audit.lacking or not found.audit.enough:
         raise typer.Exit(1)
 
 

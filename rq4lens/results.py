@@ -184,6 +184,10 @@ class PatchRow(NamedTuple):
         return {name: each for name, each in self._asdict().items() if each is not None}
 
 
+UNRELATED_COSINE = 0.5
+"""Weights of a fine-tune point where those of its base do."""
+
+
 class Compared(NamedTuple):
     """How well the next-token distributions of the two models can be compared.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rq4lens.analysis.card.card import MOST_PROMPTS
 from rq4lens.analysis.card.records import (
-    Answers,
     Attended,
     Carried,
     Decision,
@@ -48,6 +47,5 @@ def synthetic_card(head: Head, token: str = "token", n_tokens: int = 200) -> Hea
         writes=Writes(shifts, shifts, shifts, ESTIMATE),
         map=None,
         decides=(decision,) * MOST_PROMPTS,
-        answers=Answers(*((Likely(token, 0.25),) * 60,) * 3),
         reasons={"numbers": "none were measured", "map": "none was fitted"},
     )

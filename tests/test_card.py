@@ -16,7 +16,15 @@ from engine_cases import ragged_prompts
 from model_zoo import ZOO, save, train_tokenizer
 from pair_on_disk import LAYER, write_pair
 from synthetic_card import synthetic_card
-from tiny import half_precision, pair_of, random_prompts, tiny_model
+from tiny import (
+    WORDS,
+    half_precision,
+    pair_of,
+    prepared,
+    random_prompts,
+    tiny_model,
+    word_tokenizer,
+)
 from torch import Tensor
 
 from rq4lens import cli
@@ -26,7 +34,9 @@ from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, t
 from rq4lens.analysis.card.reads import NO_TOKEN
 from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
 from rq4lens.analysis.card.sides import CardInputs
+from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.saved import read_run
+from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import config_from
 from rq4lens.disk.run import PER_PROMPT, file_sha256
@@ -37,10 +47,12 @@ from rq4lens.heads import Head, HeadSet
 from rq4lens.jobs import run as run_job
 from rq4lens.jobs.head import heads_that_matter, read_cards
 from rq4lens.jobs.pages import write_report_of
-from rq4lens.models.load.loading import load_hooked
+from rq4lens.models.load.loading import LoadedModel, load_hooked
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.activations import capture_z
+from rq4lens.patching.activations import PairActivations, capture_z
 from rq4lens.patching.engines.hooks import patched_heads
+from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import Patch, Sources
 from rq4lens.screen.card import card_text
@@ -254,6 +266,30 @@ def test_a_rotated_head_keeps_what_it_reads_and_what_it_writes():
     assert "alike" in card.carried.to_base_pct.reason
 
 
+def test_other_vocabularies_leave_nulls_with_their_reasons():
+    """What is compared token by token is not there; each model's own reading and writing is."""
+    base, tuned = (
+        LoadedModel.wrap(tiny_model(seed), word_tokenizer(words))
+        for seed, words in ((0, WORDS), (1, WORDS[::-1]))
+    )
+    card = head_card(ModelPair(base, tuned, random_prompts()), "L1H2", n_prompts=2)
+    for each in (*vars(card.carried).values(), card.reads.distance, card.writes.output_change_pct):
+        if isinstance(each, Estimate):
+            assert each.value is None
+            assert "other" in each.reason
+    assert card.writes.change is None
+    assert "vocabular" in card.writes.reasons["change"]
+    for decision in card.decides:
+        assert decision.closed_nats is None
+        assert "vocabular" in decision.reasons["closed_nats"]
+        assert decision.next_tokens.base
+        assert decision.next_tokens.tuned_with_base_head
+    assert card.writes.base.raised
+    assert card.writes.tuned.raised
+    json.dumps(to_json(card), allow_nan=False)
+    assert "other" in card_text(card)
+
+
 @pytest.mark.parametrize("n_key_value_heads", [None, 2])
 def test_values_under_the_models_own_attention_are_z(n_key_value_heads):
     """What a card calls values under an attention is what the model computes."""
@@ -299,12 +335,33 @@ def test_transfer_and_next_tokens_are_those_of_patched_forward_passes(etiquette,
     closed = (base.exp() * (patched - clean)).sum()
     assert card.decides[0].closed_nats == pytest.approx(float(closed), rel=1e-3)
     likeliest = card.decides[0].next_tokens.tuned_with_base_head[0]
-    row = etiquette.prompts.split("val").ids.index(card.decides[0].prompt)
-    assert card.answers.tuned_with_base_head[row] == likeliest
-    assert card.answers.base[row] == card.decides[0].next_tokens.base[0]
-    assert len(card.answers.tuned) == card.n_prompts
     assert likeliest.probability == pytest.approx(float(patched.exp().max()), rel=1e-3)
     assert likeliest.token == etiquette.tuned.tokenizer.decode([int(patched.argmax())])
+
+
+@torch.no_grad()
+def test_the_likeliest_next_tokens_are_those_of_patched_forward_passes(etiquette):
+    """Of base, of tuned, and of tuned with all of base's heads of the layer, prompt by prompt."""
+    experiment = prepared(etiquette, fit_maps(etiquette, [1]))
+    base = PairActivations(etiquette)
+    base.capture("base", "val", [0], to_the_end=True)
+    said = next_tokens(experiment, 1, base.log_probs("base", "val"))
+    assert list(said) == list(experiment.prompt_ids)
+    tokens = etiquette.tokens("tuned", "val").some([5])
+    batch = next(tokens.batches(1))
+    z = capture_z(etiquette.base.model, etiquette.tokens("base", "val").some([5]), [1])[1]
+    patch = (Patch(1, HeadSet.all(16), 1.0, "raw"),)
+    expected = {
+        "base": forward_batch(etiquette.base.model, batch)[0, -1],
+        "tuned": forward_batch(etiquette.tuned.model, batch)[0, -1],
+    }
+    with patched_heads(etiquette.tuned.model, patch, Sources({(1, "raw"): z}), batch):
+        expected["patched"] = forward_batch(etiquette.tuned.model, batch)[0, -1]
+    for name, logits in expected.items():
+        best = logits.softmax(-1).topk(5)
+        found = said[experiment.prompt_ids[5]][name]
+        assert [p for _, p in found] == pytest.approx(best.values.tolist(), rel=1e-3, abs=1e-6)
+        assert found[0][0] == etiquette.tuned.tokenizer.decode([int(best.indices[0])])
 
 
 def test_the_head_of_the_changed_customs_carries_them(etiquette_cards):

@@ -245,6 +245,44 @@ def test_few_heads_are_beside_random_ones(found, p_value, p_min, said):
         assert " clearly less" not in heads.replace("not clearly less", "")
 
 
+def test_heads_that_do_not_carry_most_are_not_called_the_few(found):
+    """Then no small set does, and the largest one is named with what it does."""
+    to_base, to_tuned = found.directions
+    rows = [
+        replace(row, coverage_pct=around(20), cross_fitted_coverage_pct=around(20))
+        for row in to_base.coverage
+    ]
+    told = replace(found, directions=(replace(to_base, coverage=tuple(rows)), to_tuned))
+    assert claims(told)[2].startswith("No small set of heads carries most of it: the top 2 heads")
+    assert "No small set" not in found.claims[2]
+
+
+def test_heads_that_changed_stand_by_what_they_did_and_apart_by_what_W_O_does(found):
+    """The larger effect first, whatever its kind; recoded heads of both sorts are not one group."""
+    other = max((h for h in range(1, 16)), key=lambda h: constant(found, h))
+    told = with_kind(with_kind(found, "replaced", other), "recoded", 0, function_kept=True)
+    kinds = claims(told)[3]
+    first, second = sorted((0, other), key=lambda head: -constant(found, head))
+    assert kinds.index(f"L1H{first} was") < kinds.index(f"L1H{second} was")
+    both = claims(with_kind(told, "recoded", other, function_kept=False))[3]
+    assert "L1H0 was recoded" in both
+    assert f"L1H{other} was recoded" in both
+
+
+def constant(found, head):
+    return found.ladders[0][f"head{head}"].damage_nats["constant"].value
+
+
+def test_less_than_nothing_is_not_said_to_be_kept(found):
+    """A map that is worse than a constant does harm; one that is about as good keeps nothing."""
+    row = found.ladders[0]["head0"]
+    for value, said in ((-120, "does harm (-120%"), (-1, "keeps nothing (-1%"), (40, "keeps 40%")):
+        changed = replace(row, recovered_pct={**row.recovered_pct, "mapped": around(value, 3)})
+        ladder = replace(found.ladders[0], rows=(changed, *found.ladders[0].rows[1:]))
+        told = replace(with_kind(found, "replaced"), ladders=(ladder, *found.ladders[1:]))
+        assert f"the map {said}" in claims(told)[3]
+
+
 def test_the_yardstick_of_few_heads_is_not_left_out(found):
     """More than one head that was never compared with random ones is not called the carrier."""
     alone = claims(replace(found, directions=()))[2]

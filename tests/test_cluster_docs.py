@@ -106,7 +106,7 @@ def test_metrics_of_the_page_are_those_that_exist():
     text = PAGE.read_text("utf-8")
     rows = re.findall(r"^\| (`.+`) \|.*\|$", text[text.index("| metric |") :], re.M)
     assert re.findall(r"`(\w+)`", " ".join(rows)) == list(METRICS)
-    assert list(METRICS)[:4] == list(COMPARED)
+    assert list(METRICS)[: len(COMPARED)] == list(COMPARED)
 
 
 @pytest.mark.parametrize("line", lines())

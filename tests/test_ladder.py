@@ -21,7 +21,7 @@ from rq4lens.analysis.statistics.bootstrap import (
 )
 from rq4lens.analysis.structure.elsewhere import NO_CONTENT, held_out
 from rq4lens.analysis.structure.heads import KindInputs, above, head_kinds
-from rq4lens.analysis.structure.ladder import IDLE_PCT, ladder, recovered
+from rq4lens.analysis.structure.ladder import IDLE_PCT, ladder
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
@@ -53,7 +53,7 @@ def test_a_constant_recovers_nothing_and_the_head_itself_everything(planted):
     """The ends of the ladder are 0 and 100 by definition."""
     measured, _ = planted
     damage = np.concatenate([measured.of_source(each, [(1,)]) for each in (CONSTANT, SELF)])
-    ends = recovered(Bootstrap(measured.groups, 100).resampled(damage)).estimates()
+    ends = Bootstrap(measured.groups, 100).shares(damage[:1], damage)
     assert [end.value for end in ends] == pytest.approx([0, 100], abs=1e-4)
 
 

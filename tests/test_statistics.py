@@ -167,6 +167,60 @@ def test_ratio_intervals_keep_the_pairing():
     assert ratio.reason == CONSTANT
 
 
+def studentised_slowly(bootstrap, whole, left):
+    """One resample after the other: logarithm of what is left, its error from group influences."""
+
+    def log_left(counts):
+        a, b = (sum(n * each[rows].sum() for n, rows in zip(counts, members, strict=True))
+                for each in (left, whole))  # fmt: skip
+        pulls = [left[rows].sum() / a - whole[rows].sum() / b for rows in members]
+        return np.log(a / b), np.sqrt(sum(n * u**2 for n, u in zip(counts, pulls, strict=True)))
+
+    names = list(dict.fromkeys(bootstrap.groups))
+    members = [[at for at, g in enumerate(bootstrap.groups) if g == name] for name in names]
+    point, error = log_left(np.ones(len(names)))
+    drawn = np.array([log_left(counts) for counts in bootstrap.counts])
+    t = (drawn[:, 0] - point) / drawn[:, 1]
+    ends = point - error * np.quantile(t, [0.025, 0.975])
+    return 100 * (1 - np.exp(ends))
+
+
+def test_shares_are_studentised_on_what_is_left():
+    """As a plain loop over resamples says, whole groups at a time."""
+    rng = np.random.default_rng(0)
+    whole = rng.lognormal(size=12)
+    left = whole * rng.uniform(0.01, 0.3, 12)
+    bootstrap = Bootstrap(tuple("aabbcdefghij"), 300, 1)
+    (found,) = bootstrap.shares(whole[None], left[None])
+    assert found.value == pytest.approx(100 * (1 - left.mean() / whole.mean()))
+    assert found.interval.pair == pytest.approx(studentised_slowly(bootstrap, whole, left))
+
+
+def test_shares_end_at_100_and_have_no_interval_where_nothing_varies():
+    """Nothing left is 100, everything left is 0, and no interval goes beyond 100."""
+    rng = np.random.default_rng(0)
+    whole, bootstrap = rng.lognormal(size=(1, 20)), Bootstrap(singletons(20), 200)
+    parts = np.concatenate([0 * whole, whole, whole * rng.lognormal(-4, 2, (3, 20))])
+    nothing, everything, *others = bootstrap.shares(whole, parts)
+    assert (nothing.value, everything.value) == (100, 0)
+    assert nothing.reason == everything.reason == CONSTANT
+    assert all(each.interval.low < each.value < each.interval.high < 100 for each in others)
+
+
+def test_shares_of_skewed_values_are_held_more_often_than_by_the_usual_interval():
+    """Few prompts have much left: 20 of them, and the truth far in the tail."""
+    rng, hits = np.random.default_rng(0), np.zeros(2)
+    truth = 100 * (1 - np.exp(-4 + 1.2**2 / 2))
+    for seed in range(300):
+        left = rng.lognormal(-4, 1.2, (1, 20))
+        bootstrap = Bootstrap(singletons(20), 300, seed)
+        usual = bootstrap.estimate(left, lambda mean: 100 * (1 - mean))[0].interval
+        (share,) = bootstrap.shares(np.ones((1, 20)), left)
+        hits += [usual.contains(truth), share.interval.contains(truth)]
+    assert hits[1] > 0.89 * 300
+    assert hits[1] > hits[0] + 15
+
+
 def test_undefined_is_none_with_a_reason():
     """One group, no spread, and denominators that reach 0 each say why there is no interval."""
     one = Bootstrap(("only",), 100, 0).estimate(np.array([[1.5]]))[0]

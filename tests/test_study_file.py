@@ -116,7 +116,10 @@ def test_the_first_metric_that_can_rank_heads_ranks_them(text, ranked, tmp_path)
         ('[[pairs]]\npair = "etiquette"\nsplitt = "val"', "did you mean 'split'"),
         ('alphas = [2.0]\n[[pairs]]\npair = "etiquette"', "alphas"),
         ('metrics = ["dleta"]\n[[pairs]]\npair = "etiquette"', "'dleta': did you mean 'delta'?"),
-        ('metrics = ["x"]\n[[pairs]]\npair = "etiquette"', "allowed are delta, KL_raw, KL_mapped"),
+        (
+            'metrics = ["x"]\n[[pairs]]\npair = "etiquette"',
+            "allowed are to_base_pct, to_tuned",
+        ),
         ('metrics = ["delta", "delta"]\n[[pairs]]\npair = "etiquette"', "'delta' twice"),
         ('metrics = []\n[[pairs]]\npair = "etiquette"', "metrics"),
         ('metrics = "delta"\n[[pairs]]\npair = "etiquette"', "metrics"),
@@ -154,6 +157,35 @@ def test_the_report_compares_all_cells_and_layers(study, finished):
     for name in names:
         assert name in said
         assert (directory / "cells" / name / "layers.json").exists()
+
+
+def test_the_report_says_what_layers_carry_of_the_gap(finished):
+    """Both directions with their intervals, and the gap of each pair, as the saved prompts say."""
+    directory, said = finished
+    assert {"gap (nats)", "to_base(ALL)", "to_tuned(ALL)"} <= set(re.split(r"  +", said))
+    record = json.loads((directory / ROWS).read_text())
+    for cell, rows in zip(record["cells"], batched(record["layers"], 2), strict=True):
+        table = pd.read_parquet(directory / "cells" / cell["cell"] / "layers_per_prompt.parquet")
+        left = table.pivot_table("gap_left", ["layer", "cond"], "kind")
+        for row in rows:
+            for name, kind, gap in (
+                ("to_base_pct", "into_tuned", "gap_base_nats"),
+                ("to_tuned_pct", "into_base", "gap_tuned_nats"),
+            ):
+                whole = left[kind][row["layer"], "none"]
+                assert cell[gap] == pytest.approx(whole)
+                part = left[kind][row["layer"], "full"]
+                assert row[name] == pytest.approx(100 * (1 - part / whole))
+                low, high = row[f"{name}_ci95"]
+                assert low < row[name] < high
+    page = (directory / REPORT).read_text(encoding="utf-8")
+    assert "<th>to_base(ALL)</th>" in page
+    assert f"{record['cells'][0]['gap_base_nats']:.3g} [" in page
+
+
+def batched(rows, size):
+    """Rows a few at a time."""
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def test_other_metrics_of_a_finished_study_are_only_reported(
@@ -259,7 +291,7 @@ def test_the_plan_counts_and_estimates_without_writing(study, tmp_path, monkeypa
     assert f"4 sweeps of 1 pairs, {n_pieces} pieces, 8 model loads" in text
     assert re.search(r"about [\d,]+ device-seconds", text)
     assert re.search(r"about [\d.]+ MiB", text)
-    assert "compared by delta, KL_raw, KL_mapped, drop_pct; single heads ranked by delta" in text
+    assert f"compared by {', '.join(COMPARED)}; single heads ranked by delta" in text
     assert list(tmp_path.iterdir()) == []
     path = written(study.text, tmp_path)
     monkeypatch.setattr(sys, "argv", ["rq4lens", "study", str(path), "--plan"])
@@ -303,7 +335,7 @@ def test_models_of_different_depth_are_shown_by_relative_depth():
         values |= {"KL_raw": Estimate(0.2), "drop_pct": undefined("made up")}
         return CellRow(cell, layer, n_layers, values, None, None, False)
 
-    metrics = [METRICS[name] for name in COMPARED if name != "KL_mapped"]
+    metrics = [METRICS[name] for name in ("delta", "KL_raw", "drop_pct")]
     deep, flat = ([row(str(n), layer, n) for layer in range(n)] for n in (5, 3))
     figure = study_layers([*deep, *flat], ["setting"], metrics)
     assert [trace.x[-1] for trace in figure.data] == [1.0, 1.0]

@@ -454,10 +454,8 @@ class _Work:
             if self.ladders[0][f"head{head}"].recovered_pct["mapped"].value is None:
                 continue
             best = int(damage[:, at].mean(-1).argmin())
-            both = np.stack([constant[at], damage[best, at]])
-            (share,) = self.layer.bootstrap.estimate(
-                both, lambda m: 100 * (1 - m[..., 1:] / m[..., :1])
-            )
+            both = constant[at][None], damage[best, at][None]
+            (share,) = self.layer.bootstrap.shares(*both, method="bca")
             other = other_heads(own.n_heads, best + 1)[head]
             heads[head] = replace(heads[head], other_head=other, other_recovered_pct=share)
         return replace(kinds, heads=tuple(heads))

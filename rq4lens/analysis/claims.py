@@ -9,12 +9,10 @@ from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head
+from rq4lens.results import UNRELATED_COSINE
 
 FEWEST_GROUPS = 10
 """Nothing is claimed from fewer groups of prompts."""
-
-UNRELATED_COSINE = 0.5
-"""Weights of a fine-tune point where those of its base do."""
 
 LITTLE_PCT = 5.0
 """A layer that carries less than this of the gap, with its whole interval, carries little."""
@@ -29,14 +27,14 @@ FEW_PROMPTS = 50
 """An effect that lies on fewer prompts than this is uncertain, whatever its interval says."""
 
 TIMES_NOISE = 1.5
-"""The whole interval of the gap lies above so many gaps of the noise pair, which is a single draw:
-of two draws of the same size one may by luck lie this far from the other."""
+"""The whole interval of the gap lies above so many gaps of the noise pair, which is a single draw.
+Of 3,312 pairs of draws none did; of lower lines each was crossed (docs/trust.md has the curve)."""
 
 NOTHING, NO_SHARE = "Nothing is claimed about heads", "no share of the map's repair is claimed"
 
 TOO_NARROW = (
-    "in simulated studies intervals of what a map keeps held the truth in 61 to 80% of cases, "
-    "those of a single head's share in 81 to 94%"
+    "intervals of what a map keeps held the truth in 61 to 80% of simulated studies, else missed it"
+    " by less than a point: one prompt of hundreds may hold a quarter of what the map loses"
 )
 """What holds less often than it says; the table is in docs/analysis.md."""
 
@@ -48,7 +46,7 @@ def claims(analysis: Analysis) -> tuple[str, ...]:
     """The answer: how far apart, how much of it here, which heads, what kind, how uncertain."""
     gap, stop = _gap(analysis)
     if stop is not None:
-        return (gap, stop, _uncertain(analysis))
+        return (gap, stop, f"{_over(analysis)}.")
     return (
         gap,
         _layer(analysis),
@@ -94,11 +92,15 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
 def _in_noise(analysis: Analysis) -> str:
     if analysis.noise is None:
         return ""
-    times = analysis.noise.real_over_noise["gap_base_nats"]
-    return (
-        f" ({number_text(times.value, '.2g')} times what the same weight change gives when it is "
-        "shuffled)"
-    )
+    times = analysis.noise.real_over_noise["gap_base_nats"].value
+    if times is None:
+        return ""
+    return f" ({plain(times)} times what the same weight change gives when it is shuffled)"
+
+
+def plain(value: float) -> str:
+    """Two digits, without powers of ten."""
+    return f"{float(f'{value:.2g}'):,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _no_claim(analysis: Analysis) -> str | None:
@@ -193,7 +195,10 @@ def _heads(analysis: Analysis) -> str:
     crossed = row.cross_fitted_coverage_pct
     scored = "" if row.k == 1 else " when ranked on other prompts"
     amount = share(row.coverage_pct if crossed.value is None else crossed)
-    who = f"{names} alone undoes" if row.k == 1 else f"The top {row.k} heads ({names}) undo"
+    few = _is_most(row, here.to_base_pct.value or 0.0)
+    top = f"{'The' if few else 'the'} top {row.k} heads ({names}) undo"
+    who = f"{names} alone undoes" if row.k == 1 else top
+    who = who if few else f"No small set of heads carries most of it: {who}"
     back = here.heads_to_tuned_pct[row.heads[0]]
     other = f", and gives base {share(back)}" if row.k == 1 else ""
     return f"{who} {amount} of the gap{scored}{other}; {_beside_random(row)}."
@@ -205,13 +210,15 @@ def _value(here: LayerTransfer, head: int) -> float:
 
 def decisive_row(rows: Sequence[CoverageRow], whole_pct: float) -> CoverageRow | None:
     """The fewest heads that clearly carry most of what the layer does, or the largest set."""
-    for row in rows:
-        crossed = row.cross_fitted_coverage_pct
-        found = row.coverage_pct if crossed.value is None else crossed
-        low = found.value if found.interval is None else found.interval.low
-        if low is not None and low > MOST_PCT / 100 * whole_pct:
-            return row
-    return rows[-1] if rows else None
+    return next((row for row in rows if _is_most(row, whole_pct)), rows[-1] if rows else None)
+
+
+def _is_most(row: CoverageRow, whole_pct: float) -> bool:
+    """Whether a set clearly does most of what the layer does."""
+    crossed = row.cross_fitted_coverage_pct
+    found = row.coverage_pct if crossed.value is None else crossed
+    low = found.value if found.interval is None else found.interval.low
+    return low is not None and low > MOST_PCT / 100 * whole_pct
 
 
 def _beside_random(row: CoverageRow) -> str:
@@ -232,21 +239,50 @@ def p_text(p_value: float) -> str:
 
 
 def _kinds(analysis: Analysis) -> str:
+    """The heads that changed, those that did most first; then what is open, and what did not."""
     kinds = analysis.kinds
     if not analysis.ladders:
         return "What kind of change it is was not measured: the full analysis does."
-    told: list[str] = []
-    for kind in ("replaced", "reassigned", "recoded", "shifted", "undecided", "unchanged"):
-        heads = sorted(kinds.of(kind), key=lambda head: -_constant(analysis, head))
-        if heads:
-            many = "are" if kind in {"undecided", "unchanged"} else "were"
-            one = "is" if many == "are" else "was"
-            verb = many if len(heads) > 1 else one
-            said = f"{_labels(analysis, heads)} {verb} {kind}"
-            told.append(f"{said}{_evidence(analysis, heads[0])}")
+    told = [_changed(analysis, heads) for heads in _alike(analysis)]
+    for each in analysis.stand_ins:
+        if each.name == SHUFFLED and each.recovered_pct.value is not None and told:
+            kept = max(0.0, each.recovered_pct.value)
+            told.append(f"a map of shuffled pairs keeps {kept:.0f}% of what changed heads tell")
+    for kind in ("undecided", "unchanged"):
+        if heads := kinds.of(kind):
+            verb = "are" if len(heads) > 1 else "is"
+            told.append(f"{_labels(analysis, _by_size(analysis, heads))} {verb} {kind}")
     n_idle = len(kinds.of("idle"))
     idle = [f"{n_idle} heads are idle" if n_idle > 1 else "one head is idle"] if n_idle else []
     return f"By kind of change: {'; '.join([*told, *idle])}."
+
+
+def _alike(analysis: Analysis) -> list[list[int]]:
+    """The changed heads by kind, and by whether ``W_O`` undoes it; those that did most first."""
+    changed = analysis.kinds.of("replaced", "reassigned", "recoded", "shifted")
+    groups: dict[tuple[str, bool | None], list[int]] = {}
+    for head in _by_size(analysis, changed):
+        kind = analysis.kinds.heads[head]
+        groups.setdefault((kind.kind, kind.function_kept), []).append(head)
+    return list(groups.values())
+
+
+def _by_size(analysis: Analysis, heads: Sequence[int]) -> list[int]:
+    return sorted(heads, key=lambda head: -_constant(analysis, head))
+
+
+def _changed(analysis: Analysis, heads: Sequence[int]) -> str:
+    verb = "were" if len(heads) > 1 else "was"
+    kind = analysis.kinds.heads[heads[0]].kind
+    return f"{_labels(analysis, heads)} {verb} {kind}{_evidence(analysis, heads[0])}"
+
+
+def _kept(estimate: Estimate) -> str:
+    """What is kept of something, or that nothing or less than nothing is."""
+    if estimate.interval is not None and estimate.interval.high < 0:
+        return f"does harm ({share(estimate)})"
+    nothing = estimate.value is not None and estimate.value < 0
+    return f"keeps nothing ({share(estimate)})" if nothing else f"keeps {share(estimate)}"
 
 
 MEANINGS = {
@@ -266,14 +302,11 @@ def _evidence(analysis: Analysis, head: int) -> str:
     if kind.kind not in MEANINGS:
         return ""
     recovered = analysis.ladders[0][f"head{head}"].recovered_pct
-    parts = [f"the map keeps {share(recovered['mapped'])} of what {label(analysis, head)} tells"]
+    parts = [f"the map {_kept(recovered['mapped'])} of what {label(analysis, head)} tells"]
     if "held_out" in recovered:
-        parts.append(f"{share(recovered['held_out'])} with its content held out")
+        parts.append(f"with its content held out it {_kept(recovered['held_out'])}")
     if analysis.neutral is not None:
         parts.append(_on_neutral(analysis, head))
-    for each in analysis.stand_ins:
-        if each.name == SHUFFLED and each.recovered_pct.value is not None:
-            parts.append(f"a map of shuffled pairs {share(each.recovered_pct)}")
     undone = {True: ", and W_O undoes it", False: ", and W_O does not undo it", None: ""}
     meaning = f" ({MEANINGS[kind.kind]}{undone[kind.function_kept]})"
     return f"{meaning}: {', '.join(parts)}"
@@ -283,7 +316,7 @@ def _on_neutral(analysis: Analysis, head: int) -> str:
     assert analysis.neutral is not None
     row = analysis.neutral[f"head{head}"]
     if row.recovered_pct["mapped"].value is not None:
-        return f"{share(row.recovered_pct['mapped'])} on neutral prompts"
+        return f"on neutral prompts it {_kept(row.recovered_pct['mapped'])}"
     mapped, raw = (number_text(row.damage_nats[each].value, ".2g") for each in ("mapped", "raw"))
     return f"on neutral prompts it does {mapped} nats of damage (raw {raw})"
 
@@ -291,18 +324,22 @@ def _on_neutral(analysis: Analysis, head: int) -> str:
 # What is uncertain
 
 
-def _uncertain(analysis: Analysis) -> str:
-    settings, found = analysis.settings, []
+def _over(analysis: Analysis) -> str:
+    """What the intervals are over."""
+    settings = analysis.settings
     groups = "" if settings.n_groups == settings.n_prompts else f" in {settings.n_groups} groups"
     over = f"The intervals are over more prompts like these {settings.n_prompts}{groups}"
     if analysis.kinds.n_contents:
         over += f", about the same {analysis.kinds.n_contents} contents"
-    found.append(f"{over} and with this map")
+    return f"{over} and with this map"
+
+
+def _uncertain(analysis: Analysis) -> str:
+    found, n_eff = [_over(analysis)], analysis.transfer.n_eff
     if analysis.kinds.few_contents:
         found.append("so few contents that a map can send each of them anywhere")
-    n_eff = analysis.transfer.n_eff
     if n_eff is not None and n_eff < FEW_PROMPTS:
-        found.append(f"{n_eff:.0f} of the prompts carry most of the layer's effect")
+        found.append(f"about {n_eff:.0f} of the prompts carry most of the layer's effect")
     if analysis.ladders:
         found.append(TOO_NARROW)
     undecided = analysis.kinds.of("undecided")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float64
+from numpy import ndarray
 
 from rq4lens.disk.files import read_regular_bytes
 from rq4lens.errors import UserError
@@ -38,6 +40,9 @@ FIGURES = "figures"
 REPORT = "report.html"
 PROMPTS = "prompts.json"
 AUDIT = "audit.json"
+NEXT_TOKENS = "next_tokens.json"
+"""The likeliest next tokens of each measured prompt, clean and patched."""
+
 HEADS = "heads"
 """Folder of head cards, a JSON file a head."""
 
@@ -104,7 +109,7 @@ def remove_other_rankings(ranking: Path) -> None:
 def written_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The files of a finished run that its provenance holds checksums of."""
     ranking = ranking_file(settings["layer"], settings["alpha"])
-    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, AUDIT, SUMMARY)
+    return (RESULTS, PER_PROMPT, ranking, ANALYSIS, PROMPTS, AUDIT, NEXT_TOKENS, SUMMARY)
 
 
 def file_sha256(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from rq4lens.analysis.records import LayerComparison
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, read_layers, read_positions, read_run
 from rq4lens.disk.files import read_json
-from rq4lens.disk.run import FIGURES, PROMPTS, REPORT
+from rq4lens.disk.run import FIGURES, NEXT_TOKENS, PROMPTS, REPORT
 from rq4lens.jobs.head import heads_that_matter, read_cards
 from rq4lens.results import GridResult
 
@@ -20,21 +20,24 @@ def write_pages(
     directory: Path,
     grid: GridResult,
     analysis: Analysis,
-    texts: Mapping[str, str],
+    prompts: tuple[Mapping[str, str], Mapping[str, Any]],
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the ranking bars, the coverage curve and the report of a run.
 
-    Each page is one file that needs no network. Layers that a sweep left in the directory are in
+    Each page is one file that needs no network. Of the prompts it takes their texts and their next
+    tokens. Layers that a sweep left in the directory are in
     the report too, if it was made in the same way.
     """
     pictures = directory / FIGURES
     figures.write_html(figures.ranking_bars(grid, analysis=analysis), pictures / "ranking.html")
     figures.write_html(figures.coverage_curve(grid, analysis), pictures / "coverage.html")
     cards = read_cards(directory, heads_that_matter(grid, analysis))
+    texts, said = prompts
     report = figures.Report(
         *(grid, analysis, texts, provenance, *_layers_like(directory, grid), cards),
-        read_positions(directory),
+        positions=read_positions(directory),
+        next_tokens=said,
     )
     figures.write_report(directory / REPORT, report)
 
@@ -46,8 +49,9 @@ def write_report_of(directory: Path) -> Path:
         UserError: if the directory holds no finished run, or a file is damaged.
     """
     saved = read_run(directory)
-    texts = read_json(directory / PROMPTS)
-    write_pages(directory, saved.grid, saved.analysis, texts, saved.run)
+    said = directory / NEXT_TOKENS
+    prompts = read_json(directory / PROMPTS), read_json(said) if said.is_file() else {}
+    write_pages(directory, saved.grid, saved.analysis, prompts, saved.run)
     return directory / REPORT
 
 

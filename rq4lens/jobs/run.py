@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from typing import Any
 import torch
 
 from rq4lens.analysis.analyse import PARTS, Beside, analyse
-from rq4lens.analysis.card.sides import CardInputs
+from rq4lens.analysis.card.sides import NO_CARD, CardInputs
+from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run, write_grid, write_run
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import AnalysisEffort, RunConfig, read_config
 from rq4lens.disk.files import read_json, write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
     FORMAT,
+    NEXT_TOKENS,
     PROMPTS,
     RUN,
     ranking_file,
     remove_other_rankings,
 )
 from rq4lens.errors import UserError
+from rq4lens.jobs.audit import facts_of
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
@@ -35,9 +40,11 @@ from rq4lens.models.catalog import resolve_device
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
+from rq4lens.models.weights import WeightChange
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
+from rq4lens.patching.keys import NamedIngredients
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.noise import NoiseEffects, noise_effects
 from rq4lens.results import GridResult
@@ -231,21 +238,53 @@ def run_on(bench: Bench) -> Run:
     texts = dict(zip(*_texts(experiment), strict=True))
     write_json_atomic(directory / PROMPTS, texts)
     write_json_atomic(directory / AUDIT, audit.to_dict())
+    of_base = bench.activations.log_probs("base", experiment.split)
+    said = next_tokens(experiment, plan.layer, of_base)
+    write_json_atomic(directory / NEXT_TOKENS, said)
     if audit.warning is not None:
         log.warning(audit.warning)
-    summary = summary_text(grid.settings, table, analysis)
+    gap = analysis.gap
+    apart = (gap.base_nats, gap.tuned_nats, gap.answers_differ_pct)
+    facts = facts_of(bench.pair, apart, audit, _weight_changes(measurer))
+    summary = summary_text(grid.settings, table, analysis, facts)
     run = provenance(bench, experiment, grid)
-    run["audit"] = audit.summary
+    run |= {"audit": audit.summary, "pair": to_json(facts)}
     if memory is not None:
         run["memory_estimate"] = memory.to_dict()
-    if config.effort.analysis == "full" and bench.pair.base.is_loaded and bench.pair.keep_both:
+    run["cards_reason"] = _why_no_cards(bench)
+    if run["cards_reason"] is None:
         with clock("cards"):
             _write_cards(bench, experiment, grid, analysis)
     with clock("pages"):
-        write_pages(directory, grid, analysis, texts, run)
+        write_pages(directory, grid, analysis, (texts, said), run)
     run["timings_seconds"] = dict(clock.seconds)
     write_run(directory, analysis, run, summary)
     return Run(directory, grid, table, analysis, read_json(directory / RUN))
+
+
+def _weight_changes(measurer: Measurer) -> Sequence[WeightChange]:
+    """How each matrix changed; a repeated run need not load base for it."""
+    pair, kept = measurer.experiment.pair, measurer.records
+    models = {side: member.card.weights_fingerprint for side, member in pair.members.items()}
+    backends = {f"{side}_backend": member.card.backend for side, member in pair.members.items()}
+    ingredients = NamedIngredients("weight_changes", models | backends)
+    found = None if kept is None else kept.get(ingredients)
+    if found is not None:
+        return [WeightChange(layer, name, tuple(sums)) for layer, name, sums in found["changes"]]
+    if kept is not None and pair.weight_changes:
+        kept.put(ingredients, {"changes": [list(each) for each in pair.weight_changes]})
+    return pair.weight_changes
+
+
+def _why_no_cards(bench: Bench) -> str | None:
+    """Why no head cards are made; None where they are."""
+    pair = bench.pair
+    if bench.config.effort.analysis != "full":
+        return "head cards belong to the full analysis; rq4lens head RUN L1H0 makes one now"
+    if not (pair.keep_both and pair.base.is_loaded):
+        return "the models were not in memory together; rq4lens head RUN L1H0 loads them again"
+    bridged = any(member.card.backend == "bridge" for member in pair.members.values())
+    return NO_CARD if bridged else None
 
 
 def _write_cards(

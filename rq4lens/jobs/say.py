@@ -95,8 +95,7 @@ class _Speaker:
                 "a patched continuation needs both models at every token, and they are not in "
                 "memory together: leave out --say, or use --keep-both."
             )
-        base, tuned = pair.base.tokenizer, pair.tuned.tokenizer
-        if base is not tuned and base.get_vocab() != tuned.get_vocab():
+        if not pair.same_tokenizer:
             raise UserError(
                 "base cannot read what tuned says, because their vocabularies differ: leave out "
                 "--say."

@@ -26,7 +26,7 @@ from rq4lens.config import (
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import other_base
-from rq4lens.models.load.checkpoint import locate
+from rq4lens.models.load.checkpoint import Checkpoint, locate
 from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
 from rq4lens.models.load.fingerprint import (
     arithmetic_libraries,
@@ -173,6 +173,15 @@ def audit_of(source: PairSource, reading: Reading, place: Place | None = None) -
     if too_long:
         refused.append(f"a run refuses prompt {too_long[0]!r}: it does not fit both models")
     return replace(audit, excluded=excluded, lacking=tuple(refused))
+
+
+def checkpoints_of(source: PairSource, *, with_weights: bool = True) -> dict[Side, Checkpoint]:
+    """The folders of both models, fetched if they are not here."""
+    origins = {side: _origin(source, side) for side in SIDES}
+    return {
+        side: locate(each.path, each.revision, with_weights=with_weights)
+        for side, each in origins.items()
+    }
 
 
 def prompts_of(source: PairSource) -> PromptSet:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -24,13 +24,13 @@ from rq4lens.models.load.lens import (
     HookedModel,
     ModelConfig,
     backend_of,
-    named_weights,
 )
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
 from rq4lens.models.prompts.matching import needs_matching, require_matched
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
 from rq4lens.models.prompts.reading import ReadingLimits, tokenize, unreadable
+from rq4lens.models.weights import WeightChange, changes_in_memory
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -294,6 +294,7 @@ class ModelPair:
         self.prompts = prompts_left(every, self.members, self.reading)
         self.excluded: tuple[Prompt, ...] = every.without(self.prompts.ids).prompts
         self._tokens: dict[tuple[Side, str], TokenizedPrompts] = {}
+        self._weight_changes: tuple[WeightChange, ...] = ()
         if keep_both:
             self.check_shapes()
 
@@ -363,9 +364,9 @@ class ModelPair:
             UserError: if there is none.
         """
         sizes = [self.member(side).card.d_vocab for side in SIDES]
-        base, tuned = (self.member(side).tokenizer.get_vocab() for side in SIDES)
-        if base == tuned and sizes[0] == sizes[1]:
+        if self.same_tokenizer and sizes[0] == sizes[1]:
             return SharedTokens(None, None)
+        base, tuned = (self.member(side).tokenizer.get_vocab() for side in SIDES)
         both = [
             (base[token], tuned[token])
             for token in sorted(base.keys() & tuned.keys())
@@ -381,6 +382,20 @@ class ModelPair:
         tokenizers = {side: member.tokenizer for side, member in self.members.items()}
         audit = audit_prompts(prompts, tokenizers, self.reading)
         return replace(audit, excluded=tuple(prompt.id for prompt in self.excluded))
+
+    @property
+    def weight_changes(self) -> tuple[WeightChange, ...]:
+        """How each matrix differs; none where the models were never in memory together."""
+        both = self.keep_both and self.base.is_loaded and self.tuned.is_loaded
+        if both and not self._weight_changes:
+            self._weight_changes = changes_in_memory(self.base.model, self.tuned.model)
+        return self._weight_changes
+
+    @cached_property
+    def same_tokenizer(self) -> bool:
+        """Whether each token is the same id in both models."""
+        base, tuned = (member.tokenizer for member in self.members.values())
+        return base is tuned or base.get_vocab() == tuned.get_vocab()
 
     @property
     def decision_rule(self) -> str:
@@ -468,44 +483,3 @@ def config_fingerprint(model: HookedModel) -> str:
     elsewhere = {"device", "n_devices", "tokenizer_name", "model_name", "seed", "init_weights"}
     values = {k: str(value) for k, value in model.cfg.to_dict().items() if k not in elsewhere}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-class WeightChange(NamedTuple):
-    """How one matrix differs between the models.
-
-    Args:
-        name: its name, as ``blocks.0.attn.W_Q``.
-        relative_change: ``|W_tuned - W_base| / |W_base|``, Frobenius norms.
-        cosine: cosine between the two, read as vectors.
-        squares: the sums that several matrices add up: ``|W_base|²``, ``|W_tuned|²`` and their
-            inner product.
-    """
-
-    name: str
-    relative_change: float | None
-    cosine: float | None
-    squares: tuple[float, float, float]
-
-
-def weight_changes(pair: ModelPair) -> Iterator[WeightChange]:
-    """Every matrix that both models have in the same shape; biases and norms are no matrices."""
-    tuned = dict(named_weights(pair.tuned.model))
-    for name, base in named_weights(pair.base.model):
-        other = tuned.get(name)
-        if other is None or other.shape != base.shape or base.dim() < 2 or ".b_" in name:
-            continue
-        a, b = base.detach().float(), other.detach().to(base.device).float()
-        own, its, both = float((a * a).sum()), float((b * b).sum()), float((a * b).sum())
-        change = float((b - a).norm()) / own**0.5 if own > 0 else None
-        cosine = both / (own * its) ** 0.5 if own * its > 0 else None
-        yield WeightChange(name, change, cosine, (own, its, both))
-
-
-def weight_cosine(pair: ModelPair) -> float | None:
-    """Cosine of all matrices together; None where the models are not both in memory."""
-    if not (pair.keep_both and pair.base.is_loaded and pair.tuned.is_loaded):
-        return None
-    own, its, both = (
-        sum(each) for each in zip(*(w.squares for w in weight_changes(pair)), strict=True)
-    )
-    return both / (own * its) ** 0.5 if own * its > 0 else None

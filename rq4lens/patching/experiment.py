@@ -15,8 +15,9 @@ from torch import Tensor
 from rq4lens.config import Patching, Place
 from rq4lens.heads import Heads, head_sets
 from rq4lens.models.load.lens import HookedModel
-from rq4lens.models.pair import SIDES, ModelPair, Side, weight_cosine
+from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
+from rq4lens.models.weights import together
 from rq4lens.patching.activations import PairActivations, check_layers, require_finite
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
@@ -141,12 +142,12 @@ class Ends:
             self.other(side)
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
         noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum((1, 2))
-        left_out = self._left_out
+        left_out, weights = self._left_out, together(self.pair.weight_changes)
         return Compared(
             left_out_base_pct=left_out["base"],
             left_out_tuned_pct=left_out["tuned"],
             noise_nats=abs(float(noise.mean())),
-            weight_cosine=weight_cosine(self.pair),
+            weight_cosine=weights and weights.cosine,
         )
 
     def _log_probs(self, side: Side) -> Float[Tensor, "prompt answer vocab"]:

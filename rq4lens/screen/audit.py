@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rq4lens.analysis.effects.apart import PairFacts, outside_layers, weights_table
 from rq4lens.models.prompts.audit import (
     AUDIT_SIDES,
     PIECES,
@@ -17,7 +18,7 @@ from rq4lens.models.prompts.audit import (
     SideAudit,
     causes,
 )
-from rq4lens.screen.tables import UNCUT, text_of
+from rq4lens.screen.tables import UNCUT, columns, text_of
 
 WIDTH = 120
 """Columns of the table where no terminal says how many there are."""
@@ -26,8 +27,14 @@ EXAMPLES = 5
 """How many prompts of each cause are named and shown, and how many of those that align."""
 
 
-def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableType]:
-    """The audit as what a console can print."""
+def audit_parts(
+    audit: Audit,
+    facts: PairFacts | None = None,
+    why_not: str | None = None,
+    *,
+    every_prompt: bool = False,
+) -> list[RenderableType]:
+    """The audit as what a console can print, and what the pair is."""
     shown = list(audit.prompts if every_prompt else _shown(audit))
     lines = [
         *(_reasons(shown) if every_prompt else ()),
@@ -40,7 +47,24 @@ def audit_parts(audit: Audit, *, every_prompt: bool = False) -> list[RenderableT
     if left_out:
         lines.append(f"{left_out} more prompts are not shown; --all shows them.")
     tables = [_table(shown), *_pieces(shown)]
-    return [*tables, *(Text(printable(line)) for line in lines)]
+    return [*tables, *(Text(printable(line)) for line in lines), *_pair(facts, why_not)]
+
+
+def _pair(facts: PairFacts | None, why_not: str | None) -> Iterator[RenderableType]:
+    """What the pair is, and how each matrix changed."""
+    if facts is None:
+        if why_not is not None:
+            yield Text(f"pair: {printable(why_not)}")
+        return
+    yield from (Text(printable(line)) for line in facts.lines)
+    matrices, rows = weights_table(facts.weights)
+    if rows and facts.relative_weight_change:
+        table = columns("layer", *matrices)
+        for row in rows:
+            table.add_row(*row)
+        outside = outside_layers(facts.weights)
+        table.caption = f"relative change (cosine) of each matrix; outside the layers: {outside}"
+        yield table
 
 
 def _reasons(prompts: list[PromptAudit]) -> Iterator[str]:
@@ -57,9 +81,16 @@ def _counted(cause: Cause) -> str:
     return f"{n} prompt{'s' * (n > 1)} ({named}): {cause.said}"
 
 
-def audit_text(audit: Audit, *, every_prompt: bool = False) -> str:
-    """The audit as plain text."""
-    return text_of(audit_parts(audit, every_prompt=every_prompt), sentences=UNCUT, tables=WIDTH)
+def audit_text(
+    audit: Audit,
+    facts: PairFacts | None = None,
+    why_not: str | None = None,
+    *,
+    every_prompt: bool = False,
+) -> str:
+    """The same as plain text."""
+    parts = audit_parts(audit, facts, why_not, every_prompt=every_prompt)
+    return text_of(parts, sentences=UNCUT, tables=WIDTH)
 
 
 def _shown(audit: Audit) -> Iterator[PromptAudit]:

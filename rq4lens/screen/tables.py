@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rq4lens.analysis.claims import metric_sentences
+from rq4lens.analysis.effects.apart import PairFacts
 from rq4lens.analysis.positions import MappedPosition, PositionMap
 from rq4lens.analysis.records import (
     ConditionRecord,
@@ -46,9 +47,12 @@ def text_of(parts: Sequence[RenderableType], *, sentences: int = WIDTH, tables: 
 
 
 def summary_text(
-    settings: GridSettings, records: Sequence[ConditionRecord], analysis: Analysis
+    settings: GridSettings,
+    records: Sequence[ConditionRecord],
+    analysis: Analysis,
+    facts: PairFacts | None = None,
 ) -> str:
-    """What a run found, as plain text: the answer, then the table, then the study's own grid."""
+    """What a run found: the answer, the table, the study's own grid, what the pair is."""
     by_name = {record.cond: record for record in records}
     lines: list[RenderableType] = [
         Text(setting_line(settings, by_name["full"].n)),
@@ -59,6 +63,7 @@ def summary_text(
         Text(),
         *map(Text, analysis.study_claims),
         Text(checks_line(by_name["none"], by_name["self"])),
+        *(map(Text, facts.lines) if facts else ()),
     ]
     return text_of(lines, tables=WIDTH)
 

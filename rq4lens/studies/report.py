@@ -22,6 +22,7 @@ from rq4lens.figures.layers import study_layers
 from rq4lens.figures.page.parts import Page, Section, Table, TableEntry, Tile
 from rq4lens.figures.page.parts import cell as table_cell
 from rq4lens.figures.page.report import html_of
+from rq4lens.results import TRANSFERS
 from rq4lens.screen.tables import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
@@ -29,6 +30,7 @@ REPORT = "study.html"
 ROWS = "study.json"
 MOST_TILES = 3
 NO_MAIN = "the sweep proposes no main layer"
+GAPS = ("gap_base_nats", "gap_tuned_nats")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class CellSummary:
     """One cell: the layers it proposes, why, and what the main layer does, by metric.
 
     Args:
+        values: the metrics, and the gap of the clean models both ways.
         best: the head with the largest first metric.
     """
 
@@ -63,34 +66,48 @@ def flat(record: CellRow | CellSummary) -> dict[str, Any]:
 
 def write_study_report(plan: StudyPlan, directory: Path) -> str:
     """Write the page and its numbers."""
-    found = {each: _read(each, directory) for each in plan.cells}
-    rows = [row for each, saved in found.items() for row in _rows(each, saved, plan.metrics)]
-    cells = [_summary(each, saved, plan.metrics, rows) for each, saved in found.items()]
+    found = {cell: _read(cell, directory) for cell in plan.cells}
+    rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
+    metrics = _defined_first(plan.metrics, rows)
+    cells = [_summary(cell, saved, metrics, rows) for cell, saved in found.items()]
     record = {
         "name": plan.name,
-        "metrics": [metric.name for metric in plan.metrics],
+        "metrics": [metric.name for metric in metrics],
         "cells": list(map(flat, cells)),
         "layers": list(map(flat, rows)),
     }
     write_json_atomic(directory / ROWS, record)
     setting = _setting(plan, list(found.values()))
-    write_text_atomic(directory / REPORT, html_of(_page(plan, setting, rows, cells)))
-    return study_text(plan.name, cells, plan.metrics[0])
+    write_text_atomic(directory / REPORT, html_of(_page(plan.name, setting, rows, cells, metrics)))
+    return study_text(plan.name, cells, metrics)
 
 
-def study_text(name: str, cells: Sequence[CellSummary], metric: GridNumber) -> str:
-    """A study as plain text: a row per sweep with the layers it proposes."""
-    table = columns("sweep", "main", "control", f"{metric.label}(ALL)", "95% CI", "best head")
+def _defined_first(metrics: Sequence[GridNumber], rows: Sequence[CellRow]) -> list[GridNumber]:
+    """The metrics in their order, those last that are undefined in every layer."""
+    return sorted(metrics, key=lambda each: all(r.values[each.name].value is None for r in rows))
+
+
+def study_text(name: str, cells: Sequence[CellSummary], metrics: Sequence[GridNumber]) -> str:
+    """A study as plain text: a row per sweep with the gap and the layers it proposes."""
+    shown = [metric for metric in metrics if metric.ranks in TRANSFERS or metric is metrics[0]]
+    named = (column for metric in shown for column in (f"{metric.label}(ALL)", "95% CI"))
+    table = columns("sweep", "gap (nats)", "95% CI", "main", "control", *named, "best head")
     for cell in cells:
-        estimate = cell.values[metric.name]
+        gap = cell.values[GAPS[0]]
         table.add_row(
             cell.cell,
+            number_text(gap.value, ".3g", "-"),
+            "-" if gap.interval is None else f"{gap.interval:.3g}",
             *(str(layer).lower() for layer in (cell.main, cell.control)),
-            "-" if estimate.value is None else metric.text(estimate.value),
-            _ends(estimate, metric, "-", "[{}, {}]"),
+            *(text for metric in shown for text in _texts(cell.values[metric.name], metric)),
             str(cell.best),
         )
     return text_of([Text(f"{name}: {len(cells)} sweeps"), table])
+
+
+def _texts(estimate: Estimate, metric: GridNumber) -> tuple[str, str]:
+    value = "-" if estimate.value is None else metric.text(estimate.value)
+    return value, _ends(estimate, metric, "-", "[{}, {}]")
 
 
 def _ends(estimate: Estimate, metric: GridNumber, absent: str, form: str) -> str:
@@ -130,11 +147,13 @@ def _summary(
 ) -> CellSummary:
     no_main = dict.fromkeys((metric.name for metric in metrics), undefined(NO_MAIN))
     best = metrics[0].best_head(saved.grids)
+    main = next((row.values for row in rows if row.cell == cell.name and row.is_main), no_main)
+    gap = saved.comparison.gap
     return CellSummary(
         cell=cell.name,
         main=saved.choice.main,
         control=saved.choice.control,
-        values=next((row.values for row in rows if row.cell == cell.name and row.is_main), no_main),
+        values={**dict(zip(GAPS, (gap.base_nats, gap.tuned_nats), strict=True)), **main},
         best=None if best is None else best.label,
         n_prompts=next(iter(saved.grids.values())).n_prompts,
         reasons=saved.choice.reasons,
@@ -159,17 +178,18 @@ def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
 
 
 def _page(
-    plan: StudyPlan,
+    name: str,
     setting: Sequence[str],
     rows: Sequence[CellRow],
     cells: Sequence[CellSummary],
+    metrics: Sequence[GridNumber],
 ) -> Page:
-    sections = (_findings(cells, plan.metrics[0]), _every_layer(rows, plan.metrics))
-    figures = {"layers": study_layers(rows, setting, plan.metrics)}
-    return Page(f"rq4lens: {plan.name}", setting, sections, figures)
+    sections = (_findings(cells, metrics[0]), _every_layer(rows, metrics))
+    figures = {"layers": study_layers(rows, setting, metrics)}
+    return Page(f"rq4lens: {name}", setting, sections, figures)
 
 
-def _findings(cells: Sequence[CellSummary], lead: Metric) -> Section:
+def _findings(cells: Sequence[CellSummary], lead: GridNumber) -> Section:
     """A headline, the sweeps with the largest effects, and what each sweep proposes."""
     largest = sorted(cells, key=lambda each: -(each.values[lead.name].value or 0.0))
     proposing = [each for each in largest if each.main is not None]
@@ -194,7 +214,7 @@ NOTE = (
 )
 
 
-def _headline(proposing: Sequence[CellSummary], lead: Metric) -> str:
+def _headline(proposing: Sequence[CellSummary], lead: GridNumber) -> str:
     if not proposing:
         return "No sweep proposes a main layer"
     where = {each.main for each in proposing}
@@ -204,20 +224,29 @@ def _headline(proposing: Sequence[CellSummary], lead: Metric) -> str:
     return f"{lead.label} is largest in layer {first.main} of {first.cell}"
 
 
-def _tile(cell: CellSummary, lead: Metric) -> Tile:
+def _tile(cell: CellSummary, lead: GridNumber) -> Tile:
     best = TableEntry(cell.best or "–")
     numbers = {f"{lead.label}": _entry(cell.values[lead.name], lead), "best head": best}
     return Tile(cell.cell, numbers, f"layer {cell.main}")
 
 
-def _proposed(cells: Sequence[CellSummary], lead: Metric) -> Table:
+def _proposed(cells: Sequence[CellSummary], lead: GridNumber) -> Table:
     return Table(
         f"What each sweep proposes; {lead.label}: of all heads of its main layer, {lead.meaning}; "
         "[..]: 95% intervals",
-        ("sweep", "main layer", "control layer", _heading(lead), "best head", "prompts"),
+        (
+            "sweep",
+            "gap (nats)",
+            "main layer",
+            "control layer",
+            _heading(lead),
+            "best head",
+            "prompts",
+        ),
         tuple(
             (
                 TableEntry(each.cell, link=each.link),
+                table_cell(each.values[GAPS[0]], ""),
                 *("none" if layer is None else str(layer) for layer in (each.main, each.control)),
                 _entry(each.values[lead.name], lead),
                 each.best or "–",
@@ -228,7 +257,7 @@ def _proposed(cells: Sequence[CellSummary], lead: Metric) -> Table:
     )
 
 
-def _every_layer(rows: Sequence[CellRow], metrics: Sequence[Metric]) -> Section:
+def _every_layer(rows: Sequence[CellRow], metrics: Sequence[GridNumber]) -> Section:
     """Every layer of every sweep, in a table that stays folded."""
     meanings = "; ".join(f"{metric.label}: {metric.meaning}" for metric in metrics)
     table = Table(
@@ -249,9 +278,9 @@ def _every_layer(rows: Sequence[CellRow], metrics: Sequence[Metric]) -> Section:
     return Section("layers", "Every layer", tables=(table,), folded=True)
 
 
-def _heading(metric: Metric) -> str:
+def _heading(metric: GridNumber) -> str:
     return f"{metric.label} (nats)" if metric.unit == "nats" else metric.label
 
 
-def _entry(estimate: Estimate, metric: Metric) -> TableEntry:
+def _entry(estimate: Estimate, metric: GridNumber) -> TableEntry:
     return table_cell(estimate, metric.unit if metric.unit == "%" else "")

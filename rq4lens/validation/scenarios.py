@@ -122,7 +122,8 @@ UNTOUCHED, UNRELATED, TOO_SMALL = "untouched", "unrelated", "too small"
 base; and of one that does so little on train prompts that idle is what it is."""
 
 NEAR_IDLE = 3.0
-"""Up to so many idle lines on train prompts a head may be idle on others, too."""
+"""Up to so many idle lines on train prompts a head may be idle on others, too: of those just above
+fewer than 3% are, of those just below more (docs/trust.md has the curve)."""
 
 UNDONE, NOT_UNDONE = "recoded, undone", "recoded, not undone"
 VERDICTS = (*KINDS[:4], UNDONE, NOT_UNDONE, *KINDS[4:])

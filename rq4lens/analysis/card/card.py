@@ -23,7 +23,6 @@ from rq4lens.analysis.card.reads import (
     text_shares,
 )
 from rq4lens.analysis.card.records import (
-    Answers,
     Carried,
     Decision,
     HeadCard,
@@ -291,11 +290,6 @@ class _OfHead:
             writes=self._writes(moved),
             map=None if layer_map is None else map_facts(layer_map, head.index, z_tuned),
             decides=tuple(self._decision(rank, each) for rank, each in enumerate(chosen)),
-            answers=Answers(
-                base=self._answers("base", 0),
-                tuned=self._answers("tuned", 0),
-                tuned_with_base_head=self._answers("tuned", self.place + 1),
-            ),
             reasons={"numbers": NO_NUMBERS, "map": NO_MAP},
         )
 
@@ -333,11 +327,6 @@ class _OfHead:
             writes_tuned=written["tuned"],
             reasons={"closed_nats": OTHER_VOCABULARY, "delta_nats": NO_NUMBERS},
         )
-
-    def _answers(self, side: Side, row: int) -> tuple[Likely, ...]:
-        """The most likely token of every prompt."""
-        found = self.swaps[side].likeliest
-        return self._named(side, found.tokens[:, row, 0], found.probabilities[:, row, 0])
 
     def _likely(self, side: Side, row: int, prompt: int) -> tuple[Likely, ...]:
         """The likely tokens of one prompt."""

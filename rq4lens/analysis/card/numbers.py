@@ -14,13 +14,13 @@ from torch import Tensor
 from rq4lens.analysis.card.records import Carried, HeadNumbers, MapFacts
 from rq4lens.analysis.card.swaps import Swapped
 from rq4lens.analysis.effects.table import records
+from rq4lens.analysis.effects.transfer import why_no_gap
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 from rq4lens.heads import Head
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.results import GridResult
 
-NO_GAP = "the models answer alike: the interval of their gap reaches 0, or it is rounding alone"
 NO_TRANSFER = "the head carries nothing to take a share of: the interval of its transfer reaches 0"
 NO_OUTPUT = "the head writes nothing in base"
 NO_ANALYSIS = "no analysis of the grid was given"
@@ -64,12 +64,10 @@ def carried_by(
 
 def _transfers_pct(swap: Swapped, bootstrap: Bootstrap) -> list[Estimate]:
     """The share of the gap that each swap closes, in percent; undefined where there is no gap."""
-    kl_nats = swap.kl_nats
-    assert kl_nats is not None
-    gap = bootstrap.estimate(kl_nats[:1])[0]
-    if _reaches_zero(gap) or gap.value is None or gap.value <= swap.noise_nats:
-        return [undefined(NO_GAP)] * (len(kl_nats) - 1)
-    return bootstrap.estimate(kl_nats, lambda mean: 100 * (1 - mean[..., 1:] / mean[..., :1]))
+    assert swap.kl_nats is not None
+    gap, left = swap.kl_nats[:1], swap.kl_nats[1:]
+    why = why_no_gap(bootstrap.estimate(gap)[0], swap.noise_nats)
+    return bootstrap.shares(gap, left) if why is None else [undefined(why)] * len(left)
 
 
 def _shares_pct(

@@ -196,15 +196,6 @@ class NextTokens:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The most likely next token of every prompt: of both models, and of tuned with base's head."""
-
-    base: tuple[Likely, ...] = ()
-    tuned: tuple[Likely, ...] = ()
-    tuned_with_base_head: tuple[Likely, ...] = ()
-
-
-@dataclass(frozen=True)
 class Decision(Record):
     """A prompt on which the head decides.
 
@@ -250,7 +241,6 @@ class HeadCard(Listed, Record):
         writes: what it writes to the logits.
         map: its map.
         decides: the prompts on which it decides; its table has a row for each.
-        answers: what is said on all prompts, in their order.
     """
 
     ROWS: ClassVar[str] = "decides"
@@ -265,7 +255,6 @@ class HeadCard(Listed, Record):
     writes: Writes
     map: MapFacts | None
     decides: tuple[Decision, ...]
-    answers: Answers = Answers()
 
     def __repr__(self) -> str:
         return f"<HeadCard {self.head} of {self.pair}: {self.n_prompts} {self.split} prompts>"

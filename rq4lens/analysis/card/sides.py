@@ -29,6 +29,11 @@ from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.patch import Engine
 from rq4lens.results import GridResult
 
+NO_CARD = (
+    "head cards need a HookedTransformer, whose norms and weights have one form, and a "
+    "TransformerBridge runs the Hugging Face model's own: use --backend hooked where there is one"
+)
+
 
 @dataclass(frozen=True)
 class CardInputs:
@@ -138,10 +143,7 @@ class Sides:
             self._engines = {at: each for at, each in self._engines.items() if at == side}
         model = self.inputs.pair.use(side).model
         if not isinstance(model, HookedTransformer):
-            raise UserError(
-                f"the {side} model is a {type(model).__name__}, whose norms and weights a card "
-                "cannot read: load it with rq4lens.load_hooked."
-            )
+            raise UserError(f"{NO_CARD}.")
         return model
 
     def _pass(self, side: Side, attention: Mapping[int, Tensor] | None) -> DecisionStates:
@@ -170,9 +172,8 @@ class Sides:
     @cached_property
     def one_vocabulary(self) -> bool:
         """Whether a token is the same in both models."""
-        base, tuned = (self.inputs.pair.member(side).tokenizer for side in SIDES)
         sizes = {each.shape[-1] for each in self.log_probs.values()}
-        return len(sizes) == 1 and (base is tuned or base.get_vocab() == tuned.get_vocab())
+        return len(sizes) == 1 and self.inputs.pair.same_tokenizer
 
     def token(self, side: Side, index: int) -> str:
         """The text of a token."""

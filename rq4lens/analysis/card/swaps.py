@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +12,19 @@ from jaxtyping import Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
 
+from rq4lens.analysis.card.fragment import token_text
 from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
+from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
+from rq4lens.models.prompts.reading import decoded
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.passes import forward_batch
-from rq4lens.patching.patch import Engine, Intervention, Patch, Sources
+from rq4lens.patching.patch import BASE, Engine, Intervention, Patch, Sources
 
 N_LIKELY = 5
 """Next tokens that a card shows."""
@@ -65,6 +70,40 @@ def engine_of(
 ) -> Engine:
     """The fastest exact engine for patches at the decision token alone."""
     return make_engine(model, prompts, Patching(), place, first_layer=first_layer)
+
+
+@torch.no_grad()
+def next_tokens(
+    experiment: Experiment, layer: int, base: LogProbs
+) -> dict[str, dict[str, list[list[Any]]]]:
+    """The likeliest next tokens of every prompt, and their probabilities.
+
+    Of base, of tuned, and of tuned with base's activations in all heads of a layer, at strength 1.
+    """
+    engine, everything = experiment.engine, HeadSet.all(experiment.n_heads)
+    sources = Sources({(layer, BASE): experiment.sources[layer, BASE]})
+    tuned = engine.clean_log_probs()
+    patched = torch.empty_like(tuned)
+    for rows, logits in _patched_logits(engine, [(Patch(layer, everything, 1.0, BASE),)], sources):
+        patched[rows] = logits[:, 0].double().log_softmax(-1).to(patched)
+    found = {"base": base, "tuned": tuned, "patched": patched}
+    texts = {name: _texts(experiment.pair, name, each) for name, each in found.items()}
+    return {
+        name: {model: each[row] for model, each in texts.items()}
+        for row, name in enumerate(experiment.prompt_ids)
+    }
+
+
+def _texts(pair: ModelPair, name: str, log_probs: LogProbs) -> list[list[list[Any]]]:
+    tokenizer = pair.member("base" if name == "base" else "tuned").tokenizer
+    found = Likeliest.of(log_probs)
+    return [
+        [
+            [token_text(decoded(tokenizer, token)), round(p, 6)]
+            for token, p in zip(*row, strict=True)
+        ]
+        for row in zip(found.tokens.tolist(), found.probabilities.tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from einops import rearrange
 from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.records import FullEffect, Gap, LayerTransfer
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
+from rq4lens.config import RankBy
 from rq4lens.results import OTHERS, OWN, TRANSFERS, GridResult, Transfer
 
 QUANTITIES = ("to_base_pct", "to_tuned_pct", "flipped_pct", "as_base_pct")
@@ -61,9 +61,12 @@ def _why_undefined(gaps: Sequence[Estimate], noise_nats: float, grid: GridResult
             f"the models give {left_out:.1f}% of their probability to tokens that only one of "
             f"their vocabularies has (at most {MOST_LEFT_OUT_PCT:g}% may be left out)"
         )
-    what = f"the gap{BETWEEN}"
-    whys = (gap_undefined_because(gap, noise_nats, what, " nats") for gap in gaps)
-    return next((why for why in whys if why is not None), None)
+    return next((why for gap in gaps if (why := why_no_gap(gap, noise_nats))), None)
+
+
+def why_no_gap(gap: Estimate, noise_nats: float) -> str | None:
+    """Why nothing is a share of the gap; None if something is."""
+    return gap_undefined_because(gap, noise_nats, f"the gap{BETWEEN}", " nats")
 
 
 def gap_undefined_because(gap: Estimate, noise: float, what: str, unit: str) -> str | None:
@@ -92,43 +95,52 @@ def transfer_estimates(
     swapped = [each for each in transfers if each is not None]
     if nothing is None or not swapped:
         return [dict.fromkeys(QUANTITIES, undefined(NO_GAP)) for _ in transfers]
-    clean = _clean(nothing)
-    rows = [_row(each, clean[2]) for each in swapped]
-    flat = bootstrap.estimate(np.concatenate([clean, *rows]), _percentages)
-    found = iter([flat[at : at + 4] for at in range(0, len(flat), 4)])
+    differ = _clean(nothing)[2]
+    found = zip(
+        *(_carried(nothing, swapped, each, bootstrap, undefined_because) for each in TRANSFERS),
+        *_answers(swapped, differ, bootstrap),
+        strict=True,
+    )
     absent = [undefined(NOT_SWAPPED)] * 4
     estimates = []
     for each in transfers:
         row = dict(zip(QUANTITIES, absent if each is None else next(found), strict=True))
-        if undefined_because is not None:
-            row |= dict.fromkeys(("to_base_pct", "to_tuned_pct"), undefined(undefined_because))
-        elif each is nothing:
+        if undefined_because is None and each is nothing:
             row |= dict.fromkeys(("to_base_pct", "to_tuned_pct"), exact(0.0))
-        if not clean[2].any():
+        if not differ.any():
             row["as_base_pct"] = undefined(SAME_ANSWERS)
         estimates.append(row)
     return estimates
 
 
-def _row(transfer: Transfer, differ: Float64[ndarray, "prompt"]) -> ndarray:
-    """What is left of the gap both ways, which answers changed, and which became base's."""
-    left = (transfer.left_nats(direction) for direction in TRANSFERS)
-    flipped = transfer.answer_is % OTHERS < OWN
-    as_base = (transfer.answer_is >= OTHERS) & (differ > 0)
-    return np.array([*left, flipped, as_base])
+def _carried(
+    nothing: Transfer,
+    swapped: Sequence[Transfer],
+    direction: RankBy,
+    bootstrap: Bootstrap,
+    undefined_because: str | None,
+) -> list[Estimate]:
+    """The share of the gap that each closes in one direction."""
+    if undefined_because is not None:
+        return [undefined(undefined_because)] * len(swapped)
+    left = np.array([each.left_nats(direction) for each in swapped])
+    return bootstrap.shares(nothing.left_nats(direction)[None], left)
 
 
-def _percentages(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
-    """Of each head set; the three numbers of the clean models come first."""
-    to_base, to_tuned, differ = (means[..., at, None] for at in range(3))
-    rows = rearrange(means[..., 3:], "... (sets quantity) -> ... sets quantity", quantity=4)
-    shares = [
-        100 * (1 - rows[..., 0] / to_base),
-        100 * (1 - rows[..., 1] / to_tuned),
-        100 * rows[..., 2],
-        100 * rows[..., 3] / differ,
-    ]
-    return rearrange(np.stack(shares, axis=-1), "... sets share -> ... (sets share)")
+def _answers(
+    swapped: Sequence[Transfer], differ: Float64[ndarray, "prompt"], bootstrap: Bootstrap
+) -> tuple[list[Estimate], list[Estimate]]:
+    """How many answers change, and how many of those that differ become base's."""
+    answers = np.array([each.answer_is for each in swapped])
+    flipped, as_base = answers % OTHERS < OWN, (answers >= OTHERS) & (differ > 0)
+    rows = np.concatenate([differ[None], flipped, as_base])
+    flat = bootstrap.estimate(rows, _answers_pct)
+    return flat[: len(swapped)], flat[len(swapped) :]
+
+
+def _answers_pct(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
+    flipped, as_base = np.split(means[..., 1:], 2, axis=-1)
+    return 100 * np.concatenate([flipped, as_base / means[..., :1]], axis=-1)
 
 
 def layer_transfer(grid: GridResult, gap: Gap, bootstrap: Bootstrap) -> LayerTransfer:

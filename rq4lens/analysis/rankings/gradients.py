@@ -18,13 +18,13 @@ from rq4lens.analysis.rankings.exact import per_prompt_ranking
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
-from rq4lens.models.load.lens import HookedTransformer, HookPoint, apply_softcap, z_site
+from rq4lens.models.load.lens import HookedTransformer, HookPoint, z_site
 from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.passes import device_of, forward_batch
+from rq4lens.patching.passes import device_of, forward_batch, unembed
 from rq4lens.patching.patch import MAPPED, RAW, SELF
 from rq4lens.results import HeadRanking
 
@@ -65,10 +65,7 @@ def _suffix_logits(
         block, at = model.blocks[layer], batch.layers[layer].of_prompts(prompts)
         resid = resid.to(placement.layers[layer])
         resid = finish_block(block, resid, row_z(block, resid, at.earlier))
-    resid = resid[:, :, -1].to(placement.exit)
-    if model.cfg.normalization_type is not None:
-        resid = model.ln_final(resid)
-    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
+    return unembed(model, resid[:, :, -1].to(placement.exit))
 
 
 def _native_logits(

@@ -244,14 +244,19 @@ class Bootstrap:
         return group_membership(self.groups)
 
     @cached_property
-    def weights(self) -> Float64[ndarray, "resample prompt"]:
-        """Weight of each prompt in each resample; rows sum to 1."""
+    def counts(self) -> Float64[ndarray, "resample group"]:
+        """How often each group is drawn in each resample."""
         rng = np.random.default_rng(self.seed)
         even = np.full(self.n_groups, 1 / self.n_groups)
+        return rng.multinomial(self.n_groups, even, size=self.n_resamples).astype(float)
+
+    @cached_property
+    def weights(self) -> Float64[ndarray, "resample prompt"]:
+        """Weight of each prompt in each resample; rows sum to 1."""
         weights = np.empty((self.n_resamples, len(self.groups)))
         for start in range(0, self.n_resamples, CHUNK):
             some = weights[start : start + CHUNK]
-            some[:] = rng.multinomial(self.n_groups, even, size=len(some)) @ self.membership
+            some[:] = self.counts[start : start + CHUNK] @ self.membership
             some /= some.sum(-1, keepdims=True)
         return weights
 
@@ -289,6 +294,62 @@ class Bootstrap:
         if statistic is not None:
             resampled = resampled.apply(statistic)
         return resampled.estimates(method)
+
+    def shares(
+        self,
+        whole: Float64[ndarray, "#quantity prompt"],
+        left: Float64[ndarray, "quantity prompt"],
+        *,
+        method: Literal["studentised", "bca"] = "studentised",
+    ) -> list[Estimate]:
+        """``100 (1 - left / whole)`` of means: how much of a whole is gone, in percent.
+
+        What is left lies on few prompts, and the share ends at 100: the interval is studentised on
+        the logarithm of what is left. Where nothing is left in some resample it is BCa, too.
+
+        Source:
+            Hall, Theoretical Comparison of Bootstrap Confidence Intervals (Annals of Statistics
+            1988); influences as in Efron and Tibshirani, chapters 12 and 21.
+        """
+        both = np.concatenate([np.broadcast_to(whole, left.shape), left])
+        plain = self.estimate(both, _gone_pct)
+        if method == "bca":
+            return plain
+        ends = zip(plain, *self._studentised(whole, left).tolist(), strict=True)
+        return [
+            replace(each, interval=Interval(low, high, LEVEL, "studentised"))
+            if each.interval is not None and np.isfinite([low, high]).all()
+            else each
+            for each, low, high in ends
+        ]
+
+    def _studentised(self, whole: ndarray, left: ndarray) -> Float64[ndarray, "end quantity"]:
+        """Ends of ``100 (1 - left / whole)``; not finite where resamples do not have them."""
+        by_group = self.membership.T
+        w, gone = whole @ by_group, (whole - left) @ by_group
+
+        def log_left(counts: ndarray) -> tuple[ndarray, ndarray]:
+            """Logarithm of the share that is left, and its standard error, of the same draws."""
+            of_whole, share = counts @ w.T, counts @ gone.T / (counts @ w.T)
+            influences = (
+                share**2 * (counts @ (w * w).T)
+                - 2 * share * (counts @ (w * gone).T)
+                + counts @ (gone * gone).T
+            )
+            error = np.sqrt(np.maximum(influences, 0)) / (of_whole * (1 - share))
+            return np.log1p(-share), error
+
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            point, error = log_left(np.ones((1, self.n_groups)))
+            drawn, errors = log_left(self.counts)
+            t = np.quantile((drawn - point) / errors, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=0)
+            ends: Float64[ndarray, "end quantity"] = -100 * np.expm1(point - error * t)
+        return ends[::-1]
+
+
+def _gone_pct(means: ndarray) -> ndarray:
+    whole, left = np.split(means, 2, axis=-1)
+    return 100 * (1 - left / whole)
 
 
 @dataclass(frozen=True)

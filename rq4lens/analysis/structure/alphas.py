@@ -91,8 +91,7 @@ def _to_base(measured: MeasuredSets, layer: MeasuredLayer) -> list[Estimate]:
     left = measured.effects_of(RAW, sets).gap_left_nats
     if left is None or layer.gap_nats is None:
         return [undefined(NO_GAP)] * len(sets)
-    both = np.concatenate([layer.gap_nats[None], left])
-    return layer.bootstrap.estimate(both, lambda m: 100 * (1 - m[..., 1:] / m[..., :1]))
+    return layer.bootstrap.shares(layer.gap_nats[None], np.asarray(left))
 
 
 def _four_numbers(means: Float64[ndarray, "*rows both"]) -> ndarray:

@@ -112,7 +112,7 @@ def stand_ins(inputs: StandInInputs, bootstrap: Bootstrap) -> tuple[StandIn, ...
             continue
         damage = varied[name].of_source(name, heads)[0]
         means = bootstrap.resampled(np.stack([constant, mapped, damage]))
-        share = means.apply(lambda m: 100 * (1 - m[..., [2]] / m[..., [0]])).estimates()[0]
+        (share,) = bootstrap.shares(constant[None], damage[None], method="bca")
         behind = means.apply(lambda m: m[..., [2]] - m[..., [1]]).estimates()[0]
         value = means.estimates()[2]
         found.append(StandIn(name, question, inputs.heads, value, share, behind))
@@ -153,7 +153,7 @@ def beside_noise(grid: GridResult, noise: NoiseEffects, bootstrap: Bootstrap) ->
     values = bootstrap.estimate(of_noise)
     over = bootstrap.estimate(np.concatenate([real, of_noise]), _ratios)
     beyond = bootstrap.estimate(real - of_noise)
-    (share,) = bootstrap.estimate(np.stack([noise.gap_base_nats, noise.gap_left_nats]), _share)
+    (share,) = bootstrap.shares(noise.gap_base_nats[None], noise.gap_left_nats[None])
     multiples = dict(zip(BESIDE_NOISE, over, strict=True))
     if nothing is None:
         multiples["gap_base_nats"] = beyond[0] = undefined(NO_GAP)
@@ -171,7 +171,3 @@ def beside_noise(grid: GridResult, noise: NoiseEffects, bootstrap: Bootstrap) ->
 def _ratios(means: Float64[ndarray, "*rows quantity"]) -> ndarray:
     real, noise = np.split(means, 2, axis=-1)
     return np.where(noise > 0, real / noise, np.inf)
-
-
-def _share(means: Float64[ndarray, "*rows both"]) -> ndarray:
-    return 100 * (1 - means[..., 1:] / means[..., :1])

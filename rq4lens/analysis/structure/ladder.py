@@ -90,6 +90,7 @@ def _row(
         heads=tuple(heads),
         alpha=alpha,
         damage_nats=estimates,
+        # Studentised ends hold hardly more here, and leave heads undecided (docs/analysis.md).
         recovered_pct=dict(zip(names, recovered(means).estimates(), strict=True)),
         interference_nats=difference("raw", "constant"),
         restored_nats=difference("constant", "mapped"),
@@ -107,8 +108,9 @@ def _checked(row: LadderRow, idle_below: float) -> LadderRow:
     constant = row.damage_nats["constant"].value or 0.0
     if constant > idle_below:
         return row
+    whose = "its" if len(row.heads) == 1 else "their"
     why = (
-        f"a constant in place of these heads costs {constant:.2g} nats, below the idle line of "
-        f"{idle_below:.2g}: there is nothing to recover"
+        f"a constant in {whose} place costs {constant:.2g} nats, "
+        f"below the idle line of {idle_below:.2g}: there is nothing to recover"
     )
     return replace(row, recovered_pct=dict.fromkeys(row.recovered_pct, undefined(why)))

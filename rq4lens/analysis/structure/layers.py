@@ -46,7 +46,7 @@ class GridNumber:
         label: its symbol.
         unit: ``"nats"`` or ``"%"``.
         meaning: what it says, in a few words.
-        of: its value under a condition; None where it is undefined.
+        of: its value under a condition of a grid; None where it is undefined.
         ranks: the setting ``rank_by`` that orders single heads by it, if there is one.
     """
 
@@ -54,7 +54,7 @@ class GridNumber:
     label: str
     unit: str
     meaning: str
-    of: Callable[[ConditionResult], float | None]
+    of: Callable[[GridResult, ConditionResult], float | None]
     ranks: RankBy | None = None
 
     @property
@@ -86,32 +86,51 @@ class GridNumber:
             (value, Head(layer, head))
             for layer, grid in sorted(grids.items())
             for head, single in enumerate(grid.singles)
-            if (value := self.of(single)) is not None
+            if (value := self.of(grid, single)) is not None
         ]
         return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def _to(direction: RankBy) -> Callable[[GridResult, ConditionResult], float | None]:
+    """How far a condition goes in one direction, where the models differ beyond their noise."""
+
+    def percent(grid: GridResult, condition: ConditionResult) -> float | None:
+        if condition.transfer is None or grid["none"].transfer is None:
+            return None
+        whole, left = gaps_of(grid["none"], [condition], direction).mean(-1)
+        noise = grid.compared.noise_nats + grid.noise_floor_nats
+        return float(100 * (1 - left[0] / whole[0])) if whole[0] > noise else None
+
+    return percent
 
 
 METRICS: Mapping[str, GridNumber] = {
     each.name: each
     for each in (
-        GridNumber("delta", "ΔKL", "nats", "raw minus mapped", lambda c: c.delta, "delta"),
-        GridNumber("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda c: c.KL_raw),
+        GridNumber("to_base_pct", "to_base", "%", "of the gap undone", _to("to_base"), "to_base"),
         GridNumber(
-            "KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda c: c.KL_mapped
+            "to_tuned_pct", "to_tuned", "%", "of it given base", _to("to_tuned"), "to_tuned"
         ),
-        GridNumber("drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda c: c.drop_pct, "drop_pct"),
+        GridNumber("delta", "ΔKL", "nats", "raw minus mapped", lambda _, c: c.delta, "delta"),
+        GridNumber("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda _, c: c.KL_raw),
+        GridNumber(
+            "KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda _, c: c.KL_mapped
+        ),
+        GridNumber(
+            "drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda _, c: c.drop_pct, "drop_pct"
+        ),
         GridNumber(
             "answer_logprob",
             "answer",
             "nats",
             "log-probability of the tuned model's own answer that the map wins back",
-            lambda c: float(answer_repair_nats(c).mean()),
+            lambda _, c: float(answer_repair_nats(c).mean()),
         ),
     )
 }
 """The metrics by name."""
 
-COMPARED = ("delta", "KL_raw", "KL_mapped", "drop_pct")
+COMPARED = ("to_base_pct", "to_tuned_pct", "delta", "KL_raw", "KL_mapped", "drop_pct")
 """What a study compares unless it says otherwise."""
 
 

@@ -32,12 +32,12 @@ CHANGED = ("reassigned", "recoded", "replaced", "shifted", "undecided")
 def findings(report: Report) -> Section:
     """The answer: a headline, sentences, the heads that carry most, what each set carries."""
     analysis = report.analysis
-    warning = (report.run.get("audit") or {}).get("warning")
+    said = ((report.run.get(part) or {}).get("warning") for part in ("audit", "pair"))
     return Section(
         "findings",
         _headline(report),
         short="The answer",
-        paragraphs=(warning,) if warning else (),
+        paragraphs=tuple(warning for warning in said if warning),
         sentences=(*analysis.claims, *metric_sentences(analysis))
         if analysis
         else tuple(_main_numbers(report)),

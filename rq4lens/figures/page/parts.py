@@ -126,6 +126,7 @@ class Report:
         comparison: the comparison of these layers by the analysis.
         cards: cards of heads that matter, the most important ones first.
         positions: the position map of the run.
+        next_tokens: by prompt, the likeliest ones of base, tuned and tuned with base's heads.
     """
 
     grid: GridResult
@@ -136,6 +137,7 @@ class Report:
     comparison: LayerComparison | None = None
     cards: tuple[HeadCard, ...] = ()
     positions: PositionMap | None = None
+    next_tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def run(self) -> Mapping[str, Any]:

@@ -160,7 +160,7 @@
   }
 
   function promptItem({ i, delta }) {
-    const { ids, texts, groups } = data.prompts;
+    const { ids, texts, groups, next } = data.prompts;
     const item = document.createElement("li");
     const details = document.createElement("details");
     const summary = document.createElement("summary");
@@ -172,22 +172,32 @@
       if (!details.open || details.childElementCount > 1) return;
       if (text) details.append(element("p", text, "prompt"));
       if (groups[i] !== ids[i]) details.append(element("p", `group ${groups[i]}`, "setting"));
-      const said = answersOf(i);
-      if (said) details.append(element("p", said, "said"));
+      if (next[i]) details.append(nextTable(next[i]));
       details.append(promptTable(i));
     });
     item.append(details);
     return item;
   }
 
-  // What both models say here, and tuned with the chosen head from base, or with the first ones.
-  function answersOf(i) {
-    const { base, tuned, ...heads } = data.prompts.answers;
-    if (!base) return "";
-    const say = ([token, share]) => `${JSON.stringify(token)} (${(100 * share).toFixed(0)}%)`;
-    const shown = heads[state.head] ? [state.head] : Object.keys(heads).slice(0, 3);
-    const patched = shown.map((head) => `tuned with ${head} from base says ${say(heads[head][i])}`);
-    return [`base says ${say(base[i])}`, `tuned says ${say(tuned[i])}`, ...patched].join("; ");
+  const MODELS = { base: "base", tuned: "tuned", patched: "tuned with base's heads" };
+
+  function nextTable(said) {
+    const table = document.createElement("table");
+    table.append(element("caption", "The likeliest next tokens; the last row has base's activations in all heads of the layer, at strength 1"));
+    const body = table.createTBody();
+    for (const [model, name] of Object.entries(MODELS)) {
+      const row = body.insertRow();
+      row.append(element("th", name));
+      for (const [token, probability] of said[model]) {
+        const cell = element("td", "", "words");
+        cell.append(element("code", token), ` ${(100 * probability).toFixed(1)}%`);
+        row.append(cell);
+      }
+    }
+    const wrapped = document.createElement("div");
+    wrapped.className = "scroll";
+    wrapped.append(table);
+    return wrapped;
   }
 
   function promptTable(i) {

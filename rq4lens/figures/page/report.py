@@ -224,21 +224,7 @@ def _prompt_data(report: Report) -> dict[str, Any]:
         "texts": [report.prompts.get(prompt) for prompt in ids],
         "groups": [grid.groups[row] for row in rows],
         "conditions": [_condition(*each, rows) for each in (*fixed, *single)],
-        "answers": _answers(report, rows),
-    }
-
-
-def _answers(report: Report, rows: Sequence[int]) -> dict[str, Any]:
-    """What is said on each prompt: by both models, and by tuned with a head from base."""
-    cards = [card for card in report.cards if len(card.answers.tuned) == report.grid.n_prompts]
-    if not cards:
-        return {}
-    clean = cards[0].answers
-    said = {"base": clean.base, "tuned": clean.tuned}
-    said |= {card.head.label: card.answers.tuned_with_base_head for card in cards}
-    return {
-        who: [[answers[row].token, answers[row].probability] for row in rows]
-        for who, answers in said.items()
+        "next": [report.next_tokens.get(prompt) for prompt in ids],
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rq4lens.analysis.effects.apart import PairFacts, outside_layers, weights_table
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.positions import MappedPosition
 from rq4lens.analysis.records import (
@@ -16,6 +17,7 @@ from rq4lens.analysis.records import (
     LayerRow,
     RankStability,
 )
+from rq4lens.analysis.statistics.plain import from_json
 from rq4lens.figures.numbers import label_of, number
 from rq4lens.figures.page.answer import controls, findings, heads
 from rq4lens.figures.page.gallery import AGREEMENT_KINDS, map_diagnostics
@@ -29,6 +31,7 @@ MOST_PROMPTS = 2_000
 READ_PROMPTS = (
     "Open a prompt to read it whole, with what each model says next and what each patch does."
 )
+TITLE_OF_CARDS = "What changed in a head"
 NO_PROMPTS = "The texts of the prompts were not given to this report; their ids and numbers were."
 
 
@@ -41,7 +44,7 @@ def sections(report: Report) -> list[Section]:
         controls,
         study,
     )
-    folded = (layers, positions, rankings, structure, maps, prompts, provenance)
+    folded = (layers, positions, rankings, structure, maps, pair, prompts, provenance)
     first = [section for make in makers if (section := make(report)) is not None]
     rest = [section for make in folded if (section := make(report)) is not None]
     return first + [replace(section, folded=True) for section in rest]
@@ -50,12 +53,13 @@ def sections(report: Report) -> list[Section]:
 def cards(report: Report) -> Section | None:
     """What single heads do in both models; the page's template shows the cards."""
     if not report.cards:
-        return None
+        why = report.run.get("cards_reason")
+        return Section("cards", TITLE_OF_CARDS, (f"There are none: {why}.",)) if why else None
     text = (
         "What a head attends to from the decision token, what it writes to the logits, and the "
         "prompts on which it decides, in both models. Choosing a head anywhere opens its card."
     )
-    return Section("cards", "What changed in a head", (text,))
+    return Section("cards", TITLE_OF_CARDS, (text,))
 
 
 def study(report: Report) -> Section:
@@ -326,6 +330,19 @@ def maps(report: Report) -> Section | None:
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return number(sum(known) / len(known)) if known else "undefined"
+
+
+def pair(report: Report) -> Section | None:
+    """How far apart the models are, whether they read alike, and which matrices changed."""
+    if "pair" not in report.run:
+        return None
+    facts = from_json(PairFacts, report.run["pair"])
+    matrices, rows = weights_table(facts.weights)
+    caption = "How much each matrix changed, in percent of base's; (..): cosine of before and after"
+    table = Table(caption, ("layer", *matrices), tuple(map(tuple, rows)))
+    notes = (f"Outside the layers: {outside_layers(facts.weights)}.",) if rows else ()
+    said = tuple(facts.lines)
+    return Section("pair", "The pair", (), (table,) * bool(rows), sentences=said, notes=notes)
 
 
 def prompts(report: Report) -> Section:

@@ -243,11 +243,12 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
         return True
     shapes = [{n: t.shape for n, t in each.tensors.items()} for each in (one, other)]
     return shapes[0] == shapes[1] and all(
-        torch.equal(_values(name, one), _values(name, other)) for name in shapes[0]
+        torch.equal(stored_values(name, one), stored_values(name, other)) for name in shapes[0]
     )
 
 
-def _values(name: str, checkpoint: Checkpoint) -> torch.Tensor:
+def stored_values(name: str, checkpoint: Checkpoint) -> torch.Tensor:
+    """The numbers of one tensor of a checkpoint, in float32."""
     with safe_open(checkpoint.tensors[name].file, "pt") as tensors:
         return tensors.get_tensor(name).float()
 

@@ -1,0 +1,158 @@
+"""The audit of a pair: whether both models read the prompts alike, and what the pair is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+from rq4lens.analysis.card.swaps import divergence
+from rq4lens.analysis.effects.apart import PairFacts
+from rq4lens.analysis.effects.transfer import MOST_LEFT_OUT_PCT
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
+from rq4lens.analysis.statistics.plain import to_json
+from rq4lens.config import RunConfig
+from rq4lens.errors import UserError
+from rq4lens.jobs.progress import Stage, silent
+from rq4lens.models.catalog import audit_of, checkpoints_of, pair_from, size_of
+from rq4lens.models.pair import SIDES, ModelPair
+from rq4lens.models.prompts.audit import Audit
+from rq4lens.models.weights import WeightChange, changes_in_files, together
+from rq4lens.patching.activations import PairActivations
+
+Compare = Literal["auto", "none", "weights", "models"]
+
+CHEAP_BYTES = 2e9
+"""Models in folders that take less than this together are loaded unasked."""
+
+ADAPTER = "an adapter holds no whole matrices; --compare models merges it"
+
+
+Apart = tuple[Estimate, Estimate, Estimate]
+"""The gap from base, the gap from tuned, and on how many prompts in percent answers differ."""
+
+
+class PairAudit(NamedTuple):
+    """Both findings; ``facts`` is None where the models were not compared, and why."""
+
+    audit: Audit
+    facts: PairFacts | None
+    why_not: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``audit.json``."""
+        pair = None if self.facts is None else to_json(self.facts)
+        reason = {} if self.why_not is None else {"pair_reason": self.why_not}
+        return {**self.audit.to_dict(), "pair": pair, **reason}
+
+
+def audit_pair(config: RunConfig, compare: Compare = "auto", *, stage: Stage = silent) -> PairAudit:
+    """Audit the prompts of a pair, and say how far apart its models are.
+
+    Args:
+        config: names the pair, its prompts and how they are read.
+        compare: ``"models"`` loads both; ``"weights"`` reads their files, matrix by matrix;
+            ``"auto"`` loads small models from folders and leaves others alone.
+        stage: opens a stage of the work, for progress bars.
+
+    Raises:
+        UserError: if the prompts or a tokenizer cannot be read, or what was asked for cannot be
+            compared.
+    """
+    audit = audit_of(config.pair, config.reading, config.place)
+    if compare == "none":
+        return PairAudit(audit, None, "the models were not to be compared")
+    try:
+        if compare == "auto" and (why := _is_costly(config)):
+            return PairAudit(audit, None, why)
+        with stage("models", None):
+            of = _of_files if compare == "weights" else _of_models
+            return PairAudit(audit, of(config, audit))
+    except UserError as problem:
+        if compare != "auto":
+            raise
+        return PairAudit(audit, None, str(problem))
+
+
+def _is_costly(config: RunConfig) -> str | None:
+    """Why the models are not loaded unasked."""
+    found = checkpoints_of(config.pair, with_weights=False).values()
+    needed = sum(size_of(config.pair, side, config.place).weights.total for side in SIDES)
+    if needed <= CHEAP_BYTES and all(each.revision is None for each in found):
+        return None
+    return (
+        f"not compared, for the models take {needed / 1e9:.3g} GB: --compare weights reads their "
+        "files, --compare models loads them"
+    )
+
+
+def _of_files(config: RunConfig, audit: Audit) -> PairFacts:
+    found = checkpoints_of(config.pair)
+    reasons: dict[str, str] = {}
+    changes: Sequence[WeightChange] = ()
+    if any(each.is_adapter for each in found.values()):
+        reasons = dict.fromkeys(("relative_weight_change", "weight_cosine"), ADAPTER)
+    else:
+        changes = changes_in_files(found["base"], found["tuned"])
+    pair = pair_from(config.pair, config.reading, config.place.but(keep_both=False))
+    return facts_of(pair, _no_gap("only the weights were compared"), audit, changes, reasons)
+
+
+def _of_models(config: RunConfig, audit: Audit) -> PairFacts:
+    pair = pair_from(config.pair, config.reading, config.place)
+    return facts_of(pair, _gap(pair, config), audit, pair.weight_changes)
+
+
+def facts_of(
+    pair: ModelPair,
+    gap: Apart,
+    audit: Audit,
+    changes: Sequence[WeightChange] | None = None,
+    reasons: Mapping[str, str] | None = None,
+) -> PairFacts:
+    """What a pair is: from the gap both ways, the share of other answers, what both models read."""
+    changes = pair.weight_changes if changes is None else changes
+    whole = together(changes)
+    return PairFacts(
+        *gap,
+        n_prompts=len(audit.prompts),
+        n_same_tokens=audit.n_same_tokens,
+        same_tokenizer=pair.same_tokenizer,
+        relative_weight_change=whole and whole.relative_change,
+        weight_cosine=whole and whole.cosine,
+        weights=tuple(each.to_dict() for each in changes),
+        reasons=reasons or {},
+    )
+
+
+def _gap(pair: ModelPair, config: RunConfig) -> Apart:
+    """The gap both ways, and how often the most likely next tokens differ."""
+    split, effort = config.patching.split, config.effort
+    groups = pair.prompts.split(split).groups
+    activations = PairActivations(pair, batch_size=config.place.batch_size)
+    for side in SIDES:
+        activations.capture(side, split, [0], to_the_end=True)
+    found = {side: activations.log_probs(side, split).double() for side in SIDES}
+    for side, every in found.items():
+        ids = pair.shared_tokens.of(side)
+        if ids is not None:
+            inside = every[:, ids].logsumexp(-1, keepdim=True)
+            if float(100 * (1 - inside.exp()).mean()) > MOST_LEFT_OUT_PCT:
+                why = f"more than {MOST_LEFT_OUT_PCT:g}% of {side}'s probability lies on tokens"
+                return _no_gap(f"{why} that the other model lacks")
+            found[side] = every[:, ids] - inside
+    base, tuned = found.values()
+    differ = (base.argmax(-1) != tuned.argmax(-1)).double().numpy()
+    values: Float64[ndarray, "quantity prompt"] = np.stack(
+        [divergence(base, tuned), divergence(tuned, base), 100 * differ]
+    )
+    there, back, other = Bootstrap(groups, effort.resamples, effort.seed).estimate(values)
+    return there, back, other
+
+
+def _no_gap(why: str) -> Apart:
+    nothing = undefined(why)
+    return nothing, nothing, nothing

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 from numpy import ndarray
 
@@ -136,21 +137,22 @@ def _gap(pair: ModelPair, config: RunConfig) -> Apart:
     for side in SIDES:
         activations.capture(side, split, [0], to_the_end=True)
     found = {side: activations.log_probs(side, split).double() for side in SIDES}
+    prompts = activations.read("tuned", split)
     for side, every in found.items():
         ids = pair.shared_tokens.of(side)
         if ids is not None:
-            inside = every[:, ids].logsumexp(-1, keepdim=True)
-            if float(100 * (1 - inside.exp()).mean()) > MOST_LEFT_OUT_PCT:
+            inside = every[..., ids].logsumexp(-1, keepdim=True)
+            if float(100 * (1 - inside[prompts.is_compared].exp()).mean()) > MOST_LEFT_OUT_PCT:
                 why = f"more than {MOST_LEFT_OUT_PCT:g}% of {side}'s probability lies on tokens"
                 return _no_gap(f"{why} that the other model lacks")
-            found[side] = every[:, ids] - inside
+            found[side] = every[..., ids] - inside
     base, tuned = found.values()
-    differ = (base.argmax(-1) != tuned.argmax(-1)).double().numpy()
-    values: Float64[ndarray, "quantity prompt"] = np.stack(
-        [divergence(base, tuned), divergence(tuned, base), 100 * differ]
-    )
-    there, back, other = Bootstrap(groups, effort.resamples, effort.seed).estimate(values)
-    return there, back, other
+    first = torch.arange(len(prompts)), prompts.is_compared.int().argmax(-1)
+    differ = (base.argmax(-1) != tuned.argmax(-1))[first].double().numpy()
+    there, back = divergence(base, tuned).sum(1), divergence(tuned, base).sum(1)
+    values: Float64[ndarray, "quantity prompt"] = np.stack([there, back, 100 * differ])
+    to_base, to_tuned, other = Bootstrap(groups, effort.resamples, effort.seed).estimate(values)
+    return to_base, to_tuned, other
 
 
 def _no_gap(why: str) -> Apart:

@@ -202,7 +202,8 @@ class PairActivations:
             return tokens
         if (side, split) not in self._read:
             answers = answers_of(self.pair, split, self.batch_size)
-            self._read[side, split] = tokens.continued(in_tokens_of(self.pair, side, answers))
+            own = in_tokens_of(self.pair, side, split, answers)
+            self._read[side, split] = tokens.continued(own)
         return self._read[side, split]
 
     def prompts(self, side: Side, split: str) -> TokenizedPrompts:

@@ -53,8 +53,10 @@ def greedy(
     return said
 
 
-def in_tokens_of(pair: ModelPair, side: Side, answers: Sequence[Answer]) -> Sequence[Answer]:
-    """Answers in tokens of the tuned model, in those of one of the models.
+def in_tokens_of(
+    pair: ModelPair, side: Side, split: str, answers: Sequence[Answer]
+) -> Sequence[Answer]:
+    """Answers to the prompts of a split in tokens of the tuned model, in those of a model.
 
     Raises:
         UserError: if the base model lacks a token.
@@ -63,7 +65,7 @@ def in_tokens_of(pair: ModelPair, side: Side, answers: Sequence[Answer]) -> Sequ
     if side == "tuned" or shared.tuned is None or shared.base is None:
         return answers
     base = dict(zip(shared.tuned.tolist(), shared.base.tolist(), strict=True))
-    for name, answer in zip(pair.prompts.ids, answers, strict=False):
+    for name, answer in zip(pair.prompts.split(split).ids, answers, strict=True):
         missing = [token for token in answer if token not in base]
         if missing:
             text = pair.tuned.tokenizer.decode(missing[:1])

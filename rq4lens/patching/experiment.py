@@ -110,8 +110,7 @@ class Ends:
             if ids is not None:
                 log_probs = log_probs[..., ids]
                 inside = log_probs.double().logsumexp(-1, keepdim=True)
-                answered = torch.tensor(self.prompts(side).n_answer or [1] * len(log_probs))
-                there = torch.arange(log_probs.shape[1], 0, -1) <= answered[:, None]
+                there = self.prompts(side).is_compared
                 self._left_out[other] = float(100 * (1 - inside[there].exp()).mean())
                 log_probs = (log_probs - inside).to(log_probs)
             self._others[side] = OtherModel(log_probs, shared.of(side), self.asked(side))

@@ -22,6 +22,7 @@ from rq4lens.models.prompts.reading import decoded
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.engines.row_engine import RowEngine
+from rq4lens.patching.engines.windows import EngineOfWindows
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import BASE, Engine, Intervention, Patch, Sources
@@ -74,7 +75,7 @@ def engine_of(
 
 @torch.no_grad()
 def next_tokens(
-    experiment: Experiment, layer: int, base: LogProbs
+    experiment: Experiment, layer: int, base: Float[Tensor, "prompt answer vocab"]
 ) -> dict[str, dict[str, list[list[Any]]]]:
     """The likeliest next tokens of every prompt, and their probabilities.
 
@@ -82,11 +83,12 @@ def next_tokens(
     """
     engine, everything = experiment.engine, HeadSet.all(experiment.n_heads)
     sources = Sources({(layer, BASE): experiment.sources[layer, BASE]})
-    tuned = engine.clean_log_probs()
+    decision = torch.arange(len(base)), experiment.prompts.is_compared.int().argmax(-1)
+    tuned = engine.clean_log_probs()[decision]
     patched = torch.empty_like(tuned)
     for rows, logits in _patched_logits(engine, [(Patch(layer, everything, 1.0, BASE),)], sources):
         patched[rows] = logits[:, 0].double().log_softmax(-1).to(patched)
-    found = {"base": base, "tuned": tuned, "patched": patched}
+    found = {"base": base[decision], "tuned": tuned, "patched": patched}
     texts = {name: _texts(experiment.pair, name, each) for name, each in found.items()}
     return {
         name: {model: each[row] for model, each in texts.items()}
@@ -153,6 +155,13 @@ def _patched_logits(
     engine: Engine, interventions: Sequence[Intervention], sources: Sources
 ) -> Iterator[tuple[Int[Tensor, "prompt"], Float[Tensor, "prompt condition vocab"]]]:
     """Logits at the decision token of every intervention, a few prompts at a time."""
+    if isinstance(engine, EngineOfWindows):
+        for places, each in engine.engines.items():
+            every = torch.tensor(places)
+            theirs = Sources({key: source[every] for key, source in sources.items()})
+            for rows, logits in _patched_logits(each, interventions, theirs):
+                yield every[rows], logits
+        return
     assert isinstance(engine, RowEngine | HookEngine)
     n_vocab = engine.model.cfg.d_vocab_out
     at_once = max(1, LOGITS_AT_ONCE // (len(interventions) * n_vocab))
@@ -166,7 +175,8 @@ def _patched_logits(
             some = slice(start, start + at_once)
             rows = clean.rows[some]
             incoming = {key: source[rows] for key, source in sources.items()}
-            yield rows, engine.logits_of(here, some, interventions, incoming)
+            logits = engine.logits_of(here, some, interventions, incoming)
+            yield rows, logits[:: engine.window.n_answer]
 
 
 def _by_hooks(

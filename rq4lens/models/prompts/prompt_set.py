@@ -352,6 +352,15 @@ class TokenizedPrompts:
         """How many tokens of its answer are compared."""
         return self.n_answer[row] if self.n_answer else 1
 
+    @property
+    def is_compared(self) -> Bool[Tensor, "prompt answer"]:
+        """Which tokens of the longest answer each prompt has; the first of them is the decision's.
+
+        A shorter answer stands at the end.
+        """
+        n_answer = torch.tensor([self.answered(row) for row in range(len(self))])
+        return torch.arange(self.longest_answer, 0, -1) <= n_answer[:, None]
+
     @cached_property
     def longest_answer(self) -> int:
         """How many tokens of an answer are compared, at most."""

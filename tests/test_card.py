@@ -263,7 +263,7 @@ def test_a_rotated_head_keeps_what_it_reads_and_what_it_writes():
     assert card.reads.distance.value < 1e-6
     assert card.writes.output_change_pct.value < 1e-2
     assert card.carried.to_base_pct.value is None
-    assert "alike" in card.carried.to_base_pct.reason
+    assert "gap" in card.carried.to_base_pct.reason
 
 
 def test_other_vocabularies_leave_nulls_with_their_reasons():

@@ -219,7 +219,7 @@ def test_patch_prints_one_condition_and_writes_its_record(rq4lens, settings, tmp
         decimals = len(printed.partition(".")[2])
         assert (label, float(printed)) == (name, round(record[f"{name}_mean"], decimals))
     shares = [line[:9].strip() for line in lines[4:]]
-    assert shares == ["drop", "to base", "to tuned", "coverage"]
+    assert shares == ["drop", "to base", "to tuned", "coverage", "raw cover"]
 
 
 def test_options_replace_what_the_file_says(rq4lens, config):

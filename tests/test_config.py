@@ -65,7 +65,7 @@ def test_a_key_like_no_other_is_answered_with_all():
         ({"random_seeds": [-1]}, "random_seeds = '-1'"),
         (
             {"rank_by": "size"},
-            "rank_by = 'size'.*'delta', 'drop_pct', 'kl_raw', 'to_base' or 'to_tuned'",
+            "rank_by = 'size'.*'delta', 'drop_pct', .*'metric' or 'metric_to_tuned'",
         ),
         ({"map_kind": "magic"}, "map_kind = 'magic'.*'procrustes_scaled'"),
         ({"map_scope": "model"}, "map_scope = 'model'.*'head' or 'layer'"),

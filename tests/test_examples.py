@@ -15,8 +15,9 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 def known(tmp_path_factory):
     """What the package's docstring makes, and a finished run; pages are drawn elsewhere."""
     found = {"rq": rq, "SCENARIOS": SCENARIOS}
-    lines = doctest.DocTestParser().get_examples(rq.__doc__)
-    exec("".join(line.source for line in lines), found)
+    start = doctest.DocTestParser().get_doctest(rq.__doc__, found, "rq4lens", None, None)
+    assert not doctest.DocTestRunner().run(start, clear_globs=False).failed
+    found = start.globs
     patching = rq.Patching(layer=1, k=(1, 2))
     config = rq.RunConfig(patching=patching, effort=rq.Effort(analysis="grid", resamples=200))
     folder = tmp_path_factory.mktemp("run")

@@ -335,8 +335,12 @@ def test_per_prompt_shows_each_prompt_of_the_best_heads(grid):
     figure = figures.per_prompt(grid, top=3)
     assert [trace.name for trace in figure.data] == [grid.label(h) for h in grid.ranking.top(3)]
     best = figure.data[0]
-    assert list(best.x) == grid.single(grid.ranking.top(1)[0]).delta_nats.tolist()
-    assert all(pid in text for pid, text in zip(grid.prompt_ids, best.hovertext, strict=True))
+    delta_nats = dict(
+        zip(grid.prompt_ids, grid.single(grid.ranking.top(1)[0]).delta_nats, strict=True)
+    )
+    assert list(best.x) == sorted(delta_nats.values())
+    for at, text in zip(best.x, best.hovertext, strict=True):
+        assert any(pid in text for pid, value in delta_nats.items() if value == at)
 
 
 def test_per_prompt_hover_gives_the_mean_with_its_interval(grid):

@@ -65,15 +65,16 @@ def test_a_notebook_is_short_and_says_what_one_will_see(script):
 
 
 @each_notebook
-def test_the_first_cell_installs_the_package_on_colab_alone(script, monkeypatch):
+def test_the_first_cell_installs_the_package_on_colab_alone(script, tmp_path, monkeypatch):
     """Elsewhere it starts nothing; on Colab it installs this package by its name."""
     started = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: started.append(command))
-    first = code_cells(script)[0].source
-    exec(first, {})
+    first = tmp_path / "first.py"
+    first.write_text(code_cells(script)[0].source)
+    runpy.run_path(str(first))
     assert started == []
     monkeypatch.setitem(sys.modules, "google.colab", sys)
-    exec(first, {})
+    runpy.run_path(str(first))
     assert started[0][1:4] == ["-m", "pip", "install"]
     assert "rq4lens" in started[0]
 

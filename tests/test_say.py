@@ -8,7 +8,7 @@ from tiny import MAIN, TINY_HEADS, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.jobs.say import VOICES, continuations, said_text
+from rq4lens.jobs.patch import VOICES, continuations, said_text
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import Patch
 

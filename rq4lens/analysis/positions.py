@@ -90,6 +90,10 @@ def _left(grid: GridResult, cond: str, quantity: Quantity) -> Float64[ndarray, "
 class PositionMap(Shown):
     """Heads of a layer by token: each is patched there alone.
 
+    >>> found = rq.position_map(run, 2, run.prompt_ids[:4], pair=pair)
+    >>> found.roles
+    ('-2', '-1')
+
     Args:
         positions: the subject, if there is one, then the last tokens up to the decision token.
     """

@@ -73,6 +73,9 @@ def position_map(
     each head are measured raw and mapped at the run's alpha, and in both directions of transfer.
     The cost is that of the run's single heads, times the positions.
 
+    >>> rq.position_map(run, 2, run.prompt_ids[:4], pair=pair)
+    <PositionMap of etiquette, layer 1, at -2, -1>
+
     Args:
         run: a finished run, its directory, or a grid.
         positions: how many of the last tokens, the decision token among them, or ``"all"``; as many

@@ -50,7 +50,8 @@ def _is_plain(norm: Any) -> bool:
 
 def _fused(norm: Any, rows: Float[Tensor, "*rows d_model"]) -> Tensor:
     if isinstance(norm, RMSNorm):
-        return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps)
+        # Its derivative on a GPU is in float32, whatever the rows are in.
+        return functional.rms_norm(rows, norm.w.shape, norm.w, norm.eps).to(rows.dtype)
     return functional.layer_norm(rows, norm.w.shape, norm.w, norm.b, norm.eps)
 
 

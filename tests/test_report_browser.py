@@ -56,6 +56,10 @@ def report(grid, tmp_path_factory):
         provenance={"maps": {"26": {"diagnostics": synthetic_diagnostics(grid)}}, "note": HOSTILE},
         layers={**layers, 26: grid},
         cards=tuple(synthetic_card(Head(26, head), HOSTILE) for head in grid.ranking.top(24)),
+        next_tokens={
+            prompt: {model: [[HOSTILE, 0.25]] for model in ("base", "tuned", "patched")}
+            for prompt in grid.prompt_ids
+        },
     )
     return figures.write_report(path, content)
 
@@ -289,17 +293,13 @@ def test_prompt_texts_stay_text(opened):
     assert HOSTILE.replace('"', '\\"') in opened.page.locator("details pre").text_content()
 
 
-def test_a_prompt_says_what_base_tuned_and_patched_say(opened, grid):
-    """The likeliest token of both models and of tuned with the chosen head, as text."""
+def test_a_prompt_says_what_base_tuned_and_patched_say(opened):
+    """The likeliest tokens of both models and of tuned with base's heads, as text."""
     opened.unfold()
-    opened.page.select_option("#head", grid.label(grid.ranking.heads[0]))
     opened.page.locator("#list summary").first.click()
-    said = opened.page.locator("#list .said").first.text_content()
-    token = HOSTILE.replace('"', '\\"')
-    head = grid.label(grid.ranking.heads[0])
-    assert said == "; ".join(
-        f'{who} says "{token}" (25%)' for who in ("base", "tuned", f"tuned with {head} from base")
-    )
+    rows = opened.page.locator("#list details table").first.locator("tr").all_text_contents()
+    said = [f"{who}{HOSTILE} 25.0%" for who in ("base", "tuned", "tuned with base's heads")]
+    assert rows == said
 
 
 def test_prompts_can_be_searched_and_sorted(opened, grid):

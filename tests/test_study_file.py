@@ -179,8 +179,11 @@ def test_the_report_says_what_layers_carry_of_the_gap(finished):
                 low, high = row[f"{name}_ci95"]
                 assert low < row[name] < high
     page = (directory / REPORT).read_text(encoding="utf-8")
-    assert "<th>to_base(ALL)</th>" in page
-    assert f"{record['cells'][0]['gap_base_nats']:.3g} [" in page
+    for heading in ("gap (nats)", "to_base", "to_tuned"):
+        assert re.search(f"<th[^>]*>(<span[^>]*>)?{re.escape(heading)}<", page)
+    gap = re.search(r"<td[^>]*>([\d.]+) \[", page)[1]
+    n_decimals = len(gap.partition(".")[2])
+    assert float(gap) == round(record["cells"][0]["gap_base_nats"], n_decimals)
 
 
 def batched(rows, size):

@@ -43,9 +43,9 @@ import rq4lens.jobs.bench
 import rq4lens.jobs.run
 from rq4lens.disk import files
 from rq4lens.cli import main
-from rq4lens.config import RunConfig, preset
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.pair import SIDES, ModelPair
+from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
 from rq4lens.patching import activations, experiment
 
 torch.set_num_threads(1)
@@ -59,12 +59,20 @@ ModelPair.audit = lambda self: audit
 rq4lens.jobs.bench.pair_from = lambda *_, cache=None: pair
 rq4lens.jobs.run.write_pages = lambda *_: None
 
+def what(value):
+    if isinstance(value, TokenizedPrompts):
+        return value.fingerprint
+    if isinstance(value, TokenBatch):
+        return tuple(each.numpy().tobytes() for each in (value.tokens, value.rows, value.spots))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(what, value))
+    return id(value) if isinstance(value, torch.nn.Module) else repr(value)
+
 def once(place, name):
     function, known = getattr(place, name), {}
 
     def known_or_new(*arguments, **settings):
-        given = [repr(a) if isinstance(a, (list, RunConfig)) else id(a) for a in arguments]
-        key = (*given, repr(settings))
+        key = what([*arguments, *settings.items()])
         if key not in known:
             known[key] = function(*arguments, **settings)
         return known[key]
@@ -72,7 +80,7 @@ def once(place, name):
     setattr(place, name, known_or_new)
 
 once(rq4lens.jobs.run, "plan_memory")
-once(activations, "capture_z")  # of a model, its prompts, and layers
+once(activations, "capture")  # of a model, its prompts, and layers
 once(experiment, "make_engine")  # of a model and its prompts, whose clean pass it keeps
 
 def demo(arguments):

@@ -106,18 +106,44 @@ def head_cards(
 
 
 @dataclass(frozen=True)
+class Ends:
+    """The tokens that logits raise and lower most, counted from the mean over the vocabulary.
+
+    They are looked for where the logits are, which may be a GPU.
+    """
+
+    tokens: Int[ndarray, "*row end likely"]
+    logits: Float[ndarray, "*row end likely"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Ends:
+        """Both ends of direct effects on the logits."""
+        centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
+        ends = [centred.topk(n, largest=largest) for largest in (True, False)]
+        return cls(
+            torch.stack([end.indices for end in ends], dim=-2).cpu().numpy(),
+            torch.stack([end.values for end in ends], dim=-2).cpu().numpy(),
+        )
+
+    def of_row(self, row: int) -> Ends:
+        """Those of one prompt."""
+        return Ends(self.tokens[row], self.logits[row])
+
+
+@dataclass(frozen=True)
 class _Model:
     """What the heads of a layer do in one model.
 
-    ``outputs`` is ``z W_O``, ``elsewhere`` the same under the other model's attention; ``mean`` and
-    ``shown`` are direct effects on the logits, over all prompts and on those that a card shows.
+    ``outputs`` is ``z W_O``, ``elsewhere`` the same under the other model's attention; ``mean`` is
+    the direct effect on the logits over all prompts, ``shown`` the ends of that on those that the
+    card of each head shows.
     """
 
     reader: PatternReader
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
-    shown: tuple[Float[Tensor, "shown vocab"], ...]
+    shown: tuple[Ends, ...]
 
 
 class _Layer:
@@ -179,7 +205,8 @@ class _Layer:
         for head, rows in zip(self.heads, chosen, strict=True):
             added, at = writes.in_stream(head), [each.row for each in rows]
             mean.append(readout.mean_direct(added).cpu())
-            shown.append(Readout(model, states.resid[at]).direct(added[at]).cpu())
+            direct = Readout(model, states.resid[at]).direct(added[at])
+            shown.append(Ends.of(direct, N_SHIFTS_OF_PROMPT))
         other = states.z_elsewhere.get(self.layer)
         reader = PatternReader.of(
             self.sides.tokens[side].token_ids,
@@ -297,9 +324,9 @@ class _OfHead:
         before, after = (self.models[side].mean[self.place] for side in SIDES)
         same = self.layer.sides.one_vocabulary
         return Writes(
-            base=self._shifts("base", before, N_SHIFTS),
-            tuned=self._shifts("tuned", after, N_SHIFTS),
-            change=self._shifts("tuned", after - before, N_SHIFTS) if same else None,
+            base=self._shifts("base", Ends.of(before, N_SHIFTS)),
+            tuned=self._shifts("tuned", Ends.of(after, N_SHIFTS)),
+            change=self._shifts("tuned", Ends.of(after - before, N_SHIFTS)) if same else None,
             output_change_pct=moved,
             reasons={"change": OTHER_VOCABULARY},
         )
@@ -307,8 +334,7 @@ class _OfHead:
     def _decision(self, rank: int, chosen: _Chosen) -> Decision:
         sides, place = self.layer.sides, self.place
         written = {
-            side: self._shifts(side, self.models[side].shown[place][rank], N_SHIFTS_OF_PROMPT)
-            for side in SIDES
+            side: self._shifts(side, self.models[side].shown[place].of_row(rank)) for side in SIDES
         }
         return Decision(
             prompt=sides.tokens["tuned"].ids[chosen.row],
@@ -339,16 +365,13 @@ class _OfHead:
         pairs = zip(tokens.tolist(), shares.tolist(), strict=True)
         return tuple(Likely(self.layer.sides.token(side, at), _short(p)) for at, p in pairs)
 
-    def _shifts(self, side: Side, logits: Float[Tensor, " vocab"], n: int) -> Shifts:
-        """The tokens at both ends, counted from the mean over the vocabulary."""
-        centred, n = logits - logits.mean(), min(n, len(logits) // 2)
-        ends = (centred.topk(n), centred.topk(n, largest=False))
+    def _shifts(self, side: Side, ends: Ends) -> Shifts:
         raised, lowered = (
             tuple(
                 TokenShift(self.layer.sides.token(side, at), _short(value))
-                for value, at in zip(*(each.tolist() for each in end), strict=True)
+                for at, value in zip(tokens, values, strict=True)
             )
-            for end in ends
+            for tokens, values in zip(ends.tokens.tolist(), ends.logits.tolist(), strict=True)
         )
         return Shifts(raised, lowered)
 

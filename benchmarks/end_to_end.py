@@ -81,7 +81,7 @@ for side in ("base", "tuned"):
         torch.cuda.synchronize()
     print(f"rq4lens: load {side}, {time.perf_counter() - start:.2f} s", file=sys.stderr)
 """
-STAGE = re.compile(r"rq4lens: ([a-z ]+)(?:, [\d,]+ rows)?, ([\d.]+) s")
+STAGE = re.compile(r"rq4lens: ([a-z ]+)(?:, [\d,]+ [a-z]+)?, ([\d.]+) s")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def stages(said: str) -> dict[str, float]:
 
 
 def make_pair(folder: Path, shape: dict[str, Any], device: str, dtype: Any) -> None:
-    """Write base and tuned model, with the built-in pair's tokenizer."""
+    """Write base and tuned model, each with its tokenizer."""
     import torch  # noqa: PLC0415
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
     from transformers.initialization import no_init_weights  # noqa: PLC0415
@@ -179,11 +179,20 @@ def make_pair(folder: Path, shape: dict[str, Any], device: str, dtype: Any) -> N
         if side == "tuned":
             model.resize_token_embeddings(shape["vocab_size"] + ADDED_TOKENS, mean_resizing=False)
         model.save_pretrained(folder / side, max_shard_size="5GB")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(ETIQUETTE / side / name, folder / side / name)
+        write_tokenizer(folder, side, model.config.vocab_size)
     del model
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+
+
+def write_tokenizer(folder: Path, side: str, n_tokens: int) -> None:
+    """The built-in pair's tokenizer, with a name for each further row of the embeddings."""
+    shutil.copy(ETIQUETTE / side / "tokenizer_config.json", folder / side)
+    written = json.loads((ETIQUETTE / side / "tokenizer.json").read_text())
+    vocab = written["model"]["vocab"]
+    taken = {*vocab.values(), *(token["id"] for token in written["added_tokens"])}
+    vocab |= {f"[row {at}]": at for at in range(n_tokens) if at not in taken}
+    (folder / side / "tokenizer.json").write_text(json.dumps(written))
 
 
 def make_prompts(path: Path, n_train: int, n_val: int) -> None:

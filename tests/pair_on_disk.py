@@ -88,7 +88,7 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.Popen:
     )
 
 
-STAGE = re.compile(r"rq4lens: [\w ]+(, [\d,]+ rows)?, \d+\.\d s\n")
+STAGE = re.compile(r"rq4lens: [\w ]+(, [\d,]+ [a-z]+)?, \d+\.\d s\n")
 
 
 def without_stages(err):

@@ -9,12 +9,13 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 import pytest
+from pair_on_disk import write_pair
 from tiny import FAST
 
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import config_from, preset, read_config
-from rq4lens.disk.run import ranking_file
+from rq4lens.disk.run import HEADS, ranking_file
 from rq4lens.disk.store import read_record
 from rq4lens.errors import UserError
 from rq4lens.jobs.patch import patch_once
@@ -62,6 +63,16 @@ def assert_same_numbers(directory, other):
         assert row["heads"] == other_row["heads"]
         for name in ("KL_raw_mean", "KL_mapped_mean", "delta"):
             assert row[name] == pytest.approx(other_row[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_full_analysis_and_its_cards_work_in_half_precision(dtype, tmp_path):
+    """No part of it mixes number formats: here every part runs, on the format of the models."""
+    settings = write_pair(tmp_path) | {"analysis": "full", "dtype": dtype}
+    run = run_job(config_from(settings), tmp_path / "run")
+    assert run.run["models"]["base"]["dtype"] == dtype
+    assert run.analysis.kinds
+    assert list((tmp_path / "run" / HEADS).glob("*.json"))
 
 
 # --- what a run leaves

@@ -33,8 +33,8 @@ Of 3,312 pairs of draws none did; of lower lines each was crossed (docs/trust.md
 NOTHING, NO_SHARE = "Nothing is claimed about heads", "no share of the map's repair is claimed"
 
 TOO_NARROW = (
-    "intervals of what a map keeps held the truth in 61 to 80% of simulated studies, else missed it"
-    " by less than a point: one prompt of hundreds may hold a quarter of what the map loses"
+    "intervals of what a map keeps are too narrow (they held the truth in 61 to 80% of simulated "
+    "studies)"
 )
 """What holds less often than it says; the table is in docs/analysis.md."""
 

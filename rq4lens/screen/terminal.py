@@ -83,18 +83,23 @@ def output_problem(probe: str = "") -> str | None:
     return None
 
 
+UNITS = {"analysis": "parts", "cards": "cards", "validate": "pairs"}
+"""What is counted in the stages that do not count rows."""
+
+
 @contextmanager
 def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None] | None]:
     """Show a stage of the work while it lasts: a bar where its rows are counted, else a spinner.
 
     Without a terminal it is one line when it is done; what fails is one sentence then, too.
     """
+    unit = UNITS.get(name, "rows")
     if not errors.is_terminal:
         started = time.perf_counter()
         yield None
         seconds = time.perf_counter() - started
         errors.print(
-            f"rq4lens: {name}{'' if rows is None else f', {rows:,} rows'}, {seconds:.1f} s"
+            f"rq4lens: {name}{'' if rows is None else f', {rows:,} {unit}'}, {seconds:.1f} s"
         )
         return
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
@@ -107,7 +112,7 @@ def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None
         def report(finished: int) -> None:
             speed = progress.tasks[task].speed
             # Few and large pieces of work have no rate worth reading.
-            rate = "" if speed is None or speed < 1 else f"{speed:,.0f} rows/s"
+            rate = "" if speed is None or speed < 1 else f"{speed:,.0f} {unit}/s"
             progress.update(task, advance=finished, rate=rate)
 
         yield report if rows is not None else None

@@ -45,7 +45,7 @@ def held_out(layer_map: LayerMap, activations: PairActivations, split: str) -> S
     of_prompts = np.array(measured, dtype=object)
     shared = sorted(set(measured) & set(train))
     kept = [np.flatnonzero(of_rows != content) for content in shared]
-    predicted = layer_map(z_base)
+    predicted = layer_map(z_base).to(z_base)
     fits = fit_subsets(layer_map.kind, data, kept, layer_map.scope)
     for content, fit in zip(shared, fits, strict=True):
         asked = torch.from_numpy(of_prompts == content)
@@ -72,7 +72,7 @@ def from_other_heads(
         return
     data = FitData.of(activations, layer_map.layer)
     z_base = activations.z("base", split, layer_map.layer)
-    every, own = np.arange(len(data.x)), layer_map(z_base)
+    every, own = np.arange(len(data.x)), layer_map(z_base).to(z_base)
     for offset in range(1, layer_map.n_heads):
         others = [(head + offset) % layer_map.n_heads for head in heads]
         problem = replace(data, x=data.x[:, others], y=data.y[:, list(heads)])

@@ -339,6 +339,13 @@ def test_what_is_uncertain_is_said_where_it_is(found):
     assert "L1H0 is undecided because it holds the line" in claims(unclear)[-1]
 
 
+@pytest.mark.parametrize(("n_groups", "is_said"), [(79, True), (80, False)])
+def test_intervals_that_few_prompts_make_too_narrow_are_named(found, n_groups, is_said):
+    """Of what heads give base, below the number of groups at which they hold what they promise."""
+    told = replace(found, settings=replace(found.settings, n_groups=n_groups))
+    assert ("what heads give base are a little too narrow" in claims(told)[-1]) == is_said
+
+
 def test_harm_is_not_called_repair(found):
     """A map that makes it worse takes nothing back, and nothing covers it."""
     harm = replace(found.full, delta=around(-0.3, 0.1), undefined_because=None)

@@ -57,7 +57,8 @@ def quantiles(
 def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "quantity"]:
     """Whether a quantity is the same in every resample, up to rounding of the weighted sums."""
     rounding = 64 * np.finfo(float).eps * np.abs(draws).max(0)
-    return ~(draws.max(0) - draws.min(0) > rounding)
+    with np.errstate(invalid="ignore"):  # infinite in each of them
+        return ~(draws.max(0) - draws.min(0) > rounding)
 
 
 def number_text(value: float | None, form: str, absent: str = "undefined") -> str:

@@ -1,7 +1,7 @@
 """Turn the records of ``benchmarks/results/`` into ``benchmarks/RESULTS.md`` and growth curves.
 
 Run as ``python benchmarks/tables.py`` after ``engine.py``, ``atlas.py``, ``spread.py``,
-``positions.py`` and ``end_to_end.py``.
+``positions.py``, ``end_to_end.py`` and ``many_prompts.py``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
     sections += [whole_run(each) for name, each in found.items() if name.startswith("end-to-end-")]
     sections += [bridge(each) for name, each in found.items() if name.startswith("bridge-")]
     sections += [positions(each) for name, each in found.items() if name.startswith("positions-")]
+    sections += [prompts(n, each) for n, each in found.items() if n.startswith("many-prompts-")]
     (HERE / "RESULTS.md").write_text("\n".join([INTRODUCTION, *sections]))
     for name, record in records.items():
         if "growth" in record:
@@ -305,6 +306,31 @@ def whole_run(record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def prompts(name: str, record: dict[str, Any]) -> str:
+    """A run by the number of its val prompts."""
+    head = ("val prompts", "seconds", "CPU seconds", "peak memory", "report")
+    lines = [
+        "## More prompts",
+        "",
+        f"{record['what'][0].upper()}{record['what'][1:]}.",
+        "",
+        origin(record),
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---:|' * len(head)}",
+    ]
+    for run in record["runs"]:
+        cells = (
+            f"{run['n_val']:,}",
+            f"{run['wall_seconds']:.0f}",
+            f"{run['cpu_seconds']:.0f}",
+            f"{run['peak_bytes'] / 1e9:.2f} GB",
+            f"{run['report_bytes'] / 1e6:.1f} MB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"![How a run grows with its prompts](results/{name}.svg)", ""])
 
 
 def draw(record: dict[str, Any]) -> go.Figure:

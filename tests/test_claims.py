@@ -176,6 +176,14 @@ def test_a_true_answer_says_what_is_so(found):
     assert uncertain.startswith("The intervals are over more prompts like these 60")
 
 
+def test_a_share_of_the_gap_has_one_interval_wherever_it_stands(found):
+    """In the table of heads, in that of the few heads, and in the sentence about them."""
+    (row,) = (each for each in found.directions[0].coverage if each.k == 1)
+    of_head = found.transfer.heads_to_base_pct[row.heads[0]]
+    assert row.coverage_pct == of_head
+    assert f"L1H0 alone undoes {share(of_head)} of the gap" in found.claims[2]
+
+
 def test_a_gap_is_no_multiple_of_a_noise_pair_that_was_not_measured(found):
     """Then nothing is said of it."""
     assert "shuffled" not in claims(replace(found, noise=None))[0]

@@ -201,7 +201,8 @@ def _heads(analysis: Analysis) -> str:
     names = _labels(analysis, row.heads)
     crossed = row.cross_fitted_coverage_pct
     scored = "" if row.k == 1 else " when ranked on other prompts"
-    amount = share(row.coverage_pct if crossed.value is None else crossed)
+    # A head that ranks first on any half of the prompts was not chosen by luck.
+    amount = share(row.coverage_pct if crossed.value is None or _is_alone(row) else crossed)
     few = _is_most(row, here.to_base_pct.value or 0.0)
     top = f"{'The' if few else 'the'} top {row.k} heads ({names}) undo"
     who = f"{names} alone undoes" if row.k == 1 else top
@@ -209,6 +210,12 @@ def _heads(analysis: Analysis) -> str:
     back = here.heads_to_tuned_pct[row.heads[0]]
     other = f", and gives base {share(back)}" if row.k == 1 else ""
     return f"{who} {amount} of the gap{scored}{other}; {_beside_random(row)}."
+
+
+def _is_alone(row: CoverageRow) -> bool:
+    """Whether a single head comes first, whichever prompts rank it."""
+    optimism = row.optimism_pct.value
+    return row.k == 1 and optimism is not None and abs(optimism) < 1e-9
 
 
 def _value(here: LayerTransfer, head: int) -> float:

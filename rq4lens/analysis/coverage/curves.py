@@ -38,7 +38,7 @@ def curve_of(
     shares = means.apply(share_of_whole)
     reason = layer.full.undefined_because
     if reason is None:
-        (low, high), coverage_pct = simultaneous_band(shares), _coverage(shares, layer)
+        (low, high), coverage_pct = simultaneous_band(shares), _coverage(shares, delta_nats, layer)
         area_pct, cmd, k90 = _areas(shares)
     else:
         low = high = np.empty(0)
@@ -81,11 +81,15 @@ def fewest_heads(shares: Curves, share: float = CARRIED) -> ndarray:
     return np.argmax(np.concatenate([reached, last], axis=-1), axis=-1)
 
 
-def _coverage(shares: Resampled, layer: MeasuredLayer) -> list[Estimate]:
-    estimates = shares.apply(lambda f: 100 * f).estimates()
+def _coverage(
+    shares: Resampled, delta_nats: Float64[ndarray, "k prompt"], layer: MeasuredLayer
+) -> list[Estimate]:
     # No heads cover nothing and all heads cover everything: that is what coverage means.
-    last = exact(100.0) if layer.all_is_whole else estimates[-1]
-    return [exact(0.0), *estimates[1:-1], last]
+    if layer.all_is_whole:
+        return [exact(0.0), *shares.apply(lambda f: 100 * f).estimates()[1:-1], exact(100.0)]
+    # A share of the gap has one interval, wherever it stands.
+    whole = layer.whole_nats[None]
+    return [exact(0.0), *layer.bootstrap.shares(whole, whole - delta_nats)[1:]]
 
 
 def _areas(shares: Resampled) -> list[Estimate]:

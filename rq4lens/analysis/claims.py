@@ -70,11 +70,13 @@ def study_claims(analysis: Analysis) -> tuple[str, ...]:
     why = full.undefined_because or _no_claim(analysis) or _no_repair(analysis)
     if why is not None:
         return (f"{where} {NO_SHARE}: {why}.",)
-    does = "makes the raw patch worse by" if full.is_harm else "takes back"
-    sentences = [f"{where} the map {does} {full.delta:.3g} nats of the raw patch's damage."]
-    if not full.is_harm:
-        sentences += [*_coverage(analysis), *_across_alphas(analysis)]
-    return (*sentences, *_control(analysis))
+    if full.is_harm:
+        harm = (
+            f"{where} the map does harm, the mapped patch damages more than the raw one: ΔKL(ALL) "
+        )
+        return (f"{harm}is {full.delta:.3g} nats.", *_control(analysis))
+    repair = f"{where} the map takes back {full.delta:.3g} nats of the raw patch's damage."
+    return (repair, *_coverage(analysis), *_across_alphas(analysis), *_control(analysis))
 
 
 # The gap, and what forbids any further claim

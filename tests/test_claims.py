@@ -358,7 +358,7 @@ def test_harm_is_not_called_repair(found):
     """A map that makes it worse takes nothing back, and nothing covers it."""
     harm = replace(found.full, delta=around(-0.3, 0.1), undefined_because=None)
     first, *rest = study_claims(replace(found, full=harm))
-    assert "the mapped patch damages more than the raw one: ΔKL(ALL) is -0.3" in first
+    assert "the map does harm: ΔKL(ALL) is -0.3" in first
     assert not any(" cover" in sentence for sentence in rest)
 
 

@@ -71,10 +71,8 @@ def study_claims(analysis: Analysis) -> tuple[str, ...]:
     if why is not None:
         return (f"{where} {NO_SHARE}: {why}.",)
     if full.is_harm:
-        harm = (
-            f"{where} the map does harm, the mapped patch damages more than the raw one: ΔKL(ALL) "
-        )
-        return (f"{harm}is {full.delta:.3g} nats.", *_control(analysis))
+        harm = f"{where} the map does harm: ΔKL(ALL) is {full.delta:.3g} nats, the mapped patch "
+        return (f"{harm}damages more than the raw one.", *_control(analysis))
     repair = f"{where} the map takes back {full.delta:.3g} nats of the raw patch's damage."
     return (repair, *_coverage(analysis), *_across_alphas(analysis), *_control(analysis))
 

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -42,13 +43,18 @@ def main(out: Path = HERE) -> None:
         provenance=run.run,
     )
     sys.path.append(str(BENCHMARKS))
-    from cost import engine_cost  # noqa: PLC0415 (benchmarks are scripts, not a package)
+    from cost import engine_cost, whole_run  # noqa: PLC0415 (benchmarks are scripts, not a package)
 
-    record = json.loads((BENCHMARKS / "results" / "llama-8b.json").read_text())
-    drawn["engine_cost"] = engine_cost(record)
+    drawn["engine_cost"] = engine_cost(record_of("llama-8b"))
+    drawn["whole_run"] = whole_run(record_of("end-to-end-llama-8b"))
     for sentence in rq.figures.write_figures(drawn, out, title=f"Figures of the pair {PAIR}"):
         print(sentence)
     print(f"{len(drawn)} figures in {out}")
+
+
+def record_of(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":

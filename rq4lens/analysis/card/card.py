@@ -106,7 +106,7 @@ def head_cards(
 
 
 @dataclass(frozen=True)
-class Ends:
+class Extremes:
     """The tokens that logits raise and lower most, counted from the mean over the vocabulary.
 
     They are looked for where the logits are, which may be a GPU.
@@ -116,7 +116,7 @@ class Ends:
     logits: Float[ndarray, "*row end likely"]
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Ends:
+    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Extremes:
         """Both ends of direct effects on the logits."""
         centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
         ends = [centred.topk(n, largest=largest) for largest in (True, False)]
@@ -125,9 +125,9 @@ class Ends:
             torch.stack([end.values for end in ends], dim=-2).cpu().numpy(),
         )
 
-    def of_row(self, row: int) -> Ends:
+    def of_row(self, row: int) -> Extremes:
         """Those of one prompt."""
-        return Ends(self.tokens[row], self.logits[row])
+        return Extremes(self.tokens[row], self.logits[row])
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Model:
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
-    shown: tuple[Ends, ...]
+    shown: tuple[Extremes, ...]
 
 
 class _Layer:
@@ -206,7 +206,7 @@ class _Layer:
             added, at = writes.in_stream(head), [each.row for each in rows]
             mean.append(readout.mean_direct(added).cpu())
             direct = Readout(model, states.resid[at]).direct(added[at])
-            shown.append(Ends.of(direct, N_SHIFTS_OF_PROMPT))
+            shown.append(Extremes.of(direct, N_SHIFTS_OF_PROMPT))
         other = states.z_elsewhere.get(self.layer)
         reader = PatternReader.of(
             self.sides.tokens[side].token_ids,
@@ -324,9 +324,9 @@ class _OfHead:
         before, after = (self.models[side].mean[self.place] for side in SIDES)
         same = self.layer.sides.one_vocabulary
         return Writes(
-            base=self._shifts("base", Ends.of(before, N_SHIFTS)),
-            tuned=self._shifts("tuned", Ends.of(after, N_SHIFTS)),
-            change=self._shifts("tuned", Ends.of(after - before, N_SHIFTS)) if same else None,
+            base=self._shifts("base", Extremes.of(before, N_SHIFTS)),
+            tuned=self._shifts("tuned", Extremes.of(after, N_SHIFTS)),
+            change=self._shifts("tuned", Extremes.of(after - before, N_SHIFTS)) if same else None,
             output_change_pct=moved,
             reasons={"change": OTHER_VOCABULARY},
         )
@@ -365,7 +365,7 @@ class _OfHead:
         pairs = zip(tokens.tolist(), shares.tolist(), strict=True)
         return tuple(Likely(self.layer.sides.token(side, at), _short(p)) for at, p in pairs)
 
-    def _shifts(self, side: Side, ends: Ends) -> Shifts:
+    def _shifts(self, side: Side, ends: Extremes) -> Shifts:
         raised, lowered = (
             tuple(
                 TokenShift(self.layer.sides.token(side, at), _short(value))

@@ -20,6 +20,7 @@ from rq4lens.disk.store import read_record
 from rq4lens.errors import UserError
 from rq4lens.jobs.patch import patch_once
 from rq4lens.jobs.run import run as run_job
+from rq4lens.models.load.lens import HAS_HOOKED
 from rq4lens.patching.maps.map import load_map
 
 KEPT = {"train": 160, "val": 24, "neutral": 0}
@@ -72,7 +73,10 @@ def test_the_full_analysis_and_its_cards_work_in_half_precision(dtype, tmp_path)
     run = run_job(config_from(settings), tmp_path / "run")
     assert run.run["models"]["base"]["dtype"] == dtype
     assert run.analysis.kinds
-    assert list((tmp_path / "run" / HEADS).glob("*.json"))
+    # A bridge has no cards, and says so.
+    made = list((tmp_path / "run" / HEADS).glob("*.json"))
+    assert bool(made) == HAS_HOOKED
+    assert (run.run["cards_reason"] is None) == HAS_HOOKED
 
 
 # --- what a run leaves

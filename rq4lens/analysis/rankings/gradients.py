@@ -18,7 +18,7 @@ from rq4lens.analysis.rankings.exact import per_prompt_ranking
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
-from rq4lens.models.load.lens import HookedTransformer, HookPoint, z_site
+from rq4lens.models.load.lens import HookedModel, HookedTransformer, HookPoint, z_site
 from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch
@@ -69,7 +69,7 @@ def _suffix_logits(
 
 
 def _native_logits(
-    model: HookedTransformer, layer: int, batch: TokenBatch, token: int, z: RowsOfZ
+    model: HookedModel, layer: int, batch: TokenBatch, token: int, z: RowsOfZ
 ) -> RowsOfLogits:
     """From ``z`` to logits at one token of the answer by full passes through a native hook."""
     places = batch.patched

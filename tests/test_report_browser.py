@@ -297,9 +297,10 @@ def test_a_prompt_says_what_base_tuned_and_patched_say(opened):
     """The likeliest tokens of both models and of tuned with base's heads, as text."""
     opened.unfold()
     opened.page.locator("#list summary").first.click()
-    rows = opened.page.locator("#list details table").first.locator("tr").all_text_contents()
+    rows = opened.page.locator("#list details table").first.locator("tr")
+    rows.first.wait_for()  # what is folded is drawn when it opens
     said = [f"{who}{HOSTILE} 25.0%" for who in ("base", "tuned", "tuned with base's heads")]
-    assert rows == said
+    assert rows.all_text_contents() == said
 
 
 def test_prompts_can_be_searched_and_sorted(opened, grid):

@@ -23,6 +23,9 @@ S = TypeVar("S", bound="Settings")
 BUILTIN = ("etiquette", "dialect")
 """The pairs that run without any download."""
 
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting: its default, and what it means in TOML files, options and error sentences."""

@@ -43,9 +43,10 @@ from transformers import (
 from rq4lens.config import Place
 from rq4lens.models.load import fingerprint, loading
 from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.conversion import hooked_from
 from rq4lens.models.load.devices import Placement
-from rq4lens.models.load.fingerprint import checkpoint_fingerprint
+from rq4lens.models.load.fingerprint import files_digest
 from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.load.parity import CHECK_TEXTS
@@ -208,13 +209,13 @@ def test_a_checkpoint_is_known_by_its_files(folders, llama):
 def test_a_file_is_known_by_each_of_its_pieces(llama, monkeypatch):
     """A bit in the first, a middle or the last piece of a file that is read in many."""
     monkeypatch.setattr(fingerprint, "PIECE_BYTES", 5000)
-    path, prints = llama / "model.safetensors", [checkpoint_fingerprint(llama)]
+    path, prints = llama / "model.safetensors", [files_digest(locate(llama)).result()]
     for at in (1, path.stat().st_size // 2, -1):
         flip_a_bit(path, at)
-        prints.append(checkpoint_fingerprint(llama))
+        prints.append(files_digest(locate(llama)).result())
         flip_a_bit(path, at)
     assert len(set(prints)) == 4
-    assert checkpoint_fingerprint(llama) == prints[0]
+    assert files_digest(locate(llama)).result() == prints[0]
 
 
 def test_a_checkpoint_is_read_once_for_its_fingerprint(llama, monkeypatch):
@@ -227,11 +228,11 @@ def test_a_checkpoint_is_read_once_for_its_fingerprint(llama, monkeypatch):
     monkeypatch.setattr(loading, "weights_fingerprint", pytest.fail)
     for _ in range(2):
         ModelCard.of(load_hooked(llama))
-    checkpoint_fingerprint(llama)
+    files_digest(locate(llama)).result()
     assert sorted(read) == sorted({*read})
     assert "model.safetensors" in read
     (llama / "config.json").touch()
-    checkpoint_fingerprint(llama)
+    files_digest(locate(llama)).result()
     assert len(read) == 2 * len({*read})
 
 

@@ -26,7 +26,7 @@ from rq4lens.disk.files import read_json, write_json_atomic
 from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.keys import ChunkIngredients, ConditionIngredients, MeasuredOn
+from rq4lens.patching.keys import ConditionIngredients, MeasuredOn, chunk_ingredients
 from rq4lens.patching.patch import Patch
 
 ON = MeasuredOn(
@@ -110,8 +110,8 @@ def test_changing_any_ingredient_changes_the_key(store, changed):
 def test_changing_any_ingredient_changes_the_key_of_a_chunk(changed):
     """Nor do head sets that were measured together."""
     second = replaced_patch(heads=HeadSet.of([1], 8))
-    chunk = ChunkIngredients((INGREDIENTS, second), PROMPT_IDS)
-    other = ChunkIngredients((changed, replace(second, on=changed.on)), PROMPT_IDS)
+    chunk = chunk_ingredients((INGREDIENTS, second), PROMPT_IDS)
+    other = chunk_ingredients((changed, replace(second, on=changed.on)), PROMPT_IDS)
     assert content_key(chunk.to_dict()) != content_key(other.to_dict())
 
 
@@ -119,7 +119,7 @@ def test_a_chunk_is_its_patches_and_prompts_in_their_order():
     """One patch more, another order of them, or other prompts: another chunk."""
     one, two = INGREDIENTS, replaced_patch(heads=HeadSet.of([1], 8))
     chunks = [
-        ChunkIngredients(patches, prompts)
+        chunk_ingredients(patches, prompts)
         for patches in ((one,), (one, two), (two, one))
         for prompts in (PROMPT_IDS, PROMPT_IDS[::-1], PROMPT_IDS[:1])
     ]

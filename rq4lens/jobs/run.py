@@ -29,6 +29,7 @@ from rq4lens.disk.run import (
     ranking_file,
     remove_other_rankings,
 )
+from rq4lens.disk.store import NamedIngredients
 from rq4lens.errors import UserError
 from rq4lens.jobs.audit import facts_of
 from rq4lens.jobs.bench import Bench
@@ -44,7 +45,6 @@ from rq4lens.models.weights import WeightChange
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
-from rq4lens.patching.keys import NamedIngredients
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.noise import NoiseEffects, noise_effects
 from rq4lens.results import GridResult
@@ -74,7 +74,7 @@ def provenance(bench: Bench, experiment: Experiment, grid: GridResult) -> dict[s
             "fingerprint": pair.prompts.fingerprint,
             "splits": {name: len(pair.prompts.split(name)) for name in pair.prompts.splits},
             "tokens": {
-                side: pair.token_fingerprint(side, grid.settings.patching.split) for side in SIDES
+                side: pair.tokens(side, grid.settings.patching.split).fingerprint for side in SIDES
             },
         },
         "maps": {

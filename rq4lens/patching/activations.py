@@ -12,7 +12,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import refuse_two_places
-from rq4lens.disk.store import NUMERICS_VERSION, Store
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.fingerprint import arithmetic_libraries
@@ -24,7 +24,6 @@ from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.answers import answers_of, in_tokens_of
 from rq4lens.patching.engines.layout import Steps, fused_norms, side_by_side, store_for_products
-from rq4lens.patching.keys import NamedIngredients
 from rq4lens.patching.passes import Reader, forward_steps, precise_dtype, reader_at, unembed
 from rq4lens.patching.patch import Site
 

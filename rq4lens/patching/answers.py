@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.models.load.lens import HookedModel
-from rq4lens.models.pair import ModelPair, Side
+from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.passes import forward_batch
 
@@ -61,10 +61,10 @@ def in_tokens_of(
     Raises:
         UserError: if the base model lacks a token.
     """
-    shared = pair.shared_tokens
-    if side == "tuned" or shared.tuned is None or shared.base is None:
+    of_base, of_tuned = (pair.shared_tokens[each] for each in SIDES)
+    if side == "tuned" or of_tuned is None or of_base is None:
         return answers
-    base = dict(zip(shared.tuned.tolist(), shared.base.tolist(), strict=True))
+    base = dict(zip(of_tuned.tolist(), of_base.tolist(), strict=True))
     for name, answer in zip(pair.prompts.split(split).ids, answers, strict=True):
         missing = [token for token in answer if token not in base]
         if missing:

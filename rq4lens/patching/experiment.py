@@ -105,7 +105,7 @@ class Ends:
         if side not in self._others:
             other: Side = "base" if side == "tuned" else "tuned"
             shared = self.pair.shared_tokens
-            log_probs, ids = self._log_probs(other), shared.of(other)
+            log_probs, ids = self._log_probs(other), shared[other]
             self._left_out[other] = 0.0
             if ids is not None:
                 log_probs = log_probs[..., ids]
@@ -113,7 +113,7 @@ class Ends:
                 there = self.prompts(side).is_compared
                 self._left_out[other] = float(100 * (1 - inside[there].exp()).mean())
                 log_probs = (log_probs - inside).to(log_probs)
-            self._others[side] = OtherModel(log_probs, shared.of(side), self.asked(side))
+            self._others[side] = OtherModel(log_probs, shared[side], self.asked(side))
         return self._others[side]
 
     def asked(self, side: Side) -> Asked | None:
@@ -125,7 +125,7 @@ class Ends:
         if asked is None or all(asked.answers):
             return asked
         shared = self.pair.shared_tokens
-        log_probs, ids, own = self._log_probs("tuned"), shared.of("tuned"), shared.of(side)
+        log_probs, ids, own = self._log_probs("tuned"), shared["tuned"], shared[side]
         best = (log_probs if ids is None else log_probs[..., ids])[:, -1].argmax(-1)
         self._asked[side] = asked.answered((best if own is None else own[best]).tolist())
         return self._asked[side]

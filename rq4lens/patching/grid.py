@@ -257,7 +257,7 @@ def _result(
             tuned=pair.tuned.card.source,
             n_layers=pair.n_layers,
             n_heads=pair.n_heads,
-            decision_rule=pair.decision_rule,
+            decision_rule=pair.reading.label,
             dtype=pair.tuned.card.dtype,
             engine=experiment.engine.name,
             # What was measured, whatever was asked for.

@@ -6,25 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from rq4lens.config import Patching
-from rq4lens.disk.store import NUMERICS_VERSION, content_key
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, content_key
 from rq4lens.patching.patch import Patch
 
 PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction", "metric"}
 """Settings that are decided when an experiment is prepared."""
-
-
-class NamedIngredients(NamedTuple):
-    """Everything that a record depends on, by name, and a readable start of its file name."""
-
-    label: str
-    values: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name."""
-        return self.values
 
 
 def identity(card: Mapping[str, Any]) -> dict[str, str]:
@@ -89,37 +78,26 @@ class ConditionIngredients:
         return self.on.values | {"patch": patch}
 
 
-@dataclass(frozen=True)
-class ChunkIngredients:
+def chunk_ingredients(
+    conditions: Sequence[ConditionIngredients], prompt_ids: Sequence[str]
+) -> NamedIngredients:
     """Everything that can change the effects of patches that were measured together.
 
-    Patches of one layer, strength and source stand together; the prompts, in order, may be a part
-    of the split.
+    Patches of one layer, strength and source stand together, their head sets as a hash: they may be
+    thousands. The prompts, in order, may be a part of the split.
     """
-
-    conditions: Sequence[ConditionIngredients]
-    prompt_ids: Sequence[str]
-
-    @property
-    def label(self) -> str:
-        """Layer, strength and number of the patches."""
-        first = self.conditions[0].patch
-        return f"L{first.layer}_{len(self.conditions)}_patches_a{float(first.alpha):g}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name; thousands of head sets stand there as their hash."""
-        return self._values
-
-    @cached_property
-    def _values(self) -> dict[str, Any]:
-        patches = []
-        for group, members in groupby(
-            self.conditions, key=lambda each: _group(each.patch, each.map_fingerprint)
-        ):
-            head_sets = [list(each.patch.heads) for each in members]
-            patches.append(group | {"head_sets": content_key({"head_sets": head_sets})})
-        prompt_ids = content_key({"ids": list(self.prompt_ids)})
-        return self.conditions[0].on.values | {"prompt_ids": prompt_ids, "patches": patches}
+    patches = []
+    for group, members in groupby(
+        conditions, key=lambda each: _group(each.patch, each.map_fingerprint)
+    ):
+        head_sets = [list(each.patch.heads) for each in members]
+        patches.append(group | {"head_sets": content_key({"head_sets": head_sets})})
+    prompts = content_key({"ids": list(prompt_ids)})
+    first = conditions[0]
+    return NamedIngredients(
+        f"L{first.patch.layer}_{len(conditions)}_patches_a{float(first.patch.alpha):g}",
+        first.on.values | {"prompt_ids": prompts, "patches": patches},
+    )
 
 
 def _group(patch: Patch, map_fingerprint: str | None) -> dict[str, Any]:

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from rq4lens.disk.store import Store, content_key
+from rq4lens.disk.store import NamedIngredients, Store, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import arithmetic_libraries, tensor_fingerprint
 from rq4lens.models.pair import SIDES
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.keys import (
-    ChunkIngredients,
     ConditionIngredients,
     MeasuredOn,
-    NamedIngredients,
+    chunk_ingredients,
     identity,
     measured_parts,
 )
@@ -193,7 +192,7 @@ class Measurer:
         if self.chunks is None:
             return self._measured(patches, progress)
         conditions = tuple(map(self._ingredients, patches))
-        ingredients = ChunkIngredients(conditions, self.experiment.prompt_ids)
+        ingredients = chunk_ingredients(conditions, self.experiment.prompt_ids)
         found = self.chunks.get_tensors(ingredients)
         if found is not None:
             self._report(len(patches), progress)
@@ -343,7 +342,7 @@ class Measurer:
             models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
             prompts=pair.prompts.split(split).fingerprint,
             tokens={side: read(side, split).fingerprint for side in SIDES},
-            decision_rule=pair.decision_rule,
+            decision_rule=pair.reading.label,
             patching=measured_parts(experiment.settings),
             dtype=pair.tuned.card.dtype,
             device=device_of(experiment.tuned_model).type,

@@ -13,14 +13,14 @@ from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import Patching, Place
-from rq4lens.disk.store import content_key
+from rq4lens.disk.store import NamedIngredients, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.keys import NamedIngredients, settings_values
+from rq4lens.patching.keys import settings_values
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.patch import BASE, MAPPED, RAW, Patch

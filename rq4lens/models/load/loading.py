@@ -33,7 +33,7 @@ from rq4lens.models.load.huggingface import (
 )
 from rq4lens.models.load.lens import Backend, HookedModel, bridge_from, chosen_backend
 from rq4lens.models.load.parity import check_tokens, hugging_face_logits, require_same_logits
-from rq4lens.models.load.size import checkpoint_size, estimate_memory
+from rq4lens.models.load.size import estimate_memory, model_size
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ def load_hooked(
     asked = locate(source, revision, trust_remote_code=trust_remote_code)
     weights = base_of(asked) if asked.is_adapter else asked
     backend = chosen_backend(place.backend)
-    size = checkpoint_size(asked, dtype, backend)
+    size = model_size(asked, dtype, backend)
     estimate = estimate_memory(size, devices)
     estimate.require_fit()
     _require_one_device(backend, estimate.placement)
-    tokenizer = load_tokenizer(asked if asked.has_tokenizer else weights)
+    tokenizer = load_own_tokenizer(asked)
     files = files_digest(asked)
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
     hf_model = load_hugging_face(weights, dtype=dtype, device_map=places)
@@ -193,11 +193,8 @@ def load_hooked(
     )
 
 
-def load_own_tokenizer(
-    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that :func:`load_hooked` would give the model, without the model."""
-    asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
+def load_own_tokenizer(asked: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; an adapter without one reads as its base does."""
     return load_tokenizer(base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked)
 
 

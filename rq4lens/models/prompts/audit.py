@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
 
-from rq4lens.config import Reading
+from rq4lens.config import SIDES, Reading, Side
 from rq4lens.errors import UserError
 from rq4lens.models.prompts.matching import shown, unmatched
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
@@ -35,9 +35,6 @@ from rq4lens.results import Shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-AuditSide = Literal["base", "tuned"]
-AUDIT_SIDES: tuple[AuditSide, AuditSide] = ("base", "tuned")
 
 ENOUGH_PCT = 95.0
 """A run whose prompts align less often than this says so in its report."""
@@ -107,11 +104,11 @@ class PromptAudit:
 
     id: str
     split: str
-    sides: Mapping[AuditSide, SideAudit]
+    sides: Mapping[Side, SideAudit]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     same_tokens: bool
-    misread_by: tuple[AuditSide, ...]
+    misread_by: tuple[Side, ...]
 
     @property
     def aligned(self) -> bool:
@@ -203,7 +200,7 @@ class Audit(Shown):
             f"{cause.said.rstrip('.')}; see audit.json or rq4lens audit."
         )
 
-    def n_cut(self, side: AuditSide) -> int:
+    def n_cut(self, side: Side) -> int:
         """How many prompts of a side were cut on the left."""
         read = (each.sides[side] for each in self.prompts if side in each.sides)
         return sum(side_audit.n_dropped > 0 for side_audit in read)
@@ -220,7 +217,7 @@ class Audit(Shown):
             "n_same_tokens": self.n_same_tokens,
             "lacking": list(self.lacking),
             "warning": self.warning,
-            "n_cut_left": {side: self.n_cut(side) for side in AUDIT_SIDES},
+            "n_cut_left": {side: self.n_cut(side) for side in SIDES},
             "notes": list(self.notes),
         }
 
@@ -259,7 +256,7 @@ def causes(
 class Reader:
     """One model as far as it reads: its tokenizer, and how much it can read where that is known."""
 
-    side: AuditSide
+    side: Side
     tokenizer: PreTrainedTokenizerBase
     reads: ReadingLimits | None = None
 
@@ -287,9 +284,9 @@ class Reader:
 
 def audit_prompts(
     prompts: PromptSet,
-    tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase],
+    tokenizers: Mapping[Side, PreTrainedTokenizerBase],
     reading: Reading | None = None,
-    reads: Mapping[AuditSide, ReadingLimits] | None = None,
+    reads: Mapping[Side, ReadingLimits] | None = None,
 ) -> Audit:
     """Compare how two models read prompts; only their tokenizers are needed.
 
@@ -307,7 +304,7 @@ def audit_prompts(
         What was found, prompt by prompt.
     """
     reading, reads = reading or Reading(), reads or {}
-    readers = [Reader(side, tokenizers[side], reads.get(side)) for side in AUDIT_SIDES]
+    readers = [Reader(side, tokenizers[side], reads.get(side)) for side in SIDES]
     audited = tuple(_audit(prompt, readers, reading) for prompt in prompts)
     return Audit(audited, reading.label, tuple(_notes(prompts, tokenizers)))
 
@@ -323,8 +320,8 @@ def lacking(prompts: PromptSet) -> tuple[str, ...]:
 
 
 def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> PromptAudit:
-    read: dict[AuditSide, ReadPrompt] = {}
-    found: dict[AuditSide, tuple[str, ...]] = {}
+    read: dict[Side, ReadPrompt] = {}
+    found: dict[Side, tuple[str, ...]] = {}
     for reader in readers:
         try:
             read[reader.side] = read_prompt(prompt, reader.tokenizer, reading)
@@ -334,7 +331,7 @@ def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> Promp
     sides = {reader.side: _side(read[reader.side], reader, reading) for reader in able}
     problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
     notes = list(_by_side({side: each.notes for side, each in sides.items()}))
-    if len(sides) == len(AUDIT_SIDES):
+    if len(sides) == len(SIDES):
         problems += _disagreements(read, sides)
         problems += unmatched(read["base"], read["tuned"], reading)
         notes += _harmless(sides)
@@ -351,7 +348,7 @@ def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> Promp
     )
 
 
-def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
+def _by_side(problems: Mapping[Side, tuple[str, ...]]) -> Iterator[str]:
     """Each problem with the side that has it; what is wrong on both is said once."""
     base, tuned = problems.get("base", ()), problems.get("tuned", ())
     for what in base:
@@ -511,7 +508,7 @@ def _inside_cluster(text: str, end: int) -> bool:
 
 
 def _disagreements(
-    read: Mapping[AuditSide, ReadPrompt], sides: Mapping[AuditSide, SideAudit]
+    read: Mapping[Side, ReadPrompt], sides: Mapping[Side, SideAudit]
 ) -> Iterator[str]:
     """Where both readings, each sound by itself, are of different text."""
     base, tuned = sides["base"], sides["tuned"]
@@ -542,7 +539,7 @@ def _text_start(read: ReadPrompt) -> int | None:
     return None if place is None else max(0, place.end - (not place.in_template))
 
 
-def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
+def _harmless(sides: Mapping[Side, SideAudit]) -> Iterator[str]:
     base, tuned = sides["base"], sides["tuned"]
     same_place = (base.text_end, base.in_template) == (tuned.text_end, tuned.in_template)
     # Whether a token holds its space differs harmlessly.
@@ -554,9 +551,7 @@ def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
         )
 
 
-def _notes(
-    prompts: PromptSet, tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase]
-) -> Iterator[str]:
+def _notes(prompts: PromptSet, tokenizers: Mapping[Side, PreTrainedTokenizerBase]) -> Iterator[str]:
     chats = any(prompt.messages for prompt in prompts)
     for side, tokenizer in tokenizers.items():
         template = str(getattr(tokenizer, "chat_template", None) or "")

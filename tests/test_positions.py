@@ -26,7 +26,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import z_site
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.answers import greedy
+from rq4lens.patching.activations import greedy
 from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine

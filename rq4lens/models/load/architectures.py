@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
-from rq4lens.models.load.lens import Backend, HookedTransformer, bridge_architectures
+from rq4lens.models.load.lens import SUPPORTED_ARCHITECTURES, Backend, HookedTransformer
 from rq4lens.models.load.lens import weight_conversions as tl
 
 Fields = dict[str, Any]
@@ -383,7 +383,7 @@ def loadable(backend: Backend) -> tuple[str, ...]:
     if backend == "hooked":
         return tuple(ARCHITECTURES)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
-    return tuple(sorted(causal & set(bridge_architectures())))
+    return tuple(sorted(causal & set(SUPPORTED_ARCHITECTURES)))
 
 
 def require_loadable(name: str | None, backend: Backend) -> None:

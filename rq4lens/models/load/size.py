@@ -26,7 +26,12 @@ from rq4lens.models.load.huggingface import (
     read_hf_config,
     skeleton_of,
 )
-from rq4lens.models.load.lens import Backend, ModelConfig, bridge_config, chosen_backend
+from rq4lens.models.load.lens import (
+    Backend,
+    ModelConfig,
+    build_bridge_config_from_hf,
+    chosen_backend,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def model_size(
         text.vocab_size = vocabulary_of(asked) or text.vocab_size
     if backend == "bridge":
         with explained(f"TransformerLens has no bridge for this {architecture}", USUAL):
-            cfg = bridge_config(hf_config, architecture, dtype)
+            cfg = build_bridge_config_from_hf(hf_config, architecture, architecture, dtype)
     else:
         cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
     key = json.dumps([backend, cfg.to_dict()], sort_keys=True, default=str)

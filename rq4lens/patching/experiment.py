@@ -67,17 +67,14 @@ class Ends:
         self.first_layer = first_layer
         self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
         self._prompts: dict[Side, TokenizedPrompts] = {}
-        self.metric = metric
-        self._asked = {side: self._asks(side) for side in SIDES} if metric else {}
+        self._asked: dict[Side, Asked] = {}
+        if metric is not None:
+            for side in SIDES:
+                prompts = self.prompts(side)
+                self._asked[side] = Asked.of(metric, prompts.ids, prompts.answers, prompts.foils)
         self._engines: dict[Side, Engine] = {}
         self._others: dict[Side, OtherModel] = {}
         self._left_out: dict[Side, float] = {}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of the tuned model."""
-        dtype: torch.dtype = getattr(torch, self.pair.tuned.card.dtype)
-        return dtype
 
     def prompts(self, side: Side) -> TokenizedPrompts:
         """The measured prompts as one of the models reads them."""
@@ -129,11 +126,6 @@ class Ends:
         best = (log_probs if ids is None else log_probs[..., ids])[:, -1].argmax(-1)
         self._asked[side] = asked.answered((best if own is None else own[best]).tolist())
         return self._asked[side]
-
-    def _asks(self, side: Side) -> Asked:
-        assert self.metric is not None
-        prompts = self.prompts(side)
-        return Asked.of(self.metric, prompts.ids, prompts.answers, prompts.foils)
 
     def compared(self) -> Compared:
         """How well the two distributions can be compared."""
@@ -189,11 +181,6 @@ class Experiment:
         return f"<Experiment on {self.pair!r}: layers {layers}, split {self.split}>"
 
     @property
-    def metric(self) -> Metric | None:
-        """What is measured beside the divergence, if anything is."""
-        return self.ends.metric
-
-    @property
     def engine(self) -> Engine:
         """Measures interventions on the tuned model."""
         return self.ends.engine("tuned")
@@ -202,11 +189,6 @@ class Experiment:
     def split(self) -> str:
         """The split of the measured prompts."""
         return self.settings.split
-
-    @property
-    def k_positions(self) -> int:
-        """How many positions are patched, the decision token last."""
-        return self.settings.k_positions
 
     @property
     def tuned_model(self) -> HookedModel:
@@ -407,6 +389,7 @@ def prepare(
 def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any]]:
     """What sources are made of their layer, and whose output matrix they go through."""
     activations, split = ends.activations, ends.settings.split
+    dtype = getattr(torch, ends.pair.tuned.card.dtype)
 
     def base(layer: int) -> Tensor:
         return activations.z("base", split, layer)[ends.rows]
@@ -419,11 +402,11 @@ def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any
 
     def constant(layer: int) -> Tensor:
         prompts = ends.prompts("tuned")
-        return mean("tuned", layer).expand(len(prompts), prompts.n_spots, -1, -1).to(ends.dtype)
+        return mean("tuned", layer).expand(len(prompts), prompts.n_spots, -1, -1).to(dtype)
 
     def shifted(layer: int) -> Tensor:
         move = mean("tuned", layer) - mean("base", layer)
-        return (base(layer) + move).to(ends.dtype)
+        return (base(layer) + move).to(dtype)
 
     made: dict[str, Callable[[int], Tensor]] = {
         BASE: base,

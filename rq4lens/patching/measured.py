@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -126,6 +126,7 @@ class Measurer:
         self, source: MeasuresPatches, records: Store | None = None, chunks: Store | None = None
     ) -> None:
         self.source = source
+        self.groups, self.n_heads = source.groups, source.n_heads
         self.records = records
         self.chunks = chunks
         self._known: dict[tuple[int, float, str], dict[Indices, PatchRow]] = {}
@@ -135,16 +136,6 @@ class Measurer:
     def of(cls, source: MeasuresPatches) -> Measurer:
         """The source if it is a measurer, or one that remembers its effects."""
         return source if isinstance(source, Measurer) else cls(source)
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The group of each prompt."""
-        return self.source.groups
-
-    @property
-    def n_heads(self) -> int:
-        """Heads per layer."""
-        return self.source.n_heads
 
     @property
     def experiment(self) -> Experiment:
@@ -171,12 +162,13 @@ class Measurer:
         for each in grid.conditions.values():
             self._learn(*zip(*Planned.of(each).measured(each), strict=True))
 
-    # Effects
-
     def require(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
         """Measure those patches that are not known, or take them from disk."""
         for chunk in _chunks(self._unknown(patches), MEASURED_TOGETHER):
-            together = [patch for group in _by_source(chunk) for patch in group]
+            by_source: dict[tuple[int, float, str], list[Patch]] = {}
+            for patch in chunk:
+                by_source.setdefault((patch.layer, patch.alpha, patch.source), []).append(patch)
+            together = list(chain.from_iterable(by_source.values()))
             self._learn(together, self._stored(together, progress))
 
     def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
@@ -209,15 +201,18 @@ class Measurer:
     def compared(self) -> Compared:
         """How well the distributions of the two models can be compared."""
         ingredients = NamedIngredients("compared", asdict(self.on))
-        found = self.records and self.records.get(ingredients)
-        if found:
-            return Compared(**found)
-        compared = self.experiment.ends.compared()
-        if self.records is not None:
-            self.records.put(ingredients, compared._asdict())
-        return compared
+        return Compared(**self.once(ingredients, lambda: self.experiment.ends.compared()._asdict()))
 
-    # Conditions of a grid
+    def once(
+        self, ingredients: NamedIngredients, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What was measured and recorded before, else what is measured now."""
+        found = self.records and self.records.get(ingredients)
+        if not found:
+            found = measure()
+            if self.records is not None:
+                self.records.put(ingredients, found)
+        return found
 
     def conditions(
         self, planned: Sequence[Planned], progress: Progress | None = None
@@ -288,7 +283,9 @@ class Measurer:
 
     def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return _row_of(payload) if payload else None
+        if not payload:
+            return None
+        return PatchRow(**{name: np.array(each, dtype=float) for name, each in payload.items()})
 
     def _condition(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._row(patch) for patch in plan.raw_and_mapped)
@@ -301,8 +298,6 @@ class Measurer:
             mapped=mapped,
             transfer=self.transfer(plan) if plan.swaps else None,
         )
-
-    # Memory and keys
 
     def _unknown(self, patches: Sequence[Patch]) -> list[Patch]:
         wanted = dict.fromkeys(patches)
@@ -319,8 +314,7 @@ class Measurer:
             self._beside(patch).setdefault(patch.heads.indices, row)
 
     def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
-        effects = self.source.effects(patches, progress)
-        return _rows(effects.measures)
+        return _rows(self.source.effects(patches, progress).measures)
 
     def _report(self, n_patches: int, progress: Progress | None) -> None:
         if progress is not None:
@@ -382,13 +376,6 @@ def _company(patch: Patch) -> tuple[bool, bool]:
     return into_side(patch) == "base", patch.layer == EVERY_LAYER
 
 
-def _by_source(patches: Sequence[Patch]) -> Iterable[Sequence[Patch]]:
-    groups: dict[tuple[int, float, str], list[Patch]] = {}
-    for patch in patches:
-        groups.setdefault((patch.layer, patch.alpha, patch.source), []).append(patch)
-    return groups.values()
-
-
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -405,7 +392,3 @@ def payload_of(row: PatchRow) -> dict[str, list[Any]]:
     for each in found.values():
         each[np.isnan(each.astype(float))] = None
     return {name: each.tolist() for name, each in found.items()}
-
-
-def _row_of(payload: Mapping[str, Any]) -> PatchRow:
-    return PatchRow(**{name: np.array(each, dtype=float) for name, each in payload.items()})

@@ -21,9 +21,14 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.lens import HOOKED, Backend, HookedModel, ModelConfig, backend_of
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
-from rq4lens.models.prompts.matching import needs_matching, require_matched
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import ReadingLimits, tokenize, unreadable
+from rq4lens.models.prompts.reading import (
+    ReadingLimits,
+    needs_matching,
+    require_matched,
+    tokenize,
+    unreadable,
+)
 from rq4lens.models.weights import WeightChange, changes_in_memory
 
 Given: TypeAlias = "HookedModel | LoadedModel | PairMember"

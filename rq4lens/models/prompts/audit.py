@@ -18,7 +18,6 @@ import pandas as pd
 
 from rq4lens.config import SIDES, Reading, Side
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.matching import shown, unmatched
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.prompts.reading import (
     ReadingLimits,
@@ -27,6 +26,8 @@ from rq4lens.models.prompts.reading import (
     n_leading_bos,
     patched_tokens,
     read_prompt,
+    shown,
+    unmatched,
     unreadable,
 )
 from rq4lens.models.prompts.record import Message, Prompt
@@ -135,8 +136,7 @@ class Audit(Shown):
     lacking: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        n_prompts = len(self.prompts)
-        return f"<Audit: {n_prompts - len(self.misaligned)} of {n_prompts} prompts aligned>"
+        return f"<Audit: {self.n_aligned} of {len(self.prompts)} prompts aligned>"
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row a prompt."""
@@ -157,10 +157,14 @@ class Audit(Shown):
         return tuple(each.id for each in self.prompts if not each.aligned)
 
     @property
+    def n_aligned(self) -> int:
+        """How many prompts align."""
+        return len(self.prompts) - len(self.misaligned)
+
+    @property
     def share_aligned_pct(self) -> float | None:
         """Share of the prompts that align, in percent; None without prompts."""
-        n_aligned = len(self.prompts) - len(self.misaligned)
-        return 100 * n_aligned / len(self.prompts) if self.prompts else None
+        return 100 * self.n_aligned / len(self.prompts) if self.prompts else None
 
     @property
     def n_same_tokens(self) -> int:
@@ -171,13 +175,21 @@ class Audit(Shown):
     def enough(self) -> bool:
         """Whether enough of the prompts that take part align."""
         n = len(self.prompts) - len(self.excluded)
-        n_aligned = len(self.prompts) - len(self.misaligned)
-        return 100 * n_aligned >= ENOUGH_PCT * n and (n > 0 or not self.prompts)
+        return 100 * self.n_aligned >= ENOUGH_PCT * n and (n > 0 or not self.prompts)
 
     @property
     def warning(self) -> str | None:
         """What a report has to say of the prompts that take part; None if all is well."""
-        said = [] if self.enough else [self._too_few]
+        said = []
+        if not self.enough:
+            n = len(self.prompts) - len(self.excluded)
+            cause = max(causes(self.prompts), key=lambda each: len(each.ids))
+            said.append(
+                f"WARNING: only {self.n_aligned} of {n} prompts "
+                f"({100 * self.n_aligned / max(n, 1):.1f}%, less than {ENOUGH_PCT:g}%) are read "
+                f"alike by both models: of {len(cause.ids)}, {cause.said.rstrip('.')}; see "
+                "audit.json or rq4lens audit."
+            )
         misread = [each for each in self.prompts if each.misread_by]
         if misread:
             sides = dict.fromkeys(side for each in misread for side in each.misread_by)
@@ -188,17 +200,6 @@ class Audit(Shown):
                 "of it; save the one that the model was trained with."
             )
         return " ".join(said) or None
-
-    @property
-    def _too_few(self) -> str:
-        n = len(self.prompts) - len(self.excluded)
-        n_aligned = len(self.prompts) - len(self.misaligned)
-        cause = max(causes(self.prompts), key=lambda each: len(each.ids))
-        return (
-            f"WARNING: only {n_aligned} of {n} prompts ({100 * n_aligned / max(n, 1):.1f}%, less "
-            f"than {ENOUGH_PCT:g}%) are read alike by both models: of {len(cause.ids)}, "
-            f"{cause.said.rstrip('.')}; see audit.json or rq4lens audit."
-        )
 
     def n_cut(self, side: Side) -> int:
         """How many prompts of a side were cut on the left."""
@@ -223,11 +224,8 @@ class Audit(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``audit.json``."""
-        return {
-            **self.summary,
-            "excluded": list(self.excluded),
-            "prompts": [_record(each) for each in self.prompts],
-        }
+        prompts = [_record(each) for each in self.prompts]
+        return {**self.summary, "excluded": list(self.excluded), "prompts": prompts}
 
 
 class Cause(NamedTuple):
@@ -403,7 +401,12 @@ def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:
         if said is None:
             continue
         if (n := len(said.tokens)) > 1:
-            yield f"the {what} is {n} tokens, {shown(said.texts)}: {_part(n, reading)}"
+            compared = f"the first {reading.answer_tokens} are compared"
+            if n <= reading.answer_tokens:
+                compared = "all are compared"
+            elif reading.answer_tokens == 1:
+                compared = "the first is compared"
+            yield f"the {what} is {n} tokens, {shown(said.texts)}: {compared}"
         if said.how == "alone":
             yield (
                 f"the {what} {shown(said.texts)} is tokenized alone, since it changes the tokens "
@@ -416,21 +419,12 @@ def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:
         )
 
 
-def _part(n_tokens: int, reading: Reading) -> str:
-    """What is taken of so many tokens."""
-    n_compared = min(n_tokens, reading.answer_tokens)
-    if n_compared == n_tokens:
-        return "all are compared"
-    return "the first is compared" if n_compared == 1 else f"the first {n_compared} are compared"
-
-
 def _problems(read: ReadPrompt, reader: Reader) -> Iterator[str]:
     """What is wrong with one model's reading."""
-    tokenizer, reads = reader.tokenizer, reader.reads
-    if reads is not None and (why := unreadable(read.kept, reader.side, reads)) is not None:
+    if reader.reads is not None and (why := unreadable(read.kept, reader.side, reader.reads)):
         yield f"it {why}"
-    yield from _special_problems(read, tokenizer)
-    yield from _template_problems(read, tokenizer)
+    yield from _special_problems(read, reader.tokenizer)
+    yield from _template_problems(read, reader.tokenizer)
     yield from _character_problems(read)
 
 
@@ -560,17 +554,10 @@ def _notes(prompts: PromptSet, tokenizers: Mapping[Side, PreTrainedTokenizerBase
 
 
 def _record(audit: PromptAudit) -> dict[str, Any]:
-    sides: dict[str, Any] = {side: asdict(each) for side, each in audit.sides.items()}
+    values = asdict(audit)
+    sides = values.pop("sides")
     for side in sides.values():
         del side["problems"], side["notes"]  # they stand beside both sides
         side |= {name: piece._asdict() for name, piece in side.pop("pieces").items()}
-    return {
-        "id": audit.id,
-        "split": audit.split,
-        "aligned": audit.aligned,
-        **sides,
-        "problems": list(audit.problems),
-        "notes": list(audit.notes),
-        "same_tokens": audit.same_tokens,
-        "misread_by": list(audit.misread_by),
-    }
+    first = {"id": values.pop("id"), "split": values.pop("split"), "aligned": audit.aligned}
+    return first | sides | values

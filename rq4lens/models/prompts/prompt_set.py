@@ -17,8 +17,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompts import files
-from rq4lens.models.prompts.record import Prompt, prompt_of_record
+from rq4lens.models.prompts.record import (
+    Located,
+    Prompt,
+    csv_records,
+    dataset_records,
+    frame_records,
+    jsonl_records,
+    prompt_of_record,
+    read_records,
+)
 
 PaddingSide = Literal["right", "left"]
 
@@ -73,11 +81,11 @@ class PromptSet:
         if isinstance(source, PromptSet):
             return source
         if isinstance(source, str | Path):
-            return cls._of_records(files.read_records(Path(source)))
+            return cls._of_records(read_records(Path(source)))
         if isinstance(source, list | tuple):
             return cls._of_list(source, split)
         if isinstance(source, pd.DataFrame):
-            return cls._of_records(files.frame_records(source))
+            return cls._of_records(frame_records(source))
         return cls.from_dataset(source)
 
     @classmethod
@@ -90,7 +98,7 @@ class PromptSet:
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.
         """
-        return cls._of_records(files.jsonl_records(Path(path)))
+        return cls._of_records(jsonl_records(Path(path)))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> PromptSet:
@@ -101,7 +109,7 @@ class PromptSet:
         Raises:
             UserError: if the file is missing, is not UTF-8 or CSV, or lacks a column.
         """
-        return cls._of_records(files.csv_records(Path(path)))
+        return cls._of_records(csv_records(Path(path)))
 
     @classmethod
     def from_dataset(cls, dataset: Any) -> PromptSet:
@@ -119,7 +127,7 @@ class PromptSet:
                 f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
                 "dataset, a DataFrame, or a list."
             )
-        return cls._of_records(files.dataset_records(dataset))
+        return cls._of_records(dataset_records(dataset))
 
     @classmethod
     def _of_list(cls, items: Sequence[Any], split: str | None) -> PromptSet:
@@ -131,11 +139,11 @@ class PromptSet:
                     "a list of plain strings says no split: name it with split=..., or give "
                     '{"train": [...], "val": [...]}.'
                 )
-            return cls._of_records(files.dataset_records({split: items}, "the list"))
+            return cls._of_records(dataset_records({split: items}, "the list"))
         return cls._of_records((f"prompt {n} of the list", item) for n, item in enumerate(items))
 
     @classmethod
-    def _of_records(cls, records: Iterable[files.Located]) -> PromptSet:
+    def _of_records(cls, records: Iterable[Located]) -> PromptSet:
         return cls(tuple(prompt_of_record(record, where) for where, record in records))
 
     def without(self, ids: Collection[str]) -> PromptSet:
@@ -167,16 +175,14 @@ class PromptSet:
         for field in (*group_by, hold_out):
             known = any(prompt.value_of(field) is not None for prompt in self.prompts)
             if not known and field != "content":
+                keys = dict.fromkeys(
+                    f"meta.{key}" for prompt in self.prompts for key in prompt.meta
+                )
                 raise UserError(
                     f"no prompt has a field {field!r}: name content or meta.KEY, one of "
-                    f"{', '.join(self._fields) or 'none that the prompts have'}."
+                    f"{', '.join(keys) or 'none that the prompts have'}."
                 )
         return replace(self, group_by=tuple(group_by), hold_out=hold_out)
-
-    @property
-    def _fields(self) -> list[str]:
-        keys = dict.fromkeys(key for prompt in self.prompts for key in prompt.meta)
-        return [f"meta.{key}" for key in keys]
 
     def split(self, name: str) -> PromptSet:
         """The prompts of one split.
@@ -214,14 +220,12 @@ class PromptSet:
         Prompts of the same text are one group, whatever else is said of them.
         """
         of_text: dict[str, str] = {}
-        return tuple(
-            of_text.setdefault(prompt.text, self._group(prompt)) for prompt in self.prompts
-        )
-
-    def _group(self, prompt: Prompt) -> str:
-        named = [prompt.value_of(field) for field in self.group_by]
-        given = [each for each in named if each is not None]
-        return " / ".join(given) if given else prompt.group or prompt.id
+        for prompt in self.prompts:
+            named = [prompt.value_of(field) for field in self.group_by]
+            given = [each for each in named if each is not None]
+            group = " / ".join(given) if given else prompt.group or prompt.id
+            of_text.setdefault(prompt.text, group)
+        return tuple(of_text[prompt.text] for prompt in self.prompts)
 
     @property
     def contents(self) -> tuple[str | None, ...]:
@@ -258,28 +262,20 @@ class PromptSet:
 class TokenizedPrompts:
     """Prompts as one model reads them, each up to the last token that is compared.
 
-    What stands behind that token cannot change its next-token distribution in a causal model.
-
-    Args:
-        ids: the prompts' ids.
-        token_ids: what the model reads; the last token is the decision token, or the last but one
-            of an answer of several.
-        n_dropped: how many tokens were cut off on the left; empty where none were.
-        spots: places of the patched tokens, in order, after places that some prompts lack, -1;
-            empty where the last ones are patched, see :meth:`placed`.
-        answers: the tokens that follow the decision token, in the answer that is asked for.
-        foils: the tokens of the answer that it is compared with.
-        n_answer: how many tokens of the answer are compared, each at the token before it; empty
-            where it is one, at the decision token.
+    What stands behind that token cannot change its next-token distribution in a causal model. The
+    last token is the decision token, or the last but one of an answer of several.
     """
 
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
+    """How many tokens were cut off on the left; empty where none were."""
     spots: tuple[tuple[int, ...], ...] = ()
+    """Places of the patched tokens, -1 for those that a prompt lacks; see :meth:`placed`."""
     answers: tuple[tuple[int, ...], ...] = ()
     foils: tuple[tuple[int, ...], ...] = ()
     n_answer: tuple[int, ...] = ()
+    """How many tokens of the answer are compared, each at the token before it; empty for one."""
 
     def __repr__(self) -> str:
         return f"<TokenizedPrompts: {len(self)} prompts>"
@@ -297,9 +293,6 @@ class TokenizedPrompts:
 
         Where none are named they are the decision token, ``k_positions - 1`` tokens before it, and
         the tokens of the answer behind it.
-
-        Raises:
-            UserError: if a prompt has fewer tokens.
         """
         spots = self.spots
         if not spots:
@@ -428,25 +421,17 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch of prompts.
-
-    Args:
-        rows: their places in the :class:`TokenizedPrompts`.
-        tokens: what the model reads, padded.
-        attention_mask: 1 for each token of a prompt.
-        padding_side: where the padding is.
-        spots: the patched tokens of each prompt, -1 where it has fewer.
-        n_answer: how many tokens of each answer are compared.
-        longest_answer: how many they are at most, of all prompts.
-    """
+    """A padded batch of prompts."""
 
     rows: Int[Tensor, "prompt"]
+    """Their places in the :class:`TokenizedPrompts`."""
     tokens: Int[Tensor, "prompt pos"]
     attention_mask: Int[Tensor, "prompt pos"]
     padding_side: PaddingSide
     spots: Int[Tensor, "prompt spot"]
     n_answer: Int[Tensor, "prompt"]
     longest_answer: int
+    """How many tokens of an answer are compared, at most, of all prompts."""
 
     @property
     def lengths(self) -> Int[Tensor, "prompt"]:

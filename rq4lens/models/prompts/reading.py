@@ -1,10 +1,11 @@
-"""How prompts become tokens: rendered, tokenized once, and cut at the decision token."""
+"""How prompts become tokens: rendered, tokenized once, cut at the decision token, and matched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rq4lens.config import Reading
@@ -132,11 +133,7 @@ def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Rea
 
 
 def patched_tokens(read: ReadPrompt, reading: Reading) -> tuple[int, ...]:
-    """Places of the tokens that ``positions`` names, in order; none for the last ones.
-
-    Raises:
-        UserError: if there is no such token, or it was cut off.
-    """
+    """Places of the tokens that ``positions`` names, in order; none for the last ones."""
     name, end = read.prompt.id, read.decision + 1
     if reading.positions == "decision":
         return ()
@@ -211,10 +208,8 @@ def _answer(
         return None
     how: Literal["in the text", "continued", "alone"] = "continued"
     if reading.decision_rule == "before_answer" and what == "answer":
-        tokens, how = (
-            _in_text(read, _character(read.prompt, reading) + len(text) - 1),
-            "in the text",
-        )
+        how = "in the text"
+        tokens = _in_text(read, _character(read.prompt, reading) + len(text) - 1)
     else:
         tokens = _continued(read, text, tokenizer, reading)
     if not tokens:
@@ -407,3 +402,91 @@ def _character(prompt: Prompt, reading: Reading) -> int:
             "its text, letter for letter."
         )
     return at if what == "answer" else at + len(wanted) - 1
+
+
+# Which token of one model stands for which of the other: base activations go to the places of tuned
+# ones, so both sides patch the same piece of the prompt's text, token by token; and an answer of
+# several tokens is compared token by token.
+
+
+def needs_matching(reading: Reading) -> bool:
+    """Whether more is patched or compared than the last tokens."""
+    return reading.positions != "decision" or reading.answer_tokens > 1
+
+
+def require_matched(
+    prompts: PromptSet,
+    base: PreTrainedTokenizerBase,
+    tuned: PreTrainedTokenizerBase,
+    reading: Reading,
+) -> None:
+    """Refuse prompts whose patched tokens or answers the two models split differently."""
+    for prompt in () if base is tuned else prompts:
+        one, other = (read_prompt(prompt, each, reading) for each in (base, tuned))
+        for why in unmatched(one, other, reading):
+            raise UserError(f"prompt {prompt.id!r}: {why}.")
+
+
+def unmatched(base: ReadPrompt, tuned: ReadPrompt, reading: Reading) -> Iterator[str]:
+    """Why patched tokens or answers cannot be matched one to one."""
+    if (why := _patched_differently(base, tuned, reading)) is not None:
+        yield why
+    if reading.answer_tokens == 1:
+        return
+    for what in ("answer", "foil"):
+        found = [getattr(each, what) for each in (base, tuned)]
+        one, other = (each and each.texts[: reading.answer_tokens] for each in found)
+        # Whether a token shows its space differs.
+        if all(found) and [text.strip() for text in one] != [text.strip() for text in other]:
+            yield (
+                f"the {what} is {shown(one)} in base and {shown(other)} in tuned, which cannot be "
+                "compared token by token: give one that both split alike, or --answer-tokens 1"
+            )
+
+
+def shown(texts: Iterable[str]) -> str:
+    """Tokens as sentences show them."""
+    return f"{'|'.join(texts)!r}"
+
+
+def _patched_differently(base: ReadPrompt, tuned: ReadPrompt, reading: Reading) -> str | None:
+    same = base.rendered.text == tuned.rendered.text and base.kept == tuned.kept
+    if reading.positions == "decision" or (same and base.patched == tuned.patched):
+        return None
+    if reading.positions == "subject":
+        # Tokens of the same text are matched from its last one, wherever they are split.
+        return _other_number(base, tuned) if len(base.patched) != len(tuned.patched) else None
+    for of_base, of_tuned in zip_longest(reversed(base.patched), reversed(tuned.patched)):
+        if _place(base, of_base) != _place(tuned, of_tuned) or _place(base, of_base) is None:
+            one, other = _text(base, of_base), _text(tuned, of_tuned)
+            return (
+                f"its patched token {one!r} of base and {other!r} of tuned are not the same place "
+                "of the text, so that they cannot be matched one to one: use positions subject or "
+                "decision, or fewer tokens"
+            )
+    return None
+
+
+def _other_number(base: ReadPrompt, tuned: ReadPrompt) -> str:
+    one, other = ([_text(each, at) for at in each.patched] for each in (base, tuned))
+    return (
+        f"its subject is {len(one)} token{'s' * (len(one) > 1)} of base and {len(other)} of tuned "
+        f"({shown(one)} and {shown(other)}), which cannot be matched one to one: mark a text that "
+        "both split alike, such as its last letters, or patch the decision token"
+    )
+
+
+def _place(read: ReadPrompt, at: int | None) -> tuple[Any, ...] | None:
+    """Where a token stands in the prompt's text; None if it is not known."""
+    if at is None or read.spans is None:
+        return None
+    span = read.spans[at]
+    if span is None:  # the tokenizer added it
+        return ("added", at - read.decision)
+    start, stop = read.rendered.spot(span[0]), read.rendered.spot(span[1])
+    return None if start is None else (start, stop)
+
+
+def _text(read: ReadPrompt, at: int | None) -> str:
+    span = None if at is None or read.spans is None else read.spans[at]
+    return read.rendered.text[slice(*span)] if span else ""

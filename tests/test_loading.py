@@ -48,8 +48,7 @@ from rq4lens.models.load.conversion import hooked_from
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.fingerprint import files_digest
 from rq4lens.models.load.lens import HookedTransformer
-from rq4lens.models.load.loading import LoadedModel, load_hooked
-from rq4lens.models.load.parity import CHECK_TEXTS
+from rq4lens.models.load.loading import CHECK_TEXTS, LoadedModel, load_hooked
 from rq4lens.models.pair import ModelCard, PairMember
 
 pytest_plugins = ("loading_cases",)

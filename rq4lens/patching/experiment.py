@@ -38,6 +38,7 @@ from rq4lens.patching.patch import (
     Patch,
     Progress,
     Sources,
+    divergence_terms,
     into_side,
     n_measures,
 )
@@ -132,7 +133,7 @@ class Ends:
         for side in SIDES:
             self.other(side)
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
-        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum((1, 2))
+        noise = divergence_terms(one, other).sum((1, 2))
         left_out, weights = self._left_out, together(self.pair.weight_changes)
         return Compared(
             left_out_base_pct=left_out["base"],

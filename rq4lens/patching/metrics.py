@@ -63,15 +63,15 @@ class Metric:
 
 def answer_logprob(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
     """Log-probability of the answer: the sum over its compared tokens."""
-    log_probs = precisely(logits).log_softmax(-1)
+    log_probs = logits.log_softmax(-1, dtype=more_precise(logits.dtype))
     n_tokens = logits.shape[1]
     return log_probs[:, torch.arange(n_tokens), list(answer[:n_tokens])].sum(-1)
 
 
 def logit_difference(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
     """Logit of the answer's first token less that of the foil's, at the decision token."""
-    at_decision = logits[:, 0]
-    return precisely(at_decision[:, answer[0]]) - precisely(at_decision[:, foil[0]])
+    both = logits[:, 0, [answer[0], foil[0]]].to(more_precise(logits.dtype))
+    return both[:, 0] - both[:, 1]
 
 
 def accuracy(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:
@@ -79,9 +79,9 @@ def accuracy(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Ten
     return (logit_difference(logits, clean, answer, foil) > 0).double()
 
 
-def precisely(logits: Tensor) -> Tensor:
-    """Logits in one precision above their own."""
-    return logits.to(torch.float32 if logits.dtype.itemsize < 4 else torch.float64)
+def more_precise(dtype: torch.dtype) -> torch.dtype:
+    """One precision above another."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
 METRICS: dict[str, Metric] = {

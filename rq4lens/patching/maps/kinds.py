@@ -264,7 +264,9 @@ class _Spectrum(NamedTuple):
         return self.inward @ (target / (self.values + strength[:, None])[:, :, None])
 
 
-def _spectrum(rows: FitRows, x: BlockRows, left: BlockRows | None = None) -> _Spectrum:
+def _spectrum(
+    rows: FitRows, x: BlockRows, left: Float64[Tensor, "block left d"] | None = None
+) -> _Spectrum:
     """Of some centred rows ``x``; ``left`` are the others, if any are."""
     if x.shape[1] > x.shape[2]:
         products = rows.xx if left is None else rows.xx - left.mT @ left

@@ -37,7 +37,7 @@ from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import write_pages
 from rq4lens.jobs.progress import Progress, Stage, silent
-from rq4lens.models.catalog import resolve_device
+from rq4lens.models.load.devices import resolve_device
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT

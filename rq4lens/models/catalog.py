@@ -27,7 +27,7 @@ from rq4lens.disk.store import NamedIngredients, Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import other_base
 from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
+from rq4lens.models.load.devices import chosen_devices, free_bytes, resolve_device
 from rq4lens.models.load.fingerprint import arithmetic_libraries, files_digest
 from rq4lens.models.load.lens import HOOKED, chosen_backend
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
@@ -84,7 +84,12 @@ def load_pair(
     if base is None and tuned is not None and name not in preset_names():
         name, base = None, name
     if any(isinstance(each, MODELS) for each in (name, base, tuned)):
-        return _in_memory(base, tuned, prompts, reading)
+        if base is None or tuned is None or prompts is None:
+            raise UserError(
+                "models in memory are a pair with each other and their prompts: write "
+                "rq.ModelPair(base_model, tuned_model, prompts)."
+            )
+        return ModelPair(base, tuned, prompts, reading=reading)
     start = RunConfig() if name is None else preset(name)
     paths = {"base": base, "tuned": tuned}
     if isinstance(prompts, str | Path):
@@ -102,15 +107,6 @@ MODELS = (*HOOKED, LoadedModel, PairMember)
 """What is a model already."""
 
 
-def _in_memory(base: Any, tuned: Any, prompts: Any, reading: Reading | None) -> ModelPair:
-    if base is None or tuned is None or prompts is None:
-        raise UserError(
-            "models in memory are a pair with each other and their prompts: write "
-            "rq.ModelPair(base_model, tuned_model, prompts)."
-        )
-    return ModelPair(base, tuned, prompts, reading=reading)
-
-
 def _over(start: S, given: S | None) -> S:
     """A preset's settings with those that were set in the given ones."""
     return start if given is None else start.but(**given.model_dump(exclude_unset=True))
@@ -125,7 +121,7 @@ def pair_from(
     cache: Path | None = None,
 ) -> ModelPair:
     """Load the pair that settings name; the base model's card may be cached."""
-    devices_of(place)  # refuses those that are not there
+    chosen_devices(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
     members = _members(source, place, cache)
     _warn_of_other_base(source)
@@ -243,7 +239,7 @@ def holds_both(source: PairSource, place: Place, sizes: Iterable[ModelSize] | No
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
     if place.keep_both is not None or is_builtin(source):
         return place.keep_both is not False
-    devices = devices_of(place)
+    devices = chosen_devices(place)
     sizes = [size_of(source, side, place) for side in SIDES] if sizes is None else sizes
     needed = sum(size.weights.total for size in sizes)
     free = sum(map(free_bytes, devices.names))
@@ -262,29 +258,6 @@ def holds_both(source: PairSource, place: Place, sizes: Iterable[ModelSize] | No
 def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:
     """What was measured when a built-in pair was trained."""
     return json.loads((_builtin_folder(name) / "manifest.json").read_text(encoding="utf-8"))
-
-
-def resolve_device(device: str) -> str:
-    """``"auto"`` becomes ``"cuda"`` where there is one, and ``"cpu"`` elsewhere."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()  # a number comes back: it computes there
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0].split(". ")[0]
-        if "Expected one of" in reason:  # torch goes on with every kind of device it ever knew
-            reason = "there is no such kind"
-        raise UserError(
-            f"device {device!r} cannot be used here ({reason}): give cpu, cuda, cuda:1 and so on, "
-            "mps, or auto."
-        ) from None
-    return device
-
-
-def devices_of(place: Place) -> Devices:
-    """The devices that each model of a pair goes to."""
-    device = place.device if place.device_map else resolve_device(place.device)
-    return chosen_devices(device, place.n_devices, place.device_map)
 
 
 def keep_base_card(source: PairSource, place: Place, pair: ModelPair, directory: Path) -> None:

@@ -120,10 +120,15 @@ class Checkpoint:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         return any((self.folder / name).is_file() for name in names)
 
+    @property
+    def config_name(self) -> str:
+        """The file that says what the weights are."""
+        return "adapter_config.json" if self.is_adapter else "config.json"
+
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        return read_json(self.folder / "config.json", self.source)
+        """What it says."""
+        return read_json(self.folder / self.config_name, self.source)
 
     @property
     def architecture(self) -> str | None:
@@ -140,12 +145,10 @@ class Checkpoint:
 
     def wrong(self, name: str, value: Any, allowed: str) -> UserError:
         """What is said of a setting that cannot be meant."""
-        file, writer = "config.json", "save_pretrained"
-        if self.is_adapter:
-            file, writer = "adapter_config.json", "PEFT"
+        writer = "PEFT" if self.is_adapter else "save_pretrained"
         return UserError(
-            f"{name}={short_value(value)} in {file} of {self.source} must be {allowed}; restore "
-            f"the file that {writer} wrote."
+            f"{name}={short_value(value)} in {self.config_name} of {self.source} must be "
+            f"{allowed}; restore the file that {writer} wrote."
         )
 
     @property

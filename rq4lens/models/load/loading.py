@@ -155,7 +155,7 @@ def load_hooked(
         UserError: The checkpoint cannot be loaded, or its logits differ from Hugging Face.
     """
     place = place or Place(device="cpu")
-    devices = chosen_devices(place.device, place.n_devices, place.device_map)
+    devices = chosen_devices(place)
     dtype = getattr(torch, place.dtype)
     asked = locate(source, revision, trust_remote_code=trust_remote_code)
     weights = base_of(asked) if asked.is_adapter else asked

@@ -70,9 +70,10 @@ class PromptSet:
 
         Args:
             source: the path of a JSONL file, a CSV file or a saved Hugging Face dataset; a
-                ``datasets.Dataset`` or ``DatasetDict``; a DataFrame with their columns; a list of
-                strings, of objects with the keys of a JSONL line, or of :class:`Prompt`; or such
-                lists by split.
+                ``datasets.Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
+                names are the splits (``validation`` is ``val``); a DataFrame with these columns; a
+                list of strings, of objects with the keys of a JSONL line, or of :class:`Prompt`; or
+                such lists by split. Other columns become ``meta``.
             split: the split of a list of strings.
 
         Raises:
@@ -86,7 +87,12 @@ class PromptSet:
             return cls._of_list(source, split)
         if isinstance(source, pd.DataFrame):
             return cls._of_records(frame_records(source))
-        return cls.from_dataset(source)
+        if isinstance(source, Mapping) or hasattr(source, "column_names"):
+            return cls._of_records(dataset_records(source))
+        raise UserError(
+            f"prompts cannot be a {type(source).__name__}: give a path, a Hugging Face dataset, a "
+            "DataFrame, or a list."
+        )
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> PromptSet:
@@ -110,24 +116,6 @@ class PromptSet:
             UserError: if the file is missing, is not UTF-8 or CSV, or lacks a column.
         """
         return cls._of_records(csv_records(Path(path)))
-
-    @classmethod
-    def from_dataset(cls, dataset: Any) -> PromptSet:
-        """Take a Hugging Face dataset.
-
-        Args:
-            dataset: a ``Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
-                names are the splits (``validation`` is ``val``). Other columns become ``meta``.
-
-        Raises:
-            UserError: if it is no dataset, or lacks a column.
-        """
-        if not isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-            raise UserError(
-                f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
-                "dataset, a DataFrame, or a list."
-            )
-        return cls._of_records(dataset_records(dataset))
 
     @classmethod
     def _of_list(cls, items: Sequence[Any], split: str | None) -> PromptSet:

@@ -270,14 +270,14 @@ def frame_records(frame: pd.DataFrame) -> Iterator[Located]:
     """The rows of a DataFrame; an empty cell says nothing, and other columns are ``meta``."""
     _check_columns([*map(str, frame.columns), "id"], "the DataFrame")
     for number, row in enumerate(frame.to_dict("records")):
-        given = {str(key): value for key, value in row.items() if not _is_empty(value)}
+        given = {
+            str(key): value
+            for key, value in row.items()
+            if not (pd.api.types.is_scalar(value) and pd.isna(value))
+        }
         if (offset := given.get("offset")) is not None and float(offset).is_integer():
             given["offset"] = int(offset)  # one empty cell makes a column of numbers a float one
         yield f"the DataFrame, row {number}", _with_meta({"id": f"row-{number}"} | given)
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell is None or bool(pd.api.types.is_scalar(cell) and pd.isna(cell))
 
 
 def _rows(rows: Iterable[Any], split: str | None, where: str) -> Iterator[Located]:

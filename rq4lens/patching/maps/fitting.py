@@ -251,9 +251,12 @@ class _Fitting:
                 "head, and read the held-out R².",
                 stacklevel=5,
             )
-        split = _calibration_split(recipe, data.groups)
-        judging = () if split is None else _calibration_rows(rows, split.kept, recipe.seed)
-        return cls(recipe, data, split, (rows, *judging))
+        split, samples = _calibration_split(recipe, data.groups), [rows]
+        if split is not None:  # judged beside a map of which the prompts are unpaired
+            kept = split.kept
+            unpaired = rows.y[:, np.random.default_rng(recipe.seed).permutation(kept)]
+            samples += [rows.part(kept), FitRows(rows.x[:, kept], unpaired, rows.groups[kept])]
+        return cls(recipe, data, split, samples)
 
     def fitted(self, fits: Sequence[Fit]) -> LayerMap:
         """The map from the fits of the samples."""
@@ -305,12 +308,6 @@ def group_split(groups: Shaped[ndarray, "row"], seed: int) -> Split:
     order = np.random.RandomState(seed).permutation(len(names))
     held = np.isin(group_of, order[: math.ceil(HELD_OUT * len(names))])
     return Split(np.flatnonzero(~held), np.flatnonzero(held))
-
-
-def _calibration_rows(rows: FitRows, kept: Int[ndarray, "_"], seed: int) -> tuple[FitRows, FitRows]:
-    """The kept rows, and the same with the prompts of the two models unpaired."""
-    unpaired = np.random.default_rng(seed).permutation(kept)
-    return rows.part(kept), FitRows(rows.x[:, kept], rows.y[:, unpaired], rows.groups[kept])
 
 
 def _judge(

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -85,23 +84,16 @@ class ModelCard:
     def of(cls, loaded: LoadedModel) -> ModelCard:
         """The card of a loaded model."""
         cfg = loaded.model.cfg
+        origin = ("source", "revision", "architecture", "trust_remote_code", "adapter_base")
+        shape = ("n_layers", "n_heads", "d_head", "d_vocab", "n_ctx")
         return cls(
-            source=loaded.source,
-            revision=loaded.revision,
-            architecture=loaded.architecture,
-            dtype=str(cfg.dtype).removeprefix("torch."),
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
+            **{name: getattr(loaded, name) for name in (*origin, "logit_check_max_abs_diff")},
+            **{name: getattr(cfg, name) for name in shape},
             n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
-            d_head=cfg.d_head,
-            d_vocab=cfg.d_vocab,
-            n_ctx=cfg.n_ctx,
-            trust_remote_code=loaded.trust_remote_code,
+            dtype=str(cfg.dtype).removeprefix("torch."),
             weights_fingerprint=loaded.fingerprint,
             config_fingerprint=config_fingerprint(loaded.model),
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
-            logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
-            adapter_base=loaded.adapter_base,
             backend=backend_of(loaded.model),
         )
 
@@ -431,9 +423,8 @@ def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
         if (why := unreadable(tokens, side, reads)) is not None:
             raise UserError(f"prompt {name!r} {why}.")
-    asked = filter(None, (prompts.answers, prompts.foils))
-    for name, *said in zip(prompts.ids, *asked, strict=True):
-        if (highest := max(chain(*said), default=0)) >= card.d_vocab:
+    for name, answer, foil in zip(prompts.ids, prompts.answers, prompts.foils, strict=True):
+        if (highest := max((*answer, *foil), default=0)) >= card.d_vocab:
             raise UserError(
                 f"the answer or foil of prompt {name!r} has token {highest}, but the vocabulary of "
                 f"the {side} model has {card.d_vocab}: give another."

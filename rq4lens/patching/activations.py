@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import SupportsIndex
 
 import torch
@@ -159,8 +160,7 @@ def answers_of(pair: ModelPair, split: str, batch_size: int = 32) -> list[Answer
     many as are compared, or up to the end of the text.
     """
     n_tokens, read = pair.reading.answer_tokens, pair.tokens("tuned", split).decided()
-    given = read.answers or [()] * len(read)
-    answers = [answer[:n_tokens] for answer in given]
+    answers = [answer[:n_tokens] for answer in read.answers]
     open_ones = [row for row, answer in enumerate(answers) if not answer]
     if open_ones:
         end = pair.tuned.tokenizer.eos_token_id
@@ -208,6 +208,7 @@ def in_tokens_of(
     return [tuple(base[token] for token in answer) for answer in answers]
 
 
+@dataclass(eq=False, repr=False)
 class PairActivations:
     """Activations z of both models at the decision token, each captured once.
 
@@ -215,30 +216,25 @@ class PairActivations:
     the kind of device is named because each rounds in its own way.
     """
 
-    def __init__(
-        self,
-        pair: ModelPair,
-        *,
-        k_positions: int = 1,
-        batch_size: int = 32,
-        store: Store | None = None,
-        device: str = "cpu",
-    ) -> None:
-        refuse_two_places(pair.reading, k_positions)
-        self.pair = pair
-        self.k_positions = k_positions
-        self.batch_size = batch_size
-        self.store = store
-        self.device = device
-        self._read: dict[tuple[Side, str], TokenizedPrompts] = {}
-        self._captured: dict[Captured, Tensor] = {}
-        self._on_disk: set[Captured] = set()
+    pair: ModelPair
+    _: KW_ONLY
+    k_positions: int = 1
+    batch_size: int = 32
+    store: Store | None = None
+    device: str = "cpu"
+    _read: dict[tuple[Side, str], TokenizedPrompts] = field(default_factory=dict)
+    _captured: dict[Captured, Tensor] = field(default_factory=dict)
+    _on_disk: set[Captured] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        refuse_two_places(self.pair.reading, self.k_positions)
 
     def beside(self, pair: ModelPair) -> PairActivations:
         """Activations of a pair of the same base model and prompts; base's are there already."""
-        other = PairActivations(pair, k_positions=self.k_positions, batch_size=self.batch_size)
-        other._captured = {key: found for key, found in self._captured.items() if key[0] == "base"}
-        return other
+        of_base = {key: found for key, found in self._captured.items() if key[0] == "base"}
+        return PairActivations(
+            pair, k_positions=self.k_positions, batch_size=self.batch_size, _captured=of_base
+        )
 
     def read(self, side: Side, split: str) -> TokenizedPrompts:
         """The prompts of a split as one of the models reads them, with what is compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,37 +45,32 @@ from rq4lens.patching.patch import (
 from rq4lens.results import EVERY_LAYER, Compared
 
 
+@dataclass(eq=False, repr=False)
 class Ends:
     """The two models of a pair behind engines, each made when it is first needed.
 
-    A model that may not stay in memory beside the other goes with its engine.
+    A model that may not stay in memory beside the other goes with its engine. ``rows`` are the
+    measured ones of the split's prompts.
     """
 
-    def __init__(
-        self,
-        activations: PairActivations,
-        settings: Patching,
-        place: Place,
-        *,
-        first_layer: int,
-        rows: Sequence[int] | None,
-        metric: Metric | None = None,
-    ) -> None:
-        self.pair = activations.pair
-        self.activations = activations
-        self.settings = settings
-        self.place = place if rows is None else place.but(batch_size=len(rows))
-        self.first_layer = first_layer
-        self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
-        self._prompts: dict[Side, TokenizedPrompts] = {}
-        self._asked: dict[Side, Asked] = {}
+    activations: PairActivations
+    settings: Patching
+    place: Place
+    first_layer: int
+    rows: slice | list[int]
+    metric: InitVar[Metric | None]
+    _prompts: dict[Side, TokenizedPrompts] = field(default_factory=dict)
+    _asked: dict[Side, Asked] = field(default_factory=dict)
+    _engines: dict[Side, Engine] = field(default_factory=dict)
+    _others: dict[Side, OtherModel] = field(default_factory=dict)
+    _left_out: dict[Side, float] = field(default_factory=dict)
+
+    def __post_init__(self, metric: Metric | None) -> None:
+        self.pair = self.activations.pair
         if metric is not None:
             for side in SIDES:
                 prompts = self.prompts(side)
                 self._asked[side] = Asked.of(metric, prompts.ids, prompts.answers, prompts.foils)
-        self._engines: dict[Side, Engine] = {}
-        self._others: dict[Side, OtherModel] = {}
-        self._left_out: dict[Side, float] = {}
 
     def prompts(self, side: Side) -> TokenizedPrompts:
         """The measured prompts as one of the models reads them."""
@@ -364,7 +359,10 @@ def prepare(
     raw_maps: dict[int, LayerMap] = {}
     if settings.raw_baseline != "identity":
         raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
-    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows, metric=metric)
+    if rows is not None:
+        place = place.but(batch_size=len(rows))
+    measured = slice(None) if rows is None else list(rows)
+    ends = Ends(activations, settings, place, min(maps), measured, metric)
     ends.engine("tuned")
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():

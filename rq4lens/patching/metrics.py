@@ -118,7 +118,7 @@ class Asked:
         cls, metric: Metric, ids: Sequence[str], answers: Sequence[Tokens], foils: Sequence[Tokens]
     ) -> Asked:
         """What a metric asks of some prompts, which must have what it needs."""
-        given = {"answer": answers or [()] * len(ids), "foil": foils or [()] * len(ids)}
+        given = {"answer": answers, "foil": foils}
         for what in metric.needs:
             lacking = [name for name, of in zip(ids, given[what], strict=True) if not of]
             if lacking:

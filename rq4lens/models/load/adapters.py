@@ -45,9 +45,10 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
             f"base_model_name_or_path={short_value(base)} and revision={short_value(revision)} in "
             f"adapter_config.json of {adapter.source} must be text; restore the file."
         )
+    beside = adapter.folder / base  # a relative path means a folder beside the adapter first
     try:
         found = locate(
-            _beside(adapter, base),
+            str(beside) if os.path.isdir(beside) else base,  # noqa: PTH112 - False for any text
             revision,
             with_weights=adapter.with_weights,
             trust_remote_code=adapter.trust_remote_code,
@@ -60,12 +61,6 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
             "adapter; merge that one into its own base first, and name the merged model."
         )
     return found
-
-
-def _beside(adapter: Checkpoint, base: str) -> str:
-    """A relative path means a folder beside the adapter's files first."""
-    folder = adapter.folder / base
-    return str(folder) if os.path.isdir(folder) else base  # noqa: PTH112 - False for any text
 
 
 def other_base(adapter: Checkpoint, base: Checkpoint) -> str | None:

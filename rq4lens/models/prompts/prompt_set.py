@@ -251,19 +251,26 @@ class TokenizedPrompts:
     """Prompts as one model reads them, each up to the last token that is compared.
 
     What stands behind that token cannot change its next-token distribution in a causal model. The
-    last token is the decision token, or the last but one of an answer of several.
+    last token is the decision token, or the last but one of an answer of several. Fields that are
+    left out say of each prompt that nothing was cut off, that the last tokens are patched, that it
+    has no answer and no foil, and that one token is compared.
     """
 
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
-    """How many tokens were cut off on the left; empty where none were."""
+    """How many tokens were cut off on the left."""
     spots: tuple[tuple[int, ...], ...] = ()
     """Places of the patched tokens, -1 for those that a prompt lacks; see :meth:`placed`."""
     answers: tuple[tuple[int, ...], ...] = ()
     foils: tuple[tuple[int, ...], ...] = ()
     n_answer: tuple[int, ...] = ()
-    """How many tokens of the answer are compared, each at the token before it; empty for one."""
+    """How many tokens of the answer are compared, each at the token before it."""
+
+    def __post_init__(self) -> None:
+        usual = {"n_dropped": 0, "spots": (), "answers": (), "foils": (), "n_answer": 1}
+        for name, value in usual.items():
+            object.__setattr__(self, name, getattr(self, name) or (value,) * len(self.ids))
 
     def __repr__(self) -> str:
         return f"<TokenizedPrompts: {len(self)} prompts>"
@@ -283,9 +290,9 @@ class TokenizedPrompts:
         the tokens of the answer behind it.
         """
         spots = self.spots
-        if not spots:
+        if not any(spots):
             decisions = [
-                len(tokens) - self.answered(row) for row, tokens in enumerate(self.token_ids)
+                len(read) - n for read, n in zip(self.token_ids, self.n_answer, strict=True)
             ]
             shortest = 1 + min(decisions)
             if not 1 <= k_positions <= shortest:
@@ -306,32 +313,24 @@ class TokenizedPrompts:
         Each is compared at the token before it, so that the last one need not be read. Where the
         decision token is patched, so are the tokens of the answer behind it.
         """
-        grown = [
-            (*read, *answer[:-1]) for read, answer in zip(self.token_ids, answers, strict=True)
-        ]
-        spots = tuple(
-            (*named, *range(len(read), len(whole))) if named[-1] == len(read) - 1 else named
-            for named, read, whole in zip(self.spots, self.token_ids, grown, strict=False)
-        )
+        grown, spots = [], []
+        for read, answer, named in zip(self.token_ids, answers, self.spots, strict=True):
+            grown.append((*read, *answer[:-1]))
+            behind = range(len(read), len(grown[-1])) if len(read) - 1 in named[-1:] else ()
+            spots.append((*named, *behind))
         return replace(
             self,
             token_ids=tuple(grown),
-            spots=spots,
+            spots=tuple(spots),
             answers=tuple(map(tuple, answers)),
             n_answer=tuple(map(len, answers)),
         )
 
     def decided(self) -> TokenizedPrompts:
         """The same up to the decision token, which alone is patched."""
-        if not (self.spots or self.n_answer):
-            return self
-        ends = (len(read) + 1 - self.answered(row) for row, read in enumerate(self.token_ids))
-        cut = tuple(read[:end] for read, end in zip(self.token_ids, ends, strict=True))
+        both = zip(self.token_ids, self.n_answer, strict=True)
+        cut = tuple(read[: len(read) + 1 - n_answer] for read, n_answer in both)
         return replace(self, token_ids=cut, spots=(), n_answer=())
-
-    def answered(self, row: int) -> int:
-        """How many tokens of its answer are compared."""
-        return self.n_answer[row] if self.n_answer else 1
 
     @property
     def is_compared(self) -> Bool[Tensor, "prompt answer"]:
@@ -339,8 +338,7 @@ class TokenizedPrompts:
 
         A shorter answer stands at the end.
         """
-        n_answer = torch.tensor([self.answered(row) for row in range(len(self))])
-        return torch.arange(self.longest_answer, 0, -1) <= n_answer[:, None]
+        return torch.arange(self.longest_answer, 0, -1) <= torch.tensor(self.n_answer)[:, None]
 
     @cached_property
     def longest_answer(self) -> int:
@@ -350,7 +348,7 @@ class TokenizedPrompts:
     @property
     def n_spots(self) -> int:
         """How many tokens of a prompt are patched, at most."""
-        return max(map(len, self.spots), default=1)
+        return max(map(len, self.spots), default=0) or 1
 
     @property
     def windows(self) -> list[tuple[int, int]]:
@@ -359,22 +357,22 @@ class TokenizedPrompts:
         The first of them is the first compared one where that comes before.
         """
         sizes = []
-        for row, read in enumerate(self.token_ids):
-            n_tokens, n_answer = len(read), self.answered(row)
-            spots = [spot for spot in self.spots[row] if spot >= 0] if self.spots else []
-            sizes.append((max(n_tokens - min(spots, default=n_tokens), n_answer), n_answer))
+        for read, named, n_answer in zip(self.token_ids, self.spots, self.n_answer, strict=True):
+            first = min((spot for spot in named if spot >= 0), default=len(read))
+            sizes.append((max(len(read) - first, n_answer), n_answer))
         return sizes
 
     def some(self, rows: Sequence[int]) -> TokenizedPrompts:
         """Some of the prompts, in the order of their places."""
-        every = {each.name: getattr(self, each.name) for each in fields(self)}
-        chosen = {name: tuple(of[row] for row in rows) for name, of in every.items() if of}
-        return TokenizedPrompts(**{"ids": (), "token_ids": (), **chosen})
+        every = (getattr(self, each.name) for each in fields(self))
+        return TokenizedPrompts(*(tuple(of[row] for row in rows) for of in every))
 
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides what is computed: ids, tokens, patched and compared places."""
-        placed = [self.spots, self.n_answer] if self.spots or self.n_answer else []
+        spots = self.spots if any(self.spots) else ()
+        n_answer = self.n_answer if self.longest_answer > 1 else ()
+        placed = [spots, n_answer] if spots or n_answer else []
         content = json.dumps([self.ids, self.token_ids, *placed])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -391,8 +389,8 @@ class TokenizedPrompts:
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)
         ones = [torch.ones_like(sequence) for sequence in sequences]
         mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, padding_side)
-        n_answer = torch.tensor([self.answered(row) for row in rows.tolist()])
-        if self.spots:
+        n_answer = torch.tensor(self.n_answer)[rows]
+        if any(self.spots):
             named = [torch.tensor(self.spots[row]) for row in rows.tolist()]
             spots = torch.nn.utils.rnn.pad_sequence(named, True, -1, "left")
         else:

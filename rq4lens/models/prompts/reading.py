@@ -88,21 +88,14 @@ def tokenize(
                 f"prompt {each.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: "
                 "remove it from the text or the chat template; see `rq4lens audit`."
             )
-    answers, foils = ([getattr(each, name) for each in read] for name in ("answer", "foil"))
-    placed = reading is not None and reading.positions != "decision"
     return TokenizedPrompts(
         prompts.ids,
         tuple(each.kept for each in read),
         tuple(each.n_dropped for each in read),
-        tuple(tuple(at - each.n_dropped for at in each.patched) for each in read if placed),
-        _tokens_of(answers),
-        _tokens_of(foils),
+        tuple(tuple(at - each.n_dropped for at in each.patched) for each in read),
+        tuple(each.answer.tokens if each.answer else () for each in read),
+        tuple(each.foil.tokens if each.foil else () for each in read),
     )
-
-
-def _tokens_of(read: Sequence[ReadAnswer | None]) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each answer; empty where no prompt has one."""
-    return tuple(each.tokens if each else () for each in read) if any(read) else ()
 
 
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:

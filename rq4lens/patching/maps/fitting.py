@@ -251,12 +251,20 @@ class _Fitting:
                 "head, and read the held-out R².",
                 stacklevel=5,
             )
-        split, samples = _calibration_split(recipe, data.groups), [rows]
-        if split is not None:  # judged beside a map of which the prompts are unpaired
-            kept = split.kept
-            unpaired = rows.y[:, np.random.default_rng(recipe.seed).permutation(kept)]
-            samples += [rows.part(kept), FitRows(rows.x[:, kept], unpaired, rows.groups[kept])]
-        return cls(recipe, data, split, samples)
+        n_groups = len(np.unique(data.groups))
+        if n_groups < MIN_GROUPS:
+            warnings.warn(
+                f"the map of layer {recipe.layer} has no held-out diagnostics: its train prompts "
+                f"are {n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
+                stacklevel=5,
+            )
+            return cls(recipe, data, None, [rows])
+        split = group_split(data.groups, recipe.seed)
+        kept = split.kept
+        # Judged beside a map of the same kind of which the prompts are unpaired.
+        unpaired = rows.y[:, np.random.default_rng(recipe.seed).permutation(kept)]
+        judged = [rows.part(kept), FitRows(rows.x[:, kept], unpaired, rows.groups[kept])]
+        return cls(recipe, data, split, [rows, *judged])
 
     def fitted(self, fits: Sequence[Fit]) -> LayerMap:
         """The map from the fits of the samples."""
@@ -288,18 +296,6 @@ class Split(NamedTuple):
 
     kept: Int[ndarray, "_"]
     held: Int[ndarray, "_"]
-
-
-def _calibration_split(recipe: MapRecipe, groups: Shaped[ndarray, "row"]) -> Split | None:
-    n_groups = len(np.unique(groups))
-    if n_groups >= MIN_GROUPS:
-        return group_split(groups, recipe.seed)
-    warnings.warn(
-        f"the map of layer {recipe.layer} has no held-out diagnostics: its train prompts are "
-        f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
-        stacklevel=6,
-    )
-    return None
 
 
 def group_split(groups: Shaped[ndarray, "row"], seed: int) -> Split:

@@ -24,9 +24,9 @@ from rq4lens.models.prompts.reading import (
     ReadPrompt,
     decoded,
     n_leading_bos,
-    patched_tokens,
     read_prompt,
     shown,
+    subject_tokens,
     unmatched,
     unreadable,
 )
@@ -326,12 +326,12 @@ def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> Promp
         except UserError as problem:
             found[reader.side] = (str(problem),)
     able = [reader for reader in readers if reader.side in read]
-    sides = {reader.side: _side(read[reader.side], reader, reading) for reader in able}
+    sides = {reader.side: _side(read[reader.side], reader) for reader in able}
     problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
     notes = list(_by_side({side: each.notes for side, each in sides.items()}))
     if len(sides) == len(SIDES):
         problems += _disagreements(read, sides)
-        problems += unmatched(read["base"], read["tuned"], reading)
+        problems += unmatched(read["base"], read["tuned"])
         notes += _harmless(sides)
     return PromptAudit(
         prompt.id,
@@ -354,8 +354,8 @@ def _by_side(problems: Mapping[Side, tuple[str, ...]]) -> Iterator[str]:
     yield from (f"tuned: {what}" for what in tuned if what not in base)
 
 
-def _side(read: ReadPrompt, reader: Reader, reading: Reading) -> SideAudit:
-    place, tokenizer = read.decision_end, reader.tokenizer
+def _side(read: ReadPrompt, reader: Reader) -> SideAudit:
+    place, tokenizer = read.decision_end, read.tokenizer
     start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
     before, after = (
         tuple(decoded(tokenizer, token) for token in read.tokens[part])
@@ -370,41 +370,39 @@ def _side(read: ReadPrompt, reader: Reader, reading: Reading) -> SideAudit:
         text_end=None if place is None else place.end,
         in_template=None if place is None else place.in_template,
         problems=tuple(_problems(read, reader)),
-        pieces=dict(_pieces(read, reader, reading)),
-        notes=tuple(_taken(read, reading)),
+        pieces=dict(_pieces(read)),
+        notes=tuple(_taken(read)),
     )
 
 
-def _pieces(
-    read: ReadPrompt, reader: Reader, reading: Reading
-) -> Iterator[tuple[PieceName, ReadTokens]]:
+def _pieces(read: ReadPrompt) -> Iterator[tuple[PieceName, ReadTokens]]:
     """What was read of a prompt's answer and foil, and which tokens of it are patched."""
     if read.answer is not None:
         yield "answer", ReadTokens(read.answer.texts, read.answer.how)
     if read.foil is not None:
         yield "foil", ReadTokens(read.foil.texts, read.foil.how)
-    patched, how = read.patched, reading.positions
-    if reading.positions == "decision" and read.prompt.subject is not None:
+    patched, how = read.patched, read.reading.positions
+    if how == "decision" and read.prompt.subject is not None:
         try:
-            patched = patched_tokens(read, reading.but(positions="subject"))
-            how = "subject, not patched"
+            patched, how = subject_tokens(read), "subject, not patched"
         except UserError:  # it is not asked for
             patched = ()
     if patched:
-        texts = (decoded(reader.tokenizer, read.tokens[at]) for at in patched)
+        texts = (decoded(read.tokenizer, read.tokens[at]) for at in patched)
         yield "patched", ReadTokens(tuple(texts), how)
 
 
-def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:
+def _taken(read: ReadPrompt) -> Iterator[str]:
     """What is taken of an answer or foil that is not one token, or does not continue the prompt."""
+    most = read.reading.answer_tokens
     for what, said in (("answer", read.answer), ("foil", read.foil)):
         if said is None:
             continue
         if (n := len(said.tokens)) > 1:
-            compared = f"the first {reading.answer_tokens} are compared"
-            if n <= reading.answer_tokens:
+            compared = f"the first {most} are compared"
+            if n <= most:
                 compared = "all are compared"
-            elif reading.answer_tokens == 1:
+            elif most == 1:
                 compared = "the first is compared"
             yield f"the {what} is {n} tokens, {shown(said.texts)}: {compared}"
         if said.how == "alone":
@@ -423,16 +421,16 @@ def _problems(read: ReadPrompt, reader: Reader) -> Iterator[str]:
     """What is wrong with one model's reading."""
     if reader.reads is not None and (why := unreadable(read.kept, reader.side, reader.reads)):
         yield f"it {why}"
-    yield from _special_problems(read, reader.tokenizer)
-    yield from _template_problems(read, reader.tokenizer)
+    yield from _special_problems(read)
+    yield from _template_problems(read)
     yield from _character_problems(read)
 
 
-def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    decision = read.tokens[read.decision]
+def _special_problems(read: ReadPrompt) -> Iterator[str]:
+    tokenizer, decision = read.tokenizer, read.tokens[read.decision]
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    if bos is not None and n_leading_bos(read, tokenizer) > 1:
-        yield f"it starts with {n_leading_bos(read, tokenizer)} BOS tokens"
+    if bos is not None and n_leading_bos(read) > 1:
+        yield f"it starts with {n_leading_bos(read)} BOS tokens"
     if pad is not None and pad not in (bos, eos) and pad in read.kept:
         trailing = " and is decided at it" if decision == pad else ""
         yield f"padding {tokenizer.pad_token!r} stands among its tokens{trailing}"
@@ -442,12 +440,12 @@ def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> I
         yield f"it is decided at the BOS token {tokenizer.bos_token!r}"
 
 
-def _template_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _template_problems(read: ReadPrompt) -> Iterator[str]:
     if read.prompt.messages:
         if read.rendered.parts is None:
             yield "its chat template does not hold the messages as they were written"
-        without = apply_template(read.prompt, tokenizer, generation_prompt=False)
-        if read.rendered.text == without and _header_is_missing(read, tokenizer):
+        without = apply_template(read.prompt, read.tokenizer, generation_prompt=False)
+        if read.rendered.text == without and _header_is_missing(read):
             yield "its chat template adds no generation prompt"
         if read.n_dropped:
             yield f"the start of its chat template is cut off, {read.n_dropped} tokens in all"
@@ -455,7 +453,7 @@ def _template_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> 
         yield "the cut on the left goes through a character"
 
 
-def _header_is_missing(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _header_is_missing(read: ReadPrompt) -> bool:
     """Whether the template writes more before the next turn than what the prompt ends with.
 
     Nothing but space is missing where a closing tag ends the user's turn and the model answers
@@ -464,7 +462,7 @@ def _header_is_missing(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> 
     messages, stand_in = read.prompt.messages, chr(0xE000)
     role = "user" if messages[-1].role == "assistant" else "assistant"
     try:
-        longer = apply_template(read.prompt, tokenizer, [*messages, Message(role, stand_in)])
+        longer = apply_template(read.prompt, read.tokenizer, [*messages, Message(role, stand_in)])
     except UserError:  # it takes no further turn
         return role == "user"
     before, text = longer.partition(stand_in)[0], read.rendered.text.rstrip()

@@ -267,7 +267,7 @@ def _weight_changes(measurer: Measurer) -> Sequence[WeightChange]:
     pair, kept = measurer.experiment.pair, measurer.records
     models = {side: member.card.weights_fingerprint for side, member in pair.members.items()}
     backends = {f"{side}_backend": member.card.backend for side, member in pair.members.items()}
-    numerics = {"numerics_version": measurer.on.numerics_version}
+    numerics = {"numerics_version": measurer.on["numerics_version"]}
     ingredients = NamedIngredients("weight_changes", models | backends | numerics)
     found = None if kept is None else kept.get(ingredients)
     if found is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from rq4lens.config import Patching
-from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, content_key
+from rq4lens.disk.store import NamedIngredients, content_key
 from rq4lens.patching.patch import Patch
 
 PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction", "metric"}
@@ -32,35 +31,11 @@ def settings_values(patching: Patching, names: set[str] | None = None) -> dict[s
     return {name: value for name, value in values.items() if (name, value) != ("metric", "kl")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasuredOn:
-    """Everything but the patch that can change an effect.
-
-    Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-    Models, prompts and tokens are fingerprints; ``device`` is its kind, which decides rounding.
-    """
-
-    models: Mapping[str, Mapping[str, str]]
-    prompts: str
-    tokens: Mapping[str, str]
-    decision_rule: str
-    patching: Mapping[str, Any]
-    dtype: str
-    device: str
-    libraries: str
-    numerics_version: str = NUMERICS_VERSION
-
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        """Everything by name; it stands in thousands of records."""
-        return asdict(self)
-
-
 @dataclass(frozen=True)
 class ConditionIngredients:
-    """Everything that can change the effect of one patch."""
+    """Everything that can change the effect of one patch, which was measured ``on`` something."""
 
-    on: MeasuredOn
+    on: Mapping[str, Any]
     patch: Patch
     map_fingerprint: str | None
 
@@ -75,7 +50,7 @@ class ConditionIngredients:
     def to_dict(self) -> dict[str, Any]:
         """Every ingredient by name."""
         patch = _group(self.patch, self.map_fingerprint) | {"heads": list(self.patch.heads)}
-        return self.on.values | {"patch": patch}
+        return {**self.on, "patch": patch}
 
 
 def chunk_ingredients(
@@ -96,7 +71,7 @@ def chunk_ingredients(
     first = conditions[0]
     return NamedIngredients(
         f"L{first.patch.layer}_{len(conditions)}_patches_a{float(first.patch.alpha):g}",
-        first.on.values | {"prompt_ids": prompts, "patches": patches},
+        {**first.on, "prompt_ids": prompts, "patches": patches},
     )
 
 

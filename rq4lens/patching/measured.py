@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -12,14 +11,13 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from rq4lens.disk.store import NamedIngredients, Store, content_key
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, Store, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import arithmetic_libraries, tensor_fingerprint
 from rq4lens.models.pair import SIDES
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.keys import (
     ConditionIngredients,
-    MeasuredOn,
     chunk_ingredients,
     identity,
     measured_parts,
@@ -197,7 +195,7 @@ class Measurer:
 
     def compared(self) -> Compared:
         """How well the distributions of the two models can be compared."""
-        ingredients = NamedIngredients("compared", asdict(self.on))
+        ingredients = NamedIngredients("compared", self.on)
         return Compared(**self.once(ingredients, lambda: self.experiment.ends.compared()._asdict()))
 
     def once(
@@ -324,21 +322,26 @@ class Measurer:
         return ConditionIngredients(self.on, patch, self._made_by(patch.layer, patch.source))
 
     @cached_property
-    def on(self) -> MeasuredOn:
-        """Everything but the patch that can change an effect."""
+    def on(self) -> dict[str, Any]:
+        """Everything but the patch that can change an effect.
+
+        Batch size, padding side, engine and chunking are absent on purpose: they change no number.
+        Models, prompts and tokens are fingerprints; the kind of device decides rounding.
+        """
         experiment = self.experiment
         pair, split = experiment.pair, experiment.split
         read = experiment.ends.activations.read
-        return MeasuredOn(
-            models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
-            prompts=pair.prompts.split(split).fingerprint,
-            tokens={side: read(side, split).fingerprint for side in SIDES},
-            decision_rule=pair.reading.label,
-            patching=measured_parts(experiment.settings),
-            dtype=pair.tuned.card.dtype,
-            device=device_of(experiment.tuned_model).type,
-            libraries=arithmetic_libraries(),
-        )
+        return {
+            "models": {side: identity(pair.member(side).card.to_dict()) for side in SIDES},
+            "prompts": pair.prompts.split(split).fingerprint,
+            "tokens": {side: read(side, split).fingerprint for side in SIDES},
+            "decision_rule": pair.reading.label,
+            "patching": measured_parts(experiment.settings),
+            "dtype": pair.tuned.card.dtype,
+            "device": device_of(experiment.tuned_model).type,
+            "libraries": arithmetic_libraries(),
+            "numerics_version": NUMERICS_VERSION,
+        }
 
     def _made_by(self, layer: int, source: str) -> str | None:
         """Fingerprint of the map that a source went through, or of what else it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +94,7 @@ def noise_effects(
     seed: int = 0,
 ) -> NoiseEffects:
     """The effects of the noise pair; from the store of the measurer if they lie there."""
-    on = {**asdict(measurer.on), **settings_values(patching), "seed": seed}
+    on = {**measurer.on, **settings_values(patching), "seed": seed}
     ingredients = NamedIngredients("noise_pair", on)
 
     def measure() -> dict[str, Any]:

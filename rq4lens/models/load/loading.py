@@ -61,12 +61,12 @@ class LoadedModel:
 
     model: HookedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    source: str
-    revision: str | None
     dtype: torch.dtype
-    trust_remote_code: bool
     architecture: str
-    logit_check_max_abs_diff: float | None
+    source: str = "in memory"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    logit_check_max_abs_diff: float | None = None
     adapter_base: str | None = None
     files: Future[str] | None = field(default=None, repr=False, compare=False)
 
@@ -106,19 +106,17 @@ class LoadedModel:
         Raises:
             UserError: Its weights were processed on load.
         """
-        _refuse_processed(model)
         cfg = model.cfg
-        named = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
-        return cls(
-            model=model,
-            tokenizer=tokenizer,
-            source=source,
-            revision=None,
-            dtype=cfg.dtype,
-            trust_remote_code=False,
-            architecture=named or "custom",
-            logit_check_max_abs_diff=None,
-        )
+        named = getattr(cfg, "original_architecture", None)
+        folded = named is not None and str(cfg.normalization_type).endswith("Pre")
+        if folded or getattr(model, "_weights_processed", False):
+            raise UserError(
+                "The weights of this model were processed on load, which changes z; load it with "
+                "rq4lens.load_hooked or HookedTransformer.from_pretrained_no_processing, or use a "
+                "TransformerBridge as it was booted."
+            )
+        architecture = named or getattr(cfg, "architecture", None) or "custom"
+        return cls(model, tokenizer, cfg.dtype, architecture, source)
 
 
 def load_hooked(
@@ -216,18 +214,6 @@ def _hugging_face_places(
     if merged:
         return None  # PEFT merges on one device; the merged blocks then move one by one
     return device_map_of(skeleton_of(weights), placement)
-
-
-def _refuse_processed(model: HookedModel) -> None:
-    """Refuse weights that carry a trace of processing: folded norms, or a bridge's own mark."""
-    converted = getattr(model.cfg, "original_architecture", None) is not None
-    folded = converted and str(model.cfg.normalization_type).endswith("Pre")
-    if folded or getattr(model, "_weights_processed", False):
-        raise UserError(
-            "The weights of this model were processed on load, which changes z; load it with "
-            "rq4lens.load_hooked or HookedTransformer.from_pretrained_no_processing, or use a "
-            "TransformerBridge as it was booted."
-        )
 
 
 # The check at load time: a converted model must say what its Hugging Face original says.

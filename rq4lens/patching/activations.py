@@ -37,7 +37,7 @@ from rq4lens.patching.passes import (
 )
 from rq4lens.patching.patch import Site
 
-Captured = tuple[Side, str, int | None]
+CaptureKey = tuple[Side, str, int | None]
 """Of which model and split, and at which layer; None stands for the next-token distributions."""
 
 
@@ -229,8 +229,8 @@ class PairActivations:
     store: Store | None = None
     device: str = "cpu"
     _read: dict[tuple[Side, str], TokenizedPrompts] = field(default_factory=dict)
-    _captured: dict[Captured, Tensor] = field(default_factory=dict)
-    _on_disk: set[Captured] = field(default_factory=set)
+    _captured: dict[CaptureKey, Tensor] = field(default_factory=dict)
+    _on_disk: set[CaptureKey] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         refuse_two_places(self.pair.reading, self.k_positions)
@@ -269,7 +269,9 @@ class PairActivations:
         self, side: Side, split: str, layers: Sequence[int], *, to_the_end: bool = False
     ) -> None:
         """Capture what is missing of these layers, and of the next-token distribution, at once."""
-        wanted = [(side, split, layer) for layer in (*layers, *((None,) if to_the_end else ()))]
+        wanted: list[CaptureKey] = [(side, split, layer) for layer in layers]
+        if to_the_end:
+            wanted.append((side, split, None))
         if side == "base":
             for key in wanted:
                 self._look_up(key)
@@ -305,7 +307,7 @@ class PairActivations:
                 self.store.put_tensors(self._ingredients(split, layer), {name: tensor})
                 self._on_disk.add(key)
 
-    def _look_up(self, key: Captured) -> None:
+    def _look_up(self, key: CaptureKey) -> None:
         _, split, layer = key
         if self.store is None or key in self._captured:
             return

@@ -187,11 +187,14 @@ class Measurer:
         if found is not None:
             self._report(len(patches), progress)
             return _rows({name: each.numpy() for name, each in found.items() if name != "heads"})
-        measures = self.source.effects(patches, progress).measures
-        tensors = {name: torch.from_numpy(each) for name, each in measures.items()}
+        measured = self._measured(patches, progress)
+        rows = [row.measures for row in measured]
+        tensors = {
+            name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]
+        }
         heads = torch.tensor([patch.heads.mask for patch in patches], dtype=torch.uint8)
         self.chunks.put_tensors(ingredients, {**tensors, "heads": heads})
-        return _rows(measures)
+        return measured
 
     def compared(self) -> Compared:
         """How well the distributions of the two models can be compared."""

@@ -27,6 +27,9 @@ CPU_MAX_ROWS = 4096
 FEWEST_CONDITIONS = 32
 """Conditions that stay together as long as memory allows."""
 
+GPU_PROMPTS = 256
+"""Prompts in a clean pass on a GPU, if they fit: with few, its rows are too few to keep it busy."""
+
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
 
@@ -178,7 +181,7 @@ class MemoryPlan:
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
         in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, max(prompts.windows))
         rows = RowBudget(left, in_row + keys * rows_copy_keys)
-        passes.max_rows = min(passes.max_rows, batch_size)
+        passes.max_rows = min(passes.max_rows, batch_size if shares_memory else GPU_PROMPTS)
         if shares_memory:
             rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
         return cls(passes, rows, keep_on_device)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from rq4lens.disk.files import read_regular_file, short_reason
+from rq4lens.disk.files import read_text
 from rq4lens.errors import UserError
 
 S = TypeVar("S", bound="Settings")
@@ -26,6 +26,9 @@ PROMPTS_PER_PASS = 32
 BUILTIN = ("etiquette", "dialect")
 """The pairs that run without any download."""
 
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting: its default, and what it means in TOML files, options and error sentences."""
@@ -33,11 +36,7 @@ def setting(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """One part of a configuration: frozen, and checked where it is made.
-
-    Raises:
-        UserError: for an unknown key or a value that is not allowed.
-    """
+    """One part of a configuration: frozen, and checked where it is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -47,11 +46,20 @@ class Settings(BaseModel):
     def _fill(self, values: Mapping[str, Any], where: str) -> None:
         known = {**self.by_file_key(), **type(self).model_fields}
         refuse_unknown(values, known, where)
-        _refuse_truth(values, known, where)
+        for key, value in values.items():  # True would pass for the number 1
+            parts = value if isinstance(value, list | tuple) else [value]
+            takes_truth = "bool" in str(known[key].annotation)
+            if any(isinstance(each, bool) for each in parts) and not takes_truth:
+                message = "true and false are no numbers"
+                raise _not_allowed(where, key, known[key], value, message)
         try:
             super().__init__(**values)
         except ValidationError as problem:
-            raise UserError(_sentence(problem, known, where)) from None
+            first = problem.errors()[0]
+            if not first["loc"]:  # of several settings together; it says which
+                raise UserError(str(first["ctx"]["error"])) from None
+            key, message = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            raise _not_allowed(where, key, known[key], first.get("input"), message) from None
 
     @classmethod
     def checked(cls: type[S], values: Mapping[str, Any], where: str) -> S:
@@ -199,11 +207,7 @@ def _last_tokens(positions: str) -> tuple[int, int] | None:
 
 
 def refuse_two_places(reading: Reading, k_positions: int) -> None:
-    """Refuse patched tokens that are named twice.
-
-    Raises:
-        UserError: if both ``positions`` and ``k_positions`` name some.
-    """
+    """Refuse patched tokens that are named both by ``positions`` and by ``k_positions``."""
     if k_positions > 1 and reading.positions != "decision":
         raise UserError(
             f"positions {reading.positions!r} and k_positions {k_positions} both say which tokens "
@@ -444,34 +448,29 @@ def read_config(path: Path | str) -> RunConfig:
         UserError: if the file is missing, damaged, or has a key or value that is not allowed.
     """
     path = Path(path)
-    try:
-        text = read_regular_file(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"configuration file {str(path)!r} does not exist: name a TOML file, or the run.json "
-            "of a run."
-        ) from None
-    except IsADirectoryError:
+    if os.path.isdir(path):  # noqa: PTH112 - False for what no file system can have
         raise UserError(
             f"{str(path)!r} is a directory, not a configuration: to repeat the run in it, name its "
             f"{str(path / 'run.json')!r}."
-        ) from None
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"configuration file {str(path)!r} cannot be read: {short_reason(problem)}."
-        ) from None
-    try:
-        values = json.loads(text)["config"] if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, KeyError, TypeError, RecursionError) as problem:
-        raise UserError(
-            f"configuration file {str(path)!r} is neither TOML nor a run.json: {problem}."
-        ) from None
-    if path.suffix == ".json" and isinstance(values, dict):
-        # Repeating a stranger's run must not run a stranger's code.
-        values.pop("trust_remote_code", None)
-    if not isinstance(values, dict):
-        raise UserError(f"configuration file {str(path)!r} holds no table of settings.")
+        )
+    of_run = path.suffix == ".json"
+    values = read_text(
+        path,
+        "configuration file",
+        parse=_config_of_run if of_run else tomllib.loads,
+        form="a run.json" if of_run else "TOML",
+        missing="name a TOML file, or the run.json of a run",
+        fix="restore it" if of_run else "write a line per setting, as alpha = 0.5",
+    )
     return config_from(values, str(path))
+
+
+def _config_of_run(text: str) -> dict[str, Any]:
+    run = json.loads(text)
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise ValueError("it holds no table of settings")
+    # Repeating a stranger's run must not run a stranger's code.
+    return {key: value for key, value in run["config"].items() if key != "trust_remote_code"}
 
 
 def preset_names() -> tuple[str, ...]:
@@ -516,25 +515,8 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) 
             raise UserError(f"{where} has unknown key {key!r}: {meant}")
 
 
-def _refuse_truth(values: Mapping[str, Any], known: Mapping[str, FieldInfo], where: str) -> None:
-    """True would pass for the number 1."""
-    for key, value in values.items():
-        parts = value if isinstance(value, list | tuple) else [value]
-        takes_truth = "bool" in str(known[key].annotation)
-        if any(isinstance(each, bool) for each in parts) and not takes_truth:
-            message = "true and false are no numbers"
-            raise UserError(_not_allowed(where, key, known[key], value, message))
-
-
-def _sentence(problem: ValidationError, known: Mapping[str, FieldInfo], where: str) -> str:
-    first = problem.errors()[0]
-    if not first["loc"]:  # of several settings together; it says which
-        return str(first["ctx"]["error"])
-    message = first["msg"].removeprefix("Value error, ")
-    key = str(first["loc"][0])
-    return _not_allowed(where, key, known[key], first.get("input"), message)
-
-
-def _not_allowed(where: str, key: str, field: FieldInfo, given: Any, message: str) -> str:
+def _not_allowed(where: str, key: str, field: FieldInfo, given: Any, message: str) -> UserError:
     value = (",".join(map(str, given)) if isinstance(given, list | tuple) else str(given))[:80]
-    return f"{where}: {key} = {value!r} is not allowed ({message}); it means: {field.description}."
+    return UserError(
+        f"{where}: {key} = {value!r} is not allowed ({message}); it means: {field.description}."
+    )

@@ -43,7 +43,7 @@ from rq4lens.models.load.fingerprint import weights_fingerprint
 from rq4lens.models.load.huggingface import loadable_architecture
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import PromptSet
-from rq4lens.patching.keys import ConditionIngredients, MeasuredOn
+from rq4lens.patching.keys import ConditionIngredients
 from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.patch import Patch
 from rq4lens.results import ConditionResult, GridResult, GridSettings, PatchRow, Transfer
@@ -169,10 +169,7 @@ def plain_json(rng: random.Random, count: int, folder: Path) -> tuple[Reader, It
 
 
 def record(rng: random.Random, count: int, folder: Path) -> tuple[Reader, Iterator[bytes]]:
-    on = MeasuredOn(
-        models={}, prompts="p", tokens={}, decision_rule="last", patching={}, dtype="float32",
-        device="cpu", libraries="torch 2",
-    )  # fmt: skip
+    on = {"prompts": "p", "decision_rule": "last", "dtype": "float32", "device": "cpu"}
     ingredients = ConditionIngredients(on, Patch(1, HeadSet.of((1, 2), 8), 0.3, "raw"), None)
     store = Store(folder / "conditions")
     payload = {"kl_nats": [0.25, 1e-9]}

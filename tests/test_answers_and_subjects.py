@@ -56,7 +56,7 @@ def refusal(make, *arguments, **named):
 def test_without_a_word_of_places_nothing_is_new(bpe):
     """Defaults name no spots, and answers change no fingerprint of what is computed."""
     plain, asked = tokenize(one(), bpe), tokenize(one(answer=" quietly", foil=" dog"), bpe)
-    assert plain.spots == plain.answers == plain.foils == ()
+    assert not any((*plain.spots, *plain.answers, *plain.foils))
     assert plain.fingerprint == asked.fingerprint
     assert tokenize(one(), bpe, Reading(positions="all")).fingerprint != plain.fingerprint
     assert Reading().label == "last"
@@ -197,7 +197,7 @@ def test_prompts_without_an_answer_have_none(bpe):
     )
     tokens = tokenize(prompts, bpe)
     assert tokens.answers[1] == ()
-    assert tokens.foils == ()
+    assert not any(tokens.foils)
 
 
 def test_an_answer_beyond_the_models_vocabulary_is_refused():

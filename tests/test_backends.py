@@ -30,6 +30,7 @@ from rq4lens.cli import app
 from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.architectures import ARCHITECTURES
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.lens import HAS_HOOKED, TransformerBridge, named_weights
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.load.size import model_size
@@ -73,7 +74,7 @@ def test_every_architecture_loads_as_a_bridge(folders, name):
     """
     folder = folders(name)
     loaded = load_hooked(folder, place=BRIDGE)
-    card, size = ModelCard.of(loaded), model_size(folder, backend="bridge")
+    card, size = ModelCard.of(loaded), model_size(locate(folder), backend="bridge")
     assert type(loaded.model) is TransformerBridge
     assert loaded.logit_check_max_abs_diff < TOLERANCE
     assert (card.backend, card.n_heads, card.d_vocab) == ("bridge", ZOO[name].n_heads, 320)

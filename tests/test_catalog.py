@@ -17,6 +17,7 @@ from rq4lens.models.catalog import (
     load_pair,
     resolve_device,
 )
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.size import model_size
 from rq4lens.models.prompts.prompt_set import PromptSet
 
@@ -54,7 +55,7 @@ def test_settings_reach_the_models(own):
     pair = load_pair(**own, reading=Reading(decision_rule="last_content"), place=place)
     assert pair.tuned.card.dtype == "float64"
     assert next(pair.use("base").model.parameters()).dtype == torch.float64
-    assert (pair.decision_rule, pair.keep_both) == ("last_content", False)
+    assert (pair.reading.label, pair.keep_both) == ("last_content", False)
 
 
 @pytest.mark.parametrize(("free_gigabytes", "both"), [(1.0, True), (1e-4, False)])
@@ -62,7 +63,7 @@ def test_short_memory_holds_one_model_at_a_time(own, monkeypatch, caplog, free_g
     """Left open, it is decided by what the files say and what is free; asked for, it is done."""
     free = int(free_gigabytes * 1e9)
     monkeypatch.setattr("rq4lens.models.catalog.free_bytes", lambda *_: free)
-    needed = sum(model_size(own[side]).weights.total for side in ("base", "tuned"))
+    needed = sum(model_size(locate(own[side])).weights.total for side in ("base", "tuned"))
     assert (needed <= 0.7 * free) is both
     assert holds_both(PairSource(**own), Place()) is both
     assert ("one is held at a time" in caplog.text) is not both

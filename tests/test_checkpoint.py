@@ -20,6 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load import checkpoint, loading
 from rq4lens.models.load import size as memory
 from rq4lens.models.load.architectures import ARCHITECTURES
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.conversion import hooked_skeleton
 from rq4lens.models.load.devices import ModelBytes
 from rq4lens.models.load.loading import load_hooked
@@ -172,7 +173,7 @@ def test_code_of_a_checkpoint_does_not_run_unasked(llama, tmp_path):
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_the_size_is_that_of_the_loaded_model(folders, name, dtype):
     """Before a weight is read, its bytes are known exactly, part by part, tied weights twice."""
-    size = model_size(folders(name), dtype=dtype)
+    size = model_size(locate(folders(name), with_weights=False), dtype=dtype)
     place = Place(device="cpu", dtype=str(dtype).removeprefix("torch."))
     loaded = load_hooked(folders(name), place=place, check_logits=False).model
     assert size.weights == ModelBytes.of(loaded)
@@ -182,18 +183,18 @@ def test_the_size_is_that_of_the_loaded_model(folders, name, dtype):
 
 def test_the_size_of_a_hub_id_fetches_no_weights(llama, monkeypatch):
     """The size of a hub id comes from its small files; without network it is refused."""
-    expected = model_size(llama).weights
+    expected = model_size(locate(llama, with_weights=False)).weights
     for file in llama.glob("*.safetensors"):
         file.unlink()
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_a, **_o: str(llama))
-    assert model_size("org/tuned").weights == expected
+    assert model_size(locate("org/tuned", with_weights=False)).weights == expected
 
     def unreachable(*_args, **_options):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
     with pytest.raises(UserError, match="could not be reached"):
-        model_size("org/tuned")
+        model_size(locate("org/tuned", with_weights=False))
 
 
 def test_a_size_is_counted_once(folders, monkeypatch):
@@ -206,16 +207,17 @@ def test_a_size_is_counted_once(folders, monkeypatch):
 
     monkeypatch.setattr(memory, "hooked_skeleton", skeleton)
     monkeypatch.setattr(memory, "_MEASURED", {})
-    sizes = [model_size(folders("llama")) for _ in range(3)]
+    sizes = [model_size(locate(folders("llama"), with_weights=False)) for _ in range(3)]
     load_hooked(folders("llama"), check_logits=False)
     assert len(counted) == 1
     assert sizes[0] == sizes[2]
-    assert model_size(folders("llama"), dtype=torch.bfloat16).weights != sizes[0].weights
+    halves = model_size(locate(folders("llama"), with_weights=False), dtype=torch.bfloat16)
+    assert halves.weights != sizes[0].weights
 
 
 def test_what_cannot_fit_is_not_started(folders, monkeypatch):
     """A checkpoint larger than the free memory is refused before it is read, with advice."""
-    needed = model_size(folders("llama3")).weights.total
+    needed = model_size(locate(folders("llama3"), with_weights=False)).weights.total
     monkeypatch.setattr(memory, "free_bytes", lambda *_: needed - 1)
     monkeypatch.setattr(loading, "load_hugging_face", lambda *_args, **_options: pytest.fail())
     assert "load it as bfloat16" in refusal(folders("llama3"))

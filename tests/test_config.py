@@ -164,13 +164,13 @@ def test_the_run_json_of_a_finished_run_is_one_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.toml", b"layer = ", "neither TOML nor a run.json"),
+        ("a.toml", b"layer = ", "cannot be read as TOML"),
         ("a.toml", b"\xff\xfe", "cannot be read"),
         ("a.toml", b"lyer = 1", r"a\.toml' has unknown key 'lyer'|a\.toml has unknown key 'lyer'"),
         ("a.toml", b"[layer]\nx = 1", "layer = "),
-        ("run.json", b"{", "neither TOML nor a run.json"),
-        ("run.json", b"{}", "neither TOML nor a run.json"),
-        ("run.json", b"[]", "neither TOML nor a run.json"),
+        ("run.json", b"{", "cannot be read as a run.json"),
+        ("run.json", b"{}", "cannot be read as a run.json"),
+        ("run.json", b"[]", "cannot be read as a run.json"),
         ("run.json", b'{"config": 3}', "holds no table"),
     ],
 )

@@ -12,7 +12,6 @@ from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from rq4lens.config import Place
 from rq4lens.errors import UserError
-from rq4lens.models.catalog import devices_of
 from rq4lens.models.load import devices
 from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.conversion import hooked_from
@@ -72,6 +71,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, quota, 
 def four_gpus(monkeypatch):
     """A machine that says it has four GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+    monkeypatch.setattr(devices, "resolve_device", lambda device: device)
 
 
 def named(placement):
@@ -205,18 +205,18 @@ def test_alibi_is_not_spread(folders):
 @pytest.mark.parametrize(
     ("asked", "names", "by_memory"),
     [
-        ({}, ("cpu",), False),
+        ({"device": "cpu"}, ("cpu",), False),
         ({"device": "cuda"}, ("cuda",), False),
         ({"device": "cuda:2", "n_devices": 2}, ("cuda:2", "cuda:3"), False),
         ({"device": "auto", "device_map": "auto"}, GPUS, True),
         ({"device": "cuda", "device_map": " cuda:3, cuda:0"}, ("cuda:3", "cuda:0"), False),
-        ({"device": "auto", "device_map": ["cuda:1"]}, ("cuda:1",), False),
+        ({"device": "auto", "device_map": "cuda:1"}, ("cuda:1",), False),
     ],
 )
 @pytest.mark.usefixtures("four_gpus")
 def test_the_devices_that_were_asked_for(asked, names, by_memory):
     """One device, some in a row, some by name, or all of them."""
-    assert chosen_devices(**asked) == Devices(names, by_memory)
+    assert chosen_devices(Place(**asked)) == Devices(names, by_memory)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_the_devices_that_were_asked_for(asked, names, by_memory):
 def test_devices_that_do_not_go_together_are_refused(settings, said):
     """The sentence names what was asked for, and what this machine has."""
     with pytest.raises(UserError, match=said):
-        devices_of(Place(**settings))
+        chosen_devices(Place(**settings))
 
 
 def test_a_map_needs_gpus(folders, monkeypatch):

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from rq4lens.cli import main
 from rq4lens.errors import UserError
+from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.loading import load_hooked, load_own_tokenizer
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.models.prompts.record import Message, Prompt
@@ -727,7 +728,7 @@ def test_hostile_special_tokens_are_tokens(llama, content):
     """A special token is a string of the vocabulary, whatever it says."""
     add_token(content=content, id=319 + 1)(llama)
     edit_json(llama / "tokenizer_config.json", pad_token=content)
-    tokenizer = load_own_tokenizer(llama)
+    tokenizer = load_own_tokenizer(locate(llama))
     assert tokenizer.pad_token == content
     assert tokenizer.convert_tokens_to_ids(content) == 320
 

@@ -18,7 +18,8 @@ from rq4lens.jobs.rank import rank_layer
 from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.sweep import sweep_layers
 from rq4lens.models import catalog
-from rq4lens.models.load.fingerprint import checkpoint_fingerprint
+from rq4lens.models.load.checkpoint import locate
+from rq4lens.models.load.fingerprint import files_digest
 from rq4lens.patching import activations
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -252,13 +253,13 @@ def test_a_fingerprint_is_of_the_files(again, tmp_path):
     """The same for a copy elsewhere; another for a changed weight, tokenizer or configuration."""
     base = Path(again["base"])
     copied = Path(shutil.copytree(base, tmp_path / "copy"))
-    prints = [checkpoint_fingerprint(base)]
-    assert checkpoint_fingerprint(copied) == prints[0]
+    prints = [files_digest(locate(base)).result()]
+    assert files_digest(locate(copied)).result() == prints[0]
     for name in ("tokenizer.json", "config.json"):
         (copied / name).write_text((copied / name).read_text() + " ")
-        prints.append(checkpoint_fingerprint(copied))
+        prints.append(files_digest(locate(copied)).result())
     move_a_weight({"base": copied})
-    prints.append(checkpoint_fingerprint(copied))
+    prints.append(files_digest(locate(copied)).result())
     assert len(set(prints)) == len(prints)
 
 

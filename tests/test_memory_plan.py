@@ -20,6 +20,7 @@ from rq4lens.jobs.memory import MAIN, plan_memory, say_and_require, work_memory
 from rq4lens.jobs.run import run as run_job
 from rq4lens.models import catalog
 from rq4lens.models.catalog import pair_from
+from rq4lens.models.load import devices
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations
@@ -168,7 +169,7 @@ def test_a_spread_model_is_counted_on_each_device(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with_free(monkeypatch, 10**9)
     config = config_from({**settings, "device": "cuda", "device_map": "cuda:1,cuda:0"})
-    monkeypatch.setattr(catalog, "resolve_device", lambda device: device)
+    monkeypatch.setattr(devices, "resolve_device", lambda device: device)
     memory = plan_memory(config)
     assert set(memory.needed) == {"cuda:1", "cuda:0", MAIN}
     parts = catalog.size_of(config.pair, "tuned", config.place).weights

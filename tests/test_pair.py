@@ -149,9 +149,9 @@ def test_another_decision_rule_is_another_token_fingerprint():
     tokenizer.add_special_tokens({"eos_token": prompts.split("val").texts[0].split()[-1]})
     loaded = LoadedModel.wrap(tiny_model(), tokenizer)
     fingerprints = [
-        ModelPair(loaded, loaded, prompts, reading=Reading(decision_rule=rule)).token_fingerprint(
-            "base", "val"
-        )
+        ModelPair(loaded, loaded, prompts, reading=Reading(decision_rule=rule))
+        .tokens("base", "val")
+        .fingerprint
         for rule in ("last", "last_content")
     ]
     assert fingerprints[0] != fingerprints[1]

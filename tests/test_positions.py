@@ -26,7 +26,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import z_site
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
-from rq4lens.patching.answers import greedy
+from rq4lens.patching.activations import greedy
 from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
@@ -92,7 +92,7 @@ def answer_logits(model, prompts, row, patches=(), sources=None) -> torch.Tensor
     tokens = torch.tensor([prompts.token_ids[row]])
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[hook_of(patch) for patch in patches])
-    return logits[0, -prompts.answered(row) :].double()
+    return logits[0, -prompts.n_answer[row] :].double()
 
 
 def test_the_hooks_measure_whole_answers_at_any_tokens(model, prompts, sources, other):
@@ -100,7 +100,7 @@ def test_the_hooks_measure_whole_answers_at_any_tokens(model, prompts, sources, 
     interventions = all_kinds_of_interventions()[::4]
     found = HookEngine(model, prompts).effects(interventions, sources, other=other)
     for row in range(len(prompts)):
-        n_answer = prompts.answered(row)
+        n_answer = prompts.n_answer[row]
         clean = answer_logits(model, prompts, row)
         theirs = other.log_probs[row, -n_answer:].double()
         for index, patches in enumerate(interventions):

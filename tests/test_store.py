@@ -11,7 +11,8 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from copy import deepcopy
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -23,30 +24,31 @@ from safetensors.torch import save
 
 from rq4lens.disk import files
 from rq4lens.disk.files import read_json, write_json_atomic
-from rq4lens.disk.store import Store, content_key
+from rq4lens.disk.store import NUMERICS_VERSION, Store, content_key
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.keys import ChunkIngredients, ConditionIngredients, MeasuredOn
+from rq4lens.patching.keys import ConditionIngredients, chunk_ingredients
 from rq4lens.patching.patch import Patch
 
-ON = MeasuredOn(
-    models={
+ON = {
+    "models": {
         side: {part: f"{part} of {side}" for part in ("weights", "config", "tokenizer")}
         for side in ("base", "tuned")
     },
-    prompts="prompts",
-    tokens={"base": "tokens of base", "tuned": "tokens of tuned"},
-    decision_rule="last",
-    patching={
+    "prompts": "prompts",
+    "tokens": {"base": "tokens of base", "tuned": "tokens of tuned"},
+    "decision_rule": "last",
+    "patching": {
         "split": "val",
         "k_positions": 1,
         "kl_direction": "patched||clean",
         "raw_baseline": "identity",
     },
-    dtype="float32",
-    device="cpu",
-    libraries="torch 2",
-)
+    "dtype": "float32",
+    "device": "cpu",
+    "libraries": "torch 2",
+    "numerics_version": NUMERICS_VERSION,
+}
 INGREDIENTS = ConditionIngredients(ON, Patch(2, HeadSet.of((0, 3), 8), 0.3, "mapped"), "map")
 PROMPT_IDS = ("p0", "p1")
 PAYLOAD = {"kl_nats": [0.1, 1e-17, 3.0], "reason": None}
@@ -60,14 +62,14 @@ def leaves(values: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 
 def replaced_on(changes: dict[tuple[str, ...], object]) -> ConditionIngredients:
     """The same condition, measured on something else."""
-    values = asdict(ON)
+    values = deepcopy(ON)
     for (*path, name), value in changes.items():
         reduce(getitem, path, values)[name] = value
-    return replace(INGREDIENTS, on=MeasuredOn(**values))
+    return replace(INGREDIENTS, on=values)
 
 
 def value_at(path: tuple[str, ...]) -> Any:
-    return reduce(getitem, path, asdict(ON))
+    return reduce(getitem, path, ON)
 
 
 def other_value(value: object) -> object:
@@ -80,7 +82,7 @@ def replaced_patch(**changes: object) -> ConditionIngredients:
 
 
 CHANGED = {
-    "/".join(path): replaced_on({path: other_value(value_at(path))}) for path in leaves(asdict(ON))
+    "/".join(path): replaced_on({path: other_value(value_at(path))}) for path in leaves(ON)
 } | {
     "layer": replaced_patch(layer=3),
     "heads": replaced_patch(heads=HeadSet.of((0, 3, 7), 8)),
@@ -110,8 +112,8 @@ def test_changing_any_ingredient_changes_the_key(store, changed):
 def test_changing_any_ingredient_changes_the_key_of_a_chunk(changed):
     """Nor do head sets that were measured together."""
     second = replaced_patch(heads=HeadSet.of([1], 8))
-    chunk = ChunkIngredients((INGREDIENTS, second), PROMPT_IDS)
-    other = ChunkIngredients((changed, replace(second, on=changed.on)), PROMPT_IDS)
+    chunk = chunk_ingredients((INGREDIENTS, second), PROMPT_IDS)
+    other = chunk_ingredients((changed, replace(second, on=changed.on)), PROMPT_IDS)
     assert content_key(chunk.to_dict()) != content_key(other.to_dict())
 
 
@@ -119,14 +121,14 @@ def test_a_chunk_is_its_patches_and_prompts_in_their_order():
     """One patch more, another order of them, or other prompts: another chunk."""
     one, two = INGREDIENTS, replaced_patch(heads=HeadSet.of([1], 8))
     chunks = [
-        ChunkIngredients(patches, prompts)
+        chunk_ingredients(patches, prompts)
         for patches in ((one,), (one, two), (two, one))
         for prompts in (PROMPT_IDS, PROMPT_IDS[::-1], PROMPT_IDS[:1])
     ]
     assert len({content_key(chunk.to_dict()) for chunk in chunks}) == len(chunks)
 
 
-@pytest.mark.parametrize("path", [path for path in leaves(asdict(ON)) if "base" in path])
+@pytest.mark.parametrize("path", [path for path in leaves(ON) if "base" in path])
 def test_swapping_base_and_tuned_changes_the_key(path):
     """A pair and its mirror image are different experiments, in each thing the sides have."""
     twin = tuple("tuned" if name == "base" else name for name in path)

@@ -204,7 +204,7 @@ class _Work:
         if self.experiment is None:
             return None
         return self.given_activations or PairActivations(
-            self.experiment.pair, k_positions=self.experiment.k_positions
+            self.experiment.pair, k_positions=self.experiment.settings.k_positions
         )
 
     @cached_property

@@ -13,7 +13,7 @@ from rq4lens.disk.files import make_directory, read_json, short_reason, write_js
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
-from rq4lens.models.catalog import resolve_device
+from rq4lens.models.load.devices import resolve_device
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.grid import GridPlan
 

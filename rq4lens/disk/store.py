@@ -69,6 +69,17 @@ class Ingredients(Protocol):
         """Every value that can change the record, by name."""
 
 
+class NamedIngredients(NamedTuple):
+    """Ingredients that are there already."""
+
+    label: str
+    values: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every ingredient by name."""
+        return self.values
+
+
 @dataclass
 class StoreCounters:
     """What a store did so far."""

@@ -139,7 +139,7 @@ def _gap(pair: ModelPair, config: RunConfig) -> Apart:
     found = {side: activations.log_probs(side, split).double() for side in SIDES}
     prompts = activations.read("tuned", split)
     for side, every in found.items():
-        ids = pair.shared_tokens.of(side)
+        ids = pair.shared_tokens[side]
         if ids is not None:
             inside = every[..., ids].logsumexp(-1, keepdim=True)
             if float(100 * (1 - inside[prompts.is_compared].exp()).mean()) > MOST_LEFT_OUT_PCT:

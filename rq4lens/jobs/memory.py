@@ -13,14 +13,8 @@ import torch
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import plan_for
-from rq4lens.models.catalog import (
-    devices_of,
-    holds_both,
-    prompts_left_in,
-    size_of,
-    tokens_of,
-)
-from rq4lens.models.load.devices import Placement, free_bytes
+from rq4lens.models.catalog import holds_both, prompts_left_in, size_of, tokens_of
+from rq4lens.models.load.devices import Placement, chosen_devices, free_bytes
 from rq4lens.models.load.lens import ModelConfig
 from rq4lens.models.load.size import ModelSize, estimate_memory, gigabytes
 from rq4lens.models.pair import SIDES, require_same_heads
@@ -180,7 +174,7 @@ class RunMemory:
 def plan_memory(config: RunConfig) -> RunMemory:
     """Estimate a run from the small files of its models and the tokens of its prompts."""
     source, reading, place = config.pair, config.reading, config.place
-    devices, prompts = devices_of(place), prompts_left_in(source, reading)
+    devices, prompts = chosen_devices(place), prompts_left_in(source, reading)
     sizes = {side: size_of(source, side, place) for side in SIDES}
     cfg = sizes["tuned"].cfg
     require_same_heads(sizes["base"].cfg, cfg)

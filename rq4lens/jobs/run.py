@@ -29,6 +29,7 @@ from rq4lens.disk.run import (
     ranking_file,
     remove_other_rankings,
 )
+from rq4lens.disk.store import NamedIngredients
 from rq4lens.errors import UserError
 from rq4lens.jobs.audit import facts_of
 from rq4lens.jobs.bench import Bench
@@ -36,7 +37,7 @@ from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import write_pages
 from rq4lens.jobs.progress import Progress, Stage, silent
-from rq4lens.models.catalog import resolve_device
+from rq4lens.models.load.devices import resolve_device
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
@@ -44,7 +45,6 @@ from rq4lens.models.weights import WeightChange
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.grid import measure_grid
-from rq4lens.patching.keys import NamedIngredients
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.noise import NoiseEffects, noise_effects
 from rq4lens.results import GridResult
@@ -74,7 +74,7 @@ def provenance(bench: Bench, experiment: Experiment, grid: GridResult) -> dict[s
             "fingerprint": pair.prompts.fingerprint,
             "splits": {name: len(pair.prompts.split(name)) for name in pair.prompts.splits},
             "tokens": {
-                side: pair.token_fingerprint(side, grid.settings.patching.split) for side in SIDES
+                side: pair.tokens(side, grid.settings.patching.split).fingerprint for side in SIDES
             },
         },
         "maps": {
@@ -267,7 +267,7 @@ def _weight_changes(measurer: Measurer) -> Sequence[WeightChange]:
     pair, kept = measurer.experiment.pair, measurer.records
     models = {side: member.card.weights_fingerprint for side, member in pair.members.items()}
     backends = {f"{side}_backend": member.card.backend for side, member in pair.members.items()}
-    numerics = {"numerics_version": measurer.on.numerics_version}
+    numerics = {"numerics_version": measurer.on["numerics_version"]}
     ingredients = NamedIngredients("weight_changes", models | backends | numerics)
     found = None if kept is None else kept.get(ingredients)
     if found is not None:

@@ -15,7 +15,7 @@ from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.models.pair import ModelPair
-from rq4lens.patching.activations import checked_layers
+from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan, run_sweep
 from rq4lens.screen.tables import sweep_text
 
@@ -71,7 +71,7 @@ def sweep_on(bench: Bench, layers: int | Sequence[int] | None = None) -> Sweep:
     with clock("load"):
         n_layers = bench.pair.n_layers
         asked = range(n_layers) if layers is None else layers
-        chosen = sorted(set(checked_layers(asked, n_layers)))
+        chosen = sorted(set(check_layers(asked, n_layers)))
     patching = config.patching.but(layer=chosen[0], control_layer=None)
     measurer = bench.measurer(chosen)
     experiment = measurer.experiment

@@ -324,7 +324,7 @@ def _other_models(saved: Run, pair: ModelPair) -> list[str]:
         for part in ("weights_fingerprint", "config_fingerprint", "tokenizer_fingerprint"):
             if card[part] != then[part]:
                 differences.append(f"the {side} model has another {part} than the run's")
-        if pair.token_fingerprint(side, split) != saved.run["prompts"]["tokens"][side]:
+        if pair.tokens(side, split).fingerprint != saved.run["prompts"]["tokens"][side]:
             differences.append(f"the {side} model reads other {split} prompts than the run's")
     return differences
 

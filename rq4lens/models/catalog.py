@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,16 +23,12 @@ from rq4lens.config import (
     preset,
     preset_names,
 )
-from rq4lens.disk.store import Store
+from rq4lens.disk.store import NamedIngredients, Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import other_base
 from rq4lens.models.load.checkpoint import Checkpoint, locate
-from rq4lens.models.load.devices import Devices, chosen_devices, free_bytes
-from rq4lens.models.load.fingerprint import (
-    arithmetic_libraries,
-    checkpoint_fingerprint,
-    files_digest,
-)
+from rq4lens.models.load.devices import chosen_devices, free_bytes, resolve_device
+from rq4lens.models.load.fingerprint import arithmetic_libraries, files_digest
 from rq4lens.models.load.lens import HOOKED, chosen_backend
 from rq4lens.models.load.loading import LoadedModel, load_hooked, load_own_tokenizer
 from rq4lens.models.load.size import ModelSize, model_size
@@ -88,7 +84,12 @@ def load_pair(
     if base is None and tuned is not None and name not in preset_names():
         name, base = None, name
     if any(isinstance(each, MODELS) for each in (name, base, tuned)):
-        return _in_memory(base, tuned, prompts, reading)
+        if base is None or tuned is None or prompts is None:
+            raise UserError(
+                "models in memory are a pair with each other and their prompts: write "
+                "rq.ModelPair(base_model, tuned_model, prompts)."
+            )
+        return ModelPair(base, tuned, prompts, reading=reading)
     start = RunConfig() if name is None else preset(name)
     paths = {"base": base, "tuned": tuned}
     if isinstance(prompts, str | Path):
@@ -106,15 +107,6 @@ MODELS = (*HOOKED, LoadedModel, PairMember)
 """What is a model already."""
 
 
-def _in_memory(base: Any, tuned: Any, prompts: Any, reading: Reading | None) -> ModelPair:
-    if base is None or tuned is None or prompts is None:
-        raise UserError(
-            "models in memory are a pair with each other and their prompts: write "
-            "rq.ModelPair(base_model, tuned_model, prompts)."
-        )
-    return ModelPair(base, tuned, prompts, reading=reading)
-
-
 def _over(start: S, given: S | None) -> S:
     """A preset's settings with those that were set in the given ones."""
     return start if given is None else start.but(**given.model_dump(exclude_unset=True))
@@ -129,7 +121,7 @@ def pair_from(
     cache: Path | None = None,
 ) -> ModelPair:
     """Load the pair that settings name; the base model's card may be cached."""
-    devices_of(place)  # refuses those that are not there
+    chosen_devices(place)  # refuses those that are not there
     prompts = prompts_of(source) if prompts is None else prompts
     members = _members(source, place, cache)
     _warn_of_other_base(source)
@@ -145,12 +137,10 @@ def pair_from(
 
 def _warn_of_other_base(source: PairSource) -> None:
     """Say where an adapter is compared with another model than the one that it was trained on."""
-    base, tuned = (_origin(source, side) for side in SIDES)
-    if not locate(tuned.path, tuned.revision, with_weights=False).is_adapter:
-        return
-    said = other_base(*(locate(each.path, each.revision) for each in (tuned, base)))
-    if said is not None:
-        log.warning(said)
+    if _origin(source, "tuned").found(with_weights=False).is_adapter:
+        found = checkpoints_of(source)
+        if (said := other_base(found["tuned"], found["base"])) is not None:
+            log.warning(said)
 
 
 def prompts_left_in(source: PairSource, reading: Reading) -> PromptSet:
@@ -178,10 +168,7 @@ def audit_of(source: PairSource, reading: Reading, place: Place | None = None) -
 def checkpoints_of(source: PairSource, *, with_weights: bool = True) -> dict[Side, Checkpoint]:
     """The folders of both models, fetched if they are not here."""
     origins = {side: _origin(source, side) for side in SIDES}
-    return {
-        side: locate(each.path, each.revision, with_weights=with_weights)
-        for side, each in origins.items()
-    }
+    return {side: each.found(with_weights=with_weights) for side, each in origins.items()}
 
 
 def prompts_of(source: PairSource) -> PromptSet:
@@ -211,6 +198,15 @@ class _Origin(NamedTuple):
     name: str
     trust_remote_code: bool
 
+    def found(self, *, with_weights: bool = True) -> Checkpoint:
+        """The checkpoint itself, fetched if it is not here."""
+        return locate(
+            self.path,
+            self.revision,
+            with_weights=with_weights,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 def _origin(source: PairSource, side: Side) -> _Origin:
     path, revision = getattr(source, side), getattr(source, f"{side}_revision")
@@ -228,14 +224,8 @@ def _origin(source: PairSource, side: Side) -> _Origin:
 
 def size_of(source: PairSource, side: Side, place: Place) -> ModelSize:
     """What a model of a pair will take; its weights are not read, nor fetched."""
-    origin = _origin(source, side)
-    return model_size(
-        origin.path,
-        revision=origin.revision,
-        dtype=getattr(torch, place.dtype),
-        trust_remote_code=origin.trust_remote_code,
-        backend=place.backend,
-    )
+    asked = _origin(source, side).found(with_weights=False)
+    return model_size(asked, getattr(torch, place.dtype), place.backend)
 
 
 def tokens_of(
@@ -249,7 +239,7 @@ def holds_both(source: PairSource, place: Place, sizes: Iterable[ModelSize] | No
     """Whether both models are held at once: as asked for, else if they leave room for the work."""
     if place.keep_both is not None or is_builtin(source):
         return place.keep_both is not False
-    devices = devices_of(place)
+    devices = chosen_devices(place)
     sizes = [size_of(source, side, place) for side in SIDES] if sizes is None else sizes
     needed = sum(size.weights.total for size in sizes)
     free = sum(map(free_bytes, devices.names))
@@ -270,29 +260,6 @@ def builtin_manifest(name: str = "etiquette") -> Mapping[str, Any]:
     return json.loads((_builtin_folder(name) / "manifest.json").read_text(encoding="utf-8"))
 
 
-def resolve_device(device: str) -> str:
-    """``"auto"`` becomes ``"cuda"`` where there is one, and ``"cpu"`` elsewhere."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()  # a number comes back: it computes there
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0].split(". ")[0]
-        if "Expected one of" in reason:  # torch goes on with every kind of device it ever knew
-            reason = "there is no such kind"
-        raise UserError(
-            f"device {device!r} cannot be used here ({reason}): give cpu, cuda, cuda:1 and so on, "
-            "mps, or auto."
-        ) from None
-    return device
-
-
-def devices_of(place: Place) -> Devices:
-    """The devices that each model of a pair goes to."""
-    device = place.device if place.device_map else resolve_device(place.device)
-    return chosen_devices(device, place.n_devices, place.device_map)
-
-
 def keep_base_card(source: PairSource, place: Place, pair: ModelPair, directory: Path) -> None:
     """Cache the card of a base model that was loaded, for :func:`pair_from` to find."""
     if pair.base.was_loaded:
@@ -300,35 +267,17 @@ def keep_base_card(source: PairSource, place: Place, pair: ModelPair, directory:
         Store(directory).put(ingredients, pair.base.card.to_dict())
 
 
-@dataclass(frozen=True)
-class _CardIngredients:
-    """What a card is addressed by: everything that can change what is known of a model."""
-
-    checkpoint: str
-    backend: str
-    dtype: str
-    device: str
-    """Kind of device; an adapter is merged there."""
-    trust_remote_code: bool
-    libraries: str
-
-    @property
-    def label(self) -> str:
-        return f"card_{self.dtype}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _card_ingredients(origin: _Origin, place: Place) -> _CardIngredients:
-    return _CardIngredients(
-        checkpoint_fingerprint(origin.path, origin.revision),
-        chosen_backend(place.backend),
-        place.dtype,
-        torch.device(resolve_device(place.device)).type,
-        origin.trust_remote_code,
-        arithmetic_libraries(),
-    )
+def _card_ingredients(origin: _Origin, place: Place) -> NamedIngredients:
+    """Everything that can change what is known of a model."""
+    values = {
+        "checkpoint": files_digest(origin.found()).result(),
+        "backend": chosen_backend(place.backend),
+        "dtype": place.dtype,
+        "device": torch.device(resolve_device(place.device)).type,  # an adapter is merged there
+        "trust_remote_code": origin.trust_remote_code,
+        "libraries": arithmetic_libraries(),
+    }
+    return NamedIngredients(f"card_{place.dtype}", values)
 
 
 def _find_card(origin: _Origin, place: Place, directory: Path) -> ModelCard | None:
@@ -347,7 +296,7 @@ def _members(source: PairSource, place: Place, cache: Path | None = None) -> dic
     """Both models, not loaded yet."""
     base, tuned = (_origin(source, side) for side in SIDES)
     if cache is not None and cache.is_dir():
-        files_digest(locate(base.path, base.revision))  # read beside what else is loaded
+        files_digest(base.found())  # read beside what else is loaded
     find_card = None if cache is None else partial(_find_card, base, place, cache)
     return {
         "base": PairMember(partial(_load, base, place), partial(_load_tokenizer, base), find_card),
@@ -356,9 +305,7 @@ def _members(source: PairSource, place: Place, cache: Path | None = None) -> dic
 
 
 def _load_tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:
-    return load_own_tokenizer(
-        origin.path, revision=origin.revision, trust_remote_code=origin.trust_remote_code
-    )
+    return load_own_tokenizer(origin.found(with_weights=False))
 
 
 def _load(origin: _Origin, place: Place) -> LoadedModel:

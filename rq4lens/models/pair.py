@@ -8,32 +8,27 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rq4lens.config import Reading
+from rq4lens.config import SIDES, Reading, Side
 from rq4lens.errors import UserError
-from rq4lens.models.load.lens import (
-    HOOKED,
-    Backend,
-    HookedModel,
-    ModelConfig,
-    backend_of,
-)
+from rq4lens.models.load.lens import HOOKED, Backend, HookedModel, ModelConfig, backend_of
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.audit import Audit, audit_prompts
-from rq4lens.models.prompts.matching import needs_matching, require_matched
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet, TokenizedPrompts
-from rq4lens.models.prompts.reading import ReadingLimits, tokenize, unreadable
+from rq4lens.models.prompts.reading import (
+    ReadingLimits,
+    needs_matching,
+    require_matched,
+    tokenize,
+    unreadable,
+)
 from rq4lens.models.weights import WeightChange, changes_in_memory
-
-Side = Literal["base", "tuned"]
-SIDES: tuple[Side, Side] = ("base", "tuned")
 
 Given: TypeAlias = "HookedModel | LoadedModel | PairMember"
 """What a pair takes as one of its models."""
@@ -89,46 +84,22 @@ class ModelCard:
     def of(cls, loaded: LoadedModel) -> ModelCard:
         """The card of a loaded model."""
         cfg = loaded.model.cfg
+        origin = ("source", "revision", "architecture", "trust_remote_code", "adapter_base")
+        shape = ("n_layers", "n_heads", "d_head", "d_vocab", "n_ctx")
         return cls(
-            source=loaded.source,
-            revision=loaded.revision,
-            architecture=loaded.architecture,
-            dtype=str(cfg.dtype).removeprefix("torch."),
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
+            **{name: getattr(loaded, name) for name in (*origin, "logit_check_max_abs_diff")},
+            **{name: getattr(cfg, name) for name in shape},
             n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
-            d_head=cfg.d_head,
-            d_vocab=cfg.d_vocab,
-            n_ctx=cfg.n_ctx,
-            trust_remote_code=loaded.trust_remote_code,
+            dtype=str(cfg.dtype).removeprefix("torch."),
             weights_fingerprint=loaded.fingerprint,
             config_fingerprint=config_fingerprint(loaded.model),
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer),
-            logit_check_max_abs_diff=loaded.logit_check_max_abs_diff,
-            adapter_base=loaded.adapter_base,
             backend=backend_of(loaded.model),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The card as plain JSON values."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class SharedTokens:
-    """The tokens that both models have, by their string: the ids under each of them.
-
-    Args:
-        base: ids of the base model; None if all its tokens are shared, in the same order.
-        tuned: ids of the tuned model, likewise.
-    """
-
-    base: Int[Tensor, "shared"] | None
-    tuned: Int[Tensor, "shared"] | None
-
-    def of(self, side: Side) -> Int[Tensor, "shared"] | None:
-        """The ids under one of the models."""
-        return self.base if side == "base" else self.tuned
 
 
 class PairMember:
@@ -352,20 +323,18 @@ class ModelPair:
         self._tokens[side, split] = tokens
         return tokens
 
-    def token_fingerprint(self, side: Side, split: str) -> str:
-        """Hash of what one of the models reads of a split."""
-        return self.tokens(side, split).fingerprint
-
     @cached_property
-    def shared_tokens(self) -> SharedTokens:
-        """The tokens that both models have.
+    def shared_tokens(self) -> Mapping[Side, Int[Tensor, "shared"] | None]:
+        """The ids of the tokens that both models have, by their string, in each of them.
+
+        None where all tokens are shared, in the same order.
 
         Raises:
             UserError: if there is none.
         """
         sizes = [self.member(side).card.d_vocab for side in SIDES]
         if self.same_tokenizer and sizes[0] == sizes[1]:
-            return SharedTokens(None, None)
+            return dict.fromkeys(SIDES)
         base, tuned = (self.member(side).tokenizer.get_vocab() for side in SIDES)
         both = [
             (base[token], tuned[token])
@@ -374,7 +343,7 @@ class ModelPair:
         ]
         if not both:
             raise UserError("the vocabularies of the models have no token in common.")
-        return SharedTokens(*torch.tensor(both).T)
+        return dict(zip(SIDES, torch.tensor(both).T, strict=True))
 
     def audit(self) -> Audit:
         """Whether both models read the prompts alike, those that were left out included."""
@@ -396,11 +365,6 @@ class ModelPair:
         """Whether each token is the same id in both models."""
         base, tuned = (member.tokenizer for member in self.members.values())
         return base is tuned or base.get_vocab() == tuned.get_vocab()
-
-    @property
-    def decision_rule(self) -> str:
-        """How the decision token is found, in a few words."""
-        return self.reading.label
 
     @property
     def n_heads(self) -> int:
@@ -459,9 +423,8 @@ def _refuse_unreadable(prompts: TokenizedPrompts, card: ModelCard, side: Side) -
     for name, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
         if (why := unreadable(tokens, side, reads)) is not None:
             raise UserError(f"prompt {name!r} {why}.")
-    asked = filter(None, (prompts.answers, prompts.foils))
-    for name, *said in zip(prompts.ids, *asked, strict=True):
-        if (highest := max(chain(*said), default=0)) >= card.d_vocab:
+    for name, answer, foil in zip(prompts.ids, prompts.answers, prompts.foils, strict=True):
+        if (highest := max((*answer, *foil), default=0)) >= card.d_vocab:
             raise UserError(
                 f"the answer or foil of prompt {name!r} has token {highest}, but the vocabulary of "
                 f"the {side} model has {card.d_vocab}: give another."

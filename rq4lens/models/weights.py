@@ -18,18 +18,15 @@ BIAS = re.compile(r"\._?b_")
 
 
 class WeightChange(NamedTuple):
-    """How one matrix differs between the models.
-
-    Args:
-        layer: its layer; None outside all layers.
-        matrix: its name there, as ``attn.W_Q``; all experts of a layer are one matrix.
-        squares: the sums that several matrices add up: ``|W_base|²``, ``|W_tuned|²``, their inner
-            product and ``|W_tuned - W_base|²``.
-    """
+    """How one matrix differs between the models; all experts of a layer are one matrix."""
 
     layer: int | None
+    """None outside all layers."""
     matrix: str
+    """Its name in the layer, as ``attn.W_Q``."""
     squares: tuple[float, ...]
+    """The sums that several matrices add up: ``|W_base|²``, ``|W_tuned|²``, their inner product and
+    ``|W_tuned - W_base|²``."""
 
     @property
     def relative_change(self) -> float | None:

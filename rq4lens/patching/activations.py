@@ -1,28 +1,25 @@
-"""Capturing head activations ``z`` at the decision token."""
+"""Capturing head activations ``z`` at the decision token, and behind it those of an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import NamedTuple, SupportsIndex
+from dataclasses import KW_ONLY, dataclass, field
+from typing import SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import refuse_two_places
-from rq4lens.disk.store import NUMERICS_VERSION, Store
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, Store
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.fingerprint import arithmetic_libraries
-from rq4lens.models.load.lens import (
-    HookedModel,
-    HookedTransformer,
-)
-from rq4lens.models.pair import ModelPair, Side
+from rq4lens.models.load.lens import HookedModel, HookedTransformer
+from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
-from rq4lens.patching.answers import answers_of, in_tokens_of
 from rq4lens.patching.engines.layout import (
     Steps,
     fused_norms,
@@ -30,20 +27,18 @@ from rq4lens.patching.engines.layout import (
     side_by_side,
     store_for_products,
 )
-from rq4lens.patching.keys import NamedIngredients
-from rq4lens.patching.passes import Reader, forward_steps, precise_dtype, reader_at, unembed
+from rq4lens.patching.passes import (
+    Reader,
+    forward_batch,
+    forward_steps,
+    precise_dtype,
+    reader_at,
+    unembed,
+)
 from rq4lens.patching.patch import Site
 
-
-class Captured(NamedTuple):
-    """What one pass over prompts gives.
-
-    ``log_probs`` is the next-token distribution at each compared token, 0 where an answer is
-    shorter; None unless the pass went to its end.
-    """
-
-    z: dict[int, Site]
-    log_probs: Float[Tensor, "prompt answer vocab"] | None
+CaptureKey = tuple[Side, str, int | None]
+"""Of which model and split, and at which layer; None stands for the next-token distributions."""
 
 
 def capture_z(
@@ -61,25 +56,28 @@ def capture_z(
     """
     check_layers(layers, model.cfg.n_layers)
     batches = prompts.placed(k_positions).batches(batch_size, padding_side)
-    return capture(model, list(batches), layers).z
+    found = capture(model, list(batches), layers)
+    return {layer: found[layer] for layer in layers}
 
 
 @torch.no_grad()
 def capture(
-    model: HookedModel,
-    batches: Sequence[TokenBatch],
-    layers: Sequence[int],
-    *,
-    to_the_end: bool = False,
-) -> Captured:
-    """Activations of some layers, and the next-token distribution if the pass goes to the end."""
+    model: HookedModel, batches: Sequence[TokenBatch], wanted: Sequence[int | None]
+) -> dict[int | None, Tensor]:
+    """Activations of some layers; under None the next-token distribution at each compared token.
+
+    It is 0 where an answer is shorter; without it the pass ends at the last of the layers.
+    """
     cfg, n_prompts = model.cfg, sum(len(batch.rows) for batch in batches)
+    layers = [layer for layer in wanted if layer is not None]
     shape = (n_prompts, batches[0].spots.shape[1], cfg.n_heads, cfg.d_head)
-    captured = {layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers}
-    log_probs = None
+    captured: dict[int | None, Tensor] = {
+        layer: torch.empty(shape, dtype=cfg.dtype) for layer in layers
+    }
+    to_the_end = None in wanted
     if to_the_end:
         ends_shape = (n_prompts, batches[0].longest_answer, cfg.d_vocab_out)
-        log_probs = torch.empty(ends_shape, dtype=precise_dtype(model))
+        captured[None] = torch.empty(ends_shape, dtype=precise_dtype(model))
     stop = cfg.n_layers if to_the_end else max(layers) + 1
     if len(batches) > 1 and isinstance(model, HookedTransformer):
         store_for_products(model.blocks[:stop])
@@ -88,10 +86,10 @@ def capture(
         for batch, read, ends in side_by_side(works):
             for layer, z in read.items():
                 captured[layer][batch.rows] = z.to("cpu")
-            if log_probs is not None:
+            if to_the_end:
                 logits = unembed(model, ends.to(Placement.of(model).exit))
-                put_log_probs(log_probs, batch, logits)
-    return Captured(captured, log_probs)
+                put_log_probs(captured[None], batch, logits)
+    return captured
 
 
 def put_log_probs(
@@ -106,11 +104,7 @@ def put_log_probs(
 
 
 def _read(
-    model: HookedModel,
-    batch: TokenBatch,
-    layers: Sequence[int],
-    stop: int,
-    to_the_end: bool,
+    model: HookedModel, batch: TokenBatch, layers: Sequence[int], stop: int, to_the_end: bool
 ) -> Steps[tuple[TokenBatch, dict[int, Tensor], Tensor]]:
     """A batch, its activations by layer, and where the last block ended at compared tokens."""
     at = reader_at(batch.patched)
@@ -136,24 +130,19 @@ class _LastOneRead(Exception):  # noqa: N818 - the expected end of a pass, not a
     """Ends a forward pass: what follows the last captured site would be computed for nothing."""
 
 
-def checked_layers(layers: int | Sequence[int], n_layers: int) -> list[int]:
+def check_layers(layers: int | Iterable[int], n_layers: int) -> list[int]:
     """Layers as Python users name them, one or several, if the model has them."""
     several = list(layers) if isinstance(layers, Iterable) else [layers]
-    check_layers(several, n_layers)
-    return several
-
-
-def check_layers(layers: Sequence[int], n_layers: int) -> None:
-    """Refuse layers that the model does not have."""
-    if not layers:
+    if not several:
         raise UserError("no layer was named: name at least one.")
-    for layer in layers:
+    for layer in several:
         if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
             raise UserError(f"{layer!r} is no layer: give its number, or several as [1, 2].")
         if not 0 <= layer < n_layers:
             raise UserError(
                 f"layer {layer} does not exist: the models have layers 0 to {n_layers - 1}."
             )
+    return several
 
 
 def require_finite(whole: Sequence[bool], ids: Sequence[str], side: Side, dtype: str) -> None:
@@ -167,6 +156,65 @@ def require_finite(whole: Sequence[bool], ids: Sequence[str], side: Side, dtype:
         )
 
 
+Answer = tuple[int, ...]
+
+
+def answers_of(pair: ModelPair, split: str, batch_size: int = 32) -> list[Answer]:
+    """The answer to each prompt of a split, in tokens of the tuned model.
+
+    It is the prompt's own, else the tuned model's most likely next tokens, one after the other; as
+    many as are compared, or up to the end of the text.
+    """
+    n_tokens, read = pair.reading.answer_tokens, pair.tokens("tuned", split).decided()
+    answers = [answer[:n_tokens] for answer in read.answers]
+    open_ones = [row for row, answer in enumerate(answers) if not answer]
+    if open_ones:
+        end = pair.tuned.tokenizer.eos_token_id
+        said = greedy(pair.use("tuned").model, read.some(open_ones), n_tokens, batch_size)
+        for row, tokens in zip(open_ones, said.tolist(), strict=True):
+            answers[row] = tuple(tokens[: tokens.index(end) + 1] if end in tokens else tokens)
+    return answers
+
+
+@torch.no_grad()
+def greedy(
+    model: HookedModel, prompts: TokenizedPrompts, n_tokens: int, batch_size: int
+) -> Int[Tensor, "prompt token"]:
+    """The model's most likely next tokens, one after the other."""
+    said = torch.empty(len(prompts), n_tokens, dtype=torch.long)
+    grown = prompts
+    for place in range(n_tokens):
+        for batch in grown.batches(batch_size):
+            logits = forward_batch(model, batch)
+            last = logits[torch.arange(len(logits)), batch.lengths - 1]
+            said[batch.rows, place] = last.argmax(-1).cpu()
+        new = said[:, : place + 1].tolist()
+        both = zip(prompts.token_ids, new, strict=True)
+        grown = TokenizedPrompts(prompts.ids, tuple((*read, *tokens) for read, tokens in both))
+    return said
+
+
+def in_tokens_of(
+    pair: ModelPair, side: Side, split: str, answers: Sequence[Answer]
+) -> Sequence[Answer]:
+    """Answers to the prompts of a split in tokens of the tuned model, in those of a model."""
+    of_base, of_tuned = (pair.shared_tokens[each] for each in SIDES)
+    if side == "tuned" or of_tuned is None or of_base is None:
+        return answers
+    base = dict(zip(of_tuned.tolist(), of_base.tolist(), strict=True))
+    for name, answer in zip(pair.prompts.split(split).ids, answers, strict=True):
+        missing = [token for token in answer if token not in base]
+        if missing:
+            text = pair.tuned.tokenizer.decode(missing[:1])
+            raise UserError(
+                f"the answer to prompt {name!r} has the token {text!r}, which the base model "
+                "lacks: give an answer that both models can say, or compare one token with "
+                "--answer-tokens 1."
+            )
+    return [tuple(base[token] for token in answer) for answer in answers]
+
+
+@dataclass(eq=False, repr=False)
 class PairActivations:
     """Activations z of both models at the decision token, each captured once.
 
@@ -174,32 +222,25 @@ class PairActivations:
     the kind of device is named because each rounds in its own way.
     """
 
-    def __init__(
-        self,
-        pair: ModelPair,
-        *,
-        k_positions: int = 1,
-        batch_size: int = 32,
-        store: Store | None = None,
-        device: str = "cpu",
-    ) -> None:
-        refuse_two_places(pair.reading, k_positions)
-        self.pair = pair
-        self.k_positions = k_positions
-        self.batch_size = batch_size
-        self.store = store
-        self.device = device
-        self._read: dict[tuple[Side, str], TokenizedPrompts] = {}
-        self._captured: dict[tuple[Side, str, int], Tensor] = {}
-        self._log_probs: dict[tuple[Side, str], Tensor] = {}
-        self._on_disk: set[tuple[str, int | None]] = set()
+    pair: ModelPair
+    _: KW_ONLY
+    k_positions: int = 1
+    batch_size: int = 32
+    store: Store | None = None
+    device: str = "cpu"
+    _read: dict[tuple[Side, str], TokenizedPrompts] = field(default_factory=dict)
+    _captured: dict[CaptureKey, Tensor] = field(default_factory=dict)
+    _on_disk: set[CaptureKey] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        refuse_two_places(self.pair.reading, self.k_positions)
 
     def beside(self, pair: ModelPair) -> PairActivations:
         """Activations of a pair of the same base model and prompts; base's are there already."""
-        other = PairActivations(pair, k_positions=self.k_positions, batch_size=self.batch_size)
-        other._captured = {key: z for key, z in self._captured.items() if key[0] == "base"}
-        other._log_probs = {key: each for key, each in self._log_probs.items() if key[0] == "base"}
-        return other
+        of_base = {key: found for key, found in self._captured.items() if key[0] == "base"}
+        return PairActivations(
+            pair, k_positions=self.k_positions, batch_size=self.batch_size, _captured=of_base
+        )
 
     def read(self, side: Side, split: str) -> TokenizedPrompts:
         """The prompts of a split as one of the models reads them, with what is compared."""
@@ -228,26 +269,29 @@ class PairActivations:
         self, side: Side, split: str, layers: Sequence[int], *, to_the_end: bool = False
     ) -> None:
         """Capture what is missing of these layers, and of the next-token distribution, at once."""
+        wanted: list[CaptureKey] = [(side, split, layer) for layer in layers]
+        if to_the_end:
+            wanted.append((side, split, None))
         if side == "base":
-            self._look_up(split, [*layers, None] if to_the_end else layers)
-        missing = [layer for layer in layers if (side, split, layer) not in self._captured]
-        to_the_end = to_the_end and (side, split) not in self._log_probs
-        if missing or to_the_end:
-            model, prompts = self.pair.use(side).model, self.prompts(side, split)
+            for key in wanted:
+                self._look_up(key)
+        missing = [key[2] for key in wanted if key not in self._captured]
+        if not missing:
+            return
+        model, prompts = self.pair.use(side).model, self.prompts(side, split)
+        if layers:
             check_layers(layers, model.cfg.n_layers)
-            batches = list(prompts.batches(self.batch_size))
-            found = capture(model, batches, missing, to_the_end=to_the_end)
-            for z in found.z.values():
-                whole = z.flatten(1).isfinite().all(1).tolist()
+        found = capture(model, list(prompts.batches(self.batch_size)), missing)
+        for layer, tensor in found.items():
+            if layer is not None:
+                whole = tensor.flatten(1).isfinite().all(1).tolist()
                 require_finite(whole, prompts.ids, side, self.pair.member(side).card.dtype)
-            self._captured |= {(side, split, layer): z for layer, z in found.z.items()}
-            if found.log_probs is not None:
-                self._log_probs[side, split] = found.log_probs
+            self._captured[side, split, layer] = tensor
 
     def log_probs(self, side: Side, split: str) -> Float[Tensor, "prompt answer vocab"]:
         """The clean next-token distribution at each compared token."""
         self.capture(side, split, (), to_the_end=True)
-        return self._log_probs[side, split]
+        return self._captured[side, split, None]
 
     def z(self, side: Side, split: str, layer: int) -> Site:
         """Activations of one layer; captured now if they are not there yet."""
@@ -256,36 +300,25 @@ class PairActivations:
 
     def keep(self) -> None:
         """Store what was captured of the base model, for runs that need not load it any more."""
-        found: dict[tuple[str, int | None], dict[str, Tensor]] = {
-            (split, layer): {"z": z}
-            for (side, split, layer), z in self._captured.items()
-            if side == "base"
-        }
-        for (side, split), log_probs in self._log_probs.items():
-            if side == "base":
-                found[split, None] = {"log_probs": log_probs}
-        for place, tensors in found.items():
-            if self.store is not None and place not in self._on_disk:
-                self.store.put_tensors(self._ingredients(*place), tensors)
-                self._on_disk.add(place)
+        for key, tensor in self._captured.items():
+            side, split, layer = key
+            if side == "base" and self.store is not None and key not in self._on_disk:
+                name = "log_probs" if layer is None else "z"
+                self.store.put_tensors(self._ingredients(split, layer), {name: tensor})
+                self._on_disk.add(key)
 
-    def _look_up(self, split: str, layers: Sequence[int | None]) -> None:
-        for layer in layers:
-            there = (layer is None and ("base", split) in self._log_probs) or (
-                ("base", split, layer) in self._captured
-            )
-            if self.store is None or there:
-                continue
-            found = self.store.get_tensors(self._ingredients(split, layer))
-            if found is None:
-                continue
-            if layer is None:
-                log_probs = found["log_probs"]
-                shape = (len(log_probs), -1, log_probs.shape[-1])
-                self._log_probs["base", split] = log_probs.reshape(shape)
-            else:
-                self._captured["base", split, layer] = found["z"]
-            self._on_disk.add((split, layer))
+    def _look_up(self, key: CaptureKey) -> None:
+        _, split, layer = key
+        if self.store is None or key in self._captured:
+            return
+        found = self.store.get_tensors(self._ingredients(split, layer))
+        if found is None:
+            return
+        (tensor,) = found.values()
+        if layer is None and tensor.ndim == 2:  # an older record, of one token each
+            tensor = tensor[:, None]
+        self._captured[key] = tensor
+        self._on_disk.add(key)
 
     def _ingredients(self, split: str, layer: int | None) -> NamedIngredients:
         """Everything that can change what is stored; batch size and padding cannot.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,46 +38,39 @@ from rq4lens.patching.patch import (
     Patch,
     Progress,
     Sources,
+    divergence_terms,
     into_side,
     n_measures,
 )
 from rq4lens.results import EVERY_LAYER, Compared
 
 
+@dataclass(eq=False, repr=False)
 class Ends:
     """The two models of a pair behind engines, each made when it is first needed.
 
-    A model that may not stay in memory beside the other goes with its engine.
+    A model that may not stay in memory beside the other goes with its engine. ``rows`` are the
+    measured ones of the split's prompts.
     """
 
-    def __init__(
-        self,
-        activations: PairActivations,
-        settings: Patching,
-        place: Place,
-        *,
-        first_layer: int,
-        rows: Sequence[int] | None,
-        metric: Metric | None = None,
-    ) -> None:
-        self.pair = activations.pair
-        self.activations = activations
-        self.settings = settings
-        self.place = place if rows is None else place.but(batch_size=len(rows))
-        self.first_layer = first_layer
-        self.rows: slice | list[int] = slice(None) if rows is None else list(rows)
-        self._prompts: dict[Side, TokenizedPrompts] = {}
-        self.metric = metric
-        self._asked = {side: self._asks(side) for side in SIDES} if metric else {}
-        self._engines: dict[Side, Engine] = {}
-        self._others: dict[Side, OtherModel] = {}
-        self._left_out: dict[Side, float] = {}
+    activations: PairActivations
+    settings: Patching
+    place: Place
+    first_layer: int
+    rows: slice | list[int]
+    metric: InitVar[Metric | None]
+    _prompts: dict[Side, TokenizedPrompts] = field(default_factory=dict)
+    _asked: dict[Side, Asked] = field(default_factory=dict)
+    _engines: dict[Side, Engine] = field(default_factory=dict)
+    _others: dict[Side, OtherModel] = field(default_factory=dict)
+    _left_out: dict[Side, float] = field(default_factory=dict)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of the tuned model."""
-        dtype: torch.dtype = getattr(torch, self.pair.tuned.card.dtype)
-        return dtype
+    def __post_init__(self, metric: Metric | None) -> None:
+        self.pair = self.activations.pair
+        if metric is not None:
+            for side in SIDES:
+                prompts = self.prompts(side)
+                self._asked[side] = Asked.of(metric, prompts.ids, prompts.answers, prompts.foils)
 
     def prompts(self, side: Side) -> TokenizedPrompts:
         """The measured prompts as one of the models reads them."""
@@ -105,7 +98,7 @@ class Ends:
         if side not in self._others:
             other: Side = "base" if side == "tuned" else "tuned"
             shared = self.pair.shared_tokens
-            log_probs, ids = self._log_probs(other), shared.of(other)
+            log_probs, ids = self._log_probs(other), shared[other]
             self._left_out[other] = 0.0
             if ids is not None:
                 log_probs = log_probs[..., ids]
@@ -113,7 +106,7 @@ class Ends:
                 there = self.prompts(side).is_compared
                 self._left_out[other] = float(100 * (1 - inside[there].exp()).mean())
                 log_probs = (log_probs - inside).to(log_probs)
-            self._others[side] = OtherModel(log_probs, shared.of(side), self.asked(side))
+            self._others[side] = OtherModel(log_probs, shared[side], self.asked(side))
         return self._others[side]
 
     def asked(self, side: Side) -> Asked | None:
@@ -125,22 +118,17 @@ class Ends:
         if asked is None or all(asked.answers):
             return asked
         shared = self.pair.shared_tokens
-        log_probs, ids, own = self._log_probs("tuned"), shared.of("tuned"), shared.of(side)
+        log_probs, ids, own = self._log_probs("tuned"), shared["tuned"], shared[side]
         best = (log_probs if ids is None else log_probs[..., ids])[:, -1].argmax(-1)
         self._asked[side] = asked.answered((best if own is None else own[best]).tolist())
         return self._asked[side]
-
-    def _asks(self, side: Side) -> Asked:
-        assert self.metric is not None
-        prompts = self.prompts(side)
-        return Asked.of(self.metric, prompts.ids, prompts.answers, prompts.foils)
 
     def compared(self) -> Compared:
         """How well the two distributions can be compared."""
         for side in SIDES:
             self.other(side)
         one, other = self._log_probs("base").double(), self.engine("base").clean_log_probs()
-        noise = torch.where(one == -torch.inf, 0.0, one.exp() * (one - other)).sum((1, 2))
+        noise = divergence_terms(one, other).sum((1, 2))
         left_out, weights = self._left_out, together(self.pair.weight_changes)
         return Compared(
             left_out_base_pct=left_out["base"],
@@ -189,11 +177,6 @@ class Experiment:
         return f"<Experiment on {self.pair!r}: layers {layers}, split {self.split}>"
 
     @property
-    def metric(self) -> Metric | None:
-        """What is measured beside the divergence, if anything is."""
-        return self.ends.metric
-
-    @property
     def engine(self) -> Engine:
         """Measures interventions on the tuned model."""
         return self.ends.engine("tuned")
@@ -202,11 +185,6 @@ class Experiment:
     def split(self) -> str:
         """The split of the measured prompts."""
         return self.settings.split
-
-    @property
-    def k_positions(self) -> int:
-        """How many positions are patched, the decision token last."""
-        return self.settings.k_positions
 
     @property
     def tuned_model(self) -> HookedModel:
@@ -381,7 +359,10 @@ def prepare(
     raw_maps: dict[int, LayerMap] = {}
     if settings.raw_baseline != "identity":
         raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
-    ends = Ends(activations, settings, place, first_layer=min(maps), rows=rows, metric=metric)
+    if rows is not None:
+        place = place.but(batch_size=len(rows))
+    measured = slice(None) if rows is None else list(rows)
+    ends = Ends(activations, settings, place, min(maps), measured, metric)
     ends.engine("tuned")
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():
@@ -407,6 +388,7 @@ def prepare(
 def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any]]:
     """What sources are made of their layer, and whose output matrix they go through."""
     activations, split = ends.activations, ends.settings.split
+    dtype = getattr(torch, ends.pair.tuned.card.dtype)
 
     def base(layer: int) -> Tensor:
         return activations.z("base", split, layer)[ends.rows]
@@ -419,11 +401,11 @@ def _made(ends: Ends) -> tuple[dict[str, Callable[[int], Tensor]], dict[str, Any
 
     def constant(layer: int) -> Tensor:
         prompts = ends.prompts("tuned")
-        return mean("tuned", layer).expand(len(prompts), prompts.n_spots, -1, -1).to(ends.dtype)
+        return mean("tuned", layer).expand(len(prompts), prompts.n_spots, -1, -1).to(dtype)
 
     def shifted(layer: int) -> Tensor:
         move = mean("tuned", layer) - mean("base", layer)
-        return (base(layer) + move).to(ends.dtype)
+        return (base(layer) + move).to(dtype)
 
     made: dict[str, Callable[[int], Tensor]] = {
         BASE: base,

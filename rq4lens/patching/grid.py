@@ -115,8 +115,7 @@ class GridPlan:
         names = ["full", *(f"head{head}" for head in range(self.n_heads))]
         for k in self.ks:
             names += [f"top{k}", *(f"rand{k}_s{seed}" for seed in self.settings.random_seeds)]
-        control = [] if self.control_layer is None else ["ctrl_full"]
-        return [*names, *control, "none", "self"]
+        return [*names, *(["ctrl_full"] if self.layers[1:] else []), "none", "self"]
 
 
 def run_grid(
@@ -231,11 +230,9 @@ def run_sweep(
     Returns:
         One grid per layer.
     """
-    measurer = Measurer.of(measurer)
+    measurer, alone = Measurer.of(measurer), settings.but(control_layer=None)
     return {
-        layer: measure_grid(
-            measurer, settings.but(layer=layer, control_layer=None), effort, progress
-        )
+        layer: measure_grid(measurer, alone.but(layer=layer), effort, progress)
         for layer in measurer.experiment.layers
     }
 
@@ -257,7 +254,7 @@ def _result(
             tuned=pair.tuned.card.source,
             n_layers=pair.n_layers,
             n_heads=pair.n_heads,
-            decision_rule=pair.decision_rule,
+            decision_rule=pair.reading.label,
             dtype=pair.tuned.card.dtype,
             engine=experiment.engine.name,
             # What was measured, whatever was asked for.

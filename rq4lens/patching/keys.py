@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from rq4lens.config import Patching
-from rq4lens.disk.store import NUMERICS_VERSION, content_key
+from rq4lens.disk.store import NamedIngredients, content_key
 from rq4lens.patching.patch import Patch
 
 PREPARED = {"split", "k_positions", "raw_baseline", "kl_direction", "metric"}
 """Settings that are decided when an experiment is prepared."""
-
-
-class NamedIngredients(NamedTuple):
-    """Everything that a record depends on, by name, and a readable start of its file name."""
-
-    label: str
-    values: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name."""
-        return self.values
 
 
 def identity(card: Mapping[str, Any]) -> dict[str, str]:
@@ -43,35 +31,11 @@ def settings_values(patching: Patching, names: set[str] | None = None) -> dict[s
     return {name: value for name, value in values.items() if (name, value) != ("metric", "kl")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasuredOn:
-    """Everything but the patch that can change an effect.
-
-    Batch size, padding side, engine and chunking are absent on purpose: they change no number.
-    Models, prompts and tokens are fingerprints; ``device`` is its kind, which decides rounding.
-    """
-
-    models: Mapping[str, Mapping[str, str]]
-    prompts: str
-    tokens: Mapping[str, str]
-    decision_rule: str
-    patching: Mapping[str, Any]
-    dtype: str
-    device: str
-    libraries: str
-    numerics_version: str = NUMERICS_VERSION
-
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        """Everything by name; it stands in thousands of records."""
-        return asdict(self)
-
-
 @dataclass(frozen=True)
 class ConditionIngredients:
-    """Everything that can change the effect of one patch."""
+    """Everything that can change the effect of one patch, which was measured ``on`` something."""
 
-    on: MeasuredOn
+    on: Mapping[str, Any]
     patch: Patch
     map_fingerprint: str | None
 
@@ -86,40 +50,29 @@ class ConditionIngredients:
     def to_dict(self) -> dict[str, Any]:
         """Every ingredient by name."""
         patch = _group(self.patch, self.map_fingerprint) | {"heads": list(self.patch.heads)}
-        return self.on.values | {"patch": patch}
+        return {**self.on, "patch": patch}
 
 
-@dataclass(frozen=True)
-class ChunkIngredients:
+def chunk_ingredients(
+    conditions: Sequence[ConditionIngredients], prompt_ids: Sequence[str]
+) -> NamedIngredients:
     """Everything that can change the effects of patches that were measured together.
 
-    Patches of one layer, strength and source stand together; the prompts, in order, may be a part
-    of the split.
+    Patches of one layer, strength and source stand together, their head sets as a hash: they may be
+    thousands. The prompts, in order, may be a part of the split.
     """
-
-    conditions: Sequence[ConditionIngredients]
-    prompt_ids: Sequence[str]
-
-    @property
-    def label(self) -> str:
-        """Layer, strength and number of the patches."""
-        first = self.conditions[0].patch
-        return f"L{first.layer}_{len(self.conditions)}_patches_a{float(first.alpha):g}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every ingredient by name; thousands of head sets stand there as their hash."""
-        return self._values
-
-    @cached_property
-    def _values(self) -> dict[str, Any]:
-        patches = []
-        for group, members in groupby(
-            self.conditions, key=lambda each: _group(each.patch, each.map_fingerprint)
-        ):
-            head_sets = [list(each.patch.heads) for each in members]
-            patches.append(group | {"head_sets": content_key({"head_sets": head_sets})})
-        prompt_ids = content_key({"ids": list(self.prompt_ids)})
-        return self.conditions[0].on.values | {"prompt_ids": prompt_ids, "patches": patches}
+    patches = []
+    for group, members in groupby(
+        conditions, key=lambda each: _group(each.patch, each.map_fingerprint)
+    ):
+        head_sets = [list(each.patch.heads) for each in members]
+        patches.append(group | {"head_sets": content_key({"head_sets": head_sets})})
+    prompts = content_key({"ids": list(prompt_ids)})
+    first = conditions[0]
+    return NamedIngredients(
+        f"L{first.patch.layer}_{len(conditions)}_patches_a{float(first.patch.alpha):g}",
+        {**first.on, "prompt_ids": prompts, "patches": patches},
+    )
 
 
 def _group(patch: Patch, map_fingerprint: str | None) -> dict[str, Any]:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from numpy import ndarray
 
-from rq4lens.disk.store import Store, content_key
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, Store, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import arithmetic_libraries, tensor_fingerprint
 from rq4lens.models.pair import SIDES
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.keys import (
-    ChunkIngredients,
     ConditionIngredients,
-    MeasuredOn,
-    NamedIngredients,
+    chunk_ingredients,
     identity,
     measured_parts,
 )
@@ -127,6 +124,7 @@ class Measurer:
         self, source: MeasuresPatches, records: Store | None = None, chunks: Store | None = None
     ) -> None:
         self.source = source
+        self.groups, self.n_heads = source.groups, source.n_heads
         self.records = records
         self.chunks = chunks
         self._known: dict[tuple[int, float, str], dict[Indices, PatchRow]] = {}
@@ -136,16 +134,6 @@ class Measurer:
     def of(cls, source: MeasuresPatches) -> Measurer:
         """The source if it is a measurer, or one that remembers its effects."""
         return source if isinstance(source, Measurer) else cls(source)
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The group of each prompt."""
-        return self.source.groups
-
-    @property
-    def n_heads(self) -> int:
-        """Heads per layer."""
-        return self.source.n_heads
 
     @property
     def experiment(self) -> Experiment:
@@ -172,12 +160,13 @@ class Measurer:
         for each in grid.conditions.values():
             self._learn(*zip(*Planned.of(each).measured(each), strict=True))
 
-    # Effects
-
     def require(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
         """Measure those patches that are not known, or take them from disk."""
         for chunk in _chunks(self._unknown(patches), MEASURED_TOGETHER):
-            together = [patch for group in _by_source(chunk) for patch in group]
+            by_source: dict[tuple[int, float, str], list[Patch]] = {}
+            for patch in chunk:
+                by_source.setdefault((patch.layer, patch.alpha, patch.source), []).append(patch)
+            together = list(chain.from_iterable(by_source.values()))
             self._learn(together, self._stored(together, progress))
 
     def effects(self, patches: Sequence[Patch], progress: Progress | None = None) -> Effects:
@@ -193,7 +182,7 @@ class Measurer:
         if self.chunks is None:
             return self._measured(patches, progress)
         conditions = tuple(map(self._ingredients, patches))
-        ingredients = ChunkIngredients(conditions, self.experiment.prompt_ids)
+        ingredients = chunk_ingredients(conditions, self.experiment.prompt_ids)
         found = self.chunks.get_tensors(ingredients)
         if found is not None:
             self._report(len(patches), progress)
@@ -209,16 +198,19 @@ class Measurer:
 
     def compared(self) -> Compared:
         """How well the distributions of the two models can be compared."""
-        ingredients = NamedIngredients("compared", asdict(self.on))
-        found = self.records and self.records.get(ingredients)
-        if found:
-            return Compared(**found)
-        compared = self.experiment.ends.compared()
-        if self.records is not None:
-            self.records.put(ingredients, compared._asdict())
-        return compared
+        ingredients = NamedIngredients("compared", self.on)
+        return Compared(**self.once(ingredients, lambda: self.experiment.ends.compared()._asdict()))
 
-    # Conditions of a grid
+    def once(
+        self, ingredients: NamedIngredients, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What was measured and recorded before, else what is measured now."""
+        found = self.records and self.records.get(ingredients)
+        if not found:
+            found = measure()
+            if self.records is not None:
+                self.records.put(ingredients, found)
+        return found
 
     def conditions(
         self, planned: Sequence[Planned], progress: Progress | None = None
@@ -289,7 +281,9 @@ class Measurer:
 
     def _record(self, patch: Patch) -> PatchRow | None:
         payload = None if self.records is None else self.records.get(self._ingredients(patch))
-        return _row_of(payload) if payload else None
+        if not payload:
+            return None
+        return PatchRow(**{name: np.array(each, dtype=float) for name, each in payload.items()})
 
     def _condition(self, plan: Planned) -> ConditionResult:
         raw, mapped = (self._row(patch) for patch in plan.raw_and_mapped)
@@ -302,8 +296,6 @@ class Measurer:
             mapped=mapped,
             transfer=self.transfer(plan) if plan.swaps else None,
         )
-
-    # Memory and keys
 
     def _unknown(self, patches: Sequence[Patch]) -> list[Patch]:
         wanted = dict.fromkeys(patches)
@@ -320,8 +312,7 @@ class Measurer:
             self._beside(patch).setdefault(patch.heads.indices, row)
 
     def _measured(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
-        effects = self.source.effects(patches, progress)
-        return _rows(effects.measures)
+        return _rows(self.source.effects(patches, progress).measures)
 
     def _report(self, n_patches: int, progress: Progress | None) -> None:
         if progress is not None:
@@ -334,21 +325,26 @@ class Measurer:
         return ConditionIngredients(self.on, patch, self._made_by(patch.layer, patch.source))
 
     @cached_property
-    def on(self) -> MeasuredOn:
-        """Everything but the patch that can change an effect."""
+    def on(self) -> dict[str, Any]:
+        """Everything but the patch that can change an effect.
+
+        Batch size, padding side, engine and chunking are absent on purpose: they change no number.
+        Models, prompts and tokens are fingerprints; the kind of device decides rounding.
+        """
         experiment = self.experiment
         pair, split = experiment.pair, experiment.split
         read = experiment.ends.activations.read
-        return MeasuredOn(
-            models={side: identity(pair.member(side).card.to_dict()) for side in SIDES},
-            prompts=pair.prompts.split(split).fingerprint,
-            tokens={side: read(side, split).fingerprint for side in SIDES},
-            decision_rule=pair.decision_rule,
-            patching=measured_parts(experiment.settings),
-            dtype=pair.tuned.card.dtype,
-            device=device_of(experiment.tuned_model).type,
-            libraries=arithmetic_libraries(),
-        )
+        return {
+            "models": {side: identity(pair.member(side).card.to_dict()) for side in SIDES},
+            "prompts": pair.prompts.split(split).fingerprint,
+            "tokens": {side: read(side, split).fingerprint for side in SIDES},
+            "decision_rule": pair.reading.label,
+            "patching": measured_parts(experiment.settings),
+            "dtype": pair.tuned.card.dtype,
+            "device": device_of(experiment.tuned_model).type,
+            "libraries": arithmetic_libraries(),
+            "numerics_version": NUMERICS_VERSION,
+        }
 
     def _made_by(self, layer: int, source: str) -> str | None:
         """Fingerprint of the map that a source went through, or of what else it is.
@@ -383,13 +379,6 @@ def _company(patch: Patch) -> tuple[bool, bool]:
     return into_side(patch) == "base", patch.layer == EVERY_LAYER
 
 
-def _by_source(patches: Sequence[Patch]) -> Iterable[Sequence[Patch]]:
-    groups: dict[tuple[int, float, str], list[Patch]] = {}
-    for patch in patches:
-        groups.setdefault((patch.layer, patch.alpha, patch.source), []).append(patch)
-    return groups.values()
-
-
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -406,7 +395,3 @@ def payload_of(row: PatchRow) -> dict[str, list[Any]]:
     for each in found.values():
         each[np.isnan(each.astype(float))] = None
     return {name: each.tolist() for name, each in found.items()}
-
-
-def _row_of(payload: Mapping[str, Any]) -> PatchRow:
-    return PatchRow(**{name: np.array(each, dtype=float) for name, each in payload.items()})

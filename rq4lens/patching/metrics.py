@@ -63,15 +63,15 @@ class Metric:
 
 def answer_logprob(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
     """Log-probability of the answer: the sum over its compared tokens."""
-    log_probs = precisely(logits).log_softmax(-1)
+    log_probs = logits.log_softmax(-1, dtype=more_precise(logits.dtype))
     n_tokens = logits.shape[1]
     return log_probs[:, torch.arange(n_tokens), list(answer[:n_tokens])].sum(-1)
 
 
 def logit_difference(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:  # noqa: ARG001
     """Logit of the answer's first token less that of the foil's, at the decision token."""
-    at_decision = logits[:, 0]
-    return precisely(at_decision[:, answer[0]]) - precisely(at_decision[:, foil[0]])
+    both = logits[:, 0, [answer[0], foil[0]]].to(more_precise(logits.dtype))
+    return both[:, 0] - both[:, 1]
 
 
 def accuracy(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Tensor:
@@ -79,9 +79,9 @@ def accuracy(logits: Patched, clean: Clean, answer: Tokens, foil: Tokens) -> Ten
     return (logit_difference(logits, clean, answer, foil) > 0).double()
 
 
-def precisely(logits: Tensor) -> Tensor:
-    """Logits in one precision above their own."""
-    return logits.to(torch.float32 if logits.dtype.itemsize < 4 else torch.float64)
+def more_precise(dtype: torch.dtype) -> torch.dtype:
+    """One precision above another."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
 METRICS: dict[str, Metric] = {
@@ -93,31 +93,21 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_named(name: str) -> Metric | None:
-    """The metric of a setting; None for the divergence alone.
-
-    Raises:
-        UserError: for the name of a function, which no setting can hold.
-    """
+    """The metric of a setting; None for the divergence alone."""
     if name == "kl":
         return None
     if name not in METRICS:
-        known = ", ".join(name for each in get_args(MetricName) for name in [each])
         raise UserError(
             f"metric {name!r} is a function of Python, which no setting holds: give it as "
-            f"rq.run_grid(..., metric=rq.Metric(...)), or choose one of {known}."
+            "rq.run_grid(..., metric=rq.Metric(...)), or choose one of "
+            f"{', '.join(get_args(MetricName))}."
         )
     return METRICS[name]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A metric, and the answers and foils of the prompts that it is asked of.
-
-    Args:
-        metric: the metric.
-        answers: the tokens of each prompt's answer, as ids of the patched model.
-        foils: likewise; empty for prompts without one.
-    """
+    """A metric, and the answers and foils that it is asked of, in tokens of the patched model."""
 
     metric: Metric
     answers: tuple[Tokens, ...]
@@ -127,12 +117,8 @@ class Asked:
     def of(
         cls, metric: Metric, ids: Sequence[str], answers: Sequence[Tokens], foils: Sequence[Tokens]
     ) -> Asked:
-        """What a metric asks of some prompts.
-
-        Raises:
-            UserError: if a prompt lacks what the metric needs, by its name.
-        """
-        given = {"answer": answers or [()] * len(ids), "foil": foils or [()] * len(ids)}
+        """What a metric asks of some prompts, which must have what it needs."""
+        given = {"answer": answers, "foil": foils}
         for what in metric.needs:
             lacking = [name for name, of in zip(ids, given[what], strict=True) if not of]
             if lacking:
@@ -168,12 +154,9 @@ class Asked:
         clean: Float[Tensor, "token 1 vocab"],
         there: Bool[Tensor, "prompt answer"] | None = None,
     ) -> Float[Tensor, "prompt row"]:
-        """The metric of each row.
+        """The metric of each row, from logits at the compared tokens, prompt by prompt.
 
-        Args:
-            patched: patched logits at the compared tokens of the first prompt, then of the next.
-            clean: the clean logits there.
-            there: which of these tokens each prompt's answer has; without it, each is one token.
+        ``there`` says which of these each answer has; without it, each is one token.
         """
         n_prompts, found = len(self.answers), []
         of_patched, of_clean = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import Future
-from dataclasses import asdict, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,33 +13,29 @@ from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.config import Patching, Place
-from rq4lens.disk.store import content_key
+from rq4lens.disk.store import NamedIngredients, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
-from rq4lens.patching.keys import NamedIngredients, settings_values
+from rq4lens.patching.keys import settings_values
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.patch import BASE, MAPPED, RAW, Patch
 
 
 class NoiseEffects(NamedTuple):
-    """What all heads of a layer do in the noise pair, on each prompt.
-
-    Args:
-        gap_base_nats: ``KL(p_base || p_noise)`` of the clean models.
-        gap_left_nats: what is left of it with base's activations at strength 1.
-        kl_raw_nats: ``KL_raw(ALL)`` at the run's alpha.
-        kl_mapped_nats: ``KL_mapped(ALL)`` at the run's alpha, by a map fitted to this pair.
-    """
+    """What all heads of a layer do in the noise pair, on each prompt."""
 
     gap_base_nats: ndarray
+    """``KL(p_base || p_noise)`` of the clean models."""
     gap_left_nats: ndarray
+    """What is left of it with base's activations at strength 1."""
     kl_raw_nats: ndarray
     kl_mapped_nats: ndarray
+    """``KL(ALL)`` at the run's alpha; mapped by a map that is fitted to this pair."""
 
 
 MOST_AT_ONCE = 2**26
@@ -98,26 +94,27 @@ def noise_effects(
     seed: int = 0,
 ) -> NoiseEffects:
     """The effects of the noise pair; from the store of the measurer if they lie there."""
-    on = {**asdict(measurer.on), **settings_values(patching), "seed": seed}
+    on = {**measurer.on, **settings_values(patching), "seed": seed}
     ingredients = NamedIngredients("noise_pair", on)
-    found = measurer.records and measurer.records.get(ingredients)
-    if found:
-        return NoiseEffects(**{name: np.array(values) for name, values in found.items()})
-    effects = _measured(measurer.experiment.pair, activations, patching, place, seed)
-    if measurer.records is not None:
-        payload = {name: values.tolist() for name, values in effects._asdict().items()}
-        measurer.records.put(ingredients, payload)
-    return effects
+
+    def measure() -> dict[str, Any]:
+        effects = _measured(
+            noise_pair(measurer.experiment.pair, seed), activations, patching, place
+        )
+        return {name: values.tolist() for name, values in effects._asdict().items()}
+
+    found = measurer.once(ingredients, measure)
+    return NoiseEffects(**{name: np.array(values) for name, values in found.items()})
 
 
 def _measured(
-    pair: ModelPair, activations: PairActivations, patching: Patching, place: Place, seed: int
+    noisy: ModelPair, activations: PairActivations, patching: Patching, place: Place
 ) -> NoiseEffects:
-    noisy, layer = noise_pair(pair, seed), int(patching.layer or 0)
+    layer = int(patching.layer or 0)
     beside = activations.beside(noisy)
     maps = fit_maps(noisy, [layer], patching.map_kind, scope=patching.map_scope, activations=beside)
     experiment = prepare(noisy, maps, patching.of_divergence, place, activations=beside)
-    every, none = HeadSet.all(pair.n_heads), HeadSet.none(pair.n_heads)
+    every, none = HeadSet.all(noisy.n_heads), HeadSet.none(noisy.n_heads)
     swaps = [Patch(layer, heads, 1.0, BASE) for heads in (none, every)]
     both = [Patch(layer, every, patching.alpha, source) for source in (RAW, MAPPED)]
     found = experiment.effects([*swaps, *both])

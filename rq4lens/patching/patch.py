@@ -18,7 +18,7 @@ from torch import Tensor
 from rq4lens.config import KLDirection
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
-from rq4lens.patching.metrics import Asked
+from rq4lens.patching.metrics import Asked, more_precise
 from rq4lens.results import OTHERS, OWN
 
 logger = logging.getLogger(__name__)
@@ -105,14 +105,8 @@ def head_outputs(
 ) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows d_model"]]:
     """The blend of what heads write, where the source has its own ``W_O``.
 
-    Args:
-        z: the patched model's activations.
-        source: the activations that come in.
-        patched: which heads, and how strongly.
-        W_O: the source's output matrix.
-
-    Returns:
-        What is left of ``z``, and what the source writes into the residual stream beside it.
+    ``patched`` says which heads, and how strongly. The result is what is left of ``z``, and what
+    the source writes into the residual stream beside it.
     """
     mask, alpha = patched
     nothing = torch.zeros_like(z)
@@ -142,26 +136,28 @@ def next_token_effects(
     answer = clean.argmax(-1, keepdim=True)
     change = patched.take_along_dim(answer, -1) - clean.take_along_dim(answer, -1)
     first, second = (patched, clean) if patched_first(direction) else (clean, patched)
-    terms = first.exp() * (first - second)
+    kl = divergence_terms(first, second).sum(-1)
+    return kl, einops.rearrange(change, "... 1 -> ...")
+
+
+def divergence_terms(
+    first: Float[Tensor, "*#rows vocab"], second: Float[Tensor, "*#rows vocab"]
+) -> Tensor:
+    """What each token adds to ``KL(first || second)``, from log-probabilities."""
     # A logit of minus infinity gives 0 * (-inf - x), which is NaN where the limit is 0.
-    terms = torch.where(first == -torch.inf, 0.0, terms)
-    return terms.sum(-1), einops.rearrange(change, "... 1 -> ...")
+    return torch.where(first == -torch.inf, 0.0, first.exp() * (first - second))
 
 
 @dataclass(frozen=True)
 class OtherModel:
-    """The clean next-token distributions of the other model of the pair.
-
-    Args:
-        log_probs: over the tokens that both models have, renormalised; a row for each compared
-            token of each prompt.
-        tokens: the patched model's ids of these tokens; None if the vocabularies are the same.
-        asked: the metric that is measured beside the divergence, if there is one.
-    """
+    """The clean next-token distributions of the other model of the pair."""
 
     log_probs: Float[Tensor, "*rows shared"]
+    """Over the tokens that both models have, renormalised; a row for each compared token."""
     tokens: Int[Tensor, "shared"] | None = None
+    """The patched model's ids of these tokens; None if the vocabularies are the same."""
     asked: Asked | None = None
+    """The metric that is measured beside the divergence, if there is one."""
 
     def of_prompts(self, prompts: Any) -> OtherModel:
         """The same on some of the prompts."""
@@ -198,10 +194,8 @@ class OtherModel:
 
     def gap_left_nats(self, logits: Float[Tensor, "prompt row vocab"]) -> Tensor:
         """``KL(p_other || p_patched)``, ``[prompt row]``."""
-        shared = self.shared(logits)
-        patched, other = _log_probs(shared), self.log_probs[:, None].to(_precise(logits.dtype))
-        terms = other.exp() * (other - patched)
-        return torch.where(other == -torch.inf, 0.0, terms).sum(-1)
+        patched = _log_probs(self.shared(logits))
+        return divergence_terms(self.log_probs[:, None].to(patched.dtype), patched).sum(-1)
 
     def answer_is(
         self,
@@ -296,21 +290,12 @@ def answer_effects(
     direction: KLDirection = "patched||clean",
     other: OtherModel | None = None,
 ) -> list[Shaped[Tensor, "prompt row"]]:
-    """The measures of whole answers.
+    """The measures of whole answers, in the order of :class:`Effects`; single tokens come last.
 
     An answer's divergence, log-probability and gap are the sums over its tokens, each read behind
-    those before it, and the most likely answer is a model's own where each token is.
-
-    Args:
-        effects_of: measures each token.
-        logits: at the compared tokens of the first prompt, then those of the next.
-        clean_logits: the same without a patch.
-        there: which of these tokens each answer has.
-        direction: which way the divergence is taken.
-        other: the other model at these tokens, see :meth:`OtherModel.by_token`.
-
-    Returns:
-        The measures of :class:`Effects` in their order, those of single tokens one by one.
+    those before it, and the most likely answer is a model's own where each token is. Logits are at
+    the compared tokens, prompt by prompt; ``there`` says which of these each answer has, and
+    ``other`` is the other model at them, see :meth:`OtherModel.by_token`.
     """
     by_token = effects_of(logits, clean_logits, direction, other)
     asked = None if other is None else other.asked
@@ -378,13 +363,9 @@ def _kernel_works(
 
 
 def _log_probs(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
-    return logits.log_softmax(-1, dtype=_precise(logits.dtype))
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
     # One precision above the logits: a divergence is of second order in the logits' difference, so
     # rounding log-probabilities to the logits' own precision would swamp the small ones.
-    return torch.float32 if dtype.itemsize < 4 else torch.float64
+    return logits.log_softmax(-1, dtype=more_precise(logits.dtype))
 
 
 Site = Float[Tensor, "prompt position head d_head"]
@@ -392,13 +373,10 @@ Site = Float[Tensor, "prompt position head d_head"]
 
 
 class Sources(dict[tuple[int, str], Tensor]):
-    """What is blended in, by layer and source name.
+    """What is blended in, by layer and source name; ``made`` makes what is not there yet.
 
-    Args:
-        tensors: the activations.
-        made: makes what is not there yet from its layer, by source name.
-        W_O: the output matrices of sources that do not go through the patched model's own: the
-            patched heads write ``z W_O`` of these into the residual stream instead.
+    ``W_O`` are the output matrices of sources that do not go through the patched model's own: the
+    patched heads write ``z W_O`` of these into the residual stream instead.
     """
 
     def __init__(

@@ -129,7 +129,12 @@ def patch(
         UserError: if a layer, head, source or prompt does not exist, or alpha is outside [0, 1].
     """
     check_layers([layer], of.n_layers)
-    experiment = of if isinstance(of, Experiment) else _prepared(of, layer)
+    if isinstance(of, Experiment):
+        experiment = of
+    else:  # without the clean pass that only fast engines need
+        activations = PairActivations(of)
+        maps = fit_maps(of, layer, activations=activations)
+        experiment = prepare(of, maps, place=Place(engine="hooks"), activations=activations)
     chosen = Patch(layer, HeadSet.read(heads, experiment.n_heads, layer), alpha, source)
     pair, side = experiment.pair, into_side(chosen)
     every = experiment.ends.prompts(side)
@@ -143,10 +148,3 @@ def patch(
             yield patched
         finally:
             patched.is_on = False
-
-
-def _prepared(pair: ModelPair, layer: int) -> Experiment:
-    """One layer of a pair, without the clean pass that only fast engines need."""
-    activations = PairActivations(pair)
-    maps = fit_maps(pair, layer, activations=activations)
-    return prepare(pair, maps, place=Place(engine="hooks"), activations=activations)

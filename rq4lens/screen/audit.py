@@ -9,15 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rq4lens.analysis.effects.apart import PairFacts, outside_layers, weights_table
-from rq4lens.models.prompts.audit import (
-    AUDIT_SIDES,
-    PIECES,
-    Audit,
-    Cause,
-    PromptAudit,
-    SideAudit,
-    causes,
-)
+from rq4lens.config import SIDES
+from rq4lens.models.prompts.audit import PIECES, Audit, Cause, PromptAudit, SideAudit, causes
 from rq4lens.screen.tables import UNCUT, columns, text_of
 
 WIDTH = 120
@@ -112,8 +105,8 @@ def _table(prompts: list[PromptAudit]) -> Table:
         table.add_row(
             Text(printable(each.id)),
             Text(printable(each.split)),
-            *(_around(each.sides.get(side)) for side in AUDIT_SIDES),
-            Text(" / ".join(_end(each.sides.get(side)) for side in AUDIT_SIDES)),
+            *(_around(each.sides.get(side)) for side in SIDES),
+            Text(" / ".join(_end(each.sides.get(side)) for side in SIDES)),
             verdict,
         )
     return table
@@ -126,9 +119,7 @@ def _pieces(prompts: list[PromptAudit]) -> Iterator[Table]:
         table.add_column(title, overflow="fold")
     for each in prompts:
         for name in PIECES:
-            read = [
-                s.pieces.get(name) if (s := each.sides.get(side)) else None for side in AUDIT_SIDES
-            ]
+            read = [s.pieces.get(name) if (s := each.sides.get(side)) else None for side in SIDES]
             tokens = (Text(printable("|".join(piece.tokens)) if piece else "-") for piece in read)
             how = " / ".join(dict.fromkeys(piece.how for piece in read if piece))
             if how:
@@ -164,7 +155,7 @@ def _totals(audit: Audit) -> Iterator[str]:
         yield f"{audit.n_same_tokens} of them are the same token ids for both models"
     if audit.excluded:
         yield f"{len(audit.excluded)} of those that do not align are left out of a run."
-    cut = {side: audit.n_cut(side) for side in AUDIT_SIDES}
+    cut = {side: audit.n_cut(side) for side in SIDES}
     if any(cut.values()):
         yield f"cut on the left: {cut['base']} prompts of base, {cut['tuned']} of tuned"
     yield from audit.lacking

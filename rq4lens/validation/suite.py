@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 from rq4lens.analysis.rankings.methods import METHODS, RankingMethod, method_of
 from rq4lens.analysis.statistics.plain import Listed
 from rq4lens.config import Reading, RunConfig
-from rq4lens.disk.store import NUMERICS_VERSION, Store
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, Store
 from rq4lens.errors import UserError
 from rq4lens.models.catalog import pair_from
 from rq4lens.models.load.fingerprint import arithmetic_libraries
@@ -38,7 +38,7 @@ from rq4lens.models.prompts.prompt_set import (
     PromptSet,
 )
 from rq4lens.patching.activations import check_layers
-from rq4lens.patching.keys import NamedIngredients, identity
+from rq4lens.patching.keys import identity
 from rq4lens.patching.passes import device_of
 from rq4lens.patching.patch import Progress
 from rq4lens.validation.planting import Planting, plant, unrelated

@@ -25,7 +25,14 @@ from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.engines.windows import EngineOfWindows
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.passes import forward_batch
-from rq4lens.patching.patch import BASE, Engine, Intervention, Patch, Sources
+from rq4lens.patching.patch import (
+    BASE,
+    Engine,
+    Intervention,
+    Patch,
+    Sources,
+    divergence_terms,
+)
 
 N_LIKELY = 5
 """Next tokens that a card shows."""
@@ -147,8 +154,7 @@ def divergence(
     target: Float[Tensor, "*#rows vocab"], log_probs: Float[Tensor, "*rows vocab"]
 ) -> Float64[ndarray, "*rows"]:
     """``KL(target ‖ distribution)`` in nats, from log-probabilities."""
-    terms = target.exp() * (target - log_probs)
-    return torch.where(target == -torch.inf, 0.0, terms).sum(-1).double().cpu().numpy()
+    return divergence_terms(target, log_probs).sum(-1).double().cpu().numpy()
 
 
 def _patched_logits(

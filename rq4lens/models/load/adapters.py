@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ from rq4lens.models.load.checkpoint import (
     Checkpoint,
     explained,
     locate,
-    read_json,
     same_weights,
 )
 
@@ -32,14 +31,9 @@ SHARED = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")
 """Adapter weights that PEFT holds once and names again in each layer."""
 
 
-def adapter_settings(adapter: Checkpoint) -> dict[str, Any]:
-    """What an adapter's ``adapter_config.json`` says."""
-    return read_json(adapter.folder / "adapter_config.json", adapter.source)
-
-
 def base_of(adapter: Checkpoint) -> Checkpoint:
     """The base model that an adapter names."""
-    settings = adapter_settings(adapter)
+    settings = adapter.config
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise UserError(
@@ -51,9 +45,10 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
             f"base_model_name_or_path={short_value(base)} and revision={short_value(revision)} in "
             f"adapter_config.json of {adapter.source} must be text; restore the file."
         )
+    beside = adapter.folder / base  # a relative path means a folder beside the adapter first
     try:
         found = locate(
-            _beside(adapter, base),
+            str(beside) if os.path.isdir(beside) else base,  # noqa: PTH112 - False for any text
             revision,
             with_weights=adapter.with_weights,
             trust_remote_code=adapter.trust_remote_code,
@@ -66,12 +61,6 @@ def base_of(adapter: Checkpoint) -> Checkpoint:
             "adapter; merge that one into its own base first, and name the merged model."
         )
     return found
-
-
-def _beside(adapter: Checkpoint, base: str) -> str:
-    """A relative path means a folder beside the adapter's files first."""
-    folder = adapter.folder / base
-    return str(folder) if os.path.isdir(folder) else base  # noqa: PTH112 - False for any text
 
 
 def other_base(adapter: Checkpoint, base: Checkpoint) -> str | None:
@@ -162,7 +151,7 @@ PATTERNS = (
 
 def check_adapter(adapter: Checkpoint) -> None:
     """Refuse an adapter that is no change of weights, or whose patterns are broken."""
-    settings = adapter_settings(adapter)
+    settings = adapter.config
     _check_type(settings.get("peft_type"), adapter)
     for name in REFUSED:
         if settings.get(name) is not None:
@@ -178,12 +167,14 @@ def check_adapter(adapter: Checkpoint) -> None:
     rank = settings.get("r", 1)
     if not (isinstance(rank, int) and rank >= 1):
         raise adapter.wrong("r", rank, "a whole number from 1")
-    for name, pattern in _patterns(settings):
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError, TypeError):
-            allowed = "a list of names of modules, or a pattern of them"
-            raise adapter.wrong(name, pattern, allowed) from None
+    for name in PATTERNS:
+        value = settings.get(name) or []
+        for pattern in value if isinstance(value, list | dict) else [value]:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError, TypeError):
+                allowed = "a list of names of modules, or a pattern of them"
+                raise adapter.wrong(name, pattern, allowed) from None
 
 
 def _check_type(kind: Any, adapter: Checkpoint) -> None:
@@ -202,9 +193,3 @@ def _check_type(kind: Any, adapter: Checkpoint) -> None:
             f"{adapter.source} is a {spelled} adapter ({kind}), which is no change of weights; "
             "only adapters that can be merged into the weights, as LoRA, are allowed."
         )
-
-
-def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in PATTERNS:
-        value = settings.get(name) or []
-        yield from ((name, each) for each in (value if isinstance(value, list | dict) else [value]))

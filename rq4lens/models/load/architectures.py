@@ -8,7 +8,8 @@ but the configuration it is given.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rq4lens.disk.files import short_value
 from rq4lens.errors import UserError
-from rq4lens.models.load.lens import Backend, HookedTransformer, bridge_architectures
+from rq4lens.models.load.lens import SUPPORTED_ARCHITECTURES, Backend, HookedTransformer
 from rq4lens.models.load.lens import weight_conversions as tl
 
 Fields = dict[str, Any]
@@ -29,12 +30,21 @@ StateDict = dict[str, Tensor]
 class Architecture:
     """How one Hugging Face architecture becomes a ``HookedTransformer``.
 
-    ``config`` reads a Hugging Face configuration into ``HookedTransformerConfig`` fields;
-    ``weights`` is TransformerLens' own conversion ``(hf_model, cfg) -> state dict``.
+    ``family`` reads a Hugging Face configuration into ``HookedTransformerConfig`` fields, to which
+    ``more`` is added; ``weights`` is TransformerLens' own conversion ``(hf_model, cfg) -> state
+    dict``. Another value than the one in ``only`` would be converted into another function.
     """
 
-    config: Callable[[Any], Fields]
+    family: Callable[[Any], Fields]
     weights: Callable[[Any, Any], StateDict]
+    more: Fields = field(default_factory=dict)
+    only: Fields = field(default_factory=dict)
+
+    def config(self, hf: Any) -> Fields:
+        """What a Hugging Face configuration means in TransformerLens."""
+        for name, allowed in self.only.items():
+            _require(hf, name, allowed)
+        return self.family(hf) | self.more
 
 
 def _require(hf: Any, field: str, allowed: Any) -> None:
@@ -62,10 +72,10 @@ def rotary_fields(hf: Any, *, partial: bool = False, layer_type: str | None = No
     """Rotary fields of ``HookedTransformerConfig``."""
     rope = rope_of(hf, layer_type)
     kind = rope.get("rope_type") or "default"
-    if kind not in _SCALINGS:
+    if kind not in ROPE_TYPES:
         raise UserError(
             f"rope_type {short_value(kind)} of this checkpoint cannot be computed by "
-            f"TransformerLens; allowed are {', '.join(_SCALINGS)}; use a checkpoint with one of "
+            f"TransformerLens; allowed are {', '.join(ROPE_TYPES)}; use a checkpoint with one of "
             "these."
         )
     for name in ("rope_theta", "factor"):
@@ -80,55 +90,43 @@ def rotary_fields(hf: Any, *, partial: bool = False, layer_type: str | None = No
         "rotary_adjacent_pairs": False,
         "rotary_dim": int(head_width(hf) * share),
         "rotary_base": rope.get("rope_theta", 10000.0),
-    } | _SCALINGS[kind](hf, rope)
+    } | _scaling(kind, hf, rope)
 
 
-def _unscaled(_hf: Any, _rope: Mapping[str, Any]) -> Fields:
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn", "longrope")
+
+
+def _scaling(kind: str, hf: Any, rope: Mapping[str, Any]) -> Fields:
+    """How angles are scaled for long prompts.
+
+    ``dynamic`` changes nothing up to ``n_ctx``, where HookedTransformer stops. ``llama3`` is NTK by
+    parts, Section 3.2 of https://arxiv.org/abs/2309.00071, which YaRN is from, too.
+    """
+    if kind == "linear":
+        return {"rotary_scaling_factor": float(rope["factor"])}
+    if kind == "longrope":
+        return {"n_ctx": rope["original_max_position_embeddings"]}
+    if kind == "llama3":
+        return {
+            "use_NTK_by_parts_rope": True,
+            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+            "NTK_by_parts_factor": rope["factor"],
+        }
+    if kind == "yarn":  # its attention factor has several spellings
+        layered = "full_attention" if rope_of(hf, "full_attention") else None
+        _, factor = ROPE_INIT_FUNCTIONS["yarn"](hf, torch.device("cpu"), layer_type=layered)
+        return {
+            "use_yarn_rope": True,
+            "yarn_factor": float(rope["factor"]),
+            "yarn_attention_factor": float(factor),
+            "yarn_beta_fast": float(rope.get("beta_fast") or 32),
+            "yarn_beta_slow": float(rope.get("beta_slow") or 1),
+            "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "yarn_truncate": rope.get("truncate", True),
+        }
     return {}
-
-
-def _linear(_hf: Any, rope: Mapping[str, Any]) -> Fields:
-    return {"rotary_scaling_factor": float(rope["factor"])}
-
-
-def _llama3(_hf: Any, rope: Mapping[str, Any]) -> Fields:
-    """NTK by parts, Section 3.2 of https://arxiv.org/abs/2309.00071, as Llama 3.1 uses it."""
-    return {
-        "use_NTK_by_parts_rope": True,
-        "NTK_original_ctx_len": rope["original_max_position_embeddings"],
-        "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
-        "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
-        "NTK_by_parts_factor": rope["factor"],
-    }
-
-
-def _yarn(hf: Any, rope: Mapping[str, Any]) -> Fields:
-    """YaRN, https://arxiv.org/abs/2309.00071; the attention factor has several spellings."""
-    layered = "full_attention" if rope_of(hf, "full_attention") else None
-    _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](hf, torch.device("cpu"), layer_type=layered)
-    return {
-        "use_yarn_rope": True,
-        "yarn_factor": float(rope["factor"]),
-        "yarn_attention_factor": float(attention_factor),
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1),
-        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
-        "yarn_truncate": rope.get("truncate", True),
-    }
-
-
-def _longrope(_hf: Any, rope: Mapping[str, Any]) -> Fields:
-    return {"n_ctx": rope["original_max_position_embeddings"]}
-
-
-_SCALINGS: dict[str, Callable[[Any, Mapping[str, Any]], Fields]] = {
-    "default": _unscaled,
-    "dynamic": _unscaled,  # changes nothing up to n_ctx, where HookedTransformer stops
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-    "longrope": _longrope,
-}
 
 
 def _shape(hf: Any, n_ctx: int | None = None) -> Fields:
@@ -182,67 +180,32 @@ def _grouped(hf: Any, **rotary: Any) -> Fields:
     return _rms_gated(hf, **rotary) | {"n_key_value_heads": hf.num_key_value_heads}
 
 
-def _llama(hf: Any) -> Fields:
-    _require(hf, "mlp_bias", False)
-    return _rms_gated(hf)
-
-
-def _qwen3(hf: Any) -> Fields:
-    return _rms_gated(hf) | {"use_qk_norm": True}
-
-
-def _phi3(hf: Any) -> Fields:
-    return _rms_gated(hf, partial=True)
-
-
-def _apertus(hf: Any) -> Fields:
-    return _rms_gated(hf) | {"gated_mlp": False, "use_qk_norm": True}
-
-
-def _experts(hf: Any, n_experts: int, *, renormalize: bool) -> Fields:
-    return {
-        "num_experts": n_experts,
+def _experts(hf: Any) -> Fields:
+    """Several MLPs a layer, of which a router chooses some for each token."""
+    return _grouped(hf) | {
+        "num_experts": getattr(hf, "num_local_experts", None) or hf.num_experts,
         "experts_per_token": hf.num_experts_per_tok,
-        "norm_topk_prob": renormalize,
     }
 
 
-def _mixtral(hf: Any) -> Fields:
-    # Mixtral's router always renormalizes the chosen experts' weights and has no switch for it.
-    return _grouped(hf) | _experts(hf, hf.num_local_experts, renormalize=True)
-
-
 def _olmoe(hf: Any) -> Fields:
-    experts = _experts(hf, hf.num_experts, renormalize=hf.norm_topk_prob)
-    return _grouped(hf) | experts | {"clip_qkv": hf.clip_qkv}
+    return _experts(hf) | {"norm_topk_prob": hf.norm_topk_prob, "clip_qkv": hf.clip_qkv}
 
 
-def _gpt_oss(hf: Any) -> Fields:
-    experts = _experts(hf, hf.num_local_experts, renormalize=False)
-    return _grouped(hf) | experts | {"use_attention_sinks": True}
-
-
-def _gemma2(hf: Any) -> Fields:
-    return _grouped(hf) | _gemma_norms(hf)
-
-
-def _gemma3(hf: Any) -> Fields:
-    text = hf.get_text_config()
-    local = rope_of(text, "sliding_attention").get("rope_theta")
-    return (
-        _grouped(text, layer_type="full_attention")
-        | _gemma_norms(text)
-        | {"use_qk_norm": True, "rotary_base_local": local}
-    )
-
-
-def _gemma_norms(hf: Any) -> Fields:
-    return {
+def _gemma2(hf: Any, **rotary: Any) -> Fields:
+    return _grouped(hf, **rotary) | {
         "use_normalization_before_and_after": True,
         "attn_scale": hf.query_pre_attn_scalar**0.5,
         "attn_scores_soft_cap": hf.attn_logit_softcapping or -1.0,
         "output_logits_soft_cap": hf.final_logit_softcapping or -1.0,
     }
+
+
+def _gemma3(hf: Any) -> Fields:
+    text = hf.get_text_config()
+    local = rope_of(text, "sliding_attention").get("rope_theta")
+    fields = _gemma2(text, layer_type="full_attention")
+    return fields | {"use_qk_norm": True, "rotary_base_local": local}
 
 
 def _olmo(hf: Any) -> Fields:
@@ -260,12 +223,12 @@ def _olmo3(hf: Any) -> Fields:
     return fields | {"rotary_base_local": local, "yarn_global_attn_only": True}
 
 
-def _gpt(hf: Any, d_mlp: int | None) -> Fields:
+def _gpt(hf: Any, d_mlp: int | None = None, n_ctx: int | None = None) -> Fields:
     """The common part of the GPT family: LayerNorm and an MLP of usually four times the width."""
-    return _shape(hf) | {
+    return _shape(hf, n_ctx) | {
         "d_mlp": d_mlp or 4 * hf.hidden_size,
-        "act_fn": hf.activation_function,
-        "eps": hf.layer_norm_epsilon,
+        "act_fn": getattr(hf, "activation_function", None),
+        "eps": getattr(hf, "layer_norm_epsilon", 1e-5),
         "normalization_type": "LN",
     }
 
@@ -296,45 +259,26 @@ def _gpt_neo(hf: Any) -> Fields:
 
 
 def _neox(hf: Any) -> Fields:
-    _require(hf, "attention_bias", True)
-    return (
-        _sizes(hf)
-        | rotary_fields(hf, partial=True)
-        | {
-            "eps": hf.layer_norm_eps,
-            "normalization_type": "LN",
-            "parallel_attn_mlp": hf.use_parallel_residual,
-        }
-    )
-
-
-def _phi(hf: Any) -> Fields:
-    _require(hf, "qk_layernorm", False)
-    _require(hf, "num_key_value_heads", hf.num_attention_heads)
-    norm = {"eps": hf.layer_norm_eps, "normalization_type": "LN", "parallel_attn_mlp": True}
+    """LayerNorm and rotary positions in a part of each head, with attention beside the MLP."""
+    parallel = getattr(hf, "use_parallel_residual", True)
+    norm = {"eps": hf.layer_norm_eps, "normalization_type": "LN", "parallel_attn_mlp": parallel}
     return _sizes(hf) | rotary_fields(hf, partial=True) | norm
 
 
+def _phi(hf: Any) -> Fields:
+    _require(hf, "num_key_value_heads", hf.num_attention_heads)
+    return _neox(hf)
+
+
 def _opt(hf: Any) -> Fields:
-    _require(hf, "do_layer_norm_before", True)
     _require(hf, "word_embed_proj_dim", hf.hidden_size)
-    _require(hf, "enable_bias", True)
-    return _shape(hf) | {
-        "d_mlp": hf.ffn_dim,
-        "act_fn": hf.activation_function,
-        "eps": 1e-5,
-        "normalization_type": "LN",
-    }
+    return _gpt(hf, hf.ffn_dim)
 
 
 def _bloom(hf: Any) -> Fields:
-    _require(hf, "apply_residual_connection_post_layernorm", False)
     # ALiBi itself has no limit.
-    return _shape(hf, n_ctx=getattr(hf, "seq_length", 2048)) | {
-        "d_mlp": 4 * hf.hidden_size,
+    return _gpt(hf, n_ctx=getattr(hf, "seq_length", 2048)) | {
         "act_fn": "gelu_fast",
-        "eps": hf.layer_norm_epsilon,
-        "normalization_type": "LN",
         "post_embedding_ln": True,
         "positional_embedding_type": "alibi",
     }
@@ -344,24 +288,19 @@ def with_biases(convert: Callable[[Any, Any], StateDict]) -> Callable[[Any, Any]
     """Add the optional attention biases (``attention_bias=True``) that a conversion drops."""
 
     def converted(hf_model: Any, cfg: Any) -> StateDict:
-        weights = convert(hf_model, cfg)
+        weights, grouped = convert(hf_model, cfg), "_" if cfg.n_key_value_heads else ""
         for layer, block in enumerate(hf_model.model.layers):
             if block.self_attn.q_proj.bias is not None:
-                weights |= _attention_biases(block.self_attn, layer, cfg)
+                attention, prefix = block.self_attn, f"blocks.{layer}.attn"
+                weights |= {
+                    f"{prefix}.b_Q": attention.q_proj.bias.view(-1, cfg.d_head),
+                    f"{prefix}.{grouped}b_K": attention.k_proj.bias.view(-1, cfg.d_head),
+                    f"{prefix}.{grouped}b_V": attention.v_proj.bias.view(-1, cfg.d_head),
+                    f"{prefix}.b_O": attention.o_proj.bias,
+                }
         return weights
 
     return converted
-
-
-def _attention_biases(attention: Any, layer: int, cfg: Any) -> StateDict:
-    grouped = "_" if cfg.n_key_value_heads else ""
-    prefix = f"blocks.{layer}.attn"
-    return {
-        f"{prefix}.b_Q": attention.q_proj.bias.view(-1, cfg.d_head),
-        f"{prefix}.{grouped}b_K": attention.k_proj.bias.view(-1, cfg.d_head),
-        f"{prefix}.{grouped}b_V": attention.v_proj.bias.view(-1, cfg.d_head),
-        f"{prefix}.b_O": attention.o_proj.bias,
-    }
 
 
 def _bloom_weights(hf_model: Any, cfg: Any) -> StateDict:
@@ -388,31 +327,50 @@ def write_longrope_tables(model: HookedTransformer, hf: Any) -> None:
         block.attn.rotary_cos = (angles.cos() * scale).to(model.cfg.dtype)
 
 
+QK_NORM: Fields = {"use_qk_norm": True}
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "ApertusForCausalLM": Architecture(_apertus, tl.convert_apertus_weights),
-    "BloomForCausalLM": Architecture(_bloom, _bloom_weights),
+    "ApertusForCausalLM": Architecture(
+        _rms_gated, tl.convert_apertus_weights, QK_NORM | {"gated_mlp": False}
+    ),
+    "BloomForCausalLM": Architecture(
+        _bloom, _bloom_weights, only={"apply_residual_connection_post_layernorm": False}
+    ),
     "GPT2LMHeadModel": Architecture(_gpt2, tl.convert_gpt2_weights),
     "GPTJForCausalLM": Architecture(_gptj, tl.convert_gptj_weights),
     "GPTNeoForCausalLM": Architecture(_gpt_neo, tl.convert_neo_weights),
-    "GPTNeoXForCausalLM": Architecture(_neox, tl.convert_neox_weights),
+    "GPTNeoXForCausalLM": Architecture(
+        _neox, tl.convert_neox_weights, only={"attention_bias": True}
+    ),
     "Gemma2ForCausalLM": Architecture(_gemma2, tl.convert_gemma_weights),
     "Gemma3ForCausalLM": Architecture(_gemma3, tl.convert_gemma_weights),
     "Gemma3ForConditionalGeneration": Architecture(_gemma3, tl.convert_gemma_weights),
     "GemmaForCausalLM": Architecture(_grouped, tl.convert_gemma_weights),
-    "GptOssForCausalLM": Architecture(_gpt_oss, tl.convert_gpt_oss_weights),
-    "LlamaForCausalLM": Architecture(_llama, with_biases(tl.convert_llama_weights)),
+    "GptOssForCausalLM": Architecture(
+        _experts,
+        tl.convert_gpt_oss_weights,
+        {"norm_topk_prob": False, "use_attention_sinks": True},
+    ),
+    "LlamaForCausalLM": Architecture(
+        _rms_gated, with_biases(tl.convert_llama_weights), only={"mlp_bias": False}
+    ),
     "MistralForCausalLM": Architecture(_grouped, tl.convert_mistral_weights),
-    "MixtralForCausalLM": Architecture(_mixtral, tl.convert_mixtral_weights),
-    "OPTForCausalLM": Architecture(_opt, tl.convert_opt_weights),
+    # Mixtral's router always renormalizes the chosen experts' weights and has no switch for it.
+    "MixtralForCausalLM": Architecture(
+        _experts, tl.convert_mixtral_weights, {"norm_topk_prob": True}
+    ),
+    "OPTForCausalLM": Architecture(
+        _opt, tl.convert_opt_weights, only={"do_layer_norm_before": True, "enable_bias": True}
+    ),
     # OLMo-2's own conversion knows no grouped heads; OLMo-3's names the same modules and does.
     "Olmo2ForCausalLM": Architecture(_rms_gated, tl.convert_olmo3_weights),
     "Olmo3ForCausalLM": Architecture(_olmo3, tl.convert_olmo3_weights),
     "OlmoForCausalLM": Architecture(_olmo, tl.convert_olmo_weights),
     "OlmoeForCausalLM": Architecture(_olmoe, tl.convert_olmoe_weights),
-    "Phi3ForCausalLM": Architecture(_phi3, tl.convert_phi3_weights),
-    "PhiForCausalLM": Architecture(_phi, tl.convert_phi_weights),
+    "Phi3ForCausalLM": Architecture(partial(_rms_gated, partial=True), tl.convert_phi3_weights),
+    "PhiForCausalLM": Architecture(_phi, tl.convert_phi_weights, only={"qk_layernorm": False}),
     "Qwen2ForCausalLM": Architecture(_grouped, tl.convert_qwen2_weights),
-    "Qwen3ForCausalLM": Architecture(_qwen3, with_biases(tl.convert_qwen3_weights)),
+    "Qwen3ForCausalLM": Architecture(_rms_gated, with_biases(tl.convert_qwen3_weights), QK_NORM),
 }
 """Every architecture that loads as a ``HookedTransformer``, by the name in its ``config.json``."""
 
@@ -425,7 +383,7 @@ def loadable(backend: Backend) -> tuple[str, ...]:
     if backend == "hooked":
         return tuple(ARCHITECTURES)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
-    return tuple(sorted(causal & set(bridge_architectures())))
+    return tuple(sorted(causal & set(SUPPORTED_ARCHITECTURES)))
 
 
 def require_loadable(name: str | None, backend: Backend) -> None:

@@ -120,10 +120,15 @@ class Checkpoint:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         return any((self.folder / name).is_file() for name in names)
 
+    @property
+    def config_name(self) -> str:
+        """The file that says what the weights are."""
+        return "adapter_config.json" if self.is_adapter else "config.json"
+
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        return read_json(self.folder / "config.json", self.source)
+        """What it says."""
+        return read_json(self.folder / self.config_name, self.source)
 
     @property
     def architecture(self) -> str | None:
@@ -140,12 +145,10 @@ class Checkpoint:
 
     def wrong(self, name: str, value: Any, allowed: str) -> UserError:
         """What is said of a setting that cannot be meant."""
-        file, writer = "config.json", "save_pretrained"
-        if self.is_adapter:
-            file, writer = "adapter_config.json", "PEFT"
+        writer = "PEFT" if self.is_adapter else "save_pretrained"
         return UserError(
-            f"{name}={short_value(value)} in {file} of {self.source} must be {allowed}; restore "
-            f"the file that {writer} wrote."
+            f"{name}={short_value(value)} in {self.config_name} of {self.source} must be "
+            f"{allowed}; restore the file that {writer} wrote."
         )
 
     @property
@@ -171,7 +174,15 @@ class Checkpoint:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The safetensors files of the weights."""
-        self._refuse_two_forms()
+        # A repository of the hub holds one commit's weights in several forms. So does a folder that
+        # was saved into twice, and the weights that are read may be older ones.
+        forms = [sorted(path.name for path in self.folder.glob(form))[:1] for form in FORMS]
+        names = list(chain.from_iterable(forms))
+        if len(names) > 1 and self.revision is None:
+            raise UserError(
+                f"{self.source} holds weights in two forms, {names[0]} and {names[1]}, and nothing "
+                "says which of them are meant; move the others out of the folder."
+            )
         files = tuple(self.folder / name for name in self.weight_names)
         missing = [file.name for file in files if not file.is_file()]
         if not missing:
@@ -187,19 +198,6 @@ class Checkpoint:
             f"{self.source} lacks the weight file {missing[0]}; only safetensors are read, as one "
             f"model.safetensors or as shards with their {INDEX}."
         )
-
-    def _refuse_two_forms(self) -> None:
-        """Refuse a folder that was saved into twice: the weights that are read may be older ones.
-
-        Repositories of the hub hold one commit's weights in several forms.
-        """
-        found = [sorted(path.name for path in self.folder.glob(form))[:1] for form in FORMS]
-        names = list(chain.from_iterable(found))
-        if len(names) > 1 and self.revision is None:
-            raise UserError(
-                f"{self.source} holds weights in two forms, {names[0]} and {names[1]}, and nothing "
-                "says which of them are meant; move the others out of the folder."
-            )
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:

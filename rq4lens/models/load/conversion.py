@@ -9,7 +9,6 @@ parameters themselves, so that a model is never in memory twice; TransformerLens
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from rq4lens.models.load.lens import (
     HookedTransformerConfig,
 )
 
-USUAL = "use a checkpoint of the usual form"
+CANNOT, USUAL = "TransformerLens cannot convert this {}", "use a checkpoint of the usual form"
 
 
 @torch.no_grad()
@@ -51,7 +50,9 @@ def hooked_from(
         )
     with init_empty_weights():
         model = HookedTransformer(cfg, move_to_device=False)
-    _assign(model, _converted(hf_model, architecture, cfg))
+    with explained(CANNOT.format(architecture), USUAL):
+        weights = find_architecture(architecture).weights(hf_model, cfg)
+    _assign(model, _untied({name: _as_type(each, dtype) for name, each in weights.items()}))
     write_longrope_tables(model, hf_model.config)
     _place(model, placement)
     return model.eval()
@@ -61,7 +62,7 @@ def hooked_config(
     hf_config: Any, architecture: str, *, dtype: torch.dtype, device: str, n_devices: int = 1
 ) -> HookedTransformerConfig:
     """The configuration that a Hugging Face configuration means in TransformerLens."""
-    with _converting(architecture):
+    with explained(CANNOT.format(architecture), USUAL):
         fields = find_architecture(architecture).config(hf_config)
     if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
         raise UserError(
@@ -86,17 +87,6 @@ def hooked_skeleton(cfg: HookedTransformerConfig) -> HookedTransformer:
     for parameter in model.parameters():  # some are made in float32, and later filled in this type
         parameter.data = _as_type(parameter.data, cfg.dtype)
     return model
-
-
-def _converted(hf_model: Any, architecture: str, cfg: HookedTransformerConfig) -> StateDict:
-    with _converting(architecture):
-        weights = find_architecture(architecture).weights(hf_model, cfg)
-    return _untied({name: _as_type(tensor, cfg.dtype) for name, tensor in weights.items()})
-
-
-def _converting(architecture: str) -> AbstractContextManager[None]:
-    what = f"TransformerLens cannot convert this {architecture}"
-    return explained(what, USUAL)
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from rq4lens.config import Place
 from rq4lens.errors import UserError
 from rq4lens.models.load.lens import HookedModel, HookedTransformer
 
@@ -134,74 +135,72 @@ class Devices:
         return ", ".join(self.names)
 
 
-def chosen_devices(
-    device: str = "cpu", n_devices: int = 1, device_map: str | Sequence[str] | None = None
-) -> Devices:
-    """The devices that were asked for, checked to be there."""
-    if device_map is None:
-        return _counted(device, n_devices)
-    if n_devices != 1 or device not in {"cuda", AUTO}:
-        other = f"n_devices={n_devices}" if n_devices != 1 else f"device {device!r}"
-        raise UserError(
-            f"{other} and device_map={_shown(device_map)} both say where the layers go; "
-            "leave one of them out."
-        )
-    if device_map == AUTO:
-        if not _every_gpu():
-            raise UserError(
-                "device_map='auto' spreads a model over the GPUs of this machine, and it has none; "
-                "leave it out, or use device='cpu'."
-            )
-        return Devices(_every_gpu(), by_free_memory=True)
-    names = device_map.split(",") if isinstance(device_map, str) else device_map
-    names = tuple(name.strip() for name in names)
-    for name in names:
-        if name not in _every_gpu():
-            have = f"has {', '.join(_every_gpu())}" if _every_gpu() else "has no GPU"
-            raise UserError(
-                f"device_map={_shown(device_map)} names {name!r}, which is not there (this machine "
-                f"{have}); write 'auto', or GPUs that exist as 'cuda:0,cuda:1'."
-            )
-        if names.count(name) > 1:
-            raise UserError(
-                f"device_map={_shown(device_map)} names {name!r} twice; name each GPU once, in the "
-                "order of the layers."
-            )
-    return Devices(names)
-
-
-def _shown(device_map: str | Sequence[str]) -> str:
-    return repr(device_map if isinstance(device_map, str) else ",".join(device_map))
-
-
-def _every_gpu() -> tuple[str, ...]:
-    return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-
-
-def _counted(device: str, n_devices: int) -> Devices:
-    n_gpus = torch.cuda.device_count()
+def resolve_device(device: str) -> str:
+    """``"auto"`` becomes ``"cuda"`` where there is one, and ``"cpu"`` elsewhere."""
     if device == AUTO:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chip = torch.device(device)
-    except RuntimeError:
+        torch.zeros(1, device=device).item()  # a number comes back: it computes there
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0].split(". ")[0]
+        if "Expected one of" in reason:  # torch goes on with every kind of device it ever knew
+            reason = "there is no such kind"
         raise UserError(
-            f"device {device!r} is unknown; allowed are 'cpu', 'cuda', 'cuda:1' and so on, 'mps'."
+            f"device {device!r} cannot be used here ({reason}): give cpu, cuda, cuda:1 and so on, "
+            "mps, or auto."
         ) from None
-    first = chip.index or 0
-    if chip.type == "cuda" and first + n_devices > n_gpus:
-        raise UserError(
-            f"device {device!r} with n_devices={n_devices} asks for GPUs that are not there "
-            f"(this machine has {n_gpus}); use fewer, or device='cpu'."
-        )
-    if chip.type != "cuda" and n_devices != 1:
+    return device
+
+
+def chosen_devices(place: Place) -> Devices:
+    """The devices that each model goes to, checked to be there."""
+    every = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+    if place.device_map is not None:
+        return _mapped(place, every)
+    device, n_devices = resolve_device(place.device), place.n_devices
+    if n_devices == 1:
+        return Devices((device,))
+    first = torch.device(device).index or 0
+    if torch.device(device).type != "cuda":
         raise UserError(
             f"n_devices={n_devices} spreads a model over GPUs, and device is {device!r}; "
             "use device='cuda', or n_devices=1."
         )
-    if n_devices == 1:
-        return Devices((device,))
-    return Devices(tuple(f"cuda:{index}" for index in range(first, first + n_devices)))
+    if first + n_devices > len(every):
+        raise UserError(
+            f"device {device!r} with n_devices={n_devices} asks for GPUs that are not there "
+            f"(this machine has {len(every)}); use fewer, or device='cpu'."
+        )
+    return Devices(every[first : first + n_devices])
+
+
+def _mapped(place: Place, every: tuple[str, ...]) -> Devices:
+    """Those that a device map names, of every GPU of this machine."""
+    shown = f"device_map={place.device_map!r}"
+    if place.n_devices != 1 or place.device not in {"cuda", AUTO}:
+        one = place.n_devices == 1
+        other = f"device {place.device!r}" if one else f"n_devices={place.n_devices}"
+        raise UserError(f"{other} and {shown} both say where the layers go; leave one of them out.")
+    if place.device_map == AUTO:
+        if not every:
+            raise UserError(
+                f"{shown} spreads a model over the GPUs of this machine, and it has none; leave it "
+                "out, or use device='cpu'."
+            )
+        return Devices(every, by_free_memory=True)
+    names = tuple(name.strip() for name in str(place.device_map).split(","))
+    for name in names:
+        if name not in every:
+            have = f"has {', '.join(every)}" if every else "has no GPU"
+            raise UserError(
+                f"{shown} names {name!r}, which is not there (this machine {have}); write 'auto', "
+                "or GPUs that exist as 'cuda:0,cuda:1'."
+            )
+        if names.count(name) > 1:
+            raise UserError(
+                f"{shown} names {name!r} twice; name each GPU once, in the order of the layers."
+            )
+    return Devices(names)
 
 
 def free_bytes(device: str) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rq4lens.models.load.adapters import base_of
-from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint, locate
+from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint
 
 PIECE_BYTES = 2**28
 """How much of a file one thread reads; part of what a fingerprint is."""
@@ -26,15 +26,10 @@ def arithmetic_libraries() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens"))
 
 
-def checkpoint_fingerprint(source: str | Path, revision: str | None = None) -> str:
-    """SHA-256 over name and content of the files that a model and its tokenizer are loaded from."""
-    return files_digest(locate(source, revision)).result()
-
-
 def files_digest(checkpoint: Checkpoint) -> Future[str]:
-    """The fingerprint of a checkpoint's files, and of its base's; they are read beside other work.
+    """SHA-256 over name and content of a checkpoint's files, and of its base's.
 
-    Files that were read before, and have not changed since, are not read again.
+    They are read beside other work; those that have not changed since are not read again.
     """
     parts = [checkpoint, base_of(checkpoint)] if checkpoint.is_adapter else [checkpoint]
     return _digest_beside(tuple(tuple(map(_FileState.of, _files_of(part))) for part in parts))

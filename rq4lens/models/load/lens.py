@@ -2,8 +2,10 @@
 
 Up to 3.9 there is ``HookedTransformer``, whose weights are converted. ``TransformerBridge``, which
 runs the Hugging Face model itself, is there in 3.9 and all that is left in 4. Both answer to the
-same names of hooks, as ``blocks.3.attn.hook_z``.
+same names of hooks, as ``blocks.3.attn.hook_z``. What both lines have is imported from here.
 """
+
+# ruff: noqa: F401 - other modules import these
 
 from __future__ import annotations
 
@@ -62,41 +64,6 @@ except ImportError:
     Attention = GroupedQueryAttention = GatedMLP = LayerNorm = LayerNormPre = _Gone
     RMSNorm = Unembed = _Gone
 
-__all__ = [
-    "HAS_HOOKED",
-    "HOOKED",
-    "POST_NORM_ARCHITECTURES",
-    "SUPPORTED_ACTIVATIONS",
-    "AbstractAttention",
-    "Attention",
-    "Backend",
-    "GatedMLP",
-    "GroupedQueryAttention",
-    "HookPoint",
-    "HookedModel",
-    "HookedTransformer",
-    "HookedTransformerConfig",
-    "KeptKeys",
-    "LayerNorm",
-    "LayerNormPre",
-    "ModelConfig",
-    "RMSNorm",
-    "TransformerBlock",
-    "TransformerBridge",
-    "TransformerLensKeyValueCacheEntry",
-    "Unembed",
-    "apply_softcap",
-    "backend_of",
-    "bridge_architectures",
-    "bridge_config",
-    "bridge_from",
-    "chosen_backend",
-    "named_weights",
-    "quantization_method",
-    "run_over",
-    "weight_conversions",
-]
-
 Backend = Literal["hooked", "bridge"]
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
@@ -121,16 +88,6 @@ def chosen_backend(asked: Backend | None) -> Backend:
 def backend_of(model: HookedModel) -> Backend:
     """Which kind of model it is."""
     return "hooked" if isinstance(model, HookedTransformer) else "bridge"
-
-
-def bridge_architectures() -> tuple[str, ...]:
-    """The architectures that TransformerLens has a bridge for."""
-    return tuple(SUPPORTED_ARCHITECTURES)
-
-
-def bridge_config(hf_config: Any, architecture: str, dtype: torch.dtype) -> ModelConfig:
-    """What a Hugging Face configuration says in TransformerLens' words."""
-    return build_bridge_config_from_hf(hf_config, architecture, architecture, dtype)
 
 
 @torch.no_grad()
@@ -230,18 +187,14 @@ def _run_bridge(
 ) -> tuple[Tensor, list[KeptKeys]]:
     cache = DynamicCache(config=model.original_model.config)
     if earlier:
-        cache.layers = [_layer_of(each) for each in earlier]
+        cache.layers = [_with_keys(each.made_by, each.keys, each.values) for each in earlier]
     logits = model(tokens, past_key_values=cache, use_cache=True)
-    return logits, [KeptKeys(each.keys, each.values, _emptied(each)) for each in cache.layers]
+    kept = [KeptKeys(each.keys, each.values, _with_keys(each, None, None)) for each in cache.layers]
+    return logits, kept
 
 
-def _layer_of(kept: KeptKeys) -> Any:
-    layer = copy.copy(kept.made_by)
-    layer.keys, layer.values = kept.keys, kept.values
-    return layer
-
-
-def _emptied(layer: Any) -> Any:
+def _with_keys(layer: Any, keys: Tensor | None, values: Tensor | None) -> Any:
+    """A copy of a cache's record of a layer that holds these."""
     layer = copy.copy(layer)
-    layer.keys = layer.values = None
+    layer.keys, layer.values = keys, values
     return layer

@@ -8,19 +8,24 @@ runs the Hugging Face model itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rq4lens.config import Place
+from rq4lens.disk.files import short_reason
 from rq4lens.disk.store import content_key
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, merged, with_adapter
-from rq4lens.models.load.checkpoint import Checkpoint, locate
+from rq4lens.models.load.checkpoint import Checkpoint, explained, locate
 from rq4lens.models.load.conversion import give_tokenizer, hooked_from
 from rq4lens.models.load.devices import Placement, chosen_devices
 from rq4lens.models.load.fingerprint import files_digest, weights_fingerprint
@@ -31,9 +36,8 @@ from rq4lens.models.load.huggingface import (
     require_finite,
     skeleton_of,
 )
-from rq4lens.models.load.lens import Backend, HookedModel, bridge_from, chosen_backend
-from rq4lens.models.load.parity import check_tokens, hugging_face_logits, require_same_logits
-from rq4lens.models.load.size import checkpoint_size, estimate_memory
+from rq4lens.models.load.lens import HookedModel, bridge_from, chosen_backend
+from rq4lens.models.load.size import estimate_memory, model_size
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,17 @@ class LoadedModel:
         files: The fingerprint of the files that were loaded, ready soon; None for a model that
             came as an object.
         logit_check_max_abs_diff: Largest logit difference to the Hugging Face model on
-            ``parity.CHECK_TEXTS``, with an adapter not merged; None when the check was not made.
+            ``CHECK_TEXTS``, with an adapter not merged; None when the check was not made.
     """
 
     model: HookedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    source: str
-    revision: str | None
     dtype: torch.dtype
-    trust_remote_code: bool
     architecture: str
-    logit_check_max_abs_diff: float | None
+    source: str = "in memory"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    logit_check_max_abs_diff: float | None = None
     adapter_base: str | None = None
     files: Future[str] | None = field(default=None, repr=False, compare=False)
 
@@ -102,19 +106,17 @@ class LoadedModel:
         Raises:
             UserError: Its weights were processed on load.
         """
-        _refuse_processed(model)
         cfg = model.cfg
-        named = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)
-        return cls(
-            model=model,
-            tokenizer=tokenizer,
-            source=source,
-            revision=None,
-            dtype=cfg.dtype,
-            trust_remote_code=False,
-            architecture=named or "custom",
-            logit_check_max_abs_diff=None,
-        )
+        named = getattr(cfg, "original_architecture", None)
+        folded = named is not None and str(cfg.normalization_type).endswith("Pre")
+        if folded or getattr(model, "_weights_processed", False):
+            raise UserError(
+                "The weights of this model were processed on load, which changes z; load it with "
+                "rq4lens.load_hooked or HookedTransformer.from_pretrained_no_processing, or use a "
+                "TransformerBridge as it was booted."
+            )
+        architecture = named or getattr(cfg, "architecture", None) or "custom"
+        return cls(model, tokenizer, cfg.dtype, architecture, source)
 
 
 def load_hooked(
@@ -151,16 +153,21 @@ def load_hooked(
         UserError: The checkpoint cannot be loaded, or its logits differ from Hugging Face.
     """
     place = place or Place(device="cpu")
-    devices = chosen_devices(place.device, place.n_devices, place.device_map)
+    devices = chosen_devices(place)
     dtype = getattr(torch, place.dtype)
     asked = locate(source, revision, trust_remote_code=trust_remote_code)
     weights = base_of(asked) if asked.is_adapter else asked
     backend = chosen_backend(place.backend)
-    size = checkpoint_size(asked, dtype, backend)
+    size = model_size(asked, dtype, backend)
     estimate = estimate_memory(size, devices)
     estimate.require_fit()
-    _require_one_device(backend, estimate.placement)
-    tokenizer = load_tokenizer(asked if asked.has_tokenizer else weights)
+    used = estimate.placement.devices
+    if backend == "bridge" and len(used) > 1:
+        raise UserError(
+            f"backend 'bridge' cannot be spread over {', '.join(map(str, used))}; load it on one "
+            "device, or use backend 'hooked'."
+        )
+    tokenizer = load_own_tokenizer(asked)
     files = files_digest(asked)
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
     hf_model = load_hugging_face(weights, dtype=dtype, device_map=places)
@@ -193,11 +200,8 @@ def load_hooked(
     )
 
 
-def load_own_tokenizer(
-    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that :func:`load_hooked` would give the model, without the model."""
-    asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
+def load_own_tokenizer(asked: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; an adapter without one reads as its base does."""
     return load_tokenizer(base_of(asked) if asked.is_adapter and not asked.has_tokenizer else asked)
 
 
@@ -212,21 +216,86 @@ def _hugging_face_places(
     return device_map_of(skeleton_of(weights), placement)
 
 
-def _require_one_device(backend: Backend, placement: Placement) -> None:
-    if backend == "bridge" and len(placement.devices) > 1:
-        raise UserError(
-            f"backend 'bridge' cannot be spread over {', '.join(map(str, placement.devices))}; "
-            "load it on one device, or use backend 'hooked'."
-        )
+# The check at load time: a converted model must say what its Hugging Face original says.
+
+CHECK_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In 1999 a small library opened at the edge of the town, between the river and the old mill. "
+    "Its first reader was a child of 7 who asked for a book about stars; the last one, on a rainy "
+    "evening 20 years later, was the same person, who brought it back. Nobody had missed it: "
+    "the shelf held 3 + 4 = 7 copies, all of them alike. What is the use of a number, she said, "
+    "if one may keep what one likes? The librarian smiled, wrote a line into the great ledger,",
+)
+"""A short and a longer prompt: errors of position grow with the length."""
+
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest allowed difference, as a share of the largest logit (of 1 if that is smaller).
+
+Hugging Face computes norms and rotary angles in float32 whatever the type of the weights, so
+float64 is held to the same share as float32.
+"""
+
+Logits = Sequence[Float[Tensor, "1 _pos vocab"]]
+
+MAX_CHECK_TOKENS = 256
 
 
-def _refuse_processed(model: HookedModel) -> None:
-    """Refuse weights that carry a trace of processing: folded norms, or a bridge's own mark."""
-    converted = getattr(model.cfg, "original_architecture", None) is not None
-    folded = converted and str(model.cfg.normalization_type).endswith("Pre")
-    if folded or getattr(model, "_weights_processed", False):
+def check_tokens(tokenizer: PreTrainedTokenizerBase, hf_config: Any) -> list[Int[Tensor, "1 _pos"]]:
+    """The check prompts as token ids, cut to what the model can read."""
+    text_config = hf_config.get_text_config()
+    readable = getattr(text_config, "max_position_embeddings", MAX_CHECK_TOKENS)
+    n_tokens = min(readable, MAX_CHECK_TOKENS)
+    where = f"The tokenizer of {tokenizer.name_or_path}"
+    try:
+        rows = [tokenizer(text)["input_ids"][:n_tokens] for text in CHECK_TEXTS]
+    except Exception as problem:  # its settings may make it fail in any way
         raise UserError(
-            "The weights of this model were processed on load, which changes z; load it with "
-            "rq4lens.load_hooked or HookedTransformer.from_pretrained_no_processing, or use a "
-            "TransformerBridge as it was booted."
+            f"{where} fails on a plain sentence ({short_reason(problem)}); restore its files."
+        ) from problem
+    ids = [token for row in rows for token in row]
+    if not all(rows) or max(ids) >= text_config.vocab_size:
+        raise UserError(
+            f"{where} reads plain sentences as tokens up to {max(ids, default=None)}, and the "
+            f"model has a vocabulary of {text_config.vocab_size}; save the model's own tokenizer "
+            "with it."
         )
+    return [torch.tensor([row]) for row in rows]
+
+
+@torch.no_grad()
+def hugging_face_logits(hf_model: Any, tokens: Sequence[Int[Tensor, "1 _pos"]]) -> Logits:
+    """Logits of the Hugging Face model."""
+    device = next(hf_model.get_input_embeddings().parameters()).device
+    what = f"{hf_model.name_or_path} cannot read a plain sentence"
+    with explained(what, "restore the config.json that belongs to the weights"):
+        return [hf_model(input_ids=row.to(device), use_cache=False).logits.cpu() for row in tokens]
+
+
+@torch.no_grad()
+def require_same_logits(
+    model: HookedModel,
+    tokens: Sequence[Int[Tensor, "1 _pos"]],
+    expected: Logits,
+    source: str,
+) -> float:
+    """Compare a converted model with its original."""
+    if not all(bool(row.isfinite().all()) for row in expected):
+        raise UserError(
+            f"{source} computes logits that are not finite on plain sentences; use weights and a "
+            "config.json that belong together, or load it as float32."
+        )
+    got = [model(row, padding_side="right").cpu().double() for row in tokens]
+    pairs = zip(got, expected, strict=True)
+    by_position = torch.cat([(a - b.double()).abs().amax(-1).flatten() for a, b in pairs])
+    largest = float(by_position.max())
+    # Rounding may flip the choice of an expert at a few positions, never at most of them.
+    judged = largest if model.cfg.dtype.itemsize > 2 else float(by_position.median())
+    largest_logit = max(float(row.abs().max()) for row in expected)
+    allowed = TOLERANCES[model.cfg.dtype] * max(1.0, largest_logit)
+    if not judged <= allowed:  # written so that NaN is refused too
+        raise UserError(
+            f"{source} as a {type(model).__name__} differs from its Hugging Face model by up to "
+            f"{largest:.3g} in a logit, and {allowed:.3g} is allowed; load it as float32 to "
+            "tell rounding from a real mismatch, or pass check_logits=False to use it all the same."
+        )
+    return largest

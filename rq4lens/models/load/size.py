@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rq4lens.errors import UserError
 from rq4lens.models.load.adapters import base_of, vocabulary_of
-from rq4lens.models.load.checkpoint import Checkpoint, explained, locate
+from rq4lens.models.load.checkpoint import Checkpoint, explained
 from rq4lens.models.load.conversion import USUAL, hooked_config, hooked_skeleton
 from rq4lens.models.load.devices import (
     Devices,
@@ -27,7 +26,12 @@ from rq4lens.models.load.huggingface import (
     read_hf_config,
     skeleton_of,
 )
-from rq4lens.models.load.lens import Backend, ModelConfig, bridge_config, chosen_backend
+from rq4lens.models.load.lens import (
+    Backend,
+    ModelConfig,
+    build_bridge_config_from_hf,
+    chosen_backend,
+)
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,10 @@ _MEASURED: dict[str, ModelBytes] = {}
 
 
 def model_size(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    backend: Backend | None = None,
+    asked: Checkpoint, dtype: torch.dtype = torch.float32, backend: Backend | None = None
 ) -> ModelSize:
-    """The size of a checkpoint's model, from its small files alone."""
-    asked = locate(source, revision, with_weights=False, trust_remote_code=trust_remote_code)
-    return checkpoint_size(asked, dtype, chosen_backend(backend))
-
-
-def checkpoint_size(asked: Checkpoint, dtype: torch.dtype, backend: Backend) -> ModelSize:
-    """The size of a model that was found; an adapter's is that of its merged model."""
+    """The size of a checkpoint's model, from its small files; an adapter's when it is merged."""
+    backend = chosen_backend(backend)
     base = base_of(asked) if asked.is_adapter else asked
     architecture, hf_config = loadable_architecture(base, backend), read_hf_config(base)
     if asked.is_adapter and (asked.with_weights or asked.revision is None):
@@ -66,16 +60,14 @@ def checkpoint_size(asked: Checkpoint, dtype: torch.dtype, backend: Backend) -> 
         text.vocab_size = vocabulary_of(asked) or text.vocab_size
     if backend == "bridge":
         with explained(f"TransformerLens has no bridge for this {architecture}", USUAL):
-            cfg = bridge_config(hf_config, architecture, dtype)
+            cfg = build_bridge_config_from_hf(hf_config, architecture, architecture, dtype)
     else:
         cfg = hooked_config(hf_config, architecture, dtype=dtype, device="meta")
     key = json.dumps([backend, cfg.to_dict()], sort_keys=True, default=str)
-    if key not in _MEASURED:
-        _MEASURED[key] = (
-            ModelBytes.of(hooked_skeleton(cfg))
-            if backend == "hooked"
-            else _bridge_bytes(skeleton_of(base, hf_config, dtype))
-        )
+    if key not in _MEASURED and backend == "hooked":
+        _MEASURED[key] = ModelBytes.of(hooked_skeleton(cfg))
+    elif key not in _MEASURED:
+        _MEASURED[key] = _bridge_bytes(skeleton_of(base, hf_config, dtype))
     return ModelSize(asked.source, architecture, cfg, _MEASURED[key])
 
 

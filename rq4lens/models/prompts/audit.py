@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
 
-from rq4lens.config import Reading
+from rq4lens.config import SIDES, Reading, Side
 from rq4lens.errors import UserError
-from rq4lens.models.prompts.matching import shown, unmatched
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, MEASURE_SPLIT, PromptSet
 from rq4lens.models.prompts.reading import (
     ReadingLimits,
     ReadPrompt,
     decoded,
     n_leading_bos,
-    patched_tokens,
     read_prompt,
+    shown,
+    subject_tokens,
+    unmatched,
     unreadable,
 )
 from rq4lens.models.prompts.record import Message, Prompt
@@ -35,9 +36,6 @@ from rq4lens.results import Shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-AuditSide = Literal["base", "tuned"]
-AUDIT_SIDES: tuple[AuditSide, AuditSide] = ("base", "tuned")
 
 ENOUGH_PCT = 95.0
 """A run whose prompts align less often than this says so in its report."""
@@ -107,11 +105,11 @@ class PromptAudit:
 
     id: str
     split: str
-    sides: Mapping[AuditSide, SideAudit]
+    sides: Mapping[Side, SideAudit]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     same_tokens: bool
-    misread_by: tuple[AuditSide, ...]
+    misread_by: tuple[Side, ...]
 
     @property
     def aligned(self) -> bool:
@@ -138,8 +136,7 @@ class Audit(Shown):
     lacking: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        n_prompts = len(self.prompts)
-        return f"<Audit: {n_prompts - len(self.misaligned)} of {n_prompts} prompts aligned>"
+        return f"<Audit: {self.n_aligned} of {len(self.prompts)} prompts aligned>"
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row a prompt."""
@@ -160,10 +157,14 @@ class Audit(Shown):
         return tuple(each.id for each in self.prompts if not each.aligned)
 
     @property
+    def n_aligned(self) -> int:
+        """How many prompts align."""
+        return len(self.prompts) - len(self.misaligned)
+
+    @property
     def share_aligned_pct(self) -> float | None:
         """Share of the prompts that align, in percent; None without prompts."""
-        n_aligned = len(self.prompts) - len(self.misaligned)
-        return 100 * n_aligned / len(self.prompts) if self.prompts else None
+        return 100 * self.n_aligned / len(self.prompts) if self.prompts else None
 
     @property
     def n_same_tokens(self) -> int:
@@ -174,13 +175,21 @@ class Audit(Shown):
     def enough(self) -> bool:
         """Whether enough of the prompts that take part align."""
         n = len(self.prompts) - len(self.excluded)
-        n_aligned = len(self.prompts) - len(self.misaligned)
-        return 100 * n_aligned >= ENOUGH_PCT * n and (n > 0 or not self.prompts)
+        return 100 * self.n_aligned >= ENOUGH_PCT * n and (n > 0 or not self.prompts)
 
     @property
     def warning(self) -> str | None:
         """What a report has to say of the prompts that take part; None if all is well."""
-        said = [] if self.enough else [self._too_few]
+        said = []
+        if not self.enough:
+            n = len(self.prompts) - len(self.excluded)
+            cause = max(causes(self.prompts), key=lambda each: len(each.ids))
+            said.append(
+                f"WARNING: only {self.n_aligned} of {n} prompts "
+                f"({100 * self.n_aligned / max(n, 1):.1f}%, less than {ENOUGH_PCT:g}%) are read "
+                f"alike by both models: of {len(cause.ids)}, {cause.said.rstrip('.')}; see "
+                "audit.json or rq4lens audit."
+            )
         misread = [each for each in self.prompts if each.misread_by]
         if misread:
             sides = dict.fromkeys(side for each in misread for side in each.misread_by)
@@ -192,18 +201,7 @@ class Audit(Shown):
             )
         return " ".join(said) or None
 
-    @property
-    def _too_few(self) -> str:
-        n = len(self.prompts) - len(self.excluded)
-        n_aligned = len(self.prompts) - len(self.misaligned)
-        cause = max(causes(self.prompts), key=lambda each: len(each.ids))
-        return (
-            f"WARNING: only {n_aligned} of {n} prompts ({100 * n_aligned / max(n, 1):.1f}%, less "
-            f"than {ENOUGH_PCT:g}%) are read alike by both models: of {len(cause.ids)}, "
-            f"{cause.said.rstrip('.')}; see audit.json or rq4lens audit."
-        )
-
-    def n_cut(self, side: AuditSide) -> int:
+    def n_cut(self, side: Side) -> int:
         """How many prompts of a side were cut on the left."""
         read = (each.sides[side] for each in self.prompts if side in each.sides)
         return sum(side_audit.n_dropped > 0 for side_audit in read)
@@ -220,17 +218,14 @@ class Audit(Shown):
             "n_same_tokens": self.n_same_tokens,
             "lacking": list(self.lacking),
             "warning": self.warning,
-            "n_cut_left": {side: self.n_cut(side) for side in AUDIT_SIDES},
+            "n_cut_left": {side: self.n_cut(side) for side in SIDES},
             "notes": list(self.notes),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``audit.json``."""
-        return {
-            **self.summary,
-            "excluded": list(self.excluded),
-            "prompts": [_record(each) for each in self.prompts],
-        }
+        prompts = [_record(each) for each in self.prompts]
+        return {**self.summary, "excluded": list(self.excluded), "prompts": prompts}
 
 
 class Cause(NamedTuple):
@@ -259,7 +254,7 @@ def causes(
 class Reader:
     """One model as far as it reads: its tokenizer, and how much it can read where that is known."""
 
-    side: AuditSide
+    side: Side
     tokenizer: PreTrainedTokenizerBase
     reads: ReadingLimits | None = None
 
@@ -287,9 +282,9 @@ class Reader:
 
 def audit_prompts(
     prompts: PromptSet,
-    tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase],
+    tokenizers: Mapping[Side, PreTrainedTokenizerBase],
     reading: Reading | None = None,
-    reads: Mapping[AuditSide, ReadingLimits] | None = None,
+    reads: Mapping[Side, ReadingLimits] | None = None,
 ) -> Audit:
     """Compare how two models read prompts; only their tokenizers are needed.
 
@@ -307,7 +302,7 @@ def audit_prompts(
         What was found, prompt by prompt.
     """
     reading, reads = reading or Reading(), reads or {}
-    readers = [Reader(side, tokenizers[side], reads.get(side)) for side in AUDIT_SIDES]
+    readers = [Reader(side, tokenizers[side], reads.get(side)) for side in SIDES]
     audited = tuple(_audit(prompt, readers, reading) for prompt in prompts)
     return Audit(audited, reading.label, tuple(_notes(prompts, tokenizers)))
 
@@ -323,20 +318,20 @@ def lacking(prompts: PromptSet) -> tuple[str, ...]:
 
 
 def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> PromptAudit:
-    read: dict[AuditSide, ReadPrompt] = {}
-    found: dict[AuditSide, tuple[str, ...]] = {}
+    read: dict[Side, ReadPrompt] = {}
+    found: dict[Side, tuple[str, ...]] = {}
     for reader in readers:
         try:
             read[reader.side] = read_prompt(prompt, reader.tokenizer, reading)
         except UserError as problem:
             found[reader.side] = (str(problem),)
     able = [reader for reader in readers if reader.side in read]
-    sides = {reader.side: _side(read[reader.side], reader, reading) for reader in able}
+    sides = {reader.side: _side(read[reader.side], reader) for reader in able}
     problems = list(_by_side(found | {side: each.problems for side, each in sides.items()}))
     notes = list(_by_side({side: each.notes for side, each in sides.items()}))
-    if len(sides) == len(AUDIT_SIDES):
+    if len(sides) == len(SIDES):
         problems += _disagreements(read, sides)
-        problems += unmatched(read["base"], read["tuned"], reading)
+        problems += unmatched(read["base"], read["tuned"])
         notes += _harmless(sides)
     return PromptAudit(
         prompt.id,
@@ -351,7 +346,7 @@ def _audit(prompt: Prompt, readers: Sequence[Reader], reading: Reading) -> Promp
     )
 
 
-def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
+def _by_side(problems: Mapping[Side, tuple[str, ...]]) -> Iterator[str]:
     """Each problem with the side that has it; what is wrong on both is said once."""
     base, tuned = problems.get("base", ()), problems.get("tuned", ())
     for what in base:
@@ -359,8 +354,8 @@ def _by_side(problems: Mapping[AuditSide, tuple[str, ...]]) -> Iterator[str]:
     yield from (f"tuned: {what}" for what in tuned if what not in base)
 
 
-def _side(read: ReadPrompt, reader: Reader, reading: Reading) -> SideAudit:
-    place, tokenizer = read.decision_end, reader.tokenizer
+def _side(read: ReadPrompt, reader: Reader) -> SideAudit:
+    place, tokenizer = read.decision_end, read.tokenizer
     start, behind = max(read.first_kept, read.decision - N_BEFORE), read.decision + 1
     before, after = (
         tuple(decoded(tokenizer, token) for token in read.tokens[part])
@@ -375,38 +370,41 @@ def _side(read: ReadPrompt, reader: Reader, reading: Reading) -> SideAudit:
         text_end=None if place is None else place.end,
         in_template=None if place is None else place.in_template,
         problems=tuple(_problems(read, reader)),
-        pieces=dict(_pieces(read, reader, reading)),
-        notes=tuple(_taken(read, reading)),
+        pieces=dict(_pieces(read)),
+        notes=tuple(_taken(read)),
     )
 
 
-def _pieces(
-    read: ReadPrompt, reader: Reader, reading: Reading
-) -> Iterator[tuple[PieceName, ReadTokens]]:
+def _pieces(read: ReadPrompt) -> Iterator[tuple[PieceName, ReadTokens]]:
     """What was read of a prompt's answer and foil, and which tokens of it are patched."""
     if read.answer is not None:
         yield "answer", ReadTokens(read.answer.texts, read.answer.how)
     if read.foil is not None:
         yield "foil", ReadTokens(read.foil.texts, read.foil.how)
-    patched, how = read.patched, reading.positions
-    if reading.positions == "decision" and read.prompt.subject is not None:
+    patched, how = read.patched, read.reading.positions
+    if how == "decision" and read.prompt.subject is not None:
         try:
-            patched = patched_tokens(read, reading.but(positions="subject"))
-            how = "subject, not patched"
+            patched, how = subject_tokens(read), "subject, not patched"
         except UserError:  # it is not asked for
             patched = ()
     if patched:
-        texts = (decoded(reader.tokenizer, read.tokens[at]) for at in patched)
+        texts = (decoded(read.tokenizer, read.tokens[at]) for at in patched)
         yield "patched", ReadTokens(tuple(texts), how)
 
 
-def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:
+def _taken(read: ReadPrompt) -> Iterator[str]:
     """What is taken of an answer or foil that is not one token, or does not continue the prompt."""
+    most = read.reading.answer_tokens
     for what, said in (("answer", read.answer), ("foil", read.foil)):
         if said is None:
             continue
         if (n := len(said.tokens)) > 1:
-            yield f"the {what} is {n} tokens, {shown(said.texts)}: {_part(n, reading)}"
+            compared = f"the first {most} are compared"
+            if n <= most:
+                compared = "all are compared"
+            elif most == 1:
+                compared = "the first is compared"
+            yield f"the {what} is {n} tokens, {shown(said.texts)}: {compared}"
         if said.how == "alone":
             yield (
                 f"the {what} {shown(said.texts)} is tokenized alone, since it changes the tokens "
@@ -419,29 +417,20 @@ def _taken(read: ReadPrompt, reading: Reading) -> Iterator[str]:
         )
 
 
-def _part(n_tokens: int, reading: Reading) -> str:
-    """What is taken of so many tokens."""
-    n_compared = min(n_tokens, reading.answer_tokens)
-    if n_compared == n_tokens:
-        return "all are compared"
-    return "the first is compared" if n_compared == 1 else f"the first {n_compared} are compared"
-
-
 def _problems(read: ReadPrompt, reader: Reader) -> Iterator[str]:
     """What is wrong with one model's reading."""
-    tokenizer, reads = reader.tokenizer, reader.reads
-    if reads is not None and (why := unreadable(read.kept, reader.side, reads)) is not None:
+    if reader.reads is not None and (why := unreadable(read.kept, reader.side, reader.reads)):
         yield f"it {why}"
-    yield from _special_problems(read, tokenizer)
-    yield from _template_problems(read, tokenizer)
+    yield from _special_problems(read)
+    yield from _template_problems(read)
     yield from _character_problems(read)
 
 
-def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    decision = read.tokens[read.decision]
+def _special_problems(read: ReadPrompt) -> Iterator[str]:
+    tokenizer, decision = read.tokenizer, read.tokens[read.decision]
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    if bos is not None and n_leading_bos(read, tokenizer) > 1:
-        yield f"it starts with {n_leading_bos(read, tokenizer)} BOS tokens"
+    if bos is not None and n_leading_bos(read) > 1:
+        yield f"it starts with {n_leading_bos(read)} BOS tokens"
     if pad is not None and pad not in (bos, eos) and pad in read.kept:
         trailing = " and is decided at it" if decision == pad else ""
         yield f"padding {tokenizer.pad_token!r} stands among its tokens{trailing}"
@@ -451,12 +440,12 @@ def _special_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> I
         yield f"it is decided at the BOS token {tokenizer.bos_token!r}"
 
 
-def _template_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _template_problems(read: ReadPrompt) -> Iterator[str]:
     if read.prompt.messages:
         if read.rendered.parts is None:
             yield "its chat template does not hold the messages as they were written"
-        without = apply_template(read.prompt, tokenizer, generation_prompt=False)
-        if read.rendered.text == without and _header_is_missing(read, tokenizer):
+        without = apply_template(read.prompt, read.tokenizer, generation_prompt=False)
+        if read.rendered.text == without and _header_is_missing(read):
             yield "its chat template adds no generation prompt"
         if read.n_dropped:
             yield f"the start of its chat template is cut off, {read.n_dropped} tokens in all"
@@ -464,7 +453,7 @@ def _template_problems(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> 
         yield "the cut on the left goes through a character"
 
 
-def _header_is_missing(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _header_is_missing(read: ReadPrompt) -> bool:
     """Whether the template writes more before the next turn than what the prompt ends with.
 
     Nothing but space is missing where a closing tag ends the user's turn and the model answers
@@ -473,7 +462,7 @@ def _header_is_missing(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> 
     messages, stand_in = read.prompt.messages, chr(0xE000)
     role = "user" if messages[-1].role == "assistant" else "assistant"
     try:
-        longer = apply_template(read.prompt, tokenizer, [*messages, Message(role, stand_in)])
+        longer = apply_template(read.prompt, read.tokenizer, [*messages, Message(role, stand_in)])
     except UserError:  # it takes no further turn
         return role == "user"
     before, text = longer.partition(stand_in)[0], read.rendered.text.rstrip()
@@ -511,7 +500,7 @@ def _inside_cluster(text: str, end: int) -> bool:
 
 
 def _disagreements(
-    read: Mapping[AuditSide, ReadPrompt], sides: Mapping[AuditSide, SideAudit]
+    read: Mapping[Side, ReadPrompt], sides: Mapping[Side, SideAudit]
 ) -> Iterator[str]:
     """Where both readings, each sound by itself, are of different text."""
     base, tuned = sides["base"], sides["tuned"]
@@ -542,7 +531,7 @@ def _text_start(read: ReadPrompt) -> int | None:
     return None if place is None else max(0, place.end - (not place.in_template))
 
 
-def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
+def _harmless(sides: Mapping[Side, SideAudit]) -> Iterator[str]:
     base, tuned = sides["base"], sides["tuned"]
     same_place = (base.text_end, base.in_template) == (tuned.text_end, tuned.in_template)
     # Whether a token holds its space differs harmlessly.
@@ -554,9 +543,7 @@ def _harmless(sides: Mapping[AuditSide, SideAudit]) -> Iterator[str]:
         )
 
 
-def _notes(
-    prompts: PromptSet, tokenizers: Mapping[AuditSide, PreTrainedTokenizerBase]
-) -> Iterator[str]:
+def _notes(prompts: PromptSet, tokenizers: Mapping[Side, PreTrainedTokenizerBase]) -> Iterator[str]:
     chats = any(prompt.messages for prompt in prompts)
     for side, tokenizer in tokenizers.items():
         template = str(getattr(tokenizer, "chat_template", None) or "")
@@ -565,17 +552,10 @@ def _notes(
 
 
 def _record(audit: PromptAudit) -> dict[str, Any]:
-    sides: dict[str, Any] = {side: asdict(each) for side, each in audit.sides.items()}
+    values = asdict(audit)
+    sides = values.pop("sides")
     for side in sides.values():
         del side["problems"], side["notes"]  # they stand beside both sides
         side |= {name: piece._asdict() for name, piece in side.pop("pieces").items()}
-    return {
-        "id": audit.id,
-        "split": audit.split,
-        "aligned": audit.aligned,
-        **sides,
-        "problems": list(audit.problems),
-        "notes": list(audit.notes),
-        "same_tokens": audit.same_tokens,
-        "misread_by": list(audit.misread_by),
-    }
+    first = {"id": values.pop("id"), "split": values.pop("split"), "aligned": audit.aligned}
+    return first | sides | values

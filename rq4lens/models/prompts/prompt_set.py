@@ -17,8 +17,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rq4lens.errors import UserError
-from rq4lens.models.prompts import files
-from rq4lens.models.prompts.record import Prompt, prompt_of_record
+from rq4lens.models.prompts.record import (
+    Located,
+    Prompt,
+    csv_records,
+    dataset_records,
+    frame_records,
+    jsonl_records,
+    prompt_of_record,
+    read_records,
+)
 
 PaddingSide = Literal["right", "left"]
 
@@ -62,9 +70,10 @@ class PromptSet:
 
         Args:
             source: the path of a JSONL file, a CSV file or a saved Hugging Face dataset; a
-                ``datasets.Dataset`` or ``DatasetDict``; a DataFrame with their columns; a list of
-                strings, of objects with the keys of a JSONL line, or of :class:`Prompt`; or such
-                lists by split.
+                ``datasets.Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
+                names are the splits (``validation`` is ``val``); a DataFrame with these columns; a
+                list of strings, of objects with the keys of a JSONL line, or of :class:`Prompt`; or
+                such lists by split. Other columns become ``meta``.
             split: the split of a list of strings.
 
         Raises:
@@ -73,12 +82,17 @@ class PromptSet:
         if isinstance(source, PromptSet):
             return source
         if isinstance(source, str | Path):
-            return cls._of_records(files.read_records(Path(source)))
+            return cls._of_records(read_records(Path(source)))
         if isinstance(source, list | tuple):
             return cls._of_list(source, split)
         if isinstance(source, pd.DataFrame):
-            return cls._of_records(files.frame_records(source))
-        return cls.from_dataset(source)
+            return cls._of_records(frame_records(source))
+        if isinstance(source, Mapping) or hasattr(source, "column_names"):
+            return cls._of_records(dataset_records(source))
+        raise UserError(
+            f"prompts cannot be a {type(source).__name__}: give a path, a Hugging Face dataset, a "
+            "DataFrame, or a list."
+        )
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> PromptSet:
@@ -90,7 +104,7 @@ class PromptSet:
         Raises:
             UserError: if the file is missing, is not UTF-8, or a line is not such an object.
         """
-        return cls._of_records(files.jsonl_records(Path(path)))
+        return cls._of_records(jsonl_records(Path(path)))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> PromptSet:
@@ -101,25 +115,7 @@ class PromptSet:
         Raises:
             UserError: if the file is missing, is not UTF-8 or CSV, or lacks a column.
         """
-        return cls._of_records(files.csv_records(Path(path)))
-
-    @classmethod
-    def from_dataset(cls, dataset: Any) -> PromptSet:
-        """Take a Hugging Face dataset.
-
-        Args:
-            dataset: a ``Dataset`` with the columns of a JSONL line, or a ``DatasetDict``, whose
-                names are the splits (``validation`` is ``val``). Other columns become ``meta``.
-
-        Raises:
-            UserError: if it is no dataset, or lacks a column.
-        """
-        if not isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-            raise UserError(
-                f"prompts cannot be a {type(dataset).__name__}: give a path, a Hugging Face "
-                "dataset, a DataFrame, or a list."
-            )
-        return cls._of_records(files.dataset_records(dataset))
+        return cls._of_records(csv_records(Path(path)))
 
     @classmethod
     def _of_list(cls, items: Sequence[Any], split: str | None) -> PromptSet:
@@ -131,11 +127,11 @@ class PromptSet:
                     "a list of plain strings says no split: name it with split=..., or give "
                     '{"train": [...], "val": [...]}.'
                 )
-            return cls._of_records(files.dataset_records({split: items}, "the list"))
+            return cls._of_records(dataset_records({split: items}, "the list"))
         return cls._of_records((f"prompt {n} of the list", item) for n, item in enumerate(items))
 
     @classmethod
-    def _of_records(cls, records: Iterable[files.Located]) -> PromptSet:
+    def _of_records(cls, records: Iterable[Located]) -> PromptSet:
         return cls(tuple(prompt_of_record(record, where) for where, record in records))
 
     def without(self, ids: Collection[str]) -> PromptSet:
@@ -167,16 +163,14 @@ class PromptSet:
         for field in (*group_by, hold_out):
             known = any(prompt.value_of(field) is not None for prompt in self.prompts)
             if not known and field != "content":
+                keys = dict.fromkeys(
+                    f"meta.{key}" for prompt in self.prompts for key in prompt.meta
+                )
                 raise UserError(
                     f"no prompt has a field {field!r}: name content or meta.KEY, one of "
-                    f"{', '.join(self._fields) or 'none that the prompts have'}."
+                    f"{', '.join(keys) or 'none that the prompts have'}."
                 )
         return replace(self, group_by=tuple(group_by), hold_out=hold_out)
-
-    @property
-    def _fields(self) -> list[str]:
-        keys = dict.fromkeys(key for prompt in self.prompts for key in prompt.meta)
-        return [f"meta.{key}" for key in keys]
 
     def split(self, name: str) -> PromptSet:
         """The prompts of one split.
@@ -214,14 +208,12 @@ class PromptSet:
         Prompts of the same text are one group, whatever else is said of them.
         """
         of_text: dict[str, str] = {}
-        return tuple(
-            of_text.setdefault(prompt.text, self._group(prompt)) for prompt in self.prompts
-        )
-
-    def _group(self, prompt: Prompt) -> str:
-        named = [prompt.value_of(field) for field in self.group_by]
-        given = [each for each in named if each is not None]
-        return " / ".join(given) if given else prompt.group or prompt.id
+        for prompt in self.prompts:
+            named = [prompt.value_of(field) for field in self.group_by]
+            given = [each for each in named if each is not None]
+            group = " / ".join(given) if given else prompt.group or prompt.id
+            of_text.setdefault(prompt.text, group)
+        return tuple(of_text[prompt.text] for prompt in self.prompts)
 
     @property
     def contents(self) -> tuple[str | None, ...]:
@@ -258,28 +250,27 @@ class PromptSet:
 class TokenizedPrompts:
     """Prompts as one model reads them, each up to the last token that is compared.
 
-    What stands behind that token cannot change its next-token distribution in a causal model.
-
-    Args:
-        ids: the prompts' ids.
-        token_ids: what the model reads; the last token is the decision token, or the last but one
-            of an answer of several.
-        n_dropped: how many tokens were cut off on the left; empty where none were.
-        spots: places of the patched tokens, in order, after places that some prompts lack, -1;
-            empty where the last ones are patched, see :meth:`placed`.
-        answers: the tokens that follow the decision token, in the answer that is asked for.
-        foils: the tokens of the answer that it is compared with.
-        n_answer: how many tokens of the answer are compared, each at the token before it; empty
-            where it is one, at the decision token.
+    What stands behind that token cannot change its next-token distribution in a causal model. The
+    last token is the decision token, or the last but one of an answer of several. Fields that are
+    left out say of each prompt that nothing was cut off, that the last tokens are patched, that it
+    has no answer and no foil, and that one token is compared.
     """
 
     ids: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     n_dropped: tuple[int, ...] = ()
+    """How many tokens were cut off on the left."""
     spots: tuple[tuple[int, ...], ...] = ()
+    """Places of the patched tokens, -1 for those that a prompt lacks; see :meth:`placed`."""
     answers: tuple[tuple[int, ...], ...] = ()
     foils: tuple[tuple[int, ...], ...] = ()
     n_answer: tuple[int, ...] = ()
+    """How many tokens of the answer are compared, each at the token before it."""
+
+    def __post_init__(self) -> None:
+        usual = {"n_dropped": 0, "spots": (), "answers": (), "foils": (), "n_answer": 1}
+        for name, value in usual.items():
+            object.__setattr__(self, name, getattr(self, name) or (value,) * len(self.ids))
 
     def __repr__(self) -> str:
         return f"<TokenizedPrompts: {len(self)} prompts>"
@@ -297,14 +288,11 @@ class TokenizedPrompts:
 
         Where none are named they are the decision token, ``k_positions - 1`` tokens before it, and
         the tokens of the answer behind it.
-
-        Raises:
-            UserError: if a prompt has fewer tokens.
         """
         spots = self.spots
-        if not spots:
+        if not any(spots):
             decisions = [
-                len(tokens) - self.answered(row) for row, tokens in enumerate(self.token_ids)
+                len(read) - n for read, n in zip(self.token_ids, self.n_answer, strict=True)
             ]
             shortest = 1 + min(decisions)
             if not 1 <= k_positions <= shortest:
@@ -325,32 +313,24 @@ class TokenizedPrompts:
         Each is compared at the token before it, so that the last one need not be read. Where the
         decision token is patched, so are the tokens of the answer behind it.
         """
-        grown = [
-            (*read, *answer[:-1]) for read, answer in zip(self.token_ids, answers, strict=True)
-        ]
-        spots = tuple(
-            (*named, *range(len(read), len(whole))) if named[-1] == len(read) - 1 else named
-            for named, read, whole in zip(self.spots, self.token_ids, grown, strict=False)
-        )
+        grown, spots = [], []
+        for read, answer, named in zip(self.token_ids, answers, self.spots, strict=True):
+            grown.append((*read, *answer[:-1]))
+            behind = range(len(read), len(grown[-1])) if len(read) - 1 in named[-1:] else ()
+            spots.append((*named, *behind))
         return replace(
             self,
             token_ids=tuple(grown),
-            spots=spots,
+            spots=tuple(spots),
             answers=tuple(map(tuple, answers)),
             n_answer=tuple(map(len, answers)),
         )
 
     def decided(self) -> TokenizedPrompts:
         """The same up to the decision token, which alone is patched."""
-        if not (self.spots or self.n_answer):
-            return self
-        ends = (len(read) + 1 - self.answered(row) for row, read in enumerate(self.token_ids))
-        cut = tuple(read[:end] for read, end in zip(self.token_ids, ends, strict=True))
+        both = zip(self.token_ids, self.n_answer, strict=True)
+        cut = tuple(read[: len(read) + 1 - n_answer] for read, n_answer in both)
         return replace(self, token_ids=cut, spots=(), n_answer=())
-
-    def answered(self, row: int) -> int:
-        """How many tokens of its answer are compared."""
-        return self.n_answer[row] if self.n_answer else 1
 
     @property
     def is_compared(self) -> Bool[Tensor, "prompt answer"]:
@@ -358,8 +338,7 @@ class TokenizedPrompts:
 
         A shorter answer stands at the end.
         """
-        n_answer = torch.tensor([self.answered(row) for row in range(len(self))])
-        return torch.arange(self.longest_answer, 0, -1) <= n_answer[:, None]
+        return torch.arange(self.longest_answer, 0, -1) <= torch.tensor(self.n_answer)[:, None]
 
     @cached_property
     def longest_answer(self) -> int:
@@ -369,7 +348,7 @@ class TokenizedPrompts:
     @property
     def n_spots(self) -> int:
         """How many tokens of a prompt are patched, at most."""
-        return max(map(len, self.spots), default=1)
+        return max(map(len, self.spots), default=0) or 1
 
     @property
     def windows(self) -> list[tuple[int, int]]:
@@ -378,22 +357,22 @@ class TokenizedPrompts:
         The first of them is the first compared one where that comes before.
         """
         sizes = []
-        for row, read in enumerate(self.token_ids):
-            n_tokens, n_answer = len(read), self.answered(row)
-            spots = [spot for spot in self.spots[row] if spot >= 0] if self.spots else []
-            sizes.append((max(n_tokens - min(spots, default=n_tokens), n_answer), n_answer))
+        for read, named, n_answer in zip(self.token_ids, self.spots, self.n_answer, strict=True):
+            first = min((spot for spot in named if spot >= 0), default=len(read))
+            sizes.append((max(len(read) - first, n_answer), n_answer))
         return sizes
 
     def some(self, rows: Sequence[int]) -> TokenizedPrompts:
         """Some of the prompts, in the order of their places."""
-        every = {each.name: getattr(self, each.name) for each in fields(self)}
-        chosen = {name: tuple(of[row] for row in rows) for name, of in every.items() if of}
-        return TokenizedPrompts(**{"ids": (), "token_ids": (), **chosen})
+        every = (getattr(self, each.name) for each in fields(self))
+        return TokenizedPrompts(*(tuple(of[row] for row in rows) for of in every))
 
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides what is computed: ids, tokens, patched and compared places."""
-        placed = [self.spots, self.n_answer] if self.spots or self.n_answer else []
+        spots = self.spots if any(self.spots) else ()
+        n_answer = self.n_answer if self.longest_answer > 1 else ()
+        placed = [spots, n_answer] if spots or n_answer else []
         content = json.dumps([self.ids, self.token_ids, *placed])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -410,8 +389,8 @@ class TokenizedPrompts:
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, 0, padding_side)
         ones = [torch.ones_like(sequence) for sequence in sequences]
         mask = torch.nn.utils.rnn.pad_sequence(ones, True, 0, padding_side)
-        n_answer = torch.tensor([self.answered(row) for row in rows.tolist()])
-        if self.spots:
+        n_answer = torch.tensor(self.n_answer)[rows]
+        if any(self.spots):
             named = [torch.tensor(self.spots[row]) for row in rows.tolist()]
             spots = torch.nn.utils.rnn.pad_sequence(named, True, -1, "left")
         else:
@@ -428,25 +407,17 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch of prompts.
-
-    Args:
-        rows: their places in the :class:`TokenizedPrompts`.
-        tokens: what the model reads, padded.
-        attention_mask: 1 for each token of a prompt.
-        padding_side: where the padding is.
-        spots: the patched tokens of each prompt, -1 where it has fewer.
-        n_answer: how many tokens of each answer are compared.
-        longest_answer: how many they are at most, of all prompts.
-    """
+    """A padded batch of prompts."""
 
     rows: Int[Tensor, "prompt"]
+    """Their places in the :class:`TokenizedPrompts`."""
     tokens: Int[Tensor, "prompt pos"]
     attention_mask: Int[Tensor, "prompt pos"]
     padding_side: PaddingSide
     spots: Int[Tensor, "prompt spot"]
     n_answer: Int[Tensor, "prompt"]
     longest_answer: int
+    """How many tokens of an answer are compared, at most, of all prompts."""
 
     @property
     def lengths(self) -> Int[Tensor, "prompt"]:

@@ -1,10 +1,11 @@
-"""How prompts become tokens: rendered, tokenized once, and cut at the decision token."""
+"""How prompts become tokens: rendered, tokenized once, cut at the decision token, and matched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rq4lens.config import Reading
@@ -48,6 +49,8 @@ class ReadPrompt:
     """
 
     prompt: Prompt
+    tokenizer: PreTrainedTokenizerBase
+    reading: Reading
     rendered: Rendered
     tokens: tuple[int, ...]
     spans: tuple[Span | None, ...] | None
@@ -82,26 +85,19 @@ def tokenize(
     """Render and tokenize each prompt once and cut it at its decision token."""
     read = [read_prompt(prompt, tokenizer, reading or Reading()) for prompt in prompts]
     for each in read:
-        if tokenizer.bos_token_id is not None and n_leading_bos(each, tokenizer) > 1:
+        if tokenizer.bos_token_id is not None and n_leading_bos(each) > 1:
             raise UserError(
                 f"prompt {each.prompt.id!r} starts with {tokenizer.bos_token!r} more than once: "
                 "remove it from the text or the chat template; see `rq4lens audit`."
             )
-    answers, foils = ([getattr(each, name) for each in read] for name in ("answer", "foil"))
-    placed = reading is not None and reading.positions != "decision"
     return TokenizedPrompts(
         prompts.ids,
         tuple(each.kept for each in read),
         tuple(each.n_dropped for each in read),
-        tuple(tuple(at - each.n_dropped for at in each.patched) for each in read if placed),
-        _tokens_of(answers),
-        _tokens_of(foils),
+        tuple(tuple(at - each.n_dropped for at in each.patched) for each in read),
+        tuple(each.answer.tokens if each.answer else () for each in read),
+        tuple(each.foil.tokens if each.foil else () for each in read),
     )
-
-
-def _tokens_of(read: Sequence[ReadAnswer | None]) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each answer; empty where no prompt has one."""
-    return tuple(each.tokens if each else () for each in read) if any(read) else ()
 
 
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> ReadPrompt:
@@ -109,12 +105,13 @@ def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Rea
     rendered = render(prompt, tokenizer)
     tokens, spans = _encode(prompt, rendered.text, tokenizer)
     has_bos = bool(tokens) and tokens[0] == tokenizer.bos_token_id
-    read = ReadPrompt(prompt, rendered, tokens, spans, len(tokens) - 1, 0, has_bos)
+    last = len(tokens) - 1
+    read = ReadPrompt(prompt, tokenizer, reading, rendered, tokens, spans, last, 0, has_bos)
     if reading.decision_rule in ("last", "last_content"):
         skipped = _special_ids(tokenizer) if reading.decision_rule == "last_content" else ()
         deciding = [index for index, token in enumerate(tokens) if token not in skipped]
     else:
-        deciding = _at_character(read, reading)
+        deciding = _at_character(read)
     if not deciding:
         raise UserError(
             f"prompt {prompt.id!r} has no token to decide at: its text must have at least one "
@@ -123,25 +120,17 @@ def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Rea
     decision = deciding[-1]
     most = reading.max_tokens or decision + 1
     read = replace(read, decision=decision, n_dropped=max(0, decision + 1 - max(most, 1 + has_bos)))
-    return replace(
-        read,
-        patched=patched_tokens(read, reading),
-        answer=_answer(read, "answer", tokenizer, reading),
-        foil=_answer(read, "foil", tokenizer, reading),
-    )
+    answer, foil = _answer(read, "answer"), _answer(read, "foil")
+    return replace(read, patched=patched_tokens(read), answer=answer, foil=foil)
 
 
-def patched_tokens(read: ReadPrompt, reading: Reading) -> tuple[int, ...]:
-    """Places of the tokens that ``positions`` names, in order; none for the last ones.
-
-    Raises:
-        UserError: if there is no such token, or it was cut off.
-    """
-    name, end = read.prompt.id, read.decision + 1
+def patched_tokens(read: ReadPrompt) -> tuple[int, ...]:
+    """Places of the tokens that ``positions`` names, in order; none for the last ones."""
+    name, end, reading = read.prompt.id, read.decision + 1, read.reading
     if reading.positions == "decision":
         return ()
     if reading.positions == "subject":
-        return _subject_tokens(read)
+        return subject_tokens(read)
     first, last = reading.last_tokens or (read.first_kept - end, -1)
     if first >= 0 or end + first < read.first_kept:
         raise UserError(
@@ -152,7 +141,7 @@ def patched_tokens(read: ReadPrompt, reading: Reading) -> tuple[int, ...]:
     return tuple(range(end + first, end + last + 1))
 
 
-def _subject_tokens(read: ReadPrompt) -> tuple[int, ...]:
+def subject_tokens(read: ReadPrompt) -> tuple[int, ...]:
     """The tokens that hold a character of the subject."""
     start, stop = _subject_span(read)
     whole = _spans(read, "positions 'subject'", "the decision token")
@@ -199,32 +188,24 @@ def _subject_span(read: ReadPrompt) -> Span:
     return at, at + len(subject)
 
 
-def _answer(
-    read: ReadPrompt,
-    what: Literal["answer", "foil"],
-    tokenizer: PreTrainedTokenizerBase,
-    reading: Reading,
-) -> ReadAnswer | None:
+def _answer(read: ReadPrompt, what: Literal["answer", "foil"]) -> ReadAnswer | None:
     """The prompt's answer or foil behind its decision token; None if it has none."""
     text: str | None = getattr(read.prompt, what)
     if text is None:
         return None
     how: Literal["in the text", "continued", "alone"] = "continued"
-    if reading.decision_rule == "before_answer" and what == "answer":
-        tokens, how = (
-            _in_text(read, _character(read.prompt, reading) + len(text) - 1),
-            "in the text",
-        )
+    if read.reading.decision_rule == "before_answer" and what == "answer":
+        tokens, how = _in_text(read, _character(read) + len(text) - 1), "in the text"
     else:
-        tokens = _continued(read, text, tokenizer, reading)
+        tokens = _continued(read, text)
     if not tokens:
-        tokens, how = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), "alone"
+        tokens, how = tuple(read.tokenizer(text, add_special_tokens=False)["input_ids"]), "alone"
     if not tokens:
         raise UserError(
             f"the {what} {text[:60]!r} of prompt {read.prompt.id!r} has no token: give one that "
             "the models can say."
         )
-    return ReadAnswer(tokens, tuple(decoded(tokenizer, token) for token in tokens), how)
+    return ReadAnswer(tokens, tuple(decoded(read.tokenizer, each) for each in tokens), how)
 
 
 def _in_text(read: ReadPrompt, last: int) -> tuple[int, ...]:
@@ -235,33 +216,31 @@ def _in_text(read: ReadPrompt, last: int) -> tuple[int, ...]:
     return tuple(token for token, span in both if span is not None and span[0] <= end)
 
 
-def _continued(
-    read: ReadPrompt, text: str, tokenizer: PreTrainedTokenizerBase, reading: Reading
-) -> tuple[int, ...]:
+def _continued(read: ReadPrompt, text: str) -> tuple[int, ...]:
     """The tokens of a text behind the decision token; none if those before become others."""
-    before, behind = _text_before(read, reading), read.decision + 1
+    before, behind = _text_before(read), read.decision + 1
     if before is None:
         return ()
-    tokens, spans = _encode(read.prompt, before + text, tokenizer)
+    tokens, spans = _encode(read.prompt, before + text, read.tokenizer)
     if tokens[:behind] != read.tokens[:behind]:
         return ()
     ends = len(tokens) if spans is None else max(n for n, span in enumerate(spans) if span) + 1
     return tokens[behind:ends]
 
 
-def _text_before(read: ReadPrompt, reading: Reading) -> str | None:
+def _text_before(read: ReadPrompt) -> str | None:
     """The rendered text that an answer stands behind; None if it is not known."""
     text, span = read.rendered.text, read.spans[read.decision] if read.spans else None
-    if reading.decision_rule == "before_answer":
-        return text[: read.rendered.index_of(_character(read.prompt, reading))]
+    if read.reading.decision_rule == "before_answer":
+        return text[: read.rendered.index_of(_character(read))]
     if span is not None:
         return text[: span[1]]
     return text if read.decision + 1 == len(read.tokens) else None
 
 
-def n_leading_bos(read: ReadPrompt, tokenizer: PreTrainedTokenizerBase) -> int:
+def n_leading_bos(read: ReadPrompt) -> int:
     """How many BOS tokens a prompt starts with."""
-    others = (n for n, token in enumerate(read.tokens) if token != tokenizer.bos_token_id)
+    others = (n for n, token in enumerate(read.tokens) if token != read.tokenizer.bos_token_id)
     return next(others, len(read.tokens))
 
 
@@ -343,11 +322,12 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(named | set(tokenizer.all_special_ids))
 
 
-def _at_character(read: ReadPrompt, reading: Reading) -> list[int]:
+def _at_character(read: ReadPrompt) -> list[int]:
     """The tokens that hold the character that the rule names, or the one before the answer's."""
-    spans = _spans(read, f"decision rule {reading.decision_rule!r}", "rule 'last'")
-    at = read.rendered.index_of(_character(read.prompt, reading))
-    if reading.decision_rule == "before_answer":
+    rule = read.reading.decision_rule
+    spans = _spans(read, f"decision rule {rule!r}", "rule 'last'")
+    at = read.rendered.index_of(_character(read))
+    if rule == "before_answer":
         return [_before(read.prompt, at, spans)]
     # A character of several bytes may be several tokens: the last one decides.
     return [index for index, span in enumerate(spans) if span is not None and span[0] <= at]
@@ -385,13 +365,13 @@ def _before(prompt: Prompt, at: int, spans: tuple[Span | None, ...]) -> int:
     return first - 1
 
 
-def _character(prompt: Prompt, reading: Reading) -> int:
+def _character(read: ReadPrompt) -> int:
     """Index of a character of the prompt's text: where the answer starts, or what decides."""
-    rule = reading.decision_rule
+    prompt, rule = read.prompt, read.reading.decision_rule
     what = "answer" if rule == "before_answer" else rule
     wanted = getattr(prompt, what)
     if rule == "marker":
-        wanted = wanted or reading.marker
+        wanted = wanted or read.reading.marker
     if wanted is None:
         raise UserError(f"prompt {prompt.id!r} has no {what}, which rule {rule!r} needs: give one.")
     if rule == "offset":
@@ -408,3 +388,91 @@ def _character(prompt: Prompt, reading: Reading) -> int:
             "its text, letter for letter."
         )
     return at if what == "answer" else at + len(wanted) - 1
+
+
+# Which token of one model stands for which of the other: base activations go to the places of tuned
+# ones, so both sides patch the same piece of the prompt's text, token by token; and an answer of
+# several tokens is compared token by token.
+
+
+def needs_matching(reading: Reading) -> bool:
+    """Whether more is patched or compared than the last tokens."""
+    return reading.positions != "decision" or reading.answer_tokens > 1
+
+
+def require_matched(
+    prompts: PromptSet,
+    base: PreTrainedTokenizerBase,
+    tuned: PreTrainedTokenizerBase,
+    reading: Reading,
+) -> None:
+    """Refuse prompts whose patched tokens or answers the two models split differently."""
+    for prompt in () if base is tuned else prompts:
+        one, other = (read_prompt(prompt, each, reading) for each in (base, tuned))
+        for why in unmatched(one, other):
+            raise UserError(f"prompt {prompt.id!r}: {why}.")
+
+
+def unmatched(base: ReadPrompt, tuned: ReadPrompt) -> Iterator[str]:
+    """Why patched tokens or answers cannot be matched one to one."""
+    if (why := _patched_differently(base, tuned)) is not None:
+        yield why
+    if base.reading.answer_tokens == 1:
+        return
+    for what in ("answer", "foil"):
+        found = [getattr(each, what) for each in (base, tuned)]
+        one, other = (each and each.texts[: base.reading.answer_tokens] for each in found)
+        # Whether a token shows its space differs.
+        if all(found) and [text.strip() for text in one] != [text.strip() for text in other]:
+            yield (
+                f"the {what} is {shown(one)} in base and {shown(other)} in tuned, which cannot be "
+                "compared token by token: give one that both split alike, or --answer-tokens 1"
+            )
+
+
+def shown(texts: Iterable[str]) -> str:
+    """Tokens as sentences show them."""
+    return f"{'|'.join(texts)!r}"
+
+
+def _patched_differently(base: ReadPrompt, tuned: ReadPrompt) -> str | None:
+    same = base.rendered.text == tuned.rendered.text and base.kept == tuned.kept
+    if base.reading.positions == "decision" or (same and base.patched == tuned.patched):
+        return None
+    if base.reading.positions == "subject":
+        # Tokens of the same text are matched from its last one, wherever they are split.
+        return _other_number(base, tuned) if len(base.patched) != len(tuned.patched) else None
+    for of_base, of_tuned in zip_longest(reversed(base.patched), reversed(tuned.patched)):
+        if _place(base, of_base) != _place(tuned, of_tuned) or _place(base, of_base) is None:
+            one, other = _text(base, of_base), _text(tuned, of_tuned)
+            return (
+                f"its patched token {one!r} of base and {other!r} of tuned are not the same place "
+                "of the text, so that they cannot be matched one to one: use positions subject or "
+                "decision, or fewer tokens"
+            )
+    return None
+
+
+def _other_number(base: ReadPrompt, tuned: ReadPrompt) -> str:
+    one, other = ([_text(each, at) for at in each.patched] for each in (base, tuned))
+    return (
+        f"its subject is {len(one)} token{'s' * (len(one) > 1)} of base and {len(other)} of tuned "
+        f"({shown(one)} and {shown(other)}), which cannot be matched one to one: mark a text that "
+        "both split alike, such as its last letters, or patch the decision token"
+    )
+
+
+def _place(read: ReadPrompt, at: int | None) -> tuple[Any, ...] | None:
+    """Where a token stands in the prompt's text; None if it is not known."""
+    if at is None or read.spans is None:
+        return None
+    span = read.spans[at]
+    if span is None:  # the tokenizer added it
+        return ("added", at - read.decision)
+    start, stop = read.rendered.spot(span[0]), read.rendered.spot(span[1])
+    return None if start is None else (start, stop)
+
+
+def _text(read: ReadPrompt, at: int | None) -> str:
+    span = None if at is None or read.spans is None else read.spans[at]
+    return read.rendered.text[slice(*span)] if span else ""

@@ -20,7 +20,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.load.fingerprint import arithmetic_libraries
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations, check_layers, checked_layers
+from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.maps.kinds import Fit, FitRows, fit_all
 from rq4lens.patching.maps.map import (
     DEFAULT_KIND,
@@ -86,14 +86,13 @@ def fit_maps(
             to hold some out.
     """
     activations = activations or PairActivations(pair)
-    layers = checked_layers(layers, pair.n_layers)
     return maps_from(None, activations, layers, kind, scope=scope, seed=seed)
 
 
 def maps_from(
     store: Store | None,
     activations: PairActivations,
-    layers: Sequence[int],
+    layers: int | Sequence[int],
     kind: MapKind = DEFAULT_KIND,
     *,
     scope: MapScope = "head",
@@ -104,11 +103,9 @@ def maps_from(
         raise UserError(f"map kind {kind!r} does not exist: choose one of {', '.join(MAP_KINDS)}.")
     if scope not in MAP_SCOPES:
         raise UserError(f"map scope {scope!r} does not exist: choose 'head' or 'layer'.")
-    check_layers(layers, activations.pair.n_layers)
-    maps: dict[int, LayerMap | None] = {}
+    layers = check_layers(layers, activations.pair.n_layers)
     recipes = [MapRecipe(activations, layer, kind, scope, seed) for layer in layers]
-    for recipe in recipes:
-        maps[recipe.layer] = None if store is None else get_map(store, recipe)
+    maps = {each.layer: None if store is None else get_map(store, each) for each in recipes}
     missing = [recipe for recipe in recipes if maps[recipe.layer] is None]
     for side in SIDES:  # all of base before any of tuned: they may not fit into memory together
         activations.capture(side, FIT_SPLIT, [recipe.layer for recipe in missing])
@@ -145,18 +142,19 @@ class MapRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the fitted map depends on, as plain JSON values."""
-        base, tuned = self.pair.base.card, self.pair.tuned.card
-        return {
+        cards = {side: self.pair.member(side).card for side in SIDES}
+        of_sides: dict[str, Any] = {}
+        for side, card in cards.items():
+            of_sides |= {
+                f"{side}_weights": card.weights_fingerprint,
+                f"{side}_config": card.config_fingerprint,
+                f"{side}_tokens": self.activations.read(side, FIT_SPLIT).fingerprint,
+            }
+        return of_sides | {
             "numerics": MAP_NUMERICS,
             "libraries": arithmetic_libraries(),
-            "base_weights": base.weights_fingerprint,
-            "tuned_weights": tuned.weights_fingerprint,
-            "base_config": base.config_fingerprint,
-            "tuned_config": tuned.config_fingerprint,
-            "base_tokens": self.activations.read("base", FIT_SPLIT).fingerprint,
-            "tuned_tokens": self.activations.read("tuned", FIT_SPLIT).fingerprint,
             "prompts": self.pair.prompts.split(FIT_SPLIT).fingerprint,
-            "dtypes": [base.dtype, tuned.dtype],
+            "dtypes": [card.dtype for card in cards.values()],
             "layer": self.layer,
             "kind": self.kind,
             "scope": self.scope,
@@ -167,19 +165,13 @@ class MapRecipe:
 
 @dataclass(frozen=True)
 class FitData:
-    """The rows that the map of one layer is fitted on: base and tuned activations in float64.
-
-    Args:
-        x: source rows.
-        y: target rows.
-        groups: the group of each row.
-        device: where fits are computed.
-    """
+    """The rows that a map is fitted on, from source ``x`` to target ``y``, in float64."""
 
     x: Float[Tensor, "row head d_head"]
     y: Float[Tensor, "row head d_head"]
     groups: Shaped[ndarray, "row"]
     device: torch.device | str = "cpu"
+    """Where fits are computed."""
 
     @classmethod
     def of(cls, activations: PairActivations, layer: int) -> FitData:
@@ -228,17 +220,8 @@ def fit_subsets(
     """Fit maps on subsets of rows, such as all prompts but those of one content.
 
     A subset that lacks few rows takes its sums from those of all rows, so that leaving out each
-    content in turn reads every row twice, however many contents there are.
-
-    Args:
-        kind: how to fit.
-        data: rows ``[row head d_head]``; what ``x`` and ``y`` hold need not be the same heads: each
-            place of the second axis is a problem of its own.
-        subsets: indices of the rows of each subset.
-        scope: one map per place of the second axis, or one over all of them.
-
-    Returns:
-        A fit per subset, on the data's device; call it with rows ``[row block d]``.
+    content in turn reads every row twice, however many contents there are. What ``x`` and ``y``
+    hold need not be the same heads: each place of the second axis is a problem of its own.
     """
     rows, found = data.rows(scope), []
     for start in range(0, len(subsets), AT_ONCE):
@@ -268,15 +251,28 @@ class _Fitting:
                 "head, and read the held-out R².",
                 stacklevel=5,
             )
-        split = _calibration_split(recipe, data.groups)
-        judging = () if split is None else _calibration_rows(rows, split.kept, recipe.seed)
-        return cls(recipe, data, split, (rows, *judging))
+        n_groups = len(np.unique(data.groups))
+        if n_groups < MIN_GROUPS:
+            warnings.warn(
+                f"the map of layer {recipe.layer} has no held-out diagnostics: its train prompts "
+                f"are {n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
+                stacklevel=5,
+            )
+            return cls(recipe, data, None, [rows])
+        split = group_split(data.groups, recipe.seed)
+        kept = split.kept
+        # Judged beside a map of the same kind of which the prompts are unpaired.
+        unpaired = rows.y[:, np.random.default_rng(recipe.seed).permutation(kept)]
+        judged = [rows.part(kept), FitRows(rows.x[:, kept], unpaired, rows.groups[kept])]
+        return cls(recipe, data, split, [rows, *judged])
 
     def fitted(self, fits: Sequence[Fit]) -> LayerMap:
         """The map from the fits of the samples."""
         fit, *judged = fits
         weight, bias = _tensors(fit)
         recipe, split = self.recipe, self.split
+        chosen = enumerate(zip(*fit.details.values(), strict=True))
+        by_block = {str(block): dict(zip(fit.details, row, strict=True)) for block, row in chosen}
         return LayerMap(
             layer=recipe.layer,
             kind=recipe.kind,
@@ -286,21 +282,13 @@ class _Fitting:
             n_heads=recipe.pair.n_heads,
             ingredients=recipe.to_dict(),
             diagnostics=() if split is None else _judge(judged, self.data, split, recipe.scope),
-            details={"train_rows": self.samples[0].x.shape[1], "blocks": _by_block(fit)},
+            details={"train_rows": self.samples[0].x.shape[1], "blocks": by_block},
         )
 
 
 def _tensors(fit: Fit) -> tuple[Tensor, Tensor]:
     """Weights and biases as a map holds them."""
     return fit.weight.to("cpu", torch.float32), fit.bias.to("cpu", torch.float32)
-
-
-def _by_block(fit: Fit) -> dict[str, dict[str, Any]]:
-    """What the fits chose by themselves, as a map's details hold it."""
-    blocks = zip(*fit.details.values(), strict=True)
-    return {
-        str(block): dict(zip(fit.details, row, strict=True)) for block, row in enumerate(blocks)
-    }
 
 
 class Split(NamedTuple):
@@ -310,30 +298,12 @@ class Split(NamedTuple):
     held: Int[ndarray, "_"]
 
 
-def _calibration_split(recipe: MapRecipe, groups: Shaped[ndarray, "row"]) -> Split | None:
-    n_groups = len(np.unique(groups))
-    if n_groups >= MIN_GROUPS:
-        return group_split(groups, recipe.seed)
-    warnings.warn(
-        f"the map of layer {recipe.layer} has no held-out diagnostics: its train prompts are "
-        f"{n_groups} groups, and {MIN_GROUPS} are needed to hold some out.",
-        stacklevel=6,
-    )
-    return None
-
-
 def group_split(groups: Shaped[ndarray, "row"], seed: int) -> Split:
     """Hold a fifth of the groups out, as ``GroupShuffleSplit`` of scikit-learn does."""
     names, group_of = np.unique(groups, return_inverse=True)
     order = np.random.RandomState(seed).permutation(len(names))
     held = np.isin(group_of, order[: math.ceil(HELD_OUT * len(names))])
     return Split(np.flatnonzero(~held), np.flatnonzero(held))
-
-
-def _calibration_rows(rows: FitRows, kept: Int[ndarray, "_"], seed: int) -> tuple[FitRows, FitRows]:
-    """The kept rows, and the same with the prompts of the two models unpaired."""
-    unpaired = np.random.default_rng(seed).permutation(kept)
-    return rows.part(kept), FitRows(rows.x[:, kept], rows.y[:, unpaired], rows.groups[kept])
 
 
 def _judge(
@@ -364,7 +334,7 @@ def fit_qualities(predicted: HeadRows, target: HeadRows) -> list[FitQuality]:
 
 def r2(predicted: HeadRows, target: HeadRows) -> PerHead:
     """``1 - |target - predicted|² / |target - mean(target)|²``, at most 1; NaN where undefined."""
-    spread, left = (_energy(z) for z in (_around_mean(target), target - predicted))
+    spread, left = (z.square().sum((0, 2)) for z in (_around_mean(target), target - predicted))
     return torch.where(spread > 0, 1 - left / spread, torch.nan)
 
 
@@ -388,10 +358,6 @@ def cka(predicted: HeadRows, target: HeadRows) -> PerHead:
 
 def _around_mean(z: HeadRows) -> HeadRows:
     return z - z.mean(0)
-
-
-def _energy(z: HeadRows) -> PerHead:
-    return z.square().sum((0, 2))
 
 
 def _kernel(x: HeadRows, y: HeadRows) -> PerHead:

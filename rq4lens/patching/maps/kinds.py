@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +100,12 @@ def _centred(z: BlockRows) -> tuple[Float64[Tensor, "block d"], BlockRows]:
 
 def fit_all(kind: MapKind, samples: Sequence[FitRows]) -> list[Fit]:
     """Fit every block of every sample."""
-    return FITTERS[kind](samples)
+    if kind in ("procrustes", "procrustes_scaled"):  # all rotations are found together
+        found = polar_factor(torch.cat([rows.xy for rows in samples]))
+        rotations = found.split([len(rows.x) for rows in samples])
+        fit_rotated = _rotated if kind == "procrustes" else _rotated_and_scaled
+        return [fit_rotated(*each) for each in zip(samples, rotations, strict=True)]
+    return [FITTERS[kind](rows) for rows in samples]
 
 
 def fit_block(
@@ -111,56 +116,42 @@ def fit_block(
     return Fit(fit.weight[0], fit.bias[0], {name: each[0] for name, each in fit.details.items()})
 
 
-def _identity(samples: Sequence[FitRows]) -> list[Fit]:
-    return [Fit(_eye(rows), torch.zeros_like(rows.mean_x)) for rows in samples]
+def _identity(rows: FitRows) -> Fit:
+    return Fit(_eye(rows), torch.zeros_like(rows.mean_x))
 
 
-def _mean_shift(samples: Sequence[FitRows]) -> list[Fit]:
-    return [_through_means(_eye(rows), rows) for rows in samples]
+def _mean_shift(rows: FitRows) -> Fit:
+    return _through_means(_eye(rows), rows)
 
 
-def _moments(samples: Sequence[FitRows]) -> list[Fit]:
+def _moments(rows: FitRows) -> Fit:
     """Match mean and standard deviation of each coordinate."""
-    fits = []
-    for rows in samples:
-        spread_x, spread_y = (z.square().mean(1).sqrt() for z in (rows.centred_x, rows.centred_y))
-        # A coordinate that never varies in the source carries nothing: it maps to the target mean.
-        ratio = torch.where(spread_x > 0, spread_y / spread_x, 0.0)
-        fits.append(_through_means(torch.diag_embed(ratio), rows))
-    return fits
+    spread_x, spread_y = (z.square().mean(1).sqrt() for z in (rows.centred_x, rows.centred_y))
+    # A coordinate that never varies in the source carries nothing: it maps to the target mean.
+    ratio = torch.where(spread_x > 0, spread_y / spread_x, 0.0)
+    return _through_means(torch.diag_embed(ratio), rows)
 
 
-def _procrustes(samples: Sequence[FitRows]) -> list[Fit]:
+def _rotated(rows: FitRows, rotation: Matrices) -> Fit:
     """Closest rotation or reflection between the centred activations.
 
     Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem",
     Psychometrika 31 (1966): the polar factor of ``xᵀ y``.
     """
-    return [
-        _through_means(rotation, rows)
-        for rotation, rows in zip(_rotations(samples), samples, strict=True)
-    ]
+    return _through_means(rotation, rows)
 
 
-def _procrustes_scaled(samples: Sequence[FitRows]) -> list[Fit]:
+def _rotated_and_scaled(rows: FitRows, rotation: Matrices) -> Fit:
     """Closest rotation times one scale between the centred activations.
 
     Source: Schönemann and Carroll, "Fitting one matrix to another under choice of a central
     dilation and a rigid motion", Psychometrika 35 (1970): the scale is the nuclear norm of
     ``xᵀ y`` over the squared norm of ``x``.
     """
-    fits = []
-    for rotation, rows in zip(_rotations(samples), samples, strict=True):
-        nuclear_norm, energy = (rotation * rows.xy).sum((1, 2)), rows.centred_x.square().sum((1, 2))
-        # A source that never varies carries nothing: everything maps to the target mean.
-        scale = torch.where(energy > 0, nuclear_norm / energy, 0.0)
-        fits.append(_through_means(scale[:, None, None] * rotation, rows, scale=scale.tolist()))
-    return fits
-
-
-def _rotations(samples: Sequence[FitRows]) -> Sequence[Matrices]:
-    found = polar_factor(torch.cat([rows.xy for rows in samples]))
-    return found.split([len(rows.x) for rows in samples])
+    nuclear_norm, energy = (rotation * rows.xy).sum((1, 2)), rows.centred_x.square().sum((1, 2))
+    # A source that never varies carries nothing: everything maps to the target mean.
+    scale = torch.where(energy > 0, nuclear_norm / energy, 0.0)
+    return _through_means(scale[:, None, None] * rotation, rows, scale=scale.tolist())
 
 
 def polar_factor(matrices: Matrices) -> Matrices:
@@ -209,37 +200,29 @@ def polar_by_newton(matrices: Matrices, most: int = 30) -> Matrices:
     return found
 
 
-def _ridge(samples: Sequence[FitRows]) -> list[Fit]:
+def _ridge(rows: FitRows) -> Fit:
     """Least squares with a penalty on ``W``, its strength chosen by cross-validation."""
-    fits = []
-    for rows in samples:
-        weight, strength = _ridge_weight(rows, rows.centred_y)
-        fits.append(_through_means(weight, rows, strength=strength))
-    return fits
+    weight, strength = _ridge_weight(rows, rows.centred_y)
+    return _through_means(weight, rows, strength=strength)
 
 
-def _low_rank(samples: Sequence[FitRows]) -> list[Fit]:
+def _low_rank(rows: FitRows) -> Fit:
     """Identity plus a correction of rank at most ``LOW_RANK``, as a low-rank fine-tune makes.
 
     Source: reduced-rank regression, Izenman, Journal of Multivariate Analysis 5 (1975): the ridge
     solution for ``y - x`` is projected onto the leading directions of what it predicts.
     """
-    fits = []
-    for rows in samples:
-        correction, strength = _ridge_weight(rows, rows.centred_y - rows.centred_x)
-        _, spread, directions = torch.linalg.svd(rows.centred_x @ correction, full_matrices=False)
-        leading = directions[:, :LOW_RANK]
-        fits.append(
-            _through_means(
-                _eye(rows) + correction @ leading.mT @ leading,
-                rows,
-                strength=strength,
-                rank=[leading.shape[1]] * len(leading),
-                spread=spread[:, :LOW_RANK].tolist(),
-                first_direction=leading[:, 0].tolist(),
-            )
-        )
-    return fits
+    correction, strength = _ridge_weight(rows, rows.centred_y - rows.centred_x)
+    _, spread, directions = torch.linalg.svd(rows.centred_x @ correction, full_matrices=False)
+    leading = directions[:, :LOW_RANK]
+    return _through_means(
+        _eye(rows) + correction @ leading.mT @ leading,
+        rows,
+        strength=strength,
+        rank=[leading.shape[1]] * len(leading),
+        spread=spread[:, :LOW_RANK].tolist(),
+        first_direction=leading[:, 0].tolist(),
+    )
 
 
 def _ridge_weight(rows: FitRows, y: BlockRows) -> tuple[Matrices, list[float | None]]:
@@ -248,7 +231,7 @@ def _ridge_weight(rows: FitRows, y: BlockRows) -> tuple[Matrices, list[float | N
     if n_groups < 2 or not varies.any():
         return torch.zeros_like(_eye(rows)), [None] * len(x)
     strengths = torch.from_numpy(RIDGE_STRENGTHS).to(x) * x.square().mean((1, 2))[:, None]
-    spectrum = _spectrum(x, lambda: rows.xx)
+    spectrum = _spectrum(rows, x)
     # With a group a row, leaving each out has a closed form.
     grouped = n_groups < len(rows.groups)
     errors = (
@@ -281,9 +264,13 @@ class _Spectrum(NamedTuple):
         return self.inward @ (target / (self.values + strength[:, None])[:, :, None])
 
 
-def _spectrum(x: BlockRows, products: Callable[[], Matrices]) -> _Spectrum:
+def _spectrum(
+    rows: FitRows, x: BlockRows, left: Float64[Tensor, "block left d"] | None = None
+) -> _Spectrum:
+    """Of some centred rows ``x``; ``left`` are the others, if any are."""
     if x.shape[1] > x.shape[2]:
-        values, vectors = torch.linalg.eigh(products())
+        products = rows.xx if left is None else rows.xx - left.mT @ left
+        values, vectors = torch.linalg.eigh(products)
         return _Spectrum(values.clamp(min=0), vectors, x @ vectors)
     values, vectors = torch.linalg.eigh(x @ x.mT)
     return _Spectrum(values.clamp(min=0), x.mT @ vectors, vectors)
@@ -310,16 +297,12 @@ def _group_errors(rows: FitRows, y: BlockRows, strengths: Strengths) -> Strength
     x, errors = rows.centred_x, torch.zeros_like(strengths)
     for kept, held in group_folds(rows.groups):
         tested = x[:, held]
-        spectrum = _spectrum(x[:, kept], partial(_downdated, rows, tested))
+        spectrum = _spectrum(rows, x[:, kept], tested)
         scores, target = tested @ spectrum.inward, spectrum.outward.mT @ y[:, kept]
         for index, strength in enumerate(strengths.T):
             shrunk = scores / (spectrum.values + strength[:, None])[:, None]
             errors[:, index] += (y[:, held] - shrunk @ target).square().sum((1, 2))
     return errors
-
-
-def _downdated(rows: FitRows, left: BlockRows) -> Matrices:
-    return rows.xx - left.mT @ left
 
 
 def group_folds(groups: Groups, most: int = 5) -> list[tuple[Indices, Indices]]:
@@ -347,12 +330,11 @@ def _through_means(weight: Matrices, rows: FitRows, **details: list[Any]) -> Fit
     return Fit(weight, bias, details)
 
 
-FITTERS: dict[MapKind, Callable[[Sequence[FitRows]], list[Fit]]] = {
+FITTERS: dict[MapKind, Callable[[FitRows], Fit]] = {
     "identity": _identity,
     "mean_shift": _mean_shift,
     "moments": _moments,
-    "procrustes": _procrustes,
-    "procrustes_scaled": _procrustes_scaled,
     "ridge": _ridge,
     "low_rank": _low_rank,
 }
+"""Those of one sample; the rotations of several samples are found together, see :func:`fit_all`."""

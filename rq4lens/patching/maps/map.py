@@ -17,6 +17,7 @@ import einops
 import pandas as pd
 import torch
 from jaxtyping import Float
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from rq4lens.config import MapKind, MapScope, Patching
@@ -34,11 +35,8 @@ DEFAULT_KIND = Patching().map_kind
 class FitQuality:
     """How well a predictor meets the tuned activations of one head on held-out prompts.
 
-    Args:
-        r2: share of the variance around the held-out mean that is explained; at most 1, negative
-            when the mean would do better; None when the target does not vary.
-        cosine: mean cosine between predicted and true activation; None when one of them is zero.
-        cka: linear centred kernel alignment in [0, 1]; None when one of them does not vary.
+    R² counts from the held-out mean; the cosine is the mean over prompts, and CKA linear. Each is
+    None where it is undefined.
     """
 
     r2: float | None
@@ -63,6 +61,9 @@ class HeadDiagnostics:
     mean: FitQuality
     identity: FitQuality
     shuffled: FitQuality
+
+
+DIAGNOSTICS = TypeAdapter(tuple[HeadDiagnostics, ...])
 
 
 @dataclass(frozen=True)
@@ -217,17 +218,10 @@ def _layer_map(
     path: Path, ingredients: Mapping[str, Any], payload: Any, tensors: Mapping[str, Tensor]
 ) -> LayerMap:
     try:
-        layer_map = LayerMap(
-            layer=payload["layer"],
-            kind=payload["kind"],
-            scope=payload["scope"],
-            weight=tensors["weight"],
-            bias=tensors["bias"],
-            n_heads=payload["n_heads"],
-            ingredients=ingredients,
-            diagnostics=tuple(_diagnostics(row) for row in payload["diagnostics"]),
-            details=payload["details"],
-        )
+        stored = {name: payload[name] for name in ("layer", "kind", "scope", "n_heads", "details")}
+        diagnostics = DIAGNOSTICS.validate_python(payload["diagnostics"])
+        stored |= {"weight": tensors["weight"], "bias": tensors["bias"]}
+        layer_map = LayerMap(**stored, ingredients=ingredients, diagnostics=diagnostics)
     except Exception as problem:  # every way in which a file can be damaged ends in one sentence
         raise _unreadable(path, problem) from problem
     _check_tensors(layer_map, path)
@@ -239,11 +233,6 @@ def _unreadable(path: Path, problem: Exception) -> UserError:
         f"map file {str(path)!r} cannot be read ({type(problem).__name__}: "
         f"{short_reason(problem)}): delete it, and the run fits it again."
     )
-
-
-def _diagnostics(row: Mapping[str, Any]) -> HeadDiagnostics:
-    fits = {name: FitQuality(**row[name]) for name in ("fitted", "mean", "identity", "shuffled")}
-    return HeadDiagnostics(head=row["head"], **fits)
 
 
 def _check_tensors(layer_map: LayerMap, path: Path) -> None:

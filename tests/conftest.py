@@ -3,6 +3,7 @@
 import gc
 import os
 
+import checks  # noqa: F401 - before the package is imported
 import pytest
 import torch
 from counts import pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from beartype import beartype
 
 AXES = jaxtyping.jaxtyped("context")
 """A scope in which the name of an axis is one size."""
+
+_by_jaxtyping = jaxtyping.jaxtyped
+"""For generators alone: Beartype would check them at their first step, in the scope of a caller."""
 
 FUNCTION = "__beartype_func"
 """The default by which a check of Beartype knows what it calls."""
@@ -47,6 +51,8 @@ class Checks:
         """The checks around one definition of their function."""
         if self.made is None:
             return function
+        if self.of_axes and inspect.isgeneratorfunction(function):
+            return _by_jaxtyping(function, typechecker=beartype)
         made = self.made
         if made.__kwdefaults__[FUNCTION] is not function:
             made = types.FunctionType(

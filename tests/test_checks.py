@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
 from checks import Checks, checked
-from jaxtyping import Float
+from jaxtyping import Float, TypeCheckError
 
 import rq4lens
 from rq4lens.patching.patch import blend
@@ -102,6 +103,22 @@ def test_axes_are_those_of_one_call():
         return inner(x[1:]) + len(x)
 
     assert [outer(np.zeros(n)) for n in (2, 5)] == [3, 9]
+
+
+def test_a_generator_is_checked_in_a_scope_of_its_own():
+    """Its arguments are, when it is called, whatever sizes the axes of its caller have."""
+
+    @checked
+    def steps(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> Iterator[float]:
+        yield from x + y
+
+    @checked
+    def caller(x: Float[np.ndarray, "n"]) -> list[float]:
+        return [*steps(x[1:], x[1:]), *steps(x, x)]
+
+    assert caller(np.ones(3)) == [2.0] * 5
+    with pytest.raises(TypeCheckError):
+        steps(np.ones(2), np.ones(3))
 
 
 def test_fields_are_checked():

@@ -238,6 +238,7 @@ def test_other_train_prompts_never_meet_old_numbers(pair, undisturbed, tmp_path)
 # Disks, memory, signals, clocks
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(
     ("after", "problem"),
     [(0, 28), (1, 28), (20, 28), (39, 28), (7, 5), (12, 122)],

@@ -133,7 +133,7 @@ def test_a_notebook_uses_only_what_is_public(script):
 
 @pytest.fixture
 def few_prompts(monkeypatch):
-    """The built-in pair with the first prompts of each split, and one planted pair of some kinds."""
+    """The built-in pair with the first prompts of each split, and planted pairs of some kinds."""
     every = catalog.prompts_of
 
     def few(source):

@@ -40,8 +40,9 @@ settings.load_profile("no deadline")
 
 LONGEST_FIRST = (
     *("test_printouts", "test_faults", "test_ray", "test_validate", "test_kills", "test_shards"),
-    *("test_notebooks", "test_folder_runs", "test_verify", "test_backends", "test_claims"),
-    *("test_study", "test_dialect", "test_hostile_fuzz", "test_architectures", "test_builtin"),
+    *("test_notebooks", "test_examples", "test_folder_runs", "test_verify", "test_backends"),
+    *("test_claims", "test_study", "test_dialect", "test_honest_selection", "test_hostile_fuzz"),
+    *("test_architectures", "test_builtin"),
 )
 """Files that keep a worker busy for long: begun late, one of them would be waited for."""
 

@@ -441,7 +441,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(pair, undisturbed, tmp_
 def wait_for(condition, process, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

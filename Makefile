@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiled tests and checks are kept, or every start would make them again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
 # The laws and engine parity, the hooks and the grid, habits of the house, settings, the main job.
 QUICK := $(addprefix tests/test_, laws.py hooks.py grid.py \

@@ -3,6 +3,7 @@
 import gc
 import os
 
+import checks  # noqa: F401 - before the package is imported
 import pytest
 import torch
 from counts import pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
@@ -38,8 +39,10 @@ settings.load_profile("no deadline")
 
 
 LONGEST_FIRST = (
-    *("test_kills", "test_faults", "test_validate", "test_notebooks", "test_folder_runs"),
-    *("test_shards", "test_ray", "test_hostile_fuzz", "test_architectures", "test_builtin"),
+    *("test_printouts", "test_faults", "test_ray", "test_validate", "test_kills", "test_shards"),
+    *("test_notebooks", "test_examples", "test_folder_runs", "test_verify", "test_backends"),
+    *("test_claims", "test_study", "test_dialect", "test_honest_selection", "test_hostile_fuzz"),
+    *("test_architectures", "test_builtin"),
 )
 """Files that keep a worker busy for long: begun late, one of them would be waited for."""
 

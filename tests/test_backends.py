@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from engine_cases import N_HEADS
+from few_prompts import few_prompts
 from loading_cases import TOLERANCE, hugging_face, refusal
 from model_zoo import BRIDGED, ZOO, random_model, save
 from tiny import (
@@ -252,8 +253,10 @@ def test_the_built_in_pair_has_the_same_numbers_as_bridges(tmp_path):
     """The main job through bridges and their cache is that through HookedTransformers and the
     suffix engine, to 1e-6 nats.
     """
+    prompts = str(few_prompts(tmp_path))
     for backend in ("hooked", "bridge"):
-        arguments = [*DEMO, "--backend", backend, "--out", str(tmp_path / backend)]
+        where = ("--prompts", prompts, "--backend", backend, "--out", str(tmp_path / backend))
+        arguments = [*DEMO, *where]
         assert CliRunner().invoke(app, arguments).exit_code == 0
     same_numbers(tmp_path / "hooked", tmp_path / "bridge")
 

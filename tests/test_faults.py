@@ -237,6 +237,7 @@ def test_other_train_prompts_never_meet_old_numbers(pair, undisturbed, tmp_path)
 # Disks, memory, signals, clocks
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(
     ("after", "problem"),
     [(0, 28), (1, 28), (20, 28), (39, 28), (7, 5), (12, 122)],
@@ -439,7 +440,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(pair, undisturbed, tmp_
 def wait_for(condition, process, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

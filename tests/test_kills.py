@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from few_prompts import few_prompts
 from pair_on_disk import QUIET
 
 from rq4lens.jobs.verify import verify_run
@@ -34,7 +35,7 @@ STEPS = ("before", "half", "written", "renamed", "anywhere")
 NUMBERS = ("rq4_results.json", "per_prompt.parquet", "summary.txt")
 
 # The full analysis and the pages are written from these numbers, after them.
-COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "100")
+COMMAND = ("run", "--pair", "etiquette", "--analysis", "grid", "--resamples", "100", "--prompts")
 
 FORKS = """
 import contextlib, gc, io, json, os, signal, sys, tempfile, threading, time
@@ -51,7 +52,7 @@ from rq4lens.patching import activations, experiment
 torch.set_num_threads(1)
 # What only reads is done once: the models, the prompts as both read them, and what the models
 # compute of these unpatched. All that is fitted, patched, derived or written is done in each run.
-pair = load_pair("etiquette")
+pair = load_pair("etiquette", prompts=sys.argv[-1])
 tokens = {(side, split): pair.tokens(side, split) for side in SIDES for split in ("train", "val")}
 audit = pair.audit()
 ModelPair.tokens = lambda self, side, split: tokens[side, split]
@@ -155,12 +156,13 @@ class Forks:
     """A warm process that runs the command line in a fork of itself, once per request."""
 
     process: subprocess.Popen
+    command: tuple[str, ...]
 
     def run(self, folder: Path, moment: float = 0, step: str | None = None) -> tuple[int, float]:
         """Run the demo there, and let it die; returns how it ended and its CPU seconds."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        request = json.dumps([[*COMMAND, "--out", str(folder)], moment, step])
+        request = json.dumps([[*self.command, "--out", str(folder)], moment, step])
         self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
         code, cpu_seconds = json.loads(self.process.stdout.readline())
@@ -168,19 +170,21 @@ class Forks:
 
 
 @contextmanager
-def forks() -> Iterator[Forks]:
+def forks(command: tuple[str, ...]) -> Iterator[Forks]:
     """The warm process, for as long as it is needed."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", FORKS, *COMMAND], env=QUIET, stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", FORKS, *command], env=QUIET, stdin=pipe, stdout=pipe, text=True
     ) as process:
-        yield Forks(process)
+        yield Forks(process, command)
         process.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[Forks]:
-    with forks() as running:
+def warm(tmp_path_factory) -> Iterator[Forks]:
+    """The demo on fewer prompts: no fewer files are written, and none is written otherwise."""
+    prompts = few_prompts(tmp_path_factory.mktemp("prompts"))
+    with forks((*COMMAND, str(prompts))) as running:
         yield running
 
 

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import psutil
 import pytest
+from few_prompts import few_prompts
 from pair_on_disk import write_pair
 
 from rq4lens.analysis.saved import read_layers
@@ -101,14 +102,20 @@ def test_a_sweep_outlives_a_node_and_has_the_numbers_of_a_single_process(nodes, 
     The work of the dead node is measured by the other one, and the summary says what happened.
     """
     cluster, added = nodes
-    config = preset("etiquette").updated(resamples=200, device="cpu", random_seeds=list(range(25)))
+    config = preset("etiquette").updated(
+        prompts=str(few_prompts(tmp_path, val=80)),
+        resamples=200,
+        device="cpu",
+        random_seeds=list(range(25)),
+        batch_size=8,
+    )
     stage, acted = acting(
         "pieces", lambda: cluster.remove_node(measuring(added), allow_graceful=False)
     )
     where = Cluster(address=cluster.address, workers=2)
     said = run_on_cluster(Request("sweep", config, LAYERS), tmp_path / "ray", where, stage=stage)
     assert acted == ["pieces on 2 workers"]
-    assert len(read_job(tmp_path / "ray").prompt_parts) == 10  # 320 prompts, 32 in a forward pass
+    assert len(read_job(tmp_path / "ray").prompt_parts) == 10  # 80 prompts, 8 in a forward pass
     alone = sweep_layers(config, tmp_path / "alone", LAYERS)
     assert said.startswith(alone.summary)
     assert said.endswith("workers were lost on the way\n")

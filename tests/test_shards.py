@@ -37,7 +37,7 @@ RESULTS = {
 def settings(tmp_path_factory):
     """A pair whose grid has several pieces per layer."""
     pair = write_pair(tmp_path_factory.mktemp("pair"))
-    return pair | {"k": [1, 2, 3, 4], "random_seeds": list(range(24))}
+    return pair | {"k": [1, 2, 3, 4], "random_seeds": list(range(16))}
 
 
 @pytest.fixture(scope="module")

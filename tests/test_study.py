@@ -4,11 +4,11 @@ import json
 import random
 import shutil
 from contextlib import contextmanager
-from importlib.resources import files
 
 import numpy as np
 import pandas as pd
 import pytest
+from few_prompts import few_prompts
 from pair_on_disk import write_pair
 from tiny import FAST
 
@@ -23,21 +23,11 @@ from rq4lens.jobs.run import run as run_job
 from rq4lens.models.load.lens import HAS_HOOKED
 from rq4lens.patching.maps.map import load_map
 
-KEPT = {"train": 160, "val": 24, "neutral": 0}
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """The preset of the pair in the box, on fewer of its prompts and with the short analysis."""
-    source = files("rq4lens.models").joinpath("builtin/etiquette/prompts.jsonl")
-    left, lines = dict(KEPT), []
-    for line in source.read_text(encoding="utf-8").splitlines():
-        split = json.loads(line)["split"]
-        left[split] -= 1
-        if left[split] >= 0:
-            lines.append(line)
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path = few_prompts(tmp_path_factory.mktemp("prompts"))
     return preset("etiquette").updated(
         prompts=str(path), analysis="grid", resamples=300, device="cpu"
     )

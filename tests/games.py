@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rq4lens.analysis.coverage.table import CoverageInputs
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.statistics.bootstrap import Bootstrap

@@ -8,8 +8,7 @@ import torch
 from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.claims import control_reading
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled

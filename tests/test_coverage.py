@@ -11,8 +11,7 @@ from rq4lens.analysis.coverage.best_sets import best_subsets, interaction_matrix
 from rq4lens.analysis.coverage.cross_fitted import CrossFit, half_means, half_splits
 from rq4lens.analysis.coverage.curves import area, fewest_heads, ranking_curve, share_of_whole
 from rq4lens.analysis.coverage.table import coverage, coverage_of_grid, seed_sets
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets, prefixes
 from rq4lens.errors import UserError
 from rq4lens.results import single_scores
 

@@ -84,7 +84,7 @@ def test_spread_over_splits_is_a_range_around_its_median():
     assert record["split_half_jaccard"]["1_range95"][1] == 1.0
     draws = np.random.default_rng(0).permutation(np.arange(1001.0))
     spread = Spread.of(draws)
-    assert (spread.low, spread.value, spread.high) == pytest.approx((25, 500, 975))
+    assert [spread.value, *spread.interval.pair] == pytest.approx([500, 25, 975])
 
 
 def test_a_single_prompt_has_no_stability():

@@ -16,10 +16,14 @@ from rq4lens.analysis.coverage import table
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
 from rq4lens.analysis.coverage.cross_fitted import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.metric import metric_full_effect, metric_summary
-from rq4lens.analysis.effects.transfer import gap_effect, gap_of, layer_transfer
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
+from rq4lens.analysis.effects.transfer import (
+    gap_effect,
+    gap_of,
+    layer_transfer,
+    metric_full_effect,
+    metric_summary,
+)
 from rq4lens.analysis.rankings import compared
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings

@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import curve_of
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import Indices, MeasuredSets, prefixes
+from rq4lens.analysis.effects.measured import Indices, MeasuredLayer, MeasuredSets, prefixes
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import CONSTANT, Estimate, Interval, group_membership
 from rq4lens.results import order_of, single_scores

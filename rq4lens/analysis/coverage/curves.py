@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import Indices, prefixes
+from rq4lens.analysis.effects.measured import Indices, MeasuredLayer, prefixes
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Resampled, exact, undefined
 from rq4lens.results import HeadRanking

@@ -20,8 +20,7 @@ from rq4lens.analysis.coverage.random_sets import (
     random_sets,
     untestable_because,
 )
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import Indices
+from rq4lens.analysis.effects.measured import Indices, MeasuredLayer
 from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, RandomSets
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
 from rq4lens.results import GridResult, HeadRanking

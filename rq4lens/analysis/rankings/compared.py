@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -129,6 +129,8 @@ class Estimate:
         reason: why ``value`` (or, where only that is missing, ``interval``) is None.
     """
 
+    ENDS: ClassVar[str] = "_ci95"
+
     value: float | None
     interval: Interval | None = None
     reason: str | None = None
@@ -144,12 +146,13 @@ class Estimate:
     def fields(self, name: str) -> dict[str, Any]:
         """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""
         ends = None if self.interval is None else self.interval.pair
-        return _fields(name, self.value, "ci95", ends, self.reason)
+        fields = {name: self.value, name + self.ENDS: ends}
+        return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
 
     @classmethod
-    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Estimate:
+    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Self:
         """The estimate that :meth:`fields` wrote."""
-        value, ends = fields[name], fields[f"{name}_ci95"]
+        value, ends = fields[name], fields[name + cls.ENDS]
         interval = None if ends is None else Interval(float(ends[0]), float(ends[1]))
         reason = fields.get(f"{name}_reason")
         return cls(None if value is None else float(value), interval, reason)
@@ -164,46 +167,19 @@ class Estimate:
         return replace(self, value=self.value / unit, interval=interval)
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(Estimate):
     """How a number varies over draws, such as random splits: no confidence interval.
 
-    Args:
-        value: its median over the draws.
-        low: 2.5% quantile.
-        high: 97.5% quantile.
-        reason: why all three are None, if they are.
+    The value is the median over the draws, and the interval holds the middle 95% of them.
     """
 
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    reason: str | None = None
+    ENDS = "_range95"
 
     @classmethod
     def of(cls, draws: Float64[ndarray, "draw"]) -> Spread:
         """The spread of finite draws."""
-        low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-        return cls(float(middle), float(low), float(high))
-
-    def fields(self, name: str) -> dict[str, Any]:
-        """The spread as ``name``, ``name_range95`` and, where they are null, ``name_reason``."""
-        ends = None if self.low is None else [self.low, self.high]
-        return _fields(name, self.value, "range95", ends, self.reason)
-
-    @classmethod
-    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Spread:
-        """The spread that :meth:`fields` wrote."""
-        values = (fields[name], *(fields[f"{name}_range95"] or (None, None)))
-        value, low, high = (None if each is None else float(each) for each in values)
-        return cls(value, low, high, fields.get(f"{name}_reason"))
-
-
-def _fields(
-    name: str, value: float | None, mark: str, ends: Any, reason: str | None
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {name: value, f"{name}_{mark}": ends}
-    return fields if reason is None else {**fields, f"{name}_reason": reason}
+        low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
+        return cls(middle, Interval(low, high, LEVEL, "quantiles"))
 
 
 def undefined(reason: str) -> Estimate:
@@ -295,6 +271,13 @@ class Bootstrap:
         if statistic is not None:
             resampled = resampled.apply(statistic)
         return resampled.estimates(method)
+
+    def percent(
+        self, whole: Float64[ndarray, "prompt"], parts: Float64[ndarray, "quantity prompt"]
+    ) -> list[Estimate]:
+        """``100 part / whole`` of means."""
+        both = np.concatenate([whole[None], parts])
+        return self.estimate(both, lambda means: 100 * means[..., 1:] / means[..., :1])
 
     def shares(
         self,

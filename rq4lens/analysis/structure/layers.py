@@ -11,8 +11,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
 from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement

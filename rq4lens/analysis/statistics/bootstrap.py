@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -150,7 +150,7 @@ class Estimate:
         return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
 
     @classmethod
-    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Self:
+    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Estimate:
         """The estimate that :meth:`fields` wrote."""
         value, ends = fields[name], fields[name + cls.ENDS]
         interval = None if ends is None else Interval(float(ends[0]), float(ends[1]))

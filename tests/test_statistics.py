@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from scipy.stats._resampling import BootstrapResult
 
-from rq4lens.analysis.coverage.cross_fitted import half_splits
+from rq4lens.analysis.coverage.curves import half_splits
 from rq4lens.analysis.rankings.exact import standard_errors
 from rq4lens.analysis.statistics.bootstrap import (
     CONSTANT,

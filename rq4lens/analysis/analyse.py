@@ -14,7 +14,7 @@ from rq4lens.analysis import records
 from rq4lens.analysis.claims import claims, study_claims
 from rq4lens.analysis.coverage import table
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
-from rq4lens.analysis.coverage.cross_fitted import half_splits
+from rq4lens.analysis.coverage.curves import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
 from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.transfer import (

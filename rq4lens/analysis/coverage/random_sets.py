@@ -14,7 +14,7 @@ from numpy import ndarray
 from scipy.sparse import csr_array
 from scipy.special import stdtr, stdtrit
 
-from rq4lens.analysis.coverage.cross_fitted import CrossFit
+from rq4lens.analysis.coverage.curves import CrossFit
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.records import RandomSets
 from rq4lens.analysis.statistics.bootstrap import LEVEL, group_membership

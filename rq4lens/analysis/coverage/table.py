@@ -8,8 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve
-from rq4lens.analysis.coverage.curves import ranking_curve
+from rq4lens.analysis.coverage.curves import CrossFit, cross_fitted_curve, ranking_curve
 from rq4lens.analysis.coverage.random_sets import (
     RandomRankings,
     band_holds,
@@ -111,13 +110,14 @@ def coverage_of_grid(inputs: CoverageInputs) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
     layer = inputs.layer
     missing = undefined(layer.full.undefined_because or NOT_MEASURED)
-    random, rows = [], []
-    for k, plain in zip(layer.ks, _coverage_of_top(inputs), strict=True):
+    random = []
+    for k in layer.ks:
         of_seeds = deltas_of(layer.measured, inputs.seed_sets.get(k, {}))
         drawn = described(k, np.array(list(of_seeds.values())), layer.full_delta, of_seeds)
         random.append(replace(drawn, reasons=inputs.absent(*RANDOM_SHARES)))
-        rows.append(_row(inputs, plain, missing, random[-1]))
-    return Coverage(tuple(rows), (), tuple(sets for sets in random if sets.n_subsets))
+    plain = zip(_coverage_of_top(inputs), random, strict=True)
+    rows = tuple(_row(inputs, each, missing, sets) for each, sets in plain)
+    return Coverage(rows, (), tuple(sets for sets in random if sets.n_subsets))
 
 
 def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
@@ -126,10 +126,7 @@ def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
     if layer.full.undefined_because is not None:
         return [undefined(layer.full.undefined_because)] * len(layer.ks)
     delta_nats = measured.delta_nats([inputs.ranking.top(k) for k in layer.ks])
-    estimates = layer.bootstrap.estimate(
-        np.concatenate([layer.whole_nats[None], delta_nats]),
-        lambda m: 100 * m[..., 1:] / m[..., :1],
-    )
+    estimates = layer.bootstrap.percent(layer.whole_nats, delta_nats)
     # All heads cover everything, however they are ranked.
     return [
         exact(100.0) if k == measured.n_heads and layer.all_is_whole else estimate
@@ -139,20 +136,18 @@ def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
 
 def coverage(inputs: CoverageInputs) -> Coverage:
     """The coverage table with curves, random sets and cross-fitting."""
-    layer = inputs.layer
-    random = _with_band(inputs, tuple(_judged(inputs, k) for k in inputs.random_ks))
-    plain, cross_fit = ranking_curve(inputs.ranking, layer), inputs.cross_fit
-    curves = [plain]
+    layer, cross_fit = inputs.layer, inputs.cross_fit
+    random = _with_band(inputs, [_judged(inputs, k) for k in inputs.random_ks])
+    plain = ranking_curve(inputs.ranking, layer)
+    missing = undefined(layer.full.undefined_because or cross_fit.undefined_because or "")
+    curves, crossed = [plain], (missing,) * len(plain.coverage_pct)
     if cross_fit.undefined_because is None:
         name = f"{inputs.ranking.method} (cross-fitted)"
         curves.append(cross_fitted_curve(name, cross_fit, layer))
         crossed = curves[1].coverage_pct
-    else:
-        missing = undefined(layer.full.undefined_because or cross_fit.undefined_because)
-        crossed = (missing,) * len(plain.coverage_pct)
     by_k = {sets.k: sets for sets in random}
     rows = tuple(_row(inputs, plain.coverage_pct[k], crossed[k], by_k[k]) for k in layer.ks)
-    return Coverage(rows, tuple(curves), random)
+    return Coverage(rows, tuple(curves), tuple(random))
 
 
 def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
@@ -166,22 +161,17 @@ def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
     return replace(random, p_value=tested.value, p_value_min=tested.smallest)
 
 
-def _with_band(inputs: CoverageInputs, random: tuple[RandomSets, ...]) -> tuple[RandomSets, ...]:
+def _with_band(inputs: CoverageInputs, random: list[RandomSets]) -> list[RandomSets]:
     full_delta = inputs.layer.full_delta
     if full_delta is None or not random:
         return random
     delta = np.stack([inputs.rankings.delta(sets.k) for sets in random], axis=1)
-    low, high = random_band(100 / full_delta * delta)
+    ends = np.transpose(random_band(100 / full_delta * delta)).tolist()
     holds = band_holds(delta) if len(delta) > 1 else None
-    return tuple(
-        replace(
-            sets,
-            band_low_pct=float(low[at]),
-            band_high_pct=float(high[at]),
-            band_holds_pct=holds,
-        )
-        for at, sets in enumerate(random)
-    )
+    return [
+        replace(sets, band_low_pct=low, band_high_pct=high, band_holds_pct=holds)
+        for sets, (low, high) in zip(random, ends, strict=True)
+    ]
 
 
 def _row(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from rq4lens.analysis.coverage.cross_fitted import TOO_FEW_GROUPS, half_means, half_splits
+from rq4lens.analysis.coverage.curves import TOO_FEW_GROUPS, half_means, half_splits
 from rq4lens.analysis.effects.measured import MeasuredLayer
 from rq4lens.analysis.rankings.agreement import spearman, top_jaccard
 from rq4lens.analysis.records import HeadStability, RankStability

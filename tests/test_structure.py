@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from rq4lens.analysis.coverage.best_sets import interactions
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
-from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares
+from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares, rank_stability
 from rq4lens.analysis.rankings.exact import rank_by_delta
-from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Spread
 from rq4lens.analysis.statistics.concentration import (
     NO_SCORE,

@@ -14,8 +14,8 @@ from numpy import ndarray
 from rq4lens.analysis.effects.measured import Indices, MeasuredLayer, MeasuredSets, prefixes
 from rq4lens.analysis.records import CoverageCurve
 from rq4lens.analysis.statistics.bootstrap import (
-    CONSTANT,
     LEVEL,
+    NO_SPREAD,
     Estimate,
     Interval,
     Resampled,
@@ -220,7 +220,7 @@ def across_splits(mean: Estimate, splits: Sequence[Estimate]) -> Estimate:
     if mean.value is None:
         return mean
     missing = [each.reason for each in splits if each.interval is None]
-    if any(reason != CONSTANT for reason in missing) or len(missing) == len(splits):
+    if any(reason != NO_SPREAD for reason in missing) or len(missing) == len(splits):
         return Estimate(mean.value, None, missing[0])
     # A split that is the same in every resample adds no width.
     seen = [(each.value, each.interval) for each in splits if each.interval is not None]

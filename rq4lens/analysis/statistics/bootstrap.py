@@ -84,7 +84,7 @@ CHUNK = 500
 
 ONE_GROUP = "there is only one group of prompts, so nothing shows how much groups differ"
 ZERO_DENOMINATOR = "its denominator is 0"
-CONSTANT = "every resample gives the same value, so resampling shows no spread"
+NO_SPREAD = "every resample gives the same value, so resampling shows no spread"
 UNDEFINED_IN_RESAMPLES = "the quantity is undefined in some resamples (a denominator reaches 0)"
 
 
@@ -377,7 +377,7 @@ class Resampled:
         finite = np.isfinite(self.draws).all(0) & np.isfinite(self.jackknife).all(0)
         constant = is_constant(self.draws)
         return [
-            UNDEFINED_IN_RESAMPLES if not ok else CONSTANT if same else None
+            UNDEFINED_IN_RESAMPLES if not ok else NO_SPREAD if same else None
             for ok, same in zip(finite, constant, strict=True)
         ]
 

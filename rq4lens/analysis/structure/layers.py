@@ -15,9 +15,8 @@ from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
 from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
-from rq4lens.analysis.rankings.compared import answer_repair_nats
+from rq4lens.analysis.rankings.compared import answer_repair_nats, rank_ranges
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.stability import rank_ranges
 from rq4lens.analysis.records import Agreement, Gap, LayerComparison, LayerRow, RankedHead
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, number_text
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration

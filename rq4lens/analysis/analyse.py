@@ -27,7 +27,7 @@ from rq4lens.analysis.effects.transfer import (
 from rq4lens.analysis.rankings import compared
 from rq4lens.analysis.rankings.compared import rank_stability
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
+from rq4lens.analysis.rankings.methods import METHODS, RankingSettings
 from rq4lens.analysis.result import Analysis, AnalysisSettings
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
@@ -49,10 +49,11 @@ from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.measured import Indices, MeasuresPatches
 from rq4lens.patching.noise import NoiseEffects
-from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, RAW, SHIFTED, Progress
+from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, SHIFTED, Progress
 from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, HeadRanking
 
-LADDER = (CONSTANT, BASE, SHIFTED, MAPPED, HELD_OUT, OUTPUT)
+RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
+"""The rungs of every ladder."""
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "directions", "ladders", "kinds"),
@@ -134,8 +135,15 @@ class _Work:
         if self.best is not None:
             coverage = coverage.with_best(self.best)
         others = [curve for curve in self.compared.curves if curve.ranking != own]
+        settings = AnalysisSettings(
+            grid=self.grid.settings,
+            effort=self.effort.but(random_ks=[sets.k for sets in coverage.random]),
+            ranking=own,
+            n_prompts=self.grid.n_prompts,
+            n_groups=self.layer.bootstrap.n_groups,
+        )
         analysis = Analysis(
-            settings=self.settings,
+            settings=settings,
             gap=self.gap,
             transfer=layer_transfer(self.grid, self.gap, self.layer.bootstrap),
             metric=metric_summary(self.grid, self.layer.bootstrap),
@@ -172,16 +180,6 @@ class _Work:
         if self.progress is not None:
             self.progress(1)
         return round(time.perf_counter() - start, 3)
-
-    @property
-    def settings(self) -> AnalysisSettings:
-        return AnalysisSettings(
-            grid=self.grid.settings,
-            effort=self.effort.but(random_ks=[sets.k for sets in self.coverage.random]),
-            ranking=self.ranking.method,
-            n_prompts=self.grid.n_prompts,
-            n_groups=self.layer.bootstrap.n_groups,
-        )
 
     @property
     def can_measure(self) -> bool:
@@ -225,16 +223,13 @@ class _Work:
             self.effort.methods or (), self.layer, self.ranking_settings
         )
 
-    @property
-    def ranking_settings(self) -> RankingSettings:
-        return RankingSettings(seed=self.layer.bootstrap.seed, orders=self.orders)
-
     @cached_property
-    def orders(self) -> Orders | None:
-        """Random orders of the heads along which every head set is measured, if there are any."""
+    def ranking_settings(self) -> RankingSettings:
+        """With the random orders of heads along which every head set is measured, if there are."""
         pairs = self.inputs.rankings.pairs
         every_size = len(self.effort.random_ks or ()) == self.grid.n_heads
-        return pairs.tolist() if every_size and len(pairs) > 1 else None
+        orders = pairs.tolist() if every_size and len(pairs) > 1 else None
+        return RankingSettings(seed=self.layer.bootstrap.seed, orders=orders)
 
     @cached_property
     def best(self) -> records.CoverageCurve | None:
@@ -317,24 +312,17 @@ class _Work:
         """At full strength, and at the run's own."""
         if self.experiment is None:
             return ()
+        held_out = [] if isinstance(self.held_out, str) else [HELD_OUT]
+        output = [OUTPUT] if OUTPUT in self.experiment.sources.made else []
+        full = self._ladder(self.full_strength, [*RUNGS, *held_out, *output])
         own = self.layer.measured
-        sources = [each for each in LADDER if each in {RAW, BASE, MAPPED} or self._has(each)]
-        full = self._ladder(self.full_strength, sources)
-        if own.alpha == 1.0:
-            return (full,)
-        return full, self._ladder(own, [each for each in sources if each != HELD_OUT])
-
-    def _has(self, source: str) -> bool:
-        if source == HELD_OUT:
-            return not isinstance(self.held_out, str)
-        return self.experiment is not None and source in self.experiment.sources.made
+        return (full,) if own.alpha == 1.0 else (full, self._ladder(own, [*RUNGS, *output]))
 
     def _ladder(self, measured: MeasuredSets, sources: Sequence[str]) -> records.Ladder:
         sets = _singles(self.grid)
         sets |= {f"top{k}": tuple(sorted(self.ranking.top(k))) for k in self.layer.ks if k > 1}
         sets["full"] = measured.everything
-        floor = self.grid.noise_floor_nats
-        return ladder(measured, sets, sources, self.layer.bootstrap, floor)
+        return ladder(measured, sets, sources, self.layer.bootstrap, self.grid.noise_floor_nats)
 
     @cached_property
     def neutral_ladder(self) -> records.Ladder | None:
@@ -346,8 +334,7 @@ class _Work:
         sets["full"] = measured.everything
         own = self.layer.bootstrap
         other = Bootstrap(measured.groups, own.n_resamples, own.seed + 1)
-        sources = [CONSTANT, BASE, SHIFTED, MAPPED]
-        return ladder(measured, sets, sources, other, self.grid.noise_floor_nats)
+        return ladder(measured, sets, RUNGS, other, self.grid.noise_floor_nats)
 
     @cached_property
     def noise(self) -> records.NoisePair | None:

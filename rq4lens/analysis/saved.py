@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,13 +172,18 @@ def read_run(directory: Path | str) -> Run:
         from rq4lens.disk.hub import fetch_run  # noqa: PLC0415 - a folder needs no hub
 
         directory = fetch_run(named)
-    if not _exists(directory / RUN):
+    if not os.path.isfile(directory / RUN):  # noqa: PTH113 - no error for a name that cannot be
         raise UserError(
             f"{named!r} holds no finished run ({RUN} is missing): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
-    _refuse_other_versions(directory, run)
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
+            f"this one reads {FORMAT}): run it again into a new folder."
+        )
     with _whole(f"run {str(directory)!r}", "run it again"):
         grid = grid_of_table(
             GridSettings.from_dict(run["settings"]),
@@ -189,22 +195,6 @@ def read_run(directory: Path | str) -> Run:
         records = tuple(from_json(ConditionRecord, each) for each in saved)
         _check_completeness(grid, records)
         return Run(directory, grid, records, from_json(Analysis, analysis), run)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that no file system takes
-        return False
-
-
-def _refuse_other_versions(directory: Path, run: Any) -> None:
-    found = run.get("format") if isinstance(run, dict) else None
-    if found != FORMAT:
-        raise UserError(
-            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
-            f"this one reads {FORMAT}): run it again into a new folder."
-        )
 
 
 def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -238,14 +237,15 @@ def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
     scores = bootstrap.resampled(both).apply(scores_of)
     everyone = np.broadcast_to(scores.point, scores.draws.shape)
     halves = half_splits(bootstrap.groups, N_HALVES, bootstrap.seed)
-    half_scores = scores_of(half_means(both, halves))
-    resamples = spearman(scores.draws, everyone) if bootstrap.n_groups > 1 else None
+    one, other = scores_of(half_means(both, halves)).swapaxes(0, 1)
+    ranks = ranks_of(one), ranks_of(other)
+    resamples = spearman(scores.draws, everyone) if bootstrap.n_groups > 1 else np.empty(0)
     return RankStability(
         ranking=ranking.method,
         heads=_heads(ranking, scores, ks, bootstrap),
         bootstrap_spearman=_spread(resamples, ONE_GROUP),
-        split_half_spearman=_of_halves(spearman, half_scores),
-        split_half_jaccard={k: _of_halves(partial(top_jaccard, k=k), half_scores) for k in ks},
+        split_half_spearman=_spread(spearman(one, other), TOO_FEW_GROUPS),
+        split_half_jaccard={k: _spread(top_jaccard(*ranks, k), TOO_FEW_GROUPS) for k in ks},
         n_splits=len(halves),
     )
 
@@ -285,15 +285,7 @@ def rank_ranges(ranks: Int64[ndarray, "resample head"], bootstrap: Bootstrap) ->
     return [RankRange(int(low), int(high), None) for low, high in tails.T]
 
 
-def _of_halves(
-    measure: Callable[[ndarray, ndarray], ndarray],
-    scores: Float64[ndarray, "split half head"],
-) -> Spread:
-    values = measure(scores[:, 0], scores[:, 1]) if len(scores) else None
-    return _spread(values, TOO_FEW_GROUPS)
-
-
-def _spread(values: Float64[ndarray, "draw"] | None, otherwise: str) -> Spread:
-    if values is None:
-        return Spread(None, reason=otherwise)
+def _spread(values: Float64[ndarray, "draw"], if_none: str) -> Spread:
+    if not len(values):
+        return Spread(None, reason=if_none)
     return Spread.of(values) if np.isfinite(values).all() else Spread(None, reason=SOME_TIED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, combinations
 from math import comb
@@ -185,7 +185,12 @@ Pairs = Int64[ndarray, "pair 2 head"]
 
 
 def rank_by_shapley(measured: MeasuredSets, settings: RankingSettings = DEFAULTS) -> HeadRanking:
-    """Rank heads by their Shapley value; small layers are enumerated, others sampled."""
+    """Rank heads by their Shapley value; small layers are enumerated, others sampled.
+
+    Source:
+        Shapley, A Value for n-Person Games (1953); sampling of permutations in antithetic pairs
+        after Mitchell et al., Sampling Permutations for Shapley Value Estimation (2022), section 4.
+    """
     n_sampled = 2 * MAX_PAIRS * (measured.n_heads - 1)
     if 2**measured.n_heads <= max(n_sampled, measured.n_measured + 1):
         return exact_shapley(measured)
@@ -217,52 +222,44 @@ def sampled_shapley(
     errors are those of the sampling of permutations.
     """
     enough = tolerance * abs(float(measured.delta([measured.everything])[0]))
-    mean, stopped = MeanGains(measured), "the largest number of permutations was reached"
-    for orders in _rounds(measured.n_heads, max_pairs, seed):
-        mean.add(orders)
-        if mean.standard_errors.max() <= enough:
-            stopped = "standard errors are small enough"
-            break
-    return mean.ranking({"tolerance": tolerance, "seed": seed, "stopped": stopped})
+    settings = {
+        "tolerance": tolerance,
+        "seed": seed,
+        "stopped": "the largest number of permutations was reached",
+    }
+    return _by_mean_gain(measured, _rounds(measured.n_heads, max_pairs, seed), settings, enough)
 
 
 def shapley_of_orders(measured: MeasuredSets, orders: Pairs) -> HeadRanking:
     """Shapley values from given permutations, whose head sets may have been measured already."""
-    mean = MeanGains(measured)
-    mean.add(orders)
-    return mean.ranking({"stopped": "every given permutation was used"})
+    return _by_mean_gain(measured, [orders], {"stopped": "every given permutation was used"})
 
 
-class MeanGains:
-    """What heads add when they are added in random orders, on average."""
-
-    def __init__(self, measured: MeasuredSets) -> None:
-        self._measured = measured
-        self._total = np.zeros((measured.n_heads, len(measured.groups)))
-        self._of_pairs: list[Float64[ndarray, "head"]] = []
-
-    def add(self, orders: Pairs) -> None:
-        """Add heads in more orders."""
-        every = orders.reshape(-1, self._measured.n_heads).tolist()
-        self._measured.require(heads for order in every for heads in prefixes(order))
+def _by_mean_gain(
+    measured: MeasuredSets,
+    rounds: Iterable[Pairs],
+    settings: Mapping[str, object],
+    enough: float = -np.inf,
+) -> HeadRanking:
+    """Heads ranked by what they add in random orders, until standard errors are small enough."""
+    total = np.zeros((measured.n_heads, len(measured.groups)))
+    of_pairs: list[Float64[ndarray, "head"]] = []
+    errors = np.full(measured.n_heads, np.inf)
+    for orders in rounds:
+        every = orders.reshape(-1, measured.n_heads).tolist()
+        measured.require(heads for order in every for heads in prefixes(order))
         for first, second in orders:
-            gains = (_gains(self._measured, first) + _gains(self._measured, second)) / 2
-            self._total += gains
-            self._of_pairs.append(gains.mean(-1))
-
-    @property
-    def standard_errors(self) -> Float64[ndarray, "head"]:
-        """Standard error of each head's mean gain; infinite with one pair."""
-        if len(self._of_pairs) < 2:
-            return np.full(self._measured.n_heads, np.inf)
-        return np.std(self._of_pairs, axis=0, ddof=1) / np.sqrt(len(self._of_pairs))
-
-    def ranking(self, settings: Mapping[str, object]) -> HeadRanking:
-        """Heads ranked by their mean gain."""
-        n_pairs, errors = len(self._of_pairs), self.standard_errors.tolist()
-        settings = {"n_permutations": 2 * n_pairs, "exact": False, **settings}
-        per_prompt = self._total / n_pairs
-        return per_prompt_ranking("shapley", self._measured, per_prompt, settings, errors)
+            gains = (_gains(measured, first) + _gains(measured, second)) / 2
+            total += gains
+            of_pairs.append(gains.mean(-1))
+        if len(of_pairs) > 1:
+            errors = np.std(of_pairs, axis=0, ddof=1) / np.sqrt(len(of_pairs))
+        if errors.max() <= enough:
+            settings = {**settings, "stopped": "standard errors are small enough"}
+            break
+    n_pairs = len(of_pairs)
+    settings = {"n_permutations": 2 * n_pairs, "exact": False, **settings}
+    return per_prompt_ranking("shapley", measured, total / n_pairs, settings, errors.tolist())
 
 
 def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Pairs]:

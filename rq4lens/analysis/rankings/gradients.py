@@ -132,7 +132,7 @@ def rank_by_grad_act(measured: MeasuredSets, settings: RankingSettings = DEFAULT
     """
     experiment = experiment_of(measured, "grad_act")
     z, target = experiment.sources[measured.layer, SELF], settings.target
-    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], CLEAN, target)[0]
+    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], 0, target)[0]
     return per_prompt_ranking("grad_act", measured, np.abs(_dot(z, gradient)), {"target": target})
 
 
@@ -168,40 +168,28 @@ def attributions(
     tensors, layer = experiment.sources, measured.layer
     z = tensors[layer, SELF]
     directions = [measured.alpha * (tensors[layer, source].to(z) - z) for source in sources]
-    path = CLEAN if steps == 0 else Path.of(steps)
-    gradients = path_gradients(experiment, layer, directions, path, target)
+    gradients = path_gradients(experiment, layer, directions, steps, target)
     return [_dot(step, mean) for step, mean in zip(directions, gradients, strict=True)]
 
 
-@dataclass(frozen=True)
-class Path:
-    """Points on a straight path (shares of the whole way) and the weights of an average there."""
-
-    at: tuple[float, ...]
-    weights: tuple[float, ...]
-
-    @classmethod
-    def of(cls, steps: int) -> Path:
-        """Gauss-Legendre points: a few of them integrate a smooth path to rounding error."""
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        return cls(tuple((nodes + 1) / 2), tuple(weights / 2))
-
-
-CLEAN = Path((0.0,), (1.0,))
-"""The clean point alone."""
-
-
 def path_gradients(
-    experiment: Experiment, layer: int, directions: Sequence[Site], path: Path, target: str
+    experiment: Experiment, layer: int, directions: Sequence[Site], steps: int, target: str
 ) -> list[Site]:
-    """Mean of ``∇ℓ`` along straight paths from the clean activations."""
+    """Mean of ``∇ℓ`` along straight paths from the clean activations; without steps, there.
+
+    A few Gauss-Legendre points integrate a smooth path to rounding error.
+    """
+    shares, weights_at = np.zeros(1), np.ones(1)
+    if steps:
+        nodes, weights_at = np.polynomial.legendre.leggauss(steps)
+        shares, weights_at = (nodes + 1) / 2, weights_at / 2
     z = experiment.sources[layer, SELF]
     device = device_of(experiment.tuned_model)
     at, weights = (
-        torch.tensor(values, dtype=z.dtype, device=device) for values in (path.at, path.weights)
+        torch.tensor(values, dtype=z.dtype, device=device) for values in (shares, weights_at)
     )
     means = [torch.zeros_like(z) for _ in directions]
-    for function in decision_functions(experiment, layer, len(path.at)):
+    for function in decision_functions(experiment, layer, len(at)):
         clean = as_rows(z[function.rows].to(device))
         for direction, mean in zip(directions, means, strict=True):
             step = as_rows(direction[function.rows].to(device))
@@ -267,7 +255,16 @@ Gram = Float64[ndarray, "prompt head head"]
 
 @dataclass(frozen=True)
 class Curvature:
-    """Second-order form of the KL of every head set: Gram matrices of both patches at ``α = 1``."""
+    """``½ δᵀ F δ`` of every head set, with F the Fisher information of the decision logits.
+
+    The divergence has no first-order term at the clean point; this is its leading one, the same for
+    both directions of the divergence. With ``u_h = J δ_h`` the first-order change of the logits
+    when head h is patched at ``α = 1``, it is ``½ Var_p(Σ_h u_h)`` under the clean distribution p:
+    the Gram matrix ``Cov_p(u_i, u_j)`` of a patch approximates every head set at once.
+
+    Source:
+        Amari, Information Geometry and Its Applications (2016), section 1.2: KL to second order.
+    """
 
     raw: Gram
     mapped: Gram
@@ -326,10 +323,12 @@ def _grams(
     directions = einsum(
         deltas, only, "prompt source position head d, row head -> prompt source row position head d"
     ).flatten(1, 2)
+    with forward_ad.dual_level():
+        clean = as_rows(z).expand_as(directions).contiguous()
+        moved = function(forward_ad.make_dual(clean, directions))
+        tangents = forward_ad.unpack_dual(moved).tangent.double()
     changes = rearrange(
-        _logit_changes(function, z, directions).double(),
-        "prompt (source head) vocab -> prompt source head vocab",
-        source=n_sources,
+        tangents, "prompt (source head) vocab -> prompt source head vocab", source=n_sources
     )
     p = function(as_rows(z)).double().softmax(-1)[:, :, None]
     centred = changes - (p * changes).sum(-1, keepdim=True)
@@ -339,14 +338,3 @@ def _grams(
         centred,
         "prompt vocab, prompt source i vocab, prompt source j vocab -> source prompt i j",
     )
-
-
-def _logit_changes(
-    function: DecisionFunction,
-    z: Site,
-    directions: RowsOfZ,
-) -> RowsOfLogits:
-    """Directional derivatives of the logits at the clean point."""
-    with forward_ad.dual_level():
-        clean = as_rows(z).expand_as(directions).contiguous()
-        return forward_ad.unpack_dual(function(forward_ad.make_dual(clean, directions))).tangent

@@ -222,8 +222,7 @@ class Transfer(NamedTuple):
 
     def left_nats(self, direction: RankBy) -> Float64[ndarray, "prompt"]:
         """What is left of the gap in one direction, ``"to_base"`` or ``"to_tuned"``."""
-        left = getattr(self, TRANSFERS[direction]).gap_left_nats
-        return np.asarray(left)
+        return np.asarray(getattr(self, TRANSFERS[direction]).gap_left_nats)
 
     @property
     def answer_is(self) -> Float64[ndarray, "prompt"]:
@@ -561,11 +560,8 @@ def gaps_of(
 ) -> Float64[ndarray, "when condition prompt"]:
     """The gap between the models, and what conditions leave of it, on each prompt.
 
-    Args:
-        nothing: the condition that patches nothing.
-        conditions: the conditions.
-        direction: one of ``TRANSFERS``, or of ``METRIC_TRANSFERS``: then the gap is the difference
-            of the metric, counted so that its mean is not negative.
+    ``nothing`` is the condition that patches no head. By one of ``METRIC_TRANSFERS`` the gap is the
+    difference of the metric, counted so that its mean is not negative.
     """
     missing = [each.cond for each in (nothing, *conditions) if each.transfer is None]
     if missing or nothing.transfer is None:
@@ -583,13 +579,7 @@ def sign_of(gap: Float64[ndarray, "prompt"]) -> int:
 
 
 def left_of(clean: Transfer, patched: Transfer, direction: RankBy) -> Float64[ndarray, "prompt"]:
-    """What a patched model still lies away from the other, by divergence or by the metric.
-
-    Args:
-        clean: both models with nothing patched.
-        patched: both with some heads patched.
-        direction: see :func:`gaps_of`.
-    """
+    """What a patched model still lies away from the clean other one; see :func:`gaps_of`."""
     if direction in TRANSFERS:
         return patched.left_nats(direction)
     into = METRIC_TRANSFERS[direction]

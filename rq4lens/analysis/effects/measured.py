@@ -115,13 +115,7 @@ class MeasuredSets:
         }
 
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:
-        """Measure those sets that are missing.
-
-        Args:
-            sets: head sets, as head indices in any order.
-
-        Returns:
-            The same sets, sorted.
+        """Measure those sets, head indices in any order, that are missing; the same sets, sorted.
 
         Raises:
             UserError: if some are missing and there is no experiment to measure them with.

@@ -12,7 +12,12 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
+from rq4lens.analysis.effects.table import (
+    bootstrap_of,
+    carried_pct,
+    condition_estimates,
+    grid_full_effect,
+)
 from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats, rank_ranges
@@ -65,13 +70,7 @@ class GridNumber:
         return number_text(value, ".1f%" if self.unit == "%" else ".6f")
 
     def of_layer(self, row: LayerRow, grid: GridResult, bootstrap: Bootstrap) -> Estimate:
-        """The value under a patch of all heads.
-
-        Args:
-            row: the layer's row of the comparison.
-            grid: the layer's grid.
-            bootstrap: the resamples of what the comparison does not hold.
-        """
+        """The value under a patch of all heads, by the layer's row or, where it is not there, grid."""
         if self.name in COMPARED:
             found: Estimate = getattr(row, self.name)
             return found
@@ -196,11 +195,8 @@ def _carried(
     """What each single head carries in one direction, layer by layer."""
     if gap.undefined_because is not None:
         return tuple((None,) * grid.n_heads for grid in grids.values())
-    rows = []
-    for grid in grids.values():
-        whole, left = gaps_of(grid["none"], grid.singles, direction).mean(-1)
-        rows.append(tuple((100 * (1 - left / whole)).tolist()))
-    return tuple(rows)
+    rows = (carried_pct(grid, grid.singles, direction) for grid in grids.values())
+    return tuple(tuple(row.tolist()) for row in rows)
 
 
 def _check(grids: Mapping[int, GridResult]) -> None:

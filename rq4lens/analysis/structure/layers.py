@@ -70,7 +70,7 @@ class GridNumber:
         return number_text(value, ".1f%" if self.unit == "%" else ".6f")
 
     def of_layer(self, row: LayerRow, grid: GridResult, bootstrap: Bootstrap) -> Estimate:
-        """The value under a patch of all heads, by the layer's row or, where it is not there, grid."""
+        """The value under a patch of all heads, from the layer's row or else from its grid."""
         if self.name in COMPARED:
             found: Estimate = getattr(row, self.name)
             return found

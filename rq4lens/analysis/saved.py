@@ -192,7 +192,7 @@ def read_run(directory: Path | str) -> Run:
             compared=Compared(**run["compared"]),
             provenance=run,
         )
-        records = tuple(from_json(ConditionRecord, each) for each in saved)
+        records = from_json(tuple[ConditionRecord, ...], saved)
         _check_completeness(grid, records)
         return Run(directory, grid, records, from_json(Analysis, analysis), run)
 
@@ -218,22 +218,17 @@ def _whole(what: str, fix: str) -> Iterator[None]:
         ) from problem
 
 
-def write_layers(
-    directory: Path,
-    grids: Mapping[int, GridResult],
-    comparison: LayerComparison,
-    choice: LayerChoice,
-) -> None:
+def write_layers(directory: Path, sweep: SavedLayers) -> None:
     """Write a sweep."""
-    tables = [per_prompt_table(grid) for grid in grids.values()]
+    tables = [per_prompt_table(grid) for grid in sweep.grids.values()]
     # All layers at once are measured once, and stand in every grid.
     alone = [table[table["cond"] != EVERY] for table in tables[1:]]
     table = pd.concat([*tables[:1], *alone], ignore_index=True)
     write_bytes_atomic(directory / LAYERS_PER_PROMPT, table.to_parquet(index=False))
     record = {
-        **_measured_how({str(layer): grid for layer, grid in grids.items()}),
-        "comparison": to_json(comparison),
-        "choice": to_json(choice),
+        **_measured_how({str(layer): grid for layer, grid in sweep.grids.items()}),
+        "comparison": to_json(sweep.comparison),
+        "choice": to_json(sweep.choice),
     }
     write_json_atomic(directory / LAYERS, record)
 
@@ -316,7 +311,7 @@ def read_positions(directory: Path) -> PositionMap | None:
                 texts=tuple(each["texts"]),
                 n_train=int(each["n_train"]),
                 grid=_grid(record, each["role"], table[table["position"] == each["role"]]),
-                records=tuple(from_json(ConditionRecord, one) for one in each["records"]),
+                records=from_json(tuple[ConditionRecord, ...], each["records"]),
             )
             for each in record["positions"]
         )

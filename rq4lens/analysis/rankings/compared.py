@@ -134,17 +134,14 @@ def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimat
     It is undefined, as coverage is, when the repair under the full patch cannot be told from 0.
     """
     ks = grid.settings.patching.k
-    repair = np.stack(
-        [answer_repair_nats(grid[f"top{k}"]) for k in ks] + [answer_repair_nats(grid.full)]
-    )
-    full = full_effect(repair[-1], 0.0, bootstrap)
+    whole = answer_repair_nats(grid.full)
+    full = full_effect(whole, 0.0, bootstrap)
     if full.undefined_because is not None:
         reason = full.undefined_because.replace("ΔKL(ALL)", "the answer's repair under ALL")
         return dict.fromkeys(ks, undefined(reason))
-    shares = bootstrap.estimate(repair, lambda m: 100 * m[:, :-1] / m[:, -1:])
-    return {
-        k: exact(100.0) if k == grid.n_heads else share for k, share in zip(ks, shares, strict=True)
-    }
+    top = [answer_repair_nats(grid[f"top{k}"]) for k in ks]
+    shares = dict(zip(ks, bootstrap.percent(whole, np.array([whole, *top])[1:]), strict=True))
+    return {k: exact(100.0) if k == grid.n_heads else share for k, share in shares.items()}
 
 
 def map_kind_agreement(layer: MeasuredLayer, experiment: Experiment) -> list[Agreement]:

@@ -207,22 +207,17 @@ def _same(row: LadderRow) -> tuple[str, str | None] | None:
     """Unchanged or shifted; None if clearly neither."""
     recovered = row.recovered_pct
     for source, kind in (("raw", "unchanged"), ("shifted", "shifted")):
-        holds = above(recovered[source], SAME_PCT)
+        holds = _holds(source, recovered[source], SAME_PCT)
         if holds:
-            return kind, None
-        if holds is None:
-            return "undecided", _straddles(source, recovered[source], SAME_PCT)
+            return (kind, None) if holds is True else ("undecided", holds)
     return None
 
 
 def _mapped(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | None]:
     """Recoded, reassigned or replaced, by how the map does."""
-    recovered = row.recovered_pct["mapped"]
-    mapped = above(recovered, HALF_PCT)
-    if mapped is None:
-        return "undecided", _straddles("mapped", recovered, HALF_PCT)
-    if not mapped:
-        return "replaced", None
+    mapped = _holds("mapped", row.recovered_pct["mapped"], HALF_PCT)
+    if mapped is not True:
+        return ("undecided", mapped) if mapped else ("replaced", None)
     if not above(inputs.map_over_shift_nats[head], 0.0):
         return "undecided", "the map does not clearly recover more than a shift of the mean"
     return _elsewhere(inputs, row)
@@ -246,8 +241,7 @@ def _on_held_out(inputs: KindInputs, row: LadderRow) -> bool | str:
     found = row.recovered_pct.get("held_out")
     if found is None:
         return inputs.held_out_because or NOT_MEASURED
-    holds = above(found, HALF_PCT)
-    return _straddles("held_out", found, HALF_PCT) if holds is None else holds
+    return _holds("held_out", found, HALF_PCT)
 
 
 def _on_neutral(inputs: KindInputs, name: str) -> bool | str:
@@ -259,11 +253,14 @@ def _on_neutral(inputs: KindInputs, name: str) -> bool | str:
     if row.recovered_pct["mapped"].value is None:
         # A constant does nothing there, and the map does harm.
         return False
-    holds = above(row.recovered_pct["mapped"], HALF_PCT)
-    return _straddles("mapped", row.recovered_pct["mapped"], HALF_PCT) if holds is None else holds
+    return _holds("mapped", row.recovered_pct["mapped"], HALF_PCT)
 
 
-def _straddles(source: str, estimate: Estimate, line: float) -> str:
+def _holds(source: str, estimate: Estimate, line: float) -> bool | str:
+    """Whether more than a line is recovered, or why that is open."""
+    holds = above(estimate, line)
+    if holds is not None:
+        return holds
     if estimate.interval is None:
         return f"{source} has no interval: {estimate.reason}"
     return f"the interval of {source}, {estimate:.0f%}, holds {line:g}%"

@@ -269,11 +269,7 @@ class ConditionResult(Shown):
     def to_dataframe(self) -> pd.DataFrame:
         """A row a prompt, in nats."""
         return pd.DataFrame(
-            {
-                "KL_raw": self.kl_raw_nats,
-                "KL_mapped": self.kl_mapped_nats,
-                "delta": self.delta_nats,
-            }
+            {"KL_raw": self.kl_raw_nats, "KL_mapped": self.kl_mapped_nats, "delta": self.delta_nats}
         )
 
     @property
@@ -547,9 +543,7 @@ def rank_conditions(
     return replace(ranking, settings={} if rank_by in METRIC_TRANSFERS else {"metric": "kl"})
 
 
-def kl_nats_of(
-    conditions: Sequence[ConditionResult],
-) -> Float64[ndarray, "kind condition prompt"]:
+def kl_nats_of(conditions: Sequence[ConditionResult]) -> Float64[ndarray, "kind condition prompt"]:
     """``KL_raw`` and ``KL_mapped`` of conditions on each prompt."""
     raw = [condition.kl_raw_nats for condition in conditions]
     return np.array([raw, [condition.kl_mapped_nats for condition in conditions]])

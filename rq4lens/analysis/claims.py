@@ -54,13 +54,7 @@ def claims(analysis: Analysis) -> tuple[str, ...]:
     gap, stop = _gap(analysis)
     if stop is not None:
         return (gap, stop, f"{_over(analysis)}.")
-    return (
-        gap,
-        _layer(analysis),
-        _heads(analysis),
-        _kinds(analysis),
-        _uncertain(analysis),
-    )
+    return (gap, _layer(analysis), _heads(analysis), _kinds(analysis), _uncertain(analysis))
 
 
 def study_claims(analysis: Analysis) -> tuple[str, ...]:

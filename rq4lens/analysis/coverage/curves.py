@@ -110,9 +110,7 @@ def _areas(shares: Resampled) -> list[Estimate]:
     return [*shares.apply(areas).estimates(), *k90]
 
 
-def simultaneous_band(
-    curves: Resampled,
-) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
+def simultaneous_band(curves: Resampled) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
     """A band that holds the whole curve at once with 95% confidence.
 
     Its half-width is a number of standard deviations, the same at every k.

@@ -19,13 +19,7 @@ from rq4lens.analysis.effects.transfer import (
     transfer_estimates,
 )
 from rq4lens.analysis.records import ConditionRecord, FullEffect, Gap
-from rq4lens.analysis.statistics.bootstrap import (
-    ONE_GROUP,
-    Bootstrap,
-    Estimate,
-    exact,
-    undefined,
-)
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, Estimate, exact, undefined
 from rq4lens.config import RankBy
 from rq4lens.heads import HeadSet
 from rq4lens.results import (

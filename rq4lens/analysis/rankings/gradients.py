@@ -313,9 +313,7 @@ def curvature(measured: MeasuredSets) -> Curvature:
 
 @torch.no_grad()
 def _grams(
-    function: DecisionFunction,
-    z: Site,
-    deltas: Float[Tensor, "prompt source position head d_head"],
+    function: DecisionFunction, z: Site, deltas: Float[Tensor, "prompt source position head d_head"]
 ) -> Float[Tensor, "source prompt i j"]:
     """``Cov_p(u_i, u_j)`` of the logit changes of single heads, for each source."""
     n_sources, n_heads = deltas.shape[1], z.shape[2]

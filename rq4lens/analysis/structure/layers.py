@@ -12,11 +12,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
 from rq4lens.analysis.effects.measured import MeasuredLayer
-from rq4lens.analysis.effects.table import (
-    bootstrap_of,
-    carried_pct,
-    condition_estimates,
-)
+from rq4lens.analysis.effects.table import bootstrap_of, carried_pct, condition_estimates
 from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
 from rq4lens.analysis.rankings.compared import answer_repair_nats, rank_ranges
@@ -128,8 +124,7 @@ def rank_by_of(names: Sequence[str]) -> RankBy | None:
 
 
 def compare_layers(
-    grids: Mapping[int, GridResult],
-    experiment: MeasuresPatches | None = None,
+    grids: Mapping[int, GridResult], experiment: MeasuresPatches | None = None
 ) -> LayerComparison:
     """Compare the layers that were measured on the same prompts.
 

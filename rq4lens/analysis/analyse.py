@@ -198,14 +198,8 @@ class _Work:
     @cached_property
     def inputs(self) -> table.CoverageInputs:
         """What the coverage table is made from."""
-        return table.CoverageInputs(
-            layer=self.layer,
-            ranking=self.ranking,
-            random_ks=self.effort.random_ks or (),
-            seed_sets=table.seed_sets(self.grid),
-            n_random_sets=self.effort.n_random_sets,
-            n_splits=self.effort.n_splits,
-        )
+        seed_sets = table.seed_sets(self.grid)
+        return table.CoverageInputs(self.layer, self.ranking, self.effort, seed_sets)
 
     @cached_property
     def coverage(self) -> table.Coverage:
@@ -227,7 +221,7 @@ class _Work:
     def ranking_settings(self) -> RankingSettings:
         """With the random orders of heads along which every head set is measured, if there are."""
         pairs = self.inputs.rankings.pairs
-        every_size = len(self.effort.random_ks or ()) == self.grid.n_heads
+        every_size = len(self.inputs.random_ks) == self.grid.n_heads
         orders = pairs.tolist() if every_size and len(pairs) > 1 else None
         return RankingSettings(seed=self.layer.bootstrap.seed, orders=orders)
 
@@ -285,7 +279,7 @@ class _Work:
             self.inputs,
             layer=layer,
             ranking=single_ranking(layer.measured, direction),
-            random_ks=tuple(sorted({1, *layer.ks})),
+            effort=self.effort.but(random_ks=sorted({1, *layer.ks})),
         )
         found = table.coverage(inputs)
         return records.DirectionCoverage(

@@ -22,6 +22,7 @@ from rq4lens.analysis.coverage.random_sets import (
 from rq4lens.analysis.effects.measured import Indices, MeasuredLayer
 from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, RandomSets
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
+from rq4lens.config import AnalysisEffort
 from rq4lens.results import GridResult, HeadRanking
 
 RANDOM_SHARES = ("mean_pct", "mean_error_pct", "band_low_pct", "band_high_pct", "band_holds_pct")
@@ -60,27 +61,31 @@ class CoverageInputs:
     """What a coverage table is made from.
 
     Args:
-        random_ks: the sizes of random sets, in ascending order; those shown are among them.
+        effort: how much is drawn; the sizes of its random sets hold those that are shown.
         seed_sets: the run's own random sets, by size and seed.
     """
 
     layer: MeasuredLayer
     ranking: HeadRanking
-    random_ks: tuple[int, ...]
+    effort: AnalysisEffort
     seed_sets: Mapping[int, Mapping[int, Indices]]
-    n_random_sets: int = 200
-    n_splits: int = 5
+
+    @property
+    def random_ks(self) -> tuple[int, ...]:
+        """The sizes of random sets, in ascending order."""
+        return self.effort.random_ks or ()
 
     @cached_property
     def cross_fit(self) -> CrossFit:
         """Rankings made on halves of the prompts."""
-        return CrossFit.of(self.layer, self.n_splits)
+        return CrossFit.of(self.layer, self.effort.n_splits)
 
     @cached_property
     def rankings(self) -> RandomRankings:
         """Random rankings: their first k heads are the random sets of size k, for every k."""
         layer, whole = self.layer, self.layer.full_delta
-        drawn = RandomRankings.draw(layer.measured, self.n_random_sets, layer.bootstrap.seed)
+        n_sets, seed = self.effort.n_random_sets, layer.bootstrap.seed
+        drawn = RandomRankings.draw(layer.measured, n_sets, seed)
         return drawn if whole is None else drawn.until_precise(self.random_ks, whole)
 
     def absent(self, *shares: str) -> dict[str, str]:

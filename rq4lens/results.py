@@ -535,7 +535,7 @@ def rank_conditions(
     """Rank the heads of one layer from their single-head conditions."""
     singles = [conditions[f"head{head}"] for head in range(n_heads)]
     whole, part = kl_nats_of(singles)
-    by_transfer = rank_by in TRANSFERS or rank_by in METRIC_TRANSFERS
+    by_transfer = rank_by in SWAPPED
     if by_transfer:
         whole, part = gaps_of(conditions["none"], singles, rank_by)
     alpha = 1.0 if by_transfer else singles[0].alpha
@@ -589,6 +589,9 @@ TRANSFERS: dict[RankBy, str] = {"to_base": "into_tuned", "to_tuned": "into_base"
 
 METRIC_TRANSFERS: dict[RankBy, str] = {"metric": "into_tuned", "metric_to_tuned": "into_base"}
 """The same by the metric: how far it goes from its value of one model to that of the other."""
+
+SWAPPED: dict[RankBy, str] = TRANSFERS | METRIC_TRANSFERS
+"""Both: what is read from the models with each other's activations."""
 
 
 def rank_single_heads(

@@ -23,7 +23,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
 from rq4lens.patching.patch import BASE, MAPPED, RAW, TUNED, Effects, Patch, Progress
-from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, PatchRow, sign_of
+from rq4lens.results import METRIC_TRANSFERS, SWAPPED, GridResult, PatchRow, sign_of
 
 PerPrompt = Float64[ndarray, "condition prompt"]
 Site = Float[Tensor, "prompt position head d_head"]
@@ -206,8 +206,7 @@ class TransferSets(MeasuredSets):
     @property
     def sources(self) -> tuple[str, ...]:
         """The other model's activations."""
-        into = (TRANSFERS | METRIC_TRANSFERS)[self.direction]
-        return (BASE if into == "into_tuned" else TUNED,)
+        return (BASE if SWAPPED[self.direction] == "into_tuned" else TUNED,)
 
     @property
     def gap_nats(self) -> Float64[ndarray, "prompt"]:
@@ -279,9 +278,9 @@ class MeasuredLayer:
     @property
     def ranked_on(self) -> MeasuredSets:
         """What single heads are ranked by: their transfer, or the layer's own effects."""
-        swapped = self.rank_by in TRANSFERS or self.rank_by in METRIC_TRANSFERS
-        by_transfer = swapped and not isinstance(self.measured, TransferSets)
-        return self.measured.transfer(self.rank_by) if by_transfer else self.measured
+        if self.rank_by in SWAPPED and not isinstance(self.measured, TransferSets):
+            return self.measured.transfer(self.rank_by)
+        return self.measured
 
     @cached_property
     def whole_nats(self) -> Float64[ndarray, "prompt"]:

@@ -15,13 +15,18 @@ from scipy.special import ndtr, ndtri
 
 from rq4lens.errors import UserError
 
+PerPrompt = Float64[ndarray, "quantity prompt"]
+Draws = Float64[ndarray, "resample quantity"]
+WithoutGroup = Float64[ndarray, "group quantity"]
+Ends = Float64[ndarray, "tail quantity"]
+
 
 def bca_levels(
     point: Float64[ndarray, "quantity"],
-    draws: Float64[ndarray, "resample quantity"],
-    jackknife: Float64[ndarray, "group quantity"],
+    draws: Draws,
+    jackknife: WithoutGroup,
     tails: Float64[ndarray, "tail"],
-) -> Float64[ndarray, "tail quantity"]:
+) -> Ends:
     """Quantile levels of the bias-corrected and accelerated interval.
 
     Source:
@@ -41,9 +46,7 @@ def bca_levels(
     return np.where(np.isfinite(bias), levels, below)
 
 
-def quantiles(
-    draws: Float64[ndarray, "resample quantity"], levels: Float64[ndarray, "tail quantity"]
-) -> Float64[ndarray, "tail quantity"]:
+def quantiles(draws: Draws, levels: Ends) -> Ends:
     """Quantiles of each column at levels of its own, interpolated linearly."""
     ordered = np.sort(draws, axis=0)
     place = levels * (len(ordered) - 1)
@@ -54,7 +57,7 @@ def quantiles(
     return low + (place - below) * (high - low)
 
 
-def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "quantity"]:
+def is_constant(draws: Draws) -> Bool[ndarray, "quantity"]:
     """Whether a quantity is the same in every resample, up to rounding of the weighted sums."""
     rounding = 64 * np.finfo(float).eps * np.abs(draws).max(0)
     with np.errstate(invalid="ignore"):  # infinite in each of them
@@ -237,9 +240,7 @@ class Bootstrap:
             some /= some.sum(-1, keepdims=True)
         return weights
 
-    def without_each_group(
-        self, values: Float64[ndarray, "quantity prompt"]
-    ) -> Float64[ndarray, "group quantity"]:
+    def without_each_group(self, values: PerPrompt) -> WithoutGroup:
         """Mean of each quantity with one group left out.
 
         With a single group there is nothing left to average, and there are no rows.
@@ -249,19 +250,17 @@ class Bootstrap:
         left = len(self.groups) - self.membership.sum(-1)
         return np.asarray((values.sum(-1) - self.membership @ values.T) / left[:, None])
 
-    def means(
-        self, values: Float64[ndarray, "quantity prompt"]
-    ) -> Float64[ndarray, "resample quantity"]:
+    def means(self, values: PerPrompt) -> Draws:
         """Mean of each quantity in each resample."""
         return self.weights @ values.T
 
-    def resampled(self, values: Float64[ndarray, "quantity prompt"]) -> Resampled:
+    def resampled(self, values: PerPrompt) -> Resampled:
         """Means of quantities on all prompts, in every resample and without each group."""
         return Resampled(values.mean(-1), self.means(values), self.without_each_group(values))
 
     def estimate(
         self,
-        values: Float64[ndarray, "quantity prompt"],
+        values: PerPrompt,
         statistic: Callable[[ndarray], ndarray] | None = None,
         *,
         method: IntervalMethod = "bca",
@@ -272,9 +271,7 @@ class Bootstrap:
             resampled = resampled.apply(statistic)
         return resampled.estimates(method)
 
-    def percent(
-        self, whole: Float64[ndarray, "prompt"], parts: Float64[ndarray, "quantity prompt"]
-    ) -> list[Estimate]:
+    def percent(self, whole: Float64[ndarray, "prompt"], parts: PerPrompt) -> list[Estimate]:
         """``100 part / whole`` of means."""
         both = np.concatenate([whole[None], parts])
         return self.estimate(both, lambda means: 100 * means[..., 1:] / means[..., :1])
@@ -282,7 +279,7 @@ class Bootstrap:
     def shares(
         self,
         whole: Float64[ndarray, "#quantity prompt"],
-        left: Float64[ndarray, "quantity prompt"],
+        left: PerPrompt,
         *,
         method: Literal["studentised", "bca"] = "studentised",
     ) -> list[Estimate]:
@@ -341,8 +338,8 @@ class Resampled:
     """Quantities on all prompts, in every resample, and with each group left out."""
 
     point: Float64[ndarray, "quantity"]
-    draws: Float64[ndarray, "resample quantity"]
-    jackknife: Float64[ndarray, "group quantity"]
+    draws: Draws
+    jackknife: WithoutGroup
 
     def apply(self, statistic: Callable[[ndarray], ndarray]) -> Resampled:
         """The same resamples of a function of the quantities."""

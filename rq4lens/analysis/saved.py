@@ -192,7 +192,7 @@ def read_run(directory: Path | str) -> Run:
             compared=Compared(**run["compared"]),
             provenance=run,
         )
-        records = from_json(tuple[ConditionRecord, ...], saved)
+        records = tuple(from_json(ConditionRecord, each) for each in saved)
         _check_completeness(grid, records)
         return Run(directory, grid, records, from_json(Analysis, analysis), run)
 
@@ -311,7 +311,7 @@ def read_positions(directory: Path) -> PositionMap | None:
                 texts=tuple(each["texts"]),
                 n_train=int(each["n_train"]),
                 grid=_grid(record, each["role"], table[table["position"] == each["role"]]),
-                records=from_json(tuple[ConditionRecord, ...], each["records"]),
+                records=tuple(from_json(ConditionRecord, one) for one in each["records"]),
             )
             for each in record["positions"]
         )

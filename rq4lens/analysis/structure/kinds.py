@@ -132,7 +132,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class KindInputs:
-    """What kinds are told from.
+    """What kinds are decided by.
 
     Args:
         ladder: the ladder at strength 1; its first rows are the heads.
@@ -157,7 +157,7 @@ class KindInputs:
         without_content: Tensor | str,
         bootstrap: Bootstrap,
     ) -> KindInputs:
-        """What is told of the heads of a layer that is measured at strength 1."""
+        """What decides the kinds of a layer that is measured at strength 1."""
         everything = measured.everything
         without = [tuple(h for h in everything if h != head) for head in everything]
         full, *others = measured.of_source(BASE, [everything, *without])
@@ -186,13 +186,13 @@ def no_kinds(n_heads: int) -> HeadKinds:
 
 def _kind(inputs: KindInputs, head: int) -> HeadKind:
     row, left_out = inputs.ladder[f"head{head}"], inputs.leave_one_out_nats[head]
-    kind, why = _told(inputs, row, head)
+    kind, why = _verdict(inputs, row, head)
     changed = kind in {"recoded", "reassigned"}
     kept = above(row.recovered_pct.get("output"), SAME_PCT) if changed else None
     return HeadKind(head, kind, why, kept, left_out)
 
 
-def _told(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | None]:
+def _verdict(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | None]:
     """The kind, and what leaves it undecided."""
     line = inputs.ladder.idle_below_nats
     effects = [row.damage_nats["constant"], row.damage_nats["raw"], inputs.leave_one_out_nats[head]]

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 import rq4lens as rq
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.structure.ladder import IDLE_PCT
+from rq4lens.analysis.structure.kinds import IDLE_PCT
 from rq4lens.config import Patching
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.maps.fitting import fit_maps

@@ -222,8 +222,7 @@ class Transfer(NamedTuple):
 
     def left_nats(self, direction: RankBy) -> Float64[ndarray, "prompt"]:
         """What is left of the gap in one direction, ``"to_base"`` or ``"to_tuned"``."""
-        left = getattr(self, TRANSFERS[direction]).gap_left_nats
-        return np.asarray(left)
+        return np.asarray(getattr(self, TRANSFERS[direction]).gap_left_nats)
 
     @property
     def answer_is(self) -> Float64[ndarray, "prompt"]:
@@ -270,11 +269,7 @@ class ConditionResult(Shown):
     def to_dataframe(self) -> pd.DataFrame:
         """A row a prompt, in nats."""
         return pd.DataFrame(
-            {
-                "KL_raw": self.kl_raw_nats,
-                "KL_mapped": self.kl_mapped_nats,
-                "delta": self.delta_nats,
-            }
+            {"KL_raw": self.kl_raw_nats, "KL_mapped": self.kl_mapped_nats, "delta": self.delta_nats}
         )
 
     @property
@@ -540,7 +535,7 @@ def rank_conditions(
     """Rank the heads of one layer from their single-head conditions."""
     singles = [conditions[f"head{head}"] for head in range(n_heads)]
     whole, part = kl_nats_of(singles)
-    by_transfer = rank_by in TRANSFERS or rank_by in METRIC_TRANSFERS
+    by_transfer = rank_by in SWAPPED
     if by_transfer:
         whole, part = gaps_of(conditions["none"], singles, rank_by)
     alpha = 1.0 if by_transfer else singles[0].alpha
@@ -548,9 +543,7 @@ def rank_conditions(
     return replace(ranking, settings={} if rank_by in METRIC_TRANSFERS else {"metric": "kl"})
 
 
-def kl_nats_of(
-    conditions: Sequence[ConditionResult],
-) -> Float64[ndarray, "kind condition prompt"]:
+def kl_nats_of(conditions: Sequence[ConditionResult]) -> Float64[ndarray, "kind condition prompt"]:
     """``KL_raw`` and ``KL_mapped`` of conditions on each prompt."""
     raw = [condition.kl_raw_nats for condition in conditions]
     return np.array([raw, [condition.kl_mapped_nats for condition in conditions]])
@@ -561,11 +554,8 @@ def gaps_of(
 ) -> Float64[ndarray, "when condition prompt"]:
     """The gap between the models, and what conditions leave of it, on each prompt.
 
-    Args:
-        nothing: the condition that patches nothing.
-        conditions: the conditions.
-        direction: one of ``TRANSFERS``, or of ``METRIC_TRANSFERS``: then the gap is the difference
-            of the metric, counted so that its mean is not negative.
+    ``nothing`` is the condition that patches no head. By one of ``METRIC_TRANSFERS`` the gap is the
+    difference of the metric, counted so that its mean is not negative.
     """
     missing = [each.cond for each in (nothing, *conditions) if each.transfer is None]
     if missing or nothing.transfer is None:
@@ -583,13 +573,7 @@ def sign_of(gap: Float64[ndarray, "prompt"]) -> int:
 
 
 def left_of(clean: Transfer, patched: Transfer, direction: RankBy) -> Float64[ndarray, "prompt"]:
-    """What a patched model still lies away from the other, by divergence or by the metric.
-
-    Args:
-        clean: both models with nothing patched.
-        patched: both with some heads patched.
-        direction: see :func:`gaps_of`.
-    """
+    """What a patched model still lies away from the clean other one; see :func:`gaps_of`."""
     if direction in TRANSFERS:
         return patched.left_nats(direction)
     into = METRIC_TRANSFERS[direction]
@@ -605,6 +589,9 @@ TRANSFERS: dict[RankBy, str] = {"to_base": "into_tuned", "to_tuned": "into_base"
 
 METRIC_TRANSFERS: dict[RankBy, str] = {"metric": "into_tuned", "metric_to_tuned": "into_base"}
 """The same by the metric: how far it goes from its value of one model to that of the other."""
+
+SWAPPED: dict[RankBy, str] = TRANSFERS | METRIC_TRANSFERS
+"""Both: what is read from the models with each other's activations."""
 
 
 def rank_single_heads(

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from rq4lens.analysis.coverage.table import CoverageInputs
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
 from rq4lens.analysis.rankings.exact import rank_by_delta
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
-from rq4lens.config import Effort, Patching
+from rq4lens.config import AnalysisEffort, Effort, Patching
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Measurer, Planned
 from rq4lens.patching.patch import BASE, MAPPED, OTHERS, OWN, SELF, TUNED, Effects
@@ -151,8 +150,10 @@ def inputs_of(
     return CoverageInputs(
         layer=layer,
         ranking=rank_by_delta(layer.measured),
-        random_ks=tuple(sorted({*ks, *random_ks})),
+        effort=AnalysisEffort(
+            random_ks=tuple(sorted({*ks, *random_ks})),
+            n_random_sets=n_random_sets,
+            n_splits=n_splits,
+        ),
         seed_sets={k: {0: tuple(range(k))} for k in ks},
-        n_random_sets=n_random_sets,
-        n_splits=n_splits,
     )

@@ -24,7 +24,7 @@ from rq4lens.analysis.rankings.exact import (
 )
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.plain import to_json
-from rq4lens.results import HeadRanking
+from rq4lens.results import HeadRanking, ranks_of
 
 BOOTSTRAP = Bootstrap(tuple(map(str, range(20))), 300)
 
@@ -49,8 +49,8 @@ def test_equal_rankings_agree_fully():
     for value in (
         kendall(scores, scores),
         spearman(scores, scores),
-        rank_biased_overlap(scores, scores),
-        top_jaccard(scores, scores, 3),
+        rank_biased_overlap(ranks_of(scores), ranks_of(scores)),
+        top_jaccard(ranks_of(scores), ranks_of(scores), 3),
     ):
         assert value == pytest.approx(np.ones(5))
 
@@ -59,12 +59,12 @@ def test_reversed_rankings_disagree_fully():
     """A ranking and its reverse have correlation -1 and share no top heads."""
     scores = rows(3)
     assert kendall(scores, -scores) == pytest.approx(-np.ones(5))
-    assert top_jaccard(scores, -scores, 4) == pytest.approx(np.zeros(5))
+    assert top_jaccard(ranks_of(scores), ranks_of(-scores), 4) == pytest.approx(np.zeros(5))
 
 
 def test_rank_biased_overlap_worked_out_by_hand():
     """Two heads in opposite order, p = 0.9: overlaps 0 and 1 give 0.9² + (0.1/0.9)(0.81) = 0.9."""
-    assert rank_biased_overlap(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]))[0] == pytest.approx(
+    assert rank_biased_overlap(np.array([[1, 2]]), np.array([[2, 1]]))[0] == pytest.approx(
         0.9**2 + 0.1 / 0.9 * 0.9**2
     )
 
@@ -73,13 +73,15 @@ def test_rank_biased_overlap_weighs_the_top_more():
     """Swapping the best two heads costs more than swapping the worst two."""
     scores = np.array([[4.0, 3.0, 2.0, 1.0]])
     top, bottom = np.array([[3.0, 4, 2, 1]]), np.array([[4.0, 3, 1, 2]])
-    assert rank_biased_overlap(scores, top)[0] < rank_biased_overlap(scores, bottom)[0]
+    ranks = ranks_of(scores)
+    of_top, of_bottom = (rank_biased_overlap(ranks, ranks_of(each)) for each in (top, bottom))
+    assert of_top[0] < of_bottom[0]
 
 
 def test_top_jaccard_is_the_overlap_of_sets():
     """Top sets {0, 1} and {1, 2} share one of three heads."""
     first, second = np.array([[3.0, 2, 1]]), np.array([[1.0, 3, 2]])
-    assert top_jaccard(first, second, 2)[0] == pytest.approx(1 / 3)
+    assert top_jaccard(ranks_of(first), ranks_of(second), 2)[0] == pytest.approx(1 / 3)
 
 
 def test_interval_holds_resampled_agreement():

@@ -23,8 +23,8 @@ from tiny import (
 )
 
 from rq4lens.analysis.analyse import analyse
-from rq4lens.analysis.effects.metric import metric_summary
 from rq4lens.analysis.effects.table import bootstrap_of, ranking_rows, records
+from rq4lens.analysis.effects.transfer import metric_summary
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import AnalysisEffort, Patching, Reading
 from rq4lens.disk.run import grid_of_table, per_prompt_table

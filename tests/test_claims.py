@@ -41,7 +41,7 @@ def analysis_of(pair, layer=MAIN, control_layer=CONTROL, *, ks=(1, 2), beside_no
         neutral = prepare(pair, maps, Patching(split="neutral"), activations=activations)
     noise = noise_effects(measurer, activations, patching, Place()) if beside_noise else None
     beside = Beside(neutral, noise)
-    return analyse(grid, measurer, LITTLE, activations=activations, beside=beside)
+    return analyse(grid, measurer, LITTLE, beside=beside)
 
 
 def every_claim(analysis) -> str:

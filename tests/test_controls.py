@@ -8,8 +8,7 @@ import torch
 from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.claims import control_reading
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled
@@ -19,7 +18,6 @@ from rq4lens.analysis.structure.controls import (
     ROTATED,
     SHUFFLED,
     WRONG_LAYER,
-    StandInInputs,
     control_layer,
     random_rotations,
     rotated,
@@ -29,7 +27,6 @@ from rq4lens.analysis.structure.controls import (
 from rq4lens.config import Effort, Patching
 from rq4lens.heads import Head
 from rq4lens.patching import noise
-from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import FitData, fit_maps, refit
 from rq4lens.validation.planting import plant
@@ -45,20 +42,17 @@ def planted():
     tuned = plant(base, turned=[Head(LAYER, head) for head in CHANGED]).tuned
     pair = pair_of(base, tuned, random_prompts(n_train=96, n_val=24))
     maps = fit_maps(pair, [LAYER, CONTROL])
-    activations = PairActivations(pair)
-    return prepared(pair, maps), activations
+    return prepared(pair, maps)
 
 
-def inputs_of(planted, heads=CHANGED, control=CONTROL):
-    experiment, activations = planted
-    measured = MeasuredSets.of(experiment, LAYER, 1.0)
-    return StandInInputs(measured, experiment, activations, control, heads)
+def stand_ins_of(planted, heads=CHANGED, control=CONTROL, n_resamples=50):
+    measured = MeasuredSets.of(planted, LAYER, 1.0)
+    return stand_ins(measured, control, heads, Bootstrap(planted.groups, n_resamples))
 
 
 @pytest.fixture(scope="module")
 def table(planted):
-    bootstrap = Bootstrap(planted[0].groups, 500)
-    return {each.name: each for each in stand_ins(inputs_of(planted), bootstrap)}
+    return {each.name: each for each in stand_ins_of(planted, n_resamples=500)}
 
 
 def test_no_stand_in_does_what_a_true_map_does(table):
@@ -77,9 +71,8 @@ def test_shuffled_pairs_know_no_more_than_a_constant(table):
 
 def test_shuffled_pairs_repair_a_share_of_what_the_map_repairs_at_each_strength(planted):
     """Of the raw patch's damage, what they take back, over what the map takes back."""
-    experiment, activations = planted
-    bootstrap = Bootstrap(experiment.groups, 200)
-    source = stand_in_sources(experiment, LAYER, None, activations, 0)[SHUFFLED]
+    experiment, bootstrap = planted, Bootstrap(planted.groups, 200)
+    source = stand_in_sources(experiment, LAYER, None, 0)[SHUFFLED]
     settings = Patching(layer=LAYER, k=(1,), random_seeds=(0,))
     grid = measure_grid(experiment, settings, Effort(resamples=200))
     layer = MeasuredLayer.of_grid(grid, experiment)
@@ -93,16 +86,14 @@ def test_shuffled_pairs_repair_a_share_of_what_the_map_repairs_at_each_strength(
 
 def test_stand_ins_leave_the_heads_that_did_not_change_alone(planted, table):
     """They are charged for the changed heads only: the whole layer loses more."""
-    whole = stand_ins(
-        inputs_of(planted, tuple(range(TINY_HEADS))), Bootstrap(planted[0].groups, 50)
-    )
+    whole = stand_ins_of(planted, tuple(range(TINY_HEADS)))
     found = {each.name: each for each in whole}
     assert found[ROTATED].damage.value > table[ROTATED].damage.value
 
 
 def test_where_no_head_changed_nothing_stands_in(planted):
     """Every question is there, with the reason why it is not asked."""
-    found = stand_ins(inputs_of(planted, ()), Bootstrap(planted[0].groups, 50))
+    found = stand_ins_of(planted, ())
     assert {each.name for each in found} == set(QUESTIONS)
     for each in found:
         assert each.damage.value is None
@@ -111,7 +102,7 @@ def test_where_no_head_changed_nothing_stands_in(planted):
 
 def test_without_a_control_layer_its_map_does_not_stand_in(planted):
     """And the row says why."""
-    found = stand_ins(inputs_of(planted, control=None), Bootstrap(planted[0].groups, 50))
+    found = stand_ins_of(planted, control=None)
     (missing,) = [each for each in found if each.reason]
     assert missing.name == WRONG_LAYER
     assert "no control layer" in missing.reason
@@ -119,8 +110,7 @@ def test_without_a_control_layer_its_map_does_not_stand_in(planted):
 
 @pytest.fixture(scope="module")
 def grid(planted):
-    experiment, _ = planted
-    return grid_of(experiment.pair, experiment.maps, LAYER, CONTROL, experiment=experiment, ks=(1,))
+    return grid_of(planted.pair, planted.maps, LAYER, CONTROL, experiment=planted, ks=(1,))
 
 
 def test_the_control_layer_stands_beside_the_main_one_prompt_by_prompt(grid):
@@ -156,7 +146,7 @@ def test_a_grid_without_a_control_layer_has_none(grid):
 
 def test_rotation_control_keeps_the_distance_from_the_mean(planted):
     """Norm-matched: every prediction stays as far from the tuned mean as the map put it."""
-    experiment, activations = planted
+    experiment, activations = planted, planted.ends.activations
     z = experiment.sources[LAYER, "mapped"]
     centre = FitData.of(activations, LAYER).y.mean(0).to(z)
     turned = rotated(z, centre, random_rotations(*z.shape[2:], 0))
@@ -174,7 +164,7 @@ def test_random_rotations_are_orthogonal():
 
 def test_refitting_on_the_same_rows_is_the_same_map(planted):
     """A control map differs from the real one by its rows alone."""
-    experiment, activations = planted
+    experiment, activations = planted, planted.ends.activations
     own = experiment.maps[LAYER]
     again = refit(own, FitData.of(activations, LAYER))
     assert torch.allclose(again.weight, own.weight, atol=1e-5)
@@ -183,7 +173,7 @@ def test_refitting_on_the_same_rows_is_the_same_map(planted):
 
 def test_unpaired_rows_hold_the_same_activations(planted):
     """Shuffling keeps every tuned row and breaks which base row stands beside it."""
-    data = FitData.of(planted[1], LAYER)
+    data = FitData.of(planted.ends.activations, LAYER)
     shuffled = data.unpaired(0)
     assert torch.equal(shuffled.x, data.x)
     assert not torch.equal(shuffled.y, data.y)
@@ -194,7 +184,7 @@ def test_unpaired_rows_hold_the_same_activations(planted):
 def test_a_noise_pair_keeps_every_entry_of_the_change(planted, monkeypatch, at_once):
     """Of each matrix the entries of the change are the same, in another order; also in parts."""
     monkeypatch.setattr(noise, "MOST_AT_ONCE", at_once)
-    pair = planted[0].pair
+    pair = planted.pair
     noisy = noise.noise_pair(pair, seed=1)
     models = [member.model for member in (pair.base, pair.tuned, noisy.tuned)]
     base, tuned, shuffled = (dict(model.named_parameters()) for model in models)
@@ -208,7 +198,7 @@ def test_a_noise_pair_keeps_every_entry_of_the_change(planted, monkeypatch, at_o
 
 def test_a_noise_pair_is_known_by_what_it_was_made_of(planted):
     """The same models and seed are the same pair; another seed is another."""
-    pair = planted[0].pair
+    pair = planted.pair
     pairs = [pair, *(noise.noise_pair(pair, seed) for seed in (1, 1, 2))]
     own, first, again, other = (each.tuned.card.weights_fingerprint for each in pairs)
     assert first == again

@@ -8,11 +8,17 @@ import pytest
 from games import Game, inputs_of, layer_of, measured, noisy_game
 
 from rq4lens.analysis.coverage.best_sets import best_subsets, interaction_matrix
-from rq4lens.analysis.coverage.cross_fitted import CrossFit, half_means, half_splits
-from rq4lens.analysis.coverage.curves import area, fewest_heads, ranking_curve, share_of_whole
+from rq4lens.analysis.coverage.curves import (
+    CrossFit,
+    area,
+    fewest_heads,
+    half_means,
+    half_splits,
+    ranking_curve,
+    share_of_whole,
+)
 from rq4lens.analysis.coverage.table import coverage, coverage_of_grid, seed_sets
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets, prefixes
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets, prefixes
 from rq4lens.errors import UserError
 from rq4lens.results import single_scores
 

@@ -15,14 +15,15 @@ from tiny import (
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.compared import rank_heads
-from rq4lens.analysis.rankings.curvature import curvature, rank_by_kl_curvature
 from rq4lens.analysis.rankings.gradients import (
     as_rows,
     attributions,
+    curvature,
     decision_functions,
     rank_by_attribution,
     rank_by_grad_act,
     rank_by_integrated_gradients,
+    rank_by_kl_curvature,
     target_of,
 )
 from rq4lens.analysis.rankings.methods import METHODS, RankingSettings

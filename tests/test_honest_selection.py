@@ -9,8 +9,13 @@ from synthetic import resampled
 from tiny import fine_tuned, grid_of, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.analyse import analyse
-from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve, half_splits
-from rq4lens.analysis.coverage.curves import area, fewest_heads
+from rq4lens.analysis.coverage.curves import (
+    CrossFit,
+    area,
+    cross_fitted_curve,
+    fewest_heads,
+    half_splits,
+)
 from rq4lens.analysis.coverage.random_sets import cross_fitted_p_value, untestable_because
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips

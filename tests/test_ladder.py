@@ -19,9 +19,8 @@ from rq4lens.analysis.statistics.bootstrap import (
     Interval,
     undefined,
 )
-from rq4lens.analysis.structure.elsewhere import NO_CONTENT, held_out
-from rq4lens.analysis.structure.heads import KindInputs, above, head_kinds
-from rq4lens.analysis.structure.ladder import IDLE_PCT, ladder
+from rq4lens.analysis.structure.controls import NO_CONTENT, held_out
+from rq4lens.analysis.structure.kinds import IDLE_PCT, KindInputs, above, head_kinds, ladder
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
@@ -30,7 +29,7 @@ from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, SELF, SHIFTED
 from rq4lens.validation.attended import AttendedInputs
 from rq4lens.validation.planting import Planting, plant
 
-NO_SPREAD = bootstrap.CONSTANT
+NO_SPREAD = bootstrap.NO_SPREAD
 RUNGS = [CONSTANT, BASE, SHIFTED, MAPPED, OUTPUT]
 SETS = {f"head{head}": (head,) for head in range(TINY_HEADS)} | {"full": tuple(range(TINY_HEADS))}
 
@@ -114,7 +113,7 @@ def test_each_content_is_mapped_by_a_map_that_never_saw_it():
     pair = pair_of(base, plant(base, turned=[Head(MAIN, 1)]).tuned, prompts)
     activations = PairActivations(pair)
     maps = fit_maps(pair, [MAIN], activations=activations)
-    found = held_out(maps[MAIN], activations, "val")
+    found = held_out(prepared(pair, maps, activations=activations), MAIN)
     z = activations.z("base", "val", MAIN)
     contents = np.array(prompts.split("val").contents)
     for content in contents[:3]:
@@ -126,8 +125,7 @@ def test_each_content_is_mapped_by_a_map_that_never_saw_it():
 
 def test_prompts_without_content_hold_out_none(planted):
     """Why there is no such rung is said."""
-    experiment = planted[0].experiment
-    found = held_out(experiment.maps[MAIN], PairActivations(experiment.pair), "val")
+    found = held_out(planted[0].experiment, MAIN)
     assert found == NO_CONTENT
 
 

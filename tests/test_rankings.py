@@ -11,14 +11,19 @@ from games import Game, layer_of, measured, noisy_game
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import THE_SAME
 from rq4lens.analysis.rankings.compared import compare_methods, rank_heads
-from rq4lens.analysis.rankings.exact import rank_by_delta, standard_errors
+from rq4lens.analysis.rankings.exact import (
+    exact_shapley,
+    rank_by_delta,
+    rank_by_shapley,
+    sampled_shapley,
+    standard_errors,
+)
 from rq4lens.analysis.rankings.file import ranking_file_rows
 from rq4lens.analysis.rankings.methods import (
     GRADIENT_METHODS,
     METHODS,
     refuse_unread,
 )
-from rq4lens.analysis.rankings.shapley import exact_shapley, rank_by_shapley, sampled_shapley
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.config import RankBy
 from rq4lens.errors import UserError

@@ -7,10 +7,10 @@ import pytest
 import scipy.stats
 from scipy.stats._resampling import BootstrapResult
 
-from rq4lens.analysis.coverage.cross_fitted import half_splits
+from rq4lens.analysis.coverage.curves import half_splits
 from rq4lens.analysis.rankings.exact import standard_errors
 from rq4lens.analysis.statistics.bootstrap import (
-    CONSTANT,
+    NO_SPREAD,
     ONE_GROUP,
     UNDEFINED_IN_RESAMPLES,
     Bootstrap,
@@ -164,7 +164,7 @@ def test_ratio_intervals_keep_the_pairing():
     )[0]
     assert ratio.value == pytest.approx(2.0)
     assert ratio.interval is None
-    assert ratio.reason == CONSTANT
+    assert ratio.reason == NO_SPREAD
 
 
 def studentised_slowly(bootstrap, whole, left):
@@ -203,7 +203,7 @@ def test_shares_end_at_100_and_have_no_interval_where_nothing_varies():
     parts = np.concatenate([0 * whole, whole, whole * rng.lognormal(-4, 2, (3, 20))])
     nothing, everything, *others = bootstrap.shares(whole, parts)
     assert (nothing.value, everything.value) == (100, 0)
-    assert nothing.reason == everything.reason == CONSTANT
+    assert nothing.reason == everything.reason == NO_SPREAD
     assert all(each.interval.low < each.value < each.interval.high < 100 for each in others)
 
 
@@ -226,7 +226,7 @@ def test_undefined_is_none_with_a_reason():
     one = Bootstrap(("only",), 100, 0).estimate(np.array([[1.5]]))[0]
     assert (one.value, one.interval, one.reason) == (1.5, None, ONE_GROUP)
     same = Bootstrap(singletons(9), 100, 0).estimate(np.full((1, 9), 0.1))[0]
-    assert (same.interval, same.reason) == (None, CONSTANT)
+    assert (same.interval, same.reason) == (None, NO_SPREAD)
     sometimes = np.array([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     ratio = Bootstrap(singletons(3), 300, 0).estimate(sometimes, lambda m: m[..., 1:] / m[..., :1])
     assert (ratio[0].interval, ratio[0].reason) == (None, UNDEFINED_IN_RESAMPLES)

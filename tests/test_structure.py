@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from rq4lens.analysis.coverage.best_sets import interactions
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
-from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares
+from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares, rank_stability
 from rq4lens.analysis.rankings.exact import rank_by_delta
-from rq4lens.analysis.rankings.stability import rank_stability
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Spread
 from rq4lens.analysis.statistics.concentration import (
     NO_SCORE,
@@ -84,7 +83,7 @@ def test_spread_over_splits_is_a_range_around_its_median():
     assert record["split_half_jaccard"]["1_range95"][1] == 1.0
     draws = np.random.default_rng(0).permutation(np.arange(1001.0))
     spread = Spread.of(draws)
-    assert (spread.low, spread.value, spread.high) == pytest.approx((25, 500, 975))
+    assert [spread.value, *spread.interval.pair] == pytest.approx([500, 25, 975])
 
 
 def test_a_single_prompt_has_no_stability():

@@ -14,48 +14,46 @@ from rq4lens.analysis import records
 from rq4lens.analysis.claims import claims, study_claims
 from rq4lens.analysis.coverage import table
 from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
-from rq4lens.analysis.coverage.cross_fitted import half_splits
+from rq4lens.analysis.coverage.curves import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.metric import metric_full_effect, metric_summary
-from rq4lens.analysis.effects.transfer import gap_effect, gap_of, layer_transfer
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
+from rq4lens.analysis.effects.transfer import (
+    gap_effect,
+    gap_of,
+    layer_transfer,
+    metric_full_effect,
+    metric_summary,
+)
 from rq4lens.analysis.rankings import compared
+from rq4lens.analysis.rankings.compared import rank_stability
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.methods import METHODS, Orders, RankingSettings
-from rq4lens.analysis.rankings.stability import rank_stability
+from rq4lens.analysis.rankings.methods import METHODS, RankingSettings
 from rq4lens.analysis.result import Analysis, AnalysisSettings
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.analysis.structure import controls
 from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled
-from rq4lens.analysis.structure.elsewhere import (
-    contents_of,
-    from_other_heads,
-    held_out,
-    other_heads,
-)
-from rq4lens.analysis.structure.heads import (
+from rq4lens.analysis.structure.kinds import (
+    HELD_OUT,
     KindInputs,
     head_kinds,
-    leave_one_out,
-    map_over_shift,
+    ladder,
     no_kinds,
+    with_other_heads,
 )
-from rq4lens.analysis.structure.ladder import HELD_OUT, ladder
 from rq4lens.config import AnalysisEffort, RankBy
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
-from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData
 from rq4lens.patching.measured import Indices, MeasuresPatches
 from rq4lens.patching.noise import NoiseEffects
-from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, RAW, SHIFTED, Progress
+from rq4lens.patching.patch import BASE, CONSTANT, MAPPED, OUTPUT, SHIFTED, Progress
 from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, HeadRanking
 
-LADDER = (CONSTANT, BASE, SHIFTED, MAPPED, HELD_OUT, OUTPUT)
+RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
+"""The rungs of every ladder."""
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "directions", "ladders", "kinds"),
@@ -69,7 +67,6 @@ def analyse(
     experiment: MeasuresPatches | None = None,
     effort: AnalysisEffort | None = None,
     *,
-    activations: PairActivations | None = None,
     beside: Beside | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
@@ -88,7 +85,6 @@ def analyse(
         effort: what is measured and compared beyond the grid. Without sizes of random sets, there
             are as many as can be afforded, see
             :func:`rq4lens.analysis.coverage.random_sets.random_sizes`.
-        activations: already captured activations of the pair, for the controls.
         beside: what the pair is compared with: neutral prompts, its noise pair.
         progress: called with 1 when one of the ``PARTS`` is done.
 
@@ -103,7 +99,7 @@ def analyse(
     methods = tuple(METHODS) if effort.methods is None else effort.methods
     effort = effort.but(random_ks=sizes, methods=methods)
     layer = MeasuredLayer.of_grid(grid, experiment)
-    return _Work(grid, layer, effort, activations, beside or Beside(), progress).analysis()
+    return _Work(grid, layer, effort, beside or Beside(), progress).analysis()
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,6 @@ class _Work:
     grid: GridResult
     layer: MeasuredLayer
     effort: AnalysisEffort
-    given_activations: PairActivations | None
     beside: Beside
     progress: Progress | None
 
@@ -140,8 +135,15 @@ class _Work:
         if self.best is not None:
             coverage = coverage.with_best(self.best)
         others = [curve for curve in self.compared.curves if curve.ranking != own]
+        settings = AnalysisSettings(
+            grid=self.grid.settings,
+            effort=self.effort.but(random_ks=[sets.k for sets in coverage.random]),
+            ranking=own,
+            n_prompts=self.grid.n_prompts,
+            n_groups=self.layer.bootstrap.n_groups,
+        )
         analysis = Analysis(
-            settings=self.settings,
+            settings=settings,
             gap=self.gap,
             transfer=layer_transfer(self.grid, self.gap, self.layer.bootstrap),
             metric=metric_summary(self.grid, self.layer.bootstrap),
@@ -180,16 +182,6 @@ class _Work:
         return round(time.perf_counter() - start, 3)
 
     @property
-    def settings(self) -> AnalysisSettings:
-        return AnalysisSettings(
-            grid=self.grid.settings,
-            effort=self.effort.but(random_ks=[sets.k for sets in self.coverage.random]),
-            ranking=self.ranking.method,
-            n_prompts=self.grid.n_prompts,
-            n_groups=self.layer.bootstrap.n_groups,
-        )
-
-    @property
     def can_measure(self) -> bool:
         return self.layer.measured.experiment is not None
 
@@ -200,28 +192,14 @@ class _Work:
         return experiment if isinstance(experiment, Experiment) else None
 
     @cached_property
-    def activations(self) -> PairActivations | None:
-        if self.experiment is None:
-            return None
-        return self.given_activations or PairActivations(
-            self.experiment.pair, k_positions=self.experiment.settings.k_positions
-        )
-
-    @cached_property
     def ranking(self) -> HeadRanking:
         return single_ranking(self.layer.ranked_on, self.layer.rank_by)
 
     @cached_property
     def inputs(self) -> table.CoverageInputs:
         """What the coverage table is made from."""
-        return table.CoverageInputs(
-            layer=self.layer,
-            ranking=self.ranking,
-            random_ks=self.effort.random_ks or (),
-            seed_sets=table.seed_sets(self.grid),
-            n_random_sets=self.effort.n_random_sets,
-            n_splits=self.effort.n_splits,
-        )
+        seed_sets = table.seed_sets(self.grid)
+        return table.CoverageInputs(self.layer, self.ranking, self.effort, seed_sets)
 
     @cached_property
     def coverage(self) -> table.Coverage:
@@ -239,16 +217,13 @@ class _Work:
             self.effort.methods or (), self.layer, self.ranking_settings
         )
 
-    @property
-    def ranking_settings(self) -> RankingSettings:
-        return RankingSettings(seed=self.layer.bootstrap.seed, orders=self.orders)
-
     @cached_property
-    def orders(self) -> Orders | None:
-        """Random orders of the heads along which every head set is measured, if there are any."""
+    def ranking_settings(self) -> RankingSettings:
+        """With the random orders of heads along which every head set is measured, if there are."""
         pairs = self.inputs.rankings.pairs
-        every_size = len(self.effort.random_ks or ()) == self.grid.n_heads
-        return pairs.tolist() if every_size and len(pairs) > 1 else None
+        every_size = len(self.inputs.random_ks) == self.grid.n_heads
+        orders = pairs.tolist() if every_size and len(pairs) > 1 else None
+        return RankingSettings(seed=self.layer.bootstrap.seed, orders=orders)
 
     @cached_property
     def best(self) -> records.CoverageCurve | None:
@@ -265,13 +240,10 @@ class _Work:
         if not self.can_measure:
             return (), (self.layer.measured,)
         points, measured = alpha_sweep(self.layer, self.effort.alphas)
-        if self.activations is not None and self.experiment is not None:
+        if self.experiment is not None:
             layer, bootstrap = self.layer.measured.layer, self.layer.bootstrap
-            sources = controls.stand_in_sources(
-                self.experiment, layer, None, self.activations, bootstrap.seed
-            )
-            shuffled = sources[records.SHUFFLED]
-            points = with_shuffled(points, measured, shuffled, bootstrap)
+            sources = controls.stand_in_sources(self.experiment, layer, None, bootstrap.seed)
+            points = with_shuffled(points, measured, sources[records.SHUFFLED], bootstrap)
         return tuple(points), tuple(measured)
 
     @cached_property
@@ -307,7 +279,7 @@ class _Work:
             self.inputs,
             layer=layer,
             ranking=single_ranking(layer.measured, direction),
-            random_ks=tuple(sorted({1, *layer.ks})),
+            effort=self.effort.but(random_ks=sorted({1, *layer.ks})),
         )
         found = table.coverage(inputs)
         return records.DirectionCoverage(
@@ -325,34 +297,26 @@ class _Work:
     @cached_property
     def held_out(self) -> Tensor | str:
         """Each prompt mapped without its content; or why there is none."""
-        experiment, activations = self.experiment, self.activations
-        if experiment is None or activations is None:
+        if self.experiment is None:
             return records.NOT_MEASURED
-        return held_out(experiment.maps[self.layer.measured.layer], activations, experiment.split)
+        return controls.held_out(self.experiment, self.layer.measured.layer)
 
     @cached_property
     def ladders(self) -> tuple[records.Ladder, ...]:
         """At full strength, and at the run's own."""
         if self.experiment is None:
             return ()
+        held_out = [] if isinstance(self.held_out, str) else [HELD_OUT]
+        output = [OUTPUT] if OUTPUT in self.experiment.sources.made else []
+        full = self._ladder(self.full_strength, [*RUNGS, *held_out, *output])
         own = self.layer.measured
-        sources = [each for each in LADDER if each in {RAW, BASE, MAPPED} or self._has(each)]
-        full = self._ladder(self.full_strength, sources)
-        if own.alpha == 1.0:
-            return (full,)
-        return full, self._ladder(own, [each for each in sources if each != HELD_OUT])
-
-    def _has(self, source: str) -> bool:
-        if source == HELD_OUT:
-            return not isinstance(self.held_out, str)
-        return self.experiment is not None and source in self.experiment.sources.made
+        return (full,) if own.alpha == 1.0 else (full, self._ladder(own, [*RUNGS, *output]))
 
     def _ladder(self, measured: MeasuredSets, sources: Sequence[str]) -> records.Ladder:
         sets = _singles(self.grid)
         sets |= {f"top{k}": tuple(sorted(self.ranking.top(k))) for k in self.layer.ks if k > 1}
         sets["full"] = measured.everything
-        floor = self.grid.noise_floor_nats
-        return ladder(measured, sets, sources, self.layer.bootstrap, floor)
+        return ladder(measured, sets, sources, self.layer.bootstrap, self.grid.noise_floor_nats)
 
     @cached_property
     def neutral_ladder(self) -> records.Ladder | None:
@@ -364,8 +328,7 @@ class _Work:
         sets["full"] = measured.everything
         own = self.layer.bootstrap
         other = Bootstrap(measured.groups, own.n_resamples, own.seed + 1)
-        sources = [CONSTANT, BASE, SHIFTED, MAPPED]
-        return ladder(measured, sets, sources, other, self.grid.noise_floor_nats)
+        return ladder(measured, sets, RUNGS, other, self.grid.noise_floor_nats)
 
     @cached_property
     def noise(self) -> records.NoisePair | None:
@@ -376,31 +339,26 @@ class _Work:
 
     @cached_property
     def stand_ins(self) -> tuple[records.StandIn, ...]:
-        if self.experiment is None or self.activations is None:
+        if self.experiment is None:
             return ()
         changed = self.kinds.of("shifted", "recoded", "reassigned", "replaced", "undecided")
-        inputs = controls.StandInInputs(
-            self.layer.measured.at(1.0),
-            self.experiment,
-            self.activations,
-            self.grid.settings.patching.control_layer,
-            changed,
-        )
-        return controls.stand_ins(inputs, self.layer.bootstrap)
+        control_layer = self.grid.settings.patching.control_layer
+        measured = self.layer.measured.at(1.0)
+        return controls.stand_ins(measured, control_layer, changed, self.layer.bootstrap)
 
     @cached_property
     def alignment(self) -> records.Alignment | None:
-        if self.activations is None:
+        if self.experiment is None:
             return None
-        data = FitData.of(self.activations, self.layer.measured.layer)
+        data = FitData.of(self.experiment.ends.activations, self.layer.measured.layer)
         return compared.alignment(data, self.layer.scored(), self.layer.bootstrap)
 
     @cached_property
     def agreements(self) -> tuple[records.Agreement, ...]:
         """Rankings of the same heads across metrics, folds, seeds, kinds of maps and alphas."""
         found = [compared.metric_agreement(self.grid, self.layer)]
-        if self.experiment is not None and self.activations is not None:
-            found += compared.map_kind_agreement(self.layer, self.experiment, self.activations)
+        if self.experiment is not None:
+            found += compared.map_kind_agreement(self.layer, self.experiment)
         halves = half_splits(self.grid.groups, 1, self.layer.bootstrap.seed)
         found += [compared.fold_agreement(self.layer, half) for half in halves]
         found += [
@@ -416,49 +374,17 @@ class _Work:
 
     @cached_property
     def kinds(self) -> records.HeadKinds:
-        if not self.ladders:
+        if self.experiment is None:
             return no_kinds(self.grid.n_heads)
-        measured, bootstrap = self.full_strength, self.layer.bootstrap
-        held = self.held_out
-        inputs = KindInputs(
-            ladder=self.ladders[0],
-            neutral=self.neutral_ladder or "the pair has no neutral prompts",
-            map_over_shift_nats=map_over_shift(measured, bootstrap),
-            leave_one_out_nats=leave_one_out(measured, bootstrap),
-            held_out_because=held if isinstance(held, str) else None,
-        )
-        return self._with_contents(self._with_other_heads(head_kinds(inputs)))
-
-    def _with_contents(self, kinds: records.HeadKinds) -> records.HeadKinds:
-        assert self.activations is not None
-        named = contents_of(self.activations, FIT_SPLIT)
+        bootstrap, ladder = self.layer.bootstrap, self.ladders[0]
+        neutral = self.neutral_ladder or "the pair has no neutral prompts"
+        inputs = KindInputs.of(self.full_strength, ladder, neutral, self.held_out, bootstrap)
+        found = with_other_heads(head_kinds(inputs), ladder, self.layer.measured.at(1.0), bootstrap)
+        named = controls.contents_of(self.experiment.pair, FIT_SPLIT)
         if named is None:
-            return kinds
-        n_contents, width = len(set(named)), self.activations.pair.base.card.d_head
-        return replace(kinds, n_contents=n_contents, few_contents=n_contents <= width + 1)
-
-    def _with_other_heads(self, kinds: records.HeadKinds) -> records.HeadKinds:
-        """Beside each head that may be recoded, the best other head of the layer."""
-        asked = kinds.of("recoded", "reassigned", "undecided")
-        if not asked or self.activations is None or self.experiment is None:
-            return kinds
-        own = self.experiment.maps[self.layer.measured.layer]
-        sources = dict(from_other_heads(own, self.activations, self.experiment.split, asked))
-        if not sources:
-            return kinds
-        measured, sets = self.layer.measured.at(1.0).also(sources), [(head,) for head in asked]
-        damage = np.stack([measured.of_source(source, sets) for source in sources])
-        constant = measured.of_source(CONSTANT, sets)
-        heads = list(kinds.heads)
-        for at, head in enumerate(asked):
-            if self.ladders[0][f"head{head}"].recovered_pct["mapped"].value is None:
-                continue
-            best = int(damage[:, at].mean(-1).argmin())
-            both = constant[at][None], damage[best, at][None]
-            (share,) = self.layer.bootstrap.shares(*both, method="bca")
-            other = other_heads(own.n_heads, best + 1)[head]
-            heads[head] = replace(heads[head], other_head=other, other_recovered_pct=share)
-        return replace(kinds, heads=tuple(heads))
+            return found
+        n_contents, width = len(set(named)), self.experiment.pair.base.card.d_head
+        return replace(found, n_contents=n_contents, few_contents=n_contents <= width + 1)
 
     @cached_property
     def concentration(self) -> tuple[records.Concentration, ...]:

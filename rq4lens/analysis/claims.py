@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import SHUFFLED, CoverageRow, LayerTransfer, NoisePair
+from rq4lens.analysis.records import SHUFFLED, CoverageRow, LadderRow, LayerTransfer
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
@@ -54,13 +54,7 @@ def claims(analysis: Analysis) -> tuple[str, ...]:
     gap, stop = _gap(analysis)
     if stop is not None:
         return (gap, stop, f"{_over(analysis)}.")
-    return (
-        gap,
-        _layer(analysis),
-        _heads(analysis),
-        _kinds(analysis),
-        _uncertain(analysis),
-    )
+    return (gap, _layer(analysis), _heads(analysis), _kinds(analysis), _uncertain(analysis))
 
 
 def study_claims(analysis: Analysis) -> tuple[str, ...]:
@@ -87,22 +81,17 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
         return "Base and tuned cannot be told apart here, or not compared.", (
             f"{NOTHING}: {gap.undefined_because}."
         )
-    differ = number_text(gap.answers_differ_pct.value, ".0f%")
+    differ, in_noise = number_text(gap.answers_differ_pct.value, ".0f%"), ""
+    noise = analysis.noise
+    times = None if noise is None else noise.real_over_noise["gap_base_nats"].value
+    if times is not None:
+        in_noise = f" ({plain(times)} times what the same weight change gives when it is shuffled)"
     first = (
         f"Base and tuned differ by {gap.base_nats:.2g} nats here, and on {differ} of {n} prompts "
-        f"their most likely next tokens differ{_in_noise(analysis)}."
+        f"their most likely next tokens differ{in_noise}."
     )
     why = _no_claim(analysis)
     return first, None if why is None else f"{NOTHING}: {why}."
-
-
-def _in_noise(analysis: Analysis) -> str:
-    if analysis.noise is None:
-        return ""
-    times = analysis.noise.real_over_noise["gap_base_nats"].value
-    if times is None:
-        return ""
-    return f" ({plain(times)} times what the same weight change gives when it is shuffled)"
 
 
 def plain(value: float) -> str:
@@ -120,19 +109,16 @@ def _no_claim(analysis: Analysis) -> str | None:
             f"the weights of the two models look unrelated (cosine {cosine:.2g}), so that this is "
             "no fine-tune of that base"
         )
-    noise = analysis.noise
-    if noise is not None and not _beyond_noise(noise):
-        return (
-            f"a shuffled weight change of the same size moves base about as far "
-            f"({noise.gap_base_nats:.2g} nats)"
-        )
-    return None
-
-
-def _beyond_noise(noise: NoisePair) -> bool:
-    times = noise.real_over_noise["gap_base_nats"]
-    clearly = times.interval is None or times.interval.low > TIMES_NOISE
-    return _is_above(noise.gap_beyond_nats) and clearly
+    if analysis.noise is None:
+        return None
+    times = analysis.noise.real_over_noise["gap_base_nats"].interval
+    clearly = times is None or times.low > TIMES_NOISE
+    if clearly and _is_above(analysis.noise.gap_beyond_nats):
+        return None
+    return (
+        f"a shuffled weight change of the same size moves base about as far "
+        f"({analysis.noise.gap_base_nats:.2g} nats)"
+    )
 
 
 def _no_repair(analysis: Analysis) -> str | None:
@@ -194,7 +180,7 @@ def _heads(analysis: Analysis) -> str:
     found = next((each for each in analysis.directions if each.direction == "to_base"), None)
     row = None if found is None else decisive_row(found.coverage, here.to_base_pct.value or 0.0)
     if row is None:
-        best = max(range(len(here.heads_to_base_pct)), key=lambda h: _value(here, h))
+        best = _best(here)
         alone = f"{label(analysis, best)} alone undoes {share(here.heads_to_base_pct[best])}"
         ranked = ", ranked and scored on the same prompts"
         return f"Of its heads {alone} of the gap{ranked}; more than one head was not compared."
@@ -218,8 +204,10 @@ def _is_alone(row: CoverageRow) -> bool:
     return row.k == 1 and optimism is not None and abs(optimism) < 1e-9
 
 
-def _value(here: LayerTransfer, head: int) -> float:
-    return here.heads_to_base_pct[head].value or 0.0
+def _best(here: LayerTransfer) -> int:
+    """The head that alone takes tuned furthest back."""
+    heads = [each.value or 0.0 for each in here.heads_to_base_pct]
+    return heads.index(max(heads))
 
 
 def decisive_row(rows: Sequence[CoverageRow], whole_pct: float) -> CoverageRow | None:
@@ -257,7 +245,10 @@ def _kinds(analysis: Analysis) -> str:
     kinds = analysis.kinds
     if not analysis.ladders:
         return "What kind of change it is was not measured: the full analysis does."
-    told = [_changed(analysis, heads) for heads in _alike(analysis)]
+    told = []
+    for alike in _alike(analysis):
+        verb, kind = "were" if len(alike) > 1 else "was", kinds.heads[alike[0]].kind
+        told.append(f"{_labels(analysis, alike)} {verb} {kind}{_evidence(analysis, alike[0])}")
     for each in analysis.stand_ins:
         if each.name == SHUFFLED and each.recovered_pct.value is not None and told:
             kept = max(0.0, each.recovered_pct.value)
@@ -282,13 +273,10 @@ def _alike(analysis: Analysis) -> list[list[int]]:
 
 
 def _by_size(analysis: Analysis, heads: Sequence[int]) -> list[int]:
-    return sorted(heads, key=lambda head: -_constant(analysis, head))
-
-
-def _changed(analysis: Analysis, heads: Sequence[int]) -> str:
-    verb = "were" if len(heads) > 1 else "was"
-    kind = analysis.kinds.heads[heads[0]].kind
-    return f"{_labels(analysis, heads)} {verb} {kind}{_evidence(analysis, heads[0])}"
+    """Heads by what a constant in their place costs."""
+    ladder = analysis.ladders[0]
+    costs = {head: ladder[f"head{head}"].damage_nats["constant"].value or 0.0 for head in heads}
+    return sorted(heads, key=lambda head: -costs[head])
 
 
 def _kept(estimate: Estimate) -> str:
@@ -306,10 +294,6 @@ MEANINGS = {
 }
 
 
-def _constant(analysis: Analysis, head: int) -> float:
-    return analysis.ladders[0][f"head{head}"].damage_nats["constant"].value or 0.0
-
-
 def _evidence(analysis: Analysis, head: int) -> str:
     """The numbers behind the kind of the first head named."""
     kind = analysis.kinds.heads[head]
@@ -320,19 +304,17 @@ def _evidence(analysis: Analysis, head: int) -> str:
     if "held_out" in recovered:
         parts.append(f"with its content held out it {_kept(recovered['held_out'])}")
     if analysis.neutral is not None:
-        parts.append(_on_neutral(analysis, head))
+        parts.append(f"on neutral prompts it {_on_neutral(analysis.neutral[f'head{head}'])}")
     undone = {True: ", and W_O undoes it", False: ", and W_O does not undo it", None: ""}
     meaning = f" ({MEANINGS[kind.kind]}{undone[kind.function_kept]})"
     return f"{meaning}: {', '.join(parts)}"
 
 
-def _on_neutral(analysis: Analysis, head: int) -> str:
-    assert analysis.neutral is not None
-    row = analysis.neutral[f"head{head}"]
+def _on_neutral(row: LadderRow) -> str:
     if row.recovered_pct["mapped"].value is not None:
-        return f"on neutral prompts it {_kept(row.recovered_pct['mapped'])}"
+        return _kept(row.recovered_pct["mapped"])
     mapped, raw = (number_text(row.damage_nats[each].value, ".2g") for each in ("mapped", "raw"))
-    return f"on neutral prompts it does {mapped} nats of damage (raw {raw})"
+    return f"does {mapped} nats of damage (raw {raw})"
 
 
 # What is uncertain
@@ -454,8 +436,7 @@ def metric_sentences(analysis: Analysis) -> tuple[str, ...]:
     clean = f"{found.name} is {found.base:.3g}{unit} in base and {found.tuned:.3g}{unit} in tuned"
     if found.undefined_because is not None:
         return (f"{clean}; shares of the difference are undefined: {found.undefined_because}.",)
-    heads = [each.value or 0.0 for each in found.heads_to_base_pct]
-    best = heads.index(max(heads))
+    best = _best(found)
     return (
         f"{clean}. Of the difference the heads of layer {layer} undo {found.to_base_pct:.1f%} and "
         f"give base {found.to_tuned_pct:.1f%}, all heads of all layers "

@@ -16,7 +16,7 @@ from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.errors import UserError
-from rq4lens.results import TRANSFERS, GridResult, GridSettings, Shown
+from rq4lens.results import GridResult, GridSettings, Shown, gaps_of
 
 SUBJECT = "subject"
 ALL_HEADS = "all heads"
@@ -72,18 +72,10 @@ class MappedPosition:
         conditions = (self.grid.full, *self.grid.singles)
         if quantity == "delta":
             return np.stack([each.delta_nats for each in conditions])
-        gap = _left(self.grid, "none", quantity)
-        left = np.stack([_left(self.grid, each.cond, quantity) for each in conditions])
+        gap, left = gaps_of(self.grid["none"], conditions, quantity)
         noise = self.grid.compared.noise_nats + self.grid.noise_floor_nats
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(gap > noise, 100 * (1 - left / gap), np.nan)
-
-
-def _left(grid: GridResult, cond: str, quantity: Quantity) -> Float64[ndarray, "prompt"]:
-    transfer = grid[cond].transfer
-    assert transfer is not None
-    assert quantity in TRANSFERS
-    return transfer.left_nats(quantity)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,21 @@
 """The records of ``analysis.json`` and ``layers.json``: what the analysis adds to the grid.
 
-Percentages are in percent, effects in nats. An :class:`Estimate` holds a value and its interval;
-whatever is undefined is None with a reason.
+An :class:`Estimate` holds a value and its interval; whatever is undefined is None with a reason.
+A name means the same in every record, and a record explains only those that stand in no other:
+
+- ``layer``, ``head``, ``heads``, ``alpha``: what was patched, and the blend strength; ``k`` is a
+  number of heads. Tuples of numbers of heads are in head order.
+- ``KL_raw`` and ``KL_mapped``, in nats; ``delta``: their difference ``ΔKL``; ``drop_pct``: the
+  share of the raw damage that the map repairs. Of a layer they are those of all its heads.
+- ``coverage_pct``: ``ΔKL`` as a share of ``ΔKL(ALL)`` of the main layer; never clipped.
+- ``to_base_pct``: how far base's activations, at strength 1, take the tuned model back to base;
+  ``to_tuned_pct``: how far tuned ones take base towards the tuned model.
+- ``n_eff``: how many prompts carry the effect of all heads of the layer, ``(Σ d)² / Σ d²``.
+- ``rank``: 1 is best; ``rank_low`` and ``rank_high`` hold it in 95% of the resamples.
+- ``p_value_min``: the smallest value ``p_value`` can take.
+- ``n_subsets``: how many head sets of a size were measured; ``exhaustive``: whether these are all.
+- ``undefined_because``: why shares of a whole are undefined; None when they are defined.
+- ``reason``: why what is None in the record is missing.
 """
 
 from __future__ import annotations
@@ -19,11 +33,12 @@ from rq4lens.analysis.statistics.plain import Listed, frame_of, to_json
 from rq4lens.heads import Head
 from rq4lens.results import NO_RAW_EFFECT, Record, Shown
 
-NO_ANSWER_COVERAGE = undefined("it was not measured")
-NOT_ASKED = undefined("it is asked of heads that changed alone")
 NO_METRIC = "the divergence alone was measured: no metric was asked for"
 NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
+NOT_COVERED = undefined("it was not measured")
+NOT_ASKED = undefined("it is asked of heads that changed alone")
 UNMEASURED = undefined(NOT_MEASURED)
+NO_EFFECT_ANYWHERE = {"n_eff": "its heads carry nothing on any prompt"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +48,8 @@ class MetricEffect:
     Args:
         raw_change: of the tuned model with the raw patch, less that of the clean one.
         mapped_change: with the mapped patch.
-        to_base_pct: how far base's activations, at strength 1, take the tuned model's metric to
-            that of base.
-        to_tuned_pct: how far tuned activations, at strength 1, take base's to that of tuned.
+        to_base_pct: how far it goes to its value of base.
+        to_tuned_pct: how far that of base goes to its value of tuned.
     """
 
     raw_change: Estimate
@@ -52,20 +66,13 @@ class ConditionRecord(Record):
         layer: the patched layer; None of all layers at once.
         hook: the patched activation.
         cond: name of the condition.
-        alpha: blend strength.
-        heads: the patched heads.
         head_mask: 1 for each patched head of the layer, else 0.
         split: the prompts that were measured.
         k_positions: how many positions were patched.
         n: how many prompts were measured.
-        KL_raw_mean: KL of the raw patch, in nats.
-        KL_mapped_mean: KL of the mapped patch, in nats.
-        delta: ``ΔKL``, in nats.
-        drop_pct: share of the raw damage that the map repairs.
-        coverage_pct: ``ΔKL`` as a share of ``ΔKL(ALL)`` of the main layer.
+        KL_raw_mean: mean over prompts, in nats.
+        KL_mapped_mean: mean over prompts, in nats.
         raw_coverage_pct: ``KL_raw`` as a share of ``KL_raw(ALL)`` of the main layer.
-        to_base_pct: how far base's activations, at strength 1, take the tuned model back to base.
-        to_tuned_pct: how far tuned activations, at strength 1, take base towards the tuned model.
         gap_base_nats: ``KL(p_base || p_tuned)`` of the clean models.
         gap_tuned_nats: ``KL(p_tuned || p_base)`` of the clean models.
         flipped_pct: share of prompts whose most likely token base's activations change.
@@ -121,12 +128,11 @@ class Gap(Record):
         base_nats: ``KL(p_base || p_tuned)``.
         tuned_nats: ``KL(p_tuned || p_base)``.
         answers_differ_pct: share of prompts on which their most likely tokens differ.
-        every_layer_to_base_pct: ``to_base`` of all heads of all layers at once.
-        every_layer_to_tuned_pct: ``to_tuned`` of them.
+        every_layer_to_base_pct: of all heads of all layers at once.
+        every_layer_to_tuned_pct: of all heads of all layers at once.
         noise_nats: what two ways to compute one and the same distribution differ by.
         left_out_base_pct: probability that base gives to tokens that tuned lacks.
         left_out_tuned_pct: probability that tuned gives to tokens that base lacks.
-        undefined_because: why nothing is a share of the gap; None when shares are defined.
     """
 
     BECAUSE: ClassVar[Mapping[str, str]] = {"undefined_because": "shares of the gap are defined"}
@@ -141,24 +147,12 @@ class Gap(Record):
     left_out_tuned_pct: float
     undefined_because: str | None
 
-    def side(self, direction: str) -> Estimate:
-        """The gap that a direction closes."""
-        return self.base_nats if direction == "to_base" else self.tuned_nats
-
 
 @dataclass(frozen=True)
 class LayerTransfer(Record):
-    """What the heads of one layer carry, together and one by one, at strength 1.
+    """What the heads of one layer carry, all together and each alone."""
 
-    Args:
-        to_base_pct: of all its heads: how far the tuned model goes back to base.
-        to_tuned_pct: of all its heads: how far base goes towards the tuned model.
-        heads_to_base_pct: of each head alone, in head order.
-        heads_to_tuned_pct: of each head alone, in head order.
-        n_eff: how many prompts carry the effect of all its heads, ``(Σ d)² / Σ d²``.
-    """
-
-    BECAUSE: ClassVar[Mapping[str, str]] = {"n_eff": "its heads carry nothing on any prompt"}
+    BECAUSE: ClassVar[Mapping[str, str]] = NO_EFFECT_ANYWHERE
 
     to_base_pct: Estimate
     to_tuned_pct: Estimate
@@ -168,7 +162,7 @@ class LayerTransfer(Record):
 
 
 @dataclass(frozen=True)
-class MetricSummary(Record):
+class MetricSummary(LayerTransfer):
     """The metric of the answer in both models, and what the heads of one layer carry of it.
 
     Args:
@@ -178,19 +172,13 @@ class MetricSummary(Record):
         tuned: of the clean tuned model.
         difference: tuned less base, what shares are taken of.
         noise: what patching nothing changes of it.
-        undefined_because: why nothing is a share of the difference; None when shares are defined.
-        every_layer_to_base_pct: how far all heads of all layers take tuned's metric to base's.
-        every_layer_to_tuned_pct: how far they take base's to tuned's.
-        to_base_pct: the same of all heads of the layer.
-        to_tuned_pct: the other way.
-        heads_to_base_pct: of each head alone, in head order.
-        heads_to_tuned_pct: the other way.
-        n_eff: how many prompts carry the effect of all its heads, ``(Σ d)² / Σ d²``.
+        every_layer_to_base_pct: of all heads of all layers at once.
+        every_layer_to_tuned_pct: of all heads of all layers at once.
     """
 
     BECAUSE: ClassVar[Mapping[str, str]] = {
         "undefined_because": "shares of the difference are defined",
-        "n_eff": "its heads carry nothing on any prompt",
+        **NO_EFFECT_ANYWHERE,
     }
 
     name: str
@@ -202,21 +190,15 @@ class MetricSummary(Record):
     undefined_because: str | None
     every_layer_to_base_pct: Estimate
     every_layer_to_tuned_pct: Estimate
-    to_base_pct: Estimate
-    to_tuned_pct: Estimate
-    heads_to_base_pct: tuple[Estimate, ...]
-    heads_to_tuned_pct: tuple[Estimate, ...]
-    n_eff: float | None
 
 
 @dataclass(frozen=True)
 class FullEffect:
-    """``ΔKL(ALL)``, the denominator of every coverage, and whether it can serve as one.
+    """What shares are taken of, such as ``ΔKL(ALL)``, and whether it can serve as a denominator.
 
     Args:
-        delta: ``ΔKL(ALL)`` of the main layer, in nats.
+        delta: ``ΔKL(ALL)`` of the main layer, or the gap between the models.
         noise_floor_nats: largest mean KL that patching nothing leaves.
-        undefined_because: why coverage is undefined; None when it is defined.
     """
 
     delta: Estimate
@@ -239,15 +221,13 @@ class CoverageCurve(Record, Shown):
             be nested.
         head_sets: the heads patched at k = 0, 1, ..., H, in rank order.
         delta_nats: ``ΔKL`` of these sets.
-        coverage_pct: their coverage; never clipped.
         band_low_pct: lower end of a band that holds the whole curve with 95% confidence, by k;
             empty when coverage is undefined.
         band_high_pct: its upper end.
         area_pct: area under the curve over k/H, in percent: 100 when the first head carries all.
         cmd: area of ``|1 - coverage / 100|`` over k/H (MIB's circuit-model distance).
         k90: fewest heads that reach 90% of the full effect.
-        exhaustive: for each k, whether every set of that size was measured; only the envelope has
-            it.
+        exhaustive: by k; only the envelope has it.
     """
 
     ALSO_SAVED: ClassVar[tuple[str, ...]] = ("cpr",)
@@ -288,9 +268,6 @@ class RandomSets(Record):
     """Random head sets of one size, as a distribution.
 
     Args:
-        k: their size.
-        n_subsets: how many were measured: all of them, or draws until the mean is known.
-        exhaustive: whether these are all sets of that size.
         delta_nats: mean ``ΔKL`` of each.
         coverage_pct: coverage of each; empty when coverage is undefined.
         mean_pct: mean coverage.
@@ -303,7 +280,6 @@ class RandomSets(Record):
         band_holds_pct: how many of the drawn rankings lie within the band of the others.
         p_value: of the test that the k heads ranked first on one half of the prompts do no better
             on the other half than the average random set; selection is accounted for.
-        p_value_min: smallest value ``p_value`` can take.
     """
 
     k: int
@@ -324,26 +300,19 @@ class RandomSets(Record):
 
 @dataclass(frozen=True)
 class CoverageRow(Record):
-    """One row of the coverage table.
+    """One row of the coverage table: the top k heads of a ranking beside random sets.
 
     Args:
-        k: number of heads.
-        ranking: the ranking they come from.
-        heads: the top k heads, best first.
-        coverage_pct: their coverage, ranked and scored on the same prompts.
+        heads: best first.
+        coverage_pct: ranked and scored on the same prompts.
         cross_fitted_coverage_pct: coverage of the top k heads of one half of the prompts, scored on
             the other half.
         optimism_pct: the first minus the second, in percentage points; without an interval, since
             it comes from choosing heads and resampling keeps the choice.
-        p_value: of the test that the top k heads of one half do no better on the other half than
-            the average random set of k heads; selection is accounted for.
-        p_value_min: smallest value ``p_value`` can take.
-        n_subsets: how many random sets of this size were measured.
-        exhaustive: whether these are all sets of that size.
-        random_mean_pct: their mean coverage.
+        p_value: that of the random sets, see :class:`RandomSets`.
+        random_mean_pct: mean coverage of the random sets.
         random_low_pct: 2.5% quantile of their coverage.
         random_high_pct: 97.5% quantile of their coverage.
-        reason: why cross-fitted values, p-values or random sets are missing.
         best_heads: the set of this size with the largest coverage that was found.
         best_coverage_pct: its coverage; it was chosen on the prompts it is scored on.
         answer_coverage_pct: coverage of the same heads by another metric: what the map repairs of
@@ -369,7 +338,7 @@ class CoverageRow(Record):
     reason: str | None = None
     best_heads: tuple[int, ...] | None = None
     best_coverage_pct: float | None = None
-    answer_coverage_pct: Estimate = NO_ANSWER_COVERAGE
+    answer_coverage_pct: Estimate = NOT_COVERED
 
 
 @dataclass(frozen=True)
@@ -377,13 +346,7 @@ class HeadStability:
     """How firmly one head stands at its rank when prompts are resampled.
 
     Args:
-        head: the head.
-        rank: its rank on all prompts; 1 is best.
-        score: its score.
-        rank_low: 2.5% quantile of its rank over resamples.
-        rank_high: 97.5% quantile.
         top_probability: share of resamples in which it is among the best k, by k.
-        reason: why the range of the rank is missing, if it is.
     """
 
     head: int
@@ -400,12 +363,10 @@ class RankStability(Listed):
     """Stability of a ranking under resampling and splitting of the prompts.
 
     Args:
-        ranking: the ranking method.
-        heads: one entry per head, best first.
+        heads: best first.
         bootstrap_spearman: rank correlation between a resample and all prompts, over resamples.
         split_half_spearman: rank correlation between two halves of the prompts, over random splits.
         split_half_jaccard: overlap of the halves' top k, ``|A ∩ B| / |A ∪ B|``, by k.
-        n_splits: number of random splits.
     """
 
     ROWS: ClassVar[str] = "heads"
@@ -425,8 +386,6 @@ class Agreement:
     Args:
         kind: what differs: ``"method"``, ``"metric"``, ``"alpha"``, ``"map_kind"``, ``"fold"``,
             ``"seed"`` or ``"layer_index"``.
-        first: one ranking.
-        second: the other one.
         kendall: Kendall's tau-b.
         spearman: Spearman's rank correlation.
         rbo: rank-biased overlap with persistence 0.9; 1 for equal rankings.
@@ -449,9 +408,8 @@ class MethodRow(Record):
     """One ranking method beside exact single-head ``ΔKL``.
 
     Args:
-        method: the method.
         agreement: its agreement with the ranking by exact single-head ``ΔKL``, unless it is that.
-        coverage_pct: coverage that its top k reaches, by k.
+        coverage_pct: of its top k, by k.
         area_pct: area under its coverage curve.
         k90: fewest of its heads that reach 90%.
         seconds: how long the ranking took.
@@ -495,11 +453,8 @@ class PairInteraction:
     """``Δ({i,j}) - Δ(i) - Δ(j)`` of one pair of heads.
 
     Args:
-        first: one head.
-        second: the other head.
         interaction: positive when the two repair more together than apart, in nats.
         p_max_t: sign-flip p-value corrected for all pairs.
-        reason: why it is missing, if it is.
     """
 
     first: int
@@ -538,8 +493,6 @@ class LadderRow(Record):
 
     Args:
         name: name of the set: ``head{h}``, ``top{k}`` or ``full``.
-        heads: the heads.
-        alpha: blend strength.
         damage_nats: ``D(x) = KL(patched || clean)`` of the tuned model with ``x`` in place of the
             heads, by source ``x``.
         recovered_pct: ``100 (1 - D(x) / D(constant))`` by source; undefined where ``D(constant)``
@@ -584,7 +537,6 @@ class HeadKind(Record):
     """What kind of change one head shows.
 
     Args:
-        head: the head.
         kind: ``"idle"``, ``"unchanged"``, ``"shifted"``, ``"recoded"``, ``"reassigned"``,
             ``"replaced"`` or ``"undecided"``.
         why: what leaves it undecided; None if it is not.
@@ -615,7 +567,7 @@ class HeadKinds(Listed, Record):
     """The kinds of all heads.
 
     Args:
-        heads: one entry per head, in head order.
+        heads: one entry per head.
         rule: the rule in words, with its numbers.
         n_contents: how many contents the train prompts have; None if they name none.
         few_contents: whether these are so few that a map can send each of them anywhere.
@@ -643,13 +595,10 @@ class StandIn:
     """Something that stands in for the map, on the heads that changed, at strength 1.
 
     Args:
-        name: what it is.
         question: what it asks, in plain words.
-        heads: the heads that are patched.
         damage: what is lost with it, in nats.
         recovered_pct: of what these heads tell beyond a constant, how much is there with it.
         behind_nats: its damage less that of the map, prompt by prompt.
-        reason: why it was not measured, if it was not.
     """
 
     name: str
@@ -663,11 +612,9 @@ class StandIn:
 
 @dataclass(frozen=True)
 class ControlLayer(Record):
-    """The main layer beside the control layer, prompt by prompt.
+    """The control layer, and the main layer beside it, prompt by prompt.
 
     Args:
-        layer: the control layer.
-        delta: its ``ΔKL(ALL)``, in nats.
         less_nats: ``ΔKL(ALL)`` of the main layer less that of the control layer.
         less_to_base_pct: ``to_base`` of the main layer less that of the control layer.
     """
@@ -685,8 +632,6 @@ class NoisePair(Record):
     Args:
         gap_base_nats: its gap to base.
         to_base_pct: what all heads of the layer carry of that.
-        KL_raw: of all heads of the layer, at the run's alpha.
-        delta: ``ΔKL(ALL)`` of the layer, at the run's alpha.
         real_over_noise: the real pair's number as a multiple of the noise pair's, by name.
         delta_beyond_nats: the real ``ΔKL(ALL)`` less the noise pair's, prompt by prompt.
         gap_beyond_nats: the real gap less the noise pair's, prompt by prompt.
@@ -709,9 +654,7 @@ class DirectionCoverage(Listed):
         direction: ``"to_base"`` or ``"to_tuned"``; of the metric ``"metric"``, to base, or
             ``"metric_to_tuned"``.
         full: the gap, of which everything is a share.
-        coverage: a row a k.
         curves: the curve of the ranking by this direction, and the cross-fitted one.
-        random: random head sets by size.
     """
 
     ROWS: ClassVar[str] = "coverage"
@@ -728,16 +671,11 @@ class AlphaPoint:
     """The full effect and the head ranking at one blend strength.
 
     Args:
-        alpha: blend strength.
-        KL_raw: of all heads, in nats.
-        KL_mapped: of all heads, in nats.
-        delta: ``ΔKL(ALL)``, in nats.
-        drop_pct: share of the damage that is repaired.
-        to_base_pct: how far base's activations of all heads take the tuned model back to base.
-        coverage_pct: coverage of each single head, in head order.
-        head_to_base_pct: ``to_base`` of each single head, in head order.
-        head_delta_nats: single-head ``ΔKL``, in head order.
-        heads: heads ranked by it, best first.
+        to_base_pct: with the raw patch of this strength.
+        coverage_pct: coverage of each single head.
+        head_to_base_pct: the same of each single head.
+        head_delta_nats: single-head ``ΔKL``.
+        heads: ranked by it, best first.
         agreement: agreement of this ranking with that at the run's own alpha, unless it is that.
         agreement_reason: why it is missing, if it is.
         shuffled_pct: what a map of shuffled pairs repairs, as a share of ``ΔKL(ALL)``.
@@ -763,14 +701,11 @@ class HeadTest:
     """Sign-flip test of one head's ``ΔKL`` against zero.
 
     Args:
-        head: layer and index.
-        alpha: blend strength.
         delta: mean ``ΔKL``, in nats.
         p_value: two-sided, for this head alone.
         p_max_t: corrected for everything tried, by the largest statistic of each flip.
         p_holm: corrected by Holm.
         p_bh: false discovery rate by Benjamini and Hochberg.
-        reason: why the p-values are missing, if they are.
     """
 
     head: Head
@@ -785,17 +720,15 @@ class HeadTest:
 
 @dataclass(frozen=True, repr=False)
 class HeadTests(Listed):
-    """Sign-flip tests of everything that was tried.
+    """Sign-flip tests of everything that was tried; ``..._min`` is the smallest value of a kind.
 
     Args:
         tests: one per head (and layer and alpha, where several were tried).
         family: what is corrected for, in words.
         n_tests: how many of the tests have a p-value; Holm and BH correct for these.
         n_flips: number of sign patterns.
-        p_value_min: smallest p-value they can give.
-        p_max_t_min: smallest ``p_max_t``.
-        p_holm_min: smallest ``p_holm``, that of the clearest head.
-        p_bh_min: smallest ``p_bh``, where all heads are as clear as can be.
+        p_holm_min: that of the clearest head.
+        p_bh_min: where all heads are as clear as can be.
         exhaustive: whether these are all sign patterns.
         n_groups: groups of prompts; their signs flip together.
     """
@@ -819,11 +752,9 @@ class Alignment:
     """How the first direction of a joint low-rank map lies on the heads.
 
     Args:
-        share: share of the direction's squared length that lies on each head, in head order; sums
-            to 1.
+        share: share of the direction's squared length that lies on each head; sums to 1.
         spearman: rank correlation with single-head ``ΔKL``.
         kendall: the same by Kendall's tau-b.
-        reason: why it is missing, if it is.
     """
 
     share: tuple[float, ...]
@@ -837,13 +768,6 @@ class LayerRow(Record):
     """One layer beside the others.
 
     Args:
-        layer: the layer.
-        to_base_pct: how far base's activations of all its heads take the tuned model back to base.
-        to_tuned_pct: how far its tuned activations take base towards the tuned model.
-        KL_raw: of all its heads, in nats.
-        KL_mapped: of all its heads, in nats.
-        delta: its ``ΔKL(ALL)``, in nats.
-        drop_pct: share of the raw damage that its map repairs.
         full: whether its ``ΔKL(ALL)`` can be a denominator.
         curve: coverage of its own top k, with area and k90; None when only the grids were given.
         concentration: how unevenly its single-head ``|ΔKL|`` lies on heads.
@@ -867,16 +791,7 @@ class LayerRow(Record):
 
 @dataclass(frozen=True)
 class RankedHead:
-    """One head in the ranking of all heads of all layers.
-
-    Args:
-        head: layer and index.
-        rank: its rank by ``ΔKL``; 1 is best.
-        delta: its single-head ``ΔKL``, in nats.
-        rank_low: 2.5% quantile of its rank over resamples.
-        rank_high: 97.5% quantile.
-        reason: why the range of the rank is missing, if it is.
-    """
+    """One head in the ranking of all heads of all layers by single-head ``ΔKL``."""
 
     head: Head
     rank: int
@@ -888,18 +803,14 @@ class RankedHead:
 
 @dataclass(frozen=True, repr=False)
 class LayerComparison(Listed, Record):
-    """Everything that compares layers.
+    """Everything that compares layers. Matrices hold single heads, a row a layer.
 
     Args:
-        layers: the layers, in ascending order; rows of the matrices.
-        alpha: blend strength.
+        layers: in ascending order.
         gap: how far apart the models are, and what all heads of all layers carry of that.
-        to_base_pct: single-head ``to_base``; None where shares of the gap are undefined.
-        to_tuned_pct: single-head ``to_tuned``.
-        KL_raw: single-head ``KL_raw``, in nats.
-        KL_mapped: single-head ``KL_mapped``, in nats.
-        delta: single-head ``ΔKL``, in nats.
-        drop_pct: single-head drop; None where ``KL_raw`` is 0.
+        to_base_pct: None where shares of the gap are undefined.
+        to_tuned_pct: None where shares of the gap are undefined.
+        drop_pct: None where ``KL_raw`` is 0.
         rows: the layers side by side.
         ranking: all heads of all layers, best first.
         tests: sign-flip tests of all of them, corrected for all of them.
@@ -953,8 +864,6 @@ class CellRow:
     """One layer of a cell of a study.
 
     Args:
-        cell: name of the cell.
-        layer: the layer.
         n_layers: how many layers the models have.
         values: what is compared, by metric, of all heads of the layer.
         k90: fewest heads that reach 90% of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,13 +172,18 @@ def read_run(directory: Path | str) -> Run:
         from rq4lens.disk.hub import fetch_run  # noqa: PLC0415 - a folder needs no hub
 
         directory = fetch_run(named)
-    if not _exists(directory / RUN):
+    if not os.path.isfile(directory / RUN):  # noqa: PTH113 - no error for a name that cannot be
         raise UserError(
             f"{named!r} holds no finished run ({RUN} is missing): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
-    _refuse_other_versions(directory, run)
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
+            f"this one reads {FORMAT}): run it again into a new folder."
+        )
     with _whole(f"run {str(directory)!r}", "run it again"):
         grid = grid_of_table(
             GridSettings.from_dict(run["settings"]),
@@ -189,22 +195,6 @@ def read_run(directory: Path | str) -> Run:
         records = tuple(from_json(ConditionRecord, each) for each in saved)
         _check_completeness(grid, records)
         return Run(directory, grid, records, from_json(Analysis, analysis), run)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that no file system takes
-        return False
-
-
-def _refuse_other_versions(directory: Path, run: Any) -> None:
-    found = run.get("format") if isinstance(run, dict) else None
-    if found != FORMAT:
-        raise UserError(
-            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
-            f"this one reads {FORMAT}): run it again into a new folder."
-        )
 
 
 def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) -> None:
@@ -228,22 +218,17 @@ def _whole(what: str, fix: str) -> Iterator[None]:
         ) from problem
 
 
-def write_layers(
-    directory: Path,
-    grids: Mapping[int, GridResult],
-    comparison: LayerComparison,
-    choice: LayerChoice,
-) -> None:
+def write_layers(directory: Path, sweep: SavedLayers) -> None:
     """Write a sweep."""
-    tables = [per_prompt_table(grid) for grid in grids.values()]
+    tables = [per_prompt_table(grid) for grid in sweep.grids.values()]
     # All layers at once are measured once, and stand in every grid.
     alone = [table[table["cond"] != EVERY] for table in tables[1:]]
     table = pd.concat([*tables[:1], *alone], ignore_index=True)
     write_bytes_atomic(directory / LAYERS_PER_PROMPT, table.to_parquet(index=False))
     record = {
-        **_measured_how({str(layer): grid for layer, grid in grids.items()}),
-        "comparison": to_json(comparison),
-        "choice": to_json(choice),
+        **_measured_how({str(layer): grid for layer, grid in sweep.grids.items()}),
+        "comparison": to_json(sweep.comparison),
+        "choice": to_json(sweep.choice),
     }
     write_json_atomic(directory / LAYERS, record)
 

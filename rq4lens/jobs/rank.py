@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rq4lens.analysis.effects.layer import MeasuredLayer
+from rq4lens.analysis.effects.measured import MeasuredLayer
 from rq4lens.analysis.rankings.compared import describe_ranking, timed_ranking
 from rq4lens.analysis.rankings.file import ranking_file_rows, read_ranking
 from rq4lens.analysis.rankings.methods import RankingSettings, method_of, methods_of, refuse_unread

@@ -327,7 +327,6 @@ def _analyse(
         grid,
         measurer,
         AnalysisEffort(random_ks=sizes[config.effort.random_sizes]),
-        activations=bench.activations,
         beside=beside,
         progress=progress,
     )

@@ -81,11 +81,12 @@ def sweep_on(bench: Bench, layers: int | Sequence[int] | None = None) -> Sweep:
     with clock("compare"):
         comparison = compare_layers(grids, measurer)
     choice = choose_layers(comparison)
-    if bench.directory is not None:
-        write_layers(bench.directory, grids, comparison, choice)
     lowest = grids[chosen[0]]
     text = sweep_text(lowest.settings, lowest.n_prompts, comparison, choice)
-    return Sweep(grids, comparison, choice, text)
+    sweep = Sweep(grids, comparison, choice, text)
+    if bench.directory is not None:
+        write_layers(bench.directory, sweep)
+    return sweep
 
 
 def choose_layers(comparison: LayerComparison) -> LayerChoice:

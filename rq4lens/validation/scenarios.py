@@ -31,15 +31,14 @@ from rq4lens.analysis.rankings.methods import RankingMethod
 from rq4lens.analysis.records import HeadKind, Ladder
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
-from rq4lens.analysis.structure.elsewhere import held_out
-from rq4lens.analysis.structure.heads import (
+from rq4lens.analysis.structure.controls import held_out
+from rq4lens.analysis.structure.kinds import (
+    HELD_OUT,
     KINDS,
     KindInputs,
     head_kinds,
-    leave_one_out,
-    map_over_shift,
+    ladder,
 )
-from rq4lens.analysis.structure.ladder import HELD_OUT, ladder
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
 from rq4lens.heads import Head, HeadSet
 from rq4lens.models.load.loading import LoadedModel
@@ -397,20 +396,18 @@ class Trial:
         """Truth and verdict of each head."""
         measured = self.of_kinds
         rungs: tuple[str, ...] = (*RUNGS, OUTPUT)
-        experiment = self._experiment(measured)
-        without = held_out(experiment.maps[self.layer], self.activations, experiment.split)
+        without = held_out(self._experiment(measured), self.layer)
         if not isinstance(without, str):
             measured, rungs = measured.also({HELD_OUT: without}), (*rungs, HELD_OUT)
         neutral = self.of_neutral
         bootstrap = Bootstrap(measured.groups, RESAMPLES, self.planted.how.seed)
-        inputs = KindInputs(
-            ladder=self._ladder(measured, rungs),
-            neutral="there are no neutral prompts"
-            if neutral is None
-            else self._ladder(neutral, RUNGS),
-            map_over_shift_nats=map_over_shift(measured, bootstrap),
-            leave_one_out_nats=leave_one_out(measured, bootstrap),
-            held_out_because=without if isinstance(without, str) else None,
+        elsewhere = "there are no neutral prompts"
+        inputs = KindInputs.of(
+            measured,
+            self._ladder(measured, rungs),
+            elsewhere if neutral is None else self._ladder(neutral, RUNGS),
+            without,
+            bootstrap,
         )
         for head in head_kinds(inputs).heads:
             yield self.scenario.name, self.truth(head.head), verdict_of(head)

@@ -9,8 +9,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import curve_of
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import Indices, MeasuredSets
+from rq4lens.analysis.effects.measured import Indices, MeasuredLayer, MeasuredSets
 from rq4lens.analysis.records import CoverageCurve, Interactions, PairInteraction
 from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, undefined
 from rq4lens.analysis.statistics.sign_flips import NO_EFFECT, sign_flips

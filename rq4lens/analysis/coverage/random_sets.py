@@ -14,7 +14,7 @@ from numpy import ndarray
 from scipy.sparse import csr_array
 from scipy.special import stdtr, stdtrit
 
-from rq4lens.analysis.coverage.cross_fitted import CrossFit
+from rq4lens.analysis.coverage.curves import CrossFit
 from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.records import RandomSets
 from rq4lens.analysis.statistics.bootstrap import LEVEL, group_membership
@@ -197,10 +197,7 @@ def deltas_of(measured: MeasuredSets, seeds: Mapping[int, Indices]) -> dict[int,
 
 
 def described(
-    k: int,
-    delta: Float64[ndarray, "draw"],
-    full_delta: float | None,
-    of_seeds: Mapping[int, float],
+    k: int, delta: Float64[ndarray, "draw"], full_delta: float | None, of_seeds: Mapping[int, float]
 ) -> RandomSets:
     """The record of drawn sets whose mean ``ΔKL`` is known."""
     coverage = np.empty(0) if full_delta is None else 100 * delta / full_delta

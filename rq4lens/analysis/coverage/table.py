@@ -8,8 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rq4lens.analysis.coverage.cross_fitted import CrossFit, cross_fitted_curve
-from rq4lens.analysis.coverage.curves import ranking_curve
+from rq4lens.analysis.coverage.curves import CrossFit, cross_fitted_curve, ranking_curve
 from rq4lens.analysis.coverage.random_sets import (
     RandomRankings,
     band_holds,
@@ -20,10 +19,10 @@ from rq4lens.analysis.coverage.random_sets import (
     random_sets,
     untestable_because,
 )
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import Indices
+from rq4lens.analysis.effects.measured import Indices, MeasuredLayer
 from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, RandomSets
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
+from rq4lens.config import AnalysisEffort
 from rq4lens.results import GridResult, HeadRanking
 
 RANDOM_SHARES = ("mean_pct", "mean_error_pct", "band_low_pct", "band_high_pct", "band_holds_pct")
@@ -62,27 +61,31 @@ class CoverageInputs:
     """What a coverage table is made from.
 
     Args:
-        random_ks: the sizes of random sets, in ascending order; those shown are among them.
+        effort: how much is drawn; the sizes of its random sets hold those that are shown.
         seed_sets: the run's own random sets, by size and seed.
     """
 
     layer: MeasuredLayer
     ranking: HeadRanking
-    random_ks: tuple[int, ...]
+    effort: AnalysisEffort
     seed_sets: Mapping[int, Mapping[int, Indices]]
-    n_random_sets: int = 200
-    n_splits: int = 5
+
+    @property
+    def random_ks(self) -> tuple[int, ...]:
+        """The sizes of random sets, in ascending order."""
+        return self.effort.random_ks or ()
 
     @cached_property
     def cross_fit(self) -> CrossFit:
         """Rankings made on halves of the prompts."""
-        return CrossFit.of(self.layer, self.n_splits)
+        return CrossFit.of(self.layer, self.effort.n_splits)
 
     @cached_property
     def rankings(self) -> RandomRankings:
         """Random rankings: their first k heads are the random sets of size k, for every k."""
         layer, whole = self.layer, self.layer.full_delta
-        drawn = RandomRankings.draw(layer.measured, self.n_random_sets, layer.bootstrap.seed)
+        n_sets, seed = self.effort.n_random_sets, layer.bootstrap.seed
+        drawn = RandomRankings.draw(layer.measured, n_sets, seed)
         return drawn if whole is None else drawn.until_precise(self.random_ks, whole)
 
     def absent(self, *shares: str) -> dict[str, str]:
@@ -112,13 +115,14 @@ def coverage_of_grid(inputs: CoverageInputs) -> Coverage:
     """The coverage table from the grid's own conditions alone."""
     layer = inputs.layer
     missing = undefined(layer.full.undefined_because or NOT_MEASURED)
-    random, rows = [], []
-    for k, plain in zip(layer.ks, _coverage_of_top(inputs), strict=True):
+    random = []
+    for k in layer.ks:
         of_seeds = deltas_of(layer.measured, inputs.seed_sets.get(k, {}))
         drawn = described(k, np.array(list(of_seeds.values())), layer.full_delta, of_seeds)
         random.append(replace(drawn, reasons=inputs.absent(*RANDOM_SHARES)))
-        rows.append(_row(inputs, plain, missing, random[-1]))
-    return Coverage(tuple(rows), (), tuple(sets for sets in random if sets.n_subsets))
+    plain = zip(_coverage_of_top(inputs), random, strict=True)
+    rows = tuple(_row(inputs, each, missing, sets) for each, sets in plain)
+    return Coverage(rows, (), tuple(sets for sets in random if sets.n_subsets))
 
 
 def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
@@ -127,10 +131,7 @@ def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
     if layer.full.undefined_because is not None:
         return [undefined(layer.full.undefined_because)] * len(layer.ks)
     delta_nats = measured.delta_nats([inputs.ranking.top(k) for k in layer.ks])
-    estimates = layer.bootstrap.estimate(
-        np.concatenate([layer.whole_nats[None], delta_nats]),
-        lambda m: 100 * m[..., 1:] / m[..., :1],
-    )
+    estimates = layer.bootstrap.percent(layer.whole_nats, delta_nats)
     # All heads cover everything, however they are ranked.
     return [
         exact(100.0) if k == measured.n_heads and layer.all_is_whole else estimate
@@ -140,20 +141,18 @@ def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
 
 def coverage(inputs: CoverageInputs) -> Coverage:
     """The coverage table with curves, random sets and cross-fitting."""
-    layer = inputs.layer
-    random = _with_band(inputs, tuple(_judged(inputs, k) for k in inputs.random_ks))
-    plain, cross_fit = ranking_curve(inputs.ranking, layer), inputs.cross_fit
-    curves = [plain]
+    layer, cross_fit = inputs.layer, inputs.cross_fit
+    random = _with_band(inputs, [_judged(inputs, k) for k in inputs.random_ks])
+    plain = ranking_curve(inputs.ranking, layer)
+    missing = undefined(layer.full.undefined_because or cross_fit.undefined_because or "")
+    curves, crossed = [plain], (missing,) * len(plain.coverage_pct)
     if cross_fit.undefined_because is None:
         name = f"{inputs.ranking.method} (cross-fitted)"
         curves.append(cross_fitted_curve(name, cross_fit, layer))
         crossed = curves[1].coverage_pct
-    else:
-        missing = undefined(layer.full.undefined_because or cross_fit.undefined_because)
-        crossed = (missing,) * len(plain.coverage_pct)
     by_k = {sets.k: sets for sets in random}
     rows = tuple(_row(inputs, plain.coverage_pct[k], crossed[k], by_k[k]) for k in layer.ks)
-    return Coverage(rows, tuple(curves), random)
+    return Coverage(rows, tuple(curves), tuple(random))
 
 
 def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
@@ -167,22 +166,17 @@ def _judged(inputs: CoverageInputs, k: int) -> RandomSets:
     return replace(random, p_value=tested.value, p_value_min=tested.smallest)
 
 
-def _with_band(inputs: CoverageInputs, random: tuple[RandomSets, ...]) -> tuple[RandomSets, ...]:
+def _with_band(inputs: CoverageInputs, random: list[RandomSets]) -> list[RandomSets]:
     full_delta = inputs.layer.full_delta
     if full_delta is None or not random:
         return random
     delta = np.stack([inputs.rankings.delta(sets.k) for sets in random], axis=1)
-    low, high = random_band(100 / full_delta * delta)
+    ends = np.transpose(random_band(100 / full_delta * delta)).tolist()
     holds = band_holds(delta) if len(delta) > 1 else None
-    return tuple(
-        replace(
-            sets,
-            band_low_pct=float(low[at]),
-            band_high_pct=float(high[at]),
-            band_holds_pct=holds,
-        )
-        for at, sets in enumerate(random)
-    )
+    return [
+        replace(sets, band_low_pct=low, band_high_pct=high, band_holds_pct=holds)
+        for sets, (low, high) in zip(random, ends, strict=True)
+    ]
 
 
 def _row(

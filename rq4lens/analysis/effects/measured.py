@@ -1,8 +1,10 @@
-"""The head sets of one layer and alpha: a view of what a measurer knows and measures."""
+"""The head sets of one layer: what a measurer knows of them, and as tables read them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from math import comb
 from typing import NoReturn
@@ -12,24 +14,19 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
+from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
+from rq4lens.analysis.rankings.agreement import Scored
+from rq4lens.analysis.records import FullEffect
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
 from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Indices, Measurer, MeasuresPatches
 from rq4lens.patching.patch import BASE, MAPPED, RAW, TUNED, Effects, Patch, Progress
-from rq4lens.results import METRIC_TRANSFERS, GridResult, PatchRow, sign_of
+from rq4lens.results import METRIC_TRANSFERS, SWAPPED, GridResult, PatchRow, sign_of
 
 PerPrompt = Float64[ndarray, "condition prompt"]
 Site = Float[Tensor, "prompt position head d_head"]
-
-
-SWAPPED: dict[RankBy, str] = {
-    "to_base": BASE,
-    "to_tuned": TUNED,
-    "metric": BASE,
-    "metric_to_tuned": TUNED,
-}
-"""The directions of transfer, and whose activations are put into the other model."""
 
 
 class GridAlone:
@@ -47,6 +44,7 @@ class GridAlone:
         )
 
 
+@dataclass(frozen=True, eq=False)
 class MeasuredSets:
     """The effects of head sets of one layer at one alpha; each is measured once.
 
@@ -57,25 +55,10 @@ class MeasuredSets:
         mapped: the source that counts as mapped.
     """
 
-    def __init__(
-        self, measurer: Measurer, layer: int, alpha: float, *, mapped: str = MAPPED
-    ) -> None:
-        self.measurer = measurer
-        self.layer = layer
-        self.alpha = alpha
-        self.mapped = mapped
-        self.n_heads = measurer.n_heads
-        self.groups = measurer.groups
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """What each head set is patched with."""
-        return RAW, self.mapped
-
-    @property
-    def _views(self) -> list[dict[Indices, PatchRow]]:
-        known = self.measurer.known
-        return [known(self.layer, self.alpha, source) for source in self.sources]
+    measurer: Measurer
+    layer: int
+    alpha: float
+    mapped: str = MAPPED
 
     @classmethod
     def of(cls, source: MeasuresPatches, layer: int, alpha: float) -> MeasuredSets:
@@ -90,6 +73,26 @@ class MeasuredSets:
         return cls(measurer, grid.settings.layer, grid.settings.patching.alpha)
 
     @property
+    def n_heads(self) -> int:
+        """Heads of the layer."""
+        return self.measurer.n_heads
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group of each prompt."""
+        return self.measurer.groups
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What each head set is patched with."""
+        return RAW, self.mapped
+
+    @property
+    def _views(self) -> list[dict[Indices, PatchRow]]:
+        known = self.measurer.known
+        return [known(self.layer, self.alpha, source) for source in self.sources]
+
+    @property
     def experiment(self) -> MeasuresPatches | None:
         """What measures; None if nothing more can be measured."""
         source = self.measurer.source
@@ -97,29 +100,22 @@ class MeasuredSets:
 
     def at(self, alpha: float) -> MeasuredSets:
         """The same layer at another blend strength."""
-        return MeasuredSets(self.measurer, self.layer, alpha, mapped=self.mapped)
-
-    def with_mapped(self, sources: Mapping[str, Site]) -> dict[str, MeasuredSets]:
-        """The same layer with something else in place of the mapped activations, by its name."""
-        views = {}
-        for name, source in sources.items():
-            measurer = self.measurer.with_sources({(self.layer, name): source})
-            views[name] = MeasuredSets(measurer, self.layer, self.alpha, mapped=name)
-        return views
+        return replace(self, alpha=alpha)
 
     def also(self, sources: Mapping[str, Site]) -> MeasuredSets:
         """The same layer with more sources, by name; nothing is known of it yet."""
         extra = {(self.layer, name): source for name, source in sources.items()}
-        return MeasuredSets(self.measurer.with_sources(extra), self.layer, self.alpha)
+        return replace(self, measurer=self.measurer.with_sources(extra))
+
+    def with_mapped(self, sources: Mapping[str, Site]) -> dict[str, MeasuredSets]:
+        """The same layer with something else in place of the mapped activations, by its name."""
+        return {
+            name: replace(self.also({name: source}), mapped=name)
+            for name, source in sources.items()
+        }
 
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:
-        """Measure those sets that are missing.
-
-        Args:
-            sets: head sets, as head indices in any order.
-
-        Returns:
-            The same sets, sorted.
+        """Measure those sets, head indices in any order, that are missing; the same sets, sorted.
 
         Raises:
             UserError: if some are missing and there is no experiment to measure them with.
@@ -198,64 +194,46 @@ class MeasuredSets:
 
     def transfer(self, direction: RankBy) -> TransferSets:
         """What head sets of the layer carry in one direction."""
-        return TransferSets(self.measurer, self.layer, direction)
+        return TransferSets(self.measurer, self.layer, 1.0, direction=direction)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TransferSets(MeasuredSets):
-    """What head sets of one layer carry in one direction: the gap, and what they leave of it.
+    """What head sets of one layer carry in one direction: the gap, and what they leave of it."""
 
-    Args:
-        measurer: measures what is missing.
-        layer: the layer.
-        direction: one of ``TRANSFERS`` or ``METRIC_TRANSFERS``.
-    """
-
-    def __init__(self, measurer: Measurer, layer: int, direction: RankBy) -> None:
-        super().__init__(measurer, layer, 1.0)
-        self.direction = direction
+    direction: RankBy
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The other model's activations."""
-        return (SWAPPED[self.direction],)
+        return (BASE if SWAPPED[self.direction] == "into_tuned" else TUNED,)
 
     @property
     def gap_nats(self) -> Float64[ndarray, "prompt"]:
         """The gap between the clean models on each prompt."""
-        return self._left_of_nothing * self._sign
-
-    @property
-    def _left_of_nothing(self) -> Float64[ndarray, "prompt"]:
-        nothing = Patch(self.layer, HeadSet.none(self.n_heads), 1.0, *self.sources)
-        self.measurer.require([nothing])
-        return self._left(())
-
-    @property
-    def _sign(self) -> int:
-        return sign_of(self._left_of_nothing) if self.direction in METRIC_TRANSFERS else 1
+        gap = self._left(self._clean(*self.sources))
+        return gap * sign_of(gap) if self.direction in METRIC_TRANSFERS else gap
 
     def kl_nats(self, sets: Iterable[Iterable[int]]) -> tuple[PerPrompt, PerPrompt]:
         """The gap, and what is left of it under each head set, on each prompt."""
-        gap, wanted = self.gap_nats, self.require(sets)
-        left = np.array([self._left(heads) for heads in wanted]).reshape(-1, len(gap)) * self._sign
-        return np.broadcast_to(gap, left.shape), left
+        known, before = self._views[0], self._left(self._clean(*self.sources))
+        sign = sign_of(before) if self.direction in METRIC_TRANSFERS else 1
+        rows = [self._left(known[heads]) for heads in self.require(sets)]
+        left = sign * np.array(rows).reshape(-1, len(before))
+        return np.broadcast_to(sign * before, left.shape), left
 
-    def _left(self, heads: Indices) -> Float64[ndarray, "prompt"]:
-        row = self._views[0][heads]
-        left = row.gap_left_nats
+    def _left(self, patched: PatchRow) -> Float64[ndarray, "prompt"]:
+        left = patched.gap_left_nats
         if self.direction in METRIC_TRANSFERS:
-            other = self._of_other.metric
-            left = None if row.metric is None or other is None else row.metric - other
+            there = self._clean(TUNED if self.sources == (BASE,) else BASE).metric
+            left = None if patched.metric is None or there is None else patched.metric - there
         if left is None:
             raise UserError("transfer was not measured: give an experiment that has both models.")
         return left
 
-    @property
-    def _of_other(self) -> PatchRow:
-        """The other model with nothing patched."""
-        source = TUNED if self.sources == (BASE,) else BASE
-        nothing = Patch(self.layer, HeadSet.none(self.n_heads), 1.0, source)
-        self.measurer.require([nothing])
+    def _clean(self, source: str) -> PatchRow:
+        """The model that a source goes into, with nothing patched."""
+        self.measurer.require([Patch(self.layer, HeadSet.none(self.n_heads), 1.0, source)])
         return self.measurer.known(self.layer, 1.0, source)[()]
 
 
@@ -263,3 +241,80 @@ def prefixes(heads: Iterable[int]) -> list[Indices]:
     """The first 0, 1, 2, ... heads of a ranking."""
     order = tuple(int(head) for head in heads)
     return [order[:k] for k in range(len(order) + 1)]
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """The measured head sets of one layer, and how tables of them are made.
+
+    Args:
+        full: the full effect, the denominator of every coverage.
+        ks: sizes of the head sets in tables.
+        gap_nats: the gap to base of the clean models; None if it was not measured.
+    """
+
+    measured: MeasuredSets
+    full: FullEffect
+    bootstrap: Bootstrap
+    ks: tuple[int, ...]
+    rank_by: RankBy
+    gap_nats: Float64[ndarray, "prompt"] | None = None
+
+    @classmethod
+    def of_grid(cls, grid: GridResult, experiment: MeasuresPatches | None = None) -> MeasuredLayer:
+        """The main layer of a grid; the experiment can measure more."""
+        bootstrap, patching = bootstrap_of(grid), grid.settings.patching
+        full = grid_full_effect(grid, bootstrap)
+        measured = MeasuredSets.of_grid(grid, experiment)
+        nothing = grid["none"].transfer if "none" in grid.conditions else None
+        gap_nats = None if nothing is None else nothing.left_nats("to_base")
+        return cls(measured, full, bootstrap, patching.k, patching.rank_by, gap_nats)
+
+    def transfer(self, direction: RankBy, full: FullEffect) -> MeasuredLayer:
+        """The same layer by what its heads carry of a gap in one direction."""
+        measured = self.measured.transfer(direction)
+        return replace(self, measured=measured, full=full, rank_by=direction)
+
+    @property
+    def ranked_on(self) -> MeasuredSets:
+        """What single heads are ranked by: their transfer, or the layer's own effects."""
+        if self.rank_by in SWAPPED and not isinstance(self.measured, TransferSets):
+            return self.measured.transfer(self.rank_by)
+        return self.measured
+
+    @cached_property
+    def whole_nats(self) -> Float64[ndarray, "prompt"]:
+        """What a coverage is a share of, on each prompt: the effect of all heads, or the gap."""
+        if isinstance(self.measured, TransferSets):
+            return self.measured.gap_nats
+        return self.measured.delta_nats([self.measured.everything])[0]
+
+    @property
+    def all_is_whole(self) -> bool:
+        """Whether all heads of the layer cover everything by definition."""
+        return not isinstance(self.measured, TransferSets)
+
+    @property
+    def full_delta(self) -> float | None:
+        """``ΔKL(ALL)`` in nats, or None when it cannot be a denominator."""
+        return None if self.full.undefined_because else self.full.delta.value
+
+    @cached_property
+    def singles(self) -> tuple[PerPrompt, PerPrompt]:
+        """``KL_raw`` and ``KL_mapped`` of single heads."""
+        return self.measured.kl_nats(self.measured.singles)
+
+    @property
+    def single_deltas(self) -> PerPrompt:
+        """``ΔKL`` of single heads."""
+        raw, mapped = self.singles
+        return raw - mapped
+
+    @cached_property
+    def resampled_singles(self) -> Resampled:
+        """Mean ``ΔKL`` of single heads in every resample."""
+        return self.bootstrap.resampled(self.single_deltas)
+
+    def scored(self, name: str = "delta") -> Scored:
+        """Exact single-head ``ΔKL``, with which other rankings are compared."""
+        return Scored(name, self.single_deltas.mean(-1), self.resampled_singles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -11,22 +11,17 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from rq4lens.analysis.effects.metric import (
+from rq4lens.analysis.effects.transfer import (
     every_layer_effect,
+    gap_of,
     metric_effects,
     metric_full_effect,
+    transfer_estimates,
 )
-from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.records import ConditionRecord, FullEffect, Gap
-from rq4lens.analysis.statistics.bootstrap import (
-    ONE_GROUP,
-    Bootstrap,
-    Estimate,
-    Resampled,
-    exact,
-    undefined,
-)
+from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, Bootstrap, Estimate, exact, undefined
 from rq4lens.config import RankBy
+from rq4lens.heads import HeadSet
 from rq4lens.results import (
     EVERY,
     HOOK,
@@ -69,22 +64,18 @@ def full_effect(
     """
     resampled = bootstrap.resampled(delta_nats[None])
     (delta,) = resampled.estimates()
-    return FullEffect(delta, noise_floor_nats, _why_undefined(resampled, delta, noise_floor_nats))
-
-
-def _why_undefined(resampled: Resampled, delta: Estimate, noise_floor_nats: float) -> str | None:
-    value = float(resampled.point[0])
-    if abs(value) <= noise_floor_nats:
-        return _within_noise("ΔKL(ALL)", value, noise_floor_nats)
-    if len(resampled.jackknife) == 0:
-        return f"ΔKL(ALL) has no confidence interval: {ONE_GROUP}"
+    value, why = float(resampled.point[0]), None
     # Where all prompts agree to the last digit there is no interval: the draws' own range.
     low, high = float(resampled.draws.min()), float(resampled.draws.max())
     if delta.interval is not None:
         low, high = delta.interval.pair
-    if low <= 0 <= high:
-        return f"the 95% interval of ΔKL(ALL), [{low:.3g}, {high:.3g}] nats, reaches 0"
-    return None
+    if abs(value) <= noise_floor_nats:
+        why = _within_noise("ΔKL(ALL)", value, noise_floor_nats)
+    elif bootstrap.n_groups == 1:
+        why = f"ΔKL(ALL) has no confidence interval: {ONE_GROUP}"
+    elif low <= 0 <= high:
+        why = f"the 95% interval of ΔKL(ALL), [{low:.3g}, {high:.3g}] nats, reaches 0"
+    return FullEffect(delta, noise_floor_nats, why)
 
 
 def _within_noise(what: str, nats: float, floor_nats: float) -> str:
@@ -105,48 +96,58 @@ def records(
     ``ctrl_full`` too: its coverage says how much the control layer's map repairs, as a share of
     what the main layer's map repairs. Undefined values are null, with the reason beside them.
     """
-    every, bootstrap = conditions is None, bootstrap_of(grid)
-    conditions = list(grid.conditions.values()) if conditions is None else list(conditions)
+    chosen = list(grid.conditions.values()) if conditions is None else list(conditions)
+    bootstrap, patching = bootstrap_of(grid), grid.settings.patching
     gap = gap_of(grid, bootstrap)
-    transfers = [each.transfer for each in conditions]
-    swapped = transfer_estimates(grid, transfers, bootstrap, gap.undefined_because)
-    estimates = condition_estimates(grid, conditions, bootstrap)
-    metric = metric_effects(grid, conditions, bootstrap)
-    found = [
-        _record(grid, gap, each, {**own, **both, "metric": its})
-        for each, own, both, its in zip(conditions, estimates, swapped, metric, strict=True)
+    transfers = [each.transfer for each in chosen]
+    numbers: list[dict[str, Any]] = [
+        {**own, **swapped, "metric": metric}
+        for own, swapped, metric in zip(
+            condition_estimates(grid, chosen, bootstrap),
+            transfer_estimates(grid, transfers, bootstrap, gap.undefined_because),
+            metric_effects(grid, chosen, bootstrap),
+            strict=True,
+        )
     ]
-    if every and grid.every_layer is not None:
-        swapped = transfer_estimates(grid, [grid.every_layer], bootstrap, gap.undefined_because)
-        its = every_layer_effect(grid, bootstrap)
-        found.append(_every_layer(found[0], {**swapped[0], "metric": its}))
+    found = [
+        ConditionRecord(
+            layer=condition.layer,
+            hook=HOOK,
+            cond=condition.cond,
+            alpha=condition.alpha,
+            heads=condition.heads.indices,
+            head_mask=condition.heads.mask,
+            split=patching.split,
+            k_positions=patching.k_positions,
+            n=grid.n_prompts,
+            gap_base_nats=gap.base_nats,
+            gap_tuned_nats=gap.tuned_nats,
+            **each,
+        )
+        for condition, each in zip(chosen, numbers, strict=True)
+    ]
+    if conditions is None and grid.every_layer is not None:
+        found.append(_every_layer(grid, found[0], gap, bootstrap))
     return tuple(found)
 
 
-def _record(
-    grid: GridResult, gap: Gap, condition: ConditionResult, numbers: Mapping[str, Any]
+def _every_layer(
+    grid: GridResult, first: ConditionRecord, gap: Gap, bootstrap: Bootstrap
 ) -> ConditionRecord:
-    return ConditionRecord(
-        layer=condition.layer,
-        hook=HOOK,
-        cond=condition.cond,
-        alpha=condition.alpha,
-        heads=condition.heads.indices,
-        head_mask=tuple(condition.heads.mask),
-        split=grid.settings.patching.split,
-        k_positions=grid.settings.patching.k_positions,
-        n=grid.n_prompts,
-        gap_base_nats=gap.base_nats,
-        gap_tuned_nats=gap.tuned_nats,
-        **numbers,
+    """The record of all layers at once, which shares with the others what is said of the grid."""
+    (swapped,) = transfer_estimates(grid, [grid.every_layer], bootstrap, gap.undefined_because)
+    heads = HeadSet.all(grid.n_heads)
+    same: dict[str, Any] = {**dict.fromkeys(QUANTITIES, undefined(AT_ONCE)), **swapped}
+    return replace(
+        first,
+        layer=None,
+        cond=EVERY,
+        alpha=1.0,
+        heads=heads.indices,
+        head_mask=heads.mask,
+        metric=every_layer_effect(grid, bootstrap),
+        **same,
     )
-
-
-def _every_layer(full: ConditionRecord, swapped: Mapping[str, Any]) -> ConditionRecord:
-    absent = dict.fromkeys(QUANTITIES, undefined(AT_ONCE))
-    same: dict[str, Any] = {**absent, **swapped, "layer": None, "cond": EVERY, "alpha": 1.0}
-    heads = tuple(range(len(full.head_mask)))
-    return replace(full, heads=heads, head_mask=(1,) * len(heads), **same)
 
 
 def condition_estimates(
@@ -194,21 +195,22 @@ def ranking_rows(grid: GridResult, ranking: HeadRanking | None = None) -> list[d
     rows = []
     for rank, head in enumerate((ranking or grid.ranking).heads, 1):
         single = grid.single(head)
-        numbers = {name: getattr(single, name) for name in RANKED}
-        row: dict[str, Any] = {"head": head, "rank": rank, **numbers}
+        row: dict[str, Any] = {"head": head, "rank": rank}
+        row |= {name: getattr(single, name) for name in RANKED}
         if single.drop_pct is None:
             row["drop_pct_reason"] = NO_RAW_EFFECT
         for direction, why in whys.items():
-            row |= _carried(grid, single, direction, why)
+            name = f"{direction}_pct"
+            row[name] = float(carried_pct(grid, [single], direction)[0]) if why is None else None
+            if why is not None:
+                row[f"{name}_reason"] = why
         rows.append(row)
     return rows
 
 
-def _carried(
-    grid: GridResult, single: ConditionResult, direction: RankBy, undefined_because: str | None
-) -> dict[str, Any]:
-    name = f"{direction}_pct"
-    if undefined_because is not None:
-        return {name: None, f"{name}_reason": undefined_because}
-    gap, left = gaps_of(grid["none"], [single], direction).mean(-1)
-    return {name: float(100 * (1 - left / gap)[0])}
+def carried_pct(
+    grid: GridResult, conditions: Sequence[ConditionResult], direction: RankBy
+) -> Float64[ndarray, "condition"]:
+    """How far each condition goes in one direction, as a share of the mean gap."""
+    whole, left = gaps_of(grid["none"], conditions, direction).mean(-1)
+    return np.asarray(100 * (1 - left / whole))

@@ -110,8 +110,11 @@ def agreement(
     together, shown = _together(first, second, bootstrap), [k for k in ks if k <= len(first.scores)]
 
     def measures(both: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows measure"]:
-        one, other = np.split(both, 2, axis=-1)
-        return _measures(one, other, shown)
+        scores = np.split(both, 2, axis=-1)
+        one, other = (ranks_of(each) for each in scores)
+        jaccard = [top_jaccard(one, other, k) for k in shown]
+        correlations = kendall(*scores), spearman(*scores)
+        return np.stack([*correlations, rank_biased_overlap(one, other), *jaccard], axis=-1)
 
     if together is None:
         values = measures(np.concatenate([first.scores, second.scores])[None])[0]
@@ -119,9 +122,10 @@ def agreement(
         found = [Estimate(value, None, why) for value in values.tolist()]
     else:
         found = together.apply(measures).estimates("percentile")
-    reason = _why_uncorrelated(first, second)
-    if reason is not None:
-        found[:2] = [undefined(reason)] * 2
+    if len(first.scores) < 2:
+        found[:2] = [undefined(TOO_FEW_HEADS)] * 2
+    elif any(np.ptp(scored.scores) == 0 for scored in (first, second)):
+        found[:2] = [undefined(ALL_TIED)] * 2
     tau, rho, rbo, *jaccard = found
     return Agreement(
         kind=kind,
@@ -133,20 +137,6 @@ def agreement(
         jaccard=dict(zip(shown, jaccard, strict=True)),
         note=note,
     )
-
-
-def _measures(first: Scores, second: Scores, ks: Sequence[int]) -> Float64[ndarray, "*rows each"]:
-    """Both correlations, the rank-biased overlap and the Jaccard index of each k."""
-    ranks = ranks_of(first), ranks_of(second)
-    jaccard = [_top_jaccard(*ranks, k) for k in ks]
-    overlap = _rank_biased_overlap(*ranks)
-    return np.stack([kendall(first, second), spearman(first, second), overlap, *jaccard], axis=-1)
-
-
-def _why_uncorrelated(first: Scored, second: Scored) -> str | None:
-    if len(first.scores) < 2:
-        return TOO_FEW_HEADS
-    return ALL_TIED if any(np.ptp(scored.scores) == 0 for scored in (first, second)) else None
 
 
 def _together(first: Scored, second: Scored, bootstrap: Bootstrap) -> Resampled | None:
@@ -216,17 +206,13 @@ def mean_ranks(values: Float64[ndarray, "*rows each"]) -> Float64[ndarray, "*row
     return ranks
 
 
-def rank_biased_overlap(first: Scores, second: Scores) -> Float64[ndarray, "*rows"]:
+def rank_biased_overlap(first: Ranks, second: Ranks) -> Float64[ndarray, "*rows"]:
     """Extrapolated rank-biased overlap of two full rankings, row by row, in [0, 1].
 
     Source:
         Webber, Moffat and Zobel, A Similarity Measure for Indefinite Rankings (2010), equation 23
-        (rankings of equal length without ties; ties here break by head index).
+        (rankings of equal length without ties).
     """
-    return _rank_biased_overlap(ranks_of(first), ranks_of(second))
-
-
-def _rank_biased_overlap(first: Ranks, second: Ranks) -> Float64[ndarray, "*rows"]:
     depth = np.arange(1, first.shape[-1] + 1)
     # A head is among the first d of both rankings from the deeper of its two ranks on, and weighs
     # at each of these depths what its share of the overlap weighs there.
@@ -236,11 +222,7 @@ def _rank_biased_overlap(first: Ranks, second: Ranks) -> Float64[ndarray, "*rows
     return np.asarray(PERSISTENCE ** depth[-1] + body)
 
 
-def top_jaccard(first: Scores, second: Scores, k: int) -> Float64[ndarray, "*rows"]:
+def top_jaccard(first: Ranks, second: Ranks, k: int) -> Float64[ndarray, "*rows"]:
     """``|A ∩ B| / |A ∪ B|`` of the two top-k sets, row by row."""
-    return _top_jaccard(ranks_of(first), ranks_of(second), k)
-
-
-def _top_jaccard(first: Ranks, second: Ranks, k: int) -> Float64[ndarray, "*rows"]:
     both = ((first <= k) & (second <= k)).sum(-1)
     return np.asarray(both / (2 * k - both))

@@ -1,31 +1,46 @@
-"""Ranking by any method, and rankings side by side: by method, metric, map, prompts and seed."""
+"""Rankings side by side: by method, metric, map, seed, and on other prompts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
-from rq4lens.analysis.coverage.curves import ranking_curve
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.coverage.curves import TOO_FEW_GROUPS, half_means, half_splits, ranking_curve
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
-from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
+from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement, spearman, top_jaccard
+from rq4lens.analysis.rankings.exact import sampled_orders, shapley_of_orders
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of
-from rq4lens.analysis.rankings.shapley import sampled_orders, shapley_of_orders
-from rq4lens.analysis.records import Agreement, Alignment, CoverageCurve, MethodRow
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, exact, undefined
+from rq4lens.analysis.records import (
+    Agreement,
+    Alignment,
+    CoverageCurve,
+    HeadStability,
+    MethodRow,
+    RankStability,
+)
+from rq4lens.analysis.statistics.bootstrap import (
+    LEVEL,
+    ONE_GROUP,
+    Bootstrap,
+    Estimate,
+    Resampled,
+    Spread,
+    exact,
+    undefined,
+)
 from rq4lens.errors import UserError
-from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.maps.fitting import FitData, refit
 from rq4lens.patching.maps.kinds import fit_block
 from rq4lens.patching.maps.map import MapKind
-from rq4lens.results import ConditionResult, GridResult, HeadRanking
+from rq4lens.results import ConditionResult, GridResult, HeadRanking, ranks_of, single_scores
 
 
 def rank_heads(
@@ -119,32 +134,27 @@ def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimat
     It is undefined, as coverage is, when the repair under the full patch cannot be told from 0.
     """
     ks = grid.settings.patching.k
-    repair = np.stack(
-        [answer_repair_nats(grid[f"top{k}"]) for k in ks] + [answer_repair_nats(grid.full)]
-    )
-    full = full_effect(repair[-1], 0.0, bootstrap)
+    whole = answer_repair_nats(grid.full)
+    full = full_effect(whole, 0.0, bootstrap)
     if full.undefined_because is not None:
         reason = full.undefined_because.replace("ΔKL(ALL)", "the answer's repair under ALL")
         return dict.fromkeys(ks, undefined(reason))
-    shares = bootstrap.estimate(repair, lambda m: 100 * m[:, :-1] / m[:, -1:])
-    return {
-        k: exact(100.0) if k == grid.n_heads else share for k, share in zip(ks, shares, strict=True)
-    }
+    top = [answer_repair_nats(grid[f"top{k}"]) for k in ks]
+    shares = dict(zip(ks, bootstrap.percent(whole, np.array([whole, *top])[1:]), strict=True))
+    return {k: exact(100.0) if k == grid.n_heads else share for k, share in shares.items()}
 
 
-def map_kind_agreement(
-    layer: MeasuredLayer, experiment: Experiment, activations: PairActivations
-) -> list[Agreement]:
-    """Compare the ranking by ``ΔKL`` with those under other kinds of maps."""
+def map_kind_agreement(layer: MeasuredLayer, experiment: Experiment) -> list[Agreement]:
+    """Compare the ranking by ``ΔKL`` with those of other kinds of maps."""
     measured, own = layer.measured, experiment.maps[layer.measured.layer]
-    reference = layer.scored(own.kind)
-    data = FitData.of(activations, own.layer)
-    z_base = activations.z("base", experiment.split, own.layer)
+    data = FitData.of(experiment.ends.activations, own.layer)
+    z_base = experiment.ends.activations.z("base", experiment.split, own.layer)
     kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
     varied = measured.with_mapped({kind: refit(own, data, kind)(z_base) for kind in kinds})
     found = []
     for kind, other in varied.items():
         scored = Scored.of_prompts(kind, other.delta_nats(other.singles), layer.bootstrap)
+        reference = layer.scored(own.kind)
         found.append(agreement("map_kind", scored, reference, layer.ks, layer.bootstrap))
     return found
 
@@ -201,3 +211,78 @@ def head_shares(direction: Float64[ndarray, "d"], n_heads: int) -> Float64[ndarr
     """Share of a vector's squared length that lies on each head; sums to 1."""
     squares = (direction**2).reshape(n_heads, -1).sum(-1)
     return squares / squares.sum()
+
+
+# How firmly heads stand at their ranks when prompts are resampled or split
+
+N_HALVES = 500
+"""Random half splits behind the split-half numbers."""
+
+SOME_TIED = "in some draws all heads have the same score"
+
+
+def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
+    """Stability of the ranking by single-head scores."""
+    bootstrap, ks = layer.bootstrap, [k for k in layer.ks if k <= ranking.n_heads]
+
+    def scores_of(means: Float64[ndarray, "*rows both"]) -> Float64[ndarray, "*rows head"]:
+        raw, delta = np.split(means, 2, axis=-1)
+        return single_scores(raw, delta, layer.rank_by)
+
+    whole, part = layer.ranked_on.kl_nats(layer.measured.singles)
+    both = np.concatenate([whole, whole - part])
+    scores = bootstrap.resampled(both).apply(scores_of)
+    everyone = np.broadcast_to(scores.point, scores.draws.shape)
+    halves = half_splits(bootstrap.groups, N_HALVES, bootstrap.seed)
+    one, other = scores_of(half_means(both, halves)).swapaxes(0, 1)
+    ranks = ranks_of(one), ranks_of(other)
+    resamples = spearman(scores.draws, everyone) if bootstrap.n_groups > 1 else np.empty(0)
+    return RankStability(
+        ranking=ranking.method,
+        heads=_heads(ranking, scores, ks, bootstrap),
+        bootstrap_spearman=_spread(resamples, ONE_GROUP),
+        split_half_spearman=_spread(spearman(one, other), TOO_FEW_GROUPS),
+        split_half_jaccard={k: _spread(top_jaccard(*ranks, k), TOO_FEW_GROUPS) for k in ks},
+        n_splits=len(halves),
+    )
+
+
+def _heads(
+    ranking: HeadRanking, scores: Resampled, ks: Sequence[int], bootstrap: Bootstrap
+) -> tuple[HeadStability, ...]:
+    ranks, estimates = ranks_of(scores.draws), scores.estimates()
+    ranges, shown = rank_ranges(ranks, bootstrap), ks if bootstrap.n_groups > 1 else ()
+    return tuple(
+        HeadStability(
+            head=head,
+            rank=rank,
+            score=estimates[head],
+            rank_low=ranges[head].low,
+            rank_high=ranges[head].high,
+            top_probability={k: float((ranks[:, head] <= k).mean()) for k in shown},
+            reason=ranges[head].reason,
+        )
+        for rank, head in enumerate(ranking.heads, 1)
+    )
+
+
+class RankRange(NamedTuple):
+    """Where a head's rank lies in 95% of the resamples, or why nothing shows that."""
+
+    low: int | None
+    high: int | None
+    reason: str | None
+
+
+def rank_ranges(ranks: Int64[ndarray, "resample head"], bootstrap: Bootstrap) -> list[RankRange]:
+    """The range of each head's rank over resamples."""
+    if bootstrap.n_groups < 2:
+        return [RankRange(None, None, ONE_GROUP)] * ranks.shape[1]
+    tails = np.quantile(ranks, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="nearest")
+    return [RankRange(int(low), int(high), None) for low, high in tails.T]
+
+
+def _spread(values: Float64[ndarray, "draw"], if_none: str) -> Spread:
+    if not len(values):
+        return Spread(None, reason=if_none)
+    return Spread.of(values) if np.isfinite(values).all() else Spread(None, reason=SOME_TIED)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rq4lens.disk.files import parse_json, read_regular_file, short_reason
+from rq4lens.disk.files import parse_json, read_text
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
 
@@ -28,7 +28,8 @@ def read_ranking(
     """
     path = Path(path)
     scores: dict[int, float] = {}
-    for head, score in _entries(_load(path), path):
+    content = read_text(path, "ranking file", parse=parse_json, form="JSON", fix=f"write {FORM}")
+    for head, score in _entries(content, path):
         if not 0 <= head < n_heads:
             raise UserError(
                 f"{path.name} names head {head}, but layer {layer} has heads 0 to {n_heads - 1}: "
@@ -50,18 +51,6 @@ def read_ranking(
         alpha=alpha,
         settings={"file": str(path)},
     )
-
-
-def _load(path: Path) -> Any:
-    try:
-        return parse_json(read_regular_file(path))
-    except FileNotFoundError:
-        raise UserError(f"ranking file {str(path)!r} does not exist: check the path.") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(
-            f"ranking file {str(path)!r} cannot be read as JSON ({short_reason(problem)}): "
-            f"write {FORM}."
-        ) from None
 
 
 def _entries(content: Any, path: Path) -> Iterator[tuple[int, float]]:

@@ -1,8 +1,8 @@
-"""Gradient rankings: first-order answers to what exact patching measures."""
+"""Rankings by derivatives: first- and second-order answers to what exact patching measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +12,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Float64, Int
 from numpy import ndarray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.exact import per_prompt_ranking
@@ -136,7 +137,7 @@ def rank_by_grad_act(measured: MeasuredSets, settings: RankingSettings = DEFAULT
     """
     experiment = experiment_of(measured, "grad_act")
     z, target = experiment.sources[measured.layer, SELF], settings.target
-    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], CLEAN, target)[0]
+    gradient = path_gradients(experiment, measured.layer, [torch.zeros_like(z)], 0, target)[0]
     return per_prompt_ranking("grad_act", measured, np.abs(_dot(z, gradient)), {"target": target})
 
 
@@ -172,40 +173,28 @@ def attributions(
     tensors, layer = experiment.sources, measured.layer
     z = tensors[layer, SELF]
     directions = [measured.alpha * (tensors[layer, source].to(z) - z) for source in sources]
-    path = CLEAN if steps == 0 else Path.of(steps)
-    gradients = path_gradients(experiment, layer, directions, path, target)
+    gradients = path_gradients(experiment, layer, directions, steps, target)
     return [_dot(step, mean) for step, mean in zip(directions, gradients, strict=True)]
 
 
-@dataclass(frozen=True)
-class Path:
-    """Points on a straight path (shares of the whole way) and the weights of an average there."""
-
-    at: tuple[float, ...]
-    weights: tuple[float, ...]
-
-    @classmethod
-    def of(cls, steps: int) -> Path:
-        """Gauss-Legendre points: a few of them integrate a smooth path to rounding error."""
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        return cls(tuple((nodes + 1) / 2), tuple(weights / 2))
-
-
-CLEAN = Path((0.0,), (1.0,))
-"""The clean point alone."""
-
-
 def path_gradients(
-    experiment: Experiment, layer: int, directions: Sequence[Site], path: Path, target: str
+    experiment: Experiment, layer: int, directions: Sequence[Site], steps: int, target: str
 ) -> list[Site]:
-    """Mean of ``∇ℓ`` along straight paths from the clean activations."""
+    """Mean of ``∇ℓ`` along straight paths from the clean activations; without steps, there.
+
+    A few Gauss-Legendre points integrate a smooth path to rounding error.
+    """
+    shares, weights_at = np.zeros(1), np.ones(1)
+    if steps:
+        nodes, weights_at = np.polynomial.legendre.leggauss(steps)
+        shares, weights_at = (nodes + 1) / 2, weights_at / 2
     z = experiment.sources[layer, SELF]
     device = device_of(experiment.tuned_model)
     at, weights = (
-        torch.tensor(values, dtype=z.dtype, device=device) for values in (path.at, path.weights)
+        torch.tensor(values, dtype=z.dtype, device=device) for values in (shares, weights_at)
     )
     means = [torch.zeros_like(z) for _ in directions]
-    for function in decision_functions(experiment, layer, len(path.at)):
+    for function in decision_functions(experiment, layer, len(at)):
         clean = as_rows(z[function.rows].to(device))
         for direction, mean in zip(directions, means, strict=True):
             step = as_rows(direction[function.rows].to(device))
@@ -262,3 +251,93 @@ def experiment_of(measured: MeasuredSets, method: str) -> Experiment:
             "experiment."
         )
     return measured.experiment
+
+
+# The second-order form of KL
+
+Gram = Float64[ndarray, "prompt head head"]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """``½ δᵀ F δ`` of every head set, with F the Fisher information of the decision logits.
+
+    The divergence has no first-order term at the clean point; this is its leading one, the same for
+    both directions of the divergence. With ``u_h = J δ_h`` the first-order change of the logits
+    when head h is patched at ``α = 1``, it is ``½ Var_p(Σ_h u_h)`` under the clean distribution p:
+    the Gram matrix ``Cov_p(u_i, u_j)`` of a patch approximates every head set at once.
+
+    Source:
+        Amari, Information Geometry and Its Applications (2016), section 1.2: KL to second order.
+    """
+
+    raw: Gram
+    mapped: Gram
+
+    def kl_nats(
+        self, gram: Gram, sets: Iterable[Iterable[int]], alpha: float
+    ) -> Float64[ndarray, "condition prompt"]:
+        """Approximate KL of head sets on each prompt."""
+        every_head = np.arange(gram.shape[-1])
+        masks = np.array([np.isin(every_head, list(heads)) for heads in sets], dtype=float)
+        quadratic = einsum(masks, gram, masks, "set i, prompt i j, set j -> set prompt")
+        return alpha**2 / 2 * quadratic
+
+    def delta_nats(
+        self, sets: Iterable[Iterable[int]], alpha: float
+    ) -> Float64[ndarray, "condition prompt"]:
+        """Approximate ``ΔKL`` of head sets on each prompt."""
+        chosen = list(sets)
+        return self.kl_nats(self.raw, chosen, alpha) - self.kl_nats(self.mapped, chosen, alpha)
+
+
+def rank_by_kl_curvature(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by ``½ δᵀ F δ``, raw minus mapped: ``ΔKL`` to second order in alpha."""
+    scores = curvature(measured).delta_nats(measured.singles, measured.alpha)
+    return per_prompt_ranking("kl_curvature", measured, scores)
+
+
+def curvature(measured: MeasuredSets) -> Curvature:
+    """The Gram matrices of a layer, from one forward-mode derivative per head and source."""
+    experiment = experiment_of(measured, "kl_curvature")
+    device = device_of(experiment.tuned_model)
+    n_prompts, n_heads = len(experiment.prompts), experiment.n_heads
+    z = experiment.sources[measured.layer, SELF]
+    grams = np.zeros((2, n_prompts, n_heads, n_heads))
+    # One row per head and source, and the clean row that each derivative starts from.
+    for function in decision_functions(experiment, measured.layer, 4 * n_heads):
+        clean = z[function.rows].to(device)
+        sources = [
+            experiment.sources[measured.layer, source][function.rows].to(clean) - clean
+            for source in (RAW, MAPPED)
+        ]
+        found = _grams(function, clean, torch.stack(sources, dim=1))
+        grams[:, function.rows.numpy()] += found.cpu().numpy()
+    return Curvature(grams[0], grams[1])
+
+
+@torch.no_grad()
+def _grams(
+    function: DecisionFunction, z: Site, deltas: Float[Tensor, "prompt source position head d_head"]
+) -> Float[Tensor, "source prompt i j"]:
+    """``Cov_p(u_i, u_j)`` of the logit changes of single heads, for each source."""
+    n_sources, n_heads = deltas.shape[1], z.shape[2]
+    only = torch.eye(n_heads, dtype=z.dtype, device=z.device)
+    directions = einsum(
+        deltas, only, "prompt source position head d, row head -> prompt source row position head d"
+    ).flatten(1, 2)
+    with forward_ad.dual_level():
+        clean = as_rows(z).expand_as(directions).contiguous()
+        moved = function(forward_ad.make_dual(clean, directions))
+        tangents = forward_ad.unpack_dual(moved).tangent.double()
+    changes = rearrange(
+        tangents, "prompt (source head) vocab -> prompt source head vocab", source=n_sources
+    )
+    p = function(as_rows(z)).double().softmax(-1)[:, :, None]
+    centred = changes - (p * changes).sum(-1, keepdim=True)
+    return einsum(
+        p[:, 0, 0],
+        centred,
+        centred,
+        "prompt vocab, prompt source i vocab, prompt source j vocab -> source prompt i j",
+    )

@@ -82,13 +82,13 @@ METHODS: Mapping[str, Method] = {
     "leave_one_out": Method("exact.rank_by_leave_one_out"),
     "greedy_forward": Method("exact.rank_greedy_forward"),
     "greedy_backward": Method("exact.rank_greedy_backward"),
-    "shapley": Method("shapley.rank_by_shapley", ("seed", "orders")),
+    "shapley": Method("exact.rank_by_shapley", ("seed", "orders")),
     "grad_act": Method("gradients.rank_by_grad_act", ("target",), True),
     "attribution": Method("gradients.rank_by_attribution", ("target",), True),
     "integrated_gradients": Method(
         "gradients.rank_by_integrated_gradients", ("target", "ig_steps"), True
     ),
-    "kl_curvature": Method("curvature.rank_by_kl_curvature", needs_models=True),
+    "kl_curvature": Method("gradients.rank_by_kl_curvature", needs_models=True),
 }
 """The ranking methods by name; the first ones are exact, the last four approximate."""
 

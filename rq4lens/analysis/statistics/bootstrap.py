@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -15,13 +15,18 @@ from scipy.special import ndtr, ndtri
 
 from rq4lens.errors import UserError
 
+PerPrompt = Float64[ndarray, "quantity prompt"]
+Draws = Float64[ndarray, "resample quantity"]
+WithoutGroup = Float64[ndarray, "group quantity"]
+Ends = Float64[ndarray, "tail quantity"]
+
 
 def bca_levels(
     point: Float64[ndarray, "quantity"],
-    draws: Float64[ndarray, "resample quantity"],
-    jackknife: Float64[ndarray, "group quantity"],
+    draws: Draws,
+    jackknife: WithoutGroup,
     tails: Float64[ndarray, "tail"],
-) -> Float64[ndarray, "tail quantity"]:
+) -> Ends:
     """Quantile levels of the bias-corrected and accelerated interval.
 
     Source:
@@ -41,9 +46,7 @@ def bca_levels(
     return np.where(np.isfinite(bias), levels, below)
 
 
-def quantiles(
-    draws: Float64[ndarray, "resample quantity"], levels: Float64[ndarray, "tail quantity"]
-) -> Float64[ndarray, "tail quantity"]:
+def quantiles(draws: Draws, levels: Ends) -> Ends:
     """Quantiles of each column at levels of its own, interpolated linearly."""
     ordered = np.sort(draws, axis=0)
     place = levels * (len(ordered) - 1)
@@ -54,7 +57,7 @@ def quantiles(
     return low + (place - below) * (high - low)
 
 
-def is_constant(draws: Float64[ndarray, "resample quantity"]) -> Bool[ndarray, "quantity"]:
+def is_constant(draws: Draws) -> Bool[ndarray, "quantity"]:
     """Whether a quantity is the same in every resample, up to rounding of the weighted sums."""
     rounding = 64 * np.finfo(float).eps * np.abs(draws).max(0)
     with np.errstate(invalid="ignore"):  # infinite in each of them
@@ -84,7 +87,7 @@ CHUNK = 500
 
 ONE_GROUP = "there is only one group of prompts, so nothing shows how much groups differ"
 ZERO_DENOMINATOR = "its denominator is 0"
-CONSTANT = "every resample gives the same value, so resampling shows no spread"
+NO_SPREAD = "every resample gives the same value, so resampling shows no spread"
 UNDEFINED_IN_RESAMPLES = "the quantity is undefined in some resamples (a denominator reaches 0)"
 
 
@@ -129,6 +132,8 @@ class Estimate:
         reason: why ``value`` (or, where only that is missing, ``interval``) is None.
     """
 
+    ENDS: ClassVar[str] = "_ci95"
+
     value: float | None
     interval: Interval | None = None
     reason: str | None = None
@@ -144,12 +149,13 @@ class Estimate:
     def fields(self, name: str) -> dict[str, Any]:
         """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""
         ends = None if self.interval is None else self.interval.pair
-        return _fields(name, self.value, "ci95", ends, self.reason)
+        fields = {name: self.value, name + self.ENDS: ends}
+        return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
 
     @classmethod
     def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Estimate:
         """The estimate that :meth:`fields` wrote."""
-        value, ends = fields[name], fields[f"{name}_ci95"]
+        value, ends = fields[name], fields[name + cls.ENDS]
         interval = None if ends is None else Interval(float(ends[0]), float(ends[1]))
         reason = fields.get(f"{name}_reason")
         return cls(None if value is None else float(value), interval, reason)
@@ -164,46 +170,19 @@ class Estimate:
         return replace(self, value=self.value / unit, interval=interval)
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(Estimate):
     """How a number varies over draws, such as random splits: no confidence interval.
 
-    Args:
-        value: its median over the draws.
-        low: 2.5% quantile.
-        high: 97.5% quantile.
-        reason: why all three are None, if they are.
+    The value is the median over the draws, and the interval holds the middle 95% of them.
     """
 
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    reason: str | None = None
+    ENDS = "_range95"
 
     @classmethod
     def of(cls, draws: Float64[ndarray, "draw"]) -> Spread:
         """The spread of finite draws."""
-        low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-        return cls(float(middle), float(low), float(high))
-
-    def fields(self, name: str) -> dict[str, Any]:
-        """The spread as ``name``, ``name_range95`` and, where they are null, ``name_reason``."""
-        ends = None if self.low is None else [self.low, self.high]
-        return _fields(name, self.value, "range95", ends, self.reason)
-
-    @classmethod
-    def from_fields(cls, name: str, fields: Mapping[str, Any]) -> Spread:
-        """The spread that :meth:`fields` wrote."""
-        values = (fields[name], *(fields[f"{name}_range95"] or (None, None)))
-        value, low, high = (None if each is None else float(each) for each in values)
-        return cls(value, low, high, fields.get(f"{name}_reason"))
-
-
-def _fields(
-    name: str, value: float | None, mark: str, ends: Any, reason: str | None
-) -> dict[str, Any]:
-    fields: dict[str, Any] = {name: value, f"{name}_{mark}": ends}
-    return fields if reason is None else {**fields, f"{name}_reason": reason}
+        low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
+        return cls(middle, Interval(low, high, LEVEL, "quantiles"))
 
 
 def undefined(reason: str) -> Estimate:
@@ -261,9 +240,7 @@ class Bootstrap:
             some /= some.sum(-1, keepdims=True)
         return weights
 
-    def without_each_group(
-        self, values: Float64[ndarray, "quantity prompt"]
-    ) -> Float64[ndarray, "group quantity"]:
+    def without_each_group(self, values: PerPrompt) -> WithoutGroup:
         """Mean of each quantity with one group left out.
 
         With a single group there is nothing left to average, and there are no rows.
@@ -273,19 +250,17 @@ class Bootstrap:
         left = len(self.groups) - self.membership.sum(-1)
         return np.asarray((values.sum(-1) - self.membership @ values.T) / left[:, None])
 
-    def means(
-        self, values: Float64[ndarray, "quantity prompt"]
-    ) -> Float64[ndarray, "resample quantity"]:
+    def means(self, values: PerPrompt) -> Draws:
         """Mean of each quantity in each resample."""
         return self.weights @ values.T
 
-    def resampled(self, values: Float64[ndarray, "quantity prompt"]) -> Resampled:
+    def resampled(self, values: PerPrompt) -> Resampled:
         """Means of quantities on all prompts, in every resample and without each group."""
         return Resampled(values.mean(-1), self.means(values), self.without_each_group(values))
 
     def estimate(
         self,
-        values: Float64[ndarray, "quantity prompt"],
+        values: PerPrompt,
         statistic: Callable[[ndarray], ndarray] | None = None,
         *,
         method: IntervalMethod = "bca",
@@ -296,10 +271,15 @@ class Bootstrap:
             resampled = resampled.apply(statistic)
         return resampled.estimates(method)
 
+    def percent(self, whole: Float64[ndarray, "prompt"], parts: PerPrompt) -> list[Estimate]:
+        """``100 part / whole`` of means."""
+        both = np.concatenate([whole[None], parts])
+        return self.estimate(both, lambda means: 100 * means[..., 1:] / means[..., :1])
+
     def shares(
         self,
         whole: Float64[ndarray, "#quantity prompt"],
-        left: Float64[ndarray, "quantity prompt"],
+        left: PerPrompt,
         *,
         method: Literal["studentised", "bca"] = "studentised",
     ) -> list[Estimate]:
@@ -358,8 +338,8 @@ class Resampled:
     """Quantities on all prompts, in every resample, and with each group left out."""
 
     point: Float64[ndarray, "quantity"]
-    draws: Float64[ndarray, "resample quantity"]
-    jackknife: Float64[ndarray, "group quantity"]
+    draws: Draws
+    jackknife: WithoutGroup
 
     def apply(self, statistic: Callable[[ndarray], ndarray]) -> Resampled:
         """The same resamples of a function of the quantities."""
@@ -394,7 +374,7 @@ class Resampled:
         finite = np.isfinite(self.draws).all(0) & np.isfinite(self.jackknife).all(0)
         constant = is_constant(self.draws)
         return [
-            UNDEFINED_IN_RESAMPLES if not ok else CONSTANT if same else None
+            UNDEFINED_IN_RESAMPLES if not ok else NO_SPREAD if same else None
             for ok, same in zip(finite, constant, strict=True)
         ]
 

@@ -52,7 +52,7 @@ def _(value: float) -> float:
 
 
 @to_json.register
-def _(value: Estimate | Spread) -> dict[str, Any]:
+def _(value: Estimate) -> dict[str, Any]:
     return value.fields("value")
 
 
@@ -65,7 +65,7 @@ def _(value: Head) -> str:
 def _(value: Mapping[Any, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, item in value.items():
-        named = isinstance(item, Estimate | Spread)
+        named = isinstance(item, Estimate)
         record |= item.fields(str(name)) if named else {str(name): to_json(item)}
     return record
 
@@ -125,7 +125,7 @@ def _read_class(kind: type, value: Any) -> Any:
         return np.array(_checked(list, value), dtype=np.float64)
     if issubclass(kind, Head):
         return kind.parse(_checked(str, value))
-    if issubclass(kind, Estimate | Spread):
+    if issubclass(kind, Estimate):
         return kind.from_fields("value", value)
     return (
         _read_record(kind, _checked(dict, value)) if is_dataclass(kind) else _checked(kind, value)
@@ -134,8 +134,7 @@ def _read_class(kind: type, value: Any) -> Any:
 
 def _read_mapping(name_kind: type, kind: Any, values: Mapping[str, Any]) -> dict[Any, Any]:
     if kind in (Estimate, Spread):
-        mark = "_ci95" if kind is Estimate else "_range95"
-        names = [name for name in values if name + mark in values]
+        names = [name for name in values if name + kind.ENDS in values]
         return {name_kind(name): kind.from_fields(name, values) for name in names}
     return {name_kind(name): _read(kind, each) for name, each in values.items()}
 

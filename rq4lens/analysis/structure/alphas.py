@@ -10,8 +10,7 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
+from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.transfer import NO_GAP
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement
 from rq4lens.analysis.records import SHUFFLED, AlphaPoint
@@ -36,9 +35,10 @@ def _point(measured: MeasuredSets, layer: MeasuredLayer) -> AlphaPoint:
     bootstrap, is_own = layer.bootstrap, measured is layer.measured
     raw, mapped = measured.kl_nats([measured.everything, *measured.singles])
     full = bootstrap.estimate(np.stack([raw[0], mapped[0]]), _four_numbers)
-    coverage = bootstrap.estimate(raw - mapped, lambda m: 100 * m[..., 1:] / m[..., :1])
+    delta_nats = raw - mapped
+    coverage = bootstrap.percent(delta_nats[0], delta_nats[1:])
     shares = _to_base(measured, layer)
-    scored = Scored.of_prompts(f"alpha {measured.alpha:g}", raw[1:] - mapped[1:], bootstrap)
+    scored = Scored.of_prompts(f"alpha {measured.alpha:g}", delta_nats[1:], bootstrap)
     own = layer.scored(f"alpha {layer.measured.alpha:g}")
     return AlphaPoint(
         alpha=measured.alpha,
@@ -63,18 +63,16 @@ def with_shuffled(
     bootstrap: Bootstrap,
 ) -> list[AlphaPoint]:
     """The points with what a map of shuffled pairs repairs, in all heads, as a share of ``ΔKL``."""
-    shares = []
+    found = []
     for point, measured in zip(points, at_alpha, strict=True):
-        if not full_is_clear(point.delta):
-            shares.append(undefined(UNCLEAR))
-            continue
-        everything = [measured.everything]
-        raw, mapped = measured.kl_nats(everything)
-        left = measured.also({SHUFFLED: shuffled}).of_source(SHUFFLED, everything)
-        both = np.concatenate([raw - mapped, raw - left])
-        shares += bootstrap.estimate(both, lambda m: 100 * m[..., 1:] / m[..., :1])
-    each = zip(points, shares, strict=True)
-    return [replace(point, shuffled_pct=share) for point, share in each]
+        share = undefined(UNCLEAR)
+        if full_is_clear(point.delta):
+            everything = [measured.everything]
+            raw, mapped = measured.kl_nats(everything)
+            left = measured.also({SHUFFLED: shuffled}).of_source(SHUFFLED, everything)
+            (share,) = bootstrap.percent((raw - mapped)[0], raw - left)
+        found.append(replace(point, shuffled_pct=share))
+    return found
 
 
 UNCLEAR = "the interval of ΔKL of all heads reaches 0 at this strength"

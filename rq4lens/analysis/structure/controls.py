@@ -1,8 +1,9 @@
-"""What else could explain it: stand-ins for the map, the control layer, the noise pair."""
+"""What else could explain it: other maps in the map's place, the control layer, the noise pair."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import einops
 import numpy as np
@@ -15,9 +16,12 @@ from rq4lens.analysis.effects.measured import Indices, MeasuredSets
 from rq4lens.analysis.effects.transfer import NO_GAP
 from rq4lens.analysis.records import SHUFFLED, ControlLayer, Gap, NoisePair, StandIn
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, undefined
-from rq4lens.patching.activations import PairActivations
+from rq4lens.models.pair import ModelPair
+from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.experiment import Experiment
-from rq4lens.patching.maps.fitting import FitData, refit
+from rq4lens.patching.maps.fitting import FitData, fit_subsets, refit
+from rq4lens.patching.maps.kinds import Fit
+from rq4lens.patching.maps.map import MapScope, from_blocks, to_blocks
 from rq4lens.patching.noise import NoiseEffects
 from rq4lens.patching.patch import CONSTANT, MAPPED
 from rq4lens.results import NO_CONTROL_LAYER, GridResult, gaps_of
@@ -59,69 +63,117 @@ def random_rotations(n_heads: int, width: int, seed: int) -> Float64[ndarray, "h
 
 
 def stand_in_sources(
-    experiment: Experiment,
-    layer: int,
-    control_layer: int | None,
-    activations: PairActivations,
-    seed: int,
+    experiment: Experiment, layer: int, control_layer: int | None, seed: int
 ) -> dict[str, Site]:
     """What each stand-in puts in at the main layer."""
-    own, data = experiment.maps[layer], FitData.of(activations, layer)
+    activations, own = experiment.ends.activations, experiment.maps[layer]
+    data = FitData.of(activations, layer)
     z_base = activations.z("base", experiment.split, layer)
     predicted = own(z_base)
-    mean = data.y.mean(0).to(predicted)
     turns = random_rotations(experiment.n_heads, z_base.shape[-1], seed)
     sources = {
         SHUFFLED: refit(own, data.unpaired(seed))(z_base),
-        ROTATED: rotated(predicted, mean, turns),
+        ROTATED: rotated(predicted, data.y.mean(0).to(predicted), turns),
     }
     if control_layer is not None and control_layer in experiment.maps:
         sources[WRONG_LAYER] = experiment.maps[control_layer](z_base)
     return sources
 
 
-@dataclass(frozen=True)
-class StandInInputs:
-    """What stand-ins are measured with: the layer at strength 1, and the heads that changed."""
-
-    measured: MeasuredSets
-    experiment: Experiment
-    activations: PairActivations
-    control_layer: int | None
-    heads: Indices
-
-
-def stand_ins(inputs: StandInInputs, bootstrap: Bootstrap) -> tuple[StandIn, ...]:
+def stand_ins(
+    measured: MeasuredSets, control_layer: int | None, heads: Indices, bootstrap: Bootstrap
+) -> tuple[StandIn, ...]:
     """Each stand-in on the heads that changed, judged by what is left of what they tell."""
-    if not inputs.heads:
+    if not heads:
         return tuple(_missing(name, NOTHING_CHANGED) for name in QUESTIONS)
-    measured, heads = inputs.measured, [inputs.heads]
-    sources = stand_in_sources(
-        inputs.experiment,
-        measured.layer,
-        inputs.control_layer,
-        inputs.activations,
-        bootstrap.seed,
-    )
-    constant, mapped = (measured.of_source(each, heads)[0] for each in (CONSTANT, MAPPED))
+    experiment = measured.measurer.experiment
+    sources = stand_in_sources(experiment, measured.layer, control_layer, bootstrap.seed)
+    constant, mapped = (measured.of_source(each, [heads])[0] for each in (CONSTANT, MAPPED))
     varied = measured.with_mapped(sources)
     found = []
     for name, question in QUESTIONS.items():
         if name not in varied:
             found.append(_missing(name, NO_CONTROL_LAYER))
             continue
-        damage = varied[name].of_source(name, heads)[0]
-        means = bootstrap.resampled(np.stack([constant, mapped, damage]))
+        damage = varied[name].of_source(name, [heads])[0]
+        value, behind = bootstrap.estimate(np.stack([damage, damage - mapped]))
         (share,) = bootstrap.shares(constant[None], damage[None], method="bca")
-        behind = means.apply(lambda m: m[..., [2]] - m[..., [1]]).estimates()[0]
-        value = means.estimates()[2]
-        found.append(StandIn(name, question, inputs.heads, value, share, behind))
+        found.append(StandIn(name, question, heads, value, share, behind))
     return tuple(found)
 
 
 def _missing(name: str, reason: str) -> StandIn:
     nothing = undefined(reason)
     return StandIn(name, QUESTIONS[name], (), nothing, nothing, nothing, reason)
+
+
+# Does the map hold elsewhere: on contents it was not fitted on, and from other heads?
+
+NO_CONTENT = (
+    "the prompts do not name their content: give each one a `content`, or name another field with "
+    "--hold-out"
+)
+ONE_CONTENT = "all train prompts have the same content: none can be held out"
+
+
+def contents_of(pair: ModelPair, split: str) -> list[str] | None:
+    """The content of each prompt of a split; None unless all of them name one."""
+    found = pair.prompts.split(split).contents
+    named = [each for each in found if each is not None]
+    return named if len(named) == len(found) else None
+
+
+def held_out(experiment: Experiment, layer: int) -> Site | str:
+    """Each prompt mapped by a map that was fitted without its content; or why there is none."""
+    activations, split = experiment.ends.activations, experiment.split
+    train, measured = (contents_of(experiment.pair, each) for each in (FIT_SPLIT, split))
+    if train is None or measured is None:
+        return NO_CONTENT
+    if len(set(train)) < 2:
+        return ONE_CONTENT
+    layer_map, z_base = experiment.maps[layer], activations.z("base", split, layer)
+    of_rows = np.array(train, dtype=object)[activations.prompt_of_rows(FIT_SPLIT)]
+    shared = sorted(set(measured) & set(train))
+    kept = [np.flatnonzero(of_rows != content) for content in shared]
+    data = FitData.of(activations, layer)
+    fits = fit_subsets(layer_map.kind, data, kept, layer_map.scope)
+    predicted = layer_map(z_base).to(z_base)
+    for content, fit in zip(shared, fits, strict=True):
+        asked = torch.tensor([each == content for each in measured])
+        predicted[asked] = _applied(fit, z_base[asked], layer_map.scope)
+    return predicted
+
+
+def _applied(fit: Fit, z: Site, scope: MapScope) -> Site:
+    """A fit applied to activations, back in their own format."""
+    n_prompts, _, n_heads, _ = z.shape
+    rows = to_blocks(z.flatten(0, 1).to(fit.weight), scope)
+    found = from_blocks(fit(rows), n_heads).unflatten(0, (n_prompts, -1))
+    return found.to(z.device, z.dtype)
+
+
+def from_other_heads(
+    experiment: Experiment, layer: int, heads: Sequence[int]
+) -> Iterator[tuple[str, Site]]:
+    """Predictions of some heads from another base head, by how far its index lies above.
+
+    The predictions of the heads that are not asked for are those of the map itself.
+    """
+    layer_map, activations = experiment.maps[layer], experiment.ends.activations
+    if layer_map.scope != "head":
+        return
+    data, z_base = FitData.of(activations, layer), activations.z("base", experiment.split, layer)
+    every, own = np.arange(len(data.x)), layer_map(z_base).to(z_base)
+    for offset in range(1, layer_map.n_heads):
+        others = [(head + offset) % layer_map.n_heads for head in heads]
+        problem = replace(data, x=data.x[:, others], y=data.y[:, list(heads)])
+        (fit,) = fit_subsets(layer_map.kind, problem, [every])
+        predicted = own.clone()
+        predicted[:, :, list(heads)] = _applied(fit, z_base[:, :, others], "head")
+        yield f"from_head+{offset}", predicted
+
+
+# The control layer and the noise pair
 
 
 def control_layer(grid: GridResult, gap: Gap, bootstrap: Bootstrap) -> ControlLayer | None:
@@ -132,15 +184,11 @@ def control_layer(grid: GridResult, gap: Gap, bootstrap: Bootstrap) -> ControlLa
     deltas = np.stack([control.delta_nats, grid.full.delta_nats - control.delta_nats])
     delta, less = bootstrap.estimate(deltas)
     if gap.undefined_because is not None or control.transfer is None:
-        transfer = undefined(gap.undefined_because or "transfer was not measured")
+        transfer = undefined(gap.undefined_because or NO_GAP)
     else:
         whole, left = gaps_of(grid["none"], [grid.full, control], "to_base")
-        values = np.stack([whole[0], left[1] - left[0]])
-        (transfer,) = bootstrap.estimate(values, lambda m: 100 * m[..., 1:] / m[..., :1])
+        (transfer,) = bootstrap.percent(whole[0], left[1:] - left[:1])
     return ControlLayer(control.layer, delta, less, transfer)
-
-
-BESIDE_NOISE = ("gap_base_nats", "KL_raw", "delta")
 
 
 def beside_noise(grid: GridResult, noise: NoiseEffects, bootstrap: Bootstrap) -> NoisePair:
@@ -154,15 +202,14 @@ def beside_noise(grid: GridResult, noise: NoiseEffects, bootstrap: Bootstrap) ->
     over = bootstrap.estimate(np.concatenate([real, of_noise]), _ratios)
     beyond = bootstrap.estimate(real - of_noise)
     (share,) = bootstrap.shares(noise.gap_base_nats[None], noise.gap_left_nats[None])
-    multiples = dict(zip(BESIDE_NOISE, over, strict=True))
     if nothing is None:
-        multiples["gap_base_nats"] = beyond[0] = undefined(NO_GAP)
+        over[0] = beyond[0] = undefined(NO_GAP)
     return NoisePair(
         gap_base_nats=values[0],
         to_base_pct=share,
         KL_raw=values[1],
         delta=values[2],
-        real_over_noise=multiples,
+        real_over_noise=dict(zip(("gap_base_nats", "KL_raw", "delta"), over, strict=True)),
         delta_beyond_nats=beyond[2],
         gap_beyond_nats=beyond[0],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,14 +11,12 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from rq4lens.analysis.coverage.curves import ranking_curve
-from rq4lens.analysis.effects.layer import MeasuredLayer
-from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, grid_full_effect
+from rq4lens.analysis.effects.measured import MeasuredLayer
+from rq4lens.analysis.effects.table import bootstrap_of, carried_pct, condition_estimates
 from rq4lens.analysis.effects.transfer import gap_of, transfer_estimates
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE, Scored, agreement
-from rq4lens.analysis.rankings.compared import answer_repair_nats
+from rq4lens.analysis.rankings.compared import answer_repair_nats, rank_ranges
 from rq4lens.analysis.rankings.exact import single_ranking
-from rq4lens.analysis.rankings.stability import rank_ranges
 from rq4lens.analysis.records import Agreement, Gap, LayerComparison, LayerRow, RankedHead
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, number_text
 from rq4lens.analysis.statistics.concentration import CHURN_QUANTILE, churn, concentration
@@ -27,6 +25,7 @@ from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.patching.measured import MeasuresPatches
 from rq4lens.results import (
+    TRANSFERS,
     ConditionResult,
     GridResult,
     RankBy,
@@ -46,7 +45,6 @@ class GridNumber:
         label: its symbol.
         unit: ``"nats"`` or ``"%"``.
         meaning: what it says, in a few words.
-        of: its value under a condition of a grid; None where it is undefined.
         ranks: the setting ``rank_by`` that orders single heads by it, if there is one.
     """
 
@@ -54,8 +52,20 @@ class GridNumber:
     label: str
     unit: str
     meaning: str
-    of: Callable[[GridResult, ConditionResult], float | None]
     ranks: RankBy | None = None
+
+    def of(self, grid: GridResult, condition: ConditionResult) -> float | None:
+        """Its value under a condition of a grid; None where it is undefined."""
+        if self.name == "answer_logprob":
+            return float(answer_repair_nats(condition).mean())
+        if self.ranks not in TRANSFERS:
+            found: float | None = getattr(condition, self.name)
+            return found
+        if condition.transfer is None or grid["none"].transfer is None:
+            return None
+        whole, left = gaps_of(grid["none"], [condition], self.ranks).mean(-1)
+        noise = grid.compared.noise_nats + grid.noise_floor_nats
+        return float(100 * (1 - left[0] / whole[0])) if whole[0] > noise else None
 
     @property
     def title(self) -> str:
@@ -67,13 +77,7 @@ class GridNumber:
         return number_text(value, ".1f%" if self.unit == "%" else ".6f")
 
     def of_layer(self, row: LayerRow, grid: GridResult, bootstrap: Bootstrap) -> Estimate:
-        """The value under a patch of all heads.
-
-        Args:
-            row: the layer's row of the comparison.
-            grid: the layer's grid.
-            bootstrap: the resamples of what the comparison does not hold.
-        """
+        """The value under a patch of all heads, from the layer's row or else from its grid."""
         if self.name in COMPARED:
             found: Estimate = getattr(row, self.name)
             return found
@@ -91,40 +95,20 @@ class GridNumber:
         return max(found, key=lambda each: each[0])[1] if found else None
 
 
-def _to(direction: RankBy) -> Callable[[GridResult, ConditionResult], float | None]:
-    """How far a condition goes in one direction, where the models differ beyond their noise."""
-
-    def percent(grid: GridResult, condition: ConditionResult) -> float | None:
-        if condition.transfer is None or grid["none"].transfer is None:
-            return None
-        whole, left = gaps_of(grid["none"], [condition], direction).mean(-1)
-        noise = grid.compared.noise_nats + grid.noise_floor_nats
-        return float(100 * (1 - left[0] / whole[0])) if whole[0] > noise else None
-
-    return percent
-
-
 METRICS: Mapping[str, GridNumber] = {
     each.name: each
     for each in (
-        GridNumber("to_base_pct", "to_base", "%", "of the gap undone", _to("to_base"), "to_base"),
-        GridNumber(
-            "to_tuned_pct", "to_tuned", "%", "of it given base", _to("to_tuned"), "to_tuned"
-        ),
-        GridNumber("delta", "ΔKL", "nats", "raw minus mapped", lambda _, c: c.delta, "delta"),
-        GridNumber("KL_raw", "KL_raw", "nats", "damage of the raw patch", lambda _, c: c.KL_raw),
-        GridNumber(
-            "KL_mapped", "KL_mapped", "nats", "damage of the mapped one", lambda _, c: c.KL_mapped
-        ),
-        GridNumber(
-            "drop_pct", "drop", "%", "100 ΔKL / KL_raw", lambda _, c: c.drop_pct, "drop_pct"
-        ),
+        GridNumber("to_base_pct", "to_base", "%", "of the gap undone", "to_base"),
+        GridNumber("to_tuned_pct", "to_tuned", "%", "of it given base", "to_tuned"),
+        GridNumber("delta", "ΔKL", "nats", "raw minus mapped", "delta"),
+        GridNumber("KL_raw", "KL_raw", "nats", "damage of the raw patch"),
+        GridNumber("KL_mapped", "KL_mapped", "nats", "damage of the mapped one"),
+        GridNumber("drop_pct", "drop", "%", "100 ΔKL / KL_raw", "drop_pct"),
         GridNumber(
             "answer_logprob",
             "answer",
             "nats",
             "log-probability of the tuned model's own answer that the map wins back",
-            lambda _, c: float(answer_repair_nats(c).mean()),
         ),
     )
 }
@@ -140,8 +124,7 @@ def rank_by_of(names: Sequence[str]) -> RankBy | None:
 
 
 def compare_layers(
-    grids: Mapping[int, GridResult],
-    experiment: MeasuresPatches | None = None,
+    grids: Mapping[int, GridResult], experiment: MeasuresPatches | None = None
 ) -> LayerComparison:
     """Compare the layers that were measured on the same prompts.
 
@@ -179,7 +162,7 @@ def compare_layers(
         KL_mapped=mapped,
         delta=raw - mapped,
         drop_pct=tuple(tuple(head.drop_pct for head in grid.singles) for grid in grids.values()),
-        rows=tuple(_row(grid, experiment, gap, bootstrap, threshold) for grid in grids.values()),
+        rows=tuple(_row(grid, experiment, gap, threshold) for grid in grids.values()),
         ranking=_global_ranking(heads, of_heads, bootstrap),
         tests=head_tests(
             [(head, alpha) for head in heads],
@@ -198,11 +181,8 @@ def _carried(
     """What each single head carries in one direction, layer by layer."""
     if gap.undefined_because is not None:
         return tuple((None,) * grid.n_heads for grid in grids.values())
-    rows = []
-    for grid in grids.values():
-        whole, left = gaps_of(grid["none"], grid.singles, direction).mean(-1)
-        rows.append(tuple((100 * (1 - left / whole)).tolist()))
-    return tuple(rows)
+    rows = (carried_pct(grid, grid.singles, direction) for grid in grids.values())
+    return tuple(tuple(row.tolist()) for row in rows)
 
 
 def _check(grids: Mapping[int, GridResult]) -> None:
@@ -221,20 +201,13 @@ def _check(grids: Mapping[int, GridResult]) -> None:
 
 
 def _row(
-    grid: GridResult,
-    experiment: MeasuresPatches | None,
-    gap: Gap,
-    bootstrap: Bootstrap,
-    threshold: float,
+    grid: GridResult, experiment: MeasuresPatches | None, gap: Gap, threshold: float
 ) -> LayerRow:
-    full = grid_full_effect(grid, bootstrap)
-    estimates = condition_estimates(grid, [grid.full], bootstrap)[0]
-    raw, mapped = kl_nats_of(grid.singles)
-    curve = None
+    layer, curve = MeasuredLayer.of_grid(grid, experiment), None
     if experiment is not None:
-        measured, patching = MeasuredSets.of_grid(grid, experiment), grid.settings.patching
-        layer = MeasuredLayer(measured, full, bootstrap, patching.k, patching.rank_by)
-        curve = ranking_curve(single_ranking(layer.ranked_on, patching.rank_by), layer)
+        curve = ranking_curve(single_ranking(layer.ranked_on, layer.rank_by), layer)
+    bootstrap, delta_nats = layer.bootstrap, layer.single_deltas
+    (estimates,) = condition_estimates(grid, [grid.full], bootstrap)
     (carried,) = transfer_estimates(grid, [grid.full.transfer], bootstrap, gap.undefined_because)
     return LayerRow(
         layer=grid.settings.layer,
@@ -244,10 +217,10 @@ def _row(
         KL_mapped=estimates["KL_mapped_mean"],
         delta=estimates["delta"],
         drop_pct=estimates["drop_pct"],
-        full=full,
+        full=layer.full,
         curve=curve,
-        concentration=concentration("|ΔKL|", raw - mapped, bootstrap),
-        pooled_churn=float(churn(np.abs((raw - mapped).mean(-1))[None], threshold)[0]),
+        concentration=concentration("|ΔKL|", delta_nats, bootstrap),
+        pooled_churn=float(churn(np.abs(delta_nats.mean(-1))[None], threshold)[0]),
     )
 
 

@@ -38,8 +38,7 @@ except ModuleNotFoundError:
     if os.environ.get("CI"):
         raise
     pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
-from rq4lens.cluster.pool import Pool
-from rq4lens.cluster.ray_job import connected
+from rq4lens.cluster.pool import Pool, connected
 
 # This process computes with one thread, as each worker does.
 pytestmark = [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ from rq4lens.analysis.statistics.plain import Listed, from_json, to_json
 from rq4lens.disk.files import (
     read_json,
     read_regular_file,
-    short_reason,
+    refuse_damage,
     write_bytes_atomic,
     write_json_atomic,
     write_text_atomic,
@@ -178,7 +177,7 @@ def read_run(directory: Path | str) -> Run:
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
     _refuse_other_versions(directory, run)
-    with _whole(f"run {str(directory)!r}", "run it again"):
+    with refuse_damage(f"run {str(directory)!r}", "run it again"):
         grid = grid_of_table(
             GridSettings.from_dict(run["settings"]),
             pd.read_parquet(directory / PER_PROMPT),
@@ -217,17 +216,6 @@ def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) ->
         raise ValueError(f"{RESULTS} and {PER_PROMPT} hold other conditions")
 
 
-@contextmanager
-def _whole(what: str, fix: str) -> Iterator[None]:
-    """Every way in which files can be damaged ends in one sentence."""
-    try:
-        yield
-    except Exception as problem:
-        raise UserError(
-            f"{what} is damaged ({type(problem).__name__}: {short_reason(problem)}): {fix}."
-        ) from problem
-
-
 def write_layers(
     directory: Path,
     grids: Mapping[int, GridResult],
@@ -257,7 +245,7 @@ def read_layers(directory: Path) -> SavedLayers | None:
     if not (directory / LAYERS).is_file():
         return None
     record = read_json(directory / LAYERS)
-    with _whole(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
+    with refuse_damage(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
         table = pd.read_parquet(directory / LAYERS_PER_PROMPT)
         grids = {
             int(layer): _grid(record, layer, table[table["layer"].isin([int(layer), EVERY_LAYER])])
@@ -316,7 +304,7 @@ def read_positions(directory: Path) -> PositionMap | None:
         return None
     record = read_json(directory / POSITIONS)
     fix = f"delete {POSITIONS}, or measure it again with `rq4lens positions`"
-    with _whole(f"the position map in {str(directory)!r}", fix):
+    with refuse_damage(f"the position map in {str(directory)!r}", fix):
         if record["of"] != file_sha256(directory / PER_PROMPT):
             return None
         table = pd.read_parquet(directory / POSITIONS_PER_PROMPT)

@@ -125,7 +125,7 @@ def by_many(
 ) -> None:
     """Measure a share, or everything on a cluster, and print what became of it."""
     from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.cluster.pieces import Request, Shard, Sharing  # noqa: PLC0415
+    from rq4lens.cluster.pieces import Request, Share, Sharing  # noqa: PLC0415
     from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
 
     if out is None:
@@ -133,7 +133,7 @@ def by_many(
     request = Request(command, config, None if layers is None else tuple(layers))
     with kept_when_stopped(out):
         if many.shard is not None:
-            sharing = Sharing(Shard.parse(many.shard), many.division)
+            sharing = Sharing(Share.parse(many.shard), many.division)
             said = run_shard(request, out, sharing, fresh=fresh, stage=watched)
         else:
             said = run_on_cluster(request, out, many.where, fresh=fresh, stage=watched)

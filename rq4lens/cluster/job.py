@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.pieces import Command, Piece, Request, divided, pieces_of
+from pydantic import TypeAdapter
+
+from rq4lens.cluster.pieces import Piece, Request, divided, pieces_of
 from rq4lens.config import config_from
-from rq4lens.disk.files import make_directory, read_json, short_reason, write_json_atomic
+from rq4lens.disk.files import make_directory, read_json, refuse_damage, write_json_atomic
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
@@ -34,11 +36,10 @@ class Job:
     """What the processes that share a run directory agree on.
 
     Args:
-        request: what is measured.
         identity: everything that decides its numbers: settings, fingerprints, kind of device.
         layers: the layer and control layer of each grid.
         n_shards: into how many shares the first process divided it; 1 where it did not.
-        prompt_parts: ids of the prompts in the parts that pieces cover; empty where each covers
+        prompt_parts: ids of the prompts of the parts that pieces cover; empty where each covers
             all.
     """
 
@@ -55,12 +56,11 @@ class Job:
         """The job of a request, once both models were loaded; its prompts are not divided."""
         config, plans = request.config, request.plans(pair)
         every = config.flat(defaults=True)
-        settings = {key: value for key, value in every.items() if key not in ELSEWHERE}
         cards = {side: pair.member(side).card for side in SIDES}
         layers = tuple((plan.layer, plan.control_layer) for plan in plans)
         identity = {
             "command": request.command,
-            "settings": settings,
+            "settings": {key: value for key, value in every.items() if key not in ELSEWHERE},
             "layers": [list(each) for each in layers],
             "weights": {side: card.weights_fingerprint for side, card in cards.items()},
             "configs": {side: card.config_fingerprint for side, card in cards.items()},
@@ -70,23 +70,18 @@ class Job:
         n_prompts = len(pair.prompts.split(config.patching.split))
         return cls(request, identity, pair.n_heads, n_prompts, layers, n_shards)
 
-    @property
-    def key(self) -> str:
-        """Hash of its identity."""
-        return content_key(self.identity)
-
     def pieces(self) -> list[Piece]:
         """All of its pieces, in order; no model is needed to name them."""
         return divided(self.wholes(), self.prompt_parts) if self.prompt_parts else self.wholes()
 
     def wholes(self) -> list[Piece]:
         """Its conditions in pieces that cover all prompts."""
-        config = self.request.config
+        patching = self.request.config.patching
         plans = [
-            GridPlan(self.n_heads, config.patching.but(layer=layer, control_layer=control))
+            GridPlan(self.n_heads, patching.but(layer=layer, control_layer=control))
             for layer, control in self.layers
         ]
-        return pieces_of(plans, self.key)
+        return pieces_of(plans, content_key(self.identity))
 
     def rows(self, piece: Piece) -> int:
         """How many rows (prompt x patch) a piece has."""
@@ -107,11 +102,18 @@ class Job:
 
     def join(self, directory: Path) -> Job:
         """Write the job into its run directory, or check that the one there is the same."""
-        path = directory / JOB
+        path, request = directory / JOB, self.request
         if not path.exists():
             make_directory(directory)
-            write_json_atomic(path, self.to_dict())
-        other = read_job(directory, trust_remote_code=self.request.config.pair.trust_remote_code)
+            about = {
+                "format": FORMAT,
+                "command": request.command,
+                "config": request.config.flat(),
+                "asked_layers": request.layers,
+            }
+            agreed = {name: value for name, value in vars(self).items() if name != "request"}
+            write_json_atomic(path, {**about, **agreed})
+        other = read_job(directory, trust_remote_code=request.config.pair.trust_remote_code)
         if other.identity != self.identity:
             what = ", ".join(sorted(_differences(other.identity, self.identity)))
             raise UserError(
@@ -120,16 +122,8 @@ class Job:
             )
         return replace(self, n_shards=other.n_shards, prompt_parts=other.prompt_parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The job as plain JSON values."""
-        request = self.request
-        return {
-            "format": FORMAT,
-            "command": request.command,
-            "config": request.config.flat(),
-            "asked_layers": request.layers,
-            **{name: value for name, value in vars(self).items() if name != "request"},
-        }
+
+_JOB = TypeAdapter(Job)
 
 
 def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
@@ -141,29 +135,16 @@ def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
             "`rq4lens run`, `sweep` or `study` wrote to with --shard I/N --out DIR."
         )
     record = read_json(path)
-    try:
+    with refuse_damage(repr(str(path)), "delete it and run one share again"):
         if record["format"] != FORMAT:
             raise ValueError(f"format {str(record['format'])[:20]!r}")
         values = {**record["config"], "trust_remote_code": trust_remote_code}
-        command: Command = "run" if record["command"] == "run" else "sweep"
-        asked = record["asked_layers"]
-        layers = None if asked is None else tuple(map(int, asked))
-        return Job(
-            Request(command, config_from(values, str(path)), layers),
-            record["identity"],
-            n_heads=int(record["n_heads"]),
-            n_prompts=int(record["n_prompts"]),
-            layers=tuple((int(main), control) for main, control in record["layers"]),
-            n_shards=int(record["n_shards"]),
-            prompt_parts=tuple(tuple(map(str, part)) for part in record.get("prompt_parts", ())),
-        )
-    except (KeyError, TypeError, ValueError) as problem:
-        if isinstance(problem, UserError):
-            raise
-        raise UserError(
-            f"{str(path)!r} is damaged ({type(problem).__name__}: {short_reason(problem)}): delete "
-            "it and run one share again."
-        ) from None
+        request = {
+            "command": record["command"],
+            "config": config_from(values, str(path)),
+            "layers": record["asked_layers"],
+        }
+        return _JOB.validate_python({**record, "request": request})
 
 
 def kind_of_device(device: str) -> str:

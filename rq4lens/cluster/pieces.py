@@ -26,7 +26,7 @@ from rq4lens.results import EVERY, EVERY_LAYER
 Command = Literal["run", "sweep"]
 T = TypeVar("T")
 
-_SHARD = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
+_SHARE = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,9 @@ class Piece:
 
 
 def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:
-    """Every patch whose head set is known beforehand, in pieces.
-
-    A piece is a chunk that a single process measures together too, so that its numbers are the
-    same to the last digit wherever it is measured. Top-k head sets follow from the single heads
-    and are measured when the pieces are merged.
-    """
+    """Every patch whose head set is known beforehand, in pieces; top-k sets are for the merge."""
+    # A piece is a chunk that a single process measures together too, so that its numbers are the
+    # same to the last digit wherever it is measured.
     pieces: list[Piece] = []
     seen: set[Patch] = set()
     for plan in plans:
@@ -154,14 +151,33 @@ class Share:
     start: Fraction
     stop: Fraction
 
+    @classmethod
+    def of(cls, number: int, count: int) -> Share:
+        """One of several shares of equal size, counted from 1."""
+        return cls(Fraction(number - 1, count), Fraction(number, count))
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """A share as a user writes it, ``"2/4"``."""
+        match = _SHARE.fullmatch(text.strip())
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise UserError(
+                f"--shard {text[:40]!r} is no share: write it as I/N with I from 1 to N, as '2/4'."
+            )
+        return cls.of(number, count)
+
+    def __str__(self) -> str:
+        return f"{int(self.stop * self.count)}/{self.count}"
+
+    @property
+    def count(self) -> int:
+        """How many shares of its size it takes to cover everything."""
+        return ceil(1 / (self.stop - self.start))
+
     def cut(self, whole: Sequence[T]) -> Sequence[T]:
         """This part of a sequence; the shares of a whole cover it without overlap."""
         return whole[int(self.start * len(whole)) : int(self.stop * len(whole))]
-
-    @property
-    def n_like_it(self) -> int:
-        """How many shares of its size it takes to cover everything."""
-        return ceil(1 / (self.stop - self.start))
 
     def within(self, place: int, n_lists: int) -> Share | None:
         """Its part of one of several lists that stand end to end; None where it has none of it."""
@@ -174,55 +190,17 @@ WHOLE = Share(Fraction(0), Fraction(1))
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One of several shares of equal size.
-
-    Args:
-        number: which one, counted from 1.
-        count: how many there are.
-    """
-
-    number: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """A shard as a user writes it, ``"2/4"``.
-
-        Raises:
-            UserError: if the text is no such thing.
-        """
-        match = _SHARD.fullmatch(text.strip())
-        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not 1 <= number <= count:
-            raise UserError(
-                f"--shard {text[:40]!r} is no share: write it as I/N with I from 1 to N, as '2/4'."
-            )
-        return cls(number, count)
-
-    @property
-    def share(self) -> Share:
-        """The part of the work that it is."""
-        return Share(Fraction(self.number - 1, self.count), Fraction(self.number, self.count))
-
-
-@dataclass(frozen=True)
 class Sharing:
     """How the work of a job is shared out.
 
     Args:
-        shard: which share is measured.
+        share: which share is measured.
         division: whether prompts are divided too; the first share to come decides.
-        part: the part of the pieces, where it is not simply the shard's.
+        part: the part of the pieces, where it is not simply the share.
         study: the directory of the study that the job belongs to, if it belongs to one.
     """
 
-    shard: Shard
+    share: Share
     division: Division = "auto"
     part: Share | None = None
     study: Path | None = None
-
-    @property
-    def share(self) -> Share:
-        """The part of the pieces that is measured."""
-        return self.part or self.shard.share

@@ -67,6 +67,17 @@ def read_json(path: Path) -> Any:
     return read_text(path, "", parse=parse_json, form="JSON", fix=fix)
 
 
+@contextlib.contextmanager
+def refuse_damage(what: str, fix: str) -> Iterator[None]:
+    """Every way in which saved values can be damaged ends in one sentence."""
+    try:
+        yield
+    except Exception as problem:
+        raise UserError(
+            f"{what} is damaged ({type(problem).__name__}: {short_reason(problem)}): {fix}."
+        ) from problem
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write strict, indented JSON that is complete under its name or absent."""
     _refuse_foreign_types(value, path.name)

@@ -11,9 +11,8 @@ from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import from_json, to_json
-from rq4lens.disk.files import make_directory, read_json, short_reason, write_json_atomic
+from rq4lens.disk.files import make_directory, read_json, refuse_damage, write_json_atomic
 from rq4lens.disk.run import HEADS, PER_PROMPT, file_sha256
-from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.results import GridResult
@@ -92,15 +91,10 @@ def read_cards(directory: Path, heads: Sequence[Head]) -> tuple[HeadCard, ...]:
         path = directory / HEADS / f"{head}.json"
         if not path.is_file():
             continue
-        try:
-            record = read_json(path)
+        record, fix = read_json(path), "delete it, or write it again with `rq4lens head --all`"
+        with refuse_damage(f"card {str(path)!r}", fix):
             if record["of"] == measured:
                 found.append(from_json(HeadCard, record["card"]))
-        except (KeyError, TypeError, ValueError) as problem:
-            raise UserError(
-                f"card {str(path)!r} is damaged ({short_reason(problem)}): delete it, or write it "
-                "again with `rq4lens head --all`."
-            ) from problem
     return tuple(found)
 
 

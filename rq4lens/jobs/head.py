@@ -29,11 +29,7 @@ def card_of_run(
     trust_remote_code: bool = False,
     stage: Stage = silent,
 ) -> HeadCard:
-    """The card of one head of a finished run, whose models are loaded again.
-
-    Raises:
-        UserError: if the directory holds no finished run, or the head does not exist.
-    """
+    """The card of one head of a finished run, whose models are loaded again."""
     head, run = Head.parse(label), read_run(directory)
     with stage("card", None):
         inputs = CardInputs.of_run(run, trust_remote_code=trust_remote_code)
@@ -47,11 +43,7 @@ def write_every_card(
     trust_remote_code: bool = False,
     stage: Stage = silent,
 ) -> Path:
-    """Write the cards of all heads of all layers of a finished run; the folder they are in.
-
-    Raises:
-        UserError: if the directory holds no finished run.
-    """
+    """Write the cards of all heads of all layers of a finished run; the folder they are in."""
     inputs = CardInputs.of_run(read_run(directory), trust_remote_code=trust_remote_code)
     pair = inputs.pair
     every = [Head(layer, index) for layer in range(pair.n_layers) for index in range(pair.n_heads)]
@@ -80,11 +72,7 @@ def write_cards(
 
 
 def read_cards(directory: Path, heads: Sequence[Head]) -> tuple[HeadCard, ...]:
-    """The cards of these heads that a run directory holds; those of another run are left out.
-
-    Raises:
-        UserError: if a card is damaged.
-    """
+    """The cards of these heads that a run directory holds; those of another run are left out."""
     measured = file_sha256(directory / PER_PROMPT)
     found = []
     for head in heads:

@@ -22,7 +22,7 @@ from rq4lens.models.catalog import (
 )
 from rq4lens.models.load.devices import Placement, free_bytes
 from rq4lens.models.load.lens import ModelConfig
-from rq4lens.models.load.size import ModelSize, estimate_memory, gigabytes
+from rq4lens.models.load.size import estimate_memory, gigabytes
 from rq4lens.models.pair import SIDES, require_same_heads
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.clean_pass import n_columns
@@ -50,11 +50,7 @@ FIT_COPIES = 6
 class WorkMemory:
     """Bytes of the work on one model.
 
-    Args:
-        kept: of the clean pass: keys, values, residual stream and z of every prompt; exact.
-        smallest: of a single prompt and a single row: with less nothing can be measured.
-        activations: of both models, in main memory; exact.
-        fit: of fitting the maps, in main memory.
+    ``kept`` is what stays of the clean pass, ``smallest`` what a single prompt and row take.
     """
 
     kept: int
@@ -82,10 +78,8 @@ class WorkMemory:
 class RunMemory:
     """A run's needs against what the machine has, in bytes.
 
-    Args:
-        weights: of each model, by side; exact.
-        held: weights on each device, those of the noise pair among them.
-        largest_model: the most weights of a single model on each device.
+    ``held`` are the weights on each device, those of the noise pair among them, and
+    ``largest_model`` the most of a single model.
     """
 
     weights: dict[str, int]
@@ -148,12 +142,11 @@ class RunMemory:
             ("fitting maps", work.fit, MAIN),
         ]
         both = "both models at once" if self.keep_both else "one model at a time"
+        rows += [
+            (f"at most, {both}", n, f"{place}, where {gigabytes(self.free[place])} are free")
+            for place, n in self.needed.items()
+        ]
         lines = [f"{what:<34}{gigabytes(n):>10}  {place}" for what, n, place in rows]
-        for place, n_bytes in self.needed.items():
-            lines.append(
-                f"{f'at most, {both}':<34}{gigabytes(n_bytes):>10}  {place}, where "
-                f"{gigabytes(self.free[place])} are free"
-            )
         return "\n".join([*lines, *self.advice])
 
     @property
@@ -187,11 +180,14 @@ def plan_memory(config: RunConfig) -> RunMemory:
     plan = plan_for(config, cfg.n_layers, cfg.n_heads)
     keep_both = holds_both(source, place, sizes.values())
     estimates = {side: estimate_memory(size, devices) for side, size in sizes.items()}
-    on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
+    on = {
+        side: Counter({_place(at): n for at, n in sizes[side].weights.on(each.placement).items()})
+        for side, each in estimates.items()
+    }
     tuned = estimates["tuned"]
-    held = Counter(on["tuned"]) + Counter(on["base"] if keep_both else {})
+    held = on["tuned"] + (on["base"] if keep_both else Counter())
     if keep_both and config.effort.analysis == "full" and config.effort.noise_pair:
-        held += Counter(on["tuned"])  # the noise pair's tuned model
+        held += on["tuned"]  # the noise pair's tuned model
     free = {_place(device): n_bytes for device, n_bytes in tuned.free.items()}
     free.setdefault(MAIN, free_bytes("cpu"))
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]
@@ -210,7 +206,7 @@ def plan_memory(config: RunConfig) -> RunMemory:
         dtype=place.dtype,
         devices=tuple(dict.fromkeys(map(_place, devices.names))),
         held=dict(held),
-        largest_model=dict(Counter(on["tuned"]) | Counter(on["base"])),
+        largest_model=dict(on["tuned"] | on["base"]),
         free=free,
         work=work,
     )
@@ -270,10 +266,7 @@ def work_memory(
 def _clean_pass_bytes(
     cfg: ModelConfig, prompts: TokenizedPrompts, passes: RowBudget, n_positions: int
 ) -> int:
-    """Bytes that the suffix engine stores of each layer, if memory does not run out meanwhile.
-
-    Each batch is as wide as its longest prompt.
-    """
+    """Bytes that the suffix engine stores of each layer."""
     lengths = prompts.lengths.sort().values
     at_positions = n_positions * (cfg.d_model + cfg.n_heads * cfg.d_head) * cfg.dtype.itemsize
     return sum(
@@ -281,10 +274,6 @@ def _clean_pass_bytes(
         * (key_bytes(cfg, n_columns(int(lengths[part].max()))) + at_positions)
         for part in even_parts(slice(0, len(prompts)), passes.max_rows)
     )
-
-
-def _by_place(size: ModelSize, placement: Placement) -> dict[str, int]:
-    return {_place(device): n for device, n in size.weights.on(placement).items()}
 
 
 def _place(device: str) -> str:

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rq4lens.analysis.card.sides import models_of
 from rq4lens.analysis.positions import SUBJECT, MappedPosition, PositionMap
 from rq4lens.analysis.saved import Run, read_run, write_positions
-from rq4lens.config import Place, Reading
+from rq4lens.config import Place
 from rq4lens.disk.run import CONDITIONS, REPORT
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -92,7 +93,12 @@ def position_map(
     Raises:
         UserError: if there is no such number of positions, prompt, run or pair.
     """
-    _refuse_no_number(positions)
+    whole = isinstance(positions, int) and not isinstance(positions, bool)
+    if positions != "all" and not (whole and int(positions) >= 1):
+        raise UserError(
+            f"positions {positions!r} is no number of tokens: give how many of the last ones are "
+            "patched, one at a time, such as 8, or all."
+        )
     with stage("load", None):
         mapped = _mapped(run, pair, trust_remote_code)
         chosen = _chosen(mapped, prompts)
@@ -119,15 +125,6 @@ def map_run(
     if (directory / REPORT).is_file():
         write_report_of(directory)
     return found
-
-
-def _refuse_no_number(positions: Asked) -> None:
-    whole = isinstance(positions, int) and not isinstance(positions, bool)
-    if positions != "all" and not (whole and int(positions) >= 1):
-        raise UserError(
-            f"positions {positions!r} is no number of tokens: give how many of the last ones are "
-            "patched, one at a time, such as 8, or all."
-        )
 
 
 def _mapped(
@@ -191,7 +188,7 @@ def _pair_of_each_role(mapped: _Mapped, prompts: PromptSet, asked: Asked) -> dic
 
 def _n_tokens(pair: ModelPair, prompts: PromptSet) -> Mapping[str, int]:
     """How many tokens of each prompt can be patched in both models."""
-    every = _reading(pair, "all")
+    every = pair.reading.but(positions="all")
     counts = [
         [len(spots) for spots in tokenize(prompts, pair.member(side).tokenizer, every).spots]
         for side in SIDES
@@ -215,32 +212,18 @@ def _with_subject(pair: ModelPair, prompts: PromptSet, split: str) -> PromptSet 
 
 def _read_at(pair: ModelPair, role: str, prompts: PromptSet) -> ModelPair:
     """The same models, with one token of each prompt to be patched, or its subject."""
-    return ModelPair(
-        pair.base,
-        pair.tuned,
-        prompts,
-        name=pair.name,
-        reading=_reading(pair, role if role == SUBJECT else f"{role}..{role}"),
-        keep_both=pair.keep_both,
-    )
-
-
-def _reading(pair: ModelPair, positions: str) -> Reading:
-    return pair.reading.but(positions=positions)
+    reading = pair.reading.but(positions=role if role == SUBJECT else f"{role}..{role}")
+    how: dict[str, Any] = {"name": pair.name, "keep_both": pair.keep_both}
+    return ModelPair(pair.base, pair.tuned, prompts, reading=reading, **how)
 
 
 def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) -> MappedPosition:
     """One position, measured."""
     patching, effort = mapped.plan.settings, mapped.grid.settings.effort
     activations = PairActivations(pair, batch_size=mapped.place.batch_size)
-    maps = fit_maps(
-        pair,
-        mapped.plan.layer,
-        patching.map_kind,
-        scope=patching.map_scope,
-        seed=effort.seed,
-        activations=activations,
-    )
+    how: dict[str, Any] = {"scope": patching.map_scope, "seed": effort.seed}
+    layer, kind = mapped.plan.layer, patching.map_kind
+    maps = fit_maps(pair, layer, kind, activations=activations, **how)
     experiment = prepare(pair, maps, patching, mapped.place, activations=activations)
     grid = measure_grid(Measurer(experiment, mapped.store), patching, effort, progress)
     texts, n_train = _texts(pair, mapped.split), len(pair.prompts.split(FIT_SPLIT))

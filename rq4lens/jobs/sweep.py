@@ -91,10 +91,9 @@ def sweep_on(bench: Bench, layers: int | Sequence[int] | None = None) -> Sweep:
 def choose_layers(comparison: LayerComparison) -> LayerChoice:
     """Propose a main and a control layer by what their heads carry of the gap.
 
-    The main layer is the one whose heads undo most of the gap, if they undo at least
-    ``WORTH_PCT`` of it. The control is, among the layers that undo clearly less (the intervals do
-    not touch), the one whose raw patch does most: where nothing is changed, nothing could show.
-    Layers whose raw patch does much that the map does not take back are named, too.
+    The main layer's heads undo most of it, and at least ``WORTH_PCT``. The control is, among the
+    layers that undo clearly less (the intervals do not touch), the one whose raw patch does most:
+    where nothing is changed, nothing could show.
     """
     if comparison.gap.undefined_because is not None:
         reason = f"no layer is proposed: {comparison.gap.undefined_because}"

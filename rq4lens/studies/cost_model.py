@@ -23,12 +23,7 @@ MAP_JSON_BYTES_PER_HEAD = 400
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a model, in TransformerLens' words.
-
-    Args:
-        gated_mlp: whether the MLP has three matrices instead of two.
-        bytes_per_number: 4 in float32, 2 in half precision.
-    """
+    """The shape of a model, in TransformerLens' words; a gated MLP has three matrices, not two."""
 
     n_layers: int
     n_heads: int
@@ -43,15 +38,11 @@ class Shape:
     @classmethod
     def of(cls, cfg: Any) -> Shape:
         """The shape in a TransformerLens configuration."""
+        names = ("n_layers", "n_heads", "d_model", "d_head", "gated_mlp", "d_vocab")
         return cls(
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
+            **{name: getattr(cfg, name) for name in names},
             n_key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
-            d_model=cfg.d_model,
-            d_head=cfg.d_head,
             d_mlp=cfg.d_mlp or 0,
-            gated_mlp=cfg.gated_mlp,
-            d_vocab=cfg.d_vocab,
             bytes_per_number=cfg.dtype.itemsize,
         )
 
@@ -111,12 +102,7 @@ def busy_share(n_devices: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured of one pair.
-
-    Args:
-        n_tokens: tokens of each prompt.
-        rows: pairs of a layer and the number of rows that enter there.
-    """
+    """What is measured of one pair: ``rows`` are layers and how many rows enter there."""
 
     n_prompts: int
     n_tokens: int
@@ -143,11 +129,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of some work on the machine at hand.
-
-    Args:
-        pass_seconds: of the clean pass, with the engine's check of itself.
-    """
+    """Seconds of some work on the machine at hand: its clean pass, and its rows."""
 
     work: Work
     pass_seconds: float
@@ -158,12 +140,8 @@ class Measured:
 class Machine:
     """What a machine takes for a model of some shape.
 
-    Args:
-        start_seconds: of a clean pass, whatever its size.
-        pass_flop_seconds: per operation of a clean pass.
-        block_seconds: per block that rows visit, whatever their number.
-        row_flop_seconds: per operation of a row.
-        logit_seconds: per logit of a row: unembedding and divergence.
+    A clean pass has its start, whatever its size, and its operations; rows have the blocks that
+    they visit, whatever their number, their operations, and their logits.
     """
 
     start_seconds: float

@@ -130,11 +130,7 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
 
 
 def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
-    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds.
-
-    Raises:
-        UserError: if pieces are missing; the sentence names the first cell that lacks some.
-    """
+    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds."""
     if not (directory / STUDY).is_file():
         return merge_job(directory, trust_remote_code=trust_remote_code, stage=stage)
     plan, cells = read_study(directory / STUDY), _Cells(directory)
@@ -144,13 +140,8 @@ def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = si
         own = cell.directory(directory)
         if not (own / JOB).is_file():
             raise UserError(f"{cell.name!r} was not begun: run the share that holds it again.")
-        merge_job(
-            own,
-            place=place,
-            n_lists=len(plan.cells),
-            trust_remote_code=trust_remote_code,
-            stage=stage,
-        )
+        how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": stage}
+        merge_job(own, place=place, n_lists=len(plan.cells), **how)
         cells.mark(cell)
     return write_study_report(plan, directory)
 

@@ -27,12 +27,7 @@ PROBE_PROMPTS = 64
 
 @dataclass(frozen=True)
 class Probe:
-    """What a short measurement said about a model on this machine.
-
-    Args:
-        n_tokens: mean length of the measured prompts.
-        seconds: what the probe took, loading included.
-    """
+    """What a short measurement said about a model on this machine; ``seconds`` is what it took."""
 
     shape: Shape
     machine: Machine
@@ -51,10 +46,7 @@ class CellCost:
 
 
 def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
-    """Estimate a study and say what it will take.
-
-    One pair per base model is loaded and probed; nothing is written.
-    """
+    """What a study will take; one pair per base model is loaded and probed, nothing is written."""
     probes: dict[str, Probe] = {}
     estimates = []
     for cell in plan.cells:

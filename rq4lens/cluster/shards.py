@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -70,15 +69,11 @@ class Workbench(Bench):
 
     def measure(self, piece: Piece, measurer: Measurer, progress: Progress | None = None) -> None:
         """Measure a piece, or find it done; it is marked when its last number is on disk."""
-        started = time.perf_counter()
-        part: dict[str, Any] = {}
         if not piece.prompts or measurer.are_recorded(piece.patches):
             measurer.record(piece.patches, progress)
-            piece = piece.whole
+            self.marks.put(piece.whole, {})
         else:
-            part = measurer.part(piece.patches, progress)
-        self._mark(piece, time.perf_counter() - started, part)
-        if piece.prompts:
+            self.marks.put(piece, measurer.part(piece.patches, progress))
             self._join(piece.whole, measurer)
 
     def join(self) -> None:
@@ -105,11 +100,7 @@ class Workbench(Bench):
             log.warning("%s was made with another map: to be measured again", piece.label)
             self.marks.path(piece).unlink(missing_ok=True)
         if not foreign:
-            self._mark(whole, sum(part["seconds"] for part in parts.values()), {})
-
-    def _mark(self, piece: Piece, seconds: float, part: dict[str, Any]) -> None:
-        mark = {"rows": self.job.rows(piece), "seconds": round(seconds, 4)}
-        self.marks.put(piece, {**mark, **part})
+            self.marks.put(whole, {})
 
 
 def run_shard(

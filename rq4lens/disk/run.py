@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +128,26 @@ def file_sha256(path: Path) -> str | None:
 
 def per_prompt_table(grid: GridResult) -> pd.DataFrame:
     """Every prompt's own numbers: a row per prompt, condition and kind."""
-    rows = []
+    prompts = {"prompt_id": grid.prompt_ids, "group": grid.groups}
+    tables = []
+    for about, row in _patched(grid):
+        measures = {column: getattr(row, name) for column, name in MEASURES.items()}
+        measured = {column: list(each) for column, each in measures.items() if each is not None}
+        tables.append(pd.DataFrame({**prompts, **about, **measured}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _patched(grid: GridResult) -> Iterator[tuple[dict[str, Any], PatchRow]]:
+    """Each patch of a grid, and what was measured of it."""
     for each in grid.conditions.values():
         about = {"layer": each.layer, "cond": each.cond, "heads": str(each.heads)}
-        found = {"raw": each.raw, "mapped": each.mapped}
-        rows += [_rows(grid, about, each.alpha, *item) for item in found.items()]
-        rows += _transfer_rows(grid, about, each.transfer)
+        for kind, row in zip(KINDS, (each.raw, each.mapped), strict=True):
+            yield {**about, "alpha": each.alpha, "kind": kind}, row
+        for kind, row in zip(SWAPS, each.transfer or (), strict=False):
+            yield {**about, "alpha": 1.0, "kind": kind}, row
     about = {"layer": EVERY_LAYER, "cond": EVERY, "heads": str(HeadSet.all(grid.n_heads))}
-    rows += _transfer_rows(grid, about, grid.every_layer)
-    return pd.concat(rows, ignore_index=True)
-
-
-def _transfer_rows(
-    grid: GridResult, about: Mapping[str, Any], transfer: Transfer | None
-) -> list[pd.DataFrame]:
-    swaps = {} if transfer is None else transfer._asdict()
-    return [_rows(grid, about, 1.0, *item) for item in swaps.items()]
-
-
-def _rows(
-    grid: GridResult, about: Mapping[str, Any], alpha: float, kind: str, row: PatchRow
-) -> pd.DataFrame:
-    prompts = {"prompt_id": grid.prompt_ids, "group": grid.groups}
-    measures = {column: getattr(row, name) for column, name in MEASURES.items()}
-    measured = {column: list(values) for column, values in measures.items() if values is not None}
-    return pd.DataFrame({**prompts, **about, "alpha": alpha, "kind": kind, **measured})
+    for kind, row in zip(SWAPS, grid.every_layer or (), strict=False):
+        yield {**about, "alpha": 1.0, "kind": kind}, row
 
 
 def grid_of_table(

@@ -52,7 +52,7 @@ from rq4lens.models.prompts.prompt_set import (
 )
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.choice import make_engine
-from rq4lens.patching.experiment import Experiment, prepare
+from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.noise import noise_effects
@@ -174,10 +174,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The heads of one planted pair, by kind of change, one of each value head.
-
-    ``cost_nats`` is what each of their value heads costs the base model, where that decided.
-    """
+    """The heads of one planted pair, by kind of change, one of each value head, and their cost."""
 
     layer: int
     heads: Mapping[ChangeKind, tuple[Head, ...]]
@@ -272,10 +269,7 @@ class BaseHeads:
 def fitted(
     planted: Mapping[ChangeKind, int], n_groups: int, n_candidates: int
 ) -> dict[ChangeKind, int]:
-    """As many changes as there are heads that matter and as leave half of the layer untouched.
-
-    There is one of each kind at least.
-    """
+    """As many changes as leave half of the layer untouched, at least one of each kind."""
     share = min(1.0, min(n_groups / 2, n_candidates) / max(1, sum(planted.values())))
     return {kind: max(1, int(count * share)) for kind, count in planted.items()}
 
@@ -310,9 +304,8 @@ RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
 class Trial:
     """One planted pair, ready to be asked.
 
-    The layer's head sets are measured on the prompts that ranking methods see; on all val prompts,
-    for the kinds of heads; on neutral prompts, if there are any; and on train prompts, for the size
-    of what was planted.
+    Its head sets are measured on the prompts that ranking methods see; on all val prompts, for the
+    kinds of heads; on neutral ones, if there are any; on train ones, for the size of the truth.
     """
 
     scenario: Scenario
@@ -397,7 +390,7 @@ class Trial:
         """Truth and verdict of each head."""
         measured = self.of_kinds
         rungs: tuple[str, ...] = (*RUNGS, OUTPUT)
-        experiment = self._experiment(measured)
+        experiment = measured.measurer.experiment
         without = held_out(experiment.maps[self.layer], self.activations, experiment.split)
         if not isinstance(without, str):
             measured, rungs = measured.also({HELD_OUT: without}), (*rungs, HELD_OUT)
@@ -426,23 +419,18 @@ class Trial:
         patching = Patching(layer=self.layer, alpha=self.measured.alpha, k=(), random_seeds=())
         measurer = self.of_kinds.measurer
         grid = measure_grid(measurer, patching, Effort(resamples=RESAMPLES, seed=seed))
-        noise = noise_effects(measurer, self.activations, patching, Place(), seed)
-        beside = Beside(noise=noise)
+        beside = Beside(noise=noise_effects(measurer, self.activations, patching, Place(), seed))
         found = analyse(grid, None, AnalysisEffort(n_splits=1), beside=beside)
         said = " ".join((*found.claims, *found.study_claims))
         return NOTHING not in said or NO_SHARE not in said
 
-    def _experiment(self, measured: MeasuredSets) -> Experiment:
-        assert isinstance(measured.experiment, Experiment)
-        return measured.experiment
-
     def null_alarms(self) -> Iterator[bool]:
         """Whether some head is significant where no map is better than another.
 
-        Two independent noises of one size stand in place of the raw and the mapped activations, so
-        that neither repairs what the other breaks.
+        Two noises of one size stand for the raw and the mapped activations: neither repairs what
+        the other breaks.
         """
-        experiment, seed = self._experiment(self.measured), self.planted.how.seed
+        experiment, seed = self.measured.measurer.experiment, self.planted.how.seed
         z = experiment.sources[self.layer, SELF]
         spread = NULL_NOISE * einops.reduce(
             z.float().std(0), "position head d_head -> 1 position head 1", "mean"

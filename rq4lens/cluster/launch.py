@@ -80,7 +80,7 @@ def run_on_cluster(
                     pool.run("measure", left, progress, lambda place: pieces[place].prompts)
             pool.shrink(1)
             with clock("results"):
-                summary: str = pool.ask("finish", request)
+                summary: str = pool.ask("finish")
         return summary + (f"{pool.lost} workers were lost on the way\n" if pool.lost else "")
 
 
@@ -221,12 +221,7 @@ def _anywhere(request: R, cluster: Cluster) -> R:
 
 @dataclass
 class Worker:
-    """The work of one actor.
-
-    Args:
-        is_first: whether it may begin the job; the others must find it begun.
-        n_workers: how many there will be at most.
-    """
+    """The work of one actor; the first one may begin the job, the others must find it begun."""
 
     request: Request
     directory: Path
@@ -237,8 +232,7 @@ class Worker:
 
     def open(self) -> None:
         """Load the pair and read its activations."""
-        if not self.is_first and not (self.directory / JOB).is_file():
-            raise UserError(not_shared(self.directory))
+        _require_seen(self.directory, self.is_first or (self.directory / JOB).is_file())
         self.bench = Workbench(self.request, self.directory, fresh=self.fresh)
         self._job = self.bench.begin(n_workers=self.n_workers, division=self.division)
         self._pieces = self._job.pieces()
@@ -258,11 +252,10 @@ class Worker:
         self.bench.measure(piece, measurer)
         return self._job.rows(piece)
 
-    def finish(self, request: Request) -> str:
-        """Write the results, with the settings that were asked for rather than this worker's."""
+    def finish(self, _task: None) -> str:
+        """Write the results."""
         self.bench.join()
-        self.bench.config = request.config
-        return finish(request, self.bench)
+        return finish(self.request, self.bench)
 
 
 @dataclass
@@ -278,8 +271,7 @@ class Finisher:
     def finish(self, place: int) -> int:
         """Measure a job and write its results; what is there already is not measured again."""
         request, directory = self.jobs[place]
-        if not directory.is_dir():
-            raise UserError(not_shared(directory))
+        _require_seen(directory, directory.is_dir())
         finish(request, Bench(request.config, directory, fresh=self.fresh))
         gc.collect()
         return place
@@ -295,8 +287,7 @@ class Planter:
 
     def open(self) -> None:
         """Load the base model."""
-        if not self.directory.is_dir():
-            raise UserError(not_shared(self.directory))
+        _require_seen(self.directory, self.directory.is_dir())
         self._suite = self.request.suite()
 
     def judge(self, place: int) -> int:
@@ -309,9 +300,10 @@ class Planter:
         return self._suite.run(Store(self.directory))
 
 
-def not_shared(directory: Path) -> str:
-    """The sentence for a node that does not see the folder in which all meet."""
-    return (
-        f"node {socket.gethostname()!r} does not see {str(directory)!r}: name a folder with --out "
-        "that lies on a file system which all nodes share."
-    )
+def _require_seen(directory: Path, is_seen: bool) -> None:
+    """Refuse a node that does not see the folder in which all meet."""
+    if not is_seen:
+        raise UserError(
+            f"node {socket.gethostname()!r} does not see {str(directory)!r}: name a folder with "
+            "--out that lies on a file system which all nodes share."
+        )

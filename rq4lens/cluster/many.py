@@ -19,19 +19,11 @@ to the loopback address; elsewhere they replace 127.0.0.1 by an address that oth
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to run, and with how many workers.
+    """Where to run, and with how many workers: as many as fit when left out.
 
-    Args:
-        address: ``"local"`` starts Ray on this machine alone; ``"auto"`` finds the cluster that
-            this machine belongs to; anything else is a cluster's address.
-        workers: how many workers; as many as fit when left out.
-        gpus_per_worker: GPUs of each worker, also a part of one; by default one where there are
-            any. With several, the layers of a model are spread over them.
-        cpus_per_worker: processor cores, and threads, of each worker.
-        division: whether prompts are divided too, if the job is not begun yet.
-
-    Raises:
-        UserError: if a number does not make sense.
+    The address ``"local"`` starts Ray on this machine alone, ``"auto"`` finds the cluster that this
+    machine belongs to. A worker has one GPU where there are any, unless more or a part are asked
+    for; the layers of a model are spread over several. A job that is begun keeps its division.
     """
 
     address: str = LOCAL

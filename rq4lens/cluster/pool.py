@@ -36,12 +36,7 @@ _LOOK_EVERY_SECONDS = 1.0
 
 
 class Pool:
-    """A number of workers, kept up by new ones as long as the cluster has room.
-
-    Args:
-        start: starts a worker, an actor with a method ``open`` that makes it ready.
-        size: how many workers are wanted.
-    """
+    """A number of workers, actors that ``open``, kept up as long as the cluster has room."""
 
     def __init__(self, start: Callable[[], ActorHandle], size: int) -> None:
         self.size = size
@@ -60,11 +55,7 @@ class Pool:
         done: Callable[[Any], object] | None = None,
         needs: Callable[[Any], Hashable] = lambda _: None,
     ) -> None:
-        """Have every task done once, by whichever worker is free.
-
-        Raises:
-            UserError: if a worker raises one, a task loses too many workers, or no worker starts.
-        """
+        """Have every task done once, by whichever worker is free."""
         left, worked = deque(tasks), time.monotonic()
         while left or self._busy:
             self._hire(len(left) + len(self._busy))
@@ -171,13 +162,10 @@ class Pool:
 
 
 def _result(reference: Any) -> Any:
-    """What a worker gave back; what it refused is raised here in its own words.
-
-    Ray raises an error whose text is the worker's traceback.
-    """
+    """What a worker gave back; what it refused is raised here in its own words."""
     try:
         return ray.get(reference)
-    except RayTaskError as problem:
+    except RayTaskError as problem:  # its text is the worker's traceback
         if isinstance(problem.cause, UserError):
             raise UserError(str(problem.cause)) from None
         raise

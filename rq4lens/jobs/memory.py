@@ -119,16 +119,6 @@ class RunMemory:
         }
 
     @property
-    def line(self) -> str:
-        """One line for a run that fits."""
-        parts = (
-            f"{gigabytes(n_bytes)} of the {gigabytes(self.free[place])} free "
-            f"{'in' if place == MAIN else 'on'} {place}"
-            for place, n_bytes in self.needed.items()
-        )
-        return f"memory: about {', '.join(parts)}"
-
-    @property
     def table(self) -> str:
         """What takes how much, where, and what is free there."""
         work, where = self.work, ", ".join(self.devices)
@@ -147,27 +137,28 @@ class RunMemory:
             for place, n in self.needed.items()
         ]
         lines = [f"{what:<34}{gigabytes(n):>10}  {place}" for what, n, place in rows]
-        return "\n".join([*lines, *self.advice])
+        if not self.fits:
+            short = [place for place, n in self.needed.items() if n > self.free[place]]
+            lines.append(f"this does not fit in what is free ({', '.join(short)}):")
+            lines += [f"  {each}" for each in self.advice]
+        return "\n".join(lines)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to change, in the words of the command line; empty for a run that fits."""
-        if self.fits:
-            return ()
-        short = [place for place, n in self.needed.items() if n > self.free[place]]
-        return (f"this does not fit in what is free ({', '.join(short)}):", *self._remedies())
+        return () if self.fits else tuple(self._remedies())
 
     def _remedies(self) -> Iterator[str]:
         if self.dtype in {"float32", "float64"}:
-            yield "  --dtype bfloat16 takes half of the weights and of all that follows from them"
+            yield "--dtype bfloat16 takes half of the weights and of all that follows from them"
         if self.keep_both:
-            yield "  --no-keep-both holds one model at a time"
+            yield "--no-keep-both holds one model at a time"
         if torch.cuda.device_count() > len(self.devices):
-            yield f"  --n-devices {torch.cuda.device_count()} or --device-map auto use every GPU"
+            yield f"--n-devices {torch.cuda.device_count()} or --device-map auto use every GPU"
         if self.work.n_prompts_at_once > 1 and self.work.in_pass >= self.work.in_rows:
             half = self.work.n_prompts_at_once // 2
-            yield f"  --batch-size {half} has half as many prompts in flight"
-        yield "  --max-tokens N cuts long prompts from the left; fewer prompts need less, too"
+            yield f"--batch-size {half} has half as many prompts in flight"
+        yield "--max-tokens N cuts long prompts from the left; fewer prompts need less, too"
 
 
 def plan_memory(config: RunConfig) -> RunMemory:
@@ -283,16 +274,20 @@ def _place(device: str) -> str:
 def say_and_require(memory: RunMemory) -> None:
     """One line in the log for a run that fits, else the table and what to change."""
     if memory.fits:
-        log.info(memory.line)
+        parts = (
+            f"{gigabytes(n_bytes)} of the {gigabytes(memory.free[place])} free "
+            f"{'in' if place == MAIN else 'on'} {place}"
+            for place, n_bytes in memory.needed.items()
+        )
+        log.info("memory: about %s", ", ".join(parts))
         return
     log.warning(memory.table)
     largest, smallest = memory.largest_model, memory.work.smallest
     # What does not fit with one model, one prompt and one row does not fit whatever is halved.
     if any(n + smallest > memory.free[place] for place, n in largest.items()):
         place, weights = max(largest.items(), key=lambda item: item[1])
-        _, *remedies = memory.advice
         raise UserError(
             f"a model of {gigabytes(weights)} and at least {gigabytes(smallest)} for one prompt do "
             f"not fit in the {gigabytes(memory.free[place])} free on {place}: "
-            f"{'; '.join(map(str.strip, remedies))}."
+            f"{'; '.join(memory.advice)}."
         )

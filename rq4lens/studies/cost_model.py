@@ -62,12 +62,6 @@ class Shape:
         keys = self.n_key_value_heads * self.d_head
         return 2 * self.d_model * (self.width + keys) + self.mlp_weights
 
-    @property
-    def model_bytes(self) -> int:
-        """Memory of one model's weights, embedding and unembedding included."""
-        weights = self.n_layers * self.block_weights + 2 * self.d_model * self.d_vocab
-        return weights * self.bytes_per_number
-
 
 def pass_flops(shape: Shape, n_prompts: int, n_tokens: int, n_layers: int | None = None) -> float:
     """Operations of a forward pass through the first layers; the unembedding is one row's.

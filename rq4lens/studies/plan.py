@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,8 +36,7 @@ class Probe:
     seconds: float
 
 
-@dataclass(frozen=True)
-class CellCost:
+class CellCost(NamedTuple):
     """What one cell will take, from loading both models to the numbers."""
 
     pieces: int
@@ -58,7 +57,18 @@ def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
             with stage(f"probe of {cell.pair}", None):
                 probes[source] = probe(config, pair)
         estimates.append(estimate(cell, pair, probes[source]))
-    return _text(plan, estimates, list(probes.values()))
+    n_pieces, seconds, n_bytes = map(sum, zip(*estimates, strict=True))
+    took = sum(each.seconds for each in probes.values())
+    rankings = sorted({cell.request.config.patching.rank_by for cell in plan.cells})
+    return (
+        f"{plan.name}: {len(plan.cells)} sweeps of {len({cell.pair for cell in plan.cells})} "
+        f"pairs, {n_pieces} pieces, {2 * len(plan.cells)} model loads\n"
+        f"about {seconds:,.0f} device-seconds in all on a device like this one (probed for "
+        f"{took:.1f} s), fitting maps and resampling aside\n"
+        f"about {n_bytes / 2**20:,.1f} MiB of conditions, maps and activations\n"
+        f"compared by {', '.join(metric.name for metric in plan.metrics)}; single heads ranked by "
+        f"{' and '.join(rankings)}\n"
+    )
 
 
 def probe(config: RunConfig, pair: ModelPair) -> Probe:
@@ -115,25 +125,10 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)
     work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
     seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds
-    disk = store_bytes(n_patches, n_prompts) + map_bytes(
-        shape, len(layers), config.patching.map_scope
-    )
     n_sites = (n_prompts + n_train) * len(layers) * config.patching.k_positions
-    disk += n_sites * shape.width * shape.bytes_per_number
-    return CellCost(len(pieces), seconds, disk)
-
-
-def _text(plan: StudyPlan, estimates: Sequence[CellCost], probes: Sequence[Probe]) -> str:
-    seconds = sum(each.seconds for each in estimates)
-    disk = sum(each.disk_bytes for each in estimates)
-    took = sum(each.seconds for each in probes)
-    return (
-        f"{plan.name}: {len(plan.cells)} sweeps of {len({cell.pair for cell in plan.cells})} "
-        f"pairs, {sum(each.pieces for each in estimates)} pieces, {2 * len(plan.cells)} model "
-        "loads\n"
-        f"about {seconds:,.0f} device-seconds in all on a device like this one (probed for "
-        f"{took:.1f} s), fitting maps and resampling aside\n"
-        f"about {disk / 2**20:,.1f} MiB of conditions, maps and activations\n"
-        f"compared by {', '.join(metric.name for metric in plan.metrics)}; single heads ranked by "
-        f"{' and '.join(sorted({cell.request.config.patching.rank_by for cell in plan.cells}))}\n"
+    disk_bytes = (
+        store_bytes(n_patches, n_prompts)
+        + map_bytes(shape, len(layers), config.patching.map_scope)
+        + n_sites * shape.width * shape.bytes_per_number
     )
+    return CellCost(len(pieces), seconds, disk_bytes)

@@ -115,9 +115,7 @@ def continuations(
     Heads are patched at the decision token and at every new token, with what base's heads hold
     where base reads the same continuation.
     """
-    speaker = _Speaker(experiment, patch, prompts)
-    speaker.refuse(n_tokens)
-    return speaker.said(n_tokens)
+    return _Speaker(experiment, patch, prompts).said(n_tokens)
 
 
 class _Speaker:
@@ -136,7 +134,7 @@ class _Speaker:
         rows = [places[each] for each in prompts]
         self.tokens = {side: each.some(rows) for side, each in read.items()}
 
-    def refuse(self, n_tokens: int) -> None:
+    def _refuse(self, n_tokens: int) -> None:
         """Refuse what cannot be said."""
         pair, n_ctx = self.pair, min(self.pair.member(side).card.n_ctx for side in SIDES)
         longest = max(int(each.lengths.max()) for each in self.tokens.values())
@@ -158,6 +156,7 @@ class _Speaker:
 
     def said(self, n_tokens: int) -> tuple[Said, ...]:
         """The continuations, prompt by prompt."""
+        self._refuse(n_tokens)
         texts = {voice: self._texts(voice, n_tokens) for voice in VOICES}
         tokens = self.tokens["tuned"]
         tokenizer = self.pair.tuned.tokenizer
@@ -198,27 +197,21 @@ class _Speaker:
             logits = forward_batch(model, batch)
         else:
             patch = replace(self.patch, source=voice)
-            sources = Sources({(patch.layer, voice): self._source(voice, new, n_positions)})
+            base, layer = self.pair.use("base").model, patch.layer
+            z = capture_z(base, self._grown("base", new), [layer], k_positions=n_positions)[layer]
+            layer_map = self.experiment.source_maps.get((layer, voice))
+            sources = Sources({(layer, voice): z if layer_map is None else layer_map(z)})
             with patched_heads(model, (patch,), sources, batch):
                 logits = forward_batch(model, batch)
         here = logits[torch.arange(len(logits)), batch.decision]
         return here[batch.rows.argsort()]
-
-    def _source(
-        self, voice: str, new: Sequence[tuple[int, ...]], n_positions: int
-    ) -> Float[Tensor, "prompt position head d_head"]:
-        layer, base = self.patch.layer, self.pair.use("base").model
-        read = capture_z(base, self._grown("base", new), [layer], k_positions=n_positions)
-        layer_map = self.experiment.source_maps.get((layer, voice))
-        return read[layer] if layer_map is None else layer_map(read[layer])
 
 
 def said_text(said: Sequence[Said]) -> str:
     """Continuations as plain text."""
     lines = []
     for each in said:
-        lines.append(Text(f"\n{printable(each.prompt)}: … {printable(each.ends)}"))
-        lines += [
-            Text(f"  {name:<32}{printable(each.texts[voice])}") for voice, name in VOICES.items()
-        ]
-    return text_of(lines, sentences=UNCUT)
+        lines.append(f"\n{printable(each.prompt)}: … {printable(each.ends)}")
+        for voice, name in VOICES.items():
+            lines.append(f"  {name:<32}{printable(each.texts[voice])}")
+    return text_of(list(map(Text, lines)), sentences=UNCUT)

@@ -39,7 +39,7 @@ Asked = int | str
 
 @dataclass(frozen=True)
 class _Mapped:
-    """What is mapped: a pair, as its grid was measured, and where measured patches are kept."""
+    """What is mapped: a pair, as its grid was measured, and where measured patches lie."""
 
     pair: ModelPair
     grid: GridResult
@@ -101,7 +101,12 @@ def position_map(
         )
     with stage("load", None):
         mapped = _mapped(run, pair, trust_remote_code)
-        chosen = _chosen(mapped, prompts)
+        measured = mapped.pair.prompts.split(mapped.split)
+        if prompts is not None:
+            measured = measured.of_ids(prompts)
+        train = mapped.pair.prompts.split(FIT_SPLIT)
+        by_id = {each.id: each for each in (*train, *measured)}
+        chosen = replace(measured, prompts=tuple(by_id.values()))
         pairs = _pair_of_each_role(mapped, chosen, positions)
     n_prompts = len(next(iter(pairs.values())).prompts.split(mapped.split))
     with stage("positions", len(pairs) * mapped.plan.n_patches * n_prompts) as progress:
@@ -154,16 +159,6 @@ def _mapped(
     return _Mapped(pair, grid, place, store)
 
 
-def _chosen(mapped: _Mapped, prompts: Sequence[str] | None) -> PromptSet:
-    """The train prompts, and the measured ones that were asked for."""
-    measured = mapped.pair.prompts.split(mapped.split)
-    if prompts is not None:
-        measured = measured.of_ids(prompts)
-    train = mapped.pair.prompts.split(FIT_SPLIT)
-    by_id = {each.id: each for each in (*train, *measured)}
-    return replace(measured, prompts=tuple(by_id.values()))
-
-
 def _pair_of_each_role(mapped: _Mapped, prompts: PromptSet, asked: Asked) -> dict[str, ModelPair]:
     """The pair read at each position, on the prompts that have it."""
     pair, split = mapped.pair, mapped.split
@@ -189,11 +184,9 @@ def _pair_of_each_role(mapped: _Mapped, prompts: PromptSet, asked: Asked) -> dic
 def _n_tokens(pair: ModelPair, prompts: PromptSet) -> Mapping[str, int]:
     """How many tokens of each prompt can be patched in both models."""
     every = pair.reading.but(positions="all")
-    counts = [
-        [len(spots) for spots in tokenize(prompts, pair.member(side).tokenizer, every).spots]
-        for side in SIDES
-    ]
-    return dict(zip(prompts.ids, map(min, *counts), strict=True))
+    read = [tokenize(prompts, pair.member(side).tokenizer, every).spots for side in SIDES]
+    counts = (min(map(len, spots)) for spots in zip(*read, strict=True))
+    return dict(zip(prompts.ids, counts, strict=True))
 
 
 def _with_subject(pair: ModelPair, prompts: PromptSet, split: str) -> PromptSet | None:
@@ -226,12 +219,10 @@ def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) 
     maps = fit_maps(pair, layer, kind, activations=activations, **how)
     experiment = prepare(pair, maps, patching, mapped.place, activations=activations)
     grid = measure_grid(Measurer(experiment, mapped.store), patching, effort, progress)
-    texts, n_train = _texts(pair, mapped.split), len(pair.prompts.split(FIT_SPLIT))
-    return MappedPosition.of(role, texts, n_train, grid)
-
-
-def _texts(pair: ModelPair, split: str) -> list[str]:
-    """The text of the patched tokens of each prompt, as the tuned model reads them."""
-    read, tokenizer = pair.tokens("tuned", split), pair.tuned.tokenizer
-    both = zip(read.token_ids, read.spots, strict=True)
-    return ["".join(decoded(tokenizer, tokens[at]) for at in spots) for tokens, spots in both]
+    # The text of the patched tokens of each prompt, as the tuned model reads them.
+    read, tokenizer = pair.tokens("tuned", mapped.split), pair.tuned.tokenizer
+    texts = [
+        "".join(decoded(tokenizer, tokens[at]) for at in spots)
+        for tokens, spots in zip(read.token_ids, read.spots, strict=True)
+    ]
+    return MappedPosition.of(role, texts, len(pair.prompts.split(FIT_SPLIT)), grid)

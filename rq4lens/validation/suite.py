@@ -140,9 +140,8 @@ def validate(
 class Outcome:
     """What one planted pair said, as :class:`Validation` counts it.
 
-    ``recoveries`` are average precision and AUROC by method, where something is to be found,
-    ``kinds`` scenario, truth and verdict by head, and ``claimed`` whether something was claimed
-    where nothing is to be found.
+    ``recoveries`` are average precision and AUROC by method, ``kinds`` scenario, truth and verdict
+    by head, and ``claimed`` whether something was claimed where nothing is to be found.
     """
 
     recoveries: tuple[tuple[float, float], ...]
@@ -435,27 +434,24 @@ class Validation(Listed):
 
 def validation_text(validation: Validation) -> str:
     """The result as Markdown tables, which a terminal shows as well."""
+    values, alarms = validation.settings, validation.false_alarms
+    low, high = (100 * end for end in alarms.ci95)
     parts = [
-        _setting(validation),
+        f"{values['base']}: planted pairs per scenario: {values['pairs']}, drift "
+        f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
+        f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
+        f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
+        "Average precision of the planted heads, mean (worst); 1.00 means that they come first.",
         _recovery_table(validation.recoveries, "average_precision"),
         "Area under the ROC curve: the probability that a planted head is ranked before another.",
         _recovery_table(validation.recoveries, "auroc"),
         _kinds_table(validation),
         _wrong_words(validation),
-        _alarms(validation.false_alarms),
+        f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
+        f"where two equal noises stood for the raw and the mapped activations, "
+        f"{100 * alarms.rate:.1f}% [{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _setting(validation: Validation) -> str:
-    values = validation.settings
-    return (
-        f"{values['base']}: planted pairs per scenario: {values['pairs']}, drift "
-        f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
-        f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
-        f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
-        "Average precision of the planted heads, mean (worst); 1.00 means that they come first."
-    )
 
 
 def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> str:
@@ -500,16 +496,6 @@ def _wrong_words(validation: Validation) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _alarms(alarms: FalseAlarms) -> str:
-    low, high = (100 * end for end in alarms.ci95)
-    return (
-        f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
-        f"where two equal noises stood for the raw and the mapped activations, "
-        f"{100 * alarms.rate:.1f}% "
-        f"[{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%."
-    )
 
 
 @dataclass(frozen=True)

@@ -63,16 +63,6 @@ class WorkMemory:
     activations: int
     fit: int
 
-    @property
-    def on_device(self) -> int:
-        """The most that is on the model's device at once."""
-        return max(self.in_pass, self.in_rows) + (self.kept if self.kept_on_device else 0)
-
-    @property
-    def in_main_memory(self) -> int:
-        """What is in main memory whatever the device."""
-        return self.activations + self.fit + (0 if self.kept_on_device else self.kept)
-
 
 @dataclass(frozen=True)
 class RunMemory:
@@ -94,12 +84,12 @@ class RunMemory:
     @property
     def needed(self) -> dict[str, int]:
         """The most that each device and main memory hold at once."""
-        needed = {place: self.held.get(place, 0) for place in self.free}
+        needed, work = {place: self.held.get(place, 0) for place in self.free}, self.work
         # Base stands behind an engine of its own, which keeps about as much of its clean pass.
-        of_base = self.work.kept if self.keep_both else 0
+        kept = 2 * work.kept if self.keep_both else work.kept
         for place in self.devices:
-            needed[place] += self.work.on_device + (of_base if self.work.kept_on_device else 0)
-        needed[MAIN] += self.work.in_main_memory + (0 if self.work.kept_on_device else of_base)
+            needed[place] += max(work.in_pass, work.in_rows) + (kept if work.kept_on_device else 0)
+        needed[MAIN] += work.activations + work.fit + (0 if work.kept_on_device else kept)
         return needed
 
     @property

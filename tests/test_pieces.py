@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq4lens.cluster.many import divides_prompts
-from rq4lens.cluster.pieces import WHOLE, Share, divided, inward, pieces_of
+from rq4lens.cluster.many import WHOLE, Share, divides_prompts
+from rq4lens.cluster.pieces import divided, inward, pieces_of
 from rq4lens.config import Patching
 from rq4lens.errors import UserError
 from rq4lens.patching.grid import GridPlan

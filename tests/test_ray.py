@@ -16,10 +16,9 @@ import pytest
 from pair_on_disk import write_pair
 
 from rq4lens.analysis.saved import read_layers
-from rq4lens.cluster.job import read_job
 from rq4lens.cluster.launch import kept_beside, run_on_cluster, run_validation
 from rq4lens.cluster.many import LOOPBACK_SWITCH, Cluster, Many
-from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.pieces import Request, read_job
 from rq4lens.config import config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.jobs.sweep import sweep_layers

@@ -13,8 +13,8 @@ import pytest
 from pair_on_disk import QUIET, without_stages, write_config, write_pair
 
 from rq4lens.cli import main
-from rq4lens.cluster.job import PIECES, Job, read_job
-from rq4lens.cluster.pieces import Request, Share, Sharing
+from rq4lens.cluster.many import Share, Sharing
+from rq4lens.cluster.pieces import PIECES, Job, Request, read_job
 from rq4lens.cluster.shards import merge_job, run_shard
 from rq4lens.config import config_from
 from rq4lens.disk.run import JOB
@@ -67,7 +67,8 @@ SHARES = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from rq4lens.cluster.pieces import Request, Share, Sharing
+from rq4lens.cluster.many import Share, Sharing
+from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.shards import run_shard
 from rq4lens.config import read_config
 from rq4lens.disk.store import Store

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rq4lens.cluster.many import Many
+from rq4lens.cluster.many import Many, Share, Sharing
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.screen.options import DIRECTORY, MANY
@@ -61,9 +61,9 @@ def study(
 
     They are compared in one report.
     """
+    from rq4lens.studies.cost_model import plan_text  # noqa: PLC0415
     from rq4lens.studies.file import read_study  # noqa: PLC0415 - keeps --help fast
     from rq4lens.studies.job import run_study_file  # noqa: PLC0415
-    from rq4lens.studies.plan import plan_text  # noqa: PLC0415
 
     many, wanted = Many(shard, cluster, workers, gpus_per_worker, divide), read_study(file)
     if plan:
@@ -102,7 +102,7 @@ def by_many(
 ) -> None:
     """Measure a share, or everything on a cluster, and print what became of it."""
     from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.cluster.pieces import Request, Share, Sharing  # noqa: PLC0415
+    from rq4lens.cluster.pieces import Request  # noqa: PLC0415
     from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
 
     if out is None:

@@ -15,9 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rq4lens.cluster.job import PIECES, Job
 from rq4lens.cluster.many import LOCAL, LOOPBACK_SWITCH, Cluster, Division
-from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.pieces import PIECES, Job, Request
 from rq4lens.cluster.shards import Workbench, finish
 from rq4lens.disk.files import made_directory, make_directory, refuse_no_file, write_json_atomic
 from rq4lens.disk.run import JOB

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Literal, TypeVar, cast, get_args
 
 from rq4lens.errors import UserError
 
 Division = Literal["auto", "conditions", "prompts"]
+
+T = TypeVar("T")
 
 LOCAL = "local"
 AUTO = "auto"
@@ -15,6 +22,9 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's own switch for a machine that is no part of a cluster. Where it is off, Ray's servers bind
 to the loopback address; elsewhere they replace 127.0.0.1 by an address that others can reach."""
+
+
+_SHARE = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -105,3 +115,65 @@ class Many:
         return Cluster(
             self.cluster or LOCAL, self.workers, self.gpus_per_worker, division=self.division
         )
+
+
+@dataclass(frozen=True)
+class Share:
+    """One part of a list of pieces, or of many lists end to end, which run from 0 to 1."""
+
+    start: Fraction
+    stop: Fraction
+
+    @classmethod
+    def of(cls, number: int, count: int) -> Share:
+        """One of several shares of equal size, counted from 1."""
+        return cls(Fraction(number - 1, count), Fraction(number, count))
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """A share as a user writes it, ``"2/4"``."""
+        match = _SHARE.fullmatch(text.strip())
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise UserError(
+                f"--shard {text[:40]!r} is no share: write it as I/N with I from 1 to N, as '2/4'."
+            )
+        return cls.of(number, count)
+
+    def __str__(self) -> str:
+        return f"{int(self.stop * self.count)}/{self.count}"
+
+    @property
+    def count(self) -> int:
+        """How many shares of its size it takes to cover everything."""
+        return ceil(1 / (self.stop - self.start))
+
+    def cut(self, whole: Sequence[T]) -> Sequence[T]:
+        """This part of a sequence; the shares of a whole cover it without overlap."""
+        return whole[int(self.start * len(whole)) : int(self.stop * len(whole))]
+
+    def within(self, place: int, n_lists: int) -> Share | None:
+        """Its part of one of several lists that stand end to end; None where it has none of it."""
+        start = max(Fraction(0), self.start * n_lists - place)
+        stop = min(Fraction(1), self.stop * n_lists - place)
+        return Share(start, stop) if start < stop else None
+
+
+WHOLE = Share(Fraction(0), Fraction(1))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the work of a job is shared out.
+
+    Args:
+        share: which share is measured.
+        division: whether prompts are divided too; the first share to come decides.
+        part: the part of the pieces, where it is not simply the share.
+        study: the directory of the study that the job belongs to, if it belongs to one.
+    """
+
+    share: Share
+    division: Division = "auto"
+    part: Share | None = None
+    study: Path | None = None

@@ -9,9 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rq4lens.cluster.job import PIECES, Job, kind_of_device, read_job
-from rq4lens.cluster.many import Division, divides_prompts
-from rq4lens.cluster.pieces import Piece, Request, Share, Sharing, divided
+from rq4lens.cluster.many import Division, Share, Sharing, divides_prompts
+from rq4lens.cluster.pieces import PIECES, Job, Piece, Request, divided, kind_of_device, read_job
 from rq4lens.disk.run import JOB
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError

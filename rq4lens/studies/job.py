@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rq4lens.cluster.launch import finish_on_cluster
-from rq4lens.cluster.many import Many
-from rq4lens.cluster.pieces import WHOLE, Share, Sharing
+from rq4lens.cluster.many import WHOLE, Many, Share, Sharing
 from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.disk.files import (
     make_directory,

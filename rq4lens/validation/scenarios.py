@@ -277,10 +277,9 @@ def fitted(
 def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
     """Whether each of some heads does harm by its raw patch in whatever company of the others.
 
-    Where one head's damage undoes another's, patching both does less harm than patching one. What
-    such a head adds to ``ΔKL`` is negative, and a method that measures heads in the company of
-    others ranks it last, whatever was done to it. A head does harm when it adds at least a tenth
-    of an even share of what all of the heads do together.
+    Where one head's damage undoes another's, what it adds to ``ΔKL`` is negative, and a method that
+    measures heads in the company of others ranks it last, whatever was done to it. A head does harm
+    when it adds at least a tenth of an even share of what all of the heads do together.
 
     Args:
         measured: the head sets measured so far; ``KL_raw`` alone counts.

@@ -9,7 +9,7 @@ they find something where nothing is.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -159,13 +159,7 @@ _INGREDIENTS = TypeAdapter(dict[str, Any])
 class Suite:
     """Planted pairs that can be judged in any order, and by any process.
 
-    Args:
-        base: the model that pairs are made from; it is not changed.
-        prompts: prompts with the splits train and val.
-        settings: what is planted, and which methods are judged.
-
-    Raises:
-        UserError: if the model cannot be planted in.
+    It is made from what :func:`validate` takes, and refuses the same.
     """
 
     base: LoadedModel
@@ -201,14 +195,10 @@ class Suite:
         return self.result(outcomes)
 
     def outcome(self, place: int, store: Store | None = None) -> Outcome:
-        """Plant one pair and judge the methods on it, or look it up.
-
-        Args:
-            place: which one, from 0 on.
-            store: where it is kept and looked up, if anywhere.
+        """Plant one pair, by its place from 0 on, and judge the methods on it, or look it up.
 
         Raises:
-            UserError: if it is to be kept, and a method is no named one.
+            UserError: if there is a store, and a method is no named one.
         """
         which, number = divmod(place, self.settings.pairs)
         scenario = self.settings.scenarios[which]
@@ -223,21 +213,17 @@ class Suite:
         return outcome
 
     def result(self, outcomes: Sequence[Outcome]) -> Validation:
-        """What all planted pairs say together.
-
-        Args:
-            outcomes: of each pair, in order.
-        """
+        """What all planted pairs, in their order, say together."""
         given = self.settings
         scenarios = [each.name for each in given.scenarios for _ in range(given.pairs)]
-        scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        claimed: dict[str, list[bool]] = {}
+        scores: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+        claimed: dict[str, list[bool]] = defaultdict(list)
         for scenario, outcome in zip(scenarios, outcomes, strict=True):
             # Where nothing is sought, no method was judged.
             for method, score in zip(given.methods, outcome.recoveries, strict=False):
-                scores.setdefault((scenario, _name(method)), []).append(score)
+                scores[scenario, _name(method)].append(score)
             if outcome.claimed is not None:
-                claimed.setdefault(scenario, []).append(outcome.claimed)
+                claimed[scenario].append(outcome.claimed)
         n_train, n_val = (len(self._used.split(each)) for each in (FIT_SPLIT, MEASURE_SPLIT))
         settings = {
             "base": self.base.source,
@@ -476,9 +462,9 @@ def _kinds_table(validation: Validation) -> str:
 
 def _wrong_words(validation: Validation) -> str:
     """How often a head is called what it is not, and where something is claimed of nothing."""
-    rows: dict[str, Counter[bool | None]] = {}
+    rows: dict[str, Counter[bool | None]] = defaultdict(Counter)
     for (_, truth, verdict), n in sorted(validation.kinds.items()):
-        rows.setdefault(truth, Counter())[is_right(truth, verdict)] += n
+        rows[truth][is_right(truth, verdict)] += n
     table = _table(
         ["truth", "heads", "called what they are", "undecided", "called something else"],
         (

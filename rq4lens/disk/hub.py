@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -63,8 +62,11 @@ def fetch_run(name: str) -> Path:
         )
     repo, revision = match.groups()
     with _in_a_sentence(f"dataset {repo!r}"):
-        how: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
-        return Path(snapshot_download(repo, allow_patterns=list(SHARED), **how))
+        return Path(
+            snapshot_download(
+                repo, repo_type="dataset", revision=revision, allow_patterns=list(SHARED)
+            )
+        )
 
 
 def push_run(directory: Path, repo: str, *, private: bool = False) -> str:

@@ -79,8 +79,9 @@ def read_cards(directory: Path, heads: Sequence[Head]) -> tuple[HeadCard, ...]:
         path = directory / HEADS / f"{head}.json"
         if not path.is_file():
             continue
-        record, fix = read_json(path), "delete it, or write it again with `rq4lens head --all`"
+        fix = "delete it, or write it again with `rq4lens head --all`"
         with refuse_damage(f"card {str(path)!r}", fix):
+            record = read_json(path)
             if record["of"] == measured:
                 found.append(from_json(HeadCard, record["card"]))
     return tuple(found)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rq4lens.analysis.card.sides import models_of
 from rq4lens.analysis.positions import SUBJECT, MappedPosition, PositionMap
@@ -206,17 +205,28 @@ def _with_subject(pair: ModelPair, prompts: PromptSet, split: str) -> PromptSet 
 def _read_at(pair: ModelPair, role: str, prompts: PromptSet) -> ModelPair:
     """The same models, with one token of each prompt to be patched, or its subject."""
     reading = pair.reading.but(positions=role if role == SUBJECT else f"{role}..{role}")
-    how: dict[str, Any] = {"name": pair.name, "keep_both": pair.keep_both}
-    return ModelPair(pair.base, pair.tuned, prompts, reading=reading, **how)
+    return ModelPair(
+        pair.base,
+        pair.tuned,
+        prompts,
+        name=pair.name,
+        reading=reading,
+        keep_both=pair.keep_both,
+    )
 
 
 def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) -> MappedPosition:
     """One position, measured."""
     patching, effort = mapped.plan.settings, mapped.grid.settings.effort
     activations = PairActivations(pair, batch_size=mapped.place.batch_size)
-    how: dict[str, Any] = {"scope": patching.map_scope, "seed": effort.seed}
-    layer, kind = mapped.plan.layer, patching.map_kind
-    maps = fit_maps(pair, layer, kind, activations=activations, **how)
+    maps = fit_maps(
+        pair,
+        mapped.plan.layer,
+        patching.map_kind,
+        scope=patching.map_scope,
+        seed=effort.seed,
+        activations=activations,
+    )
     experiment = prepare(pair, maps, patching, mapped.place, activations=activations)
     grid = measure_grid(Measurer(experiment, mapped.store), patching, effort, progress)
     # The text of the patched tokens of each prompt, as the tuned model reads them.

@@ -139,8 +139,13 @@ def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = si
         own = cell.directory(directory)
         if not (own / JOB).is_file():
             raise UserError(f"{cell.name!r} was not begun: run the share that holds it again.")
-        how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": stage}
-        merge_job(own, place=place, n_lists=len(plan.cells), **how)
+        merge_job(
+            own,
+            place=place,
+            n_lists=len(plan.cells),
+            trust_remote_code=trust_remote_code,
+            stage=stage,
+        )
         cells.mark(cell)
     return write_study_report(plan, directory)
 

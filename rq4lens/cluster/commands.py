@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rq4lens.cluster.many import Many, Share, Sharing
+from rq4lens.cluster.many import Many
 from rq4lens.config import RunConfig
 from rq4lens.errors import UserError
 from rq4lens.screen.options import DIRECTORY, MANY
@@ -110,8 +110,7 @@ def by_many(
     request = Request(command, config, None if layers is None else tuple(layers))
     with kept_when_stopped(out):
         if many.shard is not None:
-            sharing = Sharing(Share.parse(many.shard), many.division)
-            said = run_shard(request, out, sharing, fresh=fresh, stage=watched)
+            said = run_shard(request, out, many.sharing, fresh=fresh, stage=watched)
         else:
             said = run_on_cluster(request, out, many.where, fresh=fresh, stage=watched)
     output.print(said, end="")

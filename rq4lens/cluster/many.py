@@ -24,9 +24,6 @@ LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 to the loopback address; elsewhere they replace 127.0.0.1 by an address that others can reach."""
 
 
-_SHARE = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
-
-
 @dataclass(frozen=True)
 class Cluster:
     """Where to run, and with how many workers: as many as fit when left out.
@@ -69,52 +66,7 @@ def divides_prompts(division: Division, n_pieces: int, n_workers: int, n_parts: 
     return division == "prompts" and n_parts > 1
 
 
-@dataclass(frozen=True)
-class Many:
-    """How the work is shared out, if at all, as the command line asks for it."""
-
-    shard: str | None = None
-    cluster: str | None = None
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    divide: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.shard is not None and self.cluster is not None:
-            raise UserError(
-                "--shard and --cluster are two ways of the same: give one of them; a cluster "
-                "shares the work out by itself."
-            )
-        if self.cluster is None and (self.workers, self.gpus_per_worker) != (None, None):
-            raise UserError(
-                "--workers and --gpus-per-worker are of a cluster: give --cluster local too."
-            )
-        if self.divide not in get_args(Division):
-            raise UserError(
-                f"--divide {self.divide[:40]!r} does not exist: choose "
-                f"{', '.join(get_args(Division))}."
-            )
-        if self.divide != "auto" and not self.asked:
-            raise UserError(
-                "--divide says how work is shared out: give --shard I/N or --cluster local too."
-            )
-
-    @property
-    def asked(self) -> bool:
-        """Whether the work is shared out at all."""
-        return self.shard is not None or self.cluster is not None
-
-    @property
-    def division(self) -> Division:
-        """What was asked for of the prompts."""
-        return cast(Division, self.divide)
-
-    @property
-    def where(self) -> Cluster:
-        """The cluster that was asked for; this machine if none was."""
-        return Cluster(
-            self.cluster or LOCAL, self.workers, self.gpus_per_worker, division=self.division
-        )
+_SHARE = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -177,3 +129,50 @@ class Sharing:
     division: Division = "auto"
     part: Share | None = None
     study: Path | None = None
+
+
+@dataclass(frozen=True)
+class Many:
+    """How the work is shared out, if at all, as the command line asks for it."""
+
+    shard: str | None = None
+    cluster: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    divide: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.shard is not None and self.cluster is not None:
+            raise UserError(
+                "--shard and --cluster are two ways of the same: give one of them; a cluster "
+                "shares the work out by itself."
+            )
+        if self.cluster is None and (self.workers, self.gpus_per_worker) != (None, None):
+            raise UserError(
+                "--workers and --gpus-per-worker are of a cluster: give --cluster local too."
+            )
+        if self.divide not in get_args(Division):
+            raise UserError(
+                f"--divide {self.divide[:40]!r} does not exist: choose "
+                f"{', '.join(get_args(Division))}."
+            )
+        if self.divide != "auto" and not self.asked:
+            raise UserError(
+                "--divide says how work is shared out: give --shard I/N or --cluster local too."
+            )
+
+    @property
+    def asked(self) -> bool:
+        """Whether the work is shared out at all."""
+        return self.shard is not None or self.cluster is not None
+
+    @property
+    def sharing(self) -> Sharing:
+        """The share that was asked for; all of it if none was."""
+        return Sharing(Share.parse(self.shard or "1/1"), cast(Division, self.divide))
+
+    @property
+    def where(self) -> Cluster:
+        """The cluster that was asked for; this machine if none was."""
+        address, division = self.cluster or LOCAL, cast(Division, self.divide)
+        return Cluster(address, self.workers, self.gpus_per_worker, division=division)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rq4lens.cluster.launch import finish_on_cluster
-from rq4lens.cluster.many import WHOLE, Many, Share, Sharing
+from rq4lens.cluster.many import WHOLE, Many
 from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.disk.files import (
     make_directory,
@@ -112,7 +113,7 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
 
     A cell that lies in it as a whole is finished here, and leaves nothing to merge.
     """
-    share, cells, said = Share.parse(many.shard or ""), _Cells(directory, fresh), []
+    share, cells, said = many.sharing.share, _Cells(directory, fresh), []
     for place, cell in enumerate(plan.cells):
         part = share.within(place, len(plan.cells))
         if part is None:
@@ -122,7 +123,8 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
                 cells.finish(cell, stage)
             said.append(f"{cell.name}: finished\n")
             continue
-        own, sharing = cell.directory(directory), Sharing(share, many.division, part, directory)
+        sharing = replace(many.sharing, part=part, study=directory)
+        own = cell.directory(directory)
         done = run_shard(cell.request, own, sharing, fresh=fresh, stage=stage)
         said.append(f"{cell.name}: {done}")
     return "".join(said) or f"share {share} has nothing to measure\n"

@@ -48,11 +48,6 @@ class CellSummary:
     n_prompts: int
     reasons: tuple[str, ...]
 
-    @property
-    def link(self) -> str:
-        """Where its files are."""
-        return quote(f"{CELLS}/{self.cell}/")
-
 
 def flat(record: CellRow | CellSummary) -> dict[str, Any]:
     """A record of ``study.json``, whose values stand beside its other keys."""
@@ -226,7 +221,7 @@ def _proposed(cells: Sequence[CellSummary], lead: GridNumber) -> Table:
         ),
         tuple(
             (
-                TableEntry(each.cell, link=each.link),
+                TableEntry(each.cell, link=quote(f"{CELLS}/{each.cell}/")),
                 table_cell(each.values[GAPS[0]], ""),
                 *("none" if layer is None else str(layer) for layer in (each.main, each.control)),
                 _entry(each.values[lead.name], lead),

@@ -27,7 +27,7 @@ from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.keys import identity, measured_parts
 from rq4lens.patching.measured import Measurer, Planned, patches_of, payload_of
-from rq4lens.patching.patch import MAPPED, Effects, Patch
+from rq4lens.patching.patch import MAPPED, Patch
 from rq4lens.results import EVERY, GridResult, PatchRow
 
 ALLOWED_AT = 0.3
@@ -315,16 +315,12 @@ def _distances(saved: Run, pair: ModelPair, chosen: Mapping[str, _Measured]) -> 
     maps = {layer: maps_of(saved)[layer] for layer in layers or {settings.layer}}
     again = Measurer(prepare(pair, maps, settings.patching, place))
     again.record(patches_of([plan for plan, _ in chosen.values()]))
-    return {
-        cond: _furthest(plan.patches, rows, again.effects(plan.patches))
-        for cond, (plan, rows) in chosen.items()
-    }
-
-
-def _furthest(patches: Sequence[Patch], rows: Sequence[PatchRow], again: Effects) -> float:
-    # What is left of the gap is far from 0, so that rounding moves it more than it moves this.
-    saved = np.array([row.kl_nats for row in rows])
-    # KL has a slope in proportion to the displacement, so rounding of the logits moves it so much
-    # more at full strength than at the strength that the allowance is given for.
-    strength = np.array([[max(1.0, patch.alpha / ALLOWED_AT)] for patch in patches])
-    return float((np.abs(saved - again.kl_nats) / strength).max())
+    found = {}
+    for cond, (plan, rows) in chosen.items():
+        # What is left of the gap is far from 0, so that rounding moves it more than it moves KL.
+        apart = np.abs([row.kl_nats for row in rows] - again.effects(plan.patches).kl_nats)
+        # KL has a slope in proportion to the displacement, so rounding of the logits moves it so
+        # much more at full strength than at the strength that the allowance is given for.
+        strength = np.array([[max(1.0, patch.alpha / ALLOWED_AT)] for patch in plan.patches])
+        found[cond] = float((apart / strength).max())
+    return found

@@ -50,10 +50,7 @@ class StudyFile(Settings):
     )
     settings: dict[str, Any] = setting({}, "settings of every pair, as of a run")
     pairs: tuple[dict[str, Any], ...] = setting(
-        (),
-        "tables [[pairs]], each with a name and the pair's settings",
-        min_length=1,
-        validate_default=True,
+        (), "tables [[pairs]], each with a name and the pair's settings", min_length=1
     )
 
 
@@ -109,6 +106,8 @@ def read_study(path: Path) -> StudyPlan:
             f"study file {str(path)!r} cannot be read as TOML: {short_reason(problem)}."
         ) from None
     refuse_unknown(values, StudyFile.model_fields, str(path))
+    if "pairs" not in values:
+        raise UserError(f"{path!s}: pairs is missing; give it.")
     file = StudyFile.checked(values, str(path))
     refuse_unknown(file.metrics, METRICS, str(path), "metric")
     shared = [name for name in SETTINGS if name not in NOT_SHARED]

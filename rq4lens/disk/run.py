@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,26 +128,27 @@ def file_sha256(path: Path) -> str | None:
 
 def per_prompt_table(grid: GridResult) -> pd.DataFrame:
     """Every prompt's own numbers: a row per prompt, condition and kind."""
-    prompts = {"prompt_id": grid.prompt_ids, "group": grid.groups}
-    tables = []
-    for about, row in _patched(grid):
-        measures = {column: getattr(row, name) for column, name in MEASURES.items()}
-        measured = {column: list(each) for column, each in measures.items() if each is not None}
-        tables.append(pd.DataFrame({**prompts, **about, **measured}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _patched(grid: GridResult) -> Iterator[tuple[dict[str, Any], PatchRow]]:
-    """Each patch of a grid, and what was measured of it."""
+    about: list[tuple[Any, ...]] = []
+    rows: list[PatchRow] = []
     for each in grid.conditions.values():
-        about = {"layer": each.layer, "cond": each.cond, "heads": str(each.heads)}
-        for kind, row in zip(KINDS, (each.raw, each.mapped), strict=True):
-            yield {**about, "alpha": each.alpha, "kind": kind}, row
-        for kind, row in zip(SWAPS, each.transfer or (), strict=False):
-            yield {**about, "alpha": 1.0, "kind": kind}, row
-    about = {"layer": EVERY_LAYER, "cond": EVERY, "heads": str(HeadSet.all(grid.n_heads))}
-    for kind, row in zip(SWAPS, grid.every_layer or (), strict=False):
-        yield {**about, "alpha": 1.0, "kind": kind}, row
+        patched = (each.layer, each.cond, str(each.heads))
+        about += [(*patched, each.alpha, kind) for kind in ("raw", "mapped")]
+        rows += [each.raw, each.mapped]
+        about += [(*patched, 1.0, kind) for kind in SWAPS if each.transfer]
+        rows += each.transfer or ()
+    patched = (EVERY_LAYER, EVERY, str(HeadSet.all(grid.n_heads)))
+    about += [(*patched, 1.0, kind) for kind in SWAPS if grid.every_layer]
+    rows += grid.every_layer or ()
+    table = pd.DataFrame(about, columns=["layer", "cond", "heads", "alpha", "kind"])
+    table = table.loc[table.index.repeat(len(grid.prompt_ids))].reset_index(drop=True)
+    table.insert(0, "prompt_id", grid.prompt_ids * len(rows))
+    table.insert(1, "group", grid.groups * len(rows))
+    nothing = [None] * len(grid.prompt_ids)
+    for column, name in MEASURES.items():
+        found = [getattr(row, name) for row in rows]
+        if any(each is not None for each in found):
+            table[column] = [n for each in found for n in (nothing if each is None else each)]
+    return table
 
 
 def grid_of_table(

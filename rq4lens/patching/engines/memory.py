@@ -168,9 +168,11 @@ class MemoryPlan:
         longest = int(prompts.lengths.max())
         keys = int(stored_bytes_per_prompt(cfg, longest) * placement.largest_share)
         shares_memory = all(is_main_memory(device) for device in devices)
-        keep_on_device = shares_memory or keys * len(prompts) <= max_bytes // 2
+        compared = 4 * cfg.d_vocab_out * prompts.longest_answer
+        kept = (keys + compared) * len(prompts)
+        keep_on_device = shares_memory or kept <= max_bytes // 2
         # What is stored in main memory is not what the budget is about.
-        left = max_bytes - (0 if shares_memory else min(keys * len(prompts), max_bytes // 2))
+        left = max_bytes - (0 if shares_memory else min(kept, max_bytes // 2))
         # A pass through the model's own cache ends with logits everywhere.
         vocab = cfg.d_vocab_out if rows_copy_keys else 0
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)

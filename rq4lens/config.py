@@ -506,13 +506,15 @@ def preset_text(name: str) -> str:
     return files("rq4lens.models").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8")
 
 
-def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def refuse_unknown(
+    values: Iterable[str], known: Iterable[str], where: str, noun: str = "key"
+) -> None:
     """Refuse a key that nobody knows; the sentence names the nearest one."""
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             meant = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}."
-            raise UserError(f"{where} has unknown key {key!r}: {meant}")
+            raise UserError(f"{where} has unknown {noun} {key!r}: {meant}")
 
 
 def _not_allowed(where: str, key: str, field: FieldInfo, given: Any, message: str) -> UserError:

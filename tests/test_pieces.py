@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq4lens.cluster.many import divides_prompts
-from rq4lens.cluster.pieces import WHOLE, Shard, Share, divided, inward, pieces_of
+from rq4lens.cluster.many import WHOLE, Share, divides_prompts
+from rq4lens.cluster.pieces import divided, inward, pieces_of
 from rq4lens.config import Patching
 from rq4lens.errors import UserError
 from rq4lens.patching.grid import GridPlan
@@ -111,7 +111,7 @@ def test_shares_cover_everything_once(n, n_layers, n_lists):
     ]
     held = []
     for number in range(1, n + 1):
-        share = Shard(number, n).share
+        share = Share.of(number, n)
         for place, pieces in enumerate(lists):
             part = share.within(place, n_lists)
             held += part.cut(pieces) if part else []
@@ -121,7 +121,7 @@ def test_shares_cover_everything_once(n, n_layers, n_lists):
 def test_a_share_of_several_lists_touches_few_of_them():
     """With as many lists as shares, each share is one whole list: its models are loaded once."""
     for number in range(1, 6):
-        parts = [Shard(number, 5).share.within(place, 5) for place in range(5)]
+        parts = [Share.of(number, 5).within(place, 5) for place in range(5)]
         assert parts == [WHOLE if place == number - 1 else None for place in range(5)]
 
 
@@ -133,13 +133,13 @@ def test_equal_parts_of_the_layers_cost_about_the_same(half):
     assert {a + b for a, b in zip(order[::2], order[1::2], strict=True)} == {2 * half - 1}
 
 
-def test_a_shard_is_written_with_a_slash():
+def test_a_share_is_written_with_a_slash():
     """The third quarter of the work."""
-    assert Shard.parse(" 3/4").share == Share(Fraction(1, 2), Fraction(3, 4))
+    assert Share.parse(" 3/4") == Share(Fraction(1, 2), Fraction(3, 4))
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/2/3", "1.5/4"])
-def test_anything_else_is_no_shard(text):
+def test_anything_else_is_no_share(text):
     """It is refused with the way to write it."""
     with pytest.raises(UserError, match="as '2/4'"):
-        Shard.parse(text)
+        Share.parse(text)

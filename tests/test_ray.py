@@ -17,10 +17,9 @@ from few_prompts import few_prompts
 from pair_on_disk import write_pair
 
 from rq4lens.analysis.saved import read_layers
-from rq4lens.cluster.job import read_job
 from rq4lens.cluster.launch import kept_beside, run_on_cluster, run_validation
 from rq4lens.cluster.many import LOOPBACK_SWITCH, Cluster, Many
-from rq4lens.cluster.pieces import Request
+from rq4lens.cluster.pieces import Request, read_job
 from rq4lens.config import config_from, preset
 from rq4lens.errors import UserError
 from rq4lens.jobs.sweep import sweep_layers
@@ -39,8 +38,7 @@ except ModuleNotFoundError:
     if os.environ.get("CI"):
         raise
     pytest.skip("Ray is not installed: pip install 'rq4lens[cluster]'", allow_module_level=True)
-from rq4lens.cluster.pool import Pool
-from rq4lens.cluster.ray_job import connected
+from rq4lens.cluster.pool import Pool, connected
 
 # This process computes with one thread, as each worker does.
 pytestmark = [

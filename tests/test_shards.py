@@ -13,8 +13,8 @@ import pytest
 from pair_on_disk import QUIET, without_stages, write_config, write_pair
 
 from rq4lens.cli import main
-from rq4lens.cluster.job import PIECES, Job, read_job
-from rq4lens.cluster.pieces import Request, Shard, Sharing
+from rq4lens.cluster.many import Share, Sharing
+from rq4lens.cluster.pieces import PIECES, Job, Request, read_job
 from rq4lens.cluster.shards import merge_job, run_shard
 from rq4lens.config import config_from
 from rq4lens.disk.run import JOB
@@ -67,7 +67,8 @@ SHARES = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from rq4lens.cluster.pieces import Request, Shard, Sharing
+from rq4lens.cluster.many import Share, Sharing
+from rq4lens.cluster.pieces import Request
 from rq4lens.cluster.shards import run_shard
 from rq4lens.config import read_config
 from rq4lens.disk.store import Store
@@ -86,7 +87,7 @@ def share(text, writes):
 
     Store.put = put_and_die
     request = Request(command, read_config(Path(config)))
-    run_shard(request, Path(folder), Sharing(Shard.parse(text), divide))
+    run_shard(request, Path(folder), Sharing(Share.parse(text), divide))
 
 for line in sys.stdin:
     config, command, folder, divide, shares = line.rstrip().split("\t")
@@ -164,7 +165,7 @@ def test_shares_in_any_order_killed_and_repeated_are_the_single_process(
 def shared(settings, tmp_path_factory):
     """A run directory in which one of two shares is done."""
     folder = tmp_path_factory.mktemp("shared")
-    run_shard(Request("run", config_from(settings)), folder, Sharing(Shard(1, 2)))
+    run_shard(Request("run", config_from(settings)), folder, Sharing(Share.of(1, 2)))
     return folder
 
 
@@ -175,7 +176,7 @@ def test_a_finished_share_measures_nothing_again(settings, shared, monkeypatch):
         raise AssertionError("a finished piece was measured again")
 
     monkeypatch.setattr(RowEngine, "effects", refuse)
-    said = run_shard(Request("run", config_from(settings)), shared, Sharing(Shard(1, 2)))
+    said = run_shard(Request("run", config_from(settings)), shared, Sharing(Share.of(1, 2)))
     assert "0 pieces measured" in said
     assert "still missing" in said
 
@@ -193,7 +194,7 @@ def test_missing_pieces_are_named(shared):
 def divided(settings, tmp_path_factory):
     """A run directory whose pieces, of four prompts each, are all done."""
     folder = tmp_path_factory.mktemp("divided")
-    run_shard(Request("run", config_from(settings)), folder, Sharing(Shard(1, 1), "prompts"))
+    run_shard(Request("run", config_from(settings)), folder, Sharing(Share.of(1, 1), "prompts"))
     return folder
 
 
@@ -211,7 +212,7 @@ def test_a_lost_part_of_the_prompts_is_measured_again(settings, divided, alone, 
         path.unlink()
     with pytest.raises(UserError, match=rf"1 of {n} .*on 4 prompts from '{lost.prompts[0]}'"):
         merge_job(folder)
-    said = run_shard(Request("run", config_from(settings)), folder, Sharing(Shard(1, 1)))
+    said = run_shard(Request("run", config_from(settings)), folder, Sharing(Share.of(1, 1)))
     assert said.startswith(f"share 1/1: 1 pieces measured, {n - 1} were there already")
     merge_job(folder)
     assert results(folder, "run") == results(alone["run"], "run")
@@ -222,7 +223,7 @@ def test_parts_are_the_batches_of_every_engine(settings, tmp_path):
     config = config_from({**settings, "random_seeds": [0], "engine": "hooks", "k_positions": 2})
     request = Request("sweep", config, (1,))
     sweep_layers(config, tmp_path / "alone", [1])
-    for shard in (Shard(2, 2), Shard(1, 2)):
+    for shard in (Share.of(2, 2), Share.of(1, 2)):
         run_shard(request, tmp_path / "shared", Sharing(shard, "prompts"))
     merge_job(tmp_path / "shared")
     assert results(tmp_path / "shared", "sweep") == results(tmp_path / "alone", "sweep")
@@ -261,12 +262,12 @@ def test_a_job_whose_parts_lack_a_prompt_is_one_sentence(settings, divided, tmp_
     del record["prompt_parts"][0][0]
     (folder / JOB).write_text(json.dumps(record))
     with pytest.raises(UserError, match="do not hold each prompt once"):
-        run_shard(Request("run", config_from(settings)), folder, Sharing(Shard(1, 1)))
+        run_shard(Request("run", config_from(settings)), folder, Sharing(Share.of(1, 1)))
 
 
 def test_shares_of_another_job_are_refused(settings, shared):
     """Another alpha, or other prompts, would mix two results: the sentence names the difference."""
-    second = Sharing(Shard(2, 2))
+    second = Sharing(Share.of(2, 2))
     with pytest.raises(UserError, match=r"another job \(alpha differ\)"):
         run_shard(Request("run", config_from({**settings, "alpha": 0.7})), shared, second)
     with pytest.raises(UserError, match="command"):
@@ -276,7 +277,7 @@ def test_shares_of_another_job_are_refused(settings, shared):
 def test_a_lost_condition_is_measured_by_the_merge(settings, alone, tmp_path):
     """Marks are no results: a condition that was lost after its piece was done is made again."""
     request = Request("run", config_from(settings))
-    run_shard(request, tmp_path, Sharing(Shard(1, 1)))
+    run_shard(request, tmp_path, Sharing(Share.of(1, 1)))
     lost = sorted((tmp_path / "conditions").iterdir())[::7]
     for path in lost:
         path.unlink()
@@ -314,7 +315,7 @@ def test_a_job_file_cannot_let_code_run(shared):
 
 def test_numbers_of_another_kind_of_device_are_not_mixed(settings, tmp_path, monkeypatch):
     """Shares measured on a GPU are merged on one: elsewhere all would be measured again."""
-    run_shard(Request("run", config_from(settings)), tmp_path, Sharing(Shard(1, 1)))
+    run_shard(Request("run", config_from(settings)), tmp_path, Sharing(Share.of(1, 1)))
     monkeypatch.setattr("rq4lens.cluster.shards.kind_of_device", lambda _: "cuda")
     with pytest.raises(UserError, match="merge on a machine with cpu"):
         merge_job(tmp_path)

@@ -21,10 +21,9 @@ from rq4lens.errors import UserError
 from rq4lens.figures.layers import study_layers
 from rq4lens.jobs.run import run as run_job
 from rq4lens.patching.engines.row_engine import RowEngine
-from rq4lens.studies.cost_model import Machine
+from rq4lens.studies.cost_model import Machine, plan_text
 from rq4lens.studies.file import read_study
 from rq4lens.studies.job import merge, run_study_file
-from rq4lens.studies.plan import plan_text
 from rq4lens.studies.report import REPORT, ROWS
 
 START = """

@@ -244,7 +244,7 @@ def test_a_strangers_run_cannot_make_checkpoints_run_code(run, monkeypatch):
         asked.append(source.trust_remote_code)
         raise UserError("no models in this test")
 
-    monkeypatch.setattr("rq4lens.jobs.verify.pair_from", load)
+    monkeypatch.setattr("rq4lens.analysis.card.sides.pair_from", load)
     edit_json("run.json", lambda value: value["config"].update(trust_remote_code=True))(run)
     verify_run(run)
     verify_run(run, trust_remote_code=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,14 +18,13 @@ from rq4lens.analysis.statistics.plain import Listed, from_json, to_json
 from rq4lens.disk.files import (
     read_json,
     read_regular_file,
-    short_reason,
+    refuse_damage,
     write_bytes_atomic,
     write_json_atomic,
     write_text_atomic,
 )
 from rq4lens.disk.run import (
     ANALYSIS,
-    FORMAT,
     LAYERS,
     LAYERS_PER_PROMPT,
     PER_PROMPT,
@@ -178,13 +176,8 @@ def read_run(directory: Path | str) -> Run:
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
-    found = run.get("format") if isinstance(run, dict) else None
-    if found != FORMAT:
-        raise UserError(
-            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
-            f"this one reads {FORMAT}): run it again into a new folder."
-        )
-    with _whole(f"run {str(directory)!r}", "run it again"):
+    _refuse_other_versions(directory, run)
+    with refuse_damage(f"run {str(directory)!r}", "run it again"):
         grid = grid_of_table(
             GridSettings.from_dict(run["settings"]),
             pd.read_parquet(directory / PER_PROMPT),
@@ -197,6 +190,15 @@ def read_run(directory: Path | str) -> Run:
         return Run(directory, grid, records, from_json(Analysis, analysis), run)
 
 
+def _refuse_other_versions(directory: Path, run: Any) -> None:
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"run {str(directory)!r} was written by another version (format {str(found)[:20]!r}, "
+            f"this one reads {FORMAT}): run it again into a new folder."
+        )
+
+
 def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) -> None:
     singles = [f"head{head}" for head in range(grid.n_heads)]
     missing = {"full", "none", "self", *singles} - set(grid.conditions)
@@ -205,17 +207,6 @@ def _check_completeness(grid: GridResult, records: Sequence[ConditionRecord]) ->
     every = [] if grid.every_layer is None else [EVERY]
     if [record.cond for record in records] != [*grid.conditions, *every]:
         raise ValueError(f"{RESULTS} and {PER_PROMPT} hold other conditions")
-
-
-@contextmanager
-def _whole(what: str, fix: str) -> Iterator[None]:
-    """Every way in which files can be damaged ends in one sentence."""
-    try:
-        yield
-    except Exception as problem:
-        raise UserError(
-            f"{what} is damaged ({type(problem).__name__}: {short_reason(problem)}): {fix}."
-        ) from problem
 
 
 def write_layers(directory: Path, sweep: SavedLayers) -> None:
@@ -242,7 +233,7 @@ def read_layers(directory: Path) -> SavedLayers | None:
     if not (directory / LAYERS).is_file():
         return None
     record = read_json(directory / LAYERS)
-    with _whole(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
+    with refuse_damage(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
         table = pd.read_parquet(directory / LAYERS_PER_PROMPT)
         grids = {
             int(layer): _grid(record, layer, table[table["layer"].isin([int(layer), EVERY_LAYER])])
@@ -301,7 +292,7 @@ def read_positions(directory: Path) -> PositionMap | None:
         return None
     record = read_json(directory / POSITIONS)
     fix = f"delete {POSITIONS}, or measure it again with `rq4lens positions`"
-    with _whole(f"the position map in {str(directory)!r}", fix):
+    with refuse_damage(f"the position map in {str(directory)!r}", fix):
         if record["of"] != file_sha256(directory / PER_PROMPT):
             return None
         table = pd.read_parquet(directory / POSITIONS_PER_PROMPT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,53 +14,29 @@ from rq4lens.errors import UserError
 from rq4lens.screen.options import DIRECTORY, MANY
 from rq4lens.screen.terminal import kept_when_stopped, output, watched
 
+_many = partial(typer.Option, rich_help_panel=MANY)
+
 Fresh = Annotated[
     bool,
     typer.Option(
-        "--fresh",
-        help="Measure anew, and replace what is there.",
-        rich_help_panel=DIRECTORY,
+        "--fresh", help="Measure anew, and replace what is there.", rich_help_panel=DIRECTORY
     ),
 ]
 Shard = Annotated[
     str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Measure one of N shares; then `rq4lens merge`.",
-        rich_help_panel=MANY,
-    ),
+    _many("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
 ]
 OnCluster = Annotated[
     str | None,
-    typer.Option(
-        "--cluster",
-        metavar="local|auto|ADDRESS",
-        help="Measure on a Ray cluster.",
-        rich_help_panel=MANY,
-    ),
+    _many("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
 ]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="With --cluster: workers; as many as fit.", rich_help_panel=MANY
-    ),
-]
+Workers = Annotated[int | None, _many(metavar="N", help="With --cluster: workers; as many as fit.")]
 GpusPerWorker = Annotated[
-    float | None,
-    typer.Option(
-        metavar="X",
-        help="With --cluster: GPUs of each worker, also 0.5.",
-        rich_help_panel=MANY,
-    ),
+    float | None, _many(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
 ]
 Divide = Annotated[
     str,
-    typer.Option(
-        metavar="auto|conditions|prompts",
-        help="Pieces of conditions, or of prompts as well.",
-        rich_help_panel=MANY,
-    ),
+    _many(metavar="auto|conditions|prompts", help="Pieces of conditions, or of prompts as well."),
 ]
 
 
@@ -84,9 +61,9 @@ def study(
 
     They are compared in one report.
     """
+    from rq4lens.studies.cost_model import plan_text  # noqa: PLC0415
     from rq4lens.studies.file import read_study  # noqa: PLC0415 - keeps --help fast
     from rq4lens.studies.job import run_study_file  # noqa: PLC0415
-    from rq4lens.studies.plan import plan_text  # noqa: PLC0415
 
     many, wanted = Many(shard, cluster, workers, gpus_per_worker, divide), read_study(file)
     if plan:
@@ -125,7 +102,7 @@ def by_many(
 ) -> None:
     """Measure a share, or everything on a cluster, and print what became of it."""
     from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.cluster.pieces import Request, Shard, Sharing  # noqa: PLC0415
+    from rq4lens.cluster.pieces import Request  # noqa: PLC0415
     from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
 
     if out is None:
@@ -133,8 +110,7 @@ def by_many(
     request = Request(command, config, None if layers is None else tuple(layers))
     with kept_when_stopped(out):
         if many.shard is not None:
-            sharing = Sharing(Shard.parse(many.shard), many.division)
-            said = run_shard(request, out, sharing, fresh=fresh, stage=watched)
+            said = run_shard(request, out, many.sharing, fresh=fresh, stage=watched)
         else:
             said = run_on_cluster(request, out, many.where, fresh=fresh, stage=watched)
     output.print(said, end="")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Literal, TypeVar, cast, get_args
 
 from rq4lens.errors import UserError
 
 Division = Literal["auto", "conditions", "prompts"]
+
+T = TypeVar("T")
 
 LOCAL = "local"
 AUTO = "auto"
@@ -19,19 +26,11 @@ to the loopback address; elsewhere they replace 127.0.0.1 by an address that oth
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to run, and with how many workers.
+    """Where to run, and with how many workers: as many as fit when left out.
 
-    Args:
-        address: ``"local"`` starts Ray on this machine alone; ``"auto"`` finds the cluster that
-            this machine belongs to; anything else is a cluster's address.
-        workers: how many workers; as many as fit when left out.
-        gpus_per_worker: GPUs of each worker, also a part of one; by default one where there are
-            any. With several, the layers of a model are spread over them.
-        cpus_per_worker: processor cores, and threads, of each worker.
-        division: whether prompts are divided too, if the job is not begun yet.
-
-    Raises:
-        UserError: if a number does not make sense.
+    The address ``"local"`` starts Ray on this machine alone, ``"auto"`` finds the cluster that this
+    machine belongs to. A worker has one GPU where there are any, unless more or a part are asked
+    for; the layers of a model are spread over several. A job that is begun keeps its division.
     """
 
     address: str = LOCAL
@@ -65,6 +64,71 @@ def divides_prompts(division: Division, n_pieces: int, n_workers: int, n_parts: 
     if division == "auto":
         return n_parts > 1 and n_workers > 1 and n_pieces < FEW_PIECES * n_workers
     return division == "prompts" and n_parts > 1
+
+
+_SHARE = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One part of a list of pieces, or of many lists end to end, which run from 0 to 1."""
+
+    start: Fraction
+    stop: Fraction
+
+    @classmethod
+    def of(cls, number: int, count: int) -> Share:
+        """One of several shares of equal size, counted from 1."""
+        return cls(Fraction(number - 1, count), Fraction(number, count))
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """A share as a user writes it, ``"2/4"``."""
+        match = _SHARE.fullmatch(text.strip())
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise UserError(
+                f"--shard {text[:40]!r} is no share: write it as I/N with I from 1 to N, as '2/4'."
+            )
+        return cls.of(number, count)
+
+    def __str__(self) -> str:
+        return f"{int(self.stop * self.count)}/{self.count}"
+
+    @property
+    def count(self) -> int:
+        """How many shares of its size it takes to cover everything."""
+        return ceil(1 / (self.stop - self.start))
+
+    def cut(self, whole: Sequence[T]) -> Sequence[T]:
+        """This part of a sequence; the shares of a whole cover it without overlap."""
+        return whole[int(self.start * len(whole)) : int(self.stop * len(whole))]
+
+    def within(self, place: int, n_lists: int) -> Share | None:
+        """Its part of one of several lists that stand end to end; None where it has none of it."""
+        start = max(Fraction(0), self.start * n_lists - place)
+        stop = min(Fraction(1), self.stop * n_lists - place)
+        return Share(start, stop) if start < stop else None
+
+
+WHOLE = Share(Fraction(0), Fraction(1))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the work of a job is shared out.
+
+    Args:
+        share: which share is measured.
+        division: whether prompts are divided too; the first share to come decides.
+        part: the part of the pieces, where it is not simply the share.
+        study: the directory of the study that the job belongs to, if it belongs to one.
+    """
+
+    share: Share
+    division: Division = "auto"
+    part: Share | None = None
+    study: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +167,12 @@ class Many:
         return self.shard is not None or self.cluster is not None
 
     @property
-    def division(self) -> Division:
-        """What was asked for of the prompts."""
-        return cast(Division, self.divide)
+    def sharing(self) -> Sharing:
+        """The share that was asked for; all of it if none was."""
+        return Sharing(Share.parse(self.shard or "1/1"), cast(Division, self.divide))
 
     @property
     def where(self) -> Cluster:
         """The cluster that was asked for; this machine if none was."""
-        return Cluster(
-            self.cluster or LOCAL, self.workers, self.gpus_per_worker, division=self.division
-        )
+        address, division = self.cluster or LOCAL, cast(Division, self.divide)
+        return Cluster(address, self.workers, self.gpus_per_worker, division=division)

@@ -1,22 +1,23 @@
-"""Units of work: a run or a sweep cut into pieces that any process can measure in any order."""
+"""A job, which is a run or a sweep, and its pieces, which any process measures in any order."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import chain
-from math import ceil
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from rq4lens.cluster.many import Division
-from rq4lens.config import RunConfig
-from rq4lens.disk.store import content_key
+from pydantic import TypeAdapter
+
+from rq4lens.config import RunConfig, config_from
+from rq4lens.disk.files import make_directory, read_json, refuse_damage, write_json_atomic
+from rq4lens.disk.run import JOB
+from rq4lens.disk.store import Store, content_key
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import plan_for
-from rq4lens.models.pair import ModelPair
+from rq4lens.models.load.devices import resolve_device
+from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.measured import patches_of, recorded_together
@@ -24,9 +25,17 @@ from rq4lens.patching.patch import Patch, into_side
 from rq4lens.results import EVERY, EVERY_LAYER
 
 Command = Literal["run", "sweep"]
-T = TypeVar("T")
 
-_SHARD = re.compile(r"(\d{1,6})\s*/\s*(\d{1,6})", re.ASCII)
+PIECES = "pieces"
+FORMAT = 2
+
+ELSEWHERE = {
+    *("about", "base", "tuned", "base_revision", "tuned_revision", "prompts", "trust_remote_code"),
+    *("device", "n_devices", "device_map", "batch_size", "keep_both", "cache", "engine"),
+    *("analysis", "random_sizes", "resamples"),
+}
+"""Settings that may differ between the processes of a job: models and prompts are compared by their
+content, and the others change no measured number."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,9 @@ class Piece:
 
 
 def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:
-    """Every patch whose head set is known beforehand, in pieces.
-
-    A piece is a chunk that a single process measures together too, so that its numbers are the
-    same to the last digit wherever it is measured. Top-k head sets follow from the single heads
-    and are measured when the pieces are merged.
-    """
+    """Every patch whose head set is known beforehand, in pieces; top-k sets are for the merge."""
+    # A piece is a chunk that a single process measures together too, so that its numbers are the
+    # same to the last digit wherever it is measured.
     pieces: list[Piece] = []
     seen: set[Patch] = set()
     for plan in plans:
@@ -148,81 +154,131 @@ def inward(layers: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Share:
-    """One part of a list of pieces, or of many lists end to end, which run from 0 to 1."""
-
-    start: Fraction
-    stop: Fraction
-
-    def cut(self, whole: Sequence[T]) -> Sequence[T]:
-        """This part of a sequence; the shares of a whole cover it without overlap."""
-        return whole[int(self.start * len(whole)) : int(self.stop * len(whole))]
-
-    @property
-    def n_like_it(self) -> int:
-        """How many shares of its size it takes to cover everything."""
-        return ceil(1 / (self.stop - self.start))
-
-    def within(self, place: int, n_lists: int) -> Share | None:
-        """Its part of one of several lists that stand end to end; None where it has none of it."""
-        start = max(Fraction(0), self.start * n_lists - place)
-        stop = min(Fraction(1), self.stop * n_lists - place)
-        return Share(start, stop) if start < stop else None
-
-
-WHOLE = Share(Fraction(0), Fraction(1))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of several shares of equal size.
+class Job:
+    """What the processes that share a run directory agree on.
 
     Args:
-        number: which one, counted from 1.
-        count: how many there are.
+        identity: everything that decides its numbers: settings, fingerprints, kind of device.
+        layers: the layer and control layer of each grid.
+        n_shards: into how many shares the first process divided it; 1 where it did not.
+        prompt_parts: ids of the prompts of the parts that pieces cover; empty where each covers
+            all.
     """
 
-    number: int
-    count: int
+    request: Request
+    identity: Mapping[str, Any]
+    n_heads: int
+    n_prompts: int
+    layers: tuple[tuple[int, int | None], ...]
+    n_shards: int = 1
+    prompt_parts: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
-        """A shard as a user writes it, ``"2/4"``.
+    def of(cls, request: Request, pair: ModelPair, n_shards: int = 1) -> Job:
+        """The job of a request, once both models were loaded; its prompts are not divided."""
+        config, plans = request.config, request.plans(pair)
+        every = config.flat(defaults=True)
+        cards = {side: pair.member(side).card for side in SIDES}
+        layers = tuple((plan.layer, plan.control_layer) for plan in plans)
+        identity = {
+            "command": request.command,
+            "settings": {key: value for key, value in every.items() if key not in ELSEWHERE},
+            "layers": [list(each) for each in layers],
+            "weights": {side: card.weights_fingerprint for side, card in cards.items()},
+            "configs": {side: card.config_fingerprint for side, card in cards.items()},
+            "prompts": pair.prompts.fingerprint,
+            "device": kind_of_device(config.place.device),
+        }
+        n_prompts = len(pair.prompts.split(config.patching.split))
+        return cls(request, identity, pair.n_heads, n_prompts, layers, n_shards)
 
-        Raises:
-            UserError: if the text is no such thing.
-        """
-        match = _SHARD.fullmatch(text.strip())
-        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not 1 <= number <= count:
+    def pieces(self) -> list[Piece]:
+        """All of its pieces, in order; no model is needed to name them."""
+        return divided(self.wholes(), self.prompt_parts) if self.prompt_parts else self.wholes()
+
+    def wholes(self) -> list[Piece]:
+        """Its conditions in pieces that cover all prompts."""
+        patching = self.request.config.patching
+        plans = [
+            GridPlan(self.n_heads, patching.but(layer=layer, control_layer=control))
+            for layer, control in self.layers
+        ]
+        return pieces_of(plans, content_key(self.identity))
+
+    def rows(self, piece: Piece) -> int:
+        """How many rows (prompt x patch) a piece has."""
+        return len(piece.patches) * (len(piece.prompts) or self.n_prompts)
+
+    def unjoined(self, marks: Store) -> list[Piece]:
+        """Conditions that are not there for all prompts, though some of their parts may be."""
+        return [whole for whole in self.wholes() if marks.get(whole) is None]
+
+    def missing(self, marks: Store) -> list[int]:
+        """Places of the pieces that are not done."""
+        unjoined = {whole.key for whole in self.unjoined(marks)}
+        return [
+            place
+            for place, piece in enumerate(self.pieces())
+            if piece.whole.key in unjoined and (not piece.prompts or marks.get(piece) is None)
+        ]
+
+    def join(self, directory: Path) -> Job:
+        """Write the job into its run directory, or check that the one there is the same."""
+        path, request = directory / JOB, self.request
+        if not path.exists():
+            make_directory(directory)
+            about = {
+                "format": FORMAT,
+                "command": request.command,
+                "config": request.config.flat(),
+                "asked_layers": request.layers,
+            }
+            agreed = {name: value for name, value in vars(self).items() if name != "request"}
+            write_json_atomic(path, {**about, **agreed})
+        other = read_job(directory, trust_remote_code=request.config.pair.trust_remote_code)
+        if other.identity != self.identity:
+            what = ", ".join(sorted(_differences(other.identity, self.identity)))
             raise UserError(
-                f"--shard {text[:40]!r} is no share: write it as I/N with I from 1 to N, as '2/4'."
+                f"{str(directory)!r} holds shares of another job ({what} differ): choose another "
+                "--out, or give the settings and files that it was begun with."
             )
-        return cls(number, count)
-
-    @property
-    def share(self) -> Share:
-        """The part of the work that it is."""
-        return Share(Fraction(self.number - 1, self.count), Fraction(self.number, self.count))
+        return replace(self, n_shards=other.n_shards, prompt_parts=other.prompt_parts)
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """How the work of a job is shared out.
+_JOB = TypeAdapter(Job)
 
-    Args:
-        shard: which share is measured.
-        division: whether prompts are divided too; the first share to come decides.
-        part: the part of the pieces, where it is not simply the shard's.
-        study: the directory of the study that the job belongs to, if it belongs to one.
-    """
 
-    shard: Shard
-    division: Division = "auto"
-    part: Share | None = None
-    study: Path | None = None
+def read_job(directory: Path, *, trust_remote_code: bool = False) -> Job:
+    """Read the job of a run directory."""
+    path = directory / JOB
+    if not path.is_file():
+        raise UserError(
+            f"{str(directory)!r} holds no shares ({JOB} is missing): name the folder that "
+            "`rq4lens run`, `sweep` or `study` wrote to with --shard I/N --out DIR."
+        )
+    record = read_json(path)
+    with refuse_damage(repr(str(path)), "delete it and run one share again"):
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {str(record['format'])[:20]!r}")
+        values = {**record["config"], "trust_remote_code": trust_remote_code}
+        request = {
+            "command": record["command"],
+            "config": config_from(values, str(path)),
+            "layers": record["asked_layers"],
+        }
+        return _JOB.validate_python({**record, "request": request})
 
-    @property
-    def share(self) -> Share:
-        """The part of the pieces that is measured."""
-        return self.part or self.shard.share
+
+def kind_of_device(device: str) -> str:
+    """``"cpu"`` or ``"cuda"``: numbers are kept apart by what computed them."""
+    return resolve_device(device).partition(":")[0]
+
+
+def _differences(one: Any, other: Any, path: str = "") -> set[str]:
+    """Names of the values in which two identities differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = set(one) | set(other)
+        return {
+            each for name in names for each in _differences(one.get(name), other.get(name), name)
+        }
+    return set() if one == other else {path}

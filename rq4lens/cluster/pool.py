@@ -1,18 +1,30 @@
-"""Workers that come and go: tasks are given out, and given out again when a worker is lost."""
+"""Ray: a connection to a cluster, and workers that come and go.
+
+This is the only file that imports Ray. Tasks of a worker that is lost are given out again.
+"""
 
 from __future__ import annotations
 
+import socket
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rq4lens.cluster.many import AUTO, LOCAL, LOOPBACK, LOOPBACK_SWITCH, Cluster
 from rq4lens.errors import UserError
+
+CONNECT_SECONDS = 10.0
+
+LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
+"""Results travel through the run directory, so that next to nothing is kept by Ray."""
 
 MAX_LOSSES = 3
 """Workers that one task, or starting alone, may cost before it is given up."""
@@ -24,12 +36,7 @@ _LOOK_EVERY_SECONDS = 1.0
 
 
 class Pool:
-    """A number of workers, kept up by new ones as long as the cluster has room.
-
-    Args:
-        start: starts a worker, an actor with a method ``open`` that makes it ready.
-        size: how many workers are wanted.
-    """
+    """A number of workers, actors that ``open``, kept up as long as the cluster has room."""
 
     def __init__(self, start: Callable[[], ActorHandle], size: int) -> None:
         self.size = size
@@ -48,11 +55,7 @@ class Pool:
         done: Callable[[Any], object] | None = None,
         needs: Callable[[Any], Hashable] = lambda _: None,
     ) -> None:
-        """Have every task done once, by whichever worker is free.
-
-        Raises:
-            UserError: if a worker raises one, a task loses too many workers, or no worker starts.
-        """
+        """Have every task done once, by whichever worker is free."""
         left, worked = deque(tasks), time.monotonic()
         while left or self._busy:
             self._hire(len(left) + len(self._busy))
@@ -159,13 +162,93 @@ class Pool:
 
 
 def _result(reference: Any) -> Any:
-    """What a worker gave back; what it refused is raised here in its own words.
-
-    Ray raises an error whose text is the worker's traceback.
-    """
+    """What a worker gave back; what it refused is raised here in its own words."""
     try:
         return ray.get(reference)
-    except RayTaskError as problem:
+    except RayTaskError as problem:  # its text is the worker's traceback
         if isinstance(problem.cause, UserError):
             raise UserError(str(problem.cause)) from None
         raise
+
+
+@contextmanager
+def workers(
+    cluster: Cluster, kind: type, size: int, arguments: Callable[[], tuple[Any, ...]]
+) -> Iterator[Pool]:
+    """A pool of actors of a class; all are let go at the end."""
+    actor: Any = ray.remote(kind).options(
+        num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
+    )
+    pool = Pool(lambda: actor.remote(*arguments()), size)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def gpus_of(cluster: Cluster) -> float:
+    """GPUs of each worker: one where there are any, unless another number was asked for."""
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def size_of(cluster: Cluster, n_pieces: int = sys.maxsize) -> int:
+    """How many workers: no more than there are pieces, or than fit."""
+    if cluster.workers is not None:
+        return min(cluster.workers, n_pieces)
+    have, gpus = ray.cluster_resources(), gpus_of(cluster)
+    fitting = have.get("GPU", 0) / gpus if gpus else have.get("CPU", 1) / cluster.cpus_per_worker
+    return max(1, min(int(fitting), n_pieces))
+
+
+@contextmanager
+def connected(cluster: Cluster) -> Iterator[None]:
+    """A connection to Ray; one that is there already is used and left as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if cluster.address == LOCAL:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+                **quiet,
+            )
+        else:
+            if cluster.address != AUTO:
+                _require_listener(cluster.address)
+            ray.init(address=cluster.address, **quiet)
+    except (OSError, ValueError, RuntimeError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UserError(
+            f"no Ray cluster answers at {cluster.address!r} ({reason}): start one with `ray start "
+            "--head`, or run on this machine with --cluster local."
+        ) from None
+    try:
+        if cluster.address == LOCAL:
+            _require_loopback()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ask whether anything listens at ``host:port``, where Ray itself would try for minutes."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        raise ValueError("an address is HOST:PORT")
+    socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
+
+
+def _require_loopback() -> None:
+    """Ray's ports run what they are sent: those of this machine alone listen to it alone."""
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes()}
+    if addresses != {LOOPBACK}:
+        raise UserError(
+            f"Ray listens at {', '.join(sorted(addresses))}, because it was imported before "
+            f"rq4lens could ask it not to: set {LOOPBACK_SWITCH}=0 before Python starts."
+        )

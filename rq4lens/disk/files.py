@@ -67,6 +67,17 @@ def read_json(path: Path) -> Any:
     return read_text(path, "", parse=parse_json, form="JSON", fix=fix)
 
 
+@contextlib.contextmanager
+def refuse_damage(what: str, fix: str) -> Iterator[None]:
+    """Every way in which saved values can be damaged ends in one sentence."""
+    try:
+        yield
+    except Exception as problem:
+        raise UserError(
+            f"{what} is damaged ({type(problem).__name__}: {short_reason(problem)}): {fix}."
+        ) from problem
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write strict, indented JSON that is complete under its name or absent."""
     _refuse_foreign_types(value, path.name)
@@ -238,20 +249,13 @@ def _sync_directory(directory: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a file that cannot be believed to ``*.damaged``, where nothing looks for it.
-
-    In a read-only directory it stays where it is, and is not believed the next time either.
-    """
+    """Rename a file that cannot be believed to ``*.damaged``, if the directory can be written."""
     with contextlib.suppress(OSError):
         os.replace(path, path.with_name(f"{path.name}.damaged"))  # noqa: PTH105
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files, in a directory and below, that killed processes left behind.
-
-    A file that is taken from a living process by mistake, such as one of another container that
-    goes by the same name, is written again.
-    """
+    """Remove temporary files, in a directory and below, that killed processes left behind."""
     for path in directory.rglob(".*.tmp"):
         with contextlib.suppress(OSError):
             if _is_left(path):
@@ -259,6 +263,8 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _is_left(path: Path) -> bool:
+    # A file that is taken from a living process by mistake, such as one of another container that
+    # goes by the same name, is written again.
     name = TEMPORARY.fullmatch(path.name)
     if name is None:
         return False

@@ -24,27 +24,8 @@ from huggingface_hub.errors import (
 )
 
 from rq4lens.disk.files import short_reason
-from rq4lens.disk.run import (
-    ANALYSIS,
-    AUDIT,
-    HEADS,
-    LAYERS,
-    LAYERS_PER_PROMPT,
-    MAPS,
-    PER_PROMPT,
-    PROMPTS,
-    REPORT,
-    RESULTS,
-    RUN,
-    SUMMARY,
-)
+from rq4lens.disk.run import PER_PROMPT, SHARED, SUMMARY
 from rq4lens.errors import UserError
-
-SHARED = (
-    *(RUN, RESULTS, PER_PROMPT, ANALYSIS, PROMPTS, AUDIT, SUMMARY, REPORT, LAYERS),
-    *(LAYERS_PER_PROMPT, "single_head_*.json", f"{HEADS}/*.json", f"{MAPS}/*"),
-)
-"""What is shared of a run; figures can be drawn from it, and caches stay where they are."""
 
 _NAME = re.compile(r"hf:/{1,2}(?:datasets/)?(?!datasets/)([^/@]+/[^/@]+)(?:@(.+))?")
 """``hf://USER/NAME``, also after ``pathlib`` took one stroke away."""
@@ -72,11 +53,7 @@ run = rq.read_run("hf://datasets/{repo}")
 
 
 def fetch_run(name: str) -> Path:
-    """The folder of a run on the hub, in the cache of the hub's own client.
-
-    Raises:
-        UserError: if the name is none, there is no such repository, or the hub cannot be reached.
-    """
+    """The folder of a run on the hub, in the cache of the hub's own client."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise UserError(
@@ -119,53 +96,43 @@ def push_run(directory: Path, repo: str, *, private: bool = False) -> str:
         there = hub.list_repo_files(repo, repo_type="dataset")
         adds = [CommitOperationAdd(name, path) for name, path in files.items()]
         if CARD not in there:
-            adds.append(CommitOperationAdd(CARD, _card(directory, repo)))
-        stale = [CommitOperationDelete(name) for name in there if _is_stale(name, files)]
+            summary = (directory / SUMMARY).read_text(encoding="utf-8")
+            card = CARD_TEXT.format(table=PER_PROMPT, repo=repo, summary=summary)
+            adds.append(CommitOperationAdd(CARD, card.encode()))
+        shared = (name for name in there if any(fnmatch(name, pattern) for pattern in SHARED))
+        stale = [CommitOperationDelete(name) for name in shared if name not in files]
         message = "A finished run of rq4lens"
         hub.create_commit(repo, [*adds, *stale], commit_message=message, repo_type="dataset")
     return f"hf://datasets/{repo}"
 
 
-def _card(directory: Path, repo: str) -> bytes:
-    summary = (directory / SUMMARY).read_text(encoding="utf-8")
-    return CARD_TEXT.format(table=PER_PROMPT, repo=repo, summary=summary).encode()
-
-
-def _is_stale(name: str, files: dict[str, Path]) -> bool:
-    return name not in files and any(fnmatch(name, pattern) for pattern in SHARED)
+_REASONS = {
+    HFValidationError: "is no name on the hub: write USER/NAME",
+    RevisionNotFoundError: ("has no such revision: name a branch, tag or commit that exists"),
+    RepositoryNotFoundError: (
+        "does not exist on the hub, or this machine may not read it: check the spelling, or log in "
+        "with `hf auth login`"
+    ),
+    OfflineModeIsEnabled: "needs the network, and HF_HUB_OFFLINE forbids it: set it to 0",
+}
 
 
 @contextmanager
 def _in_a_sentence(what: str) -> Iterator[None]:
     try:
         yield
-    except HFValidationError:
-        reason = "is no name on the hub: write USER/NAME"
-    except RevisionNotFoundError:
-        reason = "has no such revision: name a branch, tag or commit that exists"
-    except RepositoryNotFoundError:
-        reason = (
-            "does not exist on the hub, or this machine may not read it: check the spelling, or "
-            "log in with `hf auth login`"
-        )
-    except HfHubHTTPError as problem:
-        if problem.response.status_code not in (401, 403):
-            raise UserError(_unreachable(what, problem)) from None
-        reason = (
+    except Exception as problem:  # errors of the hub's HTTP client have no public common class
+        known = (said for kind, said in _REASONS.items() if isinstance(problem, kind))
+        raise UserError(f"{what} {next(known, None) or _reason(problem)}.") from None
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, HfHubHTTPError) and problem.response.status_code in (401, 403):
+        return (
             "is not open to this machine's token: take one that may write there, with `hf auth "
             "login` or HF_TOKEN"
         )
-    except OfflineModeIsEnabled:
-        reason = "needs the network, and HF_HUB_OFFLINE forbids it: set it to 0"
-    except Exception as problem:  # errors of the hub's HTTP client have no public common class
-        raise UserError(_unreachable(what, problem)) from None
-    else:
-        return
-    raise UserError(f"{what} {reason}.")
-
-
-def _unreachable(what: str, problem: Exception) -> str:
     return (
-        f"{what} could not be reached on the hub ({type(problem).__name__}: "
-        f"{short_reason(problem)}): check the network, or try again later."
+        f"could not be reached on the hub ({type(problem).__name__}: {short_reason(problem)}): "
+        "check the network, or try again later"
     )

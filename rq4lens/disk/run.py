@@ -59,6 +59,12 @@ MARKS = frozenset(
 )
 """By one of these a run directory is known, however early the run was stopped."""
 
+SHARED = (
+    *(RUN, RESULTS, PER_PROMPT, ANALYSIS, PROMPTS, AUDIT, SUMMARY, REPORT, LAYERS),
+    *(LAYERS_PER_PROMPT, "single_head_*.json", f"{HEADS}/*.json", f"{MAPS}/*"),
+)
+"""What is shared of a run; figures can be drawn from it, and caches stay where they are."""
+
 KINDS = ("raw", "mapped")
 SWAPS = ("into_tuned", "into_base")
 """Kinds of rows of a condition: its two patches, and both models with the other's activations."""

@@ -31,7 +31,6 @@ CHEAP_BYTES = 2e9
 
 ADAPTER = "an adapter holds no whole matrices; --compare models merges it"
 
-
 Apart = tuple[Estimate, Estimate, Estimate]
 """The gap from base, the gap from tuned, and on how many prompts in percent answers differ."""
 
@@ -53,15 +52,8 @@ class PairAudit(NamedTuple):
 def audit_pair(config: RunConfig, compare: Compare = "auto", *, stage: Stage = silent) -> PairAudit:
     """Audit the prompts of a pair, and say how far apart its models are.
 
-    Args:
-        config: names the pair, its prompts and how they are read.
-        compare: ``"models"`` loads both; ``"weights"`` reads their files, matrix by matrix;
-            ``"auto"`` loads small models from folders and leaves others alone.
-        stage: opens a stage of the work, for progress bars.
-
-    Raises:
-        UserError: if the prompts or a tokenizer cannot be read, or what was asked for cannot be
-            compared.
+    To compare ``"models"`` loads both; ``"weights"`` reads their files, matrix by matrix;
+    ``"auto"`` loads small models from folders and leaves others alone.
     """
     audit = audit_of(config.pair, config.reading, config.place)
     if compare == "none":
@@ -70,8 +62,10 @@ def audit_pair(config: RunConfig, compare: Compare = "auto", *, stage: Stage = s
         if compare == "auto" and (why := _is_costly(config)):
             return PairAudit(audit, None, why)
         with stage("models", None):
-            of = _of_files if compare == "weights" else _of_models
-            return PairAudit(audit, of(config, audit))
+            if compare == "weights":
+                return PairAudit(audit, _of_files(config, audit))
+            pair = pair_from(config.pair, config.reading, config.place)
+            return PairAudit(audit, facts_of(pair, _gap(pair, config), audit))
     except UserError as problem:
         if compare != "auto":
             raise
@@ -100,11 +94,6 @@ def _of_files(config: RunConfig, audit: Audit) -> PairFacts:
         changes = changes_in_files(found["base"], found["tuned"])
     pair = pair_from(config.pair, config.reading, config.place.but(keep_both=False))
     return facts_of(pair, _no_gap("only the weights were compared"), audit, changes, reasons)
-
-
-def _of_models(config: RunConfig, audit: Audit) -> PairFacts:
-    pair = pair_from(config.pair, config.reading, config.place)
-    return facts_of(pair, _gap(pair, config), audit, pair.weight_changes)
 
 
 def facts_of(

@@ -11,9 +11,8 @@ from rq4lens.analysis.card.sides import CardInputs
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.plain import from_json, to_json
-from rq4lens.disk.files import make_directory, read_json, short_reason, write_json_atomic
+from rq4lens.disk.files import make_directory, read_json, refuse_damage, write_json_atomic
 from rq4lens.disk.run import HEADS, PER_PROMPT, file_sha256
-from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.results import GridResult
@@ -30,11 +29,7 @@ def card_of_run(
     trust_remote_code: bool = False,
     stage: Stage = silent,
 ) -> HeadCard:
-    """The card of one head of a finished run, whose models are loaded again.
-
-    Raises:
-        UserError: if the directory holds no finished run, or the head does not exist.
-    """
+    """The card of one head of a finished run, whose models are loaded again."""
     head, run = Head.parse(label), read_run(directory)
     with stage("card", None):
         inputs = CardInputs.of_run(run, trust_remote_code=trust_remote_code)
@@ -48,11 +43,7 @@ def write_every_card(
     trust_remote_code: bool = False,
     stage: Stage = silent,
 ) -> Path:
-    """Write the cards of all heads of all layers of a finished run; the folder they are in.
-
-    Raises:
-        UserError: if the directory holds no finished run.
-    """
+    """Write the cards of all heads of all layers of a finished run; the folder they are in."""
     inputs = CardInputs.of_run(read_run(directory), trust_remote_code=trust_remote_code)
     pair = inputs.pair
     every = [Head(layer, index) for layer in range(pair.n_layers) for index in range(pair.n_heads)]
@@ -81,26 +72,18 @@ def write_cards(
 
 
 def read_cards(directory: Path, heads: Sequence[Head]) -> tuple[HeadCard, ...]:
-    """The cards of these heads that a run directory holds; those of another run are left out.
-
-    Raises:
-        UserError: if a card is damaged.
-    """
+    """The cards of these heads that a run directory holds; those of another run are left out."""
     measured = file_sha256(directory / PER_PROMPT)
     found = []
     for head in heads:
         path = directory / HEADS / f"{head}.json"
         if not path.is_file():
             continue
-        try:
+        fix = "delete it, or write it again with `rq4lens head --all`"
+        with refuse_damage(f"card {str(path)!r}", fix):
             record = read_json(path)
             if record["of"] == measured:
                 found.append(from_json(HeadCard, record["card"]))
-        except (KeyError, TypeError, ValueError) as problem:
-            raise UserError(
-                f"card {str(path)!r} is damaged ({short_reason(problem)}): delete it, or write it "
-                "again with `rq4lens head --all`."
-            ) from problem
     return tuple(found)
 
 

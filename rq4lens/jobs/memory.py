@@ -16,7 +16,7 @@ from rq4lens.jobs.bench import plan_for
 from rq4lens.models.catalog import holds_both, prompts_left_in, size_of, tokens_of
 from rq4lens.models.load.devices import Placement, chosen_devices, free_bytes
 from rq4lens.models.load.lens import ModelConfig
-from rq4lens.models.load.size import ModelSize, estimate_memory, gigabytes
+from rq4lens.models.load.size import estimate_memory, gigabytes
 from rq4lens.models.pair import SIDES, require_same_heads
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.clean_pass import n_columns
@@ -44,11 +44,7 @@ FIT_COPIES = 6
 class WorkMemory:
     """Bytes of the work on one model.
 
-    Args:
-        kept: of the clean pass: keys, values, residual stream and z of every prompt; exact.
-        smallest: of a single prompt and a single row: with less nothing can be measured.
-        activations: of both models, in main memory; exact.
-        fit: of fitting the maps, in main memory.
+    ``kept`` is what stays of the clean pass, ``smallest`` what a single prompt and row take.
     """
 
     kept: int
@@ -61,25 +57,13 @@ class WorkMemory:
     activations: int
     fit: int
 
-    @property
-    def on_device(self) -> int:
-        """The most that is on the model's device at once."""
-        return max(self.in_pass, self.in_rows) + (self.kept if self.kept_on_device else 0)
-
-    @property
-    def in_main_memory(self) -> int:
-        """What is in main memory whatever the device."""
-        return self.activations + self.fit + (0 if self.kept_on_device else self.kept)
-
 
 @dataclass(frozen=True)
 class RunMemory:
     """A run's needs against what the machine has, in bytes.
 
-    Args:
-        weights: of each model, by side; exact.
-        held: weights on each device, those of the noise pair among them.
-        largest_model: the most weights of a single model on each device.
+    ``held`` are the weights on each device, those of the noise pair among them, and
+    ``largest_model`` the most of a single model.
     """
 
     weights: dict[str, int]
@@ -94,12 +78,12 @@ class RunMemory:
     @property
     def needed(self) -> dict[str, int]:
         """The most that each device and main memory hold at once."""
-        needed = {place: self.held.get(place, 0) for place in self.free}
+        needed, work = {place: self.held.get(place, 0) for place in self.free}, self.work
         # Base stands behind an engine of its own, which keeps about as much of its clean pass.
-        of_base = self.work.kept if self.keep_both else 0
+        kept = 2 * work.kept if self.keep_both else work.kept
         for place in self.devices:
-            needed[place] += self.work.on_device + (of_base if self.work.kept_on_device else 0)
-        needed[MAIN] += self.work.in_main_memory + (0 if self.work.kept_on_device else of_base)
+            needed[place] += max(work.in_pass, work.in_rows) + (kept if work.kept_on_device else 0)
+        needed[MAIN] += work.activations + work.fit + (0 if work.kept_on_device else kept)
         return needed
 
     @property
@@ -119,16 +103,6 @@ class RunMemory:
         }
 
     @property
-    def line(self) -> str:
-        """One line for a run that fits."""
-        parts = (
-            f"{gigabytes(n_bytes)} of the {gigabytes(self.free[place])} free "
-            f"{'in' if place == MAIN else 'on'} {place}"
-            for place, n_bytes in self.needed.items()
-        )
-        return f"memory: about {', '.join(parts)}"
-
-    @property
     def table(self) -> str:
         """What takes how much, where, and what is free there."""
         work, where = self.work, ", ".join(self.devices)
@@ -142,33 +116,33 @@ class RunMemory:
             ("fitting maps", work.fit, MAIN),
         ]
         both = "both models at once" if self.keep_both else "one model at a time"
+        rows += [
+            (f"at most, {both}", n, f"{place}, where {gigabytes(self.free[place])} are free")
+            for place, n in self.needed.items()
+        ]
         lines = [f"{what:<34}{gigabytes(n):>10}  {place}" for what, n, place in rows]
-        for place, n_bytes in self.needed.items():
-            lines.append(
-                f"{f'at most, {both}':<34}{gigabytes(n_bytes):>10}  {place}, where "
-                f"{gigabytes(self.free[place])} are free"
-            )
-        return "\n".join([*lines, *self.advice])
+        if not self.fits:
+            short = [place for place, n in self.needed.items() if n > self.free[place]]
+            lines.append(f"this does not fit in what is free ({', '.join(short)}):")
+            lines += [f"  {each}" for each in self.advice]
+        return "\n".join(lines)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to change, in the words of the command line; empty for a run that fits."""
-        if self.fits:
-            return ()
-        short = [place for place, n in self.needed.items() if n > self.free[place]]
-        return (f"this does not fit in what is free ({', '.join(short)}):", *self._remedies())
+        return () if self.fits else tuple(self._remedies())
 
     def _remedies(self) -> Iterator[str]:
         if self.dtype in {"float32", "float64"}:
-            yield "  --dtype bfloat16 takes half of the weights and of all that follows from them"
+            yield "--dtype bfloat16 takes half of the weights and of all that follows from them"
         if self.keep_both:
-            yield "  --no-keep-both holds one model at a time"
+            yield "--no-keep-both holds one model at a time"
         if torch.cuda.device_count() > len(self.devices):
-            yield f"  --n-devices {torch.cuda.device_count()} or --device-map auto use every GPU"
+            yield f"--n-devices {torch.cuda.device_count()} or --device-map auto use every GPU"
         if self.work.n_prompts_at_once > 1 and self.work.in_pass >= self.work.in_rows:
             half = self.work.n_prompts_at_once // 2
-            yield f"  --batch-size {half} has half as many prompts in flight"
-        yield "  --max-tokens N cuts long prompts from the left; fewer prompts need less, too"
+            yield f"--batch-size {half} has half as many prompts in flight"
+        yield "--max-tokens N cuts long prompts from the left; fewer prompts need less, too"
 
 
 def plan_memory(config: RunConfig) -> RunMemory:
@@ -181,11 +155,14 @@ def plan_memory(config: RunConfig) -> RunMemory:
     plan = plan_for(config, cfg.n_layers, cfg.n_heads)
     keep_both = holds_both(source, place, sizes.values())
     estimates = {side: estimate_memory(size, devices) for side, size in sizes.items()}
-    on = {side: _by_place(sizes[side], each.placement) for side, each in estimates.items()}
+    on = {
+        side: Counter({_place(at): n for at, n in sizes[side].weights.on(each.placement).items()})
+        for side, each in estimates.items()
+    }
     tuned = estimates["tuned"]
-    held = Counter(on["tuned"]) + Counter(on["base"] if keep_both else {})
+    held = on["tuned"] + (on["base"] if keep_both else Counter())
     if keep_both and config.effort.analysis == "full" and config.effort.noise_pair:
-        held += Counter(on["tuned"])  # the noise pair's tuned model
+        held += on["tuned"]  # the noise pair's tuned model
     free = {_place(device): n_bytes for device, n_bytes in tuned.free.items()}
     free.setdefault(MAIN, free_bytes("cpu"))
     left = [max(0, free[place] - n) for place, n in held.items() if place != MAIN]
@@ -204,7 +181,7 @@ def plan_memory(config: RunConfig) -> RunMemory:
         dtype=place.dtype,
         devices=tuple(dict.fromkeys(map(_place, devices.names))),
         held=dict(held),
-        largest_model=dict(Counter(on["tuned"]) | Counter(on["base"])),
+        largest_model=dict(on["tuned"] | on["base"]),
         free=free,
         work=work,
     )
@@ -265,10 +242,7 @@ def work_memory(
 def _clean_pass_bytes(
     cfg: ModelConfig, prompts: TokenizedPrompts, passes: RowBudget, n_positions: int
 ) -> int:
-    """Bytes that the suffix engine stores of each layer, if memory does not run out meanwhile.
-
-    Each batch is as wide as its longest prompt.
-    """
+    """Bytes that the suffix engine stores of each layer."""
     lengths = prompts.lengths.sort().values
     at_positions = n_positions * (cfg.d_model + cfg.n_heads * cfg.d_head) * cfg.dtype.itemsize
     return sum(
@@ -278,10 +252,6 @@ def _clean_pass_bytes(
     )
 
 
-def _by_place(size: ModelSize, placement: Placement) -> dict[str, int]:
-    return {_place(device): n for device, n in size.weights.on(placement).items()}
-
-
 def _place(device: str) -> str:
     return device if torch.device(device).type == "cuda" else MAIN
 
@@ -289,16 +259,20 @@ def _place(device: str) -> str:
 def say_and_require(memory: RunMemory) -> None:
     """One line in the log for a run that fits, else the table and what to change."""
     if memory.fits:
-        log.info(memory.line)
+        parts = (
+            f"{gigabytes(n_bytes)} of the {gigabytes(memory.free[place])} free "
+            f"{'in' if place == MAIN else 'on'} {place}"
+            for place, n_bytes in memory.needed.items()
+        )
+        log.info("memory: about %s", ", ".join(parts))
         return
     log.warning(memory.table)
     largest, smallest = memory.largest_model, memory.work.smallest
     # What does not fit with one model, one prompt and one row does not fit whatever is halved.
     if any(n + smallest > memory.free[place] for place, n in largest.items()):
         place, weights = max(largest.items(), key=lambda item: item[1])
-        _, *remedies = memory.advice
         raise UserError(
             f"a model of {gigabytes(weights)} and at least {gigabytes(smallest)} for one prompt do "
             f"not fit in the {gigabytes(memory.free[place])} free on {place}: "
-            f"{'; '.join(map(str.strip, remedies))}."
+            f"{'; '.join(memory.advice)}."
         )

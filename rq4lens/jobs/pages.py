@@ -25,9 +25,8 @@ def write_pages(
 ) -> None:
     """Write the ranking bars, the coverage curve and the report of a run.
 
-    Each page is one file that needs no network. Of the prompts it takes their texts and their next
-    tokens. Layers that a sweep left in the directory are in
-    the report too, if it was made in the same way.
+    ``prompts`` are their texts and their next tokens. Layers that a sweep left in the directory are
+    in the report too, if it was made in the same way.
     """
     pictures = directory / FIGURES
     figures.write_html(figures.ranking_bars(grid, analysis=analysis), pictures / "ranking.html")
@@ -43,11 +42,7 @@ def write_pages(
 
 
 def write_report_of(directory: Path) -> Path:
-    """Write the report of a finished run again, for instance after a sweep into its directory.
-
-    Raises:
-        UserError: if the directory holds no finished run, or a file is damaged.
-    """
+    """Write the report of a finished run again, for instance after a sweep into its directory."""
     saved = read_run(directory)
     said = directory / NEXT_TOKENS
     prompts = read_json(directory / PROMPTS), read_json(said) if said.is_file() else {}
@@ -56,11 +51,7 @@ def write_report_of(directory: Path) -> Path:
 
 
 def draw_run(directory: Path, out: Path, *, static: bool = True) -> list[str]:
-    """Draw every figure that a finished run has the data for.
-
-    Raises:
-        UserError: if the directory holds no finished run, or a file is damaged.
-    """
+    """Draw every figure that a finished run has the data for."""
     saved = read_run(directory)
     drawn = figures_of(saved)
     title = f"{saved.grid.settings.pair}, layer {saved.grid.settings.layer}"

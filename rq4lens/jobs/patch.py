@@ -49,7 +49,7 @@ N_LAST = 24
 """Tokens of a prompt that are shown before what is said."""
 
 N_PROMPTS = 3
-"""Prompts that are continued where none are named: those that the raw patch moves most."""
+"""Prompts that are continued where none are named."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,7 @@ class Said:
 
 @dataclass(frozen=True)
 class SinglePatch:
-    """What one patch did.
-
-    Args:
-        record: the condition's record, as in ``rq4_results.json``.
-        text: what the console prints.
-        said: how each voice continues some prompts, if that was asked for.
-    """
+    """What one patch did: its record, what the console prints, and how prompts then go on."""
 
     record: ConditionRecord
     text: str
@@ -87,11 +81,8 @@ def patch_once(
 ) -> SinglePatch:
     """Patch one head set, and let the models go on for ``say`` tokens behind some prompts.
 
-    The whole layer and the two checks are measured along with it, because coverage is a share of
-    the whole layer's effect and is only defined above the noise floor.
-
-    Raises:
-        UserError: if the head set or the configuration does not fit the pair.
+    The record is also written to ``out``, if there is one. Without ``prompts`` those go on that
+    the raw patch moves most.
     """
     refuse_no_file(out)
     bench = Bench(config.updated(control_layer=None, k=[], random_seeds=[]), stage=stage)
@@ -121,20 +112,10 @@ def continuations(
 ) -> tuple[Said, ...]:
     """Continue measured prompts by each voice, one most likely token after the other.
 
-    Args:
-        experiment: the pair and the maps of the patched layer.
-        patch: the heads and the strength; they are patched at the decision token and at every new
-            token, with what base's heads hold where base reads the same continuation.
-        prompts: ids of the prompts.
-        n_tokens: tokens of a continuation; it ends earlier where the model ends it.
-
-    Raises:
-        UserError: if the models have other vocabularies, cannot be in memory together, or cannot
-            read so many tokens; or if a prompt does not exist.
+    Heads are patched at the decision token and at every new token, with what base's heads hold
+    where base reads the same continuation.
     """
-    speaker = _Speaker(experiment, patch, prompts)
-    speaker.refuse(n_tokens)
-    return speaker.said(n_tokens)
+    return _Speaker(experiment, patch, prompts).said(n_tokens)
 
 
 class _Speaker:
@@ -153,7 +134,7 @@ class _Speaker:
         rows = [places[each] for each in prompts]
         self.tokens = {side: each.some(rows) for side, each in read.items()}
 
-    def refuse(self, n_tokens: int) -> None:
+    def _refuse(self, n_tokens: int) -> None:
         """Refuse what cannot be said."""
         pair, n_ctx = self.pair, min(self.pair.member(side).card.n_ctx for side in SIDES)
         longest = max(int(each.lengths.max()) for each in self.tokens.values())
@@ -175,6 +156,7 @@ class _Speaker:
 
     def said(self, n_tokens: int) -> tuple[Said, ...]:
         """The continuations, prompt by prompt."""
+        self._refuse(n_tokens)
         texts = {voice: self._texts(voice, n_tokens) for voice in VOICES}
         tokens = self.tokens["tuned"]
         tokenizer = self.pair.tuned.tokenizer
@@ -193,14 +175,12 @@ class _Speaker:
         for _ in range(n_tokens):
             best = self._logits(voice, new).argmax(-1).tolist()
             new = [(*before, token) for before, token in zip(new, best, strict=True)]
-        return [self._text(each) for each in new]
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        """The text up to the token that ends it."""
         tokenizer = self.pair.tuned.tokenizer
         end = tokenizer.eos_token_id
-        cut = tokens.index(end) if end in tokens else len(tokens)
-        return str(tokenizer.decode(tokens[:cut], clean_up_tokenization_spaces=False))
+        return [
+            str(tokenizer.decode(whole, clean_up_tokenization_spaces=False))
+            for whole in (each[: each.index(end)] if end in each else each for each in new)
+        ]
 
     def _grown(self, side: Side, new: Sequence[tuple[int, ...]]) -> TokenizedPrompts:
         read = self.tokens[side]
@@ -217,27 +197,21 @@ class _Speaker:
             logits = forward_batch(model, batch)
         else:
             patch = replace(self.patch, source=voice)
-            sources = Sources({(patch.layer, voice): self._source(voice, new, n_positions)})
+            base, layer = self.pair.use("base").model, patch.layer
+            z = capture_z(base, self._grown("base", new), [layer], k_positions=n_positions)[layer]
+            layer_map = self.experiment.source_maps.get((layer, voice))
+            sources = Sources({(layer, voice): z if layer_map is None else layer_map(z)})
             with patched_heads(model, (patch,), sources, batch):
                 logits = forward_batch(model, batch)
         here = logits[torch.arange(len(logits)), batch.decision]
         return here[batch.rows.argsort()]
-
-    def _source(
-        self, voice: str, new: Sequence[tuple[int, ...]], n_positions: int
-    ) -> Float[Tensor, "prompt position head d_head"]:
-        layer, base = self.patch.layer, self.pair.use("base").model
-        read = capture_z(base, self._grown("base", new), [layer], k_positions=n_positions)
-        layer_map = self.experiment.source_maps.get((layer, voice))
-        return read[layer] if layer_map is None else layer_map(read[layer])
 
 
 def said_text(said: Sequence[Said]) -> str:
     """Continuations as plain text."""
     lines = []
     for each in said:
-        lines.append(Text(f"\n{printable(each.prompt)}: … {printable(each.ends)}"))
-        lines += [
-            Text(f"  {name:<32}{printable(each.texts[voice])}") for voice, name in VOICES.items()
-        ]
-    return text_of(lines, sentences=UNCUT)
+        lines.append(f"\n{printable(each.prompt)}: … {printable(each.ends)}")
+        for voice, name in VOICES.items():
+            lines.append(f"  {name:<32}{printable(each.texts[voice])}")
+    return text_of(list(map(Text, lines)), sentences=UNCUT)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rq4lens.analysis.card.sides import models_of
 from rq4lens.analysis.positions import SUBJECT, MappedPosition, PositionMap
 from rq4lens.analysis.saved import Run, read_run, write_positions
-from rq4lens.config import Place, Reading
+from rq4lens.config import Place
 from rq4lens.disk.run import CONDITIONS, REPORT
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
@@ -38,7 +38,7 @@ Asked = int | str
 
 @dataclass(frozen=True)
 class _Mapped:
-    """What is mapped: a pair, as its grid was measured, and where measured patches are kept."""
+    """What is mapped: a pair, as its grid was measured, and where measured patches lie."""
 
     pair: ModelPair
     grid: GridResult
@@ -92,10 +92,20 @@ def position_map(
     Raises:
         UserError: if there is no such number of positions, prompt, run or pair.
     """
-    _refuse_no_number(positions)
+    whole = isinstance(positions, int) and not isinstance(positions, bool)
+    if positions != "all" and not (whole and int(positions) >= 1):
+        raise UserError(
+            f"positions {positions!r} is no number of tokens: give how many of the last ones are "
+            "patched, one at a time, such as 8, or all."
+        )
     with stage("load", None):
         mapped = _mapped(run, pair, trust_remote_code)
-        chosen = _chosen(mapped, prompts)
+        measured = mapped.pair.prompts.split(mapped.split)
+        if prompts is not None:
+            measured = measured.of_ids(prompts)
+        train = mapped.pair.prompts.split(FIT_SPLIT)
+        by_id = {each.id: each for each in (*train, *measured)}
+        chosen = replace(measured, prompts=tuple(by_id.values()))
         pairs = _pair_of_each_role(mapped, chosen, positions)
     n_prompts = len(next(iter(pairs.values())).prompts.split(mapped.split))
     with stage("positions", len(pairs) * mapped.plan.n_patches * n_prompts) as progress:
@@ -119,15 +129,6 @@ def map_run(
     if (directory / REPORT).is_file():
         write_report_of(directory)
     return found
-
-
-def _refuse_no_number(positions: Asked) -> None:
-    whole = isinstance(positions, int) and not isinstance(positions, bool)
-    if positions != "all" and not (whole and int(positions) >= 1):
-        raise UserError(
-            f"positions {positions!r} is no number of tokens: give how many of the last ones are "
-            "patched, one at a time, such as 8, or all."
-        )
 
 
 def _mapped(
@@ -157,16 +158,6 @@ def _mapped(
     return _Mapped(pair, grid, place, store)
 
 
-def _chosen(mapped: _Mapped, prompts: Sequence[str] | None) -> PromptSet:
-    """The train prompts, and the measured ones that were asked for."""
-    measured = mapped.pair.prompts.split(mapped.split)
-    if prompts is not None:
-        measured = measured.of_ids(prompts)
-    train = mapped.pair.prompts.split(FIT_SPLIT)
-    by_id = {each.id: each for each in (*train, *measured)}
-    return replace(measured, prompts=tuple(by_id.values()))
-
-
 def _pair_of_each_role(mapped: _Mapped, prompts: PromptSet, asked: Asked) -> dict[str, ModelPair]:
     """The pair read at each position, on the prompts that have it."""
     pair, split = mapped.pair, mapped.split
@@ -191,12 +182,10 @@ def _pair_of_each_role(mapped: _Mapped, prompts: PromptSet, asked: Asked) -> dic
 
 def _n_tokens(pair: ModelPair, prompts: PromptSet) -> Mapping[str, int]:
     """How many tokens of each prompt can be patched in both models."""
-    every = _reading(pair, "all")
-    counts = [
-        [len(spots) for spots in tokenize(prompts, pair.member(side).tokenizer, every).spots]
-        for side in SIDES
-    ]
-    return dict(zip(prompts.ids, map(min, *counts), strict=True))
+    every = pair.reading.but(positions="all")
+    read = [tokenize(prompts, pair.member(side).tokenizer, every).spots for side in SIDES]
+    counts = (min(map(len, spots)) for spots in zip(*read, strict=True))
+    return dict(zip(prompts.ids, counts, strict=True))
 
 
 def _with_subject(pair: ModelPair, prompts: PromptSet, split: str) -> PromptSet | None:
@@ -215,18 +204,15 @@ def _with_subject(pair: ModelPair, prompts: PromptSet, split: str) -> PromptSet 
 
 def _read_at(pair: ModelPair, role: str, prompts: PromptSet) -> ModelPair:
     """The same models, with one token of each prompt to be patched, or its subject."""
+    reading = pair.reading.but(positions=role if role == SUBJECT else f"{role}..{role}")
     return ModelPair(
         pair.base,
         pair.tuned,
         prompts,
         name=pair.name,
-        reading=_reading(pair, role if role == SUBJECT else f"{role}..{role}"),
+        reading=reading,
         keep_both=pair.keep_both,
     )
-
-
-def _reading(pair: ModelPair, positions: str) -> Reading:
-    return pair.reading.but(positions=positions)
 
 
 def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) -> MappedPosition:
@@ -243,12 +229,10 @@ def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) 
     )
     experiment = prepare(pair, maps, patching, mapped.place, activations=activations)
     grid = measure_grid(Measurer(experiment, mapped.store), patching, effort, progress)
-    texts, n_train = _texts(pair, mapped.split), len(pair.prompts.split(FIT_SPLIT))
-    return MappedPosition.of(role, texts, n_train, grid)
-
-
-def _texts(pair: ModelPair, split: str) -> list[str]:
-    """The text of the patched tokens of each prompt, as the tuned model reads them."""
-    read, tokenizer = pair.tokens("tuned", split), pair.tuned.tokenizer
-    both = zip(read.token_ids, read.spots, strict=True)
-    return ["".join(decoded(tokenizer, tokens[at]) for at in spots) for tokens, spots in both]
+    # The text of the patched tokens of each prompt, as the tuned model reads them.
+    read, tokenizer = pair.tokens("tuned", mapped.split), pair.tuned.tokenizer
+    texts = [
+        "".join(decoded(tokenizer, tokens[at]) for at in spots)
+        for tokens, spots in zip(read.token_ids, read.spots, strict=True)
+    ]
+    return MappedPosition.of(role, texts, len(pair.prompts.split(FIT_SPLIT)), grid)

@@ -34,25 +34,24 @@ def write_ranking(directory: Path, ranking: HeadRanking) -> Path:
 def _write_table(
     directory: Path, grid: GridResult, table: Sequence[tuple[HeadRanking, MethodRow]]
 ) -> Path:
-    """Write the table that the console prints, with intervals, as ``rank_table_*.json``."""
+    """Write the table that the console prints, with intervals."""
     settings = grid.settings
-    rows = [
-        {**to_json(row), "heads": list(ranking.heads), "settings": to_json(ranking.settings)}
-        for ranking, row in table
-    ]
+    record = {
+        "settings": settings.to_dict(),
+        "n_prompts": grid.n_prompts,
+        "table": [
+            {**to_json(row), "heads": list(ranking.heads), "settings": to_json(ranking.settings)}
+            for ranking, row in table
+        ],
+    }
     path = directory / f"rank_table_L{settings.layer}_{HOOK}_alpha{settings.patching.alpha:g}.json"
-    write_json_atomic(
-        path, {"settings": settings.to_dict(), "n_prompts": grid.n_prompts, "table": rows}
-    )
+    write_json_atomic(path, record)
     return path
 
 
 @dataclass(frozen=True, repr=False)
 class RankingJob(Listed):
-    """Rankings of the heads of one layer, each in ``rows`` beside exact single-head ``ΔKL``.
-
-    Of the files that were written, the table is the last.
-    """
+    """Rankings of the heads of one layer, each in ``rows`` beside exact single-head ``ΔKL``."""
 
     ROWS: ClassVar[str] = "rows"
 
@@ -72,12 +71,7 @@ def rank_layer(
     out: Path | None = None,
     stage: Stage = silent,
 ) -> RankingJob:
-    """Rank the heads of the main layer by several methods.
-
-    Raises:
-        UserError: if a method does not exist, a file is not such a ranking or has a method's name,
-            a setting has no method to go to, or the configuration does not fit the pair.
-    """
+    """Rank the heads of the main layer by several methods, and by the rankings of some files."""
     names = _methods(methods, files)
     asked = {"target": target, "ig_steps": ig_steps}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}

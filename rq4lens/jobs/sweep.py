@@ -92,17 +92,20 @@ def sweep_on(bench: Bench, layers: int | Sequence[int] | None = None) -> Sweep:
 def choose_layers(comparison: LayerComparison) -> LayerChoice:
     """Propose a main and a control layer by what their heads carry of the gap.
 
-    The main layer is the one whose heads undo most of the gap, if they undo at least
-    ``WORTH_PCT`` of it. The control is, among the layers that undo clearly less (the intervals do
-    not touch), the one whose raw patch does most: where nothing is changed, nothing could show.
-    Layers whose raw patch does much that the map does not take back are named, too.
+    The main layer's heads undo most of it, and at least ``WORTH_PCT``. The control is, among the
+    layers that undo clearly less (the intervals do not touch), the one whose raw patch does most:
+    where nothing is changed, nothing could show.
     """
     if comparison.gap.undefined_because is not None:
         reason = f"no layer is proposed: {comparison.gap.undefined_because}"
         return LayerChoice(None, None, (reason,))
     unrepaired = tuple(_unrepaired(comparison.rows))
-    worth = [row for row in comparison.rows if _is_worth(row)]
-    main = max(worth, key=_undone, default=None)
+    worth = [
+        row
+        for row in comparison.rows
+        if row.to_base_pct.interval is not None and row.to_base_pct.interval.low >= WORTH_PCT
+    ]
+    main = max(worth, key=lambda row: row.to_base_pct.value or 0.0, default=None)
     if main is None:
         reason = (
             f"no layer is proposed: the heads of none undo {WORTH_PCT:g}% of the gap, with their "
@@ -127,18 +130,9 @@ def choose_layers(comparison: LayerComparison) -> LayerChoice:
     return LayerChoice(main.layer, chosen, (*reasons, *unrepaired))
 
 
-def _is_worth(row: LayerRow) -> bool:
-    interval = row.to_base_pct.interval
-    return interval is not None and interval.low >= WORTH_PCT
-
-
 def _clearly_below(row: LayerRow, main: LayerRow) -> bool:
     high, low = row.to_base_pct.interval, main.to_base_pct.interval
     return row is not main and high is not None and low is not None and high.high < low.low
-
-
-def _undone(row: LayerRow) -> float:
-    return row.to_base_pct.value or 0.0
 
 
 def _unrepaired(rows: Sequence[LayerRow]) -> Iterator[str]:

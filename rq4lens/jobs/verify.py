@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rq4lens.analysis.card.sides import maps_of
+from rq4lens.analysis.card.sides import maps_of, models_of
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.saved import Run, read_run
 from rq4lens.analysis.statistics.plain import Listed, to_json
@@ -22,13 +22,12 @@ from rq4lens.disk.files import read_json, short_reason
 from rq4lens.disk.run import CONDITIONS, RESULTS, RUN, file_sha256, ranking_file
 from rq4lens.disk.store import StoredRecord, content_key, read_record
 from rq4lens.errors import UserError
-from rq4lens.models.catalog import pair_from
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.keys import identity, measured_parts
 from rq4lens.patching.measured import Measurer, Planned, patches_of, payload_of
-from rq4lens.patching.patch import MAPPED, Effects, Patch
+from rq4lens.patching.patch import MAPPED, Patch
 from rq4lens.results import EVERY, GridResult, PatchRow
 
 ALLOWED_AT = 0.3
@@ -83,14 +82,7 @@ def verify_run(
     trust_remote_code: bool = False,
     pair: ModelPair | None = None,
 ) -> Verification:
-    """Check a finished run.
-
-    Files against their checksums, the table against every prompt's own numbers, these against the
-    stored conditions, and a random sample of conditions against the reference engine.
-
-    Raises:
-        UserError: if the directory holds no finished run.
-    """
+    """Check a finished run: its files, its table, its records, and a sample measured again."""
     if file_sha256(directory / RUN) is None:
         read_run(directory)  # says what is missing
     try:
@@ -185,14 +177,11 @@ def _differences(saved: Any, again: Any, where: str) -> Iterator[str]:
     elif isinstance(saved, list) and isinstance(again, list) and len(saved) == len(again):
         for index, pair in enumerate(zip(saved, again, strict=True)):
             yield from _differences(*pair, f"{where}[{index}]")
-    elif not _equal(saved, again):
-        yield f"{where} is {str(saved)[:40]}, but follows to be {str(again)[:40]}"
-
-
-def _equal(saved: Any, again: Any) -> bool:
-    numbers = isinstance(saved, int | float) and isinstance(again, int | float)
-    # Another version of numpy may add up in another order.
-    return math.isclose(saved, again, rel_tol=1e-9, abs_tol=1e-12) if numbers else saved == again
+    elif saved != again:
+        numbers = isinstance(saved, int | float) and isinstance(again, int | float)
+        # Another version of numpy may add up in another order.
+        if not (numbers and math.isclose(saved, again, rel_tol=1e-9, abs_tol=1e-12)):
+            yield f"{where} is {str(saved)[:40]}, but follows to be {str(again)[:40]}"
 
 
 # Conditions on disk
@@ -203,7 +192,15 @@ def _check_conditions(saved: Run) -> _Finding:
     found, differences = _records(saved.directory / CONDITIONS)
     for cond, (plan, rows) in _measured(saved.grid).items():
         for patch, row in zip(plan.patches, rows, strict=True):
-            differences += _against_records(saved, cond, patch, row, found)
+            candidates = [
+                record.payload
+                for record in found.get(_address(patch), ())
+                if _is_of_run(record.ingredients, saved, patch)
+            ]
+            if not candidates:
+                differences.append(f"{cond} {patch.source} has no record of this run")
+            elif payload_of(row) not in candidates:
+                differences.append(f"{cond} {patch.source} is not what its record holds")
     n_records = sum(map(len, found.values()))
     return differences, f"{n_records} records are whole and agree with the table"
 
@@ -221,6 +218,10 @@ def _measured(grid: GridResult) -> dict[str, _Measured]:
 
 
 _Address = tuple[int, int, tuple[int, ...], float, str]
+
+
+def _address(patch: Patch) -> _Address:
+    return patch.layer, patch.heads.n_heads, patch.heads.indices, patch.alpha, patch.source
 
 
 def _records(directory: Path) -> tuple[dict[_Address, list[StoredRecord]], list[str]]:
@@ -243,26 +244,7 @@ def _records(directory: Path) -> tuple[dict[_Address, list[StoredRecord]], list[
     return found, damaged
 
 
-def _against_records(
-    saved: Run,
-    cond: str,
-    patch: Patch,
-    row: PatchRow,
-    found: Mapping[_Address, Sequence[StoredRecord]],
-) -> list[str]:
-    address = (patch.layer, patch.heads.n_heads, patch.heads.indices, patch.alpha, patch.source)
-    candidates = [
-        record.payload
-        for record in found.get(address, ())
-        if _is_of_run(record.ingredients, saved, patch.layer, patch.source)
-    ]
-    name = f"{cond} {patch.source}"
-    if not candidates:
-        return [f"{name} has no record of this run"]
-    return [] if payload_of(row) in candidates else [f"{name} is not what its record holds"]
-
-
-def _is_of_run(ingredients: Mapping[str, Any], saved: Run, layer: int, source: str) -> bool:
+def _is_of_run(ingredients: Mapping[str, Any], saved: Run, patch: Patch) -> bool:
     """Whether a record agrees with what the run says about itself."""
     run, settings = saved.run, saved.grid.settings
     known = {
@@ -271,7 +253,8 @@ def _is_of_run(ingredients: Mapping[str, Any], saved: Run, layer: int, source: s
         "patching": measured_parts(settings.patching),
         "dtype": settings.dtype,
     }
-    if source == MAPPED and ingredients["patch"]["map"] != run["maps"][str(layer)]["fingerprint"]:
+    made_by, maps = ingredients["patch"]["map"], run["maps"]
+    if patch.source == MAPPED and made_by != maps[str(patch.layer)]["fingerprint"]:
         return False
     return all(ingredients.get(name) == value for name, value in known.items())
 
@@ -292,12 +275,7 @@ def _check_again(
     if sample == 0:
         raise _NotCheckedError("no condition was to be measured again")
     try:
-        config = _config(saved)
-        pair = pair or pair_from(
-            config.pair.found_from(saved.directory).but(trust_remote_code=trust),
-            config.reading,
-            config.place.but(device="auto"),
-        )
+        pair = pair or models_of(saved, trust_remote_code=trust)[0]
         others = _other_models(saved, pair)
     except Exception as problem:  # a hub, a disk, a library: any of them can fail to give a model
         reason = f"the models cannot be loaded here: {short_reason(problem)}"
@@ -331,22 +309,18 @@ def _other_models(saved: Run, pair: ModelPair) -> list[str]:
 
 def _distances(saved: Run, pair: ModelPair, chosen: Mapping[str, _Measured]) -> dict[str, float]:
     """Largest difference on one prompt, by condition, of the sample measured again."""
-    settings, config = saved.grid.settings, _config(saved)
+    settings, place = saved.grid.settings, _config(saved).place.but(engine="hooks")
     layers = {plan.layer for plan, _ in chosen.values()} & set(maps_of(saved))
     # All layers at once need no map, but an experiment has one.
     maps = {layer: maps_of(saved)[layer] for layer in layers or {settings.layer}}
-    again = Measurer(prepare(pair, maps, settings.patching, config.place.but(engine="hooks")))
+    again = Measurer(prepare(pair, maps, settings.patching, place))
     again.record(patches_of([plan for plan, _ in chosen.values()]))
-    return {
-        cond: _furthest(plan.patches, rows, again.effects(plan.patches))
-        for cond, (plan, rows) in chosen.items()
-    }
-
-
-def _furthest(patches: Sequence[Patch], rows: Sequence[PatchRow], again: Effects) -> float:
-    # What is left of the gap is far from 0, so that rounding moves it more than it moves this.
-    saved = np.array([row.kl_nats for row in rows])
-    # KL has a slope in proportion to the displacement, so rounding of the logits moves it so much
-    # more at full strength than at the strength that the allowance is given for.
-    strength = np.array([[max(1.0, patch.alpha / ALLOWED_AT)] for patch in patches])
-    return float((np.abs(saved - again.kl_nats) / strength).max())
+    found = {}
+    for cond, (plan, rows) in chosen.items():
+        # What is left of the gap is far from 0, so that rounding moves it more than it moves KL.
+        apart = np.abs([row.kl_nats for row in rows] - again.effects(plan.patches).kl_nats)
+        # KL has a slope in proportion to the displacement, so rounding of the logits moves it so
+        # much more at full strength than at the strength that the allowance is given for.
+        strength = np.array([[max(1.0, patch.alpha / ALLOWED_AT)] for patch in plan.patches])
+        found[cond] = float((apart / strength).max())
+    return found

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from rq4lens.analysis.structure.layers import COMPARED, METRICS, GridNumber, rank_by_of
 from rq4lens.cluster.pieces import Request
-from rq4lens.config import SETTINGS, config_from, preset, preset_names, refuse_unknown
+from rq4lens.config import (
+    SETTINGS,
+    Settings,
+    config_from,
+    preset,
+    preset_names,
+    refuse_unknown,
+    setting,
+)
 from rq4lens.disk.files import read_regular_file, short_reason
 from rq4lens.errors import UserError
 from rq4lens.jobs.sweep import parse_layers
@@ -28,25 +36,21 @@ NOT_SHARED = {
 another name."""
 
 
-class StudyFile(BaseModel):
+class StudyFile(Settings):
     """What a study file may hold."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field("study", min_length=1, description="what the report calls the study")
-    layers: str = Field("ALL", description="layers of every pair: '24,26', '20-31' or ALL")
-    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        (0.3,), min_length=1, description="blend strengths, from 0 to 1"
+    name: str = setting("study", "what the report calls the study", min_length=1)
+    layers: str = setting("ALL", "layers of every pair: '24,26', '20-31' or ALL")
+    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = setting(
+        (0.3,), "blend strengths, from 0 to 1", min_length=1
     )
-    map_kinds: tuple[str, ...] = Field(
-        ("procrustes_scaled",), min_length=1, description="kinds of map"
+    map_kinds: tuple[str, ...] = setting(("procrustes_scaled",), "kinds of map", min_length=1)
+    metrics: tuple[str, ...] = setting(
+        COMPARED, "what layers and pairs are compared by, first one first", min_length=1
     )
-    metrics: tuple[str, ...] = Field(
-        COMPARED, min_length=1, description="what layers and pairs are compared by, first one first"
-    )
-    settings: dict[str, Any] = Field({}, description="settings of every pair, as of a run")
-    pairs: tuple[dict[str, Any], ...] = Field(
-        ..., min_length=1, description="tables [[pairs]], each with a name and the pair's settings"
+    settings: dict[str, Any] = setting({}, "settings of every pair, as of a run")
+    pairs: tuple[dict[str, Any], ...] = setting(
+        (), "tables [[pairs]], each with a name and the pair's settings", min_length=1
     )
 
 
@@ -71,12 +75,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study, checked.
-
-    Args:
-        metrics: what its sweeps are compared by; the first one is drawn.
-        text: the file as it was written.
-    """
+    """A study, checked: its sweeps, what they are compared by, and its file as it was written."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -106,49 +105,24 @@ def read_study(path: Path) -> StudyPlan:
         raise UserError(
             f"study file {str(path)!r} cannot be read as TOML: {short_reason(problem)}."
         ) from None
-    file = _checked(values, str(path))
-    metrics = _metrics(file.metrics, str(path))
+    refuse_unknown(values, StudyFile.model_fields, str(path))
+    if "pairs" not in values:
+        raise UserError(f"{path!s}: pairs is missing; give it.")
+    file = StudyFile.checked(values, str(path))
+    refuse_unknown(file.metrics, METRICS, str(path), "metric")
     shared = [name for name in SETTINGS if name not in NOT_SHARED]
     refuse_unknown(file.settings, shared, f"[settings] of {str(path)!r}")
     cells = tuple(cell for pair in file.pairs for cell in _cells_of(pair, file, str(path)))
-    names = [cell.name for cell in cells]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(
-            f"{str(path)!r} measures {twice!r} twice: give each pair a name of its own, and list "
-            "each strength and map kind once."
-        )
-    return StudyPlan(file.name, cells, metrics, text)
-
-
-def _checked(values: Mapping[str, Any], where: str) -> StudyFile:
-    refuse_unknown(values, StudyFile.model_fields, where)
-    try:
-        return StudyFile(**values)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        if first["type"] == "missing" and len(first["loc"]) == 1:
-            raise UserError(f"{where}: {first['loc'][0]} is missing; give it.") from None
-        key = ".".join(str(part) for part in first["loc"][:1])
-        meaning = StudyFile.model_fields[key].description if key in StudyFile.model_fields else ""
-        value = str(first.get("input"))[:80]
-        raise UserError(
-            f"{where}: {key} = {value!r} is not allowed ({first['msg']}); it means: {meaning}."
-        ) from None
-
-
-def _metrics(names: Sequence[str], where: str) -> tuple[GridNumber, ...]:
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"metrics of {where!r} name {name!r}: {_advice(name, METRICS)}")
-        if names.count(name) > 1:
-            raise UserError(f"metrics of {where!r} name {name!r} twice: list each once.")
-    return tuple(METRICS[name] for name in names)
-
-
-def _advice(key: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}."
+    for name, n in Counter(file.metrics).items():
+        if n > 1:
+            raise UserError(f"metrics of {str(path)!r} name {name!r} twice: list each once.")
+    for name, n in Counter(cell.name for cell in cells).items():
+        if n > 1:
+            raise UserError(
+                f"{str(path)!r} measures {name!r} twice: give each pair a name of its own, and "
+                "list each strength and map kind once."
+            )
+    return StudyPlan(file.name, cells, tuple(METRICS[name] for name in file.metrics), text)
 
 
 def _cells_of(pair: Mapping[str, Any], file: StudyFile, where: str) -> list[Cell]:

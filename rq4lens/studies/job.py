@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rq4lens.cluster.launch import finish_on_cluster
-from rq4lens.cluster.many import Many
-from rq4lens.cluster.pieces import WHOLE, Shard, Sharing
+from rq4lens.cluster.many import WHOLE, Many
 from rq4lens.cluster.shards import finish, merge_job, run_shard
 from rq4lens.disk.files import (
     make_directory,
@@ -22,30 +21,11 @@ from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.progress import Stage, silent
+from rq4lens.patching.keys import NamedIngredients
 from rq4lens.studies.file import STUDY, Cell, StudyPlan, read_study
 from rq4lens.studies.report import write_study_report
 
 FINISHED = "finished"
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """Says that a cell's results were written."""
-
-    cell: Cell
-
-    @property
-    def label(self) -> str:
-        """The cell's name."""
-        return self.cell.name
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the cell measured."""
-        request = self.cell.request
-        return {
-            "config": request.config.model_dump(mode="json", exclude={"about"}),
-            "layers": None if request.layers is None else list(request.layers),
-        }
 
 
 def run_study_file(
@@ -99,16 +79,24 @@ class _Cells:
         self._marks = Store(directory / FINISHED, fresh)
 
     def has(self, cell: Cell) -> bool:
-        marked = self._marks.get(_Finished(cell)) is not None
+        marked = self._marks.get(self._finished(cell)) is not None
         return marked and (cell.directory(self.directory) / LAYERS).is_file()
 
     def mark(self, cell: Cell) -> None:
-        self._marks.put(_Finished(cell), {})
+        self._marks.put(self._finished(cell), {})
 
     def finish(self, cell: Cell, stage: Stage) -> None:
         request, own = cell.request, cell.directory(self.directory)
         finish(request, Bench(request.config, own, fresh=self.fresh, stage=stage))
         self.mark(cell)
+
+    @staticmethod
+    def _finished(cell: Cell) -> NamedIngredients:
+        """Everything that decides what a cell measures."""
+        request = cell.request
+        config = request.config.model_dump(mode="json", exclude={"about"})
+        layers = None if request.layers is None else list(request.layers)
+        return NamedIngredients(cell.name, {"config": config, "layers": layers})
 
 
 def _named(name: str, stage: Stage) -> Stage:
@@ -125,9 +113,9 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
 
     A cell that lies in it as a whole is finished here, and leaves nothing to merge.
     """
-    shard, cells, said = Shard.parse(many.shard or ""), _Cells(directory, fresh), []
+    share, cells, said = many.sharing.share, _Cells(directory, fresh), []
     for place, cell in enumerate(plan.cells):
-        part = shard.share.within(place, len(plan.cells))
+        part = share.within(place, len(plan.cells))
         if part is None:
             continue
         if part == WHOLE:
@@ -135,18 +123,15 @@ def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, sta
                 cells.finish(cell, stage)
             said.append(f"{cell.name}: finished\n")
             continue
-        own, sharing = cell.directory(directory), Sharing(shard, many.division, part, directory)
+        sharing = replace(many.sharing, part=part, study=directory)
+        own = cell.directory(directory)
         done = run_shard(cell.request, own, sharing, fresh=fresh, stage=stage)
         said.append(f"{cell.name}: {done}")
-    return "".join(said) or f"share {shard.number}/{shard.count} has nothing to measure\n"
+    return "".join(said) or f"share {share} has nothing to measure\n"
 
 
 def merge(directory: Path, *, trust_remote_code: bool = False, stage: Stage = silent) -> str:
-    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds.
-
-    Raises:
-        UserError: if pieces are missing; the sentence names the first cell that lacks some.
-    """
+    """Merge the shares of a run, of a sweep or of a study, whichever the directory holds."""
     if not (directory / STUDY).is_file():
         return merge_job(directory, trust_remote_code=trust_remote_code, stage=stage)
     plan, cells = read_study(directory / STUDY), _Cells(directory)

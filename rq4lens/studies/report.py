@@ -37,9 +37,7 @@ GAPS = ("gap_base_nats", "gap_tuned_nats")
 class CellSummary:
     """One cell: the layers it proposes, why, and what the main layer does, by metric.
 
-    Args:
-        values: the metrics, and the gap of the clean models both ways.
-        best: the head with the largest first metric.
+    ``values`` are the metrics and both gaps, ``best`` is the head with the largest first metric.
     """
 
     cell: str
@@ -49,11 +47,6 @@ class CellSummary:
     best: str | None
     n_prompts: int
     reasons: tuple[str, ...]
-
-    @property
-    def link(self) -> str:
-        """Where its files are."""
-        return quote(f"{CELLS}/{self.cell}/")
 
 
 def flat(record: CellRow | CellSummary) -> dict[str, Any]:
@@ -66,9 +59,17 @@ def flat(record: CellRow | CellSummary) -> dict[str, Any]:
 
 def write_study_report(plan: StudyPlan, directory: Path) -> str:
     """Write the page and its numbers."""
-    found = {cell: _read(cell, directory) for cell in plan.cells}
+    found = {}
+    for cell in plan.cells:
+        saved = read_layers(cell.directory(directory))
+        if saved is None:
+            raise UserError(f"{cell.name!r} has no results yet: run the study again to finish it.")
+        found[cell] = saved
     rows = [row for cell, saved in found.items() for row in _rows(cell, saved, plan.metrics)]
-    metrics = _defined_first(plan.metrics, rows)
+    # Those last that are undefined in every layer.
+    metrics = sorted(
+        plan.metrics, key=lambda each: all(row.values[each.name].value is None for row in rows)
+    )
     cells = [_summary(cell, saved, metrics, rows) for cell, saved in found.items()]
     record = {
         "name": plan.name,
@@ -78,13 +79,11 @@ def write_study_report(plan: StudyPlan, directory: Path) -> str:
     }
     write_json_atomic(directory / ROWS, record)
     setting = _setting(plan, list(found.values()))
-    write_text_atomic(directory / REPORT, html_of(_page(plan.name, setting, rows, cells, metrics)))
+    sections = (_findings(cells, metrics[0]), _every_layer(rows, metrics))
+    figures = {"layers": study_layers(rows, setting, metrics)}
+    page = Page(f"rq4lens: {plan.name}", setting, sections, figures)
+    write_text_atomic(directory / REPORT, html_of(page))
     return study_text(plan.name, cells, metrics)
-
-
-def _defined_first(metrics: Sequence[GridNumber], rows: Sequence[CellRow]) -> list[GridNumber]:
-    """The metrics in their order, those last that are undefined in every layer."""
-    return sorted(metrics, key=lambda each: all(r.values[each.name].value is None for r in rows))
 
 
 def study_text(name: str, cells: Sequence[CellSummary], metrics: Sequence[GridNumber]) -> str:
@@ -107,19 +106,8 @@ def study_text(name: str, cells: Sequence[CellSummary], metrics: Sequence[GridNu
 
 def _texts(estimate: Estimate, metric: GridNumber) -> tuple[str, str]:
     value = "-" if estimate.value is None else metric.text(estimate.value)
-    return value, _ends(estimate, metric, "-", "[{}, {}]")
-
-
-def _ends(estimate: Estimate, metric: GridNumber, absent: str, form: str) -> str:
     ends = estimate.interval
-    return absent if ends is None else form.format(*map(metric.text, ends.pair))
-
-
-def _read(cell: Cell, directory: Path) -> SavedLayers:
-    saved = read_layers(cell.directory(directory))
-    if saved is None:
-        raise UserError(f"{cell.name!r} has no results yet: run the study again to finish it.")
-    return saved
+    return value, "-" if ends is None else "[{}, {}]".format(*map(metric.text, ends.pair))
 
 
 def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[GridNumber]) -> list[CellRow]:
@@ -175,18 +163,6 @@ def _setting(plan: StudyPlan, found: Sequence[SavedLayers]) -> list[str]:
 
 
 # The page
-
-
-def _page(
-    name: str,
-    setting: Sequence[str],
-    rows: Sequence[CellRow],
-    cells: Sequence[CellSummary],
-    metrics: Sequence[GridNumber],
-) -> Page:
-    sections = (_findings(cells, metrics[0]), _every_layer(rows, metrics))
-    figures = {"layers": study_layers(rows, setting, metrics)}
-    return Page(f"rq4lens: {name}", setting, sections, figures)
 
 
 def _findings(cells: Sequence[CellSummary], lead: GridNumber) -> Section:
@@ -245,7 +221,7 @@ def _proposed(cells: Sequence[CellSummary], lead: GridNumber) -> Table:
         ),
         tuple(
             (
-                TableEntry(each.cell, link=each.link),
+                TableEntry(each.cell, link=quote(f"{CELLS}/{each.cell}/")),
                 table_cell(each.values[GAPS[0]], ""),
                 *("none" if layer is None else str(layer) for layer in (each.main, each.control)),
                 _entry(each.values[lead.name], lead),

@@ -383,10 +383,10 @@ def _groups(
 
 
 def _refuse_second_change(group: tuple[Head, ...], changes: Sequence[PlantedChange]) -> None:
-    for change in changes:
-        for head in group:
-            if head in change.heads:
-                raise UserError(
-                    f"head {head} is to be changed twice (it is {change.kind} already, perhaps "
-                    "through the value head it shares): plant each head once."
-                )
+    changed = {head: change.kind for change in changes for head in change.heads}
+    for head in group:
+        if head in changed:
+            raise UserError(
+                f"head {head} is to be changed twice (it is {changed[head]} already, perhaps "
+                "through the value head it shares): plant each head once."
+            )

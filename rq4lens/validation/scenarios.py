@@ -51,7 +51,7 @@ from rq4lens.models.prompts.prompt_set import (
 )
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.engines.choice import make_engine
-from rq4lens.patching.experiment import Experiment, prepare
+from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.noise import noise_effects
@@ -173,10 +173,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The heads of one planted pair, by kind of change, one of each value head.
-
-    ``cost_nats`` is what each of their value heads costs the base model, where that decided.
-    """
+    """The heads of one planted pair, by kind of change, one of each value head, and their cost."""
 
     layer: int
     heads: Mapping[ChangeKind, tuple[Head, ...]]
@@ -271,10 +268,7 @@ class BaseHeads:
 def fitted(
     planted: Mapping[ChangeKind, int], n_groups: int, n_candidates: int
 ) -> dict[ChangeKind, int]:
-    """As many changes as there are heads that matter and as leave half of the layer untouched.
-
-    There is one of each kind at least.
-    """
+    """As many changes as leave half of the layer untouched, at least one of each kind."""
     share = min(1.0, min(n_groups / 2, n_candidates) / max(1, sum(planted.values())))
     return {kind: max(1, int(count * share)) for kind, count in planted.items()}
 
@@ -282,10 +276,9 @@ def fitted(
 def damages_add(measured: MeasuredSets, heads: Sequence[int]) -> bool:
     """Whether each of some heads does harm by its raw patch in whatever company of the others.
 
-    Where one head's damage undoes another's, patching both does less harm than patching one. What
-    such a head adds to ``ΔKL`` is negative, and a method that measures heads in the company of
-    others ranks it last, whatever was done to it. A head does harm when it adds at least a tenth
-    of an even share of what all of the heads do together.
+    Where one head's damage undoes another's, what it adds to ``ΔKL`` is negative, and a method that
+    measures heads in the company of others ranks it last, whatever was done to it. A head does harm
+    when it adds at least a tenth of an even share of what all of the heads do together.
 
     Args:
         measured: the head sets measured so far; ``KL_raw`` alone counts.
@@ -309,9 +302,8 @@ RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
 class Trial:
     """One planted pair, ready to be asked.
 
-    The layer's head sets are measured on the prompts that ranking methods see; on all val prompts,
-    for the kinds of heads; on neutral prompts, if there are any; and on train prompts, for the size
-    of what was planted.
+    Its head sets are measured on the prompts that ranking methods see; on all val prompts, for the
+    kinds of heads; on neutral ones, if there are any; on train ones, for the size of the truth.
     """
 
     scenario: Scenario
@@ -396,7 +388,7 @@ class Trial:
         """Truth and verdict of each head."""
         measured = self.of_kinds
         rungs: tuple[str, ...] = (*RUNGS, OUTPUT)
-        without = held_out(self._experiment(measured), self.layer)
+        without = held_out(measured.measurer.experiment, self.layer)
         if not isinstance(without, str):
             measured, rungs = measured.also({HELD_OUT: without}), (*rungs, HELD_OUT)
         neutral = self.of_neutral
@@ -423,23 +415,18 @@ class Trial:
         patching = Patching(layer=self.layer, alpha=self.measured.alpha, k=(), random_seeds=())
         measurer = self.of_kinds.measurer
         grid = measure_grid(measurer, patching, Effort(resamples=RESAMPLES, seed=seed))
-        noise = noise_effects(measurer, self.activations, patching, Place(), seed)
-        beside = Beside(noise=noise)
+        beside = Beside(noise=noise_effects(measurer, self.activations, patching, Place(), seed))
         found = analyse(grid, None, AnalysisEffort(n_splits=1), beside=beside)
         said = " ".join((*found.claims, *found.study_claims))
         return NOTHING not in said or NO_SHARE not in said
 
-    def _experiment(self, measured: MeasuredSets) -> Experiment:
-        assert isinstance(measured.experiment, Experiment)
-        return measured.experiment
-
     def null_alarms(self) -> Iterator[bool]:
         """Whether some head is significant where no map is better than another.
 
-        Two independent noises of one size stand in place of the raw and the mapped activations, so
-        that neither repairs what the other breaks.
+        Two noises of one size stand for the raw and the mapped activations: neither repairs what
+        the other breaks.
         """
-        experiment, seed = self._experiment(self.measured), self.planted.how.seed
+        experiment, seed = self.measured.measurer.experiment, self.planted.how.seed
         z = experiment.sources[self.layer, SELF]
         spread = NULL_NOISE * einops.reduce(
             z.float().std(0), "position head d_head -> 1 position head 1", "mean"

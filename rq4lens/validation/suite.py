@@ -9,7 +9,7 @@ they find something where nothing is.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -140,9 +140,8 @@ def validate(
 class Outcome:
     """What one planted pair said, as :class:`Validation` counts it.
 
-    ``recoveries`` are average precision and AUROC by method, where something is to be found,
-    ``kinds`` scenario, truth and verdict by head, and ``claimed`` whether something was claimed
-    where nothing is to be found.
+    ``recoveries`` are average precision and AUROC by method, ``kinds`` scenario, truth and verdict
+    by head, and ``claimed`` whether something was claimed where nothing is to be found.
     """
 
     recoveries: tuple[tuple[float, float], ...]
@@ -160,13 +159,7 @@ _INGREDIENTS = TypeAdapter(dict[str, Any])
 class Suite:
     """Planted pairs that can be judged in any order, and by any process.
 
-    Args:
-        base: the model that pairs are made from; it is not changed.
-        prompts: prompts with the splits train and val.
-        settings: what is planted, and which methods are judged.
-
-    Raises:
-        UserError: if the model cannot be planted in.
+    It is made from what :func:`validate` takes, and refuses the same.
     """
 
     base: LoadedModel
@@ -202,14 +195,10 @@ class Suite:
         return self.result(outcomes)
 
     def outcome(self, place: int, store: Store | None = None) -> Outcome:
-        """Plant one pair and judge the methods on it, or look it up.
-
-        Args:
-            place: which one, from 0 on.
-            store: where it is kept and looked up, if anywhere.
+        """Plant one pair, by its place from 0 on, and judge the methods on it, or look it up.
 
         Raises:
-            UserError: if it is to be kept, and a method is no named one.
+            UserError: if there is a store, and a method is no named one.
         """
         which, number = divmod(place, self.settings.pairs)
         scenario = self.settings.scenarios[which]
@@ -224,21 +213,17 @@ class Suite:
         return outcome
 
     def result(self, outcomes: Sequence[Outcome]) -> Validation:
-        """What all planted pairs say together.
-
-        Args:
-            outcomes: of each pair, in order.
-        """
+        """What all planted pairs, in their order, say together."""
         given = self.settings
         scenarios = [each.name for each in given.scenarios for _ in range(given.pairs)]
-        scores: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        claimed: dict[str, list[bool]] = {}
+        scores: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+        claimed: dict[str, list[bool]] = defaultdict(list)
         for scenario, outcome in zip(scenarios, outcomes, strict=True):
             # Where nothing is sought, no method was judged.
             for method, score in zip(given.methods, outcome.recoveries, strict=False):
-                scores.setdefault((scenario, _name(method)), []).append(score)
+                scores[scenario, _name(method)].append(score)
             if outcome.claimed is not None:
-                claimed.setdefault(scenario, []).append(outcome.claimed)
+                claimed[scenario].append(outcome.claimed)
         n_train, n_val = (len(self._used.split(each)) for each in (FIT_SPLIT, MEASURE_SPLIT))
         settings = {
             "base": self.base.source,
@@ -435,27 +420,24 @@ class Validation(Listed):
 
 def validation_text(validation: Validation) -> str:
     """The result as Markdown tables, which a terminal shows as well."""
+    values, alarms = validation.settings, validation.false_alarms
+    low, high = (100 * end for end in alarms.ci95)
     parts = [
-        _setting(validation),
+        f"{values['base']}: planted pairs per scenario: {values['pairs']}, drift "
+        f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
+        f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
+        f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
+        "Average precision of the planted heads, mean (worst); 1.00 means that they come first.",
         _recovery_table(validation.recoveries, "average_precision"),
         "Area under the ROC curve: the probability that a planted head is ranked before another.",
         _recovery_table(validation.recoveries, "auroc"),
         _kinds_table(validation),
         _wrong_words(validation),
-        _alarms(validation.false_alarms),
+        f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
+        f"where two equal noises stood for the raw and the mapped activations, "
+        f"{100 * alarms.rate:.1f}% [{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _setting(validation: Validation) -> str:
-    values = validation.settings
-    return (
-        f"{values['base']}: planted pairs per scenario: {values['pairs']}, drift "
-        f"{values['drift']:g}, strength {values['strength']:g}, alpha {values['alpha']:g}, "
-        f"{values['train_prompts']} train and {values['val_prompts']} val prompts "
-        f"({values['val_prompts_of_kinds']} for the kinds of heads), seed {values['seed']}.\n"
-        "Average precision of the planted heads, mean (worst); 1.00 means that they come first."
-    )
 
 
 def _recovery_table(recoveries: tuple[Recovery, ...], measure: str) -> str:
@@ -480,9 +462,9 @@ def _kinds_table(validation: Validation) -> str:
 
 def _wrong_words(validation: Validation) -> str:
     """How often a head is called what it is not, and where something is claimed of nothing."""
-    rows: dict[str, Counter[bool | None]] = {}
+    rows: dict[str, Counter[bool | None]] = defaultdict(Counter)
     for (_, truth, verdict), n in sorted(validation.kinds.items()):
-        rows.setdefault(truth, Counter())[is_right(truth, verdict)] += n
+        rows[truth][is_right(truth, verdict)] += n
     table = _table(
         ["truth", "heads", "called what they are", "undecided", "called something else"],
         (
@@ -500,16 +482,6 @@ def _wrong_words(validation: Validation) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _alarms(alarms: FalseAlarms) -> str:
-    low, high = (100 * end for end in alarms.ci95)
-    return (
-        f"False alarms: some head significant in {alarms.n_alarms} of {alarms.n_nulls} experiments "
-        f"where two equal noises stood for the raw and the mapped activations, "
-        f"{100 * alarms.rate:.1f}% "
-        f"[{low:.1f}, {high:.1f}]; promised {100 * alarms.level:g}%."
-    )
 
 
 @dataclass(frozen=True)

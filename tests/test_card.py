@@ -41,8 +41,8 @@ from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import config_from
 from rq4lens.disk.run import PER_PROMPT, file_sha256
 from rq4lens.errors import UserError
-from rq4lens.figures.page import cards
-from rq4lens.figures.page.cards import cards_section
+from rq4lens.figures.page import sections
+from rq4lens.figures.page.sections import cards_section
 from rq4lens.heads import Head, HeadSet
 from rq4lens.jobs import run as run_job
 from rq4lens.jobs.head import heads_that_matter, read_cards
@@ -406,7 +406,7 @@ def test_token_texts_are_escaped(etiquette_cards):
 
 def test_a_page_leaves_out_what_would_make_it_large(etiquette_cards, monkeypatch):
     """The cards that are left out are named."""
-    monkeypatch.setattr(cards, "MOST_BYTES", len(cards_section(etiquette_cards[:1])))
+    monkeypatch.setattr(sections, "MOST_CARD_BYTES", len(cards_section(etiquette_cards[:1])))
     html = cards_section(etiquette_cards)
     assert 'id="card-L1H0"' in html
     assert 'id="card-L1H3"' not in html

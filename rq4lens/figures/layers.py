@@ -278,16 +278,12 @@ def layer_curves(
         if not points:
             undefined.append(str(layer))
             continue
-        figure.add_scatter(
-            name=f"layer {layer}",
-            meta=f"L{layer}",
-            x=[k for k, _ in points],
-            y=[coverage.value for _, coverage in points],
-            mode="lines+markers",
-            line={"color": _color(layer, span), "width": 4 if layer == main else 1.5},
-            marker={"size": 8 if layer == main else 5},
-            **theme.hover([f"<b>layer {layer}</b><br>{_coverage(*point)}" for point in points]),
-        )
+        texts = [f"<b>layer {layer}</b><br>{_coverage(*point)}" for point in points]
+        marks = [numbers.Point(*both, text) for both, text in zip(points, texts, strict=True)]
+        width, size = (4, 8) if layer == main else (1.5, 5)
+        look = theme.Look(_color(layer, span), width=width, size=size)
+        trace = numbers.line(f"layer {layer}", marks, look, bars=False)
+        figure.add_trace(trace.update(meta=f"L{layer}"))
     figure.add_trace(_depth_scale(span))
     axes(figure, numbers.any_grid(grids).n_heads)
     notes = ["each layer relative to its own ΔKL of all heads"]
@@ -347,18 +343,16 @@ def study_layers(
     figure = go.Figure()
     for place, cell in enumerate(cells):
         own = sorted((row for row in rows if row.cell == cell), key=lambda row: row.layer)
-        lead = [row.values[metrics[0].name] for row in own]
         name = theme.plain(cell)
-        figure.add_scatter(
-            x=[row.layer if same_depth else row.layer / max(1, row.n_layers - 1) for row in own],
-            y=[estimate.value for estimate in lead],
-            error_y=numbers.error_bars(lead, thickness=1, width=2, color=None),
-            name=name,
-            mode="lines+markers",
-            line=theme.line_style(place),
-            customdata=[_study_text(row, metrics) for row in own],
-            hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>",
-        )
+        points = [
+            numbers.Point(
+                row.layer if same_depth else row.layer / max(1, row.n_layers - 1),
+                row.values[metrics[0].name],
+                f"{name}<br>{_study_text(row, metrics)}",
+            )
+            for row in own
+        ]
+        figure.add_trace(numbers.line(name, points, theme.look(place)))
     if same_depth:
         step = max(1, len({row.layer for row in rows}) // 12)
         figure.update_xaxes(title_text="layer", tick0=0, dtick=step)

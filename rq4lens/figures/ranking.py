@@ -299,7 +299,7 @@ def rank_flow(
             x=names,
             y=ranks,
             cliponaxis=False,
-            **_look(place if place < top else None),
+            **theme.look(place if place < top else None).trace,
             **theme.hover(texts),
         )
     steep_px = _flow_axes(figure, names, [f"{i} · {labels[h]}" for i, h in enumerate(first, 1)])
@@ -352,14 +352,3 @@ def _effects(grid: GridResult) -> dict[int, str]:
 
 def _range(ends: tuple[int, int] | None) -> str:
     return "" if ends is None else f" (95% in {ends[0]} to {ends[1]})"
-
-
-def _look(place: int | None) -> dict[str, object]:
-    """How the line of the head at a place looks; grey without one."""
-    if place is None:
-        marker = {"size": 4, "symbol": "circle"}
-        line = {"color": theme.GREY, "width": 1}
-        return {"mode": "lines+markers", "line": line, "marker": marker, "opacity": 0.35}
-    marker = {"size": 7, "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)]}
-    line = {**theme.line_style(place), "width": 2.5}
-    return {"mode": "lines+markers", "line": line, "marker": marker, "opacity": 1}

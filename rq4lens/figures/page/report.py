@@ -25,10 +25,9 @@ from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, rounded
-from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.parts import Page, Report
-from rq4lens.figures.page.sections import MOST_PROMPTS, sections
+from rq4lens.figures.page.sections import MOST_PROMPTS, cards_section, sections
 from rq4lens.figures.page.words import WORDS, meaning, questions
 from rq4lens.results import ConditionResult
 

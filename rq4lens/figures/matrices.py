@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import plotly.graph_objects as go
 
 from rq4lens.analysis.records import Agreement, Interactions
 from rq4lens.errors import UserError
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import SignedLog, grid_setting, shown
+from rq4lens.figures.numbers import Heat, grid_setting, shown
 from rq4lens.results import GridResult
 
 Measure = Literal["kendall", "spearman", "rbo"]
@@ -128,15 +128,12 @@ def interaction_matrix(grid: GridResult, interactions: Interactions) -> go.Figur
         return f"<b>{labels[i]}</b> with <b>{labels[j]}</b><br>interaction {amount}"
 
     heads = range(grid.n_heads)
-    cells, reach, ticks = _placed(matrix)
+    heat = Heat.of([[None if i == j else matrix[i][j] for j in heads] for i in heads])
     figure = go.Figure(
         go.Heatmap(
-            z=[[None if i == j else cells[i][j] for j in heads] for i in heads],
             customdata=[[label] * len(labels) for label in labels],
-            autocolorscale=True,
-            zmin=-reach,
-            zmax=reach,
-            colorbar={**theme.color_bar("Δ({i,j}) - Δ(i) - Δ(j), in nats"), **ticks},
+            colorbar={**theme.color_bar("Δ({i,j}) - Δ(i) - Δ(j), in nats"), **heat.ticks},
+            **heat.trace,
             **theme.hover([[hover(i, j) for j in heads] for i in heads]),
         )
     )
@@ -155,15 +152,3 @@ def interaction_matrix(grid: GridResult, interactions: Interactions) -> go.Figur
         caption="Above 0 two heads repair more together than apart; an empty figure means that "
         "heads add up. Colours are logarithmic where one pair would hide all others.",
     )
-
-
-def _placed(matrix: list[list[float]]) -> tuple[list[list[float]], float, dict[str, Any]]:
-    """The cells on a scale that shows small ones, how far it reaches, and its ticks."""
-    values = [value for row in matrix for value in row]
-    reach = max(map(abs, values)) or 1.0
-    scale = SignedLog.of(values)
-    if scale is None:
-        return matrix, reach, {}
-    places, texts = scale.ticks(-reach, reach)
-    cells = [[scale.place(value) for value in row] for row in matrix]
-    return cells, scale.place(reach), {"tickvals": places, "ticktext": texts}

@@ -125,6 +125,14 @@ class SignedLog:
         inside = [value for value in shown if low <= value <= high]
         return [self.place(value) for value in inside], [f"{value:g}" for value in inside]
 
+    @staticmethod
+    def axis(scale: SignedLog | None, low: float, high: float) -> dict[str, Any]:
+        """The ticks of an axis that may be linear; they undo those of another view."""
+        if scale is None:
+            return {"tickmode": "auto", "tickvals": None, "ticktext": None}
+        places, texts = scale.ticks(low, high)
+        return {"tickmode": "array", "tickvals": places, "ticktext": texts}
+
     def estimate(self, estimate: Estimate) -> Estimate:
         """An estimate by the places of its value and its ends."""
         if estimate.value is None:
@@ -133,6 +141,33 @@ class SignedLog:
         if ends is not None:
             ends = replace(ends, low=self.place(ends.low), high=self.place(ends.high))
         return replace(estimate, value=self.place(estimate.value), interval=ends)
+
+
+Cells = Sequence[Sequence[float | None]]
+
+
+class Heat(NamedTuple):
+    """What a heatmap takes to show some cells, and the ticks of its colour bar."""
+
+    trace: dict[str, Any]
+    ticks: dict[str, Any]
+
+    @classmethod
+    def of(cls, z: Cells, *, most: float | None = None, signed: bool = True) -> Heat:
+        """The scale of some cells: that of nats is logarithmic if one would hide all others.
+
+        With ``most``, cells are in percent and colours end there.
+        """
+        values = [value for row in z for value in row if value is not None]
+        reach = max(map(abs, values)) or 1.0
+        scale = SignedLog.of(values) if most is None else None
+        reach = reach if most is None else min(reach, most)
+        low = -reach if signed else 0.0
+        ticks = SignedLog.axis(scale, low, reach)
+        if scale is not None:
+            z = [[None if value is None else scale.place(value) for value in row] for row in z]
+            low, reach = scale.place(low), scale.place(reach)
+        return cls({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
 
 
 def single_records(

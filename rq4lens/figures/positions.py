@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import plotly.graph_objects as go
 
 from rq4lens.analysis.card.fragment import token_text
-from rq4lens.analysis.positions import OF_A_CELL, MappedPosition, PositionMap
-from rq4lens.errors import UserError
+from rq4lens.analysis.positions import OF_A_CELL, MappedPosition, PositionMap, Quantity
 from rq4lens.figures import numbers, theme
-from rq4lens.figures.layers import QUANTITIES, Cells, buttons_of, scales_of
+from rq4lens.figures.layers import QUANTITIES, heatmap
 
 ROLES = "-1 is the decision token, whose next token is compared; -2 stands before it"
 INTERVALS = "[..]: 95% bootstrap intervals over prompts"
+MOST_LETTERS = 18
 USUAL = 0.5
 """A token text that so many prompts share stands beside its position."""
 
@@ -38,23 +35,16 @@ def position_map(
         UserError: if there is no such prompt or quantity.
     """
     row = None if prompt is None else positions.row_of(prompt)
-    scales = scales_of(_of_all(positions) if row is None else _of_prompt(positions, row))
-    shown = quantity or next(iter(scales))
-    if shown not in scales:
-        raise UserError(f"the map has no quantity {quantity!r}: choose {', '.join(scales)}.")
     labels, places = list(positions.labels), list(range(len(positions.positions)))
-    hovers = [_hovers(positions, place, row) for place in range(len(positions.positions))]
-    figure = go.Figure(
-        go.Heatmap(
-            x=places,
-            y=labels,
-            colorbar={**theme.color_bar(QUANTITIES[shown].title), **scales[shown].ticks},
-            customdata=[["" if not at else label] * len(places) for at, label in enumerate(labels)],
-            **scales[shown].trace,
-            **theme.hover([list(each) for each in zip(*hovers, strict=True)]),
-        )
+    hovers = [_hovers(positions, place, row) for place in places]
+    figure = heatmap(
+        _of_all(positions) if row is None else _of_prompt(positions, row),
+        quantity,
+        x=places,
+        y=labels,
+        customdata=[["" if not at else label] * len(places) for at, label in enumerate(labels)],
+        **theme.hover([list(each) for each in zip(*hovers, strict=True)]),
     )
-    theme.switch(figure, buttons_of(scales), list(scales).index(shown))
     texts = [_tick(each, row) for each in positions.positions]
     figure.update_xaxes(
         title_text="the patched token",
@@ -70,12 +60,16 @@ def position_map(
         dtick=max(1, len(labels) // 40),
     )  # fmt: skip
     what = "on all prompts" if prompt is None else f"on prompt {theme.plain(prompt)}"
+    note = INTERVALS if prompt is None else "shares of the prompt's own gap"
     return theme.frame(
         figure,
         f"What heads carry at which token, {what}",
-        _setting(positions, one=row is not None),
+        numbers.grid_setting(positions.grid, ROLES, note),
         theme.Layout(
-            220 + max(220, 14 * len(labels)), rows=2, left_px=84, axis_px=46 + _longest_px(texts)
+            220 + max(220, 14 * len(labels)),
+            rows=2,
+            left_px=84,
+            axis_px=46 + 6 * max(map(len, texts)),
         ),
         caption="Each column is one token of each prompt, patched alone: a cell that stands out is "
         "a head that carries something there. Colours of nats are logarithmic where one cell would "
@@ -90,12 +84,7 @@ def strongest_prompt(positions: PositionMap) -> str:
     return positions.grid.prompt_ids[int(np.argmax(nothing.left_nats("to_base")))]
 
 
-def _setting(positions: PositionMap, *, one: bool) -> tuple[str, ...]:
-    notes = (ROLES, "shares of the prompt's own gap") if one else (ROLES, INTERVALS)
-    return numbers.grid_setting(positions.grid, *notes)
-
-
-def _of_all(positions: PositionMap) -> dict[str, Cells]:
+def _of_all(positions: PositionMap) -> dict[str, numbers.Cells]:
     """The cells of each quantity, a row for the whole layer and for each head."""
     columns = [each.layer_and_heads for each in positions.positions]
     return {
@@ -104,29 +93,29 @@ def _of_all(positions: PositionMap) -> dict[str, Cells]:
     }
 
 
-def _of_prompt(positions: PositionMap, row: int) -> dict[str, Cells]:
-    found = {name: positions.per_prompt(name)[..., row].T for name in ("to_base", "to_tuned")}
-    found["delta"] = positions.per_prompt("delta")[..., row].T
+def _of_prompt(positions: PositionMap, row: int) -> dict[str, numbers.Cells]:
+    found = {name: positions.per_prompt(name)[..., row].T for name in UNITS}
     return {
         name: [[float(each) if np.isfinite(each) else None for each in cells] for cells in values]
         for name, values in found.items()
     }
 
 
-def _hovers(positions: PositionMap, place: int, row: int | None) -> Sequence[str]:
+def _hovers(positions: PositionMap, place: int, row: int | None) -> list[str]:
     """What the mouse says of the cells of a position."""
     position = positions.positions[place]
-    at = f"{position.role}, {_said(position, row)}"
     if row is None:
+        text, share = position.usual_text
+        at = f"{position.role}, {theme.plain(repr(text))} in {100 * share:.0f}% of prompts"
         both = zip(positions.labels, position.layer_and_heads, strict=True)
         return [numbers.hover(record, f"{label} at {at}") for label, record in both]
-    cells = {name: position.per_prompt(name)[:, row] for name in ("to_base", "to_tuned", "delta")}
-    units = {"to_base": "%", "to_tuned": "%", "delta": "nats"}
+    at = f"{position.role}, {theme.plain(repr(position.texts[row]))}"
+    cells = {name: position.per_prompt(name)[:, row] for name in UNITS}
     return [
         "<br>".join(
             [f"<b>{label} at {at}</b>"]
             + [
-                f"{QUANTITIES[name].name} {_number(values[number], units[name])}"
+                f"{QUANTITIES[name].name} {_number(values[number], UNITS[name])}"
                 for name, values in cells.items()
             ]
         )
@@ -134,18 +123,13 @@ def _hovers(positions: PositionMap, place: int, row: int | None) -> Sequence[str
     ]
 
 
-def _number(value: Any, unit: str) -> str:
+UNITS: dict[Quantity, str] = {"to_base": "%", "to_tuned": "%", "delta": "nats"}
+
+
+def _number(value: float, unit: str) -> str:
     if not np.isfinite(value):
         return "undefined: the models answer alike on this prompt"
     return numbers.number(float(value), unit)
-
-
-def _said(position: MappedPosition, row: int | None) -> str:
-    """The text of a position, as the mouse says it."""
-    if row is not None:
-        return theme.plain(repr(position.texts[row]))
-    text, share = position.usual_text
-    return f"{theme.plain(repr(text))} in {100 * share:.0f}% of prompts"
 
 
 def _tick(position: MappedPosition, row: int | None) -> str:
@@ -153,12 +137,6 @@ def _tick(position: MappedPosition, row: int | None) -> str:
     text, share = position.usual_text if row is None else (position.texts[row], 1.0)
     if share < USUAL:
         return position.role
-    return f"{position.role}  {theme.plain(_short(token_text(text)))}"
-
-
-def _short(text: str, most: int = 18) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _longest_px(texts: Sequence[str]) -> int:
-    return 6 * max(map(len, texts))
+    shown = token_text(text)
+    shown = shown if len(shown) <= MOST_LETTERS else f"{shown[: MOST_LETTERS - 1]}…"
+    return f"{position.role}  {theme.plain(shown)}"

@@ -69,20 +69,18 @@ def ranking_bars(
     """
     singles = numbers.single_records(grid)
     kinds = numbers.told_kinds(analysis)
-    given = _rankings(grid, singles) if ranking is None else [ranking]
-    views, notes = [], []
-    for each in given:
-        scores, note = _score_estimates(each, singles, intervals)
-        views.append(_View(grid, each, top, singles, kinds, scores))
-        notes.append(note)
-    first, carries = views[0], given[0].method == "to_base" and ranking is None
+    views = [
+        _View(grid, each, top, singles, kinds, *_score_estimates(each, singles, intervals))
+        for each in (_rankings(grid, singles) if ranking is None else [ranking])
+    ]
+    first, carries = views[0], views[0].ranking.method == "to_base" and ranking is None
     figure = go.Figure([go.Bar(**first.bars()), go.Scatter(**first.marks())])
     figure.update_layout(barmode="overlay", bargap=0.25, **first.axes())
     theme.switch(figure, [view.button() for view in views])
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
-        numbers.grid_setting(grid, notes[0], kinds.rule if kinds else numbers.NO_KINDS),
+        numbers.grid_setting(grid, first.note, kinds.rule if kinds else numbers.NO_KINDS),
         theme.Layout(190 + 17 * max(6, len(first.labels)), left_px=126 if kinds else 66),
         caption=CAPTION if carries else OWN_CAPTION,
     )
@@ -109,6 +107,7 @@ class _View(NamedTuple):
     singles: Sequence[ConditionRecord]
     kinds: HeadKinds | None
     scores: Sequence[Estimate]
+    note: str
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -179,16 +178,14 @@ class _View(NamedTuple):
         }
 
     def _score_axis(self) -> dict[str, Any]:
-        title = self.score.title
-        if self.scale is None:
-            plain = {"tickmode": "auto", "tickvals": None, "ticktext": None}
-            return {"title": {"text": title}, "nticks": 7, **plain}
         ends = [self.scores[head] for head in self.heads]
         values = [each.value or 0.0 for each in ends]
         highs = [each.interval.high for each in ends if each.interval is not None]
-        places, texts = self.scale.ticks(min(0.0, *values), max([*values, *highs]))
+        ticks = numbers.SignedLog.axis(self.scale, min(0.0, *values), max([*values, *highs]))
+        title = self.score.title
+        if self.scale is None:
+            return {"title": {"text": title}, "nticks": 7, **ticks}
         title = title.replace("(nats)", f"(nats, logarithmic above {self.scale.unit:g})")
-        ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
         return {"title": {"text": title}, **ticks}
 
     def button(self) -> dict[str, Any]:
@@ -214,30 +211,31 @@ def _score_estimates(
     intervals: Sequence[Ends | None] | None,
 ) -> tuple[list[Estimate], str]:
     """The score of each head in head order, and a note on its intervals."""
-    values = ranking.by_head
-    if intervals is not None:
-        return list(map(_between, values, intervals)), "bars: 95% intervals"
-    if ranking.method in SCORES:
+    values, note = ranking.by_head, "bars: 95% intervals"
+    if intervals is None and ranking.method in SCORES:
         own = [getattr(each, SCORES[ranking.method].field) for each in singles]
         # The same method at another alpha, or on other prompts, is another set of numbers.
         measured, given = np.array([[each.value for each in own], values], dtype=float)
         if np.allclose(measured, given, rtol=1e-9, atol=1e-12, equal_nan=True):
             return own, numbers.INTERVAL_NOTE
-    if ranking.standard_errors is None:
+    if intervals is None and ranking.standard_errors is None:
         return [Estimate(value) for value in values], "no intervals"
-    errors = dict(zip(ranking.heads, ranking.standard_errors, strict=True))
-    ends = [_normal_ends(value, errors[head]) for head, value in enumerate(values)]
-    return list(map(_between, values, ends)), "bars: ± 1.96 standard errors"
+    if intervals is None:
+        intervals, note = _normal_ends(ranking), "bars: ± 1.96 standard errors"
+    return [
+        Estimate(value, None if ends is None else Interval(*ends, LEVEL, "given"))
+        for value, ends in zip(values, intervals, strict=True)
+    ], note
 
 
-def _between(value: float | None, ends: Ends | None) -> Estimate:
-    return Estimate(value, None if ends is None else Interval(*ends, LEVEL, "given"))
-
-
-def _normal_ends(value: float | None, error: float | None) -> Ends | None:
-    if value is None or error is None:
-        return None
-    return value - 1.96 * error, value + 1.96 * error
+def _normal_ends(ranking: HeadRanking) -> list[Ends | None]:
+    """The ends of each head's interval, in head order."""
+    ends: list[Ends | None] = [None] * ranking.n_heads
+    scored = zip(ranking.heads, ranking.scores, ranking.standard_errors or (), strict=True)
+    for head, score, error in scored:
+        if score is not None and error is not None:
+            ends[head] = (score - 1.96 * error, score + 1.96 * error)
+    return ends
 
 
 RankRanges = Mapping[int, tuple[int, int]]
@@ -286,7 +284,9 @@ def rank_flow(
     # Grey lines first, so that the coloured ones lie on top.
     for place, head in places[top:] + places[:top]:
         ranks = [order.index(head) + 1 if head in order else None for order in orders.values()]
-        spans = [_range(each.get(head)) for each in ranges]
+        spans = [
+            " (95% in {} to {})".format(*each[head]) if head in each else "" for each in ranges
+        ]
         texts = [
             f"<b>{labels[head]}</b><br>rank {rank}{span} · {name}{effects.get(head, '')}"
             if rank
@@ -348,7 +348,3 @@ def _effects(grid: GridResult) -> dict[int, str]:
         head: f"<br>ΔKL alone {alpha}: {numbers.shown(single.delta, 'nats')}"
         for head, single in enumerate(numbers.single_records(grid))
     }
-
-
-def _range(ends: tuple[int, int] | None) -> str:
-    return "" if ends is None else f" (95% in {ends[0]} to {ends[1]})"

@@ -249,12 +249,6 @@ def frame(
     return figure
 
 
-def kind_marker(kind: str) -> dict[str, Any]:
-    """The mark of a kind of head: colour and shape say the same."""
-    color, symbol = KINDS[kind]
-    return {"color": color, "symbol": symbol, "size": 9}
-
-
 def switch(figure: go.Figure, buttons: Sequence[dict[str, Any]], active: int = 0) -> None:
     """Give a figure a row of buttons above its legend; one button is no choice, and not drawn."""
     if len(buttons) < 2:

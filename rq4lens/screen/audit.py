@@ -18,10 +18,10 @@ from rq4lens.models.prompts.audit import (
     SideAudit,
     causes,
 )
-from rq4lens.screen.tables import UNCUT, columns, text_of
+from rq4lens.screen.terminal import UNCUT, columns, printable
 
-WIDTH = 120
-"""Columns of the table where no terminal says how many there are."""
+WIDTHS = {"sentences": UNCUT, "tables": 120}
+"""Columns where no terminal says how many there are."""
 
 EXAMPLES = 5
 """How many prompts of each cause are named and shown, and how many of those that align."""
@@ -43,8 +43,7 @@ def audit_parts(
         *(f"note: {note}" for note in audit.notes),
         *_totals(audit),
     ]
-    left_out = len(audit.prompts) - len(shown)
-    if left_out:
+    if left_out := len(audit.prompts) - len(shown):
         lines.append(f"{left_out} more prompts are not shown; --all shows them.")
     tables = [_table(shown), *_pieces(shown)]
     return [*tables, *(Text(printable(line)) for line in lines), *_pair(facts, why_not)]
@@ -81,18 +80,6 @@ def _counted(cause: Cause) -> str:
     return f"{n} prompt{'s' * (n > 1)} ({named}): {cause.said}"
 
 
-def audit_text(
-    audit: Audit,
-    facts: PairFacts | None = None,
-    why_not: str | None = None,
-    *,
-    every_prompt: bool = False,
-) -> str:
-    """The same as plain text."""
-    parts = audit_parts(audit, facts, why_not, every_prompt=every_prompt)
-    return text_of(parts, sentences=UNCUT, tables=WIDTH)
-
-
 def _shown(audit: Audit) -> Iterator[PromptAudit]:
     """Some prompts of each cause, and some that align, in their order."""
     named = {name for cause in causes(audit.prompts) for name in cause.ids[:EXAMPLES]}
@@ -104,9 +91,8 @@ def _shown(audit: Audit) -> Iterator[PromptAudit]:
 
 
 def _table(prompts: list[PromptAudit]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
-    for name in ("prompt", "split", "base", "tuned", "ends after", "verdict"):
-        table.add_column(name, overflow="fold")
+    titles = ("prompt", "split", "base", "tuned", "ends after", "verdict")
+    table = columns(*titles, others="left", no_wrap=False, fold=True)
     for each in prompts:
         verdict = Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red")
         table.add_row(
@@ -121,9 +107,8 @@ def _table(prompts: list[PromptAudit]) -> Table:
 
 def _pieces(prompts: list[PromptAudit]) -> Iterator[Table]:
     """How answers, foils and patched tokens were read, token by token, where prompts have any."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
-    for title in ("prompt", "piece", "base", "tuned", "how"):
-        table.add_column(title, overflow="fold")
+    titles = ("prompt", "piece", "base", "tuned", "how")
+    table = columns(*titles, others="left", no_wrap=False, fold=True)
     for each in prompts:
         for name in PIECES:
             read = [
@@ -170,8 +155,3 @@ def _totals(audit: Audit) -> Iterator[str]:
     yield from audit.lacking
     if audit.warning is not None:
         yield audit.warning
-
-
-def printable(text: str) -> str:
-    """Text of one line on any terminal: line breaks and control characters are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,16 +10,10 @@ from rich.text import Text
 
 from rq4lens.analysis.card.fragment import estimate_text, signed, token_line, token_text
 from rq4lens.analysis.card.records import Decision, HeadCard, Likely, NextTokens, Shifts
-from rq4lens.screen.audit import printable
-from rq4lens.screen.tables import text_of
+from rq4lens.screen.terminal import columns, printable
 
 SEEN = 0.05
 """Share of the attention from which a token is marked."""
-
-
-def card_text(card: HeadCard) -> str:
-    """The card as plain text."""
-    return text_of(card_parts(card))
 
 
 def card_parts(card: HeadCard) -> list[RenderableType]:
@@ -71,15 +65,8 @@ def _map_text(card: HeadCard) -> str:
     return ", ".join([facts.kind, *(form.format(x) for x, form in named if x is not None)])
 
 
-def _grid(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left")
-    return table
-
-
 def _roles(card: HeadCard) -> Table:
-    table = _grid("attention to, %", "base", "tuned", "change")
+    table = columns("attention to, %", "base", "tuned", "change", no_wrap=False)
     for role in card.reads.roles:
         values = (role.base_pct, role.tuned_pct)
         change = signed(role.tuned_pct - role.base_pct, 1)
@@ -89,7 +76,7 @@ def _roles(card: HeadCard) -> Table:
 
 
 def _texts(card: HeadCard) -> Table:
-    table = _grid("attention to token, %", "base", "tuned", "in prompts")
+    table = columns("attention to token, %", "base", "tuned", "in prompts", no_wrap=False)
     for each in card.reads.texts:
         shares = (f"{share:.2f}" for share in (each.base_pct, each.tuned_pct))
         table.add_row(_shown(each.text), *shares, str(each.n_prompts))
@@ -100,11 +87,8 @@ def _shifts(card: HeadCard) -> Table:
     named = [("base", card.writes.base), ("tuned", card.writes.tuned)]
     if card.writes.change is not None:
         named.append(("tuned − base", card.writes.change))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, _ in named:
-        table.add_column(name)
-    columns = [_shift_lines(each) for _, each in named]
-    for row in zip(*columns, strict=True):
+    table = columns(*(name for name, _ in named), others="left", no_wrap=False)
+    for row in zip(*(_shift_lines(each) for _, each in named), strict=True):
         table.add_row(*row)
     return table
 
@@ -131,16 +115,14 @@ def _marked(text: str, share: float, gap: bool) -> str:
 
 
 def _next_tokens(tokens: NextTokens) -> Table:
-    columns: dict[str, Sequence[Likely]] = {
+    voices: dict[str, Sequence[Likely]] = {
         "base": tokens.base,
         "with tuned's head": tokens.base_with_tuned_head,
         "tuned with base's head": tokens.tuned_with_base_head,
         "tuned": tokens.tuned,
     }
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name)
-    for row in zip(*columns.values(), strict=True):
+    table = columns(*voices, others="left", no_wrap=False)
+    for row in zip(*voices.values(), strict=True):
         table.add_row(*(f"{100 * each.probability:5.1f}% {_shown(each.token)}" for each in row))
     return table
 

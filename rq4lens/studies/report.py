@@ -23,7 +23,7 @@ from rq4lens.figures.page.parts import Page, Section, Table, TableEntry, Tile
 from rq4lens.figures.page.parts import cell as table_cell
 from rq4lens.figures.page.report import html_of
 from rq4lens.results import TRANSFERS
-from rq4lens.screen.tables import columns, text_of
+from rq4lens.screen.terminal import columns, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
 REPORT = "study.html"

@@ -1,4 +1,4 @@
-"""Layers side by side: effects of all heads, one ranking of them, each layer's coverage curve."""
+"""Layers side by side: one ranking of all heads, each layer's coverage curve, studies."""
 
 from __future__ import annotations
 
@@ -11,111 +11,14 @@ from plotly.colors import sample_colorscale
 from rq4lens.analysis.records import CellRow, ConditionRecord, CoverageCurve, LayerComparison
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.config import RankBy
-from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
+from rq4lens.figures.heatmaps import QUANTITIES
 from rq4lens.heads import Head
 from rq4lens.results import GridResult
 
 if TYPE_CHECKING:
     from rq4lens.analysis.structure.layers import GridNumber
-
-
-class Quantity(NamedTuple):
-    """A quantity of the heatmap: its name on the switch, the field of its records, its scale."""
-
-    name: str
-    field: str
-    title: str
-    most: float | None = None
-    signed: bool = True
-
-
-# A single head can make things a hundred times worse in percent; colours end at 100%.
-QUANTITIES = {
-    "to_base": Quantity("undoes", "to_base_pct", "undoes, alone (% of the gap)", 100.0),
-    "to_tuned": Quantity("gives base", "to_tuned_pct", "gives base, alone (%)", 100.0),
-    "delta": Quantity("ΔKL", "delta", "ΔKL of the head alone (nats)"),
-    "KL_raw": Quantity("KL raw", "KL_raw_mean", "KL_raw of the head alone (nats)", signed=False),
-    "KL_mapped": Quantity("mapped", "KL_mapped_mean", "KL_mapped, alone (nats)", signed=False),
-    "drop_pct": Quantity("drop", "drop_pct", "drop, alone (%), colours end at ±100", 100.0),
-}
-CAPTION = (
-    "A cell that stands out is a head that carries something alone; a row of them is a layer that "
-    "does. Colours of nats are logarithmic where one cell would hide all others."
-)
-
-
-def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = None) -> go.Figure:
-    """Every head of every layer, with a switch between what it carries and what the map repairs.
-
-    Args:
-        grids: the grid of each layer.
-        quantity: what is shown first: ``"to_base"``, ``"to_tuned"``, ``"delta"``, ``"KL_raw"``,
-            ``"KL_mapped"`` or ``"drop_pct"``; when left out, the first that is defined.
-
-    Returns:
-        The figure: a heatmap, layers downwards; ``customdata`` names the head.
-
-    Raises:
-        UserError: if there is no such quantity.
-    """
-    layers = sorted(grids)
-    singles = [numbers.single_records(grids[layer]) for layer in layers]
-    heads = range(numbers.any_grid(grids).n_heads)
-    figure = heatmap(
-        {
-            name: [[getattr(each, kind.field).value for each in row] for row in singles]
-            for name, kind in QUANTITIES.items()
-        },
-        quantity,
-        x=list(heads),
-        y=[str(layer) for layer in layers],
-        customdata=[[numbers.label_of(each) for each in row] for row in singles],
-        **theme.hover([[numbers.hover(each) for each in row] for row in singles]),
-    )
-    figure.update_xaxes(
-        title_text="head (indices mean nothing across layers)",
-        dtick=max(1, len(heads) // 8),
-        tick0=0,
-        showgrid=False,
-        zeroline=False,
-    )
-    figure.update_yaxes(
-        title_text="layer", type="category", autorange="reversed", showgrid=False, nticks=17
-    )
-    note = "coverage in the hover: of the layer's own ΔKL of all heads"
-    return theme.frame(
-        figure,
-        "Every head of every layer",
-        numbers.layers_setting(grids, "each head patched alone", note),
-        theme.Layout(250 + max(220, 14 * len(layers)), rows=2),
-        caption=CAPTION,
-    )
-
-
-def heatmap(cells: Mapping[str, numbers.Cells], quantity: str | None, **trace: Any) -> go.Figure:
-    """One of some quantities of the same cells, with a switch between those that are defined."""
-    heats = {
-        name: numbers.Heat.of(z, most=QUANTITIES[name].most, signed=QUANTITIES[name].signed)
-        for name, z in cells.items()
-        if any(value is not None for row in z for value in row)
-    }
-    first = quantity or next(iter(heats))
-    if first not in heats:
-        raise UserError(f"the heatmap has no quantity {quantity!r}: choose {', '.join(heats)}.")
-    bar = {**theme.color_bar(QUANTITIES[first].title), **heats[first].ticks}
-    figure = go.Figure(go.Heatmap(colorbar=bar, **heats[first].trace, **trace))
-    buttons = [_button(QUANTITIES[name], heat) for name, heat in heats.items()]
-    theme.switch(figure, buttons, list(heats).index(first))
-    return figure
-
-
-def _button(quantity: Quantity, heat: numbers.Heat) -> dict[str, Any]:
-    change = {name: [value] for name, value in heat.trace.items()}
-    change |= {f"colorbar.{name}": [value] for name, value in heat.ticks.items()}
-    change["colorbar.title.text"] = [quantity.title]
-    return {"label": quantity.name, "method": "restyle", "args": [change, [0]]}
 
 
 def global_ranking(

@@ -143,33 +143,6 @@ class SignedLog:
         return replace(estimate, value=self.place(estimate.value), interval=ends)
 
 
-Cells = Sequence[Sequence[float | None]]
-
-
-class Heat(NamedTuple):
-    """What a heatmap takes to show some cells, and the ticks of its colour bar."""
-
-    trace: dict[str, Any]
-    ticks: dict[str, Any]
-
-    @classmethod
-    def of(cls, z: Cells, *, most: float | None = None, signed: bool = True) -> Heat:
-        """The scale of some cells: that of nats is logarithmic if one would hide all others.
-
-        With ``most``, cells are in percent and colours end there.
-        """
-        values = [value for row in z for value in row if value is not None]
-        reach = max(map(abs, values)) or 1.0
-        scale = SignedLog.of(values) if most is None else None
-        reach = reach if most is None else min(reach, most)
-        low = -reach if signed else 0.0
-        ticks = SignedLog.axis(scale, low, reach)
-        if scale is not None:
-            z = [[None if value is None else scale.place(value) for value in row] for row in z]
-            low, reach = scale.place(low), scale.place(reach)
-        return cls({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
-
-
 def single_records(
     grid: GridResult, heads: Sequence[int] | None = None
 ) -> tuple[ConditionRecord, ...]:

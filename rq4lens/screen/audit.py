@@ -18,7 +18,7 @@ from rq4lens.models.prompts.audit import (
     SideAudit,
     causes,
 )
-from rq4lens.screen.terminal import UNCUT, columns, printable
+from rq4lens.screen.terminal import UNCUT, printable, table_of
 
 WIDTHS = {"sentences": UNCUT, "tables": 120}
 """Columns where no terminal says how many there are."""
@@ -58,12 +58,9 @@ def _pair(facts: PairFacts | None, why_not: str | None) -> Iterator[RenderableTy
     yield from (Text(printable(line)) for line in facts.lines)
     matrices, rows = weights_table(facts.weights)
     if rows and facts.relative_weight_change:
-        table = columns("layer", *matrices)
-        for row in rows:
-            table.add_row(*row)
         outside = outside_layers(facts.weights)
-        table.caption = f"relative change (cosine) of each matrix; outside the layers: {outside}"
-        yield table
+        caption = f"relative change (cosine) of each matrix; outside the layers: {outside}"
+        yield table_of(("layer", *matrices), rows, caption, no_wrap=True)
 
 
 def _reasons(prompts: list[PromptAudit]) -> Iterator[str]:
@@ -91,35 +88,34 @@ def _shown(audit: Audit) -> Iterator[PromptAudit]:
 
 
 def _table(prompts: list[PromptAudit]) -> Table:
-    titles = ("prompt", "split", "base", "tuned", "ends after", "verdict")
-    table = columns(*titles, others="left", no_wrap=False, fold=True)
-    for each in prompts:
-        verdict = Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red")
-        table.add_row(
+    rows = [
+        (
             Text(printable(each.id)),
             Text(printable(each.split)),
             *(_around(each.sides.get(side)) for side in AUDIT_SIDES),
             Text(" / ".join(_end(each.sides.get(side)) for side in AUDIT_SIDES)),
-            verdict,
+            Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red"),
         )
-    return table
+        for each in prompts
+    ]
+    titles = ("prompt", "split", "base", "tuned", "ends after", "verdict")
+    return table_of(titles, rows, others="left", fold=True)
 
 
 def _pieces(prompts: list[PromptAudit]) -> Iterator[Table]:
     """How answers, foils and patched tokens were read, token by token, where prompts have any."""
-    titles = ("prompt", "piece", "base", "tuned", "how")
-    table = columns(*titles, others="left", no_wrap=False, fold=True)
+    rows = []
     for each in prompts:
         for name in PIECES:
             read = [
                 s.pieces.get(name) if (s := each.sides.get(side)) else None for side in AUDIT_SIDES
             ]
             tokens = (Text(printable("|".join(piece.tokens)) if piece else "-") for piece in read)
-            how = " / ".join(dict.fromkeys(piece.how for piece in read if piece))
-            if how:
-                table.add_row(Text(printable(each.id)), name, *tokens, how)
-    if table.row_count:
-        yield table
+            if how := " / ".join(dict.fromkeys(piece.how for piece in read if piece)):
+                rows.append((Text(printable(each.id)), name, *tokens, how))
+    if rows:
+        titles = ("prompt", "piece", "base", "tuned", "how")
+        yield table_of(titles, rows, others="left", fold=True)
 
 
 def _around(side: SideAudit | None) -> Text:

@@ -24,7 +24,7 @@ from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head, HeadSet
 from rq4lens.results import GridSettings, HeadRanking
-from rq4lens.screen.terminal import WIDTH, columns, text_of
+from rq4lens.screen.terminal import WIDTH, table_of, text_of
 
 _SIZED = re.compile(r"(top|rand)(\d+)")
 
@@ -109,12 +109,8 @@ def _checks(*must_read_0: ConditionRecord) -> Iterator[str]:
 def carried_table(records: Sequence[ConditionRecord]) -> Table:
     """What each head set carries, and its coverage: top-k and random-k by k, then the layers."""
     asked = ("metric",) if records[0].metric else ()
-    table = columns(
-        *("condition", "undoes", "gives base"),
-        *asked,
-        *("ΔKL (nats)", "coverage", "95% CI", "of raw"),
-    )
-    table.caption_justify = "left"
+    shares = ("condition", "undoes", "gives base", *asked)
+    table = table_of((*shares, "ΔKL (nats)", "coverage", "95% CI", "of raw"), no_wrap=True)
     table.add_column("heads", overflow="fold")
     sized = [each for each in records if each.cond in LAYERS or _SIZED.match(each.cond)]
     for record in sorted(sized, key=_table_key):
@@ -203,42 +199,38 @@ def _tests_line(tests: HeadTests) -> str:
 
 
 def _layer_table(comparison: LayerComparison) -> Table:
-    table = columns(
-        *("layer", "undoes", "95% CI", "gives base", "95% CI"),
-        *("KL_raw(ALL)", "KL_mapped", "ΔKL(ALL)", "95% CI", "area", "k90", "Gini"),
-    )
-    for row in comparison.rows:
-        curve = row.curve
-        table.add_row(
+    rows = [
+        (
             str(row.layer),
             *_both(row.to_base_pct, ".1f%"),
             *_both(row.to_tuned_pct, ".1f%"),
             _number(row.KL_raw, ".6f"),
             _number(row.KL_mapped, ".6f"),
             *_both(row.delta, ".6f"),
-            _number(curve.area_pct, ".0f%") if curve else "-",
-            _number(curve.k90, ".0f") if curve else "-",
+            _number(row.curve.area_pct if row.curve else None, ".0f%"),
+            _number(row.curve.k90 if row.curve else None, ".0f"),
             _number(row.concentration.gini, ".2f"),
         )
-    table.caption = (
+        for row in comparison.rows
+    ]
+    shares = ("layer", "undoes", "95% CI", "gives base", "95% CI")
+    effects = ("KL_raw(ALL)", "KL_mapped", "ΔKL(ALL)", "95% CI", "area", "k90", "Gini")
+    caption = (
         "undoes, gives base: of the gap, at strength 1; area and k90: of the ΔKL coverage curve of "
         "the layer's own ranking"
     )
-    return table
+    return table_of((*shares, *effects), rows, caption, no_wrap=True)
 
 
 def positions_text(found: PositionMap) -> str:
     """A position map as plain text: the whole layer at each position, and its best head."""
-    table = columns(
-        *("position", "usual token", "undoes", "95% CI", "gives base", "95% CI"),
-        *("ΔKL(ALL)", "best heads by what they undo"),
-    )
+    rows = []
     for each in found.positions:
         layer, *heads = each.layer_and_heads
         text, share = each.usual_text
         carried = zip((head.to_base_pct.value for head in heads), found.labels[1:], strict=True)
         best = sorted((-value, label) for value, label in carried if value is not None)[:3]
-        table.add_row(
+        row = (
             each.role,
             f"{text!r} ({100 * share:.0f}%)",
             *_both(layer.to_base_pct, ".1f%"),
@@ -246,10 +238,14 @@ def positions_text(found: PositionMap) -> str:
             _number(layer.delta, ".6f"),
             ", ".join(f"{label} {number_text(-value, '.1f%')}" for value, label in best) or "-",
         )
-    table.caption = (
+        rows.append(row)
+    shares = ("position", "usual token", "undoes", "95% CI", "gives base", "95% CI")
+    caption = (
         "each token patched alone, -1 is the decision token; undoes, gives base: of the gap, at "
         "strength 1"
     )
+    titles = (*shares, "ΔKL(ALL)", "best heads by what they undo")
+    table = table_of(titles, rows, caption, no_wrap=True)
     return text_of([Text(setting_line(found.settings, found.grid.n_prompts)), table])
 
 
@@ -269,43 +265,43 @@ def ranking_text(
 
 
 def _score_table(ranking: HeadRanking) -> Table:
-    table = columns("rank", "head", ranking.method, "standard error")
     errors = ranking.standard_errors or (None,) * ranking.n_heads
     scored = zip(ranking.heads, ranking.scores, errors, strict=True)
-    for rank, (head, score, error) in enumerate(scored, start=1):
-        label = Head(ranking.layer, head).label
-        table.add_row(
-            str(rank), label, number_text(score, ".6g", "-"), number_text(error, ".2g", "-")
+    rows = [
+        (
+            str(rank),
+            Head(ranking.layer, head).label,
+            number_text(score, ".6g", "-"),
+            number_text(error, ".2g", "-"),
         )
-    return table
+        for rank, (head, score, error) in enumerate(scored, start=1)
+    ]
+    return table_of(("rank", "head", ranking.method, "standard error"), rows, no_wrap=True)
 
 
 def _method_table(
-    rankings: Sequence[HeadRanking], rows: Sequence[MethodRow], ks: Sequence[int]
+    rankings: Sequence[HeadRanking], methods: Sequence[MethodRow], ks: Sequence[int]
 ) -> Table:
-    sizes = [f"top-{k}" for k in ks]
-    table = columns(
-        "method", "Kendall", "Spearman", "RBO", *sizes, "area", "k90", "s", "best heads"
-    )
-    for ranking, row in zip(rankings, rows, strict=True):
-        agrees = row.agreement
-        table.add_row(
+    agreements = ("kendall", "spearman", "rbo")
+    rows = [
+        (
             row.method,
-            *(
-                _number(getattr(agrees, name), ".2f") if agrees else "-"
-                for name in ("kendall", "spearman", "rbo")
-            ),
+            *(_number(getattr(row.agreement, name, None), ".2f") for name in agreements),
             *(_number(row.coverage_pct.get(k), ".0f%") for k in ks),
             _number(row.area_pct, ".0f%"),
             _number(row.k90, ".0f"),
             number_text(row.seconds, ".2f", "-"),
             ",".join(map(str, ranking.top(4))),
         )
-    table.caption = (
+        for ranking, row in zip(rankings, methods, strict=True)
+    ]
+    sizes = [f"top-{k}" for k in ks]
+    titles = ("method", "Kendall", "Spearman", "RBO", *sizes, "area", "k90", "s", "best heads")
+    caption = (
         "Kendall, Spearman and rank-biased overlap with exact single-head ΔKL (-: the ranking "
         "itself); top-k: coverage"
     )
-    return table
+    return table_of(titles, rows, caption, no_wrap=True)
 
 
 def _number(estimate: Estimate | None, form: str) -> str:

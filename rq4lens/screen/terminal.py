@@ -9,13 +9,13 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console, JustifyMethod, RenderableType
+from rich.console import Console, JustifyMethod, OverflowMethod, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -117,18 +117,24 @@ def text_of(parts: Sequence[RenderableType], *, sentences: int = WIDTH, tables: 
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def columns(
-    *names: str, others: JustifyMethod = "right", no_wrap: bool = True, fold: bool = False
+def table_of(
+    names: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]] = (),
+    caption: str | None = None,
+    *,
+    others: JustifyMethod = "right",
+    no_wrap: bool = False,
+    fold: bool = False,
 ) -> Table:
     """A table without lines; all columns but the first are aligned alike."""
-    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption)
+    table.caption_justify = "left"
+    overflow: OverflowMethod = "fold" if fold else "ellipsis"
     for place, name in enumerate(names):
-        table.add_column(
-            name,
-            justify=others if place else "left",
-            no_wrap=no_wrap,
-            overflow="fold" if fold else "ellipsis",
-        )
+        justify: JustifyMethod = others if place else "left"
+        table.add_column(name, justify=justify, no_wrap=no_wrap, overflow=overflow)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

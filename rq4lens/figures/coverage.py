@@ -82,7 +82,7 @@ def _views(grid: GridResult, analysis: Analysis | None) -> dict[str, list[go.Sca
     """The traces of each view that is defined."""
     views = {
         each.direction: [
-            *_random_band(each.random, VIEWS[each.direction][0]),
+            *_random_band(_known(each.random), VIEWS[each.direction][0]),
             *_curves(grid, each.curves, VIEWS[each.direction][0]),
             *_control(grid, f"{each.direction}_pct"),
         ]
@@ -97,8 +97,8 @@ def _views(grid: GridResult, analysis: Analysis | None) -> dict[str, list[go.Sca
         views["delta"] = _grid_traces(grid, "coverage_pct")
     else:
         views["delta"] = [
-            *_random_band(analysis.random, "coverage"),
-            *_random_rankings(analysis.random),
+            *_random_band(_known(analysis.random), "coverage"),
+            *_random_rankings(_known(analysis.random)),
             *_curves(grid, analysis.curves, "coverage"),
             *_control(grid, "coverage_pct"),
         ]
@@ -225,9 +225,8 @@ def _seeds(points: Sequence[Point]) -> list[go.Scatter]:
     ]
 
 
-def _random_band(random: Sequence[RandomSets], word: str) -> list[go.Scatter]:
+def _random_band(sets: Sequence[RandomSets], word: str) -> list[go.Scatter]:
     """Random head sets at every measured size: their mean, and where 95% of each size lie."""
-    sets = _known(random)
     if not sets:
         return []
     k = [row.k for row in sets]
@@ -250,13 +249,13 @@ def _known(random: Sequence[RandomSets]) -> list[RandomSets]:
     return [row for row in enough if row.mean_pct is not None]
 
 
-def _random_rankings(random: Sequence[RandomSets]) -> list[go.Scatter]:
+def _random_rankings(sets: Sequence[RandomSets]) -> list[go.Scatter]:
     """Where 95% of random rankings lie at all sizes at once."""
-    banded = [row for row in _known(random) if row.band_low_pct is not None]
+    banded = [row for row in sets if row.band_low_pct is not None]
     if not banded:
         return []
-    ends = ([row.band_low_pct for row in banded], [row.band_high_pct for row in banded])
     k = [row.k for row in banded]
+    ends = [row.band_low_pct for row in banded], [row.band_high_pct for row in banded]
     return [
         go.Scatter(
             name="random rankings, 95%",

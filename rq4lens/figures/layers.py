@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from rq4lens.analysis.records import CellRow, ConditionRecord, CoverageCurve, LayerComparison
-from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.analysis.records import CellRow, ConditionRecord, LayerComparison
 from rq4lens.config import RankBy
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
@@ -139,16 +138,15 @@ def layer_curves(
     span = (min(grids), max(grids))
     figure = go.Figure()
     for layer, grid in sorted(grids.items()):
-        points = _defined(compared[layer]) if layer in compared else curve_points(grid)
+        points = curve_points(grid)
+        if curve := compared.get(layer):
+            points = [(k, e) for k, e in enumerate(curve.coverage_pct) if e.value is not None]
         if not points:
             undefined.append(str(layer))
             continue
+        named = f"<b>layer {layer}</b><br>k ="
         marks = [
-            numbers.Point(
-                k,
-                share,
-                f"<b>layer {layer}</b><br>k = {k}: coverage {numbers.shown(share, '%')}",
-            )
+            numbers.Point(k, share, f"{named} {k}: coverage {numbers.shown(share, '%')}")
             for k, share in points
         ]
         width, size = (4, 8) if layer == main else (1.5, 5)
@@ -167,10 +165,6 @@ def layer_curves(
         theme.Layout(520, rows=2),
         caption="A steep start is a layer whose repair lies on few heads.",
     )
-
-
-def _defined(curve: CoverageCurve) -> list[tuple[int, Estimate]]:
-    return [each for each in enumerate(curve.coverage_pct) if each[1].value is not None]
 
 
 def _color(layer: int, span: tuple[int, int]) -> str:
@@ -200,7 +194,7 @@ def study_layers(
     rows: Sequence[CellRow], setting: Sequence[str], metrics: Sequence[GridNumber]
 ) -> go.Figure:
     """A metric of all heads against the layer, a line per cell of the study."""
-    cells = list(dict.fromkeys(row.cell for row in rows))
+    cells, lead = list(dict.fromkeys(row.cell for row in rows)), metrics[0]
     same_depth = len({row.n_layers for row in rows}) == 1
     figure = go.Figure()
     for place, cell in enumerate(cells):
@@ -209,7 +203,7 @@ def study_layers(
         points = [
             numbers.Point(
                 row.layer if same_depth else row.layer / max(1, row.n_layers - 1),
-                row.values[metrics[0].name],
+                row.values[lead.name],
                 f"{name}<br>{_study_text(row, metrics)}",
             )
             for row in own
@@ -220,22 +214,17 @@ def study_layers(
         figure.update_xaxes(title_text="layer", tick0=0, dtick=step)
     else:
         figure.update_xaxes(title_text="relative depth (0 first layer, 1 last)")
-    figure.update_yaxes(_lead_axis(rows, metrics[0]))
+    # Logarithmic where one layer would hide the others.
+    effects = [row.values[lead.name] for row in rows]
+    title = f"{lead.label} of all heads"
+    in_percent = {"title_text": lead.title, "rangemode": "tozero"}
+    figure.update_yaxes(in_percent if lead.unit == "%" else numbers.effect_axis(title, effects))
     return theme.frame(
         figure,
-        f"{metrics[0].label} of each layer",
+        f"{lead.label} of each layer",
         [*setting, "bars: 95% bootstrap intervals over prompts"],
         theme.Layout(480 + 21 * max(0, len(cells) - 4)),
         caption="A peak is a layer whose heads carry the change.",
-    )
-
-
-def _lead_axis(rows: Sequence[CellRow], lead: GridNumber) -> dict[str, Any]:
-    """The axis of the metric that is drawn: logarithmic where one layer would hide the others."""
-    if lead.unit == "%":
-        return {"title_text": lead.title, "rangemode": "tozero"}
-    return numbers.effect_axis(
-        f"{lead.label} of all heads", [row.values[lead.name] for row in rows]
     )
 
 

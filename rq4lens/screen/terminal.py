@@ -1,4 +1,4 @@
-"""What a terminal shows: progress, warnings of one line each, and no traceback of its own."""
+"""What a terminal shows: text, tables, progress, warnings of one line, no traceback of its own."""
 
 from __future__ import annotations
 

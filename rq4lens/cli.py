@@ -34,6 +34,7 @@ from rq4lens.screen.options import (
     RankingFiles,
     RankOut,
     Target,
+    TrustCode,
     takes_config,
 )
 from rq4lens.screen.terminal import (
@@ -42,6 +43,8 @@ from rq4lens.screen.terminal import (
     output,
     output_problem,
     replace_unprintable,
+    say,
+    show,
     show_log,
     watched,
 )
@@ -111,7 +114,7 @@ def demo(
     with kept_when_stopped(out):
         # The sweep first: the run takes its layers into the report, and what it measured.
         sweep_on(bench)
-        _say(run_on(bench).summary, out)
+        say(run_on(bench).summary, out)
 
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens run {OWN_PAIR} --layer 26 --out runs/mine")
@@ -158,8 +161,12 @@ def run(
     many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
         by_many("run", config, None, directory, many, fresh)
-    else:
-        _run(config, directory, fresh, replace)
+        return
+    from rq4lens.jobs import run as job  # noqa: PLC0415
+
+    with kept_when_stopped(directory):
+        finished = job.run(config, directory, fresh=fresh, replace=replace, stage=watched)
+        say(finished.summary, directory)
 
 
 @app.command(
@@ -209,35 +216,27 @@ def head(
         bool, typer.Option("--all", help="Write the cards of all heads into RUN/heads.")
     ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that a card shows.")] = 12,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
-    ] = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Say what a head reads, writes and decides in both models of a run.
 
     Loads the models again; the report shows the cards that lie in RUN/heads.
     """
+    from rq4lens.analysis.statistics.plain import to_json  # noqa: PLC0415
     from rq4lens.jobs.head import card_of_run, write_every_card  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.screen.card import card_parts  # noqa: PLC0415
 
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}
     if every == (label is not None):
         raise UserError("name one head, as in `rq4lens head RUN L1H0`, or ask for --all.")
     if label is None:
-        output.print(f"written to {write_every_card(run, prompts, **how)}")
+        say("", write_every_card(run, prompts, **how))
         return
     card = card_of_run(run, label, prompts, **how)
     if as_json:
-        from rq4lens.analysis.statistics.plain import to_json  # noqa: PLC0415
-
         output.print(json.dumps(to_json(card), ensure_ascii=False, indent=1))
-        return
-    from rq4lens.screen.card import card_parts, card_text  # noqa: PLC0415
-
-    if output.is_terminal:
-        for part in card_parts(card):
-            output.print(part, soft_wrap=False)
     else:
-        output.print(card_text(card), end="")
+        show(card_parts(card))
 
 
 @app.command(cls=Paneled, epilog="Example: rq4lens rank --pair etiquette --method delta,shapley")
@@ -269,9 +268,7 @@ def rank(
         out=out,
         stage=watched,
     )
-    output.print(job.summary, end="")
-    for path in job.files:
-        output.print(f"written to {path}")
+    say(job.summary, *job.files)
 
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens sweep {OWN_PAIR} --layers 20-31")
@@ -300,9 +297,7 @@ def sweep(
         by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return
     result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
-    output.print(result.summary, end="")
-    if out is not None:
-        output.print(f"written to {out}")
+    say(result.summary, *([] if out is None else [out]))
 
 
 app.command()(study)
@@ -319,9 +314,7 @@ def positions(
         list[str] | None,
         typer.Option(metavar="ID", help="Measure on this prompt alone; repeatable."),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
-    ] = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Say at which token the heads of a run's layer carry something.
 
@@ -336,8 +329,7 @@ def positions(
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}
     with kept_when_stopped(run):
         found = map_run(run, int(last) if last.isdecimal() else last, prompt, **how)
-    output.print(positions_text(found), end="")
-    output.print(f"written to {run}")
+    say(positions_text(found), run)
 
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
@@ -362,17 +354,13 @@ def audit(
     less than 95% align.
     """
     from rq4lens.jobs.audit import audit_pair  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.screen.audit import audit_parts, audit_text  # noqa: PLC0415
+    from rq4lens.screen.audit import WIDTHS, audit_parts  # noqa: PLC0415
 
     refuse_no_file(out)
     found = audit_pair(config, compare, stage=watched)
     if out is not None:
         write_json_atomic(out, found.to_dict())
-    if output.is_terminal:
-        for part in audit_parts(*found, every_prompt=every):
-            output.print(part, soft_wrap=False)
-    else:
-        output.print(audit_text(*found, every_prompt=every), end="")
+    show(audit_parts(*found, every_prompt=every), **WIDTHS)
     if found.audit.lacking or not found.audit.enough:
         raise typer.Exit(1)
 
@@ -394,7 +382,7 @@ def figures(
     directory = out or run / FIGURES
     for sentence in draw_run(run, directory):
         errors.print(sentence)
-    output.print(f"written to {directory}")
+    say("", directory)
 
 
 @app.command()
@@ -405,7 +393,7 @@ def report(run: Run) -> None:
     """
     from rq4lens.jobs.pages import write_report_of  # noqa: PLC0415 - keeps --help fast
 
-    output.print(f"written to {write_report_of(run)}")
+    say("", write_report_of(run))
 
 
 @app.command()
@@ -433,9 +421,7 @@ def verify(
     sample: Annotated[
         int, typer.Option(min=0, help="Conditions to measure again through the reference engine.")
     ] = 5,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
-    ] = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Check a finished run, and measure some of it again.
 
@@ -500,19 +486,6 @@ def pairs(
         return
     for each in preset_names():
         output.print(f"{each:<12}{preset(each).pair.about}")
-
-
-def _run(config: RunConfig, directory: Path, fresh: bool, replace: bool) -> None:
-    from rq4lens.jobs import run as job  # noqa: PLC0415 - keeps --help fast
-
-    with kept_when_stopped(directory):
-        finished = job.run(config, directory, fresh=fresh, replace=replace, stage=watched)
-        _say(finished.summary, directory)
-
-
-def _say(summary: str, directory: Path) -> None:
-    output.print(summary, end="")
-    output.print(f"written to {directory}")
 
 
 def main() -> None:

@@ -19,10 +19,15 @@ from rq4lens.models.prompts.audit import audit_prompts
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.models.prompts.reading import tokenize
 from rq4lens.patching.activations import PairActivations
-from rq4lens.screen.audit import audit_text
+from rq4lens.screen.audit import WIDTHS, audit_parts
+from rq4lens.screen.terminal import text_of
 
 TEXT = "the lazy dog jumps over a river"
 CHAT = [{"role": "user", "content": "Where is the river?"}]
+
+
+def audit_text(*found, **how):
+    return text_of(audit_parts(*found, **how), **WIDTHS)
 
 
 @pytest.fixture(scope="module")

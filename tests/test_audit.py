@@ -14,10 +14,15 @@ from rq4lens.models.prompts.audit import audit_prompts, lacking
 from rq4lens.models.prompts.prompt_set import Prompt, PromptSet
 from rq4lens.models.prompts.reading import ReadingLimits, tokenize
 from rq4lens.models.prompts.record import Message, chat_text
-from rq4lens.screen.audit import audit_text
+from rq4lens.screen.audit import WIDTHS, audit_parts
+from rq4lens.screen.terminal import text_of
 
 TEXTS = ("A small library opened at the edge", "the lazy dog jumps over a river")
 FAMILY = "👩\u200d👩\u200d👧"
+
+
+def audit_text(*found, **how):
+    return text_of(audit_parts(*found, **how), **WIDTHS)
 
 
 @pytest.fixture(scope="module")

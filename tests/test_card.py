@@ -41,8 +41,8 @@ from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import config_from
 from rq4lens.disk.run import PER_PROMPT, file_sha256
 from rq4lens.errors import UserError
-from rq4lens.figures.page import cards
-from rq4lens.figures.page.cards import cards_section
+from rq4lens.figures.page import sections
+from rq4lens.figures.page.sections import cards_section
 from rq4lens.heads import Head, HeadSet
 from rq4lens.jobs import run as run_job
 from rq4lens.jobs.head import heads_that_matter, read_cards
@@ -55,7 +55,8 @@ from rq4lens.patching.engines.hooks import patched_heads
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import Patch, Sources
-from rq4lens.screen.card import card_text
+from rq4lens.screen.card import card_parts
+from rq4lens.screen.terminal import text_of
 from rq4lens.validation.planting import Planting, plant
 
 RELATIVE = 1e-4
@@ -287,7 +288,7 @@ def test_other_vocabularies_leave_nulls_with_their_reasons():
     assert card.writes.base.raised
     assert card.writes.tuned.raised
     json.dumps(to_json(card), allow_nan=False)
-    assert "other" in card_text(card)
+    assert "other" in text_of(card_parts(card))
 
 
 @pytest.mark.parametrize("n_key_value_heads", [None, 2])
@@ -401,12 +402,12 @@ def test_token_texts_are_escaped(etiquette_cards):
     for html in (card._repr_html_(), cards_section([card])):
         assert "<script" not in html
         assert "alert(1)" in html
-    assert "\x1b" not in card_text(replace(card, pair="\x1b[31m"))
+    assert "\x1b" not in text_of(card_parts(replace(card, pair="\x1b[31m")))
 
 
 def test_a_page_leaves_out_what_would_make_it_large(etiquette_cards, monkeypatch):
     """The cards that are left out are named."""
-    monkeypatch.setattr(cards, "MOST_BYTES", len(cards_section(etiquette_cards[:1])))
+    monkeypatch.setattr(sections, "MOST_CARD_BYTES", len(cards_section(etiquette_cards[:1])))
     html = cards_section(etiquette_cards)
     assert 'id="card-L1H0"' in html
     assert 'id="card-L1H3"' not in html
@@ -478,7 +479,7 @@ def test_the_command_says_what_the_function_says(finished, monkeypatch, capsys):
     )
     code, out, _ = command(monkeypatch, capsys, "head", finished, name, "--prompts", 3)
     assert code == 0
-    assert out == card_text(card)
+    assert out == text_of(card_parts(card))
 
 
 def test_cards_of_all_heads_lie_in_the_run_and_in_its_report(finished, monkeypatch, capsys):

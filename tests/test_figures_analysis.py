@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -203,6 +204,39 @@ def test_methods_have_a_curve_each(grid, analysis):
     figure = figures.method_curves(grid, analysis)
     assert [trace.name for trace in figure.data] == list(METHODS)
     assert list(trace_named(figure, "shapley").y) == curve_of(analysis, "shapley")
+
+
+def test_few_methods_stand_in_the_legend(grid, analysis):
+    """At most six have a colour, the run's own first; no grey one is further from all of them.
+
+    Further than the two coloured ones that are nearest to each other.
+    """
+    drawn = figures.method_curves(grid, analysis).data
+    y = {trace.name: np.array(trace.y) for trace in drawn}
+    coloured = [trace.name for trace in drawn if trace.showlegend]
+    grey = [trace.name for trace in drawn if trace.line.color == theme.GREY]
+    assert sorted(coloured + grey) == sorted(METHODS)
+    assert METHODS[0] in coloured
+    assert 2 <= len(coloured) <= 6 < len(METHODS)
+
+    def apart(one, other):
+        return abs(y[one] - y[other]).max()
+
+    nearest = min(apart(a, b) for a, b in combinations(coloured, 2))
+    assert all(min(apart(name, each) for each in coloured) <= nearest for name in grey)
+
+
+def test_methods_with_the_same_heads_are_named_together(grid, analysis):
+    """Curves that lie upon each other are told apart by hover: it names all with these heads."""
+    first, *others = analysis.curves
+    sets = tuple(tuple(sorted(heads)) for heads in first.head_sets)
+    other = tuple(reversed(first.head_sets[-1]))
+    changed = [replace(each, head_sets=tuple(other[:k] for k in range(33))) for each in others]
+    changed[1] = replace(others[1], head_sets=sets)
+    figure = figures.method_curves(grid, replace(analysis, curves=(first, *changed)))
+    own = trace_named(figure, METHODS[0]).hovertext
+    assert own[2].endswith(f"<br>the same heads by<br>{METHODS[2]}")
+    assert METHODS[2] not in own[0] + own[32]
 
 
 def test_flow_shows_every_heads_rank(grid, analysis):

@@ -20,7 +20,6 @@ MOST_FILES_OF_A_FOLDER = 12
 MOST_PARAMETERS = 6
 
 SMALL_WITH_REASON = {
-    "figures/page/cards.py": "the cards' part of a page; a single card is drawn beside its record",
     "__init__.py": "the public names, which stand in its stub",
     "__main__.py": "`python -m rq4lens`",
     "errors.py": "the one error, which every room imports",

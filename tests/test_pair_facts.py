@@ -14,7 +14,12 @@ from rq4lens.jobs import run as run_job
 from rq4lens.jobs.audit import audit_pair
 from rq4lens.models.catalog import checkpoints_of, load_pair
 from rq4lens.models.weights import WeightChange, changes_in_files, together
-from rq4lens.screen.audit import audit_text
+from rq4lens.screen.audit import WIDTHS, audit_parts
+from rq4lens.screen.terminal import text_of
+
+
+def audit_text(*found, **how):
+    return text_of(audit_parts(*found, **how), **WIDTHS)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from rq4lens.cli import main
 from rq4lens.config import Effort, Patching, Reading, config_from
 from rq4lens.disk.run import PER_PROMPT, POSITIONS, REPORT
 from rq4lens.errors import UserError
-from rq4lens.figures.positions import position_map as drawn
+from rq4lens.figures.heatmaps import position_map as drawn
 from rq4lens.heads import HeadSet
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.experiment import prepare

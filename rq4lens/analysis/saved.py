@@ -25,6 +25,7 @@ from rq4lens.disk.files import (
 )
 from rq4lens.disk.run import (
     ANALYSIS,
+    FORMAT,
     LAYERS,
     LAYERS_PER_PROMPT,
     PER_PROMPT,

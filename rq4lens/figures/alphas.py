@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -10,21 +10,20 @@ import plotly.graph_objects as go
 from rq4lens.analysis.records import SHUFFLED, AlphaPoint
 from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import effect_axis, error_bars, grid_setting, shown
+from rq4lens.figures.numbers import Point, effect_axis, grid_setting, line, shown
 from rq4lens.results import GridResult
 
-_LINES = (
-    ("KL_raw", theme.RAW, "square", "dash"),
-    ("KL_mapped", theme.MAPPED, "circle", "solid"),
-    ("ΔKL", theme.DELTA, "triangle-up", "dot"),
-)
-
-
+_NATS = {
+    "KL_raw": theme.Look(theme.RAW, "square", "dash"),
+    "KL_mapped": theme.Look(theme.MAPPED, "circle", "solid"),
+    "ΔKL": theme.Look(theme.DELTA, "triangle-up", "dot"),
+}
+ALL_HEADS = "all heads"
 _TOP_HEADS = 3
-_VIEWS = {
+_AXES = {
     "undoes": "undoes of the gap (%)",
     "coverage": "coverage (% of ΔKL of all heads)",
-    "nats": "all heads",
+    "nats": ALL_HEADS,
 }
 
 
@@ -42,24 +41,15 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
         The figure: a line per head or quantity.
     """
     figure = go.Figure()
-    views: dict[str, Iterable[int]] = {}
-    for name, traces in _views(grid, points).items():
-        start = len(figure.data)
-        figure.add_traces([trace.update(visible=not views) for trace in traces])
-        views[name] = range(start, len(figure.data))
+    views = _views(grid, points)
+    axes = [_axis(name, points) for name in views]
+    buttons = [theme.parts("yaxis", {**theme.PLAIN_AXIS, **axis}) for axis in axes]
+    theme.add_views(figure, views, buttons)
     figure.add_vline(
         x=grid.settings.patching.alpha, line={"color": theme.GREY, "dash": "dot", "width": 1}
     )
     figure.update_xaxes(title_text="blend strength α", nticks=8)
-    axes = {name: _axis(name, points) for name in views}
-    figure.update_yaxes(axes[next(iter(views))])
-    buttons = [
-        theme.view_button(
-            figure, name, shown, theme.parts("yaxis", {**theme.PLAIN_AXIS, **axes[name]})
-        )
-        for name, shown in views.items()
-    ]
-    theme.switch(figure, buttons)
+    figure.update_yaxes(axes[0])
     return theme.frame(
         figure,
         f"Layer {grid.settings.layer} against the strength α",
@@ -96,20 +86,23 @@ def _views(grid: GridResult, points: Sequence[AlphaPoint]) -> dict[str, list[go.
     """The traces of each view that is defined."""
     alone = {grid.label(head): head for head in _top_heads(grid, points)}
     shares = {
-        "undoes": {"all heads": [point.to_base_pct for point in points]}
+        "undoes": {ALL_HEADS: [point.to_base_pct for point in points]}
         | {name: _of_head(points, "head_to_base_pct", head) for name, head in alone.items()},
         "coverage": {name: _of_head(points, "coverage_pct", head) for name, head in alone.items()}
         | {SHUFFLED: [point.shuffled_pct for point in points]},
     }
     views = {
         view: [
-            _share(place, name, values, points)
+            _line(name, theme.look(place), values, points)
             for place, (name, values) in enumerate(lines.items(), view == "coverage")
             if any(value.value is not None for value in values)
         ]
         for view, lines in shares.items()
     }
-    nats = [_quantity(*look, points) for look in _LINES]
+    nats = [
+        line(name, [Point(p.alpha, _quantities(p)[name], _hover(p)) for p in points], look)
+        for name, look in _NATS.items()
+    ]
     return {view: traces for view, traces in {**views, "nats": nats}.items() if traces}
 
 
@@ -132,49 +125,23 @@ def _top_heads(grid: GridResult, points: Sequence[AlphaPoint]) -> list[int]:
     return sorted(range(grid.n_heads), key=lambda head: -reach(head))[:_TOP_HEADS]
 
 
-def _share(
-    place: int, name: str, values: Sequence[Estimate], points: Sequence[AlphaPoint]
+def _line(
+    name: str, look: theme.Look, values: Sequence[Estimate], points: Sequence[AlphaPoint]
 ) -> go.Scatter:
-    style = theme.line_style(place)
-    return go.Scatter(
-        name=name,
-        x=[point.alpha for point in points],
-        y=[value.value for value in values],
-        error_y=error_bars(values, color=style["color"]),
-        customdata=[name if place and name != SHUFFLED else None] * len(points),
-        mode="lines+markers",
-        line={**style, "width": 2},
-        marker={"symbol": theme.SYMBOLS[place], "size": 7},
-        **theme.hover(
-            [
-                f"<b>{name}, α = {point.alpha:g}</b><br>{shown(value, '%')}"
-                for point, value in zip(points, values, strict=True)
-            ]
-        ),
-    )
-
-
-def _quantity(
-    name: str, color: str, symbol: str, dash: str, points: Sequence[AlphaPoint]
-) -> go.Scatter:
-    values = [_quantities(point)[name] for point in points]
-    return go.Scatter(
-        name=name,
-        x=[point.alpha for point in points],
-        y=[value.value for value in values],
-        error_y=error_bars(values, color=color),
-        mode="lines+markers",
-        line={"color": color, "dash": dash, "width": 2},
-        marker={"symbol": symbol, "size": 7},
-        **theme.hover([_hover(point) for point in points]),
-    )
+    head = None if name in (ALL_HEADS, SHUFFLED) else name
+    texts = [
+        f"<b>{name}, α = {point.alpha:g}</b><br>{shown(value, '%')}"
+        for point, value in zip(points, values, strict=True)
+    ]
+    marks = zip((point.alpha for point in points), values, texts, strict=True)
+    return line(name, [Point(*each, head) for each in marks], look)
 
 
 def _axis(view: str, points: Sequence[AlphaPoint]) -> dict[str, Any]:
     if view != "nats":
-        return {"title_text": _VIEWS[view], "type": "linear", "rangemode": "tozero"}
+        return {"title_text": _AXES[view], "type": "linear", "rangemode": "tozero"}
     estimates = (value for point in points for value in _quantities(point).values())
-    return effect_axis(_VIEWS[view], estimates)
+    return effect_axis(_AXES[view], estimates)
 
 
 def _quantities(point: AlphaPoint) -> dict[str, Estimate]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect, records
 from rq4lens.analysis.effects.transfer import gap_of
-from rq4lens.analysis.records import CoverageCurve, DirectionCoverage, RandomSets
+from rq4lens.analysis.records import CoverageCurve, RandomSets
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.figures import theme
-from rq4lens.figures.numbers import INTERVAL_NOTE, error_bars, grid_setting, hover, shown
+from rq4lens.figures.numbers import INTERVAL_NOTE, Point, grid_setting, hover, line, shown
 from rq4lens.heads import HeadSet
 from rq4lens.results import GridResult
 
@@ -24,13 +24,11 @@ _SEED_STEP = 0.12
 # A 2.5% quantile of fewer sets than this is one of their extremes.
 _FEWEST_FOR_BAND = 40
 
-
-class _Point(NamedTuple):
-    k: int
-    coverage: Estimate
-    hover: str
-    added: str | None = None
-
+BEST_K = theme.Look(theme.BLUE, "circle", "solid")
+LOOKS = {
+    CROSS_FITTED: theme.Look(theme.CROSS_FITTED, "square", "dot"),
+    BEST_SUBSET: theme.Look(theme.BEST, "triangle-up", "dashdot"),
+}
 
 AXIS = "coverage (% of ΔKL of all heads)"
 VIEWS = {
@@ -62,42 +60,48 @@ def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Fig
         The figure; what is undefined has no view, and where nothing is defined it says why.
     """
     figure = go.Figure()
-    views: dict[str, Iterable[int]] = {}
-    for name, traces in _views(grid, analysis).items():
-        start = len(figure.data)
-        figure.add_traces([trace.update(visible=not views) for trace in traces])
-        views[name] = range(start, len(figure.data))
-    notes = _notes(grid, analysis)
+    views = _views(grid, analysis)
     if views:
-        axes(figure, grid.n_heads, VIEWS[next(iter(views))][1])
-        theme.switch(figure, [_button(figure, name, shown) for name, shown in views.items()])
+        named = {VIEWS[name][0]: traces for name, traces in views.items()}
+        titles = [VIEWS[name][1] for name in views]
+        theme.add_views(figure, named, [{"yaxis.title.text": title} for title in titles])
+        axes(figure, grid.n_heads, titles[0])
     else:
         why = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
         theme.message(figure, f"Coverage is undefined: {why}.")
     return theme.frame(
         figure,
         f"What the best k heads carry, layer {grid.settings.layer}",
-        grid_setting(grid, *notes),
+        grid_setting(grid, *_notes(grid, analysis)),
         theme.Layout(460 + 21 * theme.legend_rows(figure)),
         caption=CAPTION,
     )
 
 
-def _button(figure: go.Figure, name: str, shown: Iterable[int]) -> dict[str, Any]:
-    label, title = VIEWS[name]
-    return theme.view_button(figure, label, shown, {"yaxis.title.text": title})
-
-
 def _views(grid: GridResult, analysis: Analysis | None) -> dict[str, list[go.Scatter]]:
     """The traces of each view that is defined."""
-    views: dict[str, list[go.Scatter]] = {}
-    for direction in analysis.directions if analysis else ():
-        if direction.full.undefined_because is None:
-            views[direction.direction] = _transfer_traces(grid, direction)
+    views = {
+        each.direction: [
+            *_random_band(_known(each.random), VIEWS[each.direction][0]),
+            *_curves(grid, each.curves, VIEWS[each.direction][0]),
+            *_control(grid, f"{each.direction}_pct"),
+        ]
+        for each in (analysis.directions if analysis else ())
+        if each.full.undefined_because is None
+    }
     if not views and gap_of(grid, bootstrap_of(grid)).undefined_because is None:
         views["to_base"] = _grid_traces(grid, "to_base_pct")
-    if grid_full_effect(grid, bootstrap_of(grid)).undefined_because is None:
-        views["delta"] = _traces(grid, analysis)
+    if grid_full_effect(grid, bootstrap_of(grid)).undefined_because is not None:
+        return views
+    if analysis is None or not analysis.curves:
+        views["delta"] = _grid_traces(grid, "coverage_pct")
+    else:
+        views["delta"] = [
+            *_random_band(_known(analysis.random), "coverage"),
+            *_random_rankings(_known(analysis.random)),
+            *_curves(grid, analysis.curves, "coverage"),
+            *_control(grid, "coverage_pct"),
+        ]
     return views
 
 
@@ -110,31 +114,6 @@ def _notes(grid: GridResult, analysis: Analysis | None) -> list[str]:
     if grid.control is not None:
         notes.append(f"control: all heads of control layer {grid.control.layer}")
     return notes
-
-
-def _transfer_traces(grid: GridResult, found: DirectionCoverage) -> list[go.Scatter]:
-    """The share of the gap: random sets, the cross-fitted curve and the plain one, the control."""
-    word = VIEWS[found.direction][0]
-    plain, *others = found.curves
-    traces = _random_band(found.random, word)[:3]
-    for curve in filter(_is_cross_fitted, others):
-        points = _curve_points(grid, curve, word)
-        traces.append(_line(CROSS_FITTED, points, theme.CROSS_FITTED, "square", "dot"))
-    best = _curve_points(grid, plain, word)
-    traces.append(_line("best k", best, theme.BLUE, "circle", "solid"))
-    return traces + _control(grid, f"{found.direction}_pct")
-
-
-def _grid_traces(grid: GridResult, field: str) -> list[go.Scatter]:
-    """What the grid alone says: its best k, its random sets, the control layer."""
-    best = _best_of_grid(grid, field)
-    traces = [_line("best k", best, theme.BLUE, "circle", "solid")]
-    seeds = _measured(grid, "rand", "random {k}", field)
-    return [
-        *traces,
-        *([_scattered("random, seeds", seeds)] if seeds else []),
-        *_control(grid, field),
-    ]
 
 
 def axes(figure: go.Figure, n_heads: int, title: str = AXIS) -> None:
@@ -150,66 +129,33 @@ def axes(figure: go.Figure, n_heads: int, title: str = AXIS) -> None:
     figure.update_yaxes(title_text=title, zeroline=False)
 
 
-def _traces(grid: GridResult, analysis: Analysis | None) -> list[go.Scatter]:
-    """Coverage of ``ΔKL``."""
-    if analysis is None or not analysis.curves:
-        return _grid_traces(grid, "coverage_pct")
-    traces = _random_band(analysis.random)
-    for curve in filter(_is_cross_fitted, analysis.curves):
-        points = _curve_points(grid, curve)
-        traces.append(_line(CROSS_FITTED, points, theme.CROSS_FITTED, "square", "dot"))
-    for curve in filter(_is_best_subset, analysis.curves):
-        points = _curve_points(grid, curve)
-        line = _line(BEST_SUBSET, points, theme.BEST, "triangle-up", "dashdot", bars=False)
-        traces.append(line)
-    best = _curve_points(grid, analysis.curves[0])
-    traces.append(_line("best k", best, theme.BLUE, "circle", "solid"))
-    return traces + _control(grid, "coverage_pct")
-
-
-def _is_cross_fitted(curve: CoverageCurve) -> bool:
-    return curve.ranking.endswith(f"({CROSS_FITTED})")
-
-
-def _is_best_subset(curve: CoverageCurve) -> bool:
-    return curve.ranking == BEST_SUBSET
-
-
-def _best_of_grid(grid: GridResult, field: str = "coverage_pct") -> list[_Point]:
-    whole = (
-        exact(100.0) if field == "coverage_pct" else getattr(records(grid, [grid.full])[0], field)
-    )
-    return [
-        _Point(0, exact(0.0), "no head: 0% by definition"),
-        *(p for p in _measured(grid, "top", "best {k}", field) if 0 < p.k < grid.n_heads),
-        _Point(grid.n_heads, whole, f"all heads: {shown(whole, '%')}"),
+def _curves(grid: GridResult, curves: Sequence[CoverageCurve], word: str) -> list[go.Scatter]:
+    """The curves of an analysis; the first is the one of the run's own ranking."""
+    chosen = [
+        line(name, _curve_points(grid, curve, word), look, bars=name != BEST_SUBSET)
+        for name, look in LOOKS.items()
+        for curve in curves
+        if _kind(curve) == name
     ]
+    return [*chosen, line("best k", _curve_points(grid, curves[0], word), BEST_K)]
 
 
-def _measured(grid: GridResult, prefix: str, label: str, field: str) -> list[_Point]:
-    """The points of the grid's own conditions of one kind, smallest sets first."""
-    named = [c for name, c in grid.conditions.items() if name.startswith(prefix)]
-    conditions = sorted(named, key=lambda condition: len(condition.heads))
-    return [
-        _Point(
-            len(each.heads),
-            getattr(each, field),
-            f"{hover(each, label.format(k=len(each.heads)))}"
-            f"<br>{_named(grid, each.heads)} ({each.cond})",
-        )
-        for each in (records(grid, conditions) if conditions else ())
-    ]
+def _kind(curve: CoverageCurve) -> str | None:
+    """Whether a curve is cross-fitted or that of best subsets; None of a ranking's own."""
+    if curve.ranking == BEST_SUBSET:
+        return BEST_SUBSET
+    return CROSS_FITTED if curve.ranking.endswith(f"({CROSS_FITTED})") else None
 
 
-def _curve_points(grid: GridResult, curve: CoverageCurve, word: str = "coverage") -> list[_Point]:
+def _curve_points(grid: GridResult, curve: CoverageCurve, word: str = "coverage") -> list[Point]:
     sets = curve.head_sets or ((),) * len(curve.coverage_pct)
     return [
-        _Point(
+        Point(
             k,
             value,
             f"<b>{theme.plain(curve.ranking)}, k = {k}</b><br>{word} {shown(value, '%')}"
             + (f"<br>{_named(grid, heads)}" if heads else ""),
-            added=_added(grid, sets[k - 1], heads) if k else None,
+            _added(grid, sets[k - 1], heads) if k else None,
         )
         for k, (value, heads) in enumerate(zip(curve.coverage_pct, sets, strict=True))
     ]
@@ -226,46 +172,61 @@ def _named(grid: GridResult, heads: Sequence[int], most: int = 6) -> str:
     return names if len(heads) <= most else f"{names} and {len(heads) - most} more"
 
 
-def _line(
-    name: str, points: Sequence[_Point], color: str, symbol: str, dash: str, *, bars: bool = True
-) -> go.Scatter:
-    coverage = [point.coverage for point in points]
-    return go.Scatter(
-        name=name,
-        x=[point.k for point in points],
-        y=[each.value for each in coverage],
-        error_y=error_bars(coverage, color=theme.translucent(color, 0.7)) if bars else None,
-        mode="lines+markers",
-        line={"color": color, "dash": dash, "width": 2},
-        marker={"symbol": symbol, "size": 6},
-        customdata=[point.added for point in points],
-        **theme.hover([point.hover for point in points]),
-    )
+def _grid_traces(grid: GridResult, field: str) -> list[go.Scatter]:
+    """What the grid alone says: its best k, its random sets, the control layer."""
+    best = line("best k", _best_of_grid(grid, field), BEST_K)
+    return [best, *_seeds(_measured(grid, "rand", "random {k}", field)), *_control(grid, field)]
 
 
-def _scattered(name: str, points: Sequence[_Point]) -> go.Scatter:
+def _best_of_grid(grid: GridResult, field: str) -> list[Point]:
+    whole = exact(100.0)
+    if field != "coverage_pct":
+        whole = getattr(records(grid, [grid.full])[0], field)
+    best = _measured(grid, "top", "best {k}", field)
+    return [
+        Point(0, exact(0.0), "no head: 0% by definition"),
+        *(point for point in best if 0 < point.x < grid.n_heads),
+        Point(grid.n_heads, whole, f"all heads: {shown(whole, '%')}"),
+    ]
+
+
+def _measured(grid: GridResult, prefix: str, label: str, field: str) -> list[Point]:
+    """The points of the grid's own conditions of one kind, smallest sets first."""
+    named = [c for name, c in grid.conditions.items() if name.startswith(prefix)]
+    conditions = sorted(named, key=lambda condition: len(condition.heads))
+    return [
+        Point(
+            len(each.heads),
+            getattr(each, field),
+            f"{hover(each, label.format(k=len(each.heads)))}"
+            f"<br>{_named(grid, each.heads)} ({each.cond})",
+        )
+        for each in (records(grid, conditions) if conditions else ())
+    ]
+
+
+def _seeds(points: Sequence[Point]) -> list[go.Scatter]:
+    """The grid's random sets, those of one size side by side."""
+    if not points:
+        return []
     shifts = [
-        sum(other.k == point.k for other in points[:i]) * _SEED_STEP
+        sum(other.x == point.x for other in points[:i]) * _SEED_STEP
         for i, point in enumerate(points)
     ]
-    return go.Scatter(
-        name=name,
-        x=[point.k + shift for point, shift in zip(points, shifts, strict=True)],
-        y=[point.coverage.value for point in points],
-        mode="markers",
-        marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": theme.RANDOM}},
-        **theme.hover([point.hover for point in points]),
-    )
+    return [
+        go.Scatter(
+            name="random, seeds",
+            x=[point.x + shift for point, shift in zip(points, shifts, strict=True)],
+            y=[point.estimate.value for point in points],
+            mode="markers",
+            marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": theme.RANDOM}},
+            **theme.hover([point.hover for point in points]),
+        )
+    ]
 
 
-def _random_band(random: Sequence[RandomSets], word: str = "coverage") -> list[go.Scatter]:
-    """Random head sets at every measured size: their mean, and where most of them lie.
-
-    That is twice: where 95% of the sets of each size lie, and where 95% of random rankings lie at
-    all sizes at once.
-    """
-    enough = [row for row in random if row.exhaustive or row.n_subsets >= _FEWEST_FOR_BAND]
-    sets = [row for row in enough if row.mean_pct is not None]
+def _random_band(sets: Sequence[RandomSets], word: str) -> list[go.Scatter]:
+    """Random head sets at every measured size: their mean, and where 95% of each size lie."""
     if not sets:
         return []
     k = [row.k for row in sets]
@@ -280,16 +241,21 @@ def _random_band(random: Sequence[RandomSets], word: str = "coverage") -> list[g
         line={"color": theme.RANDOM, "width": 1.5, "dash": "dash"},
         **theme.hover([_random_hover(row, word) for row in sets]),
     )
-    pointwise = [go.Scatter(x=k, y=low, **edge), go.Scatter(x=k, y=high, **edge, **fill), mean]
-    return [*pointwise, *_simultaneous_band(sets)]
+    return [go.Scatter(x=k, y=low, **edge), go.Scatter(x=k, y=high, **edge, **fill), mean]
 
 
-def _simultaneous_band(sets: Sequence[RandomSets]) -> list[go.Scatter]:
+def _known(random: Sequence[RandomSets]) -> list[RandomSets]:
+    enough = [row for row in random if row.exhaustive or row.n_subsets >= _FEWEST_FOR_BAND]
+    return [row for row in enough if row.mean_pct is not None]
+
+
+def _random_rankings(sets: Sequence[RandomSets]) -> list[go.Scatter]:
+    """Where 95% of random rankings lie at all sizes at once."""
     banded = [row for row in sets if row.band_low_pct is not None]
     if not banded:
         return []
-    ends = ([row.band_low_pct for row in banded], [row.band_high_pct for row in banded])
     k = [row.k for row in banded]
+    ends = [row.band_low_pct for row in banded], [row.band_high_pct for row in banded]
     return [
         go.Scatter(
             name="random rankings, 95%",
@@ -340,12 +306,21 @@ def curve_points(grid: GridResult) -> list[tuple[int, Estimate]]:
     """Coverage of the best k heads of a grid at each measured k; empty where it is undefined."""
     if grid_full_effect(grid, bootstrap_of(grid)).undefined_because is not None:
         return []
-    points = _best_of_grid(grid)
-    return [(p.k, p.coverage) for p in points if p.coverage.value is not None]
+    points = _best_of_grid(grid, "coverage_pct")
+    return [(int(p.x), p.estimate) for p in points if p.estimate.value is not None]
+
+
+MOST_COLOURED = 6
+NEAR_PCT = 5.0
+"""Curves that are nowhere further apart than this look alike."""
 
 
 def method_curves(grid: GridResult, analysis: Analysis) -> go.Figure:
     """Coverage of the best k heads against k, for every ranking method that was tried.
+
+    At most six methods have a colour and stand in the legend: the first, which is the run's own,
+    and those whose curves are furthest from it and from each other. The others are grey; hover
+    names every method, and those that choose the same k heads.
 
     Args:
         grid: the measured grid.
@@ -354,22 +329,60 @@ def method_curves(grid: GridResult, analysis: Analysis) -> go.Figure:
     Returns:
         The figure: a line per method.
     """
-    figure = go.Figure()
-    curves = [
-        curve
+    curves = {
+        curve.ranking: curve
         for curve in analysis.curves
-        if not _is_best_subset(curve) and not _is_cross_fitted(curve)
-        if any(point.value is not None for point in curve.coverage_pct)
-    ]
-    for place, curve in enumerate(curves):
-        name, symbol = theme.plain(curve.ranking), theme.SYMBOLS[place % len(theme.SYMBOLS)]
-        points, style = _curve_points(grid, curve), theme.line_style(place)
-        figure.add_trace(_line(name, points, symbol=symbol, bars=False, **style))
+        if _kind(curve) is None and any(point.value is not None for point in curve.coverage_pct)
+    }
+    coloured = _far_apart(curves)
+    figure = go.Figure()
+    for name, curve in curves.items():
+        place = coloured.index(name) if name in coloured else None
+        points = [
+            each._replace(hover=each.hover + _same_heads(k, name, curves))
+            for k, each in enumerate(_curve_points(grid, curve))
+        ]
+        trace = line(theme.plain(name), points, theme.look(place), bars=False)
+        # The run's own lies on top, grey lines below, wherever their methods stand.
+        above = 0 if place is None else MOST_COLOURED - place
+        figure.add_trace(trace.update(zorder=above, showlegend=place is not None))
     axes(figure, grid.n_heads)
+    grey = " Grey: methods near a coloured one; hover names them."
     return theme.frame(
         figure,
         f"Coverage by ranking method, layer {grid.settings.layer}",
         grid_setting(grid, "ranked and scored on the same prompts"),
         theme.Layout(460 + 21 * theme.legend_rows(figure)),
-        caption="The higher a curve at small k, the better its method finds the heads that matter.",
+        caption="The higher a curve at small k, the better its method finds the heads that matter."
+        + (grey if len(coloured) < len(curves) else ""),
+    )
+
+
+def _far_apart(curves: Mapping[str, CoverageCurve]) -> list[str]:
+    """The first curve, and one after the other those furthest from all that were chosen."""
+    values = {
+        name: np.array([point.value for point in curve.coverage_pct], dtype=float)
+        for name, curve in curves.items()
+    }
+    chosen = list(curves)[:1]
+    while 0 < len(chosen) < MOST_COLOURED:
+        distance = {
+            name: min(np.nanmax(np.abs(own - values[other])) for other in chosen)
+            for name, own in values.items()
+        }
+        furthest = max(distance, key=distance.__getitem__)
+        if distance[furthest] <= NEAR_PCT:
+            break
+        chosen.append(furthest)
+    return chosen
+
+
+def _same_heads(k: int, name: str, curves: Mapping[str, CoverageCurve]) -> str:
+    """Lines of the hover with the other methods that choose the same k heads."""
+    chosen = {each: set(curve.head_sets[k]) for each, curve in curves.items() if curve.head_sets}
+    others = [each for each in chosen if each != name and chosen[each] == chosen.get(name)]
+    if not others or not 0 < k < len(curves[name].coverage_pct) - 1:
+        return ""
+    return "<br>".join(
+        ["", "the same heads by", *theme.wrap([theme.plain(each) for each in others])]
     )

@@ -48,14 +48,15 @@ _PAGE = """<!doctype html>
 """
 
 
-def html_page(title: str, style: str, body: str) -> str:
+def _page(title: str, style: str, body: str) -> str:
     """A page around a body, which is HTML already."""
     return _PAGE.format(title=escape(title), style=style, body=body)
 
 
-def html_part(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
-    """A figure as a part of a page that needs no network, with plotly in it or beside it."""
-    html: str = to_html(
+def _figure_page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
+    """A page of a figure that needs no network, with plotly in it or beside it."""
+    paper = figure.layout.template.layout.paper_bgcolor or "#FFFFFF"
+    part = to_html(
         figure,
         config=CONFIG,
         full_html=False,
@@ -64,13 +65,7 @@ def html_part(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str
         div_id=name,
         default_height=f"{_height(figure)}px",
     )
-    return html
-
-
-def _figure_page(figure: go.Figure, name: str, plotly_js: bool | str = True) -> str:
-    paper = figure.layout.template.layout.paper_bgcolor or "#FFFFFF"
-    style = f"body {{ margin: 0; background: {paper}; }}"
-    return html_page(_title_of(figure, name), style, html_part(figure, name, plotly_js))
+    return _page(_title_of(figure, name), f"body {{ margin: 0; background: {paper}; }}", part)
 
 
 def _title_of(figure: go.Figure, name: str) -> str:
@@ -130,7 +125,7 @@ def _index(figures: Mapping[str, go.Figure], title: str, *, pictures: bool) -> s
         for name, figure in figures.items()
     )
     style = "body { margin: 2rem; font-family: system-ui, sans-serif; background: #FFFFFF; }"
-    return html_page(title, style, f"<h1>{escape(title)}</h1>\n<ul>\n{items}\n</ul>")
+    return _page(title, style, f"<h1>{escape(title)}</h1>\n<ul>\n{items}\n</ul>")
 
 
 def find_browser() -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import plotly.graph_objects as go
@@ -53,7 +53,8 @@ def ladder(run: Run | Analysis, *, alpha: float = 1.0) -> go.Figure:
     analysis = run.analysis if isinstance(run, Run) else run
     found = _ladder_at(analysis, alpha)
     rows = [row for row in found.rows if row.recovered_pct["constant"].value is not None]
-    heads = sorted((row for row in rows if len(row.heads) == 1), key=lambda row: -_constant(row))
+    heads = [row for row in rows if len(row.heads) == 1]
+    heads.sort(key=lambda row: -(row.damage_nats["constant"].value or 0.0))
     drawn = heads + [row for row in rows if len(row.heads) > 1]
     layer = analysis.settings.grid.layer
     figure = go.Figure()
@@ -84,10 +85,6 @@ def _ladder_at(analysis: Analysis, alpha: float) -> Ladder:
     )
 
 
-def _constant(row: LadderRow) -> float:
-    return row.damage_nats["constant"].value or 0.0
-
-
 def _name(row: LadderRow, layer: int) -> str:
     """How a row is called: a head by its label, a set by its size."""
     if len(row.heads) == 1:
@@ -102,7 +99,7 @@ def _place(value: float) -> float:
 
 def _bars(rows: Sequence[LadderRow]) -> go.Scatter:
     """A line for each row, from its leftmost mark to the head itself."""
-    starts = [_place(min(0.0, *_values(row, SOURCES))) for row in rows]
+    starts = [_place(_low(row)) for row in rows]
     return go.Scatter(
         x=list(chain.from_iterable((start, RIGHT_PCT, None) for start in starts)),
         y=list(chain.from_iterable((at, at, None) for at in range(len(rows)))),
@@ -113,9 +110,14 @@ def _bars(rows: Sequence[LadderRow]) -> go.Scatter:
     )
 
 
-def _values(row: LadderRow, sources: Iterable[str]) -> list[float]:
-    found = (row.recovered_pct.get(source) for source in sources)
-    return [each.value for each in found if each is not None and each.value is not None]
+def _values(row: LadderRow) -> dict[str, float]:
+    """What is recovered by each source that was measured and is defined."""
+    found = {source: row.recovered_pct.get(source) for source in SOURCES}
+    return {name: x.value for name, x in found.items() if x is not None and x.value is not None}
+
+
+def _low(row: LadderRow) -> float:
+    return min(0.0, *_values(row).values())
 
 
 def _ends(rows: Sequence[LadderRow], layer: int) -> list[go.Scatter]:
@@ -137,12 +139,12 @@ def _ends(rows: Sequence[LadderRow], layer: int) -> list[go.Scatter]:
 def _marks(rows: Sequence[LadderRow], layer: int) -> list[go.Scatter]:
     found = []
     for place, (source, (color, symbol, means)) in enumerate(SOURCES.items()):
-        own = [(at, row) for at, row in enumerate(rows) if _values(row, [source])]
-        held = [row for _, row in own]
+        own = [at for at, row in enumerate(rows) if source in _values(row)]
+        held = [rows[at] for at in own]
         trace = go.Scatter(
             name=source.replace("_", " "),
-            x=[_place(_values(row, [source])[0]) for row in held],
-            y=[at + STEP * (place - len(SOURCES) // 2) for at, _ in own],
+            x=[_place(_values(row)[source]) for row in held],
+            y=[at + STEP * (place - len(SOURCES) // 2) for at in own],
             customdata=_labels(held, layer),
             mode="markers",
             cliponaxis=False,
@@ -180,7 +182,7 @@ def _axes(figure: go.Figure, analysis: Analysis, rows: Sequence[LadderRow]) -> N
         showgrid=False,
         zeroline=False,
     )
-    low = min(chain([0.0], *(_values(row, SOURCES) for row in rows)))
+    low = min(map(_low, rows))
     ticks = [-(10.0**power) for power in (5, 4, 3)] + [-100.0, -50.0, 0.0, 50.0, 100.0]
     shown_ticks = [tick for tick in ticks if tick >= min(low, -50.0)]
     words = {0.0: "0 constant", 100.0: "100 clean"}

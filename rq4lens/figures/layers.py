@@ -1,4 +1,4 @@
-"""Layers side by side: effects of all heads, one ranking of them, each layer's coverage curve."""
+"""Layers side by side: one ranking of all heads, each layer's coverage curve, studies."""
 
 from __future__ import annotations
 
@@ -9,141 +9,15 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from rq4lens.analysis.records import CellRow, ConditionRecord, LayerComparison
-from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.config import RankBy
-from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.coverage import axes, curve_points
+from rq4lens.figures.heatmaps import QUANTITIES
 from rq4lens.heads import Head
 from rq4lens.results import GridResult
 
 if TYPE_CHECKING:
     from rq4lens.analysis.structure.layers import GridNumber
-
-
-class Quantity(NamedTuple):
-    """A quantity of the heatmap: its name on the switch, the field of its records, its scale."""
-
-    name: str
-    field: str
-    title: str
-    signed: bool
-
-
-QUANTITIES = {
-    "to_base": Quantity("undoes", "to_base_pct", "undoes, alone (% of the gap)", signed=True),
-    "to_tuned": Quantity("gives base", "to_tuned_pct", "gives base, alone (%)", signed=True),
-    "delta": Quantity("ΔKL", "delta", "ΔKL of the head alone (nats)", signed=True),
-    "KL_raw": Quantity("KL raw", "KL_raw_mean", "KL_raw of the head alone (nats)", signed=False),
-    "KL_mapped": Quantity("mapped", "KL_mapped_mean", "KL_mapped, alone (nats)", signed=False),
-    "drop_pct": Quantity("drop", "drop_pct", "drop, alone (%), colours end at ±100", signed=True),
-}
-CAPTION = (
-    "A cell that stands out is a head that carries something alone; a row of them is a layer that "
-    "does. Colours of nats are logarithmic where one cell would hide all others."
-)
-
-
-def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = None) -> go.Figure:
-    """Every head of every layer, with a switch between what it carries and what the map repairs.
-
-    Args:
-        grids: the grid of each layer.
-        quantity: what is shown first: ``"to_base"``, ``"to_tuned"``, ``"delta"``, ``"KL_raw"``,
-            ``"KL_mapped"`` or ``"drop_pct"``; when left out, the first that is defined.
-
-    Returns:
-        The figure: a heatmap, layers downwards; ``customdata`` names the head.
-
-    Raises:
-        UserError: if there is no such quantity.
-    """
-    layers = sorted(grids)
-    singles = [numbers.single_records(grids[layer]) for layer in layers]
-    scales = scales_of(
-        {
-            name: [[getattr(each, kind.field).value for each in row] for row in singles]
-            for name, kind in QUANTITIES.items()
-        }
-    )
-    quantity = quantity or next(iter(scales))
-    if quantity not in scales:
-        raise UserError(f"the heatmap has no quantity {quantity!r}: choose {', '.join(scales)}.")
-    heads = range(numbers.any_grid(grids).n_heads)
-    first = scales[quantity]
-    figure = go.Figure(
-        go.Heatmap(
-            x=list(heads),
-            y=[str(layer) for layer in layers],
-            colorbar={**theme.color_bar(QUANTITIES[quantity].title), **first.ticks},
-            customdata=[[numbers.label_of(each) for each in row] for row in singles],
-            **first.trace,
-            **theme.hover([[numbers.hover(each) for each in row] for row in singles]),
-        )
-    )
-    theme.switch(figure, buttons_of(scales), list(scales).index(quantity))
-    figure.update_xaxes(
-        title_text="head (indices mean nothing across layers)",
-        dtick=max(1, len(heads) // 8),
-        tick0=0,
-        showgrid=False,
-        zeroline=False,
-    )
-    figure.update_yaxes(
-        title_text="layer", type="category", autorange="reversed", showgrid=False, nticks=17
-    )
-    note = "coverage in the hover: of the layer's own ΔKL of all heads"
-    return theme.frame(
-        figure,
-        "Every head of every layer",
-        numbers.layers_setting(grids, "each head patched alone", note),
-        theme.Layout(250 + max(220, 14 * len(layers)), rows=2),
-        caption=CAPTION,
-    )
-
-
-class Scale(NamedTuple):
-    """What a heatmap takes to show one quantity, and the ticks of its colour bar."""
-
-    trace: dict[str, Any]
-    ticks: dict[str, Any]
-
-
-Cells = Sequence[Sequence[float | None]]
-
-
-def scales_of(cells: Mapping[str, Cells]) -> dict[str, Scale]:
-    """The quantities that are defined in any cell, each with its scale."""
-    known = {name: z for name, z in cells.items() if any(v is not None for row in z for v in row)}
-    return {name: _scale(z, QUANTITIES[name]) for name, z in known.items()}
-
-
-def _scale(z: Cells, quantity: Quantity) -> Scale:
-    values = [value for row in z for value in row if value is not None]
-    reach = max(map(abs, values)) or 1.0
-    # A single head can make things a hundred times worse in percent; colours end at 100%.
-    reach = reach if "nats" in quantity.title else min(reach, 100.0)
-    scale = numbers.SignedLog.of(values) if "nats" in quantity.title else None
-    ticks: dict[str, Any] = {"tickmode": "auto", "tickvals": None, "ticktext": None}
-    low = -reach if quantity.signed else 0.0
-    if scale is not None:
-        places, texts = scale.ticks(low, reach)
-        ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
-        z = [[None if value is None else scale.place(value) for value in row] for row in z]
-        low, reach = scale.place(low), scale.place(reach)
-    return Scale({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
-
-
-def buttons_of(scales: Mapping[str, Scale]) -> list[dict[str, Any]]:
-    """A switch between quantities."""
-    return [_button(QUANTITIES[name], scale) for name, scale in scales.items()]
-
-
-def _button(quantity: Quantity, scale: Scale) -> dict[str, Any]:
-    change = {name: [value] for name, value in scale.trace.items()}
-    change |= {f"colorbar.{name}": [value] for name, value in scale.ticks.items()}
-    change["colorbar.title.text"] = [quantity.title]
-    return {"label": quantity.name, "method": "restyle", "args": [change, [0]]}
 
 
 def global_ranking(
@@ -161,14 +35,13 @@ def global_ranking(
         The figure: a mark per head, coloured by its layer; ``customdata`` names the head.
     """
     span = (min(grids), max(grids))
-    views = {
-        name: _ranked(_best(grids, name, top), name, _rank_ranges(comparison), span)
-        for name in ("to_base", "delta")
-        if name == "delta" or _carried(grids)
-    }
-    first = next(iter(views.values()))
-    look = {"mode": "markers", "cliponaxis": False, "hovertemplate": "%{hovertext}<extra></extra>"}
-    figure = go.Figure([go.Scatter(**look, **first.marks), _depth_scale(span)])
+    # All layers have the same gap.
+    (any_head,) = numbers.single_records(numbers.any_grid(grids), [0])
+    scores: list[RankBy] = ["delta"] if any_head.to_base_pct.value is None else ["to_base", "delta"]
+    views = {name: _ranked(_best(grids, name, top), name, comparison, span) for name in scores}
+    first = views[scores[0]]
+    look = {"mode": "markers", "cliponaxis": False, **theme.hover(None)}
+    figure = go.Figure([go.Scatter({**look, **first.marks}), _depth_scale(span)])
     figure.update_layout(xaxis=first.axis, yaxis=theme.rows(first.marks["y"]))
     theme.switch(figure, [view.button(QUANTITIES[name].name) for name, view in views.items()])
     n = len(first.marks["y"])
@@ -183,22 +56,15 @@ def global_ranking(
     )
 
 
-def _carried(grids: Mapping[int, GridResult]) -> bool:
-    """Whether shares of the gap are defined; all layers have the same gap."""
-    grid = numbers.any_grid(grids)
-    return numbers.single_records(grid, [0])[0].to_base_pct.value is not None
-
-
 def _best(grids: Mapping[int, GridResult], score: RankBy, top: int) -> list[ConditionRecord]:
     """The best heads of all layers; ties break by layer, then by head."""
-    layers = [grids[layer] for layer in sorted(grids)]
-    places = [(grid, *place) for grid in layers for place in enumerate(_scores(grid, score))]
-    places.sort(key=lambda place: -place[2])
-    return [numbers.single_records(grid, [head])[0] for grid, head, _ in places[:top]]
-
-
-def _scores(grid: GridResult, score: RankBy) -> list[float]:
-    return [value or 0.0 for value in grid.ranking_by(score).by_head]
+    scored = [
+        (value or 0.0, grid, head)
+        for _, grid in sorted(grids.items())
+        for head, value in enumerate(grid.ranking_by(score).by_head)
+    ]
+    scored.sort(key=lambda each: -each[0])
+    return [numbers.single_records(grid, [head])[0] for _, grid, head in scored[:top]]
 
 
 class _Ranked(NamedTuple):
@@ -216,16 +82,18 @@ class _Ranked(NamedTuple):
 
 
 def _ranked(
-    best: Sequence[ConditionRecord], score: str, ranges: Mapping[str, str], span: tuple[int, int]
+    best: Sequence[ConditionRecord],
+    score: RankBy,
+    comparison: LayerComparison | None,
+    span: tuple[int, int],
 ) -> _Ranked:
-    quantity = QUANTITIES[score]
-    labels = [numbers.label_of(each) for each in best]
+    quantity, labels = QUANTITIES[score], [numbers.label_of(each) for each in best]
     values = [getattr(each, quantity.field) for each in best]
-    told = ranges if score == "delta" else {}
-    texts = [
-        f"{numbers.hover(each)}<br>rank {rank} of all layers{told.get(label, '')}"
-        for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
-    ]
+    ranges = {
+        row.head.label: f" (95% in {row.rank_low} to {row.rank_high})"
+        for row in (comparison.ranking if comparison and score == "delta" else ())
+        if row.rank_low is not None
+    }
     marks = {
         "x": [value.value for value in values],
         "y": labels,
@@ -235,20 +103,14 @@ def _ranked(
             "size": 10,
             "color": [_color(Head.parse(label).layer, span) for label in labels],
         },
-        "hovertext": texts,
+        "hovertext": [
+            f"{numbers.hover(each)}<br>rank {rank} of all layers{ranges.get(label, '')}"
+            for rank, (each, label) in enumerate(zip(best, labels, strict=True), 1)
+        ],
     }
     if score == "delta":
         return _Ranked(marks, numbers.effect_axis("ΔKL of the head alone", values))
     return _Ranked(marks, {"title_text": quantity.title, "rangemode": "tozero"})
-
-
-def _rank_ranges(comparison: LayerComparison | None) -> dict[str, str]:
-    """The 95% range of each head's rank, in words."""
-    return {
-        row.head.label: f" (95% in {row.rank_low} to {row.rank_high})"
-        for row in (comparison.ranking if comparison else ())
-        if row.rank_low is not None
-    }
 
 
 def layer_curves(
@@ -269,25 +131,28 @@ def layer_curves(
         The figure: a line per layer whose coverage is defined, with 95% intervals in the hover; the
         setting line names the other layers.
     """
-    compared = _compared_curves(comparison)
-    curves = {layer: compared.get(layer) or curve_points(grids[layer]) for layer in sorted(grids)}
+    compared = {
+        row.layer: row.curve for row in (comparison.rows if comparison else ()) if row.curve
+    }
     undefined: list[str] = []
     span = (min(grids), max(grids))
     figure = go.Figure()
-    for layer, points in curves.items():
+    for layer, grid in sorted(grids.items()):
+        points = curve_points(grid)
+        if curve := compared.get(layer):
+            points = [(k, e) for k, e in enumerate(curve.coverage_pct) if e.value is not None]
         if not points:
             undefined.append(str(layer))
             continue
-        figure.add_scatter(
-            name=f"layer {layer}",
-            meta=f"L{layer}",
-            x=[k for k, _ in points],
-            y=[coverage.value for _, coverage in points],
-            mode="lines+markers",
-            line={"color": _color(layer, span), "width": 4 if layer == main else 1.5},
-            marker={"size": 8 if layer == main else 5},
-            **theme.hover([f"<b>layer {layer}</b><br>{_coverage(*point)}" for point in points]),
-        )
+        named = f"<b>layer {layer}</b><br>k ="
+        marks = [
+            numbers.Point(k, share, f"{named} {k}: coverage {numbers.shown(share, '%')}")
+            for k, share in points
+        ]
+        width, size = (4, 8) if layer == main else (1.5, 5)
+        look = theme.Look(_color(layer, span), width=width, size=size)
+        trace = numbers.line(f"layer {layer}", marks, look, bars=False)
+        figure.add_trace(trace.update(meta=f"L{layer}"))
     figure.add_trace(_depth_scale(span))
     axes(figure, numbers.any_grid(grids).n_heads)
     notes = ["each layer relative to its own ΔKL of all heads"]
@@ -300,19 +165,6 @@ def layer_curves(
         theme.Layout(520, rows=2),
         caption="A steep start is a layer whose repair lies on few heads.",
     )
-
-
-def _coverage(k: int, coverage: Estimate) -> str:
-    return f"k = {k}: coverage {numbers.shown(coverage, '%')}"
-
-
-def _compared_curves(comparison: LayerComparison | None) -> dict[int, list[tuple[int, Estimate]]]:
-    """Coverage at every k of each layer whose curve was measured, as far as it is defined."""
-    return {
-        row.layer: [(k, e) for k, e in enumerate(row.curve.coverage_pct) if e.value is not None]
-        for row in (comparison.rows if comparison else ())
-        if row.curve is not None
-    }
 
 
 def _color(layer: int, span: tuple[int, int]) -> str:
@@ -342,44 +194,37 @@ def study_layers(
     rows: Sequence[CellRow], setting: Sequence[str], metrics: Sequence[GridNumber]
 ) -> go.Figure:
     """A metric of all heads against the layer, a line per cell of the study."""
-    cells = list(dict.fromkeys(row.cell for row in rows))
+    cells, lead = list(dict.fromkeys(row.cell for row in rows)), metrics[0]
     same_depth = len({row.n_layers for row in rows}) == 1
     figure = go.Figure()
     for place, cell in enumerate(cells):
         own = sorted((row for row in rows if row.cell == cell), key=lambda row: row.layer)
-        lead = [row.values[metrics[0].name] for row in own]
         name = theme.plain(cell)
-        figure.add_scatter(
-            x=[row.layer if same_depth else row.layer / max(1, row.n_layers - 1) for row in own],
-            y=[estimate.value for estimate in lead],
-            error_y=numbers.error_bars(lead, thickness=1, width=2, color=None),
-            name=name,
-            mode="lines+markers",
-            line=theme.line_style(place),
-            customdata=[_study_text(row, metrics) for row in own],
-            hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>",
-        )
+        points = [
+            numbers.Point(
+                row.layer if same_depth else row.layer / max(1, row.n_layers - 1),
+                row.values[lead.name],
+                f"{name}<br>{_study_text(row, metrics)}",
+            )
+            for row in own
+        ]
+        figure.add_trace(numbers.line(name, points, theme.look(place)))
     if same_depth:
         step = max(1, len({row.layer for row in rows}) // 12)
         figure.update_xaxes(title_text="layer", tick0=0, dtick=step)
     else:
         figure.update_xaxes(title_text="relative depth (0 first layer, 1 last)")
-    figure.update_yaxes(_lead_axis(rows, metrics[0]))
+    # Logarithmic where one layer would hide the others.
+    effects = [row.values[lead.name] for row in rows]
+    title = f"{lead.label} of all heads"
+    in_percent = {"title_text": lead.title, "rangemode": "tozero"}
+    figure.update_yaxes(in_percent if lead.unit == "%" else numbers.effect_axis(title, effects))
     return theme.frame(
         figure,
-        f"{metrics[0].label} of each layer",
+        f"{lead.label} of each layer",
         [*setting, "bars: 95% bootstrap intervals over prompts"],
         theme.Layout(480 + 21 * max(0, len(cells) - 4)),
         caption="A peak is a layer whose heads carry the change.",
-    )
-
-
-def _lead_axis(rows: Sequence[CellRow], lead: GridNumber) -> dict[str, Any]:
-    """The axis of the metric that is drawn: logarithmic where one layer would hide the others."""
-    if lead.unit == "%":
-        return {"title_text": lead.title, "rangemode": "tozero"}
-    return numbers.effect_axis(
-        f"{lead.label} of all heads", [row.values[lead.name] for row in rows]
     )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
 
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.records import NOT_MEASURED, ConditionRecord, HeadKind, HeadKinds
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
-from rq4lens.figures.theme import GREY, KINDS
+from rq4lens.figures import theme
 from rq4lens.heads import Head
 from rq4lens.results import GridResult, GridSettings
 
@@ -123,6 +125,14 @@ class SignedLog:
         inside = [value for value in shown if low <= value <= high]
         return [self.place(value) for value in inside], [f"{value:g}" for value in inside]
 
+    @staticmethod
+    def axis(scale: SignedLog | None, low: float, high: float) -> dict[str, Any]:
+        """The ticks of an axis that may be linear; they undo those of another view."""
+        if scale is None:
+            return {"tickmode": "auto", "tickvals": None, "ticktext": None}
+        places, texts = scale.ticks(low, high)
+        return {"tickmode": "array", "tickvals": places, "ticktext": texts}
+
     def estimate(self, estimate: Estimate) -> Estimate:
         """An estimate by the places of its value and its ends."""
         if estimate.value is None:
@@ -185,7 +195,7 @@ def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:
 def by_kind(kinds: HeadKinds, heads: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
     """Some heads by their kind, for every kind that any head of the layer is."""
     heads, of = list(heads), {each.head: each.kind for each in kinds.heads}
-    for kind in KINDS:
+    for kind in theme.KINDS:
         if kind in of.values():
             yield kind, [head for head in heads if of[head] == kind]
 
@@ -239,4 +249,27 @@ def error_bars(estimates: Sequence[Estimate], **look: Any) -> dict[str, Any] | N
     ]
     up, down = map(list, zip(*arms, strict=True))
     ends = {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
-    return {**ends, "thickness": 1.2, "width": 3, "color": GREY, **look}
+    return {**ends, "thickness": 1.2, "width": 3, "color": theme.GREY, **look}
+
+
+class Point(NamedTuple):
+    """A point of a line: its place, its number, what the mouse says, the head it stands for."""
+
+    x: float
+    estimate: Estimate
+    hover: str
+    head: str | None = None
+
+
+def line(name: str, points: Sequence[Point], look: theme.Look, *, bars: bool = True) -> go.Scatter:
+    """A line through some points, with their intervals as bars."""
+    estimates = [point.estimate for point in points]
+    return go.Scatter(
+        name=name,
+        x=[point.x for point in points],
+        y=[each.value for each in estimates],
+        error_y=error_bars(estimates, color=theme.translucent(look.color, 0.7)) if bars else None,
+        customdata=[point.head for point in points],
+        **look.trace,
+        **theme.hover([point.hover for point in points]),
+    )

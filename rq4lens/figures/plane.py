@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from rq4lens.analysis.records import ConditionRecord
 from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures import numbers, theme
 from rq4lens.results import GridResult
 
@@ -51,19 +52,28 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     kinds = numbers.head_kinds(grid, analysis)
     square = _Square.around(singles)
     named = _names(singles, square)
-    ends = [square.low, square.high]
     figure = go.Figure()
     figure.add_scatter(
         name="no gain",
-        x=ends,
-        y=ends,
+        x=[square.low, square.high],
+        y=[square.low, square.high],
         mode="lines",
         line={"color": theme.GREY, "dash": "dot", "width": 1},
         hoverinfo="skip",
         showlegend=False,
     )
     for kind, heads in numbers.by_kind(kinds, range(grid.n_heads)):
-        figure.add_trace(_points([singles[head] for head in heads], kind, named))
+        own = [singles[head] for head in heads]
+        labels = [numbers.label_of(each) for each in own]
+        texts = [f"{numbers.hover(each)}<br>{kind}" for each in own]
+        both = ([each.KL_raw_mean for each in own], [each.KL_mapped_mean for each in own])
+        figure.add_trace(_points(kind, labels, texts, *both))
+        figure.data[-1].update(
+            mode="markers+text",
+            text=[label if label in named else "" for label in labels],
+            textposition=[named.get(label, "top center") for label in labels],
+            textfont={"size": 10},
+        )
     scale = ", logarithmic" if square.is_log else ""
     figure.update_xaxes(title_text=f"KL_raw of the head alone (nats{scale})", **square.axis)
     figure.update_yaxes(title_text=f"KL_mapped (nats{scale})", **square.axis)
@@ -114,21 +124,25 @@ class _Square:
         return value / self.high
 
 
-def _points(singles: Sequence[ConditionRecord], kind: str, named: Mapping[str, str]) -> go.Scatter:
-    labels = [numbers.label_of(n) for n in singles]
+def _points(
+    kind: str,
+    labels: Sequence[str],
+    texts: Sequence[str],
+    x: Sequence[Estimate],
+    y: Sequence[Estimate],
+) -> go.Scatter:
+    """The heads of one kind as points with their intervals."""
+    color, symbol = theme.KINDS[kind]
     return go.Scatter(
         name=kind,
-        x=[n.KL_raw_mean.value for n in singles],
-        y=[n.KL_mapped_mean.value for n in singles],
-        error_x=numbers.error_bars([n.KL_raw_mean for n in singles], **_FAINT),
-        error_y=numbers.error_bars([n.KL_mapped_mean for n in singles], **_FAINT),
-        mode="markers+text",
-        text=[label if label in named else "" for label in labels],
-        textposition=[named.get(label, "top center") for label in labels],
-        textfont={"size": 10},
+        x=[each.value for each in x],
+        y=[each.value for each in y],
+        error_x=numbers.error_bars(x, **_FAINT),
+        error_y=numbers.error_bars(y, **_FAINT),
+        mode="markers",
         customdata=labels,
-        marker=theme.kind_marker(kind),
-        **theme.hover([f"{numbers.hover(n)}<br>{kind}" for n in singles]),
+        marker={"color": color, "symbol": symbol, "size": 9},
+        **theme.hover(texts),
     )
 
 
@@ -142,20 +156,14 @@ def _names(singles: Sequence[ConditionRecord], square: _Square) -> dict[str, str
     for candidate in sorted(singles, key=lambda n: -(n.KL_raw_mean.value or 0.0)):
         x = square.share(candidate.KL_raw_mean.value or 0.0)
         y = square.share(candidate.KL_mapped_mean.value or 0.0)
-        if len(named) < _MOST_NAMES and all(_apart(x, y, other) for other in places):
-            named[numbers.label_of(candidate)] = _side(x, y)
+        apart = (abs(x - a) > _NAME_WIDTH or abs(y - b) > _NAME_HEIGHT for a, b in places)
+        if len(named) < _MOST_NAMES and all(apart):
+            # The side on which the name stays inside the plot.
+            across = "right" if x < _EDGE else "left" if x > 1 - _EDGE else "center"
+            above = "bottom" if y > 1 - _EDGE / 2 else "top"
+            named[numbers.label_of(candidate)] = f"{above} {across}"
         places.append((x, y))
     return named
-
-
-def _side(x: float, y: float) -> str:
-    """The side on which a name stays inside the plot."""
-    across = "right" if x < _EDGE else "left" if x > 1 - _EDGE else "center"
-    return f"{'bottom' if y > 1 - _EDGE / 2 else 'top'} {across}"
-
-
-def _apart(x: float, y: float, other: tuple[float, float]) -> bool:
-    return abs(x - other[0]) > _NAME_WIDTH or abs(y - other[1]) > _NAME_HEIGHT
 
 
 def map_quality(
@@ -183,17 +191,11 @@ def map_quality(
     fits = {row["head"]: row for row in diagnostics}
     figure = go.Figure()
     for kind, heads in numbers.by_kind(kinds, fits):
-        own = [singles[head] for head in heads]
-        figure.add_scatter(
-            name=kind,
-            x=[fits[head]["fitted"][quality] for head in heads],
-            y=[each.delta.value for each in own],
-            error_y=numbers.error_bars([each.delta for each in own]),
-            mode="markers",
-            customdata=[grid.label(head) for head in heads],
-            marker=theme.kind_marker(kind),
-            **theme.hover([_fit_hover(singles[head], fits[head]) for head in heads]),
-        )
+        labels = [grid.label(head) for head in heads]
+        texts = [_fit_hover(singles[head], fits[head]) for head in heads]
+        x = [Estimate(fits[head]["fitted"][quality]) for head in heads]
+        y = [singles[head].delta for head in heads]
+        figure.add_trace(_points(kind, labels, texts, x, y))
     figure.update_xaxes(title_text=f"held-out {QUALITIES[quality]} of the map", nticks=8)
     figure.update_yaxes(title_text="ΔKL of the head alone (nats)")
     return theme.frame(
@@ -244,8 +246,7 @@ def per_prompt(
     points = f"{MOST_POINTS:,} points, evenly through all prompts" if many else "a point a prompt"
     notes = [f"box: quartiles and median; {points}"]
     if scale is not None:
-        places, texts = scale.ticks(float(values.min()), float(values.max()))
-        figure.update_xaxes(tickvals=places, ticktext=texts)
+        figure.update_xaxes(numbers.SignedLog.axis(scale, float(values.min()), float(values.max())))
         notes.append(f"axis linear below {scale.unit:g} nats, logarithmic above")
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     return theme.frame(

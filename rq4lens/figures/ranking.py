@@ -70,20 +70,20 @@ def ranking_bars(
     singles = numbers.single_records(grid)
     kinds = numbers.told_kinds(analysis)
     given = _rankings(grid, singles) if ranking is None else [ranking]
-    views, notes = [], []
-    for each in given:
-        scores, note = _score_estimates(each, singles, intervals)
-        views.append(_View(grid, each, top, singles, kinds, scores))
-        notes.append(note)
+    scores = [_score_estimates(each, singles, intervals) for each in given]
+    views = [
+        _view(each, estimates, singles, kinds, top)
+        for each, (estimates, _) in zip(given, scores, strict=True)
+    ]
     first, carries = views[0], given[0].method == "to_base" and ranking is None
-    figure = go.Figure([go.Bar(**first.bars()), go.Scatter(**first.marks())])
-    figure.update_layout(barmode="overlay", bargap=0.25, **first.axes())
-    theme.switch(figure, [view.button() for view in views])
+    figure = go.Figure([go.Bar(**first.bars), go.Scatter(**first.marks)])
+    figure.update_layout(barmode="overlay", bargap=0.25, **first.axes)
+    theme.switch(figure, [view.button for view in views])
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
-        numbers.grid_setting(grid, notes[0], kinds.rule if kinds else numbers.NO_KINDS),
-        theme.Layout(190 + 17 * max(6, len(first.labels)), left_px=126 if kinds else 66),
+        numbers.grid_setting(grid, scores[0][1], kinds.rule if kinds else numbers.NO_KINDS),
+        theme.Layout(190 + 17 * max(6, len(first.bars["y"])), left_px=126 if kinds else 66),
         caption=CAPTION if carries else OWN_CAPTION,
     )
 
@@ -101,111 +101,89 @@ def _rankings(grid: GridResult, singles: Sequence[ConditionRecord]) -> list[Head
 
 
 class _View(NamedTuple):
-    """One order of the heads, as the data of a bar and of a mark for each."""
+    """One order of the heads: the data of a bar and of a mark for each, and the axes."""
 
-    grid: GridResult
-    ranking: HeadRanking
-    top: int | None
-    singles: Sequence[ConditionRecord]
-    kinds: HeadKinds | None
-    scores: Sequence[Estimate]
+    bars: dict[str, Any]
+    marks: dict[str, Any]
+    axes: dict[str, dict[str, Any]]
 
     @property
-    def heads(self) -> tuple[int, ...]:
-        return self.ranking.heads[: self.top]
-
-    @property
-    def labels(self) -> list[str]:
-        return [self.grid.label(head) for head in self.heads]
-
-    @property
-    def score(self) -> Score:
-        method = self.ranking.method
-        named = theme.plain(method)
-        return SCORES.get(method, Score(method, named, f"score by {named}"))
-
-    @property
-    def scale(self) -> numbers.SignedLog | None:
-        """Shares of the gap stand on a plain axis; effects that span decades do not."""
-        values = [self.scores[head].value or 0.0 for head in self.heads]
-        return None if self.score.title.endswith("(%)") else numbers.SignedLog.of(values)
-
-    def kind(self, head: int) -> str | None:
-        return None if self.kinds is None else self.kinds.heads[head].kind
-
-    def bars(self) -> dict[str, Any]:
-        """The bar trace."""
-        colors = [theme.KINDS[self.kind(head) or "recoded"][0] for head in self.heads]
-        return {
-            "name": self.score.button,
-            "orientation": "h",
-            "marker": {"color": colors},
-            **self._points([self.scores[head] for head in self.heads]),
-        }
-
-    def marks(self) -> dict[str, Any]:
-        """The marks of the other direction; none but beside ``to_base``."""
-        beside = self.ranking.method == "to_base"
-        estimates = [self.singles[head].to_tuned_pct for head in self.heads]
-        mark = {"symbol": "diamond-open", "size": 9, "color": theme.INK, "line": {"width": 1.5}}
-        return {
-            "name": SCORES["to_tuned"].button,
-            "mode": "markers",
-            "marker": mark,
-            "visible": beside,
-            "cliponaxis": False,
-            **self._points(estimates, bars=False),
-        }
-
-    def _points(self, estimates: Sequence[Estimate], *, bars: bool = True) -> dict[str, Any]:
-        placed = [self.scale.estimate(each) for each in estimates] if self.scale else estimates
-        texts = [_hover(self.singles[head], self.kind(head), self.ranking) for head in self.heads]
-        ends = {"error_x": numbers.error_bars(placed)} if bars else {}
-        x = [each.value for each in placed]
-        return {"y": self.labels, "x": x, "customdata": self.labels, **ends, **theme.hover(texts)}
-
-    def axes(self) -> dict[str, Any]:
-        """The axes: heads downwards, with their kinds, and the score."""
-        names = [f"{self.grid.label(head)} {self.kind(head) or ''}".strip() for head in self.heads]
-        return {
-            "xaxis": self._score_axis(),
-            "yaxis": {
-                **theme.rows(self.labels),
-                # Said outright, or plotly's script takes the step of the rows instead.
-                "tickmode": "array",
-                "tickvals": self.labels,
-                "ticktext": names,
-            },
-        }
-
-    def _score_axis(self) -> dict[str, Any]:
-        title = self.score.title
-        if self.scale is None:
-            plain = {"tickmode": "auto", "tickvals": None, "ticktext": None}
-            return {"title": {"text": title}, "nticks": 7, **plain}
-        ends = [self.scores[head] for head in self.heads]
-        values = [each.value or 0.0 for each in ends]
-        highs = [each.interval.high for each in ends if each.interval is not None]
-        places, texts = self.scale.ticks(min(0.0, *values), max([*values, *highs]))
-        title = title.replace("(nats)", f"(nats, logarithmic above {self.scale.unit:g})")
-        ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
-        return {"title": {"text": title}, **ticks}
-
     def button(self) -> dict[str, Any]:
         """The button that shows this order."""
-        bars, marks = self.bars(), self.marks()
         keys = ("name", "y", "x", "customdata", "error_x", "hovertext", "marker", "visible")
-        both = {**bars, "visible": True}, {**marks, "error_x": None}
+        both = {**self.bars, "visible": True}, self.marks
         change = {key: [each.get(key) for each in both] for key in keys}
-        axes = self.axes().items()
-        layout = {key: value for axis in axes for key, value in theme.parts(*axis).items()}
-        return {"label": self.score.button, "method": "update", "args": [change, layout]}
+        layout: dict[str, Any] = {}
+        for axis in self.axes.items():
+            layout |= theme.parts(*axis)
+        return {"label": self.bars["name"], "method": "update", "args": [change, layout]}
 
 
-def _hover(single: ConditionRecord, kind: str | None, ranking: HeadRanking) -> str:
-    rank = ranking.rank_of(single.heads[0])
-    named = f"{kind} · " if kind else ""
-    return f"{numbers.hover(single)}<br>{named}rank {rank} by {ranking.method}"
+def _view(
+    ranking: HeadRanking,
+    estimates: Sequence[Estimate],
+    singles: Sequence[ConditionRecord],
+    kinds: HeadKinds | None,
+    top: int | None,
+) -> _View:
+    """An order of the heads by the scores of all of them."""
+    heads, method = ranking.heads[:top], ranking.method
+    score = SCORES.get(method) or Score(
+        method, theme.plain(method), f"score by {theme.plain(method)}"
+    )
+    kind = {head: kinds.heads[head].kind for head in heads} if kinds else {}
+    labels = [numbers.label_of(singles[head]) for head in heads]
+    scores = [estimates[head] for head in heads]
+    # Shares of the gap stand on a plain axis; effects that span decades do not.
+    values = [each.value or 0.0 for each in scores]
+    scale = None if score.title.endswith("(%)") else numbers.SignedLog.of(values)
+    placed = [scale.estimate(each) for each in scores] if scale else scores
+    texts = [
+        f"{numbers.hover(singles[head])}<br>{f'{kind[head]} · ' if kind else ''}"
+        f"rank {rank} by {method}"
+        for rank, head in enumerate(heads, 1)
+    ]
+    rows = {"y": labels, "customdata": labels, **theme.hover(texts)}
+    bars = {
+        "name": score.button,
+        "orientation": "h",
+        "marker": {"color": [theme.KINDS[kind.get(head, "recoded")][0] for head in heads]},
+        "x": [each.value for each in placed],
+        "error_x": numbers.error_bars(placed),
+        **rows,
+    }
+    # The other direction, which stands beside ``to_base`` alone.
+    marks = {
+        "name": SCORES["to_tuned"].button,
+        "mode": "markers",
+        "marker": {"symbol": "diamond-open", "size": 9, "color": theme.INK, "line": {"width": 1.5}},
+        "visible": method == "to_base",
+        "cliponaxis": False,
+        "x": [singles[head].to_tuned_pct.value for head in heads],
+        **rows,
+    }
+    names = [
+        f"{label} {kind.get(head, '')}".strip() for label, head in zip(labels, heads, strict=True)
+    ]
+    # Said outright, or plotly's script takes the step of the rows instead.
+    ticks = {"tickmode": "array", "tickvals": labels, "ticktext": names}
+    axes = {
+        "xaxis": _score_axis(score.title, scores, scale),
+        "yaxis": {**theme.rows(labels), **ticks},
+    }
+    return _View(bars, marks, axes)
+
+
+def _score_axis(
+    title: str, scores: Sequence[Estimate], scale: numbers.SignedLog | None
+) -> dict[str, Any]:
+    values = [each.value or 0.0 for each in scores]
+    highs = [each.interval.high for each in scores if each.interval is not None]
+    ticks = numbers.SignedLog.axis(scale, min(0.0, *values), max([*values, *highs]))
+    if scale is None:
+        return {"title": {"text": title}, "nticks": 7, **ticks}
+    title = title.replace("(nats)", f"(nats, logarithmic above {scale.unit:g})")
+    return {"title": {"text": title}, **ticks}
 
 
 def _score_estimates(
@@ -214,30 +192,31 @@ def _score_estimates(
     intervals: Sequence[Ends | None] | None,
 ) -> tuple[list[Estimate], str]:
     """The score of each head in head order, and a note on its intervals."""
-    values = ranking.by_head
-    if intervals is not None:
-        return list(map(_between, values, intervals)), "bars: 95% intervals"
-    if ranking.method in SCORES:
+    values, note = ranking.by_head, "bars: 95% intervals"
+    if intervals is None and ranking.method in SCORES:
         own = [getattr(each, SCORES[ranking.method].field) for each in singles]
         # The same method at another alpha, or on other prompts, is another set of numbers.
         measured, given = np.array([[each.value for each in own], values], dtype=float)
         if np.allclose(measured, given, rtol=1e-9, atol=1e-12, equal_nan=True):
             return own, numbers.INTERVAL_NOTE
-    if ranking.standard_errors is None:
+    if intervals is None and ranking.standard_errors is None:
         return [Estimate(value) for value in values], "no intervals"
-    errors = dict(zip(ranking.heads, ranking.standard_errors, strict=True))
-    ends = [_normal_ends(value, errors[head]) for head, value in enumerate(values)]
-    return list(map(_between, values, ends)), "bars: ± 1.96 standard errors"
+    if intervals is None:
+        intervals, note = _normal_ends(ranking), "bars: ± 1.96 standard errors"
+    return [
+        Estimate(value, None if ends is None else Interval(*ends, LEVEL, "given"))
+        for value, ends in zip(values, intervals, strict=True)
+    ], note
 
 
-def _between(value: float | None, ends: Ends | None) -> Estimate:
-    return Estimate(value, None if ends is None else Interval(*ends, LEVEL, "given"))
-
-
-def _normal_ends(value: float | None, error: float | None) -> Ends | None:
-    if value is None or error is None:
-        return None
-    return value - 1.96 * error, value + 1.96 * error
+def _normal_ends(ranking: HeadRanking) -> list[Ends | None]:
+    """The ends of each head's interval, in head order."""
+    ends: list[Ends | None] = [None] * ranking.n_heads
+    scored = zip(ranking.heads, ranking.scores, ranking.standard_errors or (), strict=True)
+    for head, score, error in scored:
+        if score is not None and error is not None:
+            ends[head] = (score - 1.96 * error, score + 1.96 * error)
+    return ends
 
 
 RankRanges = Mapping[int, tuple[int, int]]
@@ -286,7 +265,9 @@ def rank_flow(
     # Grey lines first, so that the coloured ones lie on top.
     for place, head in places[top:] + places[:top]:
         ranks = [order.index(head) + 1 if head in order else None for order in orders.values()]
-        spans = [_range(each.get(head)) for each in ranges]
+        spans = [
+            " (95% in {} to {})".format(*each[head]) if head in each else "" for each in ranges
+        ]
         texts = [
             f"<b>{labels[head]}</b><br>rank {rank}{span} · {name}{effects.get(head, '')}"
             if rank
@@ -299,7 +280,7 @@ def rank_flow(
             x=names,
             y=ranks,
             cliponaxis=False,
-            **_look(place if place < top else None),
+            **theme.look(place if place < top else None).trace,
             **theme.hover(texts),
         )
     steep_px = _flow_axes(figure, names, [f"{i} · {labels[h]}" for i, h in enumerate(first, 1)])
@@ -348,18 +329,3 @@ def _effects(grid: GridResult) -> dict[int, str]:
         head: f"<br>ΔKL alone {alpha}: {numbers.shown(single.delta, 'nats')}"
         for head, single in enumerate(numbers.single_records(grid))
     }
-
-
-def _range(ends: tuple[int, int] | None) -> str:
-    return "" if ends is None else f" (95% in {ends[0]} to {ends[1]})"
-
-
-def _look(place: int | None) -> dict[str, object]:
-    """How the line of the head at a place looks; grey without one."""
-    if place is None:
-        marker = {"size": 4, "symbol": "circle"}
-        line = {"color": theme.GREY, "width": 1}
-        return {"mode": "lines+markers", "line": line, "marker": marker, "opacity": 0.35}
-    marker = {"size": 7, "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)]}
-    line = {**theme.line_style(place), "width": 2.5}
-    return {"mode": "lines+markers", "line": line, "marker": marker, "opacity": 1}

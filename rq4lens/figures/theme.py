@@ -8,10 +8,10 @@ Nothing here touches plotly's global templates: a template is an object that a f
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.colors import get_colorscale
@@ -74,6 +74,36 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _SETTING_CHARACTERS = 66
 _SETTING_LINE_PX, _TITLE_PX = 14, 42
 _LEGEND_MARK_PX, _LEGEND_LETTER_PX = 46, 5.6
+
+
+class Look(NamedTuple):
+    """How a line looks; its dash and the shape of its marks repeat what its colour says."""
+
+    color: str
+    symbol: str = "circle"
+    dash: str = "solid"
+    width: float = 2
+    size: float = 6
+    opacity: float = 1
+
+    @property
+    def trace(self) -> dict[str, Any]:
+        """The look as the parts of a trace."""
+        return {
+            "mode": "lines+markers",
+            "line": {"color": self.color, "dash": self.dash, "width": self.width},
+            "marker": {"symbol": self.symbol, "size": self.size},
+            "opacity": self.opacity,
+        }
+
+
+def look(place: int | None) -> Look:
+    """The line at a place of a family, thin and grey without one; 42 places look different."""
+    if place is None:
+        return Look(GREY, width=1, size=4, opacity=0.35)
+    symbol = SYMBOLS[place % len(SYMBOLS)]
+    dash = DASHES[place // len(SEQUENCE) % len(DASHES)]
+    return Look(SEQUENCE[place % len(SEQUENCE)], symbol, dash, width=2.5, size=7)
 
 
 @dataclass(frozen=True)
@@ -219,12 +249,6 @@ def frame(
     return figure
 
 
-def kind_marker(kind: str) -> dict[str, Any]:
-    """The mark of a kind of head: colour and shape say the same."""
-    color, symbol = KINDS[kind]
-    return {"color": color, "symbol": symbol, "size": 9}
-
-
 def switch(figure: go.Figure, buttons: Sequence[dict[str, Any]], active: int = 0) -> None:
     """Give a figure a row of buttons above its legend; one button is no choice, and not drawn."""
     if len(buttons) < 2:
@@ -246,13 +270,20 @@ def switch(figure: go.Figure, buttons: Sequence[dict[str, Any]], active: int = 0
     figure.update_layout(updatemenus=[menu])
 
 
-def view_button(
-    figure: go.Figure, label: str, shown: Iterable[int], axes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A button that shows some traces alone, by their places, and changes the axes."""
-    places = set(shown)
-    visible = [place in places for place in range(len(figure.data))]
-    return {"label": label, "method": "update", "args": [{"visible": visible}, dict(axes)]}
+def add_views(
+    figure: go.Figure, views: Mapping[str, Sequence[Any]], layouts: Sequence[Mapping[str, Any]]
+) -> None:
+    """Show the first of some sets of traces, with a button for each of them and its layout."""
+    views_of = [name for name, traces in views.items() for _ in traces]
+    visible = {name: [each == name for each in views_of] for name in views}
+    figure.add_traces([trace for traces in views.values() for trace in traces])
+    for trace, shown in zip(figure.data, next(iter(visible.values())), strict=True):
+        trace.visible = shown
+    buttons = [
+        {"label": name, "method": "update", "args": [{"visible": visible[name]}, dict(layout)]}
+        for name, layout in zip(views, layouts, strict=True)
+    ]
+    switch(figure, buttons)
 
 
 PLAIN_AXIS = {"type": "linear", "dtick": None, "autorange": True}
@@ -345,11 +376,3 @@ def translucent(color: str, opacity: float) -> str:
     """A palette colour with an opacity, for bands under lines."""
     red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:g})"
-
-
-def line_style(place: int) -> dict[str, Any]:
-    """Colour and dash of the ``place``-th line of a family; no two of the first 42 are alike."""
-    return {
-        "color": SEQUENCE[place % len(SEQUENCE)],
-        "dash": DASHES[place // len(SEQUENCE) % len(DASHES)],
-    }

@@ -34,8 +34,8 @@ from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.grid import measure_condition
 from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import MAPPED, RAW, Patch, Sources
-from rq4lens.screen.audit import printable
-from rq4lens.screen.tables import UNCUT, condition_text, text_of
+from rq4lens.screen.tables import condition_text
+from rq4lens.screen.terminal import UNCUT, printable, text_of
 
 VOICES = {
     "base": "base",

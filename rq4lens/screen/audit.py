@@ -11,10 +11,10 @@ from rich.text import Text
 from rq4lens.analysis.effects.apart import PairFacts, outside_layers, weights_table
 from rq4lens.config import SIDES
 from rq4lens.models.prompts.audit import PIECES, Audit, Cause, PromptAudit, SideAudit, causes
-from rq4lens.screen.tables import UNCUT, columns, text_of
+from rq4lens.screen.terminal import UNCUT, printable, table_of
 
-WIDTH = 120
-"""Columns of the table where no terminal says how many there are."""
+WIDTHS = {"sentences": UNCUT, "tables": 120}
+"""Columns where no terminal says how many there are."""
 
 EXAMPLES = 5
 """How many prompts of each cause are named and shown, and how many of those that align."""
@@ -36,8 +36,7 @@ def audit_parts(
         *(f"note: {note}" for note in audit.notes),
         *_totals(audit),
     ]
-    left_out = len(audit.prompts) - len(shown)
-    if left_out:
+    if left_out := len(audit.prompts) - len(shown):
         lines.append(f"{left_out} more prompts are not shown; --all shows them.")
     tables = [_table(shown), *_pieces(shown)]
     return [*tables, *(Text(printable(line)) for line in lines), *_pair(facts, why_not)]
@@ -52,12 +51,9 @@ def _pair(facts: PairFacts | None, why_not: str | None) -> Iterator[RenderableTy
     yield from (Text(printable(line)) for line in facts.lines)
     matrices, rows = weights_table(facts.weights)
     if rows and facts.relative_weight_change:
-        table = columns("layer", *matrices)
-        for row in rows:
-            table.add_row(*row)
         outside = outside_layers(facts.weights)
-        table.caption = f"relative change (cosine) of each matrix; outside the layers: {outside}"
-        yield table
+        caption = f"relative change (cosine) of each matrix; outside the layers: {outside}"
+        yield table_of(("layer", *matrices), rows, caption, no_wrap=True)
 
 
 def _reasons(prompts: list[PromptAudit]) -> Iterator[str]:
@@ -74,18 +70,6 @@ def _counted(cause: Cause) -> str:
     return f"{n} prompt{'s' * (n > 1)} ({named}): {cause.said}"
 
 
-def audit_text(
-    audit: Audit,
-    facts: PairFacts | None = None,
-    why_not: str | None = None,
-    *,
-    every_prompt: bool = False,
-) -> str:
-    """The same as plain text."""
-    parts = audit_parts(audit, facts, why_not, every_prompt=every_prompt)
-    return text_of(parts, sentences=UNCUT, tables=WIDTH)
-
-
 def _shown(audit: Audit) -> Iterator[PromptAudit]:
     """Some prompts of each cause, and some that align, in their order."""
     named = {name for cause in causes(audit.prompts) for name in cause.ids[:EXAMPLES]}
@@ -97,35 +81,32 @@ def _shown(audit: Audit) -> Iterator[PromptAudit]:
 
 
 def _table(prompts: list[PromptAudit]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
-    for name in ("prompt", "split", "base", "tuned", "ends after", "verdict"):
-        table.add_column(name, overflow="fold")
-    for each in prompts:
-        verdict = Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red")
-        table.add_row(
+    rows = [
+        (
             Text(printable(each.id)),
             Text(printable(each.split)),
             *(_around(each.sides.get(side)) for side in SIDES),
             Text(" / ".join(_end(each.sides.get(side)) for side in SIDES)),
-            verdict,
+            Text("aligned" if each.aligned else "DIFFERS", "green" if each.aligned else "red"),
         )
-    return table
+        for each in prompts
+    ]
+    titles = ("prompt", "split", "base", "tuned", "ends after", "verdict")
+    return table_of(titles, rows, others="left", fold=True)
 
 
 def _pieces(prompts: list[PromptAudit]) -> Iterator[Table]:
     """How answers, foils and patched tokens were read, token by token, where prompts have any."""
-    table = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
-    for title in ("prompt", "piece", "base", "tuned", "how"):
-        table.add_column(title, overflow="fold")
+    rows = []
     for each in prompts:
         for name in PIECES:
             read = [s.pieces.get(name) if (s := each.sides.get(side)) else None for side in SIDES]
             tokens = (Text(printable("|".join(piece.tokens)) if piece else "-") for piece in read)
-            how = " / ".join(dict.fromkeys(piece.how for piece in read if piece))
-            if how:
-                table.add_row(Text(printable(each.id)), name, *tokens, how)
-    if table.row_count:
-        yield table
+            if how := " / ".join(dict.fromkeys(piece.how for piece in read if piece)):
+                rows.append((Text(printable(each.id)), name, *tokens, how))
+    if rows:
+        titles = ("prompt", "piece", "base", "tuned", "how")
+        yield table_of(titles, rows, others="left", fold=True)
 
 
 def _around(side: SideAudit | None) -> Text:
@@ -161,8 +142,3 @@ def _totals(audit: Audit) -> Iterator[str]:
     yield from audit.lacking
     if audit.warning is not None:
         yield audit.warning
-
-
-def printable(text: str) -> str:
-    """Text of one line on any terminal: line breaks and control characters are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

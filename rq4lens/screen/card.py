@@ -9,17 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rq4lens.analysis.card.fragment import estimate_text, signed, token_line, token_text
-from rq4lens.analysis.card.records import Decision, HeadCard, Likely, NextTokens, Shifts
-from rq4lens.screen.audit import printable
-from rq4lens.screen.tables import text_of
+from rq4lens.analysis.card.records import Decision, HeadCard, Likely, NextTokens
+from rq4lens.screen.terminal import printable, table_of
 
 SEEN = 0.05
 """Share of the attention from which a token is marked."""
-
-
-def card_text(card: HeadCard) -> str:
-    """The card as plain text."""
-    return text_of(card_parts(card))
 
 
 def card_parts(card: HeadCard) -> list[RenderableType]:
@@ -71,47 +65,33 @@ def _map_text(card: HeadCard) -> str:
     return ", ".join([facts.kind, *(form.format(x) for x, form in named if x is not None)])
 
 
-def _grid(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left")
-    return table
-
-
 def _roles(card: HeadCard) -> Table:
-    table = _grid("attention to, %", "base", "tuned", "change")
+    rows = []
     for role in card.reads.roles:
-        values = (role.base_pct, role.tuned_pct)
         change = signed(role.tuned_pct - role.base_pct, 1)
         between = f" {role.change_pct.interval:.1f}" if role.change_pct.interval else ""
-        table.add_row(role.name, *(f"{each:.1f}" for each in values), change + between)
-    return table
+        shares = (f"{role.base_pct:.1f}", f"{role.tuned_pct:.1f}")
+        rows.append((role.name, *shares, change + between))
+    return table_of(("attention to, %", "base", "tuned", "change"), rows)
 
 
 def _texts(card: HeadCard) -> Table:
-    table = _grid("attention to token, %", "base", "tuned", "in prompts")
-    for each in card.reads.texts:
-        shares = (f"{share:.2f}" for share in (each.base_pct, each.tuned_pct))
-        table.add_row(_shown(each.text), *shares, str(each.n_prompts))
-    return table
+    rows = [
+        (_shown(each.text), f"{each.base_pct:.2f}", f"{each.tuned_pct:.2f}", str(each.n_prompts))
+        for each in card.reads.texts
+    ]
+    return table_of(("attention to token, %", "base", "tuned", "in prompts"), rows)
 
 
 def _shifts(card: HeadCard) -> Table:
-    named = [("base", card.writes.base), ("tuned", card.writes.tuned)]
+    named = {"base": card.writes.base, "tuned": card.writes.tuned}
     if card.writes.change is not None:
-        named.append(("tuned − base", card.writes.change))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, _ in named:
-        table.add_column(name)
-    columns = [_shift_lines(each) for _, each in named]
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
-    return table
-
-
-def _shift_lines(shifts: Shifts) -> list[str]:
-    every = (*shifts.raised, *shifts.lowered)
-    return [f"{signed(each.logits, 3)} {_shown(each.token)}" for each in every]
+        named["tuned − base"] = card.writes.change
+    each_column = (
+        [f"{signed(each.logits, 3)} {_shown(each.token)}" for each in (*some.raised, *some.lowered)]
+        for some in named.values()
+    )
+    return table_of(tuple(named), zip(*each_column, strict=True), others="left")
 
 
 def _decision(decision: Decision) -> Iterator[RenderableType]:
@@ -131,18 +111,17 @@ def _marked(text: str, share: float, gap: bool) -> str:
 
 
 def _next_tokens(tokens: NextTokens) -> Table:
-    columns: dict[str, Sequence[Likely]] = {
+    voices: dict[str, Sequence[Likely]] = {
         "base": tokens.base,
         "with tuned's head": tokens.base_with_tuned_head,
         "tuned with base's head": tokens.tuned_with_base_head,
         "tuned": tokens.tuned,
     }
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name)
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*(f"{100 * each.probability:5.1f}% {_shown(each.token)}" for each in row))
-    return table
+    rows = (
+        [f"{100 * each.probability:5.1f}% {_shown(each.token)}" for each in row]
+        for row in zip(*voices.values(), strict=True)
+    )
+    return table_of(tuple(voices), rows, others="left")
 
 
 def _shown(token: str) -> str:

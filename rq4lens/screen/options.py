@@ -67,6 +67,9 @@ RankOut = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Also write a file per ranking and the table."),
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
+]
 Target = Annotated[
     str | None,
     typer.Option(

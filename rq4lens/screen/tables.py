@@ -4,46 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from io import StringIO
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from rq4lens.analysis.claims import metric_sentences
 from rq4lens.analysis.effects.apart import PairFacts
-from rq4lens.analysis.positions import MappedPosition, PositionMap
+from rq4lens.analysis.positions import PositionMap
 from rq4lens.analysis.records import (
     ConditionRecord,
     HeadTests,
     LayerChoice,
     LayerComparison,
     MethodRow,
-    MetricEffect,
 )
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text
+from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head, HeadSet
 from rq4lens.results import GridSettings, HeadRanking
+from rq4lens.screen.terminal import WIDTH, table_of, text_of
 
 _SIZED = re.compile(r"(top|rand)(\d+)")
 
-WIDTH = 100
-"""Columns after which sentences are broken."""
-
-UNCUT = 10_000
 TOP_HEADS = 8
-
-
-def text_of(parts: Sequence[RenderableType], *, sentences: int = WIDTH, tables: int = UNCUT) -> str:
-    """Sentences and tables, each of so many columns at most, as plain text."""
-    text = StringIO()
-    # In a notebook rich would display the text, or colour it, instead of writing it as it is.
-    console = Console(file=text, width=UNCUT, force_jupyter=False, color_system=None)
-    for part in parts:
-        console.print(part, width=sentences if isinstance(part, Text) else tables)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def summary_text(
@@ -54,6 +39,7 @@ def summary_text(
 ) -> str:
     """What a run found: the answer, the table, the study's own grid, what the pair is."""
     by_name = {record.cond: record for record in records}
+    checks = _checks(by_name["none"], by_name["self"])
     lines: list[RenderableType] = [
         Text(setting_line(settings, by_name["full"].n)),
         Text(),
@@ -62,7 +48,7 @@ def summary_text(
         carried_table(records),
         Text(),
         *map(Text, analysis.study_claims),
-        Text(checks_line(by_name["none"], by_name["self"])),
+        Text("CHECKS (must read 0): none {}, self {} nats".format(*checks)),
         *(map(Text, facts.lines) if facts else ()),
     ]
     return text_of(lines, tables=WIDTH)
@@ -77,7 +63,11 @@ def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
         "coverage": record.coverage_pct,
         "raw coverage": record.raw_coverage_pct,
     }
-    metric = "" if record.metric is None else _metric_text(settings, record.metric)
+    metric = record.metric and (
+        f"{settings.patching.metric}: raw {record.metric.raw_change:auto}, mapped "
+        f"{record.metric.mapped_change:auto}, to base {record.metric.to_base_pct:.1f%}, to tuned "
+        f"{record.metric.to_tuned_pct:.1f%}\n"
+    )
     lines = [
         f"{name:<12} {share:.1f%}{f' ({share.reason})' if share.reason else ''}\n"
         for name, share in shares.items()
@@ -88,15 +78,7 @@ def condition_text(settings: GridSettings, record: ConditionRecord) -> str:
         f"KL_raw       {record.KL_raw_mean:auto}\n"
         f"KL_mapped    {record.KL_mapped_mean:auto}\n"
         f"ΔKL          {record.delta:auto}\n"
-        f"{''.join(lines)}{metric}"
-    )
-
-
-def _metric_text(settings: GridSettings, metric: MetricEffect) -> str:
-    return (
-        f"{settings.patching.metric}: raw {metric.raw_change:auto}, mapped "
-        f"{metric.mapped_change:auto}, to base {metric.to_base_pct:.1f%}, to tuned "
-        f"{metric.to_tuned_pct:.1f%}\n"
+        f"{''.join(lines)}{metric or ''}"
     )
 
 
@@ -113,43 +95,34 @@ def setting_line(settings: GridSettings, n_prompts: int, where: str | None = Non
     )
 
 
-def checks_line(none: ConditionRecord, self_patch: ConditionRecord) -> str:
-    """The two checks that must read 0."""
-    first, second = (_check(each.KL_raw_mean.value) for each in (none, self_patch))
-    return f"CHECKS (must read 0): none {first}, self {second} nats"
-
-
 READS_ZERO_NATS = 1e-12
 """What rounding leaves of a divergence of 0 in float64."""
 
 
-def _check(value: float | None) -> str:
-    rounded = value is not None and abs(value) <= READS_ZERO_NATS
-    return number_text(0.0 if rounded else value, ".2g")
+def _checks(*must_read_0: ConditionRecord) -> Iterator[str]:
+    for each in must_read_0:
+        value = each.KL_raw_mean.value
+        rounded = value is not None and abs(value) <= READS_ZERO_NATS
+        yield number_text(0.0 if rounded else value, ".2g")
 
 
 def carried_table(records: Sequence[ConditionRecord]) -> Table:
     """What each head set carries, and its coverage: top-k and random-k by k, then the layers."""
     asked = ("metric",) if records[0].metric else ()
-    table = columns(
-        *("condition", "undoes", "gives base"),
-        *asked,
-        *("ΔKL (nats)", "coverage", "95% CI", "of raw"),
-    )
-    table.caption_justify = "left"
+    shares = ("condition", "undoes", "gives base", *asked)
+    table = table_of((*shares, "ΔKL (nats)", "coverage", "95% CI", "of raw"), no_wrap=True)
     table.add_column("heads", overflow="fold")
     sized = [each for each in records if each.cond in LAYERS or _SIZED.match(each.cond)]
     for record in sorted(sized, key=_table_key):
         control = f" L{record.layer}" if record.cond == "ctrl_full" else ""
         table.add_row(
             record.cond + control,
-            number_text(record.to_base_pct.value, ".1f%", "-"),
-            number_text(record.to_tuned_pct.value, ".1f%", "-"),
-            *(number_text(record.metric_pct.value, ".1f%", "-") for _ in asked),
-            number_text(record.delta.value, "auto", "-"),
-            number_text(record.coverage_pct.value, ".1f%", "-"),
-            _ends(record.coverage_pct.interval, ".1f", absent=""),
-            number_text(record.raw_coverage_pct.value, ".1f%", "-"),
+            _number(record.to_base_pct, ".1f%"),
+            _number(record.to_tuned_pct, ".1f%"),
+            *(_number(record.metric_pct, ".1f%") for _ in asked),
+            _number(record.delta, "auto"),
+            *_both(record.coverage_pct, ".1f%", absent=""),
+            _number(record.raw_coverage_pct, ".1f%"),
             "ALL" if record.cond in LAYERS else ",".join(map(str, record.heads)),
         )
     strength = number_text(records[0].alpha, "g")
@@ -226,58 +199,54 @@ def _tests_line(tests: HeadTests) -> str:
 
 
 def _layer_table(comparison: LayerComparison) -> Table:
-    table = columns(
-        *("layer", "undoes", "95% CI", "gives base", "95% CI"),
-        *("KL_raw(ALL)", "KL_mapped", "ΔKL(ALL)", "95% CI", "area", "k90", "Gini"),
-    )
-    for row in comparison.rows:
-        curve = row.curve
-        table.add_row(
+    rows = [
+        (
             str(row.layer),
-            _number(row.to_base_pct, ".1f%"),
-            _ends(row.to_base_pct.interval, ".1f"),
-            _number(row.to_tuned_pct, ".1f%"),
-            _ends(row.to_tuned_pct.interval, ".1f"),
+            *_both(row.to_base_pct, ".1f%"),
+            *_both(row.to_tuned_pct, ".1f%"),
             _number(row.KL_raw, ".6f"),
             _number(row.KL_mapped, ".6f"),
-            _number(row.delta, ".6f"),
-            _ends(row.delta.interval, ".6f"),
-            _number(curve.area_pct, ".0f%") if curve else "-",
-            _number(curve.k90, ".0f") if curve else "-",
+            *_both(row.delta, ".6f"),
+            _number(row.curve.area_pct if row.curve else None, ".0f%"),
+            _number(row.curve.k90 if row.curve else None, ".0f"),
             _number(row.concentration.gini, ".2f"),
         )
-    table.caption = (
+        for row in comparison.rows
+    ]
+    shares = ("layer", "undoes", "95% CI", "gives base", "95% CI")
+    effects = ("KL_raw(ALL)", "KL_mapped", "ΔKL(ALL)", "95% CI", "area", "k90", "Gini")
+    caption = (
         "undoes, gives base: of the gap, at strength 1; area and k90: of the ΔKL coverage curve of "
         "the layer's own ranking"
     )
-    return table
+    return table_of((*shares, *effects), rows, caption, no_wrap=True)
 
 
 def positions_text(found: PositionMap) -> str:
     """A position map as plain text: the whole layer at each position, and its best head."""
-    table = columns(
-        *("position", "usual token", "undoes", "95% CI", "gives base", "95% CI"),
-        *("ΔKL(ALL)", "best heads by what they undo"),
-    )
+    rows = []
     for each in found.positions:
-        table.add_row(*_position_cells(each, found.labels))
-    table.caption = (
+        layer, *heads = each.layer_and_heads
+        text, share = each.usual_text
+        carried = zip((head.to_base_pct.value for head in heads), found.labels[1:], strict=True)
+        best = sorted((-value, label) for value, label in carried if value is not None)[:3]
+        row = (
+            each.role,
+            f"{text!r} ({100 * share:.0f}%)",
+            *_both(layer.to_base_pct, ".1f%"),
+            *_both(layer.to_tuned_pct, ".1f%"),
+            _number(layer.delta, ".6f"),
+            ", ".join(f"{label} {number_text(-value, '.1f%')}" for value, label in best) or "-",
+        )
+        rows.append(row)
+    shares = ("position", "usual token", "undoes", "95% CI", "gives base", "95% CI")
+    caption = (
         "each token patched alone, -1 is the decision token; undoes, gives base: of the gap, at "
         "strength 1"
     )
+    titles = (*shares, "ΔKL(ALL)", "best heads by what they undo")
+    table = table_of(titles, rows, caption, no_wrap=True)
     return text_of([Text(setting_line(found.settings, found.grid.n_prompts)), table])
-
-
-def _position_cells(position: MappedPosition, labels: Sequence[str]) -> Iterator[str]:
-    layer, *heads = position.layer_and_heads
-    text, share = position.usual_text
-    yield from (position.role, f"{text!r} ({100 * share:.0f}%)")
-    for each in (layer.to_base_pct, layer.to_tuned_pct):
-        yield from (_number(each, ".1f%"), _ends(each.interval, ".1f"))
-    yield _number(layer.delta, ".6f")
-    carried = zip((each.to_base_pct.value for each in heads), labels[1:], strict=True)
-    known = sorted((-value, label) for value, label in carried if value is not None)
-    yield ", ".join(f"{label} {number_text(-value, '.1f%')}" for value, label in known[:3]) or "-"
 
 
 def ranking_text(
@@ -296,57 +265,50 @@ def ranking_text(
 
 
 def _score_table(ranking: HeadRanking) -> Table:
-    table = columns("rank", "head", ranking.method, "standard error")
     errors = ranking.standard_errors or (None,) * ranking.n_heads
     scored = zip(ranking.heads, ranking.scores, errors, strict=True)
-    for rank, (head, score, error) in enumerate(scored, start=1):
-        label = Head(ranking.layer, head).label
-        table.add_row(
-            str(rank), label, number_text(score, ".6g", "-"), number_text(error, ".2g", "-")
+    rows = [
+        (
+            str(rank),
+            Head(ranking.layer, head).label,
+            number_text(score, ".6g", "-"),
+            number_text(error, ".2g", "-"),
         )
-    return table
+        for rank, (head, score, error) in enumerate(scored, start=1)
+    ]
+    return table_of(("rank", "head", ranking.method, "standard error"), rows, no_wrap=True)
 
 
 def _method_table(
-    rankings: Sequence[HeadRanking], rows: Sequence[MethodRow], ks: Sequence[int]
+    rankings: Sequence[HeadRanking], methods: Sequence[MethodRow], ks: Sequence[int]
 ) -> Table:
-    sizes = [f"top-{k}" for k in ks]
-    table = columns(
-        "method", "Kendall", "Spearman", "RBO", *sizes, "area", "k90", "s", "best heads"
-    )
-    for ranking, row in zip(rankings, rows, strict=True):
-        agrees = row.agreement
-        table.add_row(
+    agreements = ("kendall", "spearman", "rbo")
+    rows = [
+        (
             row.method,
-            *(
-                _number(getattr(agrees, name), ".2f") if agrees else "-"
-                for name in ("kendall", "spearman", "rbo")
-            ),
+            *(_number(getattr(row.agreement, name, None), ".2f") for name in agreements),
             *(_number(row.coverage_pct.get(k), ".0f%") for k in ks),
             _number(row.area_pct, ".0f%"),
             _number(row.k90, ".0f"),
             number_text(row.seconds, ".2f", "-"),
             ",".join(map(str, ranking.top(4))),
         )
-    table.caption = (
+        for ranking, row in zip(rankings, methods, strict=True)
+    ]
+    sizes = [f"top-{k}" for k in ks]
+    titles = ("method", "Kendall", "Spearman", "RBO", *sizes, "area", "k90", "s", "best heads")
+    caption = (
         "Kendall, Spearman and rank-biased overlap with exact single-head ΔKL (-: the ranking "
         "itself); top-k: coverage"
     )
-    return table
-
-
-def columns(first: str, *others: str) -> Table:
-    """A table without lines whose columns are aligned right but for the first."""
-    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    return table_of(titles, rows, caption, no_wrap=True)
 
 
 def _number(estimate: Estimate | None, form: str) -> str:
     return number_text(None if estimate is None else estimate.value, form, "-")
 
 
-def _ends(interval: Interval | None, form: str, absent: str = "-") -> str:
-    return absent if interval is None else format(interval, form)
+def _both(estimate: Estimate, form: str, absent: str = "-") -> tuple[str, str]:
+    """A number and its interval, a cell each."""
+    ends = estimate.interval
+    return _number(estimate, form), absent if ends is None else format(ends, form)

@@ -1,4 +1,4 @@
-"""What a terminal shows: progress, warnings of one line each, and no traceback of its own."""
+"""What a terminal shows: text, tables, progress, warnings of one line, no traceback of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod, OverflowMethod, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +25,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 USUAL_WIDTH = 80
 
@@ -81,6 +83,64 @@ def output_problem(probe: str = "") -> str | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return problem.strerror or type(problem).__name__
     return None
+
+
+def say(text: str, *written: Path) -> None:
+    """Print a text of whole lines, and which files or folders were written."""
+    output.print(text, end="")
+    for path in written:
+        output.print(f"written to {path}")
+
+
+def show(parts: Sequence[RenderableType], **columns: int) -> None:
+    """Print sentences and tables as wide as the terminal; as plain text where there is none."""
+    if output.is_terminal:
+        for part in parts:
+            output.print(part, soft_wrap=False)
+    else:
+        output.print(text_of(parts, **columns), end="")
+
+
+WIDTH = 100
+"""Columns after which sentences are broken."""
+
+UNCUT = 10_000
+
+
+def text_of(parts: Sequence[RenderableType], *, sentences: int = WIDTH, tables: int = UNCUT) -> str:
+    """Sentences and tables, each of so many columns at most, as plain text."""
+    text = io.StringIO()
+    # In a notebook rich would display the text, or colour it, instead of writing it as it is.
+    console = Console(file=text, width=UNCUT, force_jupyter=False, color_system=None)
+    for part in parts:
+        console.print(part, width=sentences if isinstance(part, Text) else tables)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def table_of(
+    names: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]] = (),
+    caption: str | None = None,
+    *,
+    others: JustifyMethod = "right",
+    no_wrap: bool = False,
+    fold: bool = False,
+) -> Table:
+    """A table without lines; all columns but the first are aligned alike."""
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption)
+    table.caption_justify = "left"
+    overflow: OverflowMethod = "fold" if fold else "ellipsis"
+    for place, name in enumerate(names):
+        justify: JustifyMethod = others if place else "left"
+        table.add_column(name, justify=justify, no_wrap=no_wrap, overflow=overflow)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def printable(text: str) -> str:
+    """Text of one line on any terminal: line breaks and control characters are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 UNITS = {"analysis": "parts", "cards": "cards", "validate": "pairs"}

@@ -23,7 +23,7 @@ from rq4lens.figures.page.parts import Page, Section, Table, TableEntry, Tile
 from rq4lens.figures.page.parts import cell as table_cell
 from rq4lens.figures.page.report import html_of
 from rq4lens.results import TRANSFERS
-from rq4lens.screen.tables import columns, text_of
+from rq4lens.screen.terminal import table_of, text_of
 from rq4lens.studies.file import CELLS, Cell, StudyPlan
 
 REPORT = "study.html"
@@ -90,7 +90,8 @@ def study_text(name: str, cells: Sequence[CellSummary], metrics: Sequence[GridNu
     """A study as plain text: a row per sweep with the gap and the layers it proposes."""
     shown = [metric for metric in metrics if metric.ranks in TRANSFERS or metric is metrics[0]]
     named = (column for metric in shown for column in (f"{metric.label}(ALL)", "95% CI"))
-    table = columns("sweep", "gap (nats)", "95% CI", "main", "control", *named, "best head")
+    titles = ("sweep", "gap (nats)", "95% CI", "main", "control", *named, "best head")
+    table = table_of(titles, no_wrap=True)
     for cell in cells:
         gap = cell.values[GAPS[0]]
         table.add_row(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rq4lens.analysis.claims import NOTHING, metric_sentences
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.effects.transfer import gap_of
-from rq4lens.analysis.records import ControlLayer, HeadKind, Ladder, LadderRow, NoisePair, StandIn
+from rq4lens.analysis.records import ControlLayer, NoisePair, StandIn
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.figures.numbers import label_of, rounded, told_kinds
-from rq4lens.figures.page.parts import Report, Row, Section, Table, TableEntry, Tile, cell
-from rq4lens.results import EVERY
+from rq4lens.figures.numbers import label_of, rounded
+from rq4lens.figures.page.parts import Report, Row, Section, Table, TableEntry, Tile, cell, cells
+from rq4lens.results import EVERY, GridResult
 
-_RANDOM = re.compile(r"rand(\d+)_s")
 MOST_TILES = 3
 LEAST_PCT = 1.0
 """A head whose interval reaches below this is no tile."""
@@ -79,14 +77,12 @@ def _tiles(report: Report) -> Iterator[Tile]:
     """The two or three heads that carry most."""
     if _claims_nothing(report):
         return
-    told = told_kinds(report.analysis)
-    kinds = told.heads if told else ()
     for head in _by_share(report)[:MOST_TILES]:
         single = report.singles[head]
         ends = single.to_base_pct.interval
         if ends is None or ends.low < LEAST_PCT:
             return
-        kind = kinds[head].kind if kinds else ""
+        kind = report.kinds[head].kind if report.kinds else ""
         both = {"undoes": single.to_base_pct, "gives base": single.to_tuned_pct}
         yield Tile(label_of(single), {word: cell(each, "%") for word, each in both.items()}, kind)
 
@@ -136,70 +132,59 @@ def _not_measured(analysis: Analysis) -> Iterator[str]:
         yield "held-out content (the map was not refitted without each content)"
 
 
-def _carried_table(report: Report) -> Table:
-    sizes = report.grid.settings.patching.k
-    names = [name for k in sizes for name in (f"top{k}", f"rand{k}")]
-    rows = [_carried_row(report, name) for name in (*names, "full", "ctrl_full", EVERY)]
-    return Table(
-        "What head sets carry: of the gap at strength 1, and of ΔKL at strength "
-        f"{report.grid.settings.patching.alpha:g}; [..]: 95% intervals",
-        ("heads", *(title for title, _ in _fields(report).values())),
-        tuple(row for row in rows if row),
-    )
-
-
-FIELDS = {
-    "to_base_pct": ("undoes", "%"),
-    "to_tuned_pct": ("gives base", "%"),
-    "flipped_pct": ("answers changed", "%"),
-    "as_base_pct": ("become base's", "%"),
-    "delta": ("ΔKL (nats)", ""),
-    "coverage_pct": ("coverage", "%"),
+CARRIED = {
+    "undoes": ("to_base_pct", "%"),
+    "gives base": ("to_tuned_pct", "%"),
+    "answers changed": ("flipped_pct", "%"),
+    "become base's": ("as_base_pct", "%"),
+    "ΔKL (nats)": ("delta", ""),
+    "coverage": ("coverage_pct", "%"),
 }
-METRIC_FIELDS = {
-    "metric_pct": ("metric undone", "%"),
-    "metric_to_tuned_pct": ("metric given base", "%"),
+OF_METRIC = {
+    "metric undone": ("metric_pct", "%"),
+    "metric given base": ("metric_to_tuned_pct", "%"),
 }
-
-
-def _fields(report: Report) -> dict[str, tuple[str, str]]:
-    """What a row of the table says: the field of its record, and its title and unit."""
-    return FIELDS | (METRIC_FIELDS if report.records["full"].metric else {})
-
-
 SCORE = {"delta": "ΔKL", "to_base": "undoes", "to_tuned": "gives base"}
 
 
-def _carried_row(report: Report, name: str) -> Row | None:
-    drawn = [each for each in report.records if (_RANDOM.match(each) or [""])[0] == f"{name}_s"]
-    if drawn:
-        return _random_row(report, name, drawn)
-    record = report.records.get(name)
-    if record is None:
-        return None
-    heads, method = ", ".join(f"H{head}" for head in record.heads), report.grid.ranking.method
-    title = {
-        "full": f"all of layer {record.layer}",
-        "ctrl_full": f"all of control layer {record.layer}",
-        EVERY: "all of all layers",
-    }.get(name, f"best {len(record.heads)} by {SCORE.get(method, method)}: {heads}")
-    return (
-        title,
-        *(cell(getattr(record, field), unit) for field, (_, unit) in _fields(report).items()),
+def _carried_table(report: Report) -> Table:
+    sizes = report.grid.settings.patching.k
+    columns = CARRIED | (OF_METRIC if report.records["full"].metric else {})
+    fields = dict(columns.values())
+    rows: list[Row] = []
+    for name in (*(f"{kind}{k}" for k in sizes for kind in ("top", "rand")), *LAYERS):
+        drawn = [cond for cond in report.records if cond.startswith(f"{name}_s")]
+        if drawn:
+            title = f"{len(drawn)} random sets of {name.removeprefix('rand')}"
+            rows.append((title, *(_range(report, drawn, *each) for each in fields.items())))
+        elif name in report.records:
+            rows.append((_title(report, name), *cells(report.records[name], fields)))
+    return Table(
+        "What head sets carry: of the gap at strength 1, and of ΔKL at strength "
+        f"{report.grid.settings.patching.alpha:g}; [..]: 95% intervals",
+        ("heads", *columns),
+        tuple(rows),
     )
 
 
-def _random_row(report: Report, name: str, drawn: Sequence[str]) -> Row:
-    """The random sets of one size: the range of what they carry."""
-    size = name.removeprefix("rand")
-    title = f"{len(drawn)} random sets of {size}"
-    return (
-        title,
-        *(_range(report, drawn, field, unit) for field, (_, unit) in _fields(report).items()),
-    )
+LAYERS = {
+    "full": "all of layer {layer}",
+    "ctrl_full": "all of control layer {layer}",
+    EVERY: "all of all layers",
+}
+"""The conditions of all heads, as the table calls them."""
+
+
+def _title(report: Report, name: str) -> str:
+    record, method = report.records[name], report.grid.ranking.method
+    if name in LAYERS:
+        return LAYERS[name].format(layer=record.layer)
+    heads = ", ".join(f"H{head}" for head in record.heads)
+    return f"best {len(record.heads)} by {SCORE.get(method, method)}: {heads}"
 
 
 def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> TableEntry:
+    """What random sets of one size carry, from the least to the most."""
     values = [getattr(report.records[each], field).value for each in drawn]
     known = [value for value in values if value is not None]
     if not known:
@@ -217,17 +202,15 @@ def _range(report: Report, drawn: Sequence[str], field: str, unit: str) -> Table
 def heads(report: Report) -> Section:
     """Every head of the main layer: what it carries, and what replaces it."""
     analysis = report.analysis
-    tables = [_heads_table(report)]
-    text = ["Choose a head here or in any figure to find it in all."]
-    if analysis is not None and analysis.ladders:
-        text.append(f"Kinds of heads: {analysis.kinds.rule}.")
+    rule = f"Kinds of heads: {analysis.kinds.rule}." if analysis and report.kinds else ""
+    choose = "Choose a head here or in any figure to find it in all."
     return Section(
         "heads",
         "Which heads, and what kind of change",
         short="Heads",
-        tables=tuple(tables),
+        tables=(_heads_table(report),),
         figures=("ranking", "coverage", "ladder"),
-        notes=tuple(text),
+        notes=(choose, rule) if rule else (choose,),
     )
 
 
@@ -235,44 +218,34 @@ SOURCES = ("raw", "shifted", "mapped", "held_out", "output")
 
 
 def _heads_table(report: Report) -> Table:
-    analysis = report.analysis
+    analysis, kinds = report.analysis, report.kinds
     found = analysis.ladders[0] if analysis and analysis.ladders else None
     sources = [each for each in SOURCES if found and each in found.rows[0].recovered_pct]
-    named = told_kinds(analysis)
-    kinds = named.heads if named else ()
-    damage = ("damage of a constant (nats)",) if found else ()
-    rows = tuple(
-        (
-            label_of(report.singles[head]),
-            *((_kind_cell(kinds[head]),) if kinds else ()),
-            cell(report.singles[head].to_base_pct, "%"),
-            cell(report.singles[head].to_tuned_pct, "%"),
-            *_ladder_cells(found, head, sources),
-        )
-        for head in _by_share(report)
-    )
+    rows: list[Row] = []
+    for head in _by_share(report):
+        row: list[TableEntry | str] = [label_of(report.singles[head])]
+        if kinds:
+            row.append(TableEntry(kinds[head].kind, kinds[head].why or ""))
+        row += cells(report.singles[head], {"to_base_pct": "%", "to_tuned_pct": "%"})
+        if found:
+            rung = found[f"head{head}"]
+            row.append(cell(rung.damage_nats["constant"]))
+            row += [cell(rung.recovered_pct[source], "%") for source in sources]
+        rows.append(tuple(row))
     told = "; recovered at strength 1 with this in place of the head" if found else ""
-    names = [source.replace("_", " ") for source in sources]
     return Table(
         f"Single heads, by how much of the gap each undoes{told}; [..]: 95% intervals",
-        ("head", *(("kind",) if kinds else ()), "undoes", "gives base", *damage, *names),
-        rows,
+        (
+            "head",
+            *(("kind",) if kinds else ()),
+            *("undoes", "gives base"),
+            *(("damage of a constant (nats)",) if found else ()),
+            *(source.replace("_", " ") for source in sources),
+        ),
+        tuple(rows),
         words=(1,) if kinds else (),
         of_heads=True,
     )
-
-
-def _kind_cell(kind: HeadKind) -> TableEntry:
-    return TableEntry(kind.kind, kind.why or "")
-
-
-def _ladder_cells(found: Ladder | None, head: int, sources: Sequence[str]) -> Iterator[TableEntry]:
-    if found is None:
-        return
-    row = found[f"head{head}"]
-    yield cell(row.damage_nats["constant"])
-    for source in sources:
-        yield cell(row.recovered_pct[source], "%")
 
 
 # What else could explain it, and does it hold elsewhere
@@ -286,7 +259,7 @@ def controls(report: Report) -> Section | None:
     tables = [
         *([_stand_in_table(analysis.stand_ins)] if analysis.stand_ins else []),
         *([_noise_table(report, analysis.noise)] if analysis.noise else []),
-        *([_neutral_table(report, analysis.neutral)] if analysis.neutral else []),
+        *([_neutral_table(report.grid, analysis)] if analysis.neutral else []),
         *([_control_table(report, analysis.control_layer)] if analysis.control_layer else []),
     ]
     if not tables:
@@ -301,99 +274,81 @@ def _stand_in_table(rows: Sequence[StandIn]) -> Table:
         f"In place of the map, on the heads that changed ({heads or 'none'}), at strength 1: green "
         "does clearly worse than the map, orange does not; [..]: 95% intervals",
         ("stand-in", "asks", "recovered", "damage (nats)", "behind the map (nats)", "so"),
-        tuple(map(_stand_in_row, rows)),
+        tuple((row.name, row.question, *_stand_in_cells(row)) for row in rows),
         words=(5,),
         long=(1,),
     )
 
 
-def _stand_in_row(row: StandIn) -> Row:
+def _stand_in_cells(row: StandIn) -> Row:
     ends = row.behind_nats.interval
     if row.reason is not None or ends is None:
-        return (
-            row.name,
-            row.question,
-            *(cell(row.recovered_pct),) * 3,
-            f"not measured: {row.reason}",
-        )
-    look, word = ("good", "clearly worse than the map")
+        return (*(cell(row.recovered_pct),) * 3, f"not measured: {row.reason}")
+    look, word = "good", "clearly worse than the map"
     if ends.low <= 0:
-        look, word = ("bad", "not clearly worse than the map")
-    return (
-        row.name,
-        row.question,
-        cell(row.recovered_pct, "%", look),
-        cell(row.damage),
-        cell(row.behind_nats),
-        TableEntry(word, "", look),
-    )
-
-
-NOISE = {"gap_base_nats": "gap", "KL_raw": "KL_raw of all heads", "delta": "ΔKL of all heads"}
+        look, word = "bad", f"not {word}"
+    effects = cells(row, {"damage": "", "behind_nats": ""})
+    return (cell(row.recovered_pct, "%", look), *effects, TableEntry(word, "", look))
 
 
 def _noise_table(report: Report, noise: NoisePair) -> Table:
     full = report.records["full"]
-    real = {"gap_base_nats": full.gap_base_nats, "KL_raw": full.KL_raw_mean, "delta": full.delta}
+    rows = {
+        "gap": ("gap_base_nats", full.gap_base_nats),
+        "KL_raw of all heads": ("KL_raw", full.KL_raw_mean),
+        "ΔKL of all heads": ("delta", full.delta),
+    }
     return Table(
         "Beside the noise pair, whose weight change is as large and has no order; [..]: 95% "
         "intervals",
         ("noise pair", "this pair (nats)", "noise pair (nats)", "multiple"),
         tuple(
-            (
-                words,
-                cell(real[name]),
-                cell(getattr(noise, name)),
-                _times(noise.real_over_noise, name),
-            )
-            for name, words in NOISE.items()
+            (words, cell(real), cell(getattr(noise, name)), _times(noise.real_over_noise.get(name)))
+            for words, (name, real) in rows.items()
         ),
     )
 
 
-def _times(multiples: Mapping[str, Estimate], name: str) -> TableEntry:
-    found = multiples.get(name)
-    if found is None or found.value is None:
-        return cell(found)
-    ends = found.interval
-    span = f" [{ends.low:,.2g}, {ends.high:,.2g}]" if ends else ""
-    looks = "good" if ends is not None and ends.low > 1 else "bad"
-    return TableEntry(_plain(f"{found.value:.2g}{span}"), "", looks)
+def _times(multiple: Estimate | None) -> TableEntry:
+    if multiple is None or multiple.value is None:
+        return cell(multiple)
+    ends = multiple.interval
+    span = f" [{_two_digits(ends.low)}, {_two_digits(ends.high)}]" if ends else ""
+    look = "good" if ends is not None and ends.low > 1 else "bad"
+    return TableEntry(f"{_two_digits(multiple.value)}{span}", "", look)
 
 
-def _plain(text: str) -> str:
-    """Powers of ten as whole numbers."""
-    return re.sub(r"[\d.]+e\+\d+", lambda match: f"{float(match[0]):,.0f}", text)
+def _two_digits(value: float) -> str:
+    """A number without powers of ten."""
+    return f"{float(f'{value:.2g}'):,.12g}"
 
 
-def _neutral_table(report: Report, found: Ladder) -> Table:
-    assert report.analysis is not None
-    kinds = report.analysis.kinds.heads
-    rows = [row for row in found.rows if len(row.heads) == 1]
-    changed = [row for row in rows if kinds[row.heads[0]].kind in CHANGED]
+def _neutral_table(grid: GridResult, analysis: Analysis) -> Table:
+    rows: list[Row] = []
+    for row in analysis.neutral.rows if analysis.neutral else ():
+        kind = analysis.kinds.heads[row.heads[0]].kind if len(row.heads) == 1 else ""
+        if kind in CHANGED:
+            damages = (cell(row.damage_nats[source]) for source in ("mapped", "raw"))
+            recovered = cell(row.recovered_pct["mapped"], "%")
+            rows.append((grid.label(row.heads[0]), kind, *damages, recovered))
     return Table(
         "On neutral prompts, at strength 1: a change of coordinates would hold here too; [..]: 95% "
         "intervals",
         ("neutral prompts", "kind", "damage mapped (nats)", "damage raw (nats)", "mapped"),
-        tuple(_neutral_row(report, row, kinds[row.heads[0]].kind) for row in changed),
+        tuple(rows),
         words=(1,),
     )
 
 
-def _neutral_row(report: Report, row: LadderRow, kind: str) -> Row:
-    damages = (cell(row.damage_nats[source]) for source in ("mapped", "raw"))
-    recovered = row.recovered_pct["mapped"]
-    return report.grid.label(row.heads[0]), kind, *damages, cell(recovered, "%")
-
-
 def _control_table(report: Report, control: ControlLayer) -> Table:
     main, other = report.records["full"], report.records["ctrl_full"]
-    rows = (
-        ("undoes", main.to_base_pct, other.to_base_pct, control.less_to_base_pct, "%"),
-        ("ΔKL (nats)", main.delta, control.delta, control.less_nats, ""),
-    )
+    shares = (main.to_base_pct, other.to_base_pct, control.less_to_base_pct)
+    effects = (main.delta, control.delta, control.less_nats)
     return Table(
         f"Beside control layer {control.layer}, prompt by prompt; [..]: 95% intervals",
         ("control layer", f"layer {main.layer}", f"layer {control.layer}", "difference"),
-        tuple((name, *(cell(each, unit) for each in values)) for name, *values, unit in rows),
+        (
+            ("undoes", *(cell(each, "%") for each in shares)),
+            ("ΔKL (nats)", *map(cell, effects)),
+        ),
     )

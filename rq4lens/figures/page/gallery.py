@@ -15,11 +15,16 @@ from rq4lens.analysis.records import Agreement, LayerComparison
 from rq4lens.analysis.result import Analysis
 from rq4lens.figures.alphas import alpha_sweep
 from rq4lens.figures.coverage import coverage_curve, method_curves
+from rq4lens.figures.heatmaps import (
+    agreement_matrix,
+    interaction_matrix,
+    layer_heatmap,
+    position_map,
+    strongest_prompt,
+)
 from rq4lens.figures.ladder import ladder
-from rq4lens.figures.layers import global_ranking, layer_curves, layer_heatmap
-from rq4lens.figures.matrices import agreement_matrix, interaction_matrix
+from rq4lens.figures.layers import global_ranking, layer_curves
 from rq4lens.figures.plane import head_plane, map_quality, per_prompt
-from rq4lens.figures.positions import position_map, strongest_prompt
 from rq4lens.figures.ranking import rank_flow, ranking_bars
 from rq4lens.results import GridResult
 

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.positions import PositionMap
-from rq4lens.analysis.records import ConditionRecord, LayerComparison
+from rq4lens.analysis.records import ConditionRecord, HeadKind, LayerComparison
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate
-from rq4lens.figures.numbers import rounded
+from rq4lens.figures.numbers import rounded, told_kinds
 from rq4lens.results import GridResult
 
 
@@ -39,6 +39,11 @@ def cell(estimate: Estimate | None, unit: str = "", look: str = "") -> TableEntr
     if estimate is None:
         return TableEntry("–", "not measured")
     return TableEntry(rounded(estimate, unit), estimate.reason or "", look)
+
+
+def cells(record: Any, fields: Mapping[str, str]) -> tuple[TableEntry, ...]:
+    """Estimates of a record: fields, each with its unit."""
+    return tuple(cell(getattr(record, field), unit) for field, unit in fields.items())
 
 
 @dataclass(frozen=True)
@@ -92,16 +97,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows: its sections and their figures.
+    """What a page shows: its sections in reading order, and figures by the names they use.
 
-    Args:
-        title: its title.
-        setting: how the numbers came about, in parts.
-        sections: the sections in reading order.
-        figures: figures by the names that sections use.
-        labels: heads that can be chosen.
-        cards: cards of heads, as HTML.
-        data: what its script needs beyond the figures.
+    ``labels`` are heads that can be chosen, ``cards`` is HTML, and ``data`` is what the page's
+    script needs beyond the figures.
     """
 
     title: str
@@ -153,3 +152,9 @@ class Report:
     def singles(self) -> tuple[ConditionRecord, ...]:
         """The record of each single head of the main layer, in head order."""
         return tuple(self.records[f"head{head}"] for head in range(self.grid.n_heads))
+
+    @property
+    def kinds(self) -> tuple[HeadKind, ...]:
+        """The kind of each head of the main layer; empty if no analysis told them apart."""
+        kinds = told_kinds(self.analysis)
+        return kinds.heads if kinds else ()

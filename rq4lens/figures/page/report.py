@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from rq4lens.disk.files import make_directory, write_text_atomic
 from rq4lens.figures import theme
 from rq4lens.figures.export import CONFIG
 from rq4lens.figures.numbers import grid_setting, label_of, rounded
-from rq4lens.figures.page.cards import cards_section
 from rq4lens.figures.page.gallery import run_figures
 from rq4lens.figures.page.parts import Page, Report
-from rq4lens.figures.page.sections import MOST_PROMPTS, sections
+from rq4lens.figures.page.sections import MOST_PROMPTS, cards_section, sections
 from rq4lens.figures.page.words import WORDS, meaning, questions
 from rq4lens.results import ConditionResult
 
@@ -38,6 +36,7 @@ _SWITCH_PX = 42
 # The place of a figure in the page's grid, where it is not the usual one.
 _SHAPES = {"layers": "wide", "interactions": "wide", "ranking": "tall"}
 _TALL_PX = 600
+_RULES = ("idle:", "kinds of heads:")
 
 
 def report_page(report: Report) -> str:
@@ -133,12 +132,16 @@ def page_figure(name: str, figure: go.Figure, common: Sequence[str] = ()) -> dic
     layout.pop("template", None)
     layout["height"] -= _without_setting(layout) + _TITLE_PX + switch_px
     layout["margin"]["t"] -= _TITLE_PX + switch_px
+    shape = _SHAPES.get(name, "")
+    # The rule of the kinds stands on the page once.
+    elsewhere = (*common, *(each for each in meta["setting"] if each.startswith(_RULES)))
     return {
         "name": name,
         "title": title,
         "caption": meta["caption"],
-        "setting": [part for part in meta["setting"] if part not in common and not _is_rule(part)],
-        "shape": _shape(name, layout["height"]),
+        "setting": [part for part in meta["setting"] if part not in elsewhere],
+        # A short figure leaves no hole beside it.
+        "shape": "" if shape == "tall" and layout["height"] < _TALL_PX else shape,
         "height_px": layout["height"],
         "drawing": {
             "data": drawing["data"],
@@ -147,17 +150,6 @@ def page_figure(name: str, figure: go.Figure, common: Sequence[str] = ()) -> dic
             "active": menu.get("active"),
         },
     }
-
-
-def _shape(name: str, height_px: int) -> str:
-    """The place of a figure in the grid; a short one leaves no hole beside it."""
-    shape = _SHAPES.get(name, "")
-    return "" if shape == "tall" and height_px < _TALL_PX else shape
-
-
-def _is_rule(part: str) -> bool:
-    """Whether a part of the setting is the rule of the kinds, which the page has once."""
-    return part.startswith(("idle:", "kinds of heads:"))
 
 
 def _without_setting(layout: dict[str, Any]) -> int:
@@ -231,14 +223,7 @@ def _prompt_data(report: Report) -> dict[str, Any]:
 def _condition(
     name: str, head: str | None, condition: ConditionResult, rows: Sequence[int]
 ) -> dict[str, Any]:
-    return {
-        "name": name,
-        "head": head,
-        "raw": [_short(value) for value in condition.kl_raw_nats[rows]],
-        "mapped": [_short(value) for value in condition.kl_mapped_nats[rows]],
-    }
-
-
-def _short(value: float) -> float:
-    """A number with six significant digits: the page shows three."""
-    return 0.0 if value == 0 else round(float(value), 5 - math.floor(math.log10(abs(value))))
+    both = {"raw": condition.kl_raw_nats, "mapped": condition.kl_mapped_nats}
+    # Six significant digits: the page shows three.
+    short = {key: [float(f"{x:.6g}") for x in nats[rows]] for key, nats in both.items()}
+    return {"name": name, "head": head, **short}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from markupsafe import Markup
+
+from rq4lens.analysis.card.fragment import card_css, card_fragment
+from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.effects.apart import PairFacts, outside_layers, weights_table
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.positions import MappedPosition
@@ -17,13 +21,17 @@ from rq4lens.analysis.records import (
     LayerRow,
     RankStability,
 )
+from rq4lens.analysis.statistics.bootstrap import number_text
 from rq4lens.analysis.statistics.plain import from_json
-from rq4lens.figures.numbers import label_of, number
+from rq4lens.figures.numbers import number
 from rq4lens.figures.page.answer import controls, findings, heads
 from rq4lens.figures.page.gallery import AGREEMENT_KINDS, map_diagnostics
-from rq4lens.figures.page.parts import Report, Row, Section, Table, cell
+from rq4lens.figures.page.parts import Report, Row, Section, Table, cell, cells
 from rq4lens.figures.plane import PREDICTORS, QUALITIES
 from rq4lens.results import GridResult
+
+MOST_CARD_BYTES = 2_000_000
+"""Of all cards of a page, which may have 8 MB with its figures."""
 
 MOST_PROMPTS = 2_000
 """Prompts that a page lists; all of them stand in the run's ``per_prompt.parquet``."""
@@ -37,17 +45,11 @@ NO_PROMPTS = "The texts of the prompts were not given to this report; their ids 
 
 def sections(report: Report) -> list[Section]:
     """All sections in reading order; a section without data is left out."""
-    makers: tuple[Callable[[Report], Section | None], ...] = (
-        findings,
-        heads,
-        cards,
-        controls,
-        study,
-    )
+    first = (findings, heads, cards, controls, study)
     folded = (layers, positions, rankings, structure, maps, pair, prompts, provenance)
-    first = [section for make in makers if (section := make(report)) is not None]
-    rest = [section for make in folded if (section := make(report)) is not None]
-    return first + [replace(section, folded=True) for section in rest]
+    made = [make(report) for make in first]
+    made += [replace(each, folded=True) for make in folded if (each := make(report)) is not None]
+    return [section for section in made if section is not None]
 
 
 def cards(report: Report) -> Section | None:
@@ -60,6 +62,29 @@ def cards(report: Report) -> Section | None:
         "prompts on which it decides, in both models. Choosing a head anywhere opens its card."
     )
     return Section("cards", TITLE_OF_CARDS, (text,))
+
+
+def cards_section(cards: Sequence[HeadCard]) -> str:
+    """The cards as HTML with its own style: folded, each under the anchor ``card-L1H0``.
+
+    The first ones are there, the most important ones, and those that would make the page large are
+    named. Every text of a prompt is escaped.
+    """
+    parts, left_out, size = [], [], 0
+    start = Markup('<details class="card" id="card-{}" name="card"><summary>{}</summary>')
+    for card in cards:
+        label, kind = card.head.label, card.numbers.kind if card.numbers else None
+        said = f"{label}, {kind}" if kind else label
+        part = start.format(label, said) + Markup(card_fragment(card)) + Markup("</details>")
+        size += len(part.encode())
+        if size > MOST_CARD_BYTES:
+            left_out.append(label)
+        else:
+            parts.append(part)
+    if left_out:
+        said = f"Left out, so that the page stays small: {', '.join(left_out)}; see rq4lens head."
+        parts.append(Markup("<p>{}</p>").format(said))
+    return Markup("<style>{}</style>\n").format(Markup(card_css())) + Markup("\n").join(parts)
 
 
 def study(report: Report) -> Section:
@@ -92,52 +117,46 @@ def _coverage_table(report: Report) -> Table:
     )
 
 
-def _p_text(p_value: float | None) -> str:
-    if p_value is None:
-        return "–"
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
-
-
 def _coverage_row(condition: ConditionRecord, heads: str, crossed: CoverageRow | None) -> Row:
     where = f" (layer {condition.layer})" if condition.cond == "ctrl_full" else ""
     mean = crossed.random_mean_pct if crossed else None
     return (
         condition.cond + where,
         str(len(condition.heads)),
-        cell(condition.delta),
-        cell(condition.coverage_pct, "%"),
+        *cells(condition, {"delta": "", "coverage_pct": "%"}),
         cell(crossed.cross_fitted_coverage_pct, "%") if crossed else "–",
-        "–" if mean is None else f"{mean:.0f}%",
+        number_text(mean, ".0f%", "–"),
         _p_text(crossed.p_value if crossed else None),
         cell(condition.raw_coverage_pct, "%"),
         heads,
     )
 
 
+def _p_text(p_value: float | None) -> str:
+    return (
+        "< 0.001" if p_value is not None and p_value < 0.001 else number_text(p_value, ".2g", "–")
+    )
+
+
 def _single_table(report: Report) -> Table:
     grid, alpha = report.grid, report.grid.settings.patching.alpha
     tests = report.analysis.tests if report.analysis else None
-    p_values = {
-        test.head.label: test.p_max_t
-        for test in (tests.tests if tests else ())
-        if test.alpha == alpha
-    }
+    own = [test for test in (tests.tests if tests else ()) if test.alpha == alpha]
+    p_values = {test.head.label: test.p_max_t for test in own}
+    rows: list[Row] = []
+    for rank, head in enumerate(grid.ranking.heads, 1):
+        label, effects = grid.label(head), cells(report.singles[head], EFFECTS)
+        rows.append((label, str(rank), *effects, _p_text(p_values.get(label))))
     return Table(
         f"Single heads by {grid.ranking.method}; effects in nats; p: sign-flip test at this alpha, "
         f"corrected for all tests ({tests.family if tests else 'none'})",
         ("head", "rank", "ΔKL", "KL_raw", "KL_mapped", "drop", "p"),
-        tuple(
-            _single_row(report.singles[head], str(rank), p_values)
-            for rank, head in enumerate(grid.ranking.heads, 1)
-        ),
+        tuple(rows),
         of_heads=True,
     )
 
 
-def _single_row(single: ConditionRecord, rank: str, p_values: Mapping[str, float | None]) -> Row:
-    effects = (cell(each) for each in (single.delta, single.KL_raw_mean, single.KL_mapped_mean))
-    label = label_of(single)
-    return label, rank, *effects, cell(single.drop_pct, "%"), _p_text(p_values.get(label))
+EFFECTS = {"delta": "", "KL_raw_mean": "", "KL_mapped_mean": "", "drop_pct": "%"}
 
 
 def layers(report: Report) -> Section | None:
@@ -148,19 +167,11 @@ def layers(report: Report) -> Section | None:
     table = Table(
         "All heads of a layer patched at once; effects in nats; [..]: 95% intervals",
         (
-            "layer",
-            "undoes",
-            "gives base",
-            "KL_raw",
-            "KL_mapped",
-            "ΔKL",
-            "drop",
-            "k90",
-            "Gini of |ΔKL|",
-            "best head",
+            *("layer", "undoes", "gives base", "KL_raw", "KL_mapped", "ΔKL", "drop", "k90"),
+            *("Gini of |ΔKL|", "best head"),
         ),
         tuple(
-            _layer_row(report.layers[layer], compared.get(layer)) for layer in sorted(report.layers)
+            _layer_row(grid, compared.get(layer)) for layer, grid in sorted(report.layers.items())
         ),
     )
     figures = ("layers", "layers_ranking", "layers_coverage")
@@ -169,15 +180,13 @@ def layers(report: Report) -> Section | None:
 
 def _layer_row(grid: GridResult, compared: LayerRow | None) -> Row:
     (full,) = records(grid, [grid.full])
-    raw, mapped, delta, drop = full.KL_raw_mean, full.KL_mapped_mean, full.delta, full.drop_pct
+    effects = cells(full, {"KL_raw_mean": "", "KL_mapped_mean": "", "delta": "", "drop_pct": "%"})
     if compared is not None:
-        raw, mapped = compared.KL_raw, compared.KL_mapped
-        delta, drop = compared.delta, compared.drop_pct
+        effects = cells(compared, {"KL_raw": "", "KL_mapped": "", "delta": "", "drop_pct": "%"})
     return (
         str(grid.settings.layer),
-        *(cell(each, "%") for each in (full.to_base_pct, full.to_tuned_pct)),
-        *(cell(each) for each in (raw, mapped, delta)),
-        cell(drop, "%"),
+        *cells(full, {"to_base_pct": "%", "to_tuned_pct": "%"}),
+        *effects,
         cell(compared.curve.k90 if compared and compared.curve else None),
         cell(compared.concentration.gini if compared else None),
         _best_head(grid),
@@ -218,8 +227,7 @@ def _position_row(position: MappedPosition, labels: Sequence[str]) -> Row:
     return (
         position.role,
         f"{text!r} ({100 * share:.0f}%)",
-        *(cell(each, "%") for each in (layer.to_base_pct, layer.to_tuned_pct)),
-        cell(layer.delta),
+        *cells(layer, {"to_base_pct": "%", "to_tuned_pct": "%", "delta": ""}),
         "–" if shares[best] is None else f"{labels[best + 1]} ({shares[best]:.0f}%)",
     )
 
@@ -250,7 +258,7 @@ def _agreement_table(rows: Sequence[Agreement]) -> Table:
                 row.first,
                 row.second,
                 row.kind.replace("_", " "),
-                *(cell(each) for each in (row.kendall, row.spearman, row.rbo)),
+                *cells(row, {"kendall": "", "spearman": "", "rbo": ""}),
                 row.note or "",
             )
             for row in rows

@@ -13,6 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.analysis.card.fragment import token_text
+from rq4lens.analysis.card.passes import LOGITS_AT_ONCE, Readout
 from rq4lens.config import Patching, Place
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.loading import HookedModel
@@ -29,9 +30,6 @@ from rq4lens.patching.patch import BASE, Engine, Intervention, Patch, Sources
 
 N_LIKELY = 5
 """Next tokens that a card shows."""
-
-LOGITS_AT_ONCE = 2**26
-"""Rows times vocabulary whose probabilities are in memory together."""
 
 OTHER = "the other model"
 
@@ -114,12 +112,12 @@ def swapped(
     layer: int,
     heads: Sequence[int],
     z_other: Float[Tensor, "prompt head d_head"],
-    own: LogProbs,
-    target: LogProbs | None,
+    own: Readout,
+    target: Readout | None,
 ) -> Swapped:
     """Put each head's activation of the other model into this one, by itself, at strength 1.
 
-    ``own`` and ``target`` are the clean distributions of this model and of the other one.
+    ``own`` and ``target`` are the clean ends of this model and of the other one.
     """
     n_heads = z_other.shape[1]
     sets = [HeadSet.none(n_heads), *(HeadSet.of([head], n_heads) for head in heads)]
@@ -128,9 +126,11 @@ def swapped(
     rows, noise, kl, tokens, probabilities = [], [], [], [], []
     for at, logits in _patched_logits(engine, interventions, sources):
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        noise.append(divergence(own[at].to(log_probs), log_probs[:, 0]))
+        clean = own.of_prompts(at).log_probs()
+        noise.append(divergence(clean.to(log_probs), log_probs[:, 0]))
         if target is not None:
-            kl.append(divergence(target[at].to(log_probs)[:, None], log_probs))
+            wanted = target.of_prompts(at).log_probs()
+            kl.append(divergence(wanted.to(log_probs)[:, None], log_probs))
         some = Likeliest.of(log_probs)
         rows.append(at)
         tokens.append(some.tokens)
@@ -147,8 +147,8 @@ def divergence(
     target: Float[Tensor, "*#rows vocab"], log_probs: Float[Tensor, "*rows vocab"]
 ) -> Float64[ndarray, "*rows"]:
     """``KL(target ‖ distribution)`` in nats, from log-probabilities."""
-    terms = target.exp() * (target - log_probs)
-    return torch.where(target == -torch.inf, 0.0, terms).sum(-1).double().cpu().numpy()
+    terms = (target - log_probs).mul_(target.exp()).masked_fill_(target == -torch.inf, 0)
+    return terms.sum(-1).double().cpu().numpy()
 
 
 def _patched_logits(

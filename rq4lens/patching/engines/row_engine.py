@@ -223,11 +223,12 @@ class RowEngine(ABC):
         self.first_layer = first_layer
         self.fallback_reason: str | None = None
         self.placement = Placement.of(model)
+        self.batch_size = (place or Place()).batch_size
         self._memory = MemoryPlan.of(
             model.cfg,
             prompts,
             self.placement,
-            batch_size=(place or Place()).batch_size,
+            batch_size=self.batch_size,
             max_bytes=max_bytes,
             rows_copy_keys=self.rows_copy_keys,
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
@@ -35,7 +35,7 @@ from rq4lens.analysis.card.records import (
     Writes,
 )
 from rq4lens.analysis.card.sides import CardInputs, Sides
-from rq4lens.analysis.card.swaps import Swapped, divergence, swapped
+from rq4lens.analysis.card.swaps import Swapped, TopTokens, divergence, swapped
 from rq4lens.analysis.saved import Run
 from rq4lens.analysis.statistics.bootstrap import undefined
 from rq4lens.errors import UserError
@@ -108,29 +108,17 @@ def head_cards(
         yield from _Layer(sides, layer, indices, n_prompts).cards()
 
 
-@dataclass(frozen=True)
-class Extremes:
-    """The tokens that logits raise and lower most, counted from the mean over the vocabulary.
+class Ends(NamedTuple):
+    """The tokens that logits raise and lower most, counted from the mean over the vocabulary."""
 
-    They are looked for where the logits are, which may be a GPU.
-    """
-
-    tokens: Int[ndarray, "*row end likely"]
-    logits: Float[ndarray, "*row end likely"]
+    raised: TopTokens
+    lowered: TopTokens
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Extremes:
-        """Both ends of direct effects on the logits."""
+    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Ends:
+        """Both ends of direct effects on the logits; of the lowered ones by how much."""
         centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
-        ends = [centred.topk(n, largest=largest) for largest in (True, False)]
-        return cls(
-            torch.stack([end.indices for end in ends], dim=-2).cpu().numpy(),
-            torch.stack([end.values for end in ends], dim=-2).cpu().numpy(),
-        )
-
-    def __getitem__(self, row: int | tuple[int, int]) -> Extremes:
-        """Those of one row."""
-        return Extremes(self.tokens[row], self.logits[row])
+        return cls(TopTokens.of(centred, n), TopTokens.of(-centred, n))
 
 
 @dataclass(frozen=True)
@@ -146,7 +134,7 @@ class _Model:
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
-    shown: tuple[Extremes, ...]
+    shown: Sequence[Ends]
 
 
 class _Layer:
@@ -162,7 +150,7 @@ class _Layer:
         """The cards in the order of the heads; all that needs tuned comes before base again."""
         inputs, z_tuned = self.inputs, self.sides.states["tuned"].z[self.layer]
         self.swaps["tuned"], direct = self._swapped("tuned"), self._direct_kl()
-        chosen = [self._chosen(self.swaps["tuned"], place) for place in range(len(self.heads))]
+        chosen = [self._chosen(place) for place in range(len(self.heads))]
         self.models["tuned"] = self._model("tuned", chosen)
         self.swaps["base"], self.models["base"] = self._swapped("base"), self._model("base", chosen)
         layer_map = inputs.maps.get(self.layer)
@@ -180,7 +168,7 @@ class _Layer:
                 reads=reads,
                 writes=writes,
                 map=None if layer_map is None else map_facts(layer_map, head.index, z),
-                decides=tuple(self._decision(place, *each) for each in enumerate(shown)),
+                decides=self._decisions(place, shown),
                 reasons={"numbers": NO_NUMBERS, "map": NO_MAP},
             )
 
@@ -212,30 +200,30 @@ class _Layer:
         return HeadWrites.of(self.sides.model(side).blocks[self.layer], z[self.layer])
 
     @torch.no_grad()
-    def _model(self, side: Side, chosen: Sequence[Sequence[_Chosen]]) -> _Model:
+    def _model(self, side: Side, chosen: Sequence[Mapping[int, str]]) -> _Model:
         states, readout = self.sides.states[side], self.sides.readouts[side]
         writes, heads = self._head_writes(side, states.z), torch.tensor(self.heads)
         added = writes.in_stream[:, heads]
-        rows = torch.tensor([[each.row for each in some] for some in chosen])
-        shown: list[Extremes] = []
+        rows = torch.tensor([list(some) for some in chosen])
+        shown: list[Ends] = []
         for places in some_at_once(len(heads), rows.shape[1] * readout.n_vocab):
             prompts = rows[places]
             direct = readout.of_prompts(prompts).direct(added[prompts, places[:, None]])
-            some = Extremes.of(direct, N_SHIFTS_OF_PROMPT)
-            shown += [some[at] for at in range(len(places))]
+            raised, lowered = Ends.of(direct, N_SHIFTS_OF_PROMPT)
+            shown += [Ends(raised[at], lowered[at]) for at in range(len(places))]
         elsewhere = None
         if states.z_elsewhere:
             elsewhere = self._head_writes(side, states.z_elsewhere).each[:, heads].cpu()
         return _Model(
-            PatternReader.of(
+            PatternReader(
                 self.sides.texts[side],
-                states.pattern[self.layer][:, heads],
-                has_sinks=self.sides.model(side).cfg.use_attention_sinks,
+                states.pattern[self.layer][:, heads].double().transpose(0, 1).numpy(),
+                self.sides.model(side).cfg.use_attention_sinks,
             ),
             writes.each[:, heads].cpu(),
             elsewhere,
             readout.unembedded(readout.beside_heads().normed(added).mean(0)),
-            tuple(shown),
+            shown,
         )
 
     def _carried(self, direct: Float64[ndarray, "row prompt"] | None) -> list[Carried]:
@@ -258,14 +246,14 @@ class _Layer:
         moved, change = [undefined(OTHER_TOKENS)] * len(self.heads), None
         if tuned.elsewhere is not None:
             moved = moved_pct(tuned.elsewhere - base.outputs, base.outputs, self.inputs.bootstrap)
-        before, after = (Extremes.of(each.mean, N_SHIFTS) for each in (base, tuned))
+        before, after = (Ends.of(each.mean, N_SHIFTS) for each in (base, tuned))
         if self.sides.one_vocabulary:
-            change = Extremes.of(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
+            change = Ends.of(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
         return [
             Writes(
-                base=self._shifts("base", before[place]),
-                tuned=self._shifts("tuned", after[place]),
-                change=self._shifts("tuned", change[place]) if change else None,
+                base=self._shifts("base", before, place),
+                tuned=self._shifts("tuned", after, place),
+                change=self._shifts("tuned", change, place) if change else None,
                 output_change_pct=each,
                 reasons={"change": OTHER_VOCABULARY},
             )
@@ -279,13 +267,20 @@ class _Layer:
             return None
         return grid.single(self.heads[place]).delta_nats
 
-    def _chosen(self, swap: Swapped, place: int) -> list[_Chosen]:
-        """The prompts of the largest transfer, then of the largest ``ΔKL``, then further ones."""
-        closed = None if swap.kl_nats is None else swap.kl_nats[0] - swap.kl_nats[place + 1]
-        delta = self._delta_nats(place)
+    def _closed_nats(self, place: int) -> Float64[ndarray, "prompt"] | None:
+        """How much nearer base's head brings the tuned model to base, per prompt."""
+        kl = self.swaps["tuned"].kl_nats
+        return None if kl is None else kl[0] - kl[place + 1]
+
+    def _chosen(self, place: int) -> dict[int, str]:
+        """The prompts of the largest transfer, then of the largest ``ΔKL``, then further ones.
+
+        Each with the quantity that it is chosen by.
+        """
+        sizes = {"transfer": self._closed_nats(place), "ΔKL": self._delta_nats(place)}
         by_size = {
             name: np.argsort(-key, kind="stable").tolist()
-            for name, key in (("transfer", closed), ("ΔKL", delta))
+            for name, key in sizes.items()
             if key is not None
         }
         orders = by_size or {"its place": list(range(len(self.sides.tokens["tuned"])))}
@@ -294,65 +289,46 @@ class _Layer:
         name, order = next(iter(orders.items()))
         picked |= dict.fromkeys(order[:share], name)
         further = {row: name for row in order if row not in picked}
-        return [
-            _Chosen(row, by, _at(closed, row), _at(delta, row))
-            for row, by in [*picked.items(), *further.items()][: self.n_prompts]
-        ]
+        return dict([*picked.items(), *further.items()][: self.n_prompts])
 
-    def _decision(self, place: int, rank: int, chosen: _Chosen) -> Decision:
-        sides, models, row = self.sides, self.models, chosen.row
-        return Decision(
-            prompt=sides.tokens["tuned"].ids[row],
-            chosen_by=chosen.by,
-            closed_nats=chosen.closed_nats,
-            delta_nats=chosen.delta_nats,
-            base=models["base"].reader.attended(place, row),
-            tuned=models["tuned"].reader.attended(place, row),
-            next_tokens=NextTokens(
-                base=self._likely("base", row, 0),
-                tuned=self._likely("tuned", row, 0),
-                tuned_with_base_head=self._likely("tuned", row, place + 1),
-                base_with_tuned_head=self._likely("base", row, place + 1),
-            ),
-            writes_base=self._shifts("base", models["base"].shown[place][rank]),
-            writes_tuned=self._shifts("tuned", models["tuned"].shown[place][rank]),
-            reasons={"closed_nats": OTHER_VOCABULARY, "delta_nats": NO_NUMBERS},
+    def _decisions(self, place: int, chosen: Mapping[int, str]) -> tuple[Decision, ...]:
+        base, tuned = self.models["base"], self.models["tuned"]
+        closed, delta = self._closed_nats(place), self._delta_nats(place)
+        return tuple(
+            Decision(
+                prompt=self.sides.tokens["tuned"].ids[row],
+                chosen_by=by,
+                closed_nats=None if closed is None else float(closed[row]),
+                delta_nats=None if delta is None else float(delta[row]),
+                base=base.reader.attended(place, row),
+                tuned=tuned.reader.attended(place, row),
+                next_tokens=NextTokens(
+                    base=self._likely("base", row, 0),
+                    tuned=self._likely("tuned", row, 0),
+                    tuned_with_base_head=self._likely("tuned", row, place + 1),
+                    base_with_tuned_head=self._likely("base", row, place + 1),
+                ),
+                writes_base=self._shifts("base", base.shown[place], rank),
+                writes_tuned=self._shifts("tuned", tuned.shown[place], rank),
+                reasons={"closed_nats": OTHER_VOCABULARY, "delta_nats": NO_NUMBERS},
+            )
+            for rank, (row, by) in enumerate(chosen.items())
         )
 
     def _likely(self, side: Side, prompt: int, row: int) -> tuple[Likely, ...]:
         """The likely tokens of one prompt."""
-        found = self.swaps[side].likeliest
-        return self._named(
-            side, Likely, found.tokens[prompt, row], found.probabilities[prompt, row]
-        )
+        return self._named(side, Likely, self.swaps[side].likeliest[prompt, row])
 
-    def _shifts(self, side: Side, ends: Extremes) -> Shifts:
-        both = zip(ends.tokens, ends.logits, strict=True)
-        return Shifts(*(self._named(side, TokenShift, *each) for each in both))
+    def _shifts(self, side: Side, ends: Ends, row: int) -> Shifts:
+        lowered = replace(ends.lowered[row], numbers=-ends.lowered.numbers[row])
+        each = (self._named(side, TokenShift, some) for some in (ends.raised[row], lowered))
+        return Shifts(*each)
 
     def _named(
-        self,
-        side: Side,
-        kind: Callable[[str, float], Named],
-        tokens: Int[ndarray, "likely"],
-        values: Float[ndarray, "likely"],
+        self, side: Side, kind: Callable[[str, float], Named], found: TopTokens
     ) -> tuple[Named, ...]:
-        pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-        return tuple(kind(self.sides.token(side, at), _short(value)) for at, value in pairs)
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A prompt that a card shows, by which quantity, and both of its quantities."""
-
-    row: int
-    by: str
-    closed_nats: float | None
-    delta_nats: float | None
-
-
-def _at(values: Float64[ndarray, "prompt"] | None, row: int) -> float | None:
-    return None if values is None else float(values[row])
+        pairs = zip(found.tokens.tolist(), found.numbers.tolist(), strict=True)
+        return tuple(kind(self.sides.token[side](at), _short(value)) for at, value in pairs)
 
 
 def _short(value: float) -> float:

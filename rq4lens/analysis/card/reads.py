@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 from scipy.sparse import csr_array
 from scipy.spatial.distance import jensenshannon
-from torch import Tensor
 
 from rq4lens.analysis.card.records import Attended, Role, TextShare
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate
@@ -58,18 +57,11 @@ class ReadTexts:
 
 @dataclass(frozen=True)
 class PatternReader:
-    """The attention of some heads from the last token of each prompt."""
+    """The attention of some heads from the last token of each prompt; sinks take what is left."""
 
     read: ReadTexts
     pattern: Float64[ndarray, "head prompt pos"]
     has_sinks: bool
-
-    @classmethod
-    def of(
-        cls, read: ReadTexts, pattern: Float[Tensor, "prompt head pos"], *, has_sinks: bool
-    ) -> PatternReader:
-        """A sink takes what no token gets."""
-        return cls(read, pattern.double().transpose(0, 1).contiguous().numpy(), has_sinks)
 
     @cached_property
     def roles(self) -> dict[str, Float64[ndarray, "head prompt"]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 from rq4lens.analysis.card.passes import Readout
 from rq4lens.analysis.card.reads import ReadTexts
-from rq4lens.analysis.card.swaps import engine_of
 from rq4lens.analysis.effects.table import bootstrap_of
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run
@@ -23,7 +22,8 @@ from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import MEASURE_SPLIT
 from rq4lens.models.prompts.reading import decoded
 from rq4lens.patching.activations import check_layers
-from rq4lens.patching.engines.decision import DecisionStates, Patterns, decision_states
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.decision import DecisionStates, decision_states
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.maps.map import LayerMap, load_map
@@ -133,16 +133,16 @@ class Sides:
         self.tokens = {side: inputs.pair.tokens(side, inputs.split).decided() for side in SIDES}
         self.aligned = self.tokens["base"].token_ids == self.tokens["tuned"].token_ids
         self._engines: dict[Side, Engine] = dict(inputs.engines)
-        self._tokens: dict[Side, dict[int, str]] = {side: {} for side in SIDES}
+        tokenizers = {side: inputs.pair.member(side).tokenizer for side in SIDES}
+        texts = {id(each): cache(partial(decoded, each)) for each in tokenizers.values()}
+        self.token = {side: texts[id(each)] for side, each in tokenizers.items()}
+        """The text of a token in each model."""
         self.states: dict[Side, DecisionStates] = {}
         self.readouts: dict[Side, Readout] = {}
-        self._read("base", layers, None)
-        self._read("tuned", layers, self.states["base"].pattern if self.aligned else None)
-
-    def _read(self, side: Side, layers: Sequence[int], attention: Patterns | None) -> None:
-        states = decision_states(self.engine(side), layers, attention)
-        self.states[side] = states
-        self.readouts[side] = Readout.of(self.model(side), states.resid)
+        for side in SIDES:
+            other = self.states["base"].pattern if self.states and self.aligned else None
+            self.states[side] = decision_states(self.engine(side), layers, other)
+            self.readouts[side] = Readout.of(self.model(side), self.states[side].resid)
 
     def model(self, side: Side) -> HookedTransformer:
         """One of the models, the other one released if both do not fit."""
@@ -157,8 +157,9 @@ class Sides:
         """The engine of one model, made once while the model stays."""
         model = self.model(side)
         if side not in self._engines:
-            tokens, place = self.tokens[side], self.inputs.place
-            self._engines[side] = engine_of(model, tokens, place, self.first_layer)
+            self._engines[side] = make_engine(
+                model, self.tokens[side], place=self.inputs.place, first_layer=self.first_layer
+            )
         engine = self._engines[side]
         assert isinstance(engine, RowEngine | HookEngine)  # all prompts have one window
         return engine
@@ -169,17 +170,7 @@ class Sides:
         sizes = {readout.n_vocab for readout in self.readouts.values()}
         return len(sizes) == 1 and self.inputs.pair.same_tokenizer
 
-    def token(self, side: Side, index: int) -> str:
-        """The text of a token."""
-        known = self._tokens[side]
-        if index not in known:
-            known[index] = decoded(self.inputs.pair.member(side).tokenizer, index)
-        return known[index]
-
     @cached_property
     def texts(self) -> dict[Side, ReadTexts]:
         """The prompts as each model reads them."""
-        return {
-            side: ReadTexts.of(self.tokens[side].token_ids, partial(self.token, side))
-            for side in SIDES
-        }
+        return {side: ReadTexts.of(self.tokens[side].token_ids, self.token[side]) for side in SIDES}

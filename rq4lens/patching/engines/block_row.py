@@ -161,6 +161,7 @@ def _rotate(
     )
 
 
+OWN_ROWS = "prompt condition own kv_head d_head"
 PER_HEAD = "prompt condition position (kv_head group) d_head"
 WITH_SHARED = "prompt kv_head (group condition position)"
 WITH_OWN = "(prompt condition kv_head) (group position)"
@@ -180,7 +181,8 @@ def _pattern(
     q_own = rearrange(q, f"{PER_HEAD} -> {WITH_OWN} d_head", **sizes)
     scores = rearrange(q, f"{PER_HEAD} -> {WITH_SHARED} d_head", **sizes) @ shared.keys.mT
     scores = rearrange(scores, f"{WITH_SHARED} key -> {SIX} key", **sizes)
-    own = rearrange(q_own @ _own(k).mT, f"{WITH_OWN} own -> {SIX} own", **sizes)
+    k = rearrange(k, f"{OWN_ROWS} -> (prompt condition kv_head) d_head own")
+    own = rearrange(q_own @ k, f"{WITH_OWN} own -> {SIX} own", **sizes)
     scores[..., -sizes["position"] :] = own
     # In place where it can be: these are the largest tensors of a model with many small heads.
     scores = apply_softcap(scores.div_(attn.attn_scale), attn.cfg.attn_scores_soft_cap)
@@ -199,15 +201,10 @@ def gathered(
     z = pattern.flatten(2, 4) @ shared.values
     z = rearrange(z, f"{WITH_SHARED} d_head -> {WITH_OWN} d_head", **sizes)
     own = rearrange(pattern[..., -sizes["position"] :], f"{SIX} own -> {WITH_OWN} own")
-    for weight, value in zip(own.split(1, dim=-1), _own(v).split(1, dim=1), strict=True):
+    v = rearrange(v, f"{OWN_ROWS} -> (prompt condition kv_head) own d_head")
+    for weight, value in zip(own.split(1, dim=-1), v.split(1, dim=1), strict=True):
         z = torch.addcmul(z, weight, value)
     return rearrange(z, f"{WITH_OWN} d_head -> {PER_HEAD}", **sizes)
-
-
-def _own(heads: Float[Tensor, "prompt condition own kv_head d_head"]) -> Tensor:
-    return rearrange(
-        heads, "prompt condition own kv_head d_head -> (prompt condition kv_head) own d_head"
-    )
 
 
 def is_post_norm(block: TransformerBlock) -> bool:

@@ -9,29 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from rq4lens.models.load.lens import HookPoint
-from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.engines.block_row import Pattern, finish_block, gathered, row_attention
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.engines.layout import fused_norms
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.engines.suffix import SuffixEngine
-from rq4lens.patching.passes import forward_batch, reading
+from rq4lens.patching.passes import Reader, forward_batch, reader_at, reading
 
 Patterns = Mapping[int, Float[Tensor, "prompt head pos"]]
 """Attention from the decision token by layer; zeros stand behind a prompt's last token."""
 
+Of = Callable[[Tensor], Tensor]
+"""What is kept of activations."""
+
 Read = tuple[Int[Tensor, "prompt"], dict[tuple[str, int], Tensor]]
-"""Some prompts, and what was read of them by name and layer; that of ``resid`` is -1."""
+"""Some prompts, and what was read of them by name and layer, -1 for ``resid``."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,17 @@ def decision_states(
         layers: the layers.
         attention: the other model's, over the same tokens.
     """
-    attention = attention or {}
     if isinstance(engine, SuffixEngine):
-        found = list(_of_clean_pass(engine, layers, attention))
+        found = list(_of_clean_pass(engine, layers, attention or {}))
     else:
-        found = list(_by_hooks(engine, layers, attention))
+        found = list(_by_hooks(engine, layers, attention or {}))
     order = torch.cat([rows for rows, _ in found]).argsort()
-    whole = {key: _joined([read[key].cpu() for _, read in found])[order] for key in found[0][1]}
 
     def of(name: str) -> dict[int, Tensor]:
-        return {layer: each for (kind, layer), each in whole.items() if kind == name}
+        keys = [key for key in found[0][1] if key[0] == name]
+        return {key[1]: _joined([read[key].cpu() for _, read in found])[order, 0] for key in keys}
 
-    return DecisionStates(of("z"), of("pattern"), of("elsewhere"), whole["resid", -1])
+    return DecisionStates(of("z"), of("pattern"), of("elsewhere"), of("resid")[-1])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -90,31 +89,28 @@ def _of_clean_pass(
             for layer in layers:
                 at = clean.layers[layer].to(engine.placement.layers[layer])
                 pattern, v = row_attention(blocks[layer], at.resid[:, None], at.earlier)
-                read["z", layer] = at.z[:, 0]
+                read["z", layer] = at.z
                 read["pattern", layer] = _by_position(pattern, decision)
                 if layer in attention:
-                    other = attention[layer][clean.rows].to(pattern)
-                    z = gathered(_by_column(other, decision, pattern), v, at.earlier)
-                    read["elsewhere", layer] = z[:, 0, 0]
+                    other = _by_column(attention[layer][clean.rows], decision, pattern)
+                    read["elsewhere", layer] = gathered(other, v, at.earlier)[:, 0]
             end = clean.layers[last].to(engine.placement.layers[last])
             resid = finish_block(blocks[last], end.resid[:, None], end.z[:, None])
-        yield clean.rows, read | {("resid", -1): resid[:, 0, 0]}
+        yield clean.rows, read | {("resid", -1): resid[:, 0]}
 
 
 def _by_position(
     pattern: Pattern, decision: Int[Tensor, "prompt"]
-) -> Float[Tensor, "prompt head pos"]:
+) -> Float[Tensor, "prompt 1 head pos"]:
     """Attention by the position of the token; the last column is the decision token's own."""
-    columns = rearrange(pattern, "prompt kv_head group 1 1 key -> prompt (kv_head group) key")
+    columns = rearrange(pattern, "prompt kv_head group 1 1 key -> prompt 1 (kv_head group) key")
     found = functional.pad(columns[..., : int(decision.max())], (0, 1))
-    found[torch.arange(len(found)), :, decision] = columns[..., -1]
+    found[torch.arange(len(found)), 0, :, decision] = columns[:, 0, :, -1]
     return found
 
 
 def _by_column(
-    attention: Float[Tensor, "prompt head longest"],
-    decision: Int[Tensor, "prompt"],
-    like: Pattern,
+    attention: Float[Tensor, "prompt head longest"], decision: Int[Tensor, "prompt"], like: Pattern
 ) -> Pattern:
     """The reverse: attention by position in the columns of another one."""
     prompts, n_earlier = torch.arange(len(decision)), int(decision.max())
@@ -122,7 +118,7 @@ def _by_column(
     columns[..., :n_earlier] = attention[..., :n_earlier]
     columns[prompts, :, decision] = 0
     columns[..., -1] = attention[prompts, :, decision]
-    return columns.reshape(like.shape)
+    return columns.reshape(like.shape).to(like)
 
 
 def _by_hooks(
@@ -131,46 +127,37 @@ def _by_hooks(
     """A forward pass of the model, with hooks."""
     model = engine.model
     for batch in engine.prompts.batches(engine.batch_size):
-        read: dict[tuple[str, int], Tensor] = {}
-
-        def note(
-            key: tuple[str, int], of: Callable[[Tensor], Tensor], value: Tensor, read: Any = read
-        ) -> None:
-            read[key] = of(value)
-
+        decision, read = reader_at(batch.compared), dict[tuple[str, int], Tensor]()
         with ExitStack() as hooks:
             for layer in layers:
-                other = attention[layer][batch.rows] if layer in attention else None
-                for name, point, of in _points(model.blocks[layer].attn, batch, other):
-                    hooks.enter_context(reading(point, partial(note, (name, layer), of)))
+                attn = model.blocks[layer].attn
+                points = {"z": (attn.hook_z, decision)}
+                points["pattern"] = attn.hook_pattern, _of_queries(decision)
+                if layer in attention:
+                    points["elsewhere"] = attn.hook_v, _under(attn, attention[layer][batch.rows])
+                for name, (point, of) in points.items():
+                    hooks.enter_context(reading(point, _into(read, (name, layer), of)))
             resid = forward_batch(model, batch, stop_at_layer=model.cfg.n_layers)
-        yield batch.rows, read | {("resid", -1): _at_decision(batch, resid)}
+            read["resid", -1] = decision(resid)
+        yield batch.rows, read
 
 
-def _at_decision(batch: TokenBatch, value: Float[Tensor, "prompt pos *site"]) -> Tensor:
-    return value[torch.arange(len(value), device=value.device), batch.decision.to(value.device)]
+def _into(read: dict[tuple[str, int], Tensor], key: tuple[str, int], of: Of) -> Reader:
+    return lambda value: read.update({key: of(value)})
 
 
-def _points(
-    attn: Any, batch: TokenBatch, attention: Float[Tensor, "prompt head pos"] | None
-) -> Iterator[tuple[str, HookPoint, Callable[[Tensor], Tensor]]]:
-    """What is read of an attention module: by name, where, and how."""
-    at_decision = partial(_at_decision, batch)
-    yield "z", attn.hook_z, at_decision
-    yield "pattern", attn.hook_pattern, lambda pattern: at_decision(pattern.transpose(1, 2))
-    if attention is not None:
-        yield "elsewhere", attn.hook_v, partial(_under, attn, attention)
+def _of_queries(decision: Of) -> Of:
+    return lambda pattern: decision(pattern.transpose(1, 2))
 
 
-def _under(
-    attn: Any,
-    attention: Float[Tensor, "prompt head longest"],
-    values: Float[Tensor, "prompt pos kv_head d_head"],
-) -> Float[Tensor, "prompt head d_head"]:
-    """A layer's own values, gathered by attention that is not its own."""
-    if attn.cfg.clip_qkv is not None:
-        values = values.clamp(-attn.cfg.clip_qkv, attn.cfg.clip_qkv)
-    group = attn.cfg.n_heads // values.shape[2]
-    values = repeat(values, "prompt pos kv d_head -> prompt pos (kv group) d_head", group=group)
-    here = attention[..., : values.shape[1]].to(values)
-    return einsum(here, values, "prompt head pos, prompt pos head d_head -> prompt head d_head")
+def _under(attn: Any, attention: Float[Tensor, "prompt head longest"]) -> Of:
+    """Gathers a layer's own values by attention that is not its own."""
+
+    def gather(values: Float[Tensor, "prompt pos kv_head d_head"]) -> Tensor:
+        limit, n_pos, n_kv_heads = attn.cfg.clip_qkv, *values.shape[1:3]
+        values = values if limit is None else values.clamp(-limit, limit)
+        here = attention[:, None, :, :n_pos].to(values).unflatten(2, (n_kv_heads, -1))
+        product = "prompt one kv group pos, prompt pos kv d_head -> prompt one kv group d_head"
+        return einsum(here, values, product).flatten(2, 3)
+
+    return gather

@@ -24,6 +24,7 @@ from engine_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_zoo import ZOO, save, train_tokenizer
+from torch.autograd import forward_ad
 
 from rq4lens.config import Patching, Place
 from rq4lens.errors import UserError
@@ -32,12 +33,12 @@ from rq4lens.models.load.lens import TransformerBridge
 from rq4lens.models.load.loading import load_hooked
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import capture_z
-from rq4lens.patching.engines import block_row, memory
+from rq4lens.patching.engines import block_row, layout, memory
 from rq4lens.patching.engines import row_engine as row_engine_module
 from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.engines.layout import fused_norms, store_for_products
+from rq4lens.patching.engines.layout import fused_norms, norms_of, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, RowBudget
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.passes import forward_batch
@@ -151,9 +152,27 @@ def test_rows_go_through_the_models_own_submodules(model, prompts, sources):
 
 def test_norms_inside_norms_contexts_are_left_as_they_were(model):
     """A clean pass may start within the rows of an engine; the outer one puts everything back."""
-    with fused_norms(model), fused_norms(model.blocks):
+    with fused_norms(norms_of(model)), fused_norms(norms_of(model.blocks)):
         assert "forward" in vars(model.ln_final)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_derivative_does_not_go_through_a_fused_norm(monkeypatch):
+    """Forward-mode derivatives are those of the library's own norm: a fused kernel's are in float32
+    on a GPU, whatever the rows are in.
+    """
+    model = tiny_model(torch.bfloat16)
+    norm = model.ln_final
+    rows = torch.randn(3, model.cfg.d_model, dtype=torch.bfloat16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(rows, torch.ones_like(rows))
+        expected = forward_ad.unpack_dual(norm(dual))
+        monkeypatch.setattr(layout.functional, "rms_norm", None)
+        with fused_norms([norm]):
+            found = forward_ad.unpack_dual(norm(dual))
+    assert torch.equal(found.primal, expected.primal)
+    assert torch.equal(found.tangent, expected.tangent)
+    assert found.tangent.dtype == torch.bfloat16
 
 
 def test_the_other_direction_of_the_divergence_equals_native_hooks(model, prompts, sources):

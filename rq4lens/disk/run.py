@@ -122,31 +122,27 @@ def file_sha256(path: Path) -> str | None:
 
 def per_prompt_table(grid: GridResult) -> pd.DataFrame:
     """Every prompt's own numbers: a row per prompt, condition and kind."""
-    rows = []
+    about: list[tuple[Any, ...]] = []
+    rows: list[PatchRow] = []
     for each in grid.conditions.values():
-        about = {"layer": each.layer, "cond": each.cond, "heads": str(each.heads)}
-        found = {"raw": each.raw, "mapped": each.mapped}
-        rows += [_rows(grid, about, each.alpha, *item) for item in found.items()]
-        rows += _transfer_rows(grid, about, each.transfer)
-    about = {"layer": EVERY_LAYER, "cond": EVERY, "heads": str(HeadSet.all(grid.n_heads))}
-    rows += _transfer_rows(grid, about, grid.every_layer)
-    return pd.concat(rows, ignore_index=True)
-
-
-def _transfer_rows(
-    grid: GridResult, about: Mapping[str, Any], transfer: Transfer | None
-) -> list[pd.DataFrame]:
-    swaps = {} if transfer is None else transfer._asdict()
-    return [_rows(grid, about, 1.0, *item) for item in swaps.items()]
-
-
-def _rows(
-    grid: GridResult, about: Mapping[str, Any], alpha: float, kind: str, row: PatchRow
-) -> pd.DataFrame:
-    prompts = {"prompt_id": grid.prompt_ids, "group": grid.groups}
-    measures = {column: getattr(row, name) for column, name in MEASURES.items()}
-    measured = {column: list(values) for column, values in measures.items() if values is not None}
-    return pd.DataFrame({**prompts, **about, "alpha": alpha, "kind": kind, **measured})
+        patched = (each.layer, each.cond, str(each.heads))
+        about += [(*patched, each.alpha, kind) for kind in ("raw", "mapped")]
+        rows += [each.raw, each.mapped]
+        about += [(*patched, 1.0, kind) for kind in SWAPS if each.transfer]
+        rows += each.transfer or ()
+    patched = (EVERY_LAYER, EVERY, str(HeadSet.all(grid.n_heads)))
+    about += [(*patched, 1.0, kind) for kind in SWAPS if grid.every_layer]
+    rows += grid.every_layer or ()
+    table = pd.DataFrame(about, columns=["layer", "cond", "heads", "alpha", "kind"])
+    table = table.loc[table.index.repeat(len(grid.prompt_ids))].reset_index(drop=True)
+    table.insert(0, "prompt_id", grid.prompt_ids * len(rows))
+    table.insert(1, "group", grid.groups * len(rows))
+    nothing = [None] * len(grid.prompt_ids)
+    for column, name in MEASURES.items():
+        found = [getattr(row, name) for row in rows]
+        if any(each is not None for each in found):
+            table[column] = [n for each in found for n in (nothing if each is None else each)]
+    return table
 
 
 def grid_of_table(

@@ -23,7 +23,13 @@ from rq4lens.models.load.lens import (
 from rq4lens.models.pair import ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.answers import answers_of, in_tokens_of
-from rq4lens.patching.engines.layout import Steps, fused_norms, side_by_side, store_for_products
+from rq4lens.patching.engines.layout import (
+    Steps,
+    fused_norms,
+    norms_of,
+    side_by_side,
+    store_for_products,
+)
 from rq4lens.patching.keys import NamedIngredients
 from rq4lens.patching.passes import Reader, forward_steps, precise_dtype, reader_at, unembed
 from rq4lens.patching.patch import Site
@@ -77,7 +83,7 @@ def capture(
     stop = cfg.n_layers if to_the_end else max(layers) + 1
     if len(batches) > 1 and isinstance(model, HookedTransformer):
         store_for_products(model.blocks[:stop])
-    with fused_norms(model, half_only=True):
+    with fused_norms(norms_of(model), half_only=True):
         works = (_read(model, batch, layers, stop, to_the_end) for batch in batches)
         for batch, read, ends in side_by_side(works):
             for layer, z in read.items():

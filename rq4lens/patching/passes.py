@@ -112,7 +112,7 @@ def unembed(
     if not isinstance(model, HookedTransformer):
         return resid
     if model.cfg.normalization_type is not None:
-        with fused_norms(model.ln_final):
+        with fused_norms([model.ln_final]):
             resid = model.ln_final(resid)
     return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
 

@@ -22,6 +22,7 @@ from rq4lens.models.load.lens import HookedModel, HookedTransformer, HookPoint, 
 from rq4lens.models.prompts.prompt_set import TokenBatch
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch
+from rq4lens.patching.engines.memory import default_budget_bytes
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.experiment import Experiment
 from rq4lens.patching.passes import device_of, forward_batch, unembed
@@ -33,8 +34,11 @@ RowsOfLogits = Float[Tensor, "prompt row vocab"]
 Site = Float[Tensor, "prompt position head d_head"]
 PerHead = Float64[ndarray, "head prompt"]
 
-MAX_VALUES = 2**24
-"""Numbers in the widest layer of a batch; bounds the memory of a derivative."""
+BYTES_PER_VALUE = 32
+"""Memory of a number of the widest layer while it is derived, copies in float64 among it."""
+
+MOST_BYTES = 4 * 2**30
+"""Memory of a derivative; more of it makes a GPU no faster."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,9 @@ def _prompts_at_once(experiment: Experiment, rows_per_prompt: int) -> int:
     cfg = experiment.tuned_model.cfg
     longest = int(experiment.prompts.lengths.max())
     widest = cfg.d_vocab + (cfg.d_mlp or 0) + cfg.n_heads * longest
-    n_positions = experiment.prompts.n_spots
-    return max(1, MAX_VALUES // (rows_per_prompt * n_positions * widest))
+    n_values = rows_per_prompt * experiment.prompts.n_spots * widest
+    free = default_budget_bytes(device_of(experiment.tuned_model))
+    return max(1, min(free, MOST_BYTES) // (BYTES_PER_VALUE * n_values))
 
 
 def as_rows(z: Site) -> RowsOfZ:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rq4lens.config import Reading
@@ -313,7 +313,7 @@ def _with_whitespace(
     Of the whitespace between two tokens, the later one has as much as it decodes to at its start,
     and the earlier one as much of the rest as it decodes to at its end.
     """
-    text_of = cache(partial(decoded, tokenizer))
+    text_of = partial(decoded, tokenizer)
     closed, last, end = list(spans), -1, 0
     for index, span in enumerate([*spans, (len(text), len(text))]):
         if span is None:
@@ -368,6 +368,7 @@ def _spans(read: ReadPrompt, what: str, instead: str) -> tuple[Span | None, ...]
     return read.spans
 
 
+@lru_cache(maxsize=2**16)
 def decoded(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of one token, its whitespace included."""
     return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
@@ -23,7 +23,7 @@ from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, Tokenized
 from rq4lens.patching.activations import check_layers
 from rq4lens.patching.engines.clean_pass import CleanBatch, some_prompts
 from rq4lens.patching.engines.hooks import everywhere, used_sources, used_writers
-from rq4lens.patching.engines.memory import MemoryPlan, RowBlock
+from rq4lens.patching.engines.memory import MemoryPlan, RowBlock, is_main_memory
 from rq4lens.patching.engines.windows import Window
 from rq4lens.patching.passes import precise_dtype
 from rq4lens.patching.patch import (
@@ -223,16 +223,17 @@ class RowEngine(ABC):
         self.first_layer = first_layer
         self.fallback_reason: str | None = None
         self.placement = Placement.of(model)
-        self.batch_size = (place or Place()).batch_size
+        self.batch_size = (place or Place()).prompts_per_pass
         self._memory = MemoryPlan.of(
             model.cfg,
             prompts,
             self.placement,
-            batch_size=self.batch_size,
+            batch_size=(place or Place()).batch_size,
             max_bytes=max_bytes,
             rows_copy_keys=self.rows_copy_keys,
         )
         self._clean: list[CleanBatch] = []
+        self._compared: tuple[OtherModel, list[OtherModel]] | None = None
 
     @classmethod
     def not_covered(cls, model: Any) -> str | None:
@@ -349,15 +350,13 @@ class RowEngine(ABC):
             dtype=torch.float64,
             device=self.placement.exit,
         )
-        for clean, into in zip(
-            batches, found.split([len(b.rows) for b in batches], -1), strict=True
-        ):
+        parts = found.split([len(b.rows) for b in batches], -1)
+        for clean, into, beside in zip(batches, parts, self._beside(other, batches), strict=True):
             here, rows_on = clean.to(self.placement), copied_once(clean.rows)
             incoming = {
                 key: self.window.spread(source[rows_on(source.device)], clean.rows)
                 for key, source in every.items()
             }
-            beside = other and other.of_prompts(clean.rows).to(self.placement.exit)
 
             def work(
                 block: RowBlock,
@@ -407,6 +406,20 @@ class RowEngine(ABC):
         groups = self._group_logits(clean.to(self.placement), prompts, rows, here)
         return torch.cat([logits[:, 1:] for _, logits in groups], dim=1)
 
+    def _beside(
+        self, other: OtherModel | None, batches: Sequence[CleanBatch]
+    ) -> Iterable[OtherModel | None]:
+        """What the rows of each batch are compared with, beside the last layer."""
+        if other is None:
+            return [None] * len(batches)
+        device = self.placement.exit
+        parts = (other.of_prompts(clean.rows).to(device) for clean in batches)
+        if is_main_memory(device) or not self._memory.keep_on_device:
+            return parts
+        if self._compared is None or self._compared[0] is not other:
+            self._compared = other, list(parts)
+        return self._compared[1]
+
     def _beside_layer(self, key: tuple[int, str], source: Tensor) -> Tensor:
         """A source where the layer is that it is blended into."""
         return source.to(self.placement.layers[key[0]], self.model.cfg.dtype, non_blocking=True)
@@ -428,7 +441,7 @@ class RowEngine(ABC):
                 made.append(clean if on_device else clean.to(main_memory))
 
         self._memory.passes.run(RowBlock(slice(0, len(self.prompts)), slice(0, 1)), work)
-        self._clean = made
+        self._clean, self._compared = made, None
         return made
 
     def _with_spots(self, clean: CleanBatch) -> CleanBatch:

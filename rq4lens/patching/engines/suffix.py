@@ -9,12 +9,13 @@ an approximation: the numbers are those of a full forward pass through native ho
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from rq4lens.models.load.lens import (
     Attention,
@@ -26,7 +27,7 @@ from rq4lens.models.load.lens import (
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_prompts
-from rq4lens.patching.engines.layout import fused_norms, side_by_side, store_for_products
+from rq4lens.patching.engines.layout import fused_norms, norms_of, side_by_side, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, even_parts
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
 from rq4lens.patching.passes import unembed
@@ -83,8 +84,12 @@ class SuffixEngine(RowEngine):
             clean_pass(self.model, some_prompts(batch, part), first_layer, self.window.n_positions)
             for part in parts
         )
-        with fused_norms(self.model, half_only=True):
+        with fused_norms(norms_of(self.model), half_only=True):
             return list(side_by_side(works))
+
+    @cached_property
+    def _norms(self) -> list[nn.Module]:
+        return norms_of(self.model.blocks)
 
     def _at_once(self, n_prompts: int) -> int:
         """Prompts that go through the model together; several devices want several batches."""
@@ -131,7 +136,7 @@ class SuffixEngine(RowEngine):
         sources: Sources,
     ) -> Float[Tensor, "token 1 vocab"]:
         resid = embedded[:, None]
-        with fused_norms(self.model.blocks):
+        with fused_norms(self._norms):
             for layer, block in enumerate(self.model.blocks):
                 device = self.placement.layers[layer]
                 z = sources[layer, source][rows][:, None].to(device, self.model.cfg.dtype)
@@ -141,7 +146,7 @@ class SuffixEngine(RowEngine):
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "token row vocab"]]]:
-        with fused_norms(self.model.blocks):
+        with fused_norms(self._norms):
             resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
             yield group, unembed(self.model, resid[:, group.rows])

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from rq4lens.analysis.card.card import MOST_CARDS, head_cards
 from rq4lens.analysis.card.sides import CardInputs
-from rq4lens.analysis.card.swaps import engine_of
 from rq4lens.config import Place
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import SIDES, ModelPair
+from rq4lens.patching.engines.choice import make_engine
 
 SMALL = TINY | {
     **{"n_layers": 8, "n_heads": 24, "n_key_value_heads": 8, "d_vocab": 4000},
@@ -63,7 +63,8 @@ def measure(case: str, device: str, repeats: int) -> dict[str, Any]:
     place = Place(batch_size=32)
     tokens = {side: pair.tokens(side, "val") for side in SIDES}
     engines = {
-        side: engine_of(pair.member(side).model, tokens[side], place, layer) for side in SIDES
+        side: make_engine(pair.member(side).model, tokens[side], place=place, first_layer=layer)
+        for side in SIDES
     }
     heads = [Head(layer, head) for head in range(min(MOST_CARDS, pair.n_heads))]
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from rq4lens import cli
 from rq4lens.analysis.card.card import head_card, head_cards
 from rq4lens.analysis.card.fragment import MOST_TOKENS, token_line
-from rq4lens.analysis.card.passes import HeadWrites, Readout, decision_states, through
+from rq4lens.analysis.card.passes import HeadWrites, Readout, through
 from rq4lens.analysis.card.reads import NO_TOKEN
 from rq4lens.analysis.card.records import Attended, HeadCard, Shifts, TokenShift
 from rq4lens.analysis.card.sides import CardInputs
@@ -38,7 +38,7 @@ from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.saved import read_run
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.analysis.statistics.plain import from_json, to_json
-from rq4lens.config import config_from
+from rq4lens.config import Place, config_from
 from rq4lens.disk.run import PER_PROMPT, file_sha256
 from rq4lens.errors import UserError
 from rq4lens.figures.page import sections
@@ -51,6 +51,8 @@ from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.activations import PairActivations, capture_z
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.decision import decision_states
 from rq4lens.patching.engines.hooks import patched_heads
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.passes import forward_batch
@@ -167,17 +169,19 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("layer", [0, 1])
-def test_reads_writes_and_direct_effects_are_those_of_hugging_face(name, layer, tmp_path):
+@pytest.mark.parametrize("engine", ["suffix", "hooks"])
+def test_reads_writes_and_direct_effects_are_those_of_hugging_face(name, layer, engine, tmp_path):
     """Every architecture: grouped heads, soft caps, windows, parallel blocks, norms and biases."""
     plain, hooked = load(name, tmp_path)
     hugging = HuggingFace(plain, name, layer)
-    states = decision_states(hooked, PROMPTS, [layer], batch_size=4)
-    block, readout = hooked.blocks[layer], Readout(hooked, states.resid)
+    place = Place(engine=engine, batch_size=4)
+    states = decision_states(make_engine(hooked, PROMPTS, place=place), [layer])
+    block, readout = hooked.blocks[layer], Readout.of(hooked, states.resid).beside_heads()
     writes = HeadWrites.of(block, states.z[layer])
     other = HeadWrites.of(block, states.z[layer].roll(1, 0))
     with torch.no_grad():
-        direct = [readout.direct(writes.in_stream(head)) for head in range(4)]
-        changed = [readout.log_probs(writes.change(h, other.each[:, h])) for h in range(4)]
+        direct = readout.direct(writes.in_stream)
+        changed = readout.log_probs(writes.changes(other))
     seen = [hugging.run(tokens) for tokens in PROMPTS.token_ids]
     weight = hugging.weight()
     for row, at in enumerate(seen):
@@ -191,7 +195,7 @@ def test_reads_writes_and_direct_effects_are_those_of_hugging_face(name, layer, 
             added = hugging.frozen(hugging.after, each[head], whole)
             normed = hugging.frozen(hugging.final, added, at["resid"])
             expected = hugging.unembed(normed) - hugging.unembed(torch.zeros_like(normed))
-            assert close(direct[head][row], expected)
+            assert close(direct[row, head], expected)
             after = whole + swapped[head] - each[head]
             norm = hugging.after or (lambda value: value)
             resid = at["resid"] + norm(after) - norm(whole)
@@ -199,7 +203,7 @@ def test_reads_writes_and_direct_effects_are_those_of_hugging_face(name, layer, 
             logits = (
                 logits if hugging.cap is None else hugging.cap * torch.tanh(logits / hugging.cap)
             )
-            assert close(changed[head][row], logits.log_softmax(-1))
+            assert close(changed[row, head], logits.log_softmax(-1))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -208,19 +212,19 @@ def test_all_writes_add_up_to_the_logits(name, tmp_path):
     """Heads, MLPs, embedding and biases, each by its direct effect, make the clean logits."""
     hooked = load(name, tmp_path)[1]
     layers = list(range(hooked.cfg.n_layers))
-    states = decision_states(hooked, PROMPTS, layers, batch_size=len(PROMPTS))
+    states = decision_states(make_engine(hooked, PROMPTS), layers)
     batch = next(PROMPTS.batches(len(PROMPTS)))
     logits, cache = hooked.run_with_cache(batch.tokens, padding_side="right", return_type="logits")
     here = torch.arange(len(batch.rows)), batch.decision
     order = batch.rows.argsort()
-    readout = Readout(hooked, states.resid)
+    readout = Readout.of(hooked, states.resid)
     total = readout.direct(cache["blocks.0.hook_resid_pre"][here][order])
     for layer in layers:
         block = hooked.blocks[layer]
         writes = HeadWrites.of(block, states.z[layer])
-        for head in range(4):
-            total += readout.direct(writes.in_stream(head))
-        bias = through(writes.norm, block.attn.b_O.expand_as(writes.whole), writes.whole)
+        total += readout.beside_heads().direct(writes.in_stream).sum(1)
+        whole = writes.whole[:, 0]
+        bias = through(writes.norm, block.attn.b_O.expand_as(whole), whole)
         bias = bias if getattr(writes.norm, "b", None) is None else bias + writes.norm.b
         total += readout.direct(bias)
         total += readout.direct(cache[f"blocks.{layer}.hook_mlp_out"][here][order])
@@ -292,12 +296,16 @@ def test_other_vocabularies_leave_nulls_with_their_reasons():
 
 
 @pytest.mark.parametrize("n_key_value_heads", [None, 2])
-def test_values_under_the_models_own_attention_are_z(n_key_value_heads):
+@pytest.mark.parametrize("engine", ["suffix", "hooks"])
+def test_values_under_the_models_own_attention_are_z(n_key_value_heads, engine):
     """What a card calls values under an attention is what the model computes."""
     model = tiny_model(n_key_value_heads=n_key_value_heads)
-    prompts = TokenizedPrompts(("a", "b"), ((1, 2, 3, 4), (5, 6)))
-    own = decision_states(model, prompts, [1], 2)
-    again = decision_states(model, prompts, [1], 1, own.pattern)
+    prompts = TokenizedPrompts(("a", "b", "c"), ((1, 2, 3, 4), (5, 6), (7,)))
+    engines = [
+        make_engine(model, prompts, place=Place(engine=engine, batch_size=size)) for size in (3, 1)
+    ]
+    own = decision_states(engines[0], [1])
+    again = decision_states(engines[1], [1], own.pattern)
     assert torch.allclose(again.z_elsewhere[1], own.z[1], atol=1e-6)
 
 

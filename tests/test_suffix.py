@@ -462,12 +462,12 @@ def test_what_is_not_covered_falls_back_to_exact_numbers(
 
 def test_an_engine_that_disagrees_with_native_hooks_is_not_used(monkeypatch, prompts):
     """Never a wrong number: a suffix engine that computes something else is found out."""
-    attend = block_row._attend
+    gathered = block_row.gathered
 
-    def without_own_value(attn: Any, q: Any, k: Any, v: Any, shared: Any) -> Any:
-        return attend(attn, q, k, torch.zeros_like(v), shared)
+    def without_own_value(pattern: Any, v: Any, shared: Any) -> Any:
+        return gathered(pattern, torch.zeros_like(v), shared)
 
-    monkeypatch.setattr(block_row, "_attend", without_own_value)
+    monkeypatch.setattr(block_row, "gathered", without_own_value)
     engine = make_engine(tiny_model(), prompts)
     assert engine.name == "cached"
     assert "its logits differ from those of native hooks" in (engine.fallback_reason or "")

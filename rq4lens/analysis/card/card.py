@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.analysis.card.numbers import carried_by, map_facts, moved_pct, numbers_of
-from rq4lens.analysis.card.passes import HeadWrites, Readout
+from rq4lens.analysis.card.passes import HeadWrites, some_at_once
 from rq4lens.analysis.card.reads import (
     OTHER_TOKENS,
     PatternReader,
@@ -34,9 +35,9 @@ from rq4lens.analysis.card.records import (
     Writes,
 )
 from rq4lens.analysis.card.sides import CardInputs, Sides
-from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, Swapped, divergence, swapped
+from rq4lens.analysis.card.swaps import Swapped, TopTokens, divergence, swapped
 from rq4lens.analysis.saved import Run
-from rq4lens.analysis.statistics.bootstrap import Estimate, undefined
+from rq4lens.analysis.statistics.bootstrap import undefined
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.models.pair import SIDES, ModelPair, Side
@@ -51,6 +52,8 @@ N_SHIFTS, N_SHIFTS_OF_PROMPT = 10, 5
 
 OTHER_VOCABULARY = "the models have other vocabularies, so their answers are over other tokens"
 NO_MAP = "no map of this layer was given"
+Named = TypeVar("Named", Likely, TokenShift)
+
 NO_NUMBERS = "the single heads of this layer were not measured by a run that was given"
 
 
@@ -105,29 +108,17 @@ def head_cards(
         yield from _Layer(sides, layer, indices, n_prompts).cards()
 
 
-@dataclass(frozen=True)
-class Extremes:
-    """The tokens that logits raise and lower most, counted from the mean over the vocabulary.
+class Ends(NamedTuple):
+    """The tokens that logits raise and lower most, counted from the mean over the vocabulary."""
 
-    They are looked for where the logits are, which may be a GPU.
-    """
-
-    tokens: Int[ndarray, "*row end likely"]
-    logits: Float[ndarray, "*row end likely"]
+    raised: TopTokens
+    lowered: TopTokens
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Extremes:
-        """Both ends of direct effects on the logits."""
+    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Ends:
+        """Both ends of direct effects on the logits; of the lowered ones by how much."""
         centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
-        ends = [centred.topk(n, largest=largest) for largest in (True, False)]
-        return cls(
-            torch.stack([end.indices for end in ends], dim=-2).cpu().numpy(),
-            torch.stack([end.values for end in ends], dim=-2).cpu().numpy(),
-        )
-
-    def of_row(self, row: int) -> Extremes:
-        """Those of one prompt."""
-        return Extremes(self.tokens[row], self.logits[row])
+        return cls(TopTokens.of(centred, n), TopTokens.of(-centred, n))
 
 
 @dataclass(frozen=True)
@@ -143,7 +134,7 @@ class _Model:
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
-    shown: tuple[Extremes, ...]
+    shown: Sequence[Ends]
 
 
 class _Layer:
@@ -152,101 +143,122 @@ class _Layer:
     def __init__(self, sides: Sides, layer: int, heads: Sequence[int], n_prompts: int) -> None:
         self.sides, self.layer, self.heads, self.n_prompts = sides, layer, heads, n_prompts
         self.inputs = sides.inputs
+        self.swaps: dict[Side, Swapped] = {}
+        self.models: dict[Side, _Model] = {}
 
     def cards(self) -> Iterator[HeadCard]:
         """The cards in the order of the heads; all that needs tuned comes before base again."""
-        _ = self.sides.one_vocabulary  # reads both models before they take turns
-        swaps: dict[Side, Swapped] = {"tuned": self._swapped("tuned")}
-        direct = self._direct_kl()
-        chosen = [self._chosen(swaps["tuned"], place) for place in range(len(self.heads))]
-        models: dict[Side, _Model] = {"tuned": self._model("tuned", chosen)}
-        swaps["base"], models["base"] = self._swapped("base"), self._model("base", chosen)
-        carried, reads, moved = (
-            self._carried(swaps, direct),
-            self._reads(models),
-            self._moved(models),
-        )
-        for place, head in enumerate(self.heads):
-            of_head = _OfHead(self, Head(self.layer, head), place, swaps, models)
-            yield of_head.card(carried[place], reads[place], moved[place], chosen[place])
+        inputs, z_tuned = self.inputs, self.sides.states["tuned"].z[self.layer]
+        self.swaps["tuned"], direct = self._swapped("tuned"), self._direct_kl()
+        chosen = [self._chosen(place) for place in range(len(self.heads))]
+        self.models["tuned"] = self._model("tuned", chosen)
+        self.swaps["base"], self.models["base"] = self._swapped("base"), self._model("base", chosen)
+        layer_map = inputs.maps.get(self.layer)
+        parts = zip(self._carried(direct), self._reads(), self._writes(), chosen, strict=True)
+        for place, (carried, reads, writes, shown) in enumerate(parts):
+            head = Head(self.layer, self.heads[place])
+            z = z_tuned[:, head.index]
+            yield HeadCard(
+                head=head,
+                pair=inputs.pair.name,
+                split=inputs.split,
+                n_prompts=len(z),
+                carried=carried,
+                numbers=numbers_of(inputs.grid, inputs.analysis, head),
+                reads=reads,
+                writes=writes,
+                map=None if layer_map is None else map_facts(layer_map, head.index, z),
+                decides=self._decisions(place, shown),
+                reasons={"numbers": NO_NUMBERS, "map": NO_MAP},
+            )
 
     def _swapped(self, side: Side) -> Swapped:
         """One model with the other one's heads."""
         other: Side = "base" if side == "tuned" else "tuned"
-        target = self.sides.log_probs[other] if self.sides.one_vocabulary else None
+        readouts = self.sides.readouts
+        target = readouts[other] if self.sides.one_vocabulary else None
         z = self.sides.states[other].z[self.layer]
-        own = self.sides.log_probs[side]
-        return swapped(self.sides.engine(side), self.layer, self.heads, z, own, target)
+        return swapped(self.sides.engine(side), self.layer, self.heads, z, readouts[side], target)
 
     @torch.no_grad()
     def _direct_kl(self) -> Float64[ndarray, "row prompt"] | None:
         """Divergence of base from tuned, clean and with base's heads while the rest is held."""
         if not self.sides.one_vocabulary:
             return None
-        model, states = self.sides.model("tuned"), self.sides.states["tuned"]
-        block = model.blocks[self.layer]
-        tuned = HeadWrites.of(block, states.z[self.layer])
-        base = HeadWrites.of(block, self.sides.states["base"].z[self.layer])
-        changes = [tuned.change(head, base.each[:, head]) for head in self.heads]
-        found = []
-        for rows in torch.arange(len(states.resid)).split(LOGITS_AT_ONCE // model.cfg.d_vocab_out):
-            readout = Readout(model, states.resid[rows])
-            target = self.sides.log_probs["base"][rows].to(readout.resid.device)
-            said = [readout.log_probs(), *(readout.log_probs(each[rows]) for each in changes)]
-            found.append(np.stack([divergence(target, each) for each in said]))
+        tuned, base = (self._head_writes("tuned", self.sides.states[at].z) for at in SIDES[::-1])
+        changes = tuned.changes(base)[:, self.heads]
+        changes = torch.cat([torch.zeros_like(changes[:, :1]), changes], dim=1)
+        readouts, found = self.sides.readouts, []
+        n_logits = changes.shape[1] * readouts["tuned"].n_vocab
+        for rows in some_at_once(len(changes), n_logits):
+            target = readouts["base"].of_prompts(rows).beside_heads().log_probs()
+            said = readouts["tuned"].of_prompts(rows).beside_heads().log_probs(changes[rows])
+            found.append(divergence(target.to(said), said).T)
         return np.concatenate(found, axis=1)
 
+    def _head_writes(self, side: Side, z: Mapping[int, Tensor]) -> HeadWrites:
+        return HeadWrites.of(self.sides.model(side).blocks[self.layer], z[self.layer])
+
     @torch.no_grad()
-    def _model(self, side: Side, chosen: Sequence[Sequence[_Chosen]]) -> _Model:
-        model, states = self.sides.model(side), self.sides.states[side]
-        block = model.blocks[self.layer]
-        writes = HeadWrites.of(block, states.z[self.layer])
-        readout, shown, mean = Readout(model, states.resid), [], []
-        for head, rows in zip(self.heads, chosen, strict=True):
-            added, at = writes.in_stream(head), [each.row for each in rows]
-            mean.append(readout.mean_direct(added).cpu())
-            direct = Readout(model, states.resid[at]).direct(added[at])
-            shown.append(Extremes.of(direct, N_SHIFTS_OF_PROMPT))
-        other = states.z_elsewhere.get(self.layer)
-        reader = PatternReader.of(
-            self.sides.tokens[side].token_ids,
-            self.sides.texts(side),
-            states.pattern[self.layer][:, self.heads],
-            has_sinks=model.cfg.use_attention_sinks,
-        )
+    def _model(self, side: Side, chosen: Sequence[Mapping[int, str]]) -> _Model:
+        states, readout = self.sides.states[side], self.sides.readouts[side]
+        writes, heads = self._head_writes(side, states.z), torch.tensor(self.heads)
+        added = writes.in_stream[:, heads]
+        rows = torch.tensor([list(some) for some in chosen])
+        shown: list[Ends] = []
+        for places in some_at_once(len(heads), rows.shape[1] * readout.n_vocab):
+            prompts = rows[places]
+            direct = readout.of_prompts(prompts).direct(added[prompts, places[:, None]])
+            raised, lowered = Ends.of(direct, N_SHIFTS_OF_PROMPT)
+            shown += [Ends(raised[at], lowered[at]) for at in range(len(places))]
+        elsewhere = None
+        if states.z_elsewhere:
+            elsewhere = self._head_writes(side, states.z_elsewhere).each[:, heads].cpu()
         return _Model(
-            reader,
-            writes.each[:, self.heads].cpu(),
-            None if other is None else HeadWrites.of(block, other).each[:, self.heads].cpu(),
-            torch.stack(mean),
-            tuple(shown),
+            PatternReader(
+                self.sides.texts[side],
+                states.pattern[self.layer][:, heads].double().transpose(0, 1).numpy(),
+                self.sides.model(side).cfg.use_attention_sinks,
+            ),
+            writes.each[:, heads].cpu(),
+            elsewhere,
+            readout.unembedded(readout.beside_heads().normed(added).mean(0)),
+            shown,
         )
 
-    def _carried(
-        self, swaps: Mapping[Side, Swapped], direct: Float64[ndarray, "row prompt"] | None
-    ) -> list[Carried]:
+    def _carried(self, direct: Float64[ndarray, "row prompt"] | None) -> list[Carried]:
         if direct is None:
             return [Carried(*[undefined(OTHER_VOCABULARY)] * 3)] * len(self.heads)
-        return carried_by(swaps["tuned"], swaps["base"], direct, self.inputs.bootstrap)
+        return carried_by(self.swaps["tuned"], self.swaps["base"], direct, self.inputs.bootstrap)
 
-    def _reads(self, models: Mapping[Side, _Model]) -> list[HeadReads]:
-        base, tuned, bootstrap = models["base"], models["tuned"], self.inputs.bootstrap
+    def _reads(self) -> list[HeadReads]:
+        base, tuned, bootstrap = self.models["base"], self.models["tuned"], self.inputs.bootstrap
         apart = moved = [undefined(OTHER_TOKENS)] * len(self.heads)
         if tuned.elsewhere is not None:
             apart = distances(base.reader, tuned.reader, bootstrap)
             moved = moved_pct(tuned.outputs - tuned.elsewhere, base.outputs, bootstrap)
         roles = roles_of(base.reader, tuned.reader, bootstrap)
-        return [
-            HeadReads(roles[place], text_shares(base.reader, tuned.reader, place), *estimates)
-            for place, estimates in enumerate(zip(apart, moved, strict=True))
-        ]
+        texts = text_shares(base.reader, tuned.reader)
+        return list(map(HeadReads, roles, texts, apart, moved))
 
-    def _moved(self, models: Mapping[Side, _Model]) -> list[Estimate]:
-        """How far the output of each head moves by writing otherwise."""
-        base, elsewhere = models["base"].outputs, models["tuned"].elsewhere
-        if elsewhere is None:
-            return [undefined(OTHER_TOKENS)] * len(self.heads)
-        return moved_pct(elsewhere - base, base, self.inputs.bootstrap)
+    def _writes(self) -> list[Writes]:
+        base, tuned = self.models["base"], self.models["tuned"]
+        moved, change = [undefined(OTHER_TOKENS)] * len(self.heads), None
+        if tuned.elsewhere is not None:
+            moved = moved_pct(tuned.elsewhere - base.outputs, base.outputs, self.inputs.bootstrap)
+        before, after = (Ends.of(each.mean, N_SHIFTS) for each in (base, tuned))
+        if self.sides.one_vocabulary:
+            change = Ends.of(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
+        return [
+            Writes(
+                base=self._shifts("base", before, place),
+                tuned=self._shifts("tuned", after, place),
+                change=self._shifts("tuned", change, place) if change else None,
+                output_change_pct=each,
+                reasons={"change": OTHER_VOCABULARY},
+            )
+            for place, each in enumerate(moved)
+        ]
 
     def _delta_nats(self, place: int) -> Float64[ndarray, "prompt"] | None:
         """``ΔKL`` of a head per prompt, if a run measured it."""
@@ -255,13 +267,20 @@ class _Layer:
             return None
         return grid.single(self.heads[place]).delta_nats
 
-    def _chosen(self, swap: Swapped, place: int) -> list[_Chosen]:
-        """The prompts of the largest transfer, then of the largest ``ΔKL``, then further ones."""
-        closed = None if swap.kl_nats is None else swap.kl_nats[0] - swap.kl_nats[place + 1]
-        delta = self._delta_nats(place)
+    def _closed_nats(self, place: int) -> Float64[ndarray, "prompt"] | None:
+        """How much nearer base's head brings the tuned model to base, per prompt."""
+        kl = self.swaps["tuned"].kl_nats
+        return None if kl is None else kl[0] - kl[place + 1]
+
+    def _chosen(self, place: int) -> dict[int, str]:
+        """The prompts of the largest transfer, then of the largest ``ΔKL``, then further ones.
+
+        Each with the quantity that it is chosen by.
+        """
+        sizes = {"transfer": self._closed_nats(place), "ΔKL": self._delta_nats(place)}
         by_size = {
             name: np.argsort(-key, kind="stable").tolist()
-            for name, key in (("transfer", closed), ("ΔKL", delta))
+            for name, key in sizes.items()
             if key is not None
         }
         orders = by_size or {"its place": list(range(len(self.sides.tokens["tuned"])))}
@@ -270,110 +289,46 @@ class _Layer:
         name, order = next(iter(orders.items()))
         picked |= dict.fromkeys(order[:share], name)
         further = {row: name for row in order if row not in picked}
-        return [
-            _Chosen(row, by, _at(closed, row), _at(delta, row))
-            for row, by in [*picked.items(), *further.items()][: self.n_prompts]
-        ]
+        return dict([*picked.items(), *further.items()][: self.n_prompts])
 
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A prompt that a card shows, by which quantity, and both of its quantities."""
-
-    row: int
-    by: str
-    closed_nats: float | None
-    delta_nats: float | None
-
-
-def _at(values: Float64[ndarray, "prompt"] | None, row: int) -> float | None:
-    return None if values is None else float(values[row])
-
-
-@dataclass(frozen=True)
-class _OfHead:
-    """The parts of one head's card."""
-
-    layer: _Layer
-    head: Head
-    place: int
-    swaps: Mapping[Side, Swapped]
-    models: Mapping[Side, _Model]
-
-    def card(
-        self, carried: Carried, reads: HeadReads, moved: Estimate, chosen: Sequence[_Chosen]
-    ) -> HeadCard:
-        inputs, head = self.layer.inputs, self.head
-        layer_map = inputs.maps.get(head.layer)
-        z_tuned = self.layer.sides.states["tuned"].z[head.layer][:, head.index]
-        return HeadCard(
-            head=head,
-            pair=inputs.pair.name,
-            split=inputs.split,
-            n_prompts=len(self.layer.sides.tokens["tuned"]),
-            carried=carried,
-            numbers=numbers_of(inputs.grid, inputs.analysis, head),
-            reads=reads,
-            writes=self._writes(moved),
-            map=None if layer_map is None else map_facts(layer_map, head.index, z_tuned),
-            decides=tuple(self._decision(rank, each) for rank, each in enumerate(chosen)),
-            reasons={"numbers": NO_NUMBERS, "map": NO_MAP},
+    def _decisions(self, place: int, chosen: Mapping[int, str]) -> tuple[Decision, ...]:
+        base, tuned = self.models["base"], self.models["tuned"]
+        closed, delta = self._closed_nats(place), self._delta_nats(place)
+        return tuple(
+            Decision(
+                prompt=self.sides.tokens["tuned"].ids[row],
+                chosen_by=by,
+                closed_nats=None if closed is None else float(closed[row]),
+                delta_nats=None if delta is None else float(delta[row]),
+                base=base.reader.attended(place, row),
+                tuned=tuned.reader.attended(place, row),
+                next_tokens=NextTokens(
+                    base=self._likely("base", row, 0),
+                    tuned=self._likely("tuned", row, 0),
+                    tuned_with_base_head=self._likely("tuned", row, place + 1),
+                    base_with_tuned_head=self._likely("base", row, place + 1),
+                ),
+                writes_base=self._shifts("base", base.shown[place], rank),
+                writes_tuned=self._shifts("tuned", tuned.shown[place], rank),
+                reasons={"closed_nats": OTHER_VOCABULARY, "delta_nats": NO_NUMBERS},
+            )
+            for rank, (row, by) in enumerate(chosen.items())
         )
 
-    def _writes(self, moved: Estimate) -> Writes:
-        before, after = (self.models[side].mean[self.place] for side in SIDES)
-        same = self.layer.sides.one_vocabulary
-        return Writes(
-            base=self._shifts("base", Extremes.of(before, N_SHIFTS)),
-            tuned=self._shifts("tuned", Extremes.of(after, N_SHIFTS)),
-            change=self._shifts("tuned", Extremes.of(after - before, N_SHIFTS)) if same else None,
-            output_change_pct=moved,
-            reasons={"change": OTHER_VOCABULARY},
-        )
-
-    def _decision(self, rank: int, chosen: _Chosen) -> Decision:
-        sides, place = self.layer.sides, self.place
-        written = {
-            side: self._shifts(side, self.models[side].shown[place].of_row(rank)) for side in SIDES
-        }
-        return Decision(
-            prompt=sides.tokens["tuned"].ids[chosen.row],
-            chosen_by=chosen.by,
-            closed_nats=chosen.closed_nats,
-            delta_nats=chosen.delta_nats,
-            base=self.models["base"].reader.attended(place, chosen.row),
-            tuned=self.models["tuned"].reader.attended(place, chosen.row),
-            next_tokens=NextTokens(
-                base=self._likely("base", 0, chosen.row),
-                tuned=self._likely("tuned", 0, chosen.row),
-                tuned_with_base_head=self._likely("tuned", place + 1, chosen.row),
-                base_with_tuned_head=self._likely("base", place + 1, chosen.row),
-            ),
-            writes_base=written["base"],
-            writes_tuned=written["tuned"],
-            reasons={"closed_nats": OTHER_VOCABULARY, "delta_nats": NO_NUMBERS},
-        )
-
-    def _likely(self, side: Side, row: int, prompt: int) -> tuple[Likely, ...]:
+    def _likely(self, side: Side, prompt: int, row: int) -> tuple[Likely, ...]:
         """The likely tokens of one prompt."""
-        found = self.swaps[side].likeliest
-        return self._named(side, found.tokens[prompt, row], found.probabilities[prompt, row])
+        return self._named(side, Likely, self.swaps[side].likeliest[prompt, row])
+
+    def _shifts(self, side: Side, ends: Ends, row: int) -> Shifts:
+        lowered = replace(ends.lowered[row], numbers=-ends.lowered.numbers[row])
+        each = (self._named(side, TokenShift, some) for some in (ends.raised[row], lowered))
+        return Shifts(*each)
 
     def _named(
-        self, side: Side, tokens: Int[ndarray, "likely"], shares: Float[ndarray, "likely"]
-    ) -> tuple[Likely, ...]:
-        pairs = zip(tokens.tolist(), shares.tolist(), strict=True)
-        return tuple(Likely(self.layer.sides.token(side, at), _short(p)) for at, p in pairs)
-
-    def _shifts(self, side: Side, ends: Extremes) -> Shifts:
-        raised, lowered = (
-            tuple(
-                TokenShift(self.layer.sides.token(side, at), _short(value))
-                for at, value in zip(tokens, values, strict=True)
-            )
-            for tokens, values in zip(ends.tokens.tolist(), ends.logits.tolist(), strict=True)
-        )
-        return Shifts(raised, lowered)
+        self, side: Side, kind: Callable[[str, float], Named], found: TopTokens
+    ) -> tuple[Named, ...]:
+        pairs = zip(found.tokens.tolist(), found.numbers.tolist(), strict=True)
+        return tuple(kind(self.sides.token[side](at), _short(value)) for at, value in pairs)
 
 
 def _short(value: float) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
+from scipy.sparse import csr_array
 from scipy.spatial.distance import jensenshannon
-from torch import Tensor
 
 from rq4lens.analysis.card.records import Attended, Role, TextShare
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate
@@ -23,66 +25,63 @@ NO_TOKEN = "no token (attention sink)"
 
 
 @dataclass(frozen=True)
-class PatternReader:
-    """The prompts as one model reads them, padded, and the attention of some heads over them."""
+class ReadTexts:
+    """The prompts as one model reads them: token texts, and which of them have which role."""
 
     texts: tuple[tuple[str, ...], ...]
-    pattern: Float64[ndarray, "head prompt pos"]
-    roles: Mapping[str, Float64[ndarray, "head prompt"]]
+    roles: Mapping[str, Bool[ndarray, "prompt pos"]]
+    there: Bool[ndarray, "prompt pos"]
 
     @classmethod
-    def of(
-        cls,
-        token_ids: Sequence[Sequence[int]],
-        text_of: Mapping[int, str],
-        pattern: Float[Tensor, "prompt head pos"],
-        *,
-        has_sinks: bool,
-    ) -> PatternReader:
-        """Attention from the last token of each prompt; a sink takes what no token gets."""
-        share = pattern.double().transpose(0, 1).numpy()
-        texts = tuple(tuple(text_of[each] for each in tokens) for tokens in token_ids)
+    def of(cls, token_ids: Sequence[Sequence[int]], text_of: Callable[[int], str]) -> ReadTexts:
+        """Prompts whose last tokens decide, padded."""
+        texts = tuple(tuple(map(text_of, tokens)) for tokens in token_ids)
+        lengths = np.array([[len(tokens)] for tokens in token_ids])
+        at = np.arange(lengths.max())[None]
+        there = at < lengths
+        padded: Int[ndarray, "prompt pos"] = np.full(there.shape, -1)
+        padded[there] = [token for tokens in token_ids for token in tokens]
+        last = lengths - 1
+        same = (padded == np.take_along_axis(padded, last, axis=1)) & (at < last)
+        behind = np.zeros_like(same)
+        behind[:, 1:] = same[:, :-1] & (at[:, 1:] < last)
         roles = {
-            name: (share * mask).sum(-1)
-            for name, mask in _role_masks(token_ids, share.shape[-1]).items()
+            "first token": np.broadcast_to(at == 0, same.shape),
+            "itself": at == last,
+            "previous position": at == last - 1,
+            "same token earlier": same,
+            "behind the same token": behind,
         }
-        if has_sinks:
-            roles[NO_TOKEN] = 1 - share.sum(-1)
-        return cls(texts, share, roles)
+        return cls(texts, roles, there)
+
+
+@dataclass(frozen=True)
+class PatternReader:
+    """The attention of some heads from the last token of each prompt; sinks take what is left."""
+
+    read: ReadTexts
+    pattern: Float64[ndarray, "head prompt pos"]
+    has_sinks: bool
+
+    @cached_property
+    def roles(self) -> dict[str, Float64[ndarray, "head prompt"]]:
+        """How much of the attention goes to tokens of each role."""
+        found = {name: (self.pattern * mask).sum(-1) for name, mask in self.read.roles.items()}
+        return found | ({NO_TOKEN: 1 - self.pattern.sum(-1)} if self.has_sinks else {})
 
     def attended(self, head: int, prompt: int) -> Attended:
         """The tokens of a prompt and one head's attention to them."""
-        tokens = self.texts[prompt]
-        share = self.pattern[head, prompt, : len(tokens)]
+        tokens = self.read.texts[prompt]
+        share = self.pattern[head, prompt, : len(tokens)].tolist()
         return Attended(tokens, tuple(float(f"{each:.3g}") for each in share))
 
-    def by_text(self, head: int) -> dict[str, float]:
-        """Mean share of one head's attention that goes to each token text."""
-        found: dict[str, float] = {}
-        for tokens, share in zip(self.texts, self.pattern[head].tolist(), strict=True):
-            for text, each in zip(tokens, share, strict=False):
-                found[text] = found.get(text, 0.0) + each / len(self.texts)
-        return found
-
-
-def _role_masks(
-    token_ids: Sequence[Sequence[int]], n_pos: int
-) -> dict[str, Bool[ndarray, "prompt pos"]]:
-    padded: Int[ndarray, "prompt pos"] = np.full((len(token_ids), n_pos), -1)
-    for row, tokens in enumerate(token_ids):
-        padded[row, : len(tokens)] = tokens
-    last = np.array([[len(tokens) - 1] for tokens in token_ids])
-    at = np.arange(n_pos)[None]
-    same = (padded == np.take_along_axis(padded, last, axis=1)) & (at < last)
-    behind = np.zeros_like(same)
-    behind[:, 1:] = same[:, :-1] & (at[:, 1:] < last)
-    return {
-        "first token": np.broadcast_to(at == 0, same.shape),
-        "itself": at == last,
-        "previous position": at == last - 1,
-        "same token earlier": same,
-        "behind the same token": behind,
-    }
+    def by_text(self, number: Mapping[str, int]) -> Float64[ndarray, "head text"]:
+        """Mean share of the attention, in percent, that goes to each of numbered token texts."""
+        texts = [number[text] for tokens in self.read.texts for text in tokens]
+        n_tokens, n_prompts = len(texts), len(self.read.texts)
+        share = 100 / n_prompts * self.pattern[:, self.read.there]
+        each = csr_array((np.ones(n_tokens), (texts, range(n_tokens))), (len(number), n_tokens))
+        return np.ascontiguousarray((each @ share.T).T)
 
 
 def roles_of(
@@ -106,18 +105,21 @@ def roles_of(
     return [tuple(sorted(each, key=lambda r: -abs(r.tuned_pct - r.base_pct))) for each in of_head]
 
 
-def text_shares(base: PatternReader, tuned: PatternReader, head: int) -> tuple[TextShare, ...]:
-    """Attention by token text in both models, most changed first."""
-    of_base, of_tuned = base.by_text(head), tuned.by_text(head)
-    holding: dict[str, int] = {}
-    for one, other in zip(base.texts, tuned.texts, strict=True):
-        for text in {*one, *other}:
-            holding[text] = holding.get(text, 0) + 1
-    shares = [
-        TextShare(text, n, 100 * of_base.get(text, 0.0), 100 * of_tuned.get(text, 0.0))
-        for text, n in holding.items()
+def text_shares(base: PatternReader, tuned: PatternReader) -> list[tuple[TextShare, ...]]:
+    """Attention of each head by token text in both models, most changed first."""
+    holding = [{*one, *other} for one, other in zip(base.read.texts, tuned.read.texts, strict=True)]
+    n_prompts = Counter(text for texts in holding for text in texts)
+    names = sorted(n_prompts)
+    number = {text: at for at, text in enumerate(names)}
+    of_base, of_tuned = base.by_text(number), tuned.by_text(number)
+    most = np.argsort(-np.abs(of_tuned - of_base), axis=-1, kind="stable")[:, :N_TEXTS]
+    return [
+        tuple(
+            TextShare(names[at], n_prompts[names[at]], float(before[at]), float(after[at]))
+            for at in some
+        )
+        for some, before, after in zip(most, of_base, of_tuned, strict=True)
     ]
-    return tuple(sorted(shares, key=lambda each: -abs(each.change_pct))[:N_TEXTS])
 
 
 def distances(base: PatternReader, tuned: PatternReader, bootstrap: Bootstrap) -> list[Estimate]:

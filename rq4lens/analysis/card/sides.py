@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 
-import torch
-from torch import Tensor
-
-from rq4lens.analysis.card.passes import DecisionStates, Readout, decision_states
-from rq4lens.analysis.card.swaps import LOGITS_AT_ONCE, LogProbs, engine_of
+from rq4lens.analysis.card.passes import Readout
+from rq4lens.analysis.card.reads import ReadTexts
 from rq4lens.analysis.effects.table import bootstrap_of
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.saved import Run
@@ -25,6 +22,10 @@ from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import MEASURE_SPLIT
 from rq4lens.models.prompts.reading import decoded
 from rq4lens.patching.activations import check_layers
+from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.decision import DecisionStates, decision_states
+from rq4lens.patching.engines.hooks import HookEngine
+from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.maps.map import LayerMap, load_map
 from rq4lens.patching.patch import Engine
 from rq4lens.results import GridResult
@@ -125,17 +126,23 @@ def maps_of(run: Run) -> dict[int, LayerMap]:
 
 
 class Sides:
-    """Both models, and what one clean pass of each left behind."""
+    """Both models behind engines, and what a clean pass of each leaves at the decision token."""
 
     def __init__(self, inputs: CardInputs, layers: Sequence[int]) -> None:
-        self.inputs, self.layers = inputs, layers
+        self.inputs, self.first_layer = inputs, min(layers)
         self.tokens = {side: inputs.pair.tokens(side, inputs.split).decided() for side in SIDES}
         self.aligned = self.tokens["base"].token_ids == self.tokens["tuned"].token_ids
         self._engines: dict[Side, Engine] = dict(inputs.engines)
-        self._texts: dict[Side, dict[int, str]] = {side: {} for side in SIDES}
-        base = self._pass("base", None)
-        tuned = self._pass("tuned", base.pattern if self.aligned else None)
-        self.states = {"base": base, "tuned": tuned}
+        tokenizers = {side: inputs.pair.member(side).tokenizer for side in SIDES}
+        texts = {id(each): cache(partial(decoded, each)) for each in tokenizers.values()}
+        self.token = {side: texts[id(each)] for side, each in tokenizers.items()}
+        """The text of a token in each model."""
+        self.states: dict[Side, DecisionStates] = {}
+        self.readouts: dict[Side, Readout] = {}
+        for side in SIDES:
+            other = self.states["base"].pattern if self.states and self.aligned else None
+            self.states[side] = decision_states(self.engine(side), layers, other)
+            self.readouts[side] = Readout.of(self.model(side), self.states[side].resid)
 
     def model(self, side: Side) -> HookedTransformer:
         """One of the models, the other one released if both do not fit."""
@@ -146,43 +153,24 @@ class Sides:
             raise UserError(f"{NO_CARD}.")
         return model
 
-    def _pass(self, side: Side, attention: Mapping[int, Tensor] | None) -> DecisionStates:
-        size = self.inputs.place.prompts_per_pass
-        return decision_states(self.model(side), self.tokens[side], self.layers, size, attention)
-
-    def engine(self, side: Side) -> Engine:
+    def engine(self, side: Side) -> RowEngine | HookEngine:
         """The engine of one model, made once while the model stays."""
         model = self.model(side)
         if side not in self._engines:
-            place = self.inputs.place
-            self._engines[side] = engine_of(model, self.tokens[side], place, min(self.layers))
-        return self._engines[side]
-
-    @cached_property
-    def log_probs(self) -> dict[Side, LogProbs]:
-        """Next-token log-probabilities of both models, on the CPU."""
-        return {side: self._log_probs(side) for side in SIDES}
-
-    @torch.no_grad()
-    def _log_probs(self, side: Side) -> LogProbs:
-        resid, model = self.states[side].resid, self.model(side)
-        at_once = max(1, LOGITS_AT_ONCE // model.cfg.d_vocab_out)
-        return torch.cat([Readout(model, some).log_probs().cpu() for some in resid.split(at_once)])
+            self._engines[side] = make_engine(
+                model, self.tokens[side], place=self.inputs.place, first_layer=self.first_layer
+            )
+        engine = self._engines[side]
+        assert isinstance(engine, RowEngine | HookEngine)  # all prompts have one window
+        return engine
 
     @cached_property
     def one_vocabulary(self) -> bool:
         """Whether a token is the same in both models."""
-        sizes = {each.shape[-1] for each in self.log_probs.values()}
+        sizes = {readout.n_vocab for readout in self.readouts.values()}
         return len(sizes) == 1 and self.inputs.pair.same_tokenizer
 
-    def token(self, side: Side, index: int) -> str:
-        """The text of a token."""
-        known = self._texts[side]
-        if index not in known:
-            known[index] = decoded(self.inputs.pair.member(side).tokenizer, index)
-        return known[index]
-
-    def texts(self, side: Side) -> dict[int, str]:
-        """The texts of all tokens of the prompts."""
-        every = {each for row in self.tokens[side].token_ids for each in row}
-        return {each: self.token(side, each) for each in every}
+    @cached_property
+    def texts(self) -> dict[Side, ReadTexts]:
+        """The prompts as each model reads them."""
+        return {side: ReadTexts.of(self.tokens[side].token_ids, self.token[side]) for side in SIDES}

@@ -13,13 +13,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from rq4lens.analysis.card.fragment import token_text
-from rq4lens.config import Patching, Place
+from rq4lens.analysis.card.passes import LOGITS_AT_ONCE, Readout
 from rq4lens.heads import HeadSet
-from rq4lens.models.load.loading import HookedModel
 from rq4lens.models.pair import ModelPair
-from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.models.prompts.reading import decoded
-from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.engines.windows import EngineOfWindows
@@ -37,26 +34,27 @@ from rq4lens.patching.patch import (
 N_LIKELY = 5
 """Next tokens that a card shows."""
 
-LOGITS_AT_ONCE = 2**26
-"""Rows times vocabulary whose probabilities are in memory together."""
-
 OTHER = "the other model"
 
 LogProbs = Float[Tensor, "prompt vocab"]
 
 
 @dataclass(frozen=True)
-class Likeliest:
-    """The likeliest next tokens of every row, and their probabilities."""
+class TopTokens:
+    """The tokens with the largest numbers of every row, and these numbers."""
 
-    tokens: Int[ndarray, "*rows likely"]
-    probabilities: Float[ndarray, "*rows likely"]
+    tokens: Int[ndarray, "*rows token"]
+    numbers: Float[ndarray, "*rows token"]
 
     @classmethod
-    def of(cls, log_probs: Float[Tensor, "*rows vocab"]) -> Likeliest:
-        """The likeliest tokens of distributions."""
-        found = log_probs.topk(min(N_LIKELY, log_probs.shape[-1]), dim=-1)
-        return cls(found.indices.cpu().numpy(), found.values.exp().float().cpu().numpy())
+    def of(cls, numbers: Float[Tensor, "*rows vocab"], n: int) -> TopTokens:
+        """They are looked for where the numbers are, which may be a GPU."""
+        found = numbers.topk(min(n, numbers.shape[-1]), dim=-1)
+        return cls(found.indices.cpu().numpy(), found.values.float().cpu().numpy())
+
+    def __getitem__(self, row: Any) -> TopTokens:
+        """Those of some rows."""
+        return TopTokens(self.tokens[row], self.numbers[row])
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,7 @@ class Swapped:
 
     kl_nats: Float64[ndarray, "row prompt"] | None
     noise_nats: float
-    likeliest: Likeliest
-
-
-def engine_of(
-    model: HookedModel, prompts: TokenizedPrompts, place: Place, first_layer: int
-) -> Engine:
-    """The fastest exact engine for patches at the decision token alone."""
-    return make_engine(model, prompts, Patching(), place, first_layer=first_layer)
+    likeliest: TopTokens
 
 
 @torch.no_grad()
@@ -105,13 +96,13 @@ def next_tokens(
 
 def _texts(pair: ModelPair, name: str, log_probs: LogProbs) -> list[list[list[Any]]]:
     tokenizer = pair.member("base" if name == "base" else "tuned").tokenizer
-    found = Likeliest.of(log_probs)
+    found = TopTokens.of(log_probs, N_LIKELY)
     return [
         [
             [token_text(decoded(tokenizer, token)), round(p, 6)]
             for token, p in zip(*row, strict=True)
         ]
-        for row in zip(found.tokens.tolist(), found.probabilities.tolist(), strict=True)
+        for row in zip(found.tokens.tolist(), np.exp(found.numbers).tolist(), strict=True)
     ]
 
 
@@ -121,32 +112,34 @@ def swapped(
     layer: int,
     heads: Sequence[int],
     z_other: Float[Tensor, "prompt head d_head"],
-    own: LogProbs,
-    target: LogProbs | None,
+    own: Readout,
+    target: Readout | None,
 ) -> Swapped:
     """Put each head's activation of the other model into this one, by itself, at strength 1.
 
-    ``own`` and ``target`` are the clean distributions of this model and of the other one.
+    ``own`` and ``target`` are the clean ends of this model and of the other one.
     """
     n_heads = z_other.shape[1]
     sets = [HeadSet.none(n_heads), *(HeadSet.of([head], n_heads) for head in heads)]
     interventions = [(Patch(layer, each, 1.0, OTHER),) for each in sets]
     sources = Sources({(layer, OTHER): z_other[:, None]})
-    rows, noise, kl, tokens, probabilities = [], [], [], [], []
+    rows, noise, kl, tokens, log_p = [], [], [], [], []
     for at, logits in _patched_logits(engine, interventions, sources):
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        noise.append(divergence(own[at].to(log_probs), log_probs[:, 0]))
+        clean = own.of_prompts(at).log_probs()
+        noise.append(divergence(clean.to(log_probs), log_probs[:, 0]))
         if target is not None:
-            kl.append(divergence(target[at].to(log_probs)[:, None], log_probs))
-        some = Likeliest.of(log_probs)
+            wanted = target.of_prompts(at).log_probs()
+            kl.append(divergence(wanted.to(log_probs)[:, None], log_probs))
+        some = TopTokens.of(log_probs, N_LIKELY)
         rows.append(at)
         tokens.append(some.tokens)
-        probabilities.append(some.probabilities)
+        log_p.append(some.numbers)
     back = torch.cat(rows).argsort().numpy()
     return Swapped(
         np.concatenate(kl)[back].T if kl else None,
         float(np.concatenate(noise).mean()),
-        Likeliest(np.concatenate(tokens)[back], np.concatenate(probabilities)[back]),
+        TopTokens(np.concatenate(tokens), np.exp(np.concatenate(log_p)))[back],
     )
 
 

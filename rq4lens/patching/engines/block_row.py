@@ -69,6 +69,10 @@ class SharedKeys:
     own_scale: Float[Tensor, "prompt 1 1 1 d_head"] | None = None
 
 
+Pattern = Float[Tensor, "prompt kv_head group condition position key"]
+"""Attention of rows over the columns of :class:`SharedKeys`."""
+
+
 def turn_to_decision(attn: Any, shared: SharedKeys) -> SharedKeys:
     """Rotate the shared keys once, so that no query at the decision token has to be rotated.
 
@@ -100,6 +104,15 @@ def row_z(
     shared: SharedKeys,
 ) -> Float[Tensor, "prompt condition position head d_head"]:
     """Head activations of rows that a lower patch has changed."""
+    return gathered(*row_attention(block, resid, shared), shared)
+
+
+def row_attention(
+    block: TransformerBlock,
+    resid: Float[Tensor, "prompt condition position d_model"],
+    shared: SharedKeys,
+) -> tuple[Pattern, Float[Tensor, "prompt condition position kv_head d_head"]]:
+    """What rows attend to, and their own values."""
     attn, n_conditions = block.attn, resid.shape[1]
     rows = rearrange(
         resid, "prompt condition position d_model -> prompt (condition position) d_model"
@@ -116,7 +129,7 @@ def row_z(
         k = k * shared.own_scale
     elif attn.cfg.positional_embedding_type == "rotary":
         q, k = (_rotate(attn, heads, shared.position_mask) for heads in (q, k))
-    return _attend(attn, q, k, v, shared)
+    return _pattern(attn, q, k, shared).to(v.dtype), v
 
 
 def _queries_keys_values(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,42 +161,50 @@ def _rotate(
     )
 
 
-def _attend(
+OWN_ROWS = "prompt condition own kv_head d_head"
+PER_HEAD = "prompt condition position (kv_head group) d_head"
+WITH_SHARED = "prompt kv_head (group condition position)"
+WITH_OWN = "(prompt condition kv_head) (group position)"
+SIX = "prompt kv_head group condition position"
+"""Two layouts of the same rows: for products with keys that all conditions of a prompt share, and
+for products with a row's own key. Query heads that share a key head are rows of one product in
+both, so keys are never repeated."""
+
+
+def _pattern(
     attn: Any,
     q: Float[Tensor, "prompt condition position head d_head"],
     k: Float[Tensor, "prompt condition position kv_head d_head"],
-    v: Float[Tensor, "prompt condition position kv_head d_head"],
     shared: SharedKeys,
-) -> Float[Tensor, "prompt condition position head d_head"]:
+) -> Pattern:
     sizes = {"condition": k.shape[1], "position": k.shape[2], "kv_head": k.shape[3]}
-    own = slice(-sizes["position"], None)
-    per_head = "prompt condition position (kv_head group) d_head"
-    # Two layouts of the same rows: for products with keys that all conditions of a prompt share,
-    # and for products with a row's own key. Query heads that share a key head are rows of one
-    # product in both, so keys are never repeated.
-    with_shared = "prompt kv_head (group condition position)"
-    with_own = "(prompt condition kv_head) (group position)"
-    six = "prompt kv_head group condition position"
-
-    q_own = rearrange(q, f"{per_head} -> {with_own} d_head", **sizes)
-    k, v = (
-        rearrange(x, "prompt condition own kv_head d_head -> (prompt condition kv_head) own d_head")
-        for x in (k, v)
-    )
-    scores = rearrange(q, f"{per_head} -> {with_shared} d_head", **sizes) @ shared.keys.mT
-    scores = rearrange(scores, f"{with_shared} key -> {six} key", **sizes)
-    scores[..., own] = rearrange(q_own @ k.mT, f"{with_own} own -> {six} own", **sizes)
+    q_own = rearrange(q, f"{PER_HEAD} -> {WITH_OWN} d_head", **sizes)
+    scores = rearrange(q, f"{PER_HEAD} -> {WITH_SHARED} d_head", **sizes) @ shared.keys.mT
+    scores = rearrange(scores, f"{WITH_SHARED} key -> {SIX} key", **sizes)
+    k = rearrange(k, f"{OWN_ROWS} -> (prompt condition kv_head) d_head own")
+    own = rearrange(q_own @ k, f"{WITH_OWN} own -> {SIX} own", **sizes)
+    scores[..., -sizes["position"] :] = own
     # In place where it can be: these are the largest tensors of a model with many small heads.
     scores = apply_softcap(scores.div_(attn.attn_scale), attn.cfg.attn_scores_soft_cap)
     if shared.bias is not None:
         scores = scores.add_(shared.bias)
-    pattern = functional.softmax(scores, dim=-1).to(v.dtype)
+    return functional.softmax(scores, dim=-1)
+
+
+def gathered(
+    pattern: Pattern,
+    v: Float[Tensor, "prompt condition position kv_head d_head"],
+    shared: SharedKeys,
+) -> Float[Tensor, "prompt condition position head d_head"]:
+    """The values that rows gather by an attention."""
+    sizes = {"condition": v.shape[1], "position": v.shape[2], "kv_head": v.shape[3]}
     z = pattern.flatten(2, 4) @ shared.values
-    z = rearrange(z, f"{with_shared} d_head -> {with_own} d_head", **sizes)
-    own_pattern = rearrange(pattern[..., own], f"{six} own -> {with_own} own")
-    for weight, value in zip(own_pattern.split(1, dim=-1), v.split(1, dim=1), strict=True):
+    z = rearrange(z, f"{WITH_SHARED} d_head -> {WITH_OWN} d_head", **sizes)
+    own = rearrange(pattern[..., -sizes["position"] :], f"{SIX} own -> {WITH_OWN} own")
+    v = rearrange(v, f"{OWN_ROWS} -> (prompt condition kv_head) own d_head")
+    for weight, value in zip(own.split(1, dim=-1), v.split(1, dim=1), strict=True):
         z = torch.addcmul(z, weight, value)
-    return rearrange(z, f"{with_own} d_head -> {per_head}", **sizes)
+    return rearrange(z, f"{WITH_OWN} d_head -> {PER_HEAD}", **sizes)
 
 
 def is_post_norm(block: TransformerBlock) -> bool:

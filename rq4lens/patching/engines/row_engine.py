@@ -223,6 +223,7 @@ class RowEngine(ABC):
         self.first_layer = first_layer
         self.fallback_reason: str | None = None
         self.placement = Placement.of(model)
+        self.batch_size = (place or Place()).prompts_per_pass
         self._memory = MemoryPlan.of(
             model.cfg,
             prompts,

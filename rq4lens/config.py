@@ -20,6 +20,9 @@ from rq4lens.errors import UserError
 
 S = TypeVar("S", bound="Settings")
 
+PROMPTS_PER_PASS = 32
+"""Prompts in a forward pass of a whole model, unless told otherwise."""
+
 BUILTIN = ("etiquette", "dialect")
 """The pairs that run without any download."""
 
@@ -305,13 +308,20 @@ class Place(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
         "float32", "number format of the models"
     )
-    batch_size: int = setting(32, "prompts per forward pass", ge=1)
+    batch_size: int | None = setting(
+        None, "prompts per forward pass; if left out 32, and up to 256 in a GPU's engine", ge=1
+    )
     keep_both: bool | None = setting(
         None, "hold both models at once; decided by free memory when left out"
     )
     cache: str | None = setting(
         None, "folder of base activations that runs share; the run's own if left out"
     )
+
+    @property
+    def prompts_per_pass(self) -> int:
+        """Prompts in a forward pass of a whole model."""
+        return self.batch_size or PROMPTS_PER_PASS
 
 
 class Effort(Settings):

@@ -122,7 +122,7 @@ def _gap(pair: ModelPair, config: RunConfig) -> Apart:
     """The gap both ways, and how often the most likely next tokens differ."""
     split, effort = config.patching.split, config.effort
     groups = pair.prompts.split(split).groups
-    activations = PairActivations(pair, batch_size=config.place.batch_size)
+    activations = PairActivations(pair, batch_size=config.place.prompts_per_pass)
     for side in SIDES:
         activations.capture(side, split, [0], to_the_end=True)
     found = {side: activations.log_probs(side, split).double() for side in SIDES}

@@ -117,7 +117,7 @@ class Bench:
         return PairActivations(
             self.pair,
             k_positions=self.config.patching.k_positions,
-            batch_size=self.config.place.batch_size,
+            batch_size=self.config.place.prompts_per_pass,
             store=None if self.cache is None else Store(self.cache, fresh=self.fresh),
             device=torch.device(resolve_device(self.config.place.device)).type,
         )

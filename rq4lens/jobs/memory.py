@@ -220,7 +220,8 @@ def work_memory(
         "fit": 8 * FIT_COPIES * n_train * measured.n_spots * width + matrices,
     }
     if config.place.engine == "hooks":
-        longest, at_once = int(measured.lengths.max()), min(config.place.batch_size, len(measured))
+        longest = int(measured.lengths.max())
+        at_once = min(config.place.prompts_per_pass, len(measured))
         one = longest * bytes_per_row(cfg, longest, cfg.d_vocab_out)
         every = at_once * one
         return WorkMemory(0, True, every, at_once, every, at_once, one, **in_main_memory)

@@ -218,7 +218,7 @@ def _read_at(pair: ModelPair, role: str, prompts: PromptSet) -> ModelPair:
 def _at(mapped: _Mapped, role: str, pair: ModelPair, progress: Progress | None) -> MappedPosition:
     """One position, measured."""
     patching, effort = mapped.plan.settings, mapped.grid.settings.effort
-    activations = PairActivations(pair, batch_size=mapped.place.batch_size)
+    activations = PairActivations(pair, batch_size=mapped.place.prompts_per_pass)
     maps = fit_maps(
         pair,
         mapped.plan.layer,

@@ -374,7 +374,7 @@ def prepare(
     split = settings.split
     check_layers(list(maps), pair.n_layers)
     activations = activations or PairActivations(
-        pair, k_positions=settings.k_positions, batch_size=place.batch_size
+        pair, k_positions=settings.k_positions, batch_size=place.prompts_per_pass
     )
     settings = settings.but(k_positions=activations.k_positions)
     activations.capture("base", split, range(pair.n_layers), to_the_end=True)

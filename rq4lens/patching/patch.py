@@ -184,9 +184,21 @@ class OtherModel:
         best = self.log_probs.argmax(-1)
         return best if self.tokens is None else self.tokens[best]
 
+    def shared(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows shared"]:
+        """The patched model's logits of the tokens that both have."""
+        return logits if self.tokens is None else logits[..., self.tokens]
+
+    def scattered(
+        self, p: Float[Tensor, "*rows shared"], logits: Float[Tensor, "*rows vocab"]
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Probabilities of shared tokens at their places in the patched model's vocabulary."""
+        if self.tokens is None:
+            return p
+        return torch.zeros_like(logits).index_copy(-1, self.tokens, p.to(logits.dtype))
+
     def gap_left_nats(self, logits: Float[Tensor, "prompt row vocab"]) -> Tensor:
         """``KL(p_other || p_patched)``, ``[prompt row]``."""
-        shared = logits if self.tokens is None else logits[..., self.tokens]
+        shared = self.shared(logits)
         patched, other = _log_probs(shared), self.log_probs[:, None].to(_precise(logits.dtype))
         terms = other.exp() * (other - patched)
         return torch.where(other == -torch.inf, 0.0, terms).sum(-1)
@@ -217,7 +229,7 @@ def effects_by_difference(
 
     ``KL(patched || clean) = Σ q exp(δ) δ / Z - ln Z``, ``KL(clean || patched) = ln Z - Σ q δ``, the
     log-probability of that token changes by ``-ln Z``, and the gap to another distribution ``p`` by
-    ``ln Z - Σ p δ``.
+    ``ln Z - Σ p δ``. Of vocabularies that differ, the gap's ``Z`` is over the tokens of both.
 
     Rounding is relative to ``δ`` here, not to the log-probabilities, so small effects keep their
     digits in float32, and equal logits give exactly 0.
@@ -235,17 +247,23 @@ def effects_by_difference(
 
             sums = summed_by_kernel
     q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
-    # Of vocabularies that differ the gap is not a sum over the same logits.
-    p = None if other is None or other.tokens is not None else other.log_probs.exp()[:, None]
+    # Of vocabularies that differ, the gap has probabilities of its own for the clean model too.
+    same = other is not None and other.tokens is None
+    p = other.log_probs.exp()[:, None] if other is not None and same else None
     excess, moment, pull = sums(patched_logits, clean, q, answer, p, tilted=tilted)
     ln_z = excess.log1p()
     kl = moment / (1 + excess) - ln_z if tilted else ln_z - moment
     if other is None:
         return kl, -ln_z
-    if pull is None:
-        gap_left = other.gap_left_nats(patched_logits)
-    else:
-        gap_left = other.gap_left_nats(clean) - pull + ln_z
+    excess_shared = excess
+    if not same:
+        p, q = (
+            other.scattered(each, clean)
+            for each in (other.log_probs.exp()[:, None], other.shared(clean).softmax(-1))
+        )
+        excess_shared, _, pull = sums(patched_logits, clean, q, answer, p, tilted=False)
+    assert pull is not None
+    gap_left = other.gap_left_nats(clean) - pull + excess_shared.log1p()
     return kl, -ln_z, gap_left, other.answer_is(patched_logits, clean_logits)
 
 

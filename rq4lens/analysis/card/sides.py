@@ -147,7 +147,7 @@ class Sides:
         return model
 
     def _pass(self, side: Side, attention: Mapping[int, Tensor] | None) -> DecisionStates:
-        size = self.inputs.place.batch_size
+        size = self.inputs.place.prompts_per_pass
         return decision_states(self.model(side), self.tokens[side], self.layers, size, attention)
 
     def engine(self, side: Side) -> Engine:

@@ -145,7 +145,7 @@ class HookEngine:
         self.model = model
         self.settings = settings or Patching()
         self.prompts = prompts.placed(self.settings.k_positions)
-        self.batch_size = (place or Place()).batch_size
+        self.batch_size = (place or Place()).prompts_per_pass
         self.padding_side: PaddingSide = padding_side
         self.fallback_reason: str | None = None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rq4lens.config import Place
+from rq4lens.config import PROMPTS_PER_PASS, Place
 from rq4lens.errors import UserError
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.lens import HookedModel, HookedTransformer, ModelConfig
@@ -26,6 +26,9 @@ CPU_MAX_ROWS = 4096
 
 FEWEST_CONDITIONS = 32
 """Conditions that stay together as long as memory allows."""
+
+GPU_PROMPTS = 256
+"""Prompts in a clean pass on a GPU, if they fit: with few, its rows are too few to keep it busy."""
 
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
@@ -157,7 +160,7 @@ class MemoryPlan:
         prompts: TokenizedPrompts,
         placement: Placement,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         max_bytes: int | None = None,
         rows_copy_keys: bool = False,
     ) -> MemoryPlan:
@@ -178,7 +181,8 @@ class MemoryPlan:
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
         in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, max(prompts.windows))
         rows = RowBudget(left, in_row + keys * rows_copy_keys)
-        passes.max_rows = min(passes.max_rows, batch_size)
+        at_once = batch_size or (PROMPTS_PER_PASS if shares_memory else GPU_PROMPTS)
+        passes.max_rows = min(passes.max_rows, at_once)
         if shares_memory:
             rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
         return cls(passes, rows, keep_on_device)
@@ -231,7 +235,7 @@ def prompt_parts(
     """
     order = torch.argsort(prompts.lengths, stable=True)
     if place.engine == "hooks" or not isinstance(model, HookedTransformer):
-        return [tuple(rows.tolist()) for rows in order.split(place.batch_size)]
+        return [tuple(rows.tolist()) for rows in order.split(place.prompts_per_pass)]
     memory = MemoryPlan.of(model.cfg, prompts, Placement.of(model), batch_size=place.batch_size)
     parts = even_parts(slice(0, len(prompts)), memory.passes.max_rows)
     return [tuple(order[part].tolist()) for part in parts]

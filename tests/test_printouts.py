@@ -11,18 +11,11 @@ from rq4lens.jobs import run as run_job
 ROOT = Path(__file__).parent.parent
 
 
-LITTLE = rq.AnalysisEffort(
-    n_random_sets=20, random_ks=(), n_splits=1, methods=("delta",), alphas=(0.3, 1.0)
-)
-"""What the answer does not speak of: random sets, other rankings and strengths."""
-
-
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What the demo says: the sweep, then the main job on its layers."""
     folder, config = tmp_path_factory.mktemp("demo"), rq.preset("etiquette")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_job, "AnalysisEffort", lambda **_: LITTLE)
         for pages in ("write_pages", "_write_cards"):
             patched.setattr(run_job, pages, lambda *_: None)
         sweep = rq.sweep_layers(config, folder)

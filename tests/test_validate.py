@@ -71,7 +71,7 @@ def built_in(tokenized_once):  # noqa: ARG001 - its prompts are the same for eac
         pair.use("base").loaded,
         pair.prompts,
         ValidationSettings(
-            methods=["delta", "kl_raw"], n_train=160, n_val=48, n_val_kinds=96, pairs=1
+            methods=["delta", "kl_raw"], n_train=160, n_val=48, n_val_kinds=96, pairs=2
         ),
     )
 
@@ -97,8 +97,8 @@ def test_on_the_model_in_the_box_planted_heads_are_found(built_in):
     """Heads that a map puts right are ranked first by ΔKL, replaced ones by the raw damage."""
     found = {(r.scenario, r.method): r.average_precision for r in built_in.recoveries}
     for scenario in ("rotated", "scaled", "turned", "shifted"):
-        assert found[scenario, "delta"] == pytest.approx((1,))
-    assert found["replaced", "kl_raw"] == pytest.approx((1,))
+        assert found[scenario, "delta"] == pytest.approx((1, 1))
+    assert found["replaced", "kl_raw"] == pytest.approx((1, 1))
 
 
 @pytest.mark.slow
@@ -112,53 +112,38 @@ def test_on_the_model_in_the_box_no_word_is_wrong(built_in):
     }
 
 
-NULLS = [scenario for scenario in SCENARIOS if scenario.sought is None]
-KINDS = ("rotated", "turned", "shifted", "replaced", "rotated beside replaced")
-
-
-def on_a_small_base(scenarios, pairs):
-    """Seeded pairs of some scenarios."""
-    asked = ValidationSettings(methods=[], pairs=pairs, scenarios=scenarios)
+@pytest.fixture(scope="module")
+def twenty():
+    """Twenty seeded pairs of every scenario, on a small base."""
+    asked = ValidationSettings(methods=["delta"], pairs=20)
     return validate(tiny_base(), tiny_prompts(n_train=160, n_val=64, n_neutral=32), asked)
-
-
-@pytest.fixture(scope="module")
-def with_heads():
-    """Six seeded pairs of each kind of change."""
-    return on_a_small_base([BY_NAME[name] for name in KINDS], 6)
-
-
-@pytest.fixture(scope="module")
-def without_heads():
-    """Twenty seeded pairs of each scenario in which there is nothing to find."""
-    return on_a_small_base(NULLS, 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotated", "turned", "shifted", "replaced", "untouched"])
-def test_of_many_pairs_no_head_has_a_wrong_word(with_heads, without_heads, kind):
+def test_of_twenty_pairs_no_head_has_a_wrong_word(twenty, kind):
     """Each kind gets its word, or none; most get it."""
     told = {True: 0, None: 0, False: 0}
-    for validation in (with_heads, without_heads):
-        for (_, truth, verdict), n in validation.kinds.items():
-            if truth == kind:
-                told[is_right(truth, verdict)] += n
+    for (_, truth, verdict), n in twenty.kinds.items():
+        if truth == kind:
+            told[is_right(truth, verdict)] += n
     assert told[False] == 0
-    assert told[True] >= 0.75 * sum(told.values()) > 0
+    assert told[True] >= 0.75 * sum(told.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["noise of every weight", "unrelated models"])
-def test_of_twenty_pairs_without_a_finding_none_is_claimed(without_heads, scenario):
+def test_of_twenty_pairs_without_a_finding_none_is_claimed(twenty, scenario):
     """Noise and unrelated models: 0 of 20, neither about heads nor about the map's repair."""
-    assert without_heads.claimed[scenario] == (0, 20)
+    assert twenty.claimed[scenario] == (0, 20)
 
 
 @pytest.mark.slow
-def test_null_experiments_alarm_at_the_promised_rate(with_heads, without_heads, built_in):
+def test_null_experiments_alarm_at_the_promised_rate(built_in):
     """Where two equally wrong maps are compared, 5% of experiments at most find something."""
+    tiny = small([], pairs=40).false_alarms
     alarms, nulls = (
-        sum(getattr(each.false_alarms, name) for each in (with_heads, without_heads, built_in))
+        getattr(tiny, name) + getattr(built_in.false_alarms, name)
         for name in ("n_alarms", "n_nulls")
     )
     assert nulls >= 200

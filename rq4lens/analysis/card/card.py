@@ -108,14 +108,14 @@ def head_cards(
         yield from _Layer(sides, layer, indices, n_prompts).cards()
 
 
-class Ends(NamedTuple):
+class Extremes(NamedTuple):
     """The tokens that logits raise and lower most, counted from the mean over the vocabulary."""
 
     raised: TopTokens
     lowered: TopTokens
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Ends:
+    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Extremes:
         """Both ends of direct effects on the logits; of the lowered ones by how much."""
         centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
         return cls(TopTokens.of(centred, n), TopTokens.of(-centred, n))
@@ -134,7 +134,7 @@ class _Model:
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
-    shown: Sequence[Ends]
+    shown: Sequence[Extremes]
 
 
 class _Layer:
@@ -205,12 +205,12 @@ class _Layer:
         writes, heads = self._head_writes(side, states.z), torch.tensor(self.heads)
         added = writes.in_stream[:, heads]
         rows = torch.tensor([list(some) for some in chosen])
-        shown: list[Ends] = []
+        shown: list[Extremes] = []
         for places in some_at_once(len(heads), rows.shape[1] * readout.n_vocab):
             prompts = rows[places]
             direct = readout.of_prompts(prompts).direct(added[prompts, places[:, None]])
-            raised, lowered = Ends.of(direct, N_SHIFTS_OF_PROMPT)
-            shown += [Ends(raised[at], lowered[at]) for at in range(len(places))]
+            raised, lowered = Extremes.of(direct, N_SHIFTS_OF_PROMPT)
+            shown += [Extremes(raised[at], lowered[at]) for at in range(len(places))]
         elsewhere = None
         if states.z_elsewhere:
             elsewhere = self._head_writes(side, states.z_elsewhere).each[:, heads].cpu()
@@ -246,9 +246,9 @@ class _Layer:
         moved, change = [undefined(OTHER_TOKENS)] * len(self.heads), None
         if tuned.elsewhere is not None:
             moved = moved_pct(tuned.elsewhere - base.outputs, base.outputs, self.inputs.bootstrap)
-        before, after = (Ends.of(each.mean, N_SHIFTS) for each in (base, tuned))
+        before, after = (Extremes.of(each.mean, N_SHIFTS) for each in (base, tuned))
         if self.sides.one_vocabulary:
-            change = Ends.of(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
+            change = Extremes.of(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
         return [
             Writes(
                 base=self._shifts("base", before, place),
@@ -319,7 +319,7 @@ class _Layer:
         """The likely tokens of one prompt."""
         return self._named(side, Likely, self.swaps[side].likeliest[prompt, row])
 
-    def _shifts(self, side: Side, ends: Ends, row: int) -> Shifts:
+    def _shifts(self, side: Side, ends: Extremes, row: int) -> Shifts:
         lowered = replace(ends.lowered[row], numbers=-ends.lowered.numbers[row])
         each = (self._named(side, TokenShift, some) for some in (ends.raised[row], lowered))
         return Shifts(*each)

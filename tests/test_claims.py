@@ -158,6 +158,9 @@ def replace_prompts(pair, prompts):
     return type(pair)(pair.base, pair.tuned, prompts, name=pair.name, reading=pair.reading)
 
 
+UNDEFINED = Estimate(None, None, "not drawn")
+
+
 def around(value, width=1.0):
     value = float(value)
     return Estimate(value, Interval(value - width, value + width, LEVEL, "bca"))
@@ -251,6 +254,24 @@ def test_few_heads_are_beside_random_ones(found, p_value, p_min, said):
     assert said in heads
     if p_value is None or p_value > 0.05:
         assert " clearly less" not in heads.replace("not clearly less", "")
+
+
+@pytest.mark.parametrize(("optimism", "is_said"), [(3.0, True), (0.0, False), (None, False)])
+def test_a_cross_fitted_share_is_named_as_one(found, optimism, is_said):
+    """A head that is not first in every split has the share that other prompts rank it by."""
+    to_base, to_tuned = found.directions
+    rows = [
+        replace(
+            row,
+            optimism_pct=UNDEFINED if optimism is None else around(optimism),
+            cross_fitted_coverage_pct=UNDEFINED if optimism is None else around(91),
+        )
+        for row in to_base.coverage
+        if row.k == 1
+    ]
+    told = replace(found, directions=(replace(to_base, coverage=tuple(rows)), to_tuned))
+    assert ("when ranked on other prompts" in claims(told)[2]) is is_said
+    assert ("undoes 91%" in claims(told)[2]) is is_said
 
 
 def test_heads_that_do_not_carry_most_are_not_called_the_few(found):

@@ -186,9 +186,10 @@ def _heads(analysis: Analysis) -> str:
         return f"Of its heads {alone} of the gap{ranked}; more than one head was not compared."
     names = _labels(analysis, row.heads)
     crossed = row.cross_fitted_coverage_pct
-    scored = "" if row.k == 1 else " when ranked on other prompts"
     # A head that ranks first on any half of the prompts was not chosen by luck.
-    amount = share(row.coverage_pct if crossed.value is None or _is_alone(row) else crossed)
+    on_others = crossed.value is not None and not _is_alone(row)
+    amount = share(crossed if on_others else row.coverage_pct)
+    scored = " when ranked on other prompts" if on_others else ""
     few = _is_most(row, here.to_base_pct.value or 0.0)
     top = f"{'The' if few else 'the'} top {row.k} heads ({names}) undo"
     who = f"{names} alone undoes" if row.k == 1 else top

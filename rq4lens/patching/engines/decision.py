@@ -85,7 +85,7 @@ def _of_clean_pass(
     blocks, last = engine.model.blocks, engine.model.cfg.n_layers - 1
     for clean in engine.clean_batches(min(layers)):
         decision, read = engine.prompts.lengths[clean.rows] - 1, {}
-        with fused_norms(blocks):
+        with fused_norms(engine.norms):
             for layer in layers:
                 at = clean.layers[layer].to(engine.placement.layers[layer])
                 pattern, v = row_attention(blocks[layer], at.resid[:, None], at.earlier)

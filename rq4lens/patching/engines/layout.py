@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -19,7 +19,7 @@ from rq4lens.models.load.lens import AbstractAttention, GatedMLP, LayerNorm, RMS
 
 
 @contextmanager
-def fused_norms(norms: Iterable[nn.Module], *, half_only: bool = False) -> Iterator[None]:
+def fused_norms(norms: Sequence[nn.Module], *, half_only: bool = False) -> Iterator[None]:
     """Let norm modules compute by torch's fused kernel of the same function when they are called.
 
     TransformerLens' own forward passes over the rows nine times: 0.79 ms against 0.08 ms for 14,700

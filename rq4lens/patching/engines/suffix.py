@@ -88,7 +88,8 @@ class SuffixEngine(RowEngine):
             return list(side_by_side(works))
 
     @cached_property
-    def _norms(self) -> list[nn.Module]:
+    def norms(self) -> list[nn.Module]:
+        """Those of the blocks that have a fused kernel."""
         return norms_of(self.model.blocks)
 
     def _at_once(self, n_prompts: int) -> int:
@@ -136,7 +137,7 @@ class SuffixEngine(RowEngine):
         sources: Sources,
     ) -> Float[Tensor, "token 1 vocab"]:
         resid = embedded[:, None]
-        with fused_norms(self._norms):
+        with fused_norms(self.norms):
             for layer, block in enumerate(self.model.blocks):
                 device = self.placement.layers[layer]
                 z = sources[layer, source][rows][:, None].to(device, self.model.cfg.dtype)
@@ -146,7 +147,7 @@ class SuffixEngine(RowEngine):
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "token row vocab"]]]:
-        with fused_norms(self._norms):
+        with fused_norms(self.norms):
             resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
             yield group, unembed(self.model, resid[:, group.rows])

@@ -109,8 +109,7 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(
-            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place "
-            "with --out."
+            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place (--out)."
         ) from problem
 
 

@@ -95,7 +95,7 @@ def refuse_foreign(directory: Path) -> None:
     if there and there.isdisjoint(MARKS):
         raise UserError(
             f"{str(directory)!r} holds other files ({', '.join(sorted(there)[:3])}) and no run, "
-            "whose report or summary could replace yours: name an empty folder with --out."
+            "whose report or summary could replace yours: name an empty folder (--out)."
         )
 
 

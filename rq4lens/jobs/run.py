@@ -198,7 +198,7 @@ def refuse_other_run(config: RunConfig, directory: Path, pair: ModelPair | None 
     if what:
         raise UserError(
             f"{str(directory)!r} holds a finished run of other settings ({'; '.join(what)}): name "
-            "another folder with --out, or replace that run with --replace."
+            "another folder (--out), or replace that run (--replace; in Python replace=True)."
         )
 
 

@@ -109,7 +109,8 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(
-            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place (--out)."
+            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place, "
+            "with --out on the command line."
         ) from problem
 
 

@@ -184,7 +184,7 @@ def test_code_that_a_folder_brings_along_needs_permission(llama, tmp_path):
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": ["own.Slow", "own.Fast"]},
     )
-    refused(llama, "trust_remote_code=True", load_own_tokenizer)
+    refused(llama, "trust_remote_code=True", lambda folder: load_own_tokenizer(locate(folder)))
     assert not mark.exists()
 
 

@@ -156,7 +156,7 @@ def test_the_table_repeats_the_p_values_of_its_sizes():
 def test_one_band_holds_random_rankings_at_every_size():
     """Rankings drawn afresh stay inside the band at all k at once at the rate that is stated."""
     inputs = inputs_of(noisy_game(np.arange(12.0) ** 2, 30), random_ks=range(1, 13))
-    inputs = replace(inputs, n_random_sets=2000)
+    inputs = replace(inputs, effort=inputs.effort.but(n_random_sets=2000))
     random = coverage(inputs).random
     low, high = (np.array([getattr(s, name) for s in random]) for name in BAND)
     orders = np.random.default_rng(5).permuted(np.tile(np.arange(12), (2000, 1)), axis=1)

@@ -1,6 +1,7 @@
 """Whatever is null in a record has its reason beside it, however degenerate the run."""
 
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
@@ -9,8 +10,9 @@ from explained import check_explained, unexplained
 from games import Game, measured, noisy_game
 from synthetic import resampled
 from test_analyse import analysed
-from tiny import grid_of
+from tiny import grid_of, prepared
 
+from rq4lens import figures
 from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.rankings.compared import rank_heads
@@ -20,6 +22,7 @@ from rq4lens.analysis.records import RandomSets
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.analysis.structure.layers import compare_layers
+from rq4lens.config import AnalysisEffort
 
 DEGENERATE = {
     "one prompt": Game(np.array([[2.0], [1.0]])),
@@ -139,3 +142,20 @@ def test_a_run_without_control_layer_explains_its_nulls(tiny_pair, tiny_maps):
     record = analyse(resampled(grid, 100)).to_dict()
     check_explained(record)
     assert record["settings"]["control_layer_reason"] == "the run has no control layer"
+
+
+def test_what_was_not_measured_says_what_it_needs(tiny_pair, tiny_maps):
+    """A full analysis lacks prompts and models, and a grid alone the full analysis."""
+    experiment = prepared(tiny_pair, tiny_maps)
+    grid = resampled(grid_of(tiny_pair, tiny_maps, 1, ks=(1,), experiment=experiment), 100)
+    effort = AnalysisEffort(n_random_sets=20, n_splits=1, methods=("delta",), alphas=(0.3,))
+    said = {}
+    for measurer in (experiment, None):
+        analysis = analyse(grid, measurer, effort)
+        page = figures.report_page(figures.Report(grid, analysis, provenance={}))
+        said[measurer is None] = re.search(r"Not measured: [^<]*", page)[0]
+        assert analysis.reasons == read_again(Analysis, analysis.to_dict()).reasons
+    assert "the pair has no neutral prompts" in said[False]
+    assert "--analysis full" not in said[False]
+    assert "only the grid was given" in said[True]
+    assert "--analysis full" in said[True]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -171,8 +171,15 @@ class _Work:
             claims=(),
             study_claims=(),
             seconds=seconds,
+            reasons=self._reasons,
         )
         return replace(analysis, claims=claims(analysis), study_claims=study_claims(analysis))
+
+    @property
+    def _reasons(self) -> Mapping[str, str]:
+        if self.experiment is None:
+            return {}
+        return {"neutral": records.NO_NEUTRAL, "noise": records.NO_NOISE_PAIR}
 
     def _seconds(self, part: str) -> float:
         start = time.perf_counter()
@@ -377,7 +384,7 @@ class _Work:
         if self.experiment is None:
             return no_kinds(self.grid.n_heads)
         bootstrap, ladder = self.layer.bootstrap, self.ladders[0]
-        neutral = self.neutral_ladder or "the pair has no neutral prompts"
+        neutral = self.neutral_ladder or records.NO_NEUTRAL
         inputs = KindInputs.of(self.full_strength, ladder, neutral, self.held_out, bootstrap)
         found = with_other_heads(head_kinds(inputs), ladder, self.layer.measured.at(1.0), bootstrap)
         named = controls.contents_of(self.experiment.pair, FIT_SPLIT)

@@ -117,19 +117,29 @@ def _undefined(report: Report) -> Iterator[str]:
             "missing. Run it with --analysis full."
         )
     elif missing := list(_not_measured(analysis)):
-        yield f"Not measured: {'; '.join(missing)}. {NEXT}"
+        parts, needed = zip(*missing, strict=True)
+        # Without a full analysis that is what is needed first.
+        fixes = dict.fromkeys(needed if analysis.ladders else ["--analysis full", *needed])
+        yield f"Not measured: {'; '.join(parts)}. Run with {', '.join(fixes)} to measure them."
 
 
-NEXT = "Run with --analysis full, a control layer, and prompts of both kinds that name contents."
+PARTS = {
+    "neutral": ("neutral prompts", "prompts of a split neutral"),
+    "noise": ("the noise pair", "both models in memory and no --no-noise-pair"),
+    "control_layer": ("control", "--control-layer"),
+}
+"""What a run may lack, and what it needs to have it."""
 
 
-def _not_measured(analysis: Analysis) -> Iterator[str]:
-    parts = {"neutral": "neutral prompts", "noise": "the noise pair", "control_layer": "control"}
-    for name, words in parts.items():
+def _not_measured(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    for name, (words, needed) in PARTS.items():
         if getattr(analysis, name) is None:
-            yield f"{words} ({analysis.reasons[name]})"
+            yield f"{words} ({analysis.reasons[name]})", needed
     if analysis.ladders and "held_out" not in analysis.ladders[0].rows[0].recovered_pct:
-        yield "held-out content (the map was not refitted without each content)"
+        yield (
+            "held-out content (the prompts name no content, or one alone)",
+            "a `content` of each prompt",
+        )
 
 
 CARRIED = {

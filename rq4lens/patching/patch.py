@@ -242,15 +242,15 @@ def effects_by_difference(
             sums = summed_by_kernel
     q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
     # Of vocabularies that differ, the gap has probabilities of its own for the clean model too.
-    same = other is not None and other.tokens is None
-    p = other.log_probs.exp()[:, None] if other is not None and same else None
+    whole = None if other is None or other.tokens is not None else other
+    p = None if whole is None else whole.log_probs.exp()[:, None]
     excess, moment, pull = sums(patched_logits, clean, q, answer, p, tilted=tilted)
     ln_z = excess.log1p()
     kl = moment / (1 + excess) - ln_z if tilted else ln_z - moment
     if other is None:
         return kl, -ln_z
     excess_shared = excess
-    if not same:
+    if whole is None:
         p, q = (
             other.scattered(each, clean)
             for each in (other.log_probs.exp()[:, None], other.shared(clean).softmax(-1))

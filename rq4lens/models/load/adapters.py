@@ -94,13 +94,13 @@ def with_adapter(base_model: Any, adapter: Checkpoint) -> Any:
     if head.weight is embedding.weight:
         # PEFT adds a change to the one alone; merged into a shared matrix it would change both.
         head.weight = nn.Parameter(head.weight.detach().clone())
-    return adapted.eval()
+    return adapted
 
 
 def merged(adapted: Any, adapter: Checkpoint) -> Any:
     """The base model with the adapter's change added to its weights, in place."""
     with _merging(adapter):
-        return adapted.merge_and_unload().eval()
+        return adapted.merge_and_unload()
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def load_hugging_face(
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     _refuse_other_weights(checkpoint, report)
-    return model.eval()
+    return model
 
 
 def require_finite(hf_model: Any, source: str) -> None:

@@ -105,12 +105,15 @@ def demo(
     fresh: Fresh = False,
 ) -> None:
     """Run the main job on the built-in pair, every layer beside it."""
-    from rq4lens.jobs.bench import Bench  # noqa: PLC0415 - keeps --help fast
-    from rq4lens.jobs.run import refuse_other_run, run_on  # noqa: PLC0415
+    from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415 - keeps --help fast
+
+    refuse_other_run(preset("etiquette"), out)
+    # What runs loads torch and more, for seconds.
+    from rq4lens.jobs.bench import Bench  # noqa: PLC0415
+    from rq4lens.jobs.run import run_on  # noqa: PLC0415
     from rq4lens.jobs.sweep import sweep_on  # noqa: PLC0415
 
     bench = Bench(preset("etiquette"), out, fresh=fresh, stage=watched)
-    refuse_other_run(bench.config, out)
     with kept_when_stopped(out):
         # The sweep first: the run takes its layers into the report, and what it measured.
         sweep_on(bench)
@@ -162,6 +165,10 @@ def run(
     if many.asked:
         by_many("run", config, None, directory, many, fresh)
         return
+    from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415
+
+    if not (fresh or replace):
+        refuse_other_run(config, directory)  # before torch and more are loaded, for seconds
     from rq4lens.jobs import run as job  # noqa: PLC0415
 
     with kept_when_stopped(directory):

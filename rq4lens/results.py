@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -485,6 +486,11 @@ class GridResult(Shown):
                 f"the grid has no condition {cond!r}: it has {', '.join(self.conditions)}."
             )
         return self.conditions[cond]
+
+    @cached_property
+    def memo(self) -> dict[str, Any]:
+        """What was computed of this grid before, by name; figures and pages ask for it often."""
+        return {}
 
     @property
     def n_prompts(self) -> int:

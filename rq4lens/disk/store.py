@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -69,6 +70,10 @@ class Ingredients(Protocol):
         """Every value that can change the record, by name."""
 
 
+PutAll = Callable[[Iterable[tuple[Ingredients, Any]]], None]
+"""Takes records to be stored: what they are addressed by, and their payloads."""
+
+
 class NamedIngredients(NamedTuple):
     """Ingredients that are there already."""
 
@@ -107,8 +112,11 @@ class Store:
 
     def path(self, ingredients: Ingredients) -> Path:
         """The one file name that these ingredients can have."""
-        readable = re.sub(r"[^A-Za-z0-9+._-]", "_", ingredients.label)
-        return self.directory / f"{readable[:80]}_{content_key(ingredients.to_dict())[:16]}.json"
+        return self._named(ingredients.label, content_key(ingredients.to_dict()))
+
+    def _named(self, label: str, key: str) -> Path:
+        readable = re.sub(r"[^A-Za-z0-9+._-]", "_", label)
+        return self.directory / f"{readable[:80]}_{key[:16]}.json"
 
     def get(self, ingredients: Ingredients) -> Any | None:
         """The stored payload, if there is one that can be believed."""
@@ -122,22 +130,50 @@ class Store:
 
     def put(self, ingredients: Ingredients, payload: Any) -> Path:
         """Store a payload; another process may write the same record at the same time."""
-        path = self.path(ingredients)
-        text = canonical_json(payload)
-        head = canonical_json({"format": FORMAT, "ingredients": ingredients.to_dict()})
-        # The payload stands in the record as the very text that its checksum is taken of.
-        record = f'{head[:-1]},"payload":{text},"payload_sha256":"{_sha256(text)}"}}\n'
+        path, record = self._record(ingredients, payload)
         make_directory(self.directory)
-        write_bytes_atomic(path, record.encode("ascii"))
+        self._write(path, record)
+        return path
+
+    def _record(self, ingredients: Ingredients, payload: Any) -> tuple[Path, bytes]:
+        """The name and the content of a record's file."""
+        made_of, text = canonical_json(ingredients.to_dict()), canonical_json(payload)
+        head = f'{{"format":"{FORMAT}","ingredients":{made_of}'
+        # The payload stands in the record as the very text that its checksum is taken of.
+        record = f'{head},"payload":{text},"payload_sha256":"{_sha256(text)}"}}\n'
+        return self._named(ingredients.label, _sha256(made_of)), record.encode("ascii")
+
+    def _write(self, path: Path, record: bytes) -> None:
+        write_bytes_atomic(path, record)
         with self._counting:
             self.counters.computed += 1
-        return path
 
     def put_all(self, records: Iterable[tuple[Ingredients, Any]]) -> None:
         """Store payloads side by side: a disk takes its time for each to be safe on it."""
+        make_directory(self.directory)
         with ThreadPoolExecutor(WRITERS) as pool:
-            for _ in pool.map(lambda record: self.put(*record), records):
-                pass
+            # Their text is made here: threads that all hold the interpreter only wait for it.
+            texts = (self._record(*record) for record in records)
+            written = [pool.submit(self._write, *each) for each in texts]
+        for each in written:
+            each.result()
+
+    @contextmanager
+    def writing(self) -> Iterator[PutAll]:
+        """Store payloads beside the work that makes the next ones; one lot is under way at most."""
+        with ThreadPoolExecutor(1) as pool:
+            under_way: list[Future[None]] = []
+
+            def put_beside(records: Iterable[tuple[Ingredients, Any]]) -> None:
+                finish()
+                under_way.append(pool.submit(self.put_all, records))
+
+            def finish() -> None:
+                while under_way:
+                    under_way.pop().result()
+
+            yield put_beside
+            finish()
 
     def put_tensors(
         self,

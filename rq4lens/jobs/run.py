@@ -16,9 +16,9 @@ from rq4lens.analysis.card.sides import NO_CARD, CardInputs
 from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.saved import Run, write_grid, write_run
+from rq4lens.analysis.saved import Run, read_run, write_grid, write_run
 from rq4lens.analysis.statistics.plain import to_json
-from rq4lens.config import AnalysisEffort, RunConfig, read_config
+from rq4lens.config import AnalysisEffort, RunConfig
 from rq4lens.disk.files import read_json, write_json_atomic
 from rq4lens.disk.run import (
     AUDIT,
@@ -30,9 +30,9 @@ from rq4lens.disk.run import (
     remove_other_rankings,
 )
 from rq4lens.disk.store import NamedIngredients
-from rq4lens.errors import UserError
 from rq4lens.jobs.audit import facts_of
 from rq4lens.jobs.bench import Bench
+from rq4lens.jobs.finished import LIBRARIES, Finished, refuse_other_run
 from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import write_pages
@@ -49,14 +49,6 @@ from rq4lens.patching.measured import Measurer
 from rq4lens.patching.noise import NoiseEffects, noise_effects
 from rq4lens.results import GridResult
 from rq4lens.screen.tables import summary_text
-
-SAME_RUN = {
-    *("about", "trust_remote_code", "device", "n_devices", "device_map", "batch_size"),
-    *("keep_both", "cache", "engine", "analysis", "random_sizes"),
-}
-"""Settings that change no number of a run, or only add to them."""
-
-LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
 
 
 def provenance(bench: Bench, experiment: Experiment, grid: GridResult) -> dict[str, Any]:
@@ -178,38 +170,17 @@ def run(
     bench = Bench(config, directory, fresh=fresh, stage=stage, pair=pair)
     if not (replace or fresh):
         refuse_other_run(bench.config, bench.run_directory, pair)
-    return run_on(bench)
-
-
-def refuse_other_run(config: RunConfig, directory: Path, pair: ModelPair | None = None) -> None:
-    """Refuse to replace a finished run of other settings, or of other models in memory.
-
-    Raises:
-        UserError: if the directory holds one; the sentence names what differs.
-    """
-    try:
-        before = read_config(directory / RUN).flat(defaults=True)
-    except UserError:
-        return  # there is no finished run, or none that can be read
-    now = config.flat(defaults=True)
-    differing = [name for name in now if now[name] != before[name] and name not in SAME_RUN]
-    what = [f"{name} {before[name]} there, {now[name]} here" for name in differing]
-    what += [] if pair is None else _other_models(pair, directory)
-    if what:
-        raise UserError(
-            f"{str(directory)!r} holds a finished run of other settings ({'; '.join(what)}): name "
-            "another folder (--out), or replace that run (--replace; in Python replace=True)."
-        )
-
-
-def _other_models(pair: ModelPair, directory: Path) -> list[str]:
-    """The models of a pair in memory that are not those of a finished run."""
-    then, key = read_json(directory / RUN)["models"], "weights_fingerprint"
-    return [
-        f"another {side} model"
-        for side, member in pair.members.items()
-        if getattr(member.card, key) != then[side][key]
-    ]
+    cache = bench.config.place.cache
+    if cache is None or fresh or pair is not None:
+        return run_on(bench)
+    finished, here = Finished(bench.config, Path(cache)), bench.run_directory
+    if finished.same is None or (here / RUN).exists():
+        made = run_on(bench)
+        finished.remember(here)
+        return made
+    with bench.clock(f"copy of the same run in {finished.same.directory}"):
+        finished.same.copy_to(here)
+    return read_run(here)
 
 
 def run_on(bench: Bench) -> Run:

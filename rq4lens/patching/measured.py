@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, Store, content_key
+from rq4lens.disk.store import NUMERICS_VERSION, NamedIngredients, PutAll, Store, content_key
 from rq4lens.heads import HeadSet
 from rq4lens.models.load.fingerprint import arithmetic_libraries, tensor_fingerprint
 from rq4lens.models.pair import SIDES
@@ -226,8 +227,9 @@ class Measurer:
 
     def record(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
         """Measure those patches that are not known, or take them from their records."""
-        for chunk in recorded_together(self._unknown(patches)):
-            self._learn(chunk, self._recorded(chunk, progress))
+        with nullcontext() if self.records is None else self.records.writing() as put:
+            for chunk in recorded_together(self._unknown(patches)):
+                self._learn(chunk, self._recorded(chunk, progress, put))
 
     def are_recorded(self, patches: Sequence[Patch]) -> bool:
         """Whether every patch has a record, on all prompts."""
@@ -262,18 +264,19 @@ class Measurer:
             self.records.put(self._ingredients(patch), joined)
         return []
 
-    def _recorded(self, patches: Sequence[Patch], progress: Progress | None) -> list[PatchRow]:
+    def _recorded(
+        self, patches: Sequence[Patch], progress: Progress | None, put: PutAll | None
+    ) -> list[PatchRow]:
         records = [self._record(patch) for patch in patches]
         found = [row for row in records if row is not None]
         if len(found) == len(patches):
             self._report(len(patches), progress)
             return found
         measured = self._measured(patches, progress)
-        if self.records is not None:
-            new = zip(patches, records, measured, strict=True)
-            self.records.put_all(
+        if put is not None:
+            put(
                 (self._ingredients(patch), payload_of(row))
-                for patch, found, row in new
+                for patch, found, row in zip(patches, records, measured, strict=True)
                 if not found
             )
         # What is stored is what the table shows, even where this machine would round otherwise.

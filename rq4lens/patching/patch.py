@@ -213,8 +213,6 @@ def effects_by_difference(
     clean_logits: Float[Tensor, "prompt 1 vocab"],
     direction: KLDirection = "patched||clean",
     other: OtherModel | None = None,
-    *,
-    by_kernel: bool = False,
 ) -> tuple[Shaped[Tensor, "prompt row"], ...]:
     """:func:`all_effects` of many rows: without a softmax of each, and no less precise.
 
@@ -228,18 +226,19 @@ def effects_by_difference(
     Rounding is relative to ``δ`` here, not to the log-probabilities, so small effects keep their
     digits in float32, and equal logits give exactly 0.
 
-    A GPU kernel reads each logit once; as tensor operations they pass through memory fourteen
-    times, a seventh of a scan where the vocabulary is large.
+    On a GPU a kernel reads each logit once: 2.7 ms for 14,700 rows of 128,256 bf16 logits on an
+    H200, and 40 ms as tensor operations, a third of a scan. To build it takes 1.4 s on a fresh
+    machine, 0.4 s later.
     """
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
     tilted = patched_first(direction)
     sums = summed_by_tensors
-    if by_kernel and patched_logits.is_cuda:
-        n_vocab = patched_logits.shape[-1]
-        if _kernel_works(patched_logits.device, patched_logits.dtype, clean.dtype, n_vocab):
-            from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
+    if patched_logits.is_cuda and _kernel_works(
+        patched_logits.device, patched_logits.dtype, clean.dtype, patched_logits.shape[-1]
+    ):
+        from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
-            sums = summed_by_kernel
+        sums = summed_by_kernel
     q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
     # Of vocabularies that differ, the gap has probabilities of its own for the clean model too.
     whole = None if other is None or other.tokens is not None else other

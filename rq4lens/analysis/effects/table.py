@@ -96,7 +96,17 @@ def records(
     ``ctrl_full`` too: its coverage says how much the control layer's map repairs, as a share of
     what the main layer's map repairs. Undefined values are null, with the reason beside them.
     """
-    chosen = list(grid.conditions.values()) if conditions is None else list(conditions)
+    if "records" not in grid.memo:
+        grid.memo["records"] = _every_record(grid)
+    every: tuple[ConditionRecord, ...] = grid.memo["records"]
+    if conditions is None:
+        return every
+    by_cond = {each.cond: each for each in every}
+    return tuple(by_cond[each.cond] for each in conditions)
+
+
+def _every_record(grid: GridResult) -> tuple[ConditionRecord, ...]:
+    chosen = list(grid.conditions.values())
     bootstrap, patching = bootstrap_of(grid), grid.settings.patching
     gap = gap_of(grid, bootstrap)
     transfers = [each.transfer for each in chosen]
@@ -126,7 +136,7 @@ def records(
         )
         for condition, each in zip(chosen, numbers, strict=True)
     ]
-    if conditions is None and grid.every_layer is not None:
+    if grid.every_layer is not None:
         found.append(_every_layer(grid, found[0], gap, bootstrap))
     return tuple(found)
 

@@ -31,8 +31,13 @@ def files_digest(checkpoint: Checkpoint) -> Future[str]:
 
     They are read beside other work; those that have not changed since are not read again.
     """
+    return _digest_beside(file_states(checkpoint))
+
+
+def file_states(checkpoint: Checkpoint) -> tuple[tuple[FileState, ...], ...]:
+    """How the files of a checkpoint lie there, and those of its base."""
     parts = [checkpoint, base_of(checkpoint)] if checkpoint.is_adapter else [checkpoint]
-    return _digest_beside(tuple(tuple(map(_FileState.of, _files_of(part))) for part in parts))
+    return tuple(tuple(map(FileState.of, _files_of(part))) for part in parts)
 
 
 def _files_of(checkpoint: Checkpoint) -> list[Path]:
@@ -40,7 +45,7 @@ def _files_of(checkpoint: Checkpoint) -> list[Path]:
     return sorted({*small, *checkpoint.weight_files})
 
 
-class _FileState(NamedTuple):
+class FileState(NamedTuple):
     """A file as it lies there; another write is another state."""
 
     path: Path
@@ -50,20 +55,21 @@ class _FileState(NamedTuple):
     changed_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> _FileState:
+    def of(cls, path: Path) -> FileState:
+        """How a file lies there now."""
         stat = path.stat()
         return cls(path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @lru_cache(maxsize=32)
-def _digest_beside(parts: tuple[tuple[_FileState, ...], ...]) -> Future[str]:
+def _digest_beside(parts: tuple[tuple[FileState, ...], ...]) -> Future[str]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="fingerprint")
     digest = pool.submit(_digest_of, parts)
     pool.shutdown(wait=False)
     return digest
 
 
-def _digest_of(parts: tuple[tuple[_FileState, ...], ...]) -> str:
+def _digest_of(parts: tuple[tuple[FileState, ...], ...]) -> str:
     """One hash of all files, each read in pieces side by side."""
     pieces = [
         (number, file.path, start)

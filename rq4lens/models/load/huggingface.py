@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -144,7 +145,8 @@ def load_hugging_face(
 ) -> Any:
     """The checkpoint as a Hugging Face model, from safetensors alone."""
     _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
-    with _reading("model", checkpoint), _quiet_unless_terminal():
+    # Weights come from the files: to draw random ones first takes a second for each model.
+    with _reading("model", checkpoint), _quiet_unless_terminal(), no_init_weights():
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype=dtype,

@@ -278,7 +278,7 @@ class TokenizedPrompts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> Int[Tensor, "prompt"]:
         """Number of tokens of each prompt."""
         return torch.tensor([len(tokens) for tokens in self.token_ids])

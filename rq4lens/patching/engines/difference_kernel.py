@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.language.extra import libdevice
 
-BLOCK = 4096
+BLOCK = 1024
 """Logits that one program reads at a time."""
 
 

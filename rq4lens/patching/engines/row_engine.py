@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -40,10 +40,6 @@ from rq4lens.patching.patch import (
     head_outputs,
     n_measures,
 )
-
-KERNEL_MIN_LOGITS = 2**36
-"""From here on it pays to build a kernel for the sums over the vocabulary: on a fresh machine that
-takes eleven seconds, and it saves about one of so many logits."""
 
 SourceTensors = Mapping[tuple[int, str], Float[Tensor, "prompt position head d_head"]]
 """Activations to blend in, of the prompts at hand, by layer and source."""
@@ -314,10 +310,8 @@ class RowEngine(ABC):
         entries = [entry_layer(intervention, last) for intervention in interventions]
         order = sorted(range(len(interventions)), key=entries.__getitem__)
         in_order = [interventions[i] for i in order]
-        n_logits = len(interventions) * len(self.prompts) * self.model.cfg.d_vocab_out
-        difference = partial(effects_by_difference, by_kernel=n_logits >= KERNEL_MIN_LOGITS)
         work = _Asked(in_order, sources, other)
-        measured = self._measure(work, progress, difference)
+        measured = self._measure(work, progress, effects_by_difference)
         if not np.isfinite(measured).all():
             measured = self._measure(work, None, all_effects)
         every = np.empty_like(measured)

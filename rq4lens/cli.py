@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import sys
 from pathlib import Path
@@ -108,10 +109,10 @@ def demo(
     from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415 - keeps --help fast
 
     refuse_other_run(preset("etiquette"), out)
-    # What runs loads torch and more, for seconds.
-    from rq4lens.jobs.bench import Bench  # noqa: PLC0415
-    from rq4lens.jobs.run import run_on  # noqa: PLC0415
-    from rq4lens.jobs.sweep import sweep_on  # noqa: PLC0415
+    with watched("start"):  # torch and what stands on it take seconds to import
+        from rq4lens.jobs.bench import Bench  # noqa: PLC0415
+        from rq4lens.jobs.run import run_on  # noqa: PLC0415
+        from rq4lens.jobs.sweep import sweep_on  # noqa: PLC0415
 
     bench = Bench(preset("etiquette"), out, fresh=fresh, stage=watched)
     with kept_when_stopped(out):
@@ -168,8 +169,9 @@ def run(
     from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415
 
     if not (fresh or replace):
-        refuse_other_run(config, directory)  # before torch and more are loaded, for seconds
-    from rq4lens.jobs import run as job  # noqa: PLC0415
+        refuse_other_run(config, directory)
+    with watched("start"):
+        from rq4lens.jobs import run as job  # noqa: PLC0415
 
     with kept_when_stopped(directory):
         finished = job.run(config, directory, fresh=fresh, replace=replace, stage=watched)
@@ -297,7 +299,8 @@ def sweep(
 
     Every layer is measured from one clean pass of each model.
     """
-    from rq4lens.jobs.sweep import parse_layers, sweep_layers  # noqa: PLC0415 - keeps --help fast
+    with watched("start"):
+        from rq4lens.jobs.sweep import parse_layers, sweep_layers  # noqa: PLC0415
 
     many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
@@ -518,6 +521,8 @@ def main() -> None:
         context = getattr(problem, "ctx", None)
         command = context.command_path if context else "rq4lens"
         _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`.")
+    finally:
+        gc.freeze()  # else the interpreter looks through all that was imported, for two seconds
 
 
 def _fail_at_disk(problem: OSError) -> None:

@@ -46,7 +46,7 @@ def threads(monkeypatch):
 def test_a_small_model_gets_the_idle_cores_and_a_large_one_all(threads, monkeypatch, load, small):
     """Unless the environment says how many."""
     monkeypatch.setattr(devices, "usable_cores", lambda: 7)
-    monkeypatch.setattr(devices.psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(devices.psutil, "cpu_percent", lambda **_: [100 * load, 0.0])
     for n_bytes in (10**6, 10**10):
         choose_threads(n_bytes)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -23,6 +23,8 @@ from rq4lens.models.load.lens import HookedModel, HookedTransformer
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time in a period, and the period, as Linux states them."""
 
+WATCHED_SECONDS = 0.1
+
 SMALL_MODEL_BYTES = 2e8
 """Up to this many bytes of weights, threads wait for each other longer than they work: beside
 another busy process several are many times slower than one."""
@@ -35,8 +37,14 @@ def choose_threads(weight_bytes: int) -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         cores = usable_cores()
-        busy = round(psutil.getloadavg()[0]) if weight_bytes <= SMALL_MODEL_BYTES else 0
+        busy = busy_cores() if weight_bytes <= SMALL_MODEL_BYTES else 0
         torch.set_num_threads(max(1, cores - busy))
+
+
+def busy_cores() -> int:
+    """Cores that other processes work on now; a load average would count what has ended, too."""
+    busy: list[float] = psutil.cpu_percent(interval=WATCHED_SECONDS, percpu=True)
+    return round(sum(busy) / 100)
 
 
 def usable_cores() -> int:

@@ -232,7 +232,7 @@ def head(
     Loads the models again; the report shows the cards that lie in RUN/heads.
     """
     from rq4lens.analysis.statistics.plain import to_json  # noqa: PLC0415
-    from rq4lens.jobs.head import card_of_run, write_every_card  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.jobs.pages import card_of_run, write_every_card  # noqa: PLC0415 - keeps --help fast
     from rq4lens.screen.card import card_parts  # noqa: PLC0415
 
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}

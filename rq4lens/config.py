@@ -319,7 +319,7 @@ class Place(Settings):
         None, "hold both models at once; decided by free memory when left out"
     )
     cache: str | None = setting(
-        None, "folder of base activations that runs share; the run's own if left out"
+        None, "folder that runs share: base activations, finished runs; the run's own if left out"
     )
 
     @property

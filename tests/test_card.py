@@ -45,8 +45,7 @@ from rq4lens.figures.page import sections
 from rq4lens.figures.page.sections import cards_section
 from rq4lens.heads import Head, HeadSet
 from rq4lens.jobs import run as run_job
-from rq4lens.jobs.head import heads_that_matter, read_cards
-from rq4lens.jobs.pages import write_report_of
+from rq4lens.jobs.pages import heads_that_matter, read_cards, write_report_of
 from rq4lens.models.load.loading import LoadedModel, load_hooked
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts

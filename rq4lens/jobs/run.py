@@ -33,9 +33,8 @@ from rq4lens.disk.store import NamedIngredients
 from rq4lens.jobs.audit import facts_of
 from rq4lens.jobs.bench import Bench
 from rq4lens.jobs.finished import LIBRARIES, Finished, refuse_other_run
-from rq4lens.jobs.head import heads_that_matter, write_cards
 from rq4lens.jobs.memory import plan_memory, say_and_require
-from rq4lens.jobs.pages import write_pages
+from rq4lens.jobs.pages import heads_that_matter, write_cards, write_pages
 from rq4lens.jobs.progress import Progress, Stage, silent
 from rq4lens.models.load.devices import resolve_device
 from rq4lens.models.load.lens import HookedModel

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -336,14 +337,12 @@ class ModelPair:
         if self.same_tokenizer and sizes[0] == sizes[1]:
             return dict.fromkeys(SIDES)
         base, tuned = (self.member(side).tokenizer.get_vocab() for side in SIDES)
-        both = [
-            (base[token], tuned[token])
-            for token in sorted(base.keys() & tuned.keys())
-            if base[token] < sizes[0] and tuned[token] < sizes[1]
-        ]
-        if not both:
+        tokens = sorted(base.keys() & tuned.keys())
+        ids = np.array([[vocab[token] for token in tokens] for vocab in (base, tuned)], dtype=int)
+        ids = ids[:, (ids < np.array(sizes)[:, None]).all(0)]
+        if not ids.size:
             raise UserError("the vocabularies of the models have no token in common.")
-        return dict(zip(SIDES, torch.tensor(both).T, strict=True))
+        return dict(zip(SIDES, torch.from_numpy(ids), strict=True))
 
     def audit(self) -> Audit:
         """Whether both models read the prompts alike, those that were left out included."""

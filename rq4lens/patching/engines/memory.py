@@ -179,7 +179,9 @@ class MemoryPlan:
         # A pass through the model's own cache ends with logits everywhere.
         vocab = cfg.d_vocab_out if rows_copy_keys else 0
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
-        in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, max(prompts.windows))
+        in_row = bytes_per_row(
+            cfg, longest, cfg.d_vocab_out, max(prompts.windows), by_kernel=not shares_memory
+        )
         rows = RowBudget(left, in_row + keys * rows_copy_keys)
         at_once = batch_size or (PROMPTS_PER_PASS if shares_memory else GPU_PROMPTS)
         passes.max_rows = min(passes.max_rows, at_once)
@@ -208,20 +210,26 @@ def key_bytes(cfg: ModelConfig, n_pos: int) -> int:
 
 
 def bytes_per_row(
-    cfg: ModelConfig, n_pos: int, vocab: int, window: tuple[int, int] = (1, 1)
+    cfg: ModelConfig,
+    n_pos: int,
+    vocab: int,
+    window: tuple[int, int] = (1, 1),
+    *,
+    by_kernel: bool = False,
 ) -> int:
     """Memory of one row at its widest point, estimated from above.
 
     ``window`` is how many positions it has, and at how many of them it has logits.
 
     The three wide points are not reached together: attention (queries, scores and their copies),
-    the MLP, and the vocabulary (logits, and their differences in float32 or better).
+    the MLP, and the vocabulary (logits, and their differences in float32 or better, which a GPU's
+    kernel does not store).
     """
     size, (n_positions, n_answer) = cfg.dtype.itemsize, window
     always = 6 * cfg.d_model * max(size, 4)
     attention = size * cfg.n_heads * (8 * cfg.d_head + 4 * n_pos)
     mlp = 5 * size * (cfg.d_mlp or 0) * (cfg.experts_per_token or 1)
-    logits = n_answer * vocab * (2 * size + 2 * max(size, 4))
+    logits = n_answer * vocab * (2 * size + (0 if by_kernel else 2 * max(size, 4)))
     return n_positions * always + max(n_positions * attention, n_positions * mlp, logits)
 
 

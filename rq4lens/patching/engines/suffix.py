@@ -111,14 +111,13 @@ class SuffixEngine(RowEngine):
             return super().every_layer(source, sources, other)
         n_answer = self.window.n_answer
         found = np.empty((n_measures(n_answer, other), 1, len(self.prompts)))
-        clean = self.clean_log_probs()
         for batch in self.clean_batches(self.first_layer):
 
             def work(block: RowBlock, batch: CleanBatch = batch) -> None:
                 rows = batch.rows[block.prompts]
                 logits = self._replaced(batch.embedded[block.prompts], rows, source, sources)
                 beside = other and other.of_prompts(rows).by_token(n_answer).to(logits.device)
-                reference = clean[rows].flatten(0, 1)[:, None].to(logits.device)
+                reference = self.logits_of(batch, block.prompts, [()], {})
                 there = torch.ones(len(rows), n_answer, dtype=torch.bool)
                 effects = answer_effects(
                     all_effects, logits, reference, there, self.settings.kl_direction, beside

@@ -12,6 +12,7 @@ from tiny import CONTROL, MAIN, fine_tuned, pair_of, prepared, random_prompts, t
 from rq4lens.analysis.analyse import Beside, analyse
 from rq4lens.analysis.claims import NO_SHARE, NOTHING, claims, p_text, share, study_claims
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
+from rq4lens.analysis.structure.kinds import NOT_ON_NEUTRAL
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import PromptSet
@@ -206,6 +207,42 @@ def test_a_gap_that_a_noise_pair_reaches_ends_the_answer(found, changes):
     assert NO_SHARE in study_claims(told)[0]
 
 
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (Estimate(4.0, Interval(1.4, 9.0, LEVEL, "bca"), None), "not clearly more than 1.5 times"),
+        (Estimate(1.1, Interval(0.9, 1.4, LEVEL, "bca"), None), "moves base about as far"),
+    ],
+)
+def test_how_far_noise_of_the_same_size_goes_is_what_was_measured(found, times, said):
+    """A gap four times as large, with a wide interval, is not called about as far."""
+    both = found.noise.real_over_noise | {"gap_base_nats": times}
+    told = replace(found, noise=replace(found.noise, real_over_noise=both))
+    assert said in claims(told)[1]
+
+
+def test_a_run_without_a_noise_pair_says_that_it_has_none(found):
+    """Its heads are claimed all the same, so that is among what is uncertain."""
+    assert "shuffled weight change" not in claims(found)[-1]
+    alone = claims(replace(found, noise=None))
+    assert "L1H0 alone undoes" in alone[2]
+    assert "not compared with that of a shuffled weight change" in alone[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base_nats": around(0.5)}, "cannot be told apart"),
+        ({"base_nats": Estimate(0.7, None, "one group")}, "is not known"),
+        ({"base_nats": around(3.0), "left_out_base_pct": 9.0}, "is not known"),
+    ],
+)
+def test_no_gap_and_an_unknown_gap_are_two_things(found, changes, said):
+    """Models are alike where that was measured; one group or other tokens show nothing."""
+    gap = replace(found.gap, undefined_because="so", **changes)
+    assert said in claims(replace(found, gap=gap))[0]
+
+
 def test_a_repair_that_the_noise_pairs_map_reaches_is_not_divided(found):
     """Whatever it is in nats."""
     told = replace(found, noise=replace(found.noise, delta_beyond_nats=around(0.5)))
@@ -229,11 +266,14 @@ def test_a_share_whose_interval_reaches_zero_is_not_divided_among_heads(found):
     assert "is not asked" in claims(replace(found, transfer=none))[2]
 
 
-@pytest.mark.parametrize(("every", "said"), [(45.0, True), (99.0, False)])
-def test_the_rest_is_elsewhere_only_where_there_is_a_rest(found, every, said):
-    """What all heads of all layers carry says whether heads are the place to look at."""
+@pytest.mark.parametrize(
+    ("every", "here", "said"), [(45.0, 40.0, True), (99.0, 40.0, False), (45.0, 60.0, False)]
+)
+def test_the_rest_is_elsewhere_only_where_there_is_a_rest(found, every, here, said):
+    """What all heads of all layers carry says so, unless one layer alone carries more."""
     gap = replace(found.gap, every_layer_to_base_pct=around(every))
-    assert ("the rest is not in what heads say" in claims(replace(found, gap=gap))[1]) is said
+    told = replace(found, gap=gap, transfer=replace(found.transfer, to_base_pct=around(here)))
+    assert ("the rest is not in what heads say" in claims(told)[1]) is said
 
 
 @pytest.mark.parametrize(
@@ -316,7 +356,7 @@ def test_the_yardstick_of_few_heads_is_not_left_out(found):
     """More than one head that was never compared with random ones is not called the carrier."""
     alone = claims(replace(found, directions=()))[2]
     assert "ranked and scored on the same prompts" in alone
-    assert "not compared" in alone
+    assert "no larger set was scored on others" in alone
 
 
 def test_kinds_that_were_not_measured_are_not_named(found):
@@ -348,6 +388,35 @@ def test_what_W_O_does_is_said_where_it_is_clear(found, kept, said):
 def test_only_a_recoded_head_is_the_same_in_other_coordinates(found, kind):
     """No other kind is."""
     assert "other coordinates" not in claims(with_kind(found, kind))[3]
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        (None, "the map works only on the contents it was fitted on"),
+        (NOT_ON_NEUTRAL, NOT_ON_NEUTRAL),
+    ],
+)
+def test_a_reassigned_head_is_told_by_the_test_that_it_failed(found, why, said):
+    """A map that works on other contents is not said to work only on its own."""
+    kinds = claims(with_kind(found, "reassigned", why=why))[3]
+    assert f"L1H0 was reassigned ({said}" in kinds
+
+
+@pytest.mark.parametrize(("kept", "said"), [(-5.0, "keeps nothing of"), (12.0, "keeps 12% of")])
+def test_what_shuffled_pairs_keep_is_never_clipped_to_a_number(found, kept, said):
+    """Less than nothing is nothing, in words."""
+    changed = with_kind(found, "replaced")
+    rows = tuple(replace(each, recovered_pct=around(kept)) for each in changed.stand_ins)
+    assert f"a map of shuffled pairs {said}" in claims(replace(changed, stand_ins=rows))[3]
+
+
+@pytest.mark.parametrize(("n_prompts", "is_said"), [(12, False), (60, True)])
+def test_few_prompts_that_carry_an_effect_are_few_of_all(found, n_prompts, is_said):
+    """Ten of twelve carry it together."""
+    told = replace(found, settings=replace(found.settings, n_prompts=n_prompts))
+    told = replace(told, transfer=replace(found.transfer, n_eff=10.0))
+    assert ("10 of the prompts carry most" in claims(told)[-1]) is is_said
 
 
 def test_what_is_uncertain_is_said_where_it_is(found):
@@ -395,7 +464,7 @@ def test_one_strength_says_nothing_of_others(found):
     [
         (around(2), "repairs less there"),
         (around(-2), "MORE there, so it is no control"),
-        (around(0.5), "not specific to this layer"),
+        (around(0.5), "nothing shows that the effect is specific"),
         (undefined("one prompt"), "nothing shows"),
     ],
 )

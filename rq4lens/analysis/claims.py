@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.records import SHUFFLED, CoverageRow, LadderRow, LayerTransfer
+from rq4lens.analysis.effects.transfer import MOST_LEFT_OUT_PCT
+from rq4lens.analysis.records import SHUFFLED, CoverageRow, Gap, LadderRow, LayerTransfer
 from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
@@ -78,9 +79,10 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
     """The first sentence, and the one that ends the answer if nothing can be claimed."""
     gap, n = analysis.gap, analysis.settings.n_prompts
     if gap.undefined_because is not None:
-        return "Base and tuned cannot be told apart here, or not compared.", (
-            f"{NOTHING}: {gap.undefined_because}."
-        )
+        first = "How far base and tuned differ here is not known."
+        if _is_alike(gap):
+            first = "Base and tuned cannot be told apart here."
+        return first, f"{NOTHING}: {gap.undefined_because}."
     differ, in_noise = number_text(gap.answers_differ_pct.value, ".0f%"), ""
     noise = analysis.noise
     times = None if noise is None else noise.real_over_noise["gap_base_nats"].value
@@ -92,6 +94,14 @@ def _gap(analysis: Analysis) -> tuple[str, str | None]:
     )
     why = _no_claim(analysis)
     return first, None if why is None else f"{NOTHING}: {why}."
+
+
+def _is_alike(gap: Gap) -> bool:
+    """Whether a gap that is no gap is measured, and not clearly above 0."""
+    value, left_out = gap.base_nats.value, max(gap.left_out_base_pct, gap.left_out_tuned_pct)
+    if value is None or left_out > MOST_LEFT_OUT_PCT:
+        return False
+    return gap.base_nats.interval is not None or value <= gap.noise_nats
 
 
 def plain(value: float) -> str:
@@ -111,10 +121,15 @@ def _no_claim(analysis: Analysis) -> str | None:
         )
     if analysis.noise is None:
         return None
-    times = analysis.noise.real_over_noise["gap_base_nats"].interval
-    clearly = times is None or times.low > TIMES_NOISE
+    times = analysis.noise.real_over_noise["gap_base_nats"]
+    clearly = times.interval is None or times.interval.low > TIMES_NOISE
     if clearly and _is_above(analysis.noise.gap_beyond_nats):
         return None
+    if times.value is not None and times.value > TIMES_NOISE:
+        return (
+            f"the gap is not clearly more than {TIMES_NOISE:g} times that of a shuffled weight "
+            f"change of the same size ({times:.2g} times)"
+        )
     return (
         f"a shuffled weight change of the same size moves base about as far "
         f"({analysis.noise.gap_base_nats:.2g} nats)"
@@ -126,7 +141,8 @@ def _no_repair(analysis: Analysis) -> str | None:
     noise, delta = analysis.noise, analysis.full.delta.value or 0.0
     gap = analysis.gap.base_nats.value
     if noise is not None and not (_is_above(noise.delta_beyond_nats) or analysis.full.is_harm):
-        return f"the noise pair's map takes back as much ({noise.delta:.2g} nats)"
+        much = f"what the noise pair's map takes back ({noise.delta:.2g} nats)"
+        return f"it is not clearly more than {much}"
     if gap is not None and abs(delta) < LITTLE_OF_GAP * gap:
         return f"it is {delta:.2g} nats, less than {100 * LITTLE_OF_GAP:g}% of the gap"
     return None
@@ -154,8 +170,9 @@ def _layer(analysis: Analysis) -> str:
     every = gap.every_layer_to_base_pct, gap.every_layer_to_tuned_pct
     if every[0].value is None:
         return f"{first}."
-    rest = ""
-    if (every[0].value or 0.0) < 90:
+    rest, here_pct = "", here.to_base_pct.value or 0.0
+    # Where one layer undoes more than all of them, heads work against each other: there is no rest.
+    if here_pct < (every[0].value or 0.0) < 90:
         rest = f"; the rest is not in what heads say {at}"
     return f"{first}; all heads of all layers {share(every[0])} and {share(every[1])}{rest}."
 
@@ -183,7 +200,7 @@ def _heads(analysis: Analysis) -> str:
         best = _best(here)
         alone = f"{label(analysis, best)} alone undoes {share(here.heads_to_base_pct[best])}"
         ranked = ", ranked and scored on the same prompts"
-        return f"Of its heads {alone} of the gap{ranked}; more than one head was not compared."
+        return f"Of its heads {alone} of the gap{ranked}; no larger set was scored on others."
     names = _labels(analysis, row.heads)
     crossed = row.cross_fitted_coverage_pct
     # A head that ranks first on any half of the prompts was not chosen by luck.
@@ -252,8 +269,9 @@ def _kinds(analysis: Analysis) -> str:
         told.append(f"{_labels(analysis, alike)} {verb} {kind}{_evidence(analysis, alike[0])}")
     for each in analysis.stand_ins:
         if each.name == SHUFFLED and each.recovered_pct.value is not None and told:
-            kept = max(0.0, each.recovered_pct.value)
-            told.append(f"a map of shuffled pairs keeps {kept:.0f}% of what changed heads tell")
+            kept = each.recovered_pct.value
+            much = f"{kept:.0f}%" if kept > 0 else "nothing"
+            told.append(f"a map of shuffled pairs keeps {much} of what changed heads tell")
     for kind in ("undecided", "unchanged"):
         if heads := kinds.of(kind):
             verb = "are" if len(heads) > 1 else "is"
@@ -307,7 +325,8 @@ def _evidence(analysis: Analysis, head: int) -> str:
     if analysis.neutral is not None:
         parts.append(f"on neutral prompts it {_on_neutral(analysis.neutral[f'head{head}'])}")
     undone = {True: ", and W_O undoes it", False: ", and W_O does not undo it", None: ""}
-    meaning = f" ({MEANINGS[kind.kind]}{undone[kind.function_kept]})"
+    only_there = kind.kind == "reassigned" and kind.why is not None
+    meaning = f" ({kind.why if only_there else MEANINGS[kind.kind]}{undone[kind.function_kept]})"
     return f"{meaning}: {', '.join(parts)}"
 
 
@@ -325,7 +344,8 @@ def _over(analysis: Analysis) -> str:
     """What the intervals are over."""
     settings = analysis.settings
     groups = "" if settings.n_groups == settings.n_prompts else f" in {settings.n_groups} groups"
-    over = f"The intervals are over more prompts like these {settings.n_prompts}{groups}"
+    these = f"these {settings.n_prompts}" if settings.n_prompts > 1 else "this one"
+    over = f"The intervals are over more prompts like {these}{groups}"
     if analysis.kinds.n_contents:
         over += f", about the same {analysis.kinds.n_contents} contents"
     return f"{over} and with this map"
@@ -335,8 +355,11 @@ def _uncertain(analysis: Analysis) -> str:
     found, n_eff = [_over(analysis)], analysis.transfer.n_eff
     if analysis.kinds.few_contents:
         found.append("so few contents that a map can send each of them anywhere")
-    if n_eff is not None and n_eff < FEW_PROMPTS:
+    n_prompts = analysis.settings.n_prompts
+    if n_eff is not None and n_eff < min(FEW_PROMPTS, n_prompts / 2):
         found.append(f"about {n_eff:.0f} of the prompts carry most of the layer's effect")
+    if analysis.noise is None:
+        found.append("the gap was not compared with that of a shuffled weight change")
     if analysis.settings.n_groups < FEW_GROUPS:
         found.append(GIVES_TOO_NARROW)
     if analysis.ladders:
@@ -398,7 +421,10 @@ def control_reading(layer: int, less_nats: Estimate) -> str:
         return f"layer {layer}: the map repairs less there, by {less_nats:.2g} nats"
     if low.high < 0:
         return f"layer {layer}: the map repairs MORE there, so it is no control"
-    return f"layer {layer}: not clearly different, so the effect is not specific to this layer"
+    return (
+        f"layer {layer}: not clearly different, so nothing shows that the effect is specific to "
+        "the main layer"
+    )
 
 
 # Words

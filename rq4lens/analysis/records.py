@@ -541,7 +541,8 @@ class HeadKind(Record):
     Args:
         kind: ``"idle"``, ``"unchanged"``, ``"shifted"``, ``"recoded"``, ``"reassigned"``,
             ``"replaced"`` or ``"undecided"``.
-        why: what leaves it undecided; None if it is not.
+        why: what leaves it undecided, or that a reassigned one fails on neutral prompts alone; else
+            None.
         function_kept: whether base's own head output does for the tuned head's, of a head that is
             recoded or reassigned; None where it is not clear or not asked.
         leave_one_out_nats: what the raw patch of the layer does less without this head.

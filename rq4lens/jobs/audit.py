@@ -110,6 +110,7 @@ def facts_of(
         *gap,
         n_prompts=len(audit.prompts),
         n_same_tokens=audit.n_same_tokens,
+        n_cut=max(map(audit.n_cut, SIDES)),
         same_tokenizer=pair.same_tokenizer,
         relative_weight_change=whole and whole.relative_change,
         weight_cosine=whole and whole.cosine,

@@ -28,6 +28,9 @@ SAME_RUN = {
 
 LIBRARIES = ("torch", "transformer-lens", "transformers", "numpy", "scipy", "scikit-learn")
 
+MOST_KNOWN = 4
+"""So many folders that hold the same run are remembered: one of them may go, or grow."""
+
 SETTLED_NS = 10**9
 """A file that was changed more recently can change again without another time of change."""
 
@@ -63,11 +66,16 @@ def _other_models(pair: ModelPair, directory: Path) -> list[str]:
     ]
 
 
-class SameRun(NamedTuple):
+class FinishedFiles(NamedTuple):
     """A finished run: where it lies, and the checksums of its files."""
 
     directory: Path
     files: Mapping[str, str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all files are what they were."""
+        return all(file_sha256(self.directory / name) == self.files[name] for name in self.files)
 
     def copy_to(self, directory: Path) -> None:
         """Copy all files; the one by which a run is known as finished comes last."""
@@ -117,14 +125,13 @@ class Finished:
         return NamedIngredients("run", values)
 
     @cached_property
-    def same(self) -> SameRun | None:
-        """The same run, if there is one and all of its files are what they were."""
-        found = self.made_of and self.store.get(self.made_of)
-        if not found:
-            return None
-        same = SameRun(Path(found["directory"]), found["files"])
-        whole = all(file_sha256(same.directory / name) == same.files[name] for name in same.files)
-        return same if whole else None
+    def same(self) -> FinishedFiles | None:
+        """The same run, if there is one all of whose files are what they were."""
+        return next((each for each in self._known() if each.is_whole), None)
+
+    def _known(self) -> list[FinishedFiles]:
+        found = self.store.get(self.made_of) if self.made_of else None
+        return [FinishedFiles(Path(each["directory"]), each["files"]) for each in found or ()]
 
     def remember(self, directory: Path) -> None:
         """Say in the cache where the run lies, now that it is finished."""
@@ -136,7 +143,9 @@ class Finished:
             for path, name in inside
             if path.is_file() and name.parts[0] != ACTIVATIONS
         }
-        self.store.put(self.made_of, {"directory": str(directory.resolve()), "files": files})
+        every = [{"directory": str(directory.resolve()), "files": files}]
+        every += [{"directory": str(each.directory), "files": each.files} for each in self._known()]
+        self.store.put(self.made_of, every[:MOST_KNOWN])
 
 
 def _code() -> str:

@@ -62,8 +62,8 @@ class WorkMemory:
 class RunMemory:
     """A run's needs against what the machine has, in bytes.
 
-    ``held`` are the weights on each device, those of the noise pair among them, and
-    ``largest_model`` the most of a single model.
+    ``held`` are the weights on each device, those of the noise pair (``noise_pair`` bytes) among
+    them, and ``largest_model`` the most of a single model.
     """
 
     weights: dict[str, int]
@@ -71,6 +71,7 @@ class RunMemory:
     dtype: str
     devices: tuple[str, ...]
     held: dict[str, int]
+    noise_pair: int
     largest_model: dict[str, int]
     free: dict[str, int]
     work: WorkMemory
@@ -109,7 +110,9 @@ class RunMemory:
         kept_where = where if work.kept_on_device else MAIN
         rows = [
             *((f"weights of {side}", n, where) for side, n in self.weights.items()),
+            *([("weights of the noise pair", self.noise_pair, where)] if self.noise_pair else ()),
             ("clean pass, kept", work.kept, kept_where),
+            *([("clean pass of base, kept", work.kept, kept_where)] if self.keep_both else ()),
             (f"clean pass, {work.n_prompts_at_once} prompts at once", work.in_pass, where),
             (f"rows, {work.n_rows_at_once:,} at once", work.in_rows, where),
             ("captured activations", work.activations, MAIN),
@@ -135,6 +138,8 @@ class RunMemory:
     def _remedies(self) -> Iterator[str]:
         if self.dtype in {"float32", "float64"}:
             yield "--dtype bfloat16 takes half of the weights and of all that follows from them"
+        if self.noise_pair:
+            yield "--no-noise-pair holds no third model"
         if self.keep_both:
             yield "--no-keep-both holds one model at a time"
         if torch.cuda.device_count() > len(self.devices):
@@ -161,7 +166,8 @@ def plan_memory(config: RunConfig) -> RunMemory:
     }
     tuned = estimates["tuned"]
     held = on["tuned"] + (on["base"] if keep_both else Counter())
-    if keep_both and config.effort.analysis == "full" and config.effort.noise_pair:
+    with_noise = keep_both and config.effort.analysis == "full" and config.effort.noise_pair
+    if with_noise:
         held += on["tuned"]  # the noise pair's tuned model
     free = {_place(device): n_bytes for device, n_bytes in tuned.free.items()}
     free.setdefault(MAIN, free_bytes("cpu"))
@@ -181,6 +187,7 @@ def plan_memory(config: RunConfig) -> RunMemory:
         dtype=place.dtype,
         devices=tuple(dict.fromkeys(map(_place, devices.names))),
         held=dict(held),
+        noise_pair=sizes["tuned"].weights.total if with_noise else 0,
         largest_model=dict(on["tuned"] | on["base"]),
         free=free,
         work=work,

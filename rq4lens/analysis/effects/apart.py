@@ -23,6 +23,7 @@ class PairFacts(Record):
         answers_differ_pct: share of the measured prompts whose most likely next token differs.
         n_prompts: all prompts.
         n_same_tokens: those that are the same token ids for both models.
+        n_cut: those that were cut on the left for one of the models.
         same_tokenizer: whether each token is the same id in both.
         relative_weight_change: ``|W_tuned - W_base| / |W_base|`` of all matrices together.
         weight_cosine: the cosine of all matrices together.
@@ -45,6 +46,7 @@ class PairFacts(Record):
     relative_weight_change: float | None
     weight_cosine: float | None
     weights: tuple[Mapping[str, Any], ...]
+    n_cut: int = 0
 
     @property
     def warning(self) -> str | None:
@@ -61,9 +63,10 @@ class PairFacts(Record):
         """The facts in plain words, a line each."""
         yield self._gap
         tokenizer = "the same tokenizer" if self.same_tokenizer else "different tokenizers"
+        cut = f"; {self.n_cut} are cut on the left" if self.n_cut else ""
         yield (
             f"tokens: {tokenizer}; {self.n_same_tokens} of {self.n_prompts} prompts are the same "
-            "token ids for both models"
+            f"token ids for both models{cut}"
         )
         yield f"weights: {self._weights}"
         if self.warning is not None:

@@ -116,6 +116,8 @@ SAME_PCT = 90.0
 HALF_PCT = 50.0
 """Above this a map stands for the head."""
 
+NOT_ON_NEUTRAL = "the map does not work on neutral prompts"
+
 KINDS = ("idle", "unchanged", "shifted", "recoded", "reassigned", "replaced", "undecided")
 
 RULE = (
@@ -224,13 +226,16 @@ def _mapped(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | N
 
 
 def _elsewhere(inputs: KindInputs, row: LadderRow) -> tuple[str, str | None]:
-    """Recoded where the map holds on other contents and on neutral prompts, else reassigned."""
+    """Recoded where the map holds on other contents and on neutral prompts, else reassigned.
+
+    Of a reassigned head whose map does hold on other contents, or was not asked there, it says so.
+    """
     places: dict[str, bool | str] = {
         "held-out content": _on_held_out(inputs, row),
         "neutral prompts": _on_neutral(inputs, row.name),
     }
     if False in places.values():
-        return "reassigned", None
+        return "reassigned", None if places["held-out content"] is False else NOT_ON_NEUTRAL
     open_ = [f"{place}: {found}" for place, found in places.items() if found is not True]
     return (
         ("undecided", f"recoded or reassigned ({'; '.join(open_)})") if open_ else ("recoded", None)

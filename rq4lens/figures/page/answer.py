@@ -281,8 +281,8 @@ def controls(report: Report) -> Section | None:
 def _stand_in_table(rows: Sequence[StandIn]) -> Table:
     heads = ", ".join(f"H{head}" for head in next((row.heads for row in rows if row.heads), ()))
     return Table(
-        f"In place of the map, on the heads that changed ({heads or 'none'}), at strength 1: green "
-        "does clearly worse than the map, orange does not; [..]: 95% intervals",
+        f"In place of the map, on the heads that changed or are undecided ({heads or 'none'}), at "
+        "strength 1: green does clearly worse than the map, orange does not; [..]: 95% intervals",
         ("stand-in", "asks", "recovered", "damage (nats)", "behind the map (nats)", "so"),
         tuple((row.name, row.question, *_stand_in_cells(row)) for row in rows),
         words=(5,),

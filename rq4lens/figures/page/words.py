@@ -36,7 +36,8 @@ WORDS = {
     "unchanged": "Base's own activation recovers at least 90%.",
     "recoded": "The map recovers at least 50%, also on other contents and neutral prompts: the "
     "same content in other coordinates.",
-    "reassigned": "The map recovers at least 50%, but only on the contents it was fitted on.",
+    "reassigned": "The map recovers at least 50%, but not on other contents, or not on neutral "
+    "prompts.",
     "replaced": "The map recovers less than 50%: what base's head says does not stand for it.",
     "undecided": "An interval holds the line, or what would decide was not measured.",
     "stand-in": "Something that knows less than the map and is put in its place.",

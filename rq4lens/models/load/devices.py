@@ -218,6 +218,20 @@ def free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+def has_room_for(model: nn.Module) -> bool:
+    """Whether another such model fits beside it, on the same devices."""
+    needed: Counter[torch.device] = Counter()
+    for parameter in model.parameters():
+        needed[parameter.device] += parameter.numel() * parameter.element_size()
+    for device, n_bytes in needed.items():
+        reusable = 0
+        if device.type == "cuda":
+            reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if n_bytes > free_bytes(str(device)) + reusable:
+            return False
+    return True
+
+
 AT_THE_EXIT = ("ln_final", "unembed")
 """What is with the last block."""
 

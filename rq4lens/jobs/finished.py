@@ -107,17 +107,19 @@ class Finished:
         from rq4lens.models.load.devices import resolve_device  # noqa: PLC0415
         from rq4lens.models.load.fingerprint import file_states  # noqa: PLC0415
 
-        config = self.config.flat(defaults=True)
-        models = {
-            side: file_states(each) for side, each in checkpoints_of(self.config.pair).items()
-        }
-        every = [file for parts in models.values() for part in parts for file in part]
+        config, pair = self.config.flat(defaults=True), self.config.pair
+        try:
+            checkpoints = checkpoints_of(pair, with_weights=False).values()
+            every = [file for each in checkpoints for part in file_states(each) for file in part]
+            prompts = prompts_of(pair).fingerprint
+        except UserError:
+            return None  # not fetched yet, or refused where it is read
         if time.time_ns() - max(file.changed_ns for file in every) < SETTLED_NS:
             return None
         values = {
             "config": {name: config[name] for name in config if name not in ("about", "cache")},
             "models": [[str(file.path), *file[1:]] for file in every],
-            "prompts": prompts_of(self.config.pair).fingerprint,
+            "prompts": prompts,
             "code": _code(),
             "libraries": {name: version(name) for name in LIBRARIES},
             "device": resolve_device(self.config.place.device).partition(":")[0],

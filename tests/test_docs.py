@@ -17,6 +17,8 @@ from rq4lens.models.load.architectures import loadable
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FAQ = ROOT / "rq4lens" / "figures" / "page" / "faq.md"
+LINK = re.compile(r"\]\(([^)\s#:]+)[)#]")
 # What a browser fetches by itself; links that a reader may follow are not meant.
 FETCHED = re.compile(
     r"""<(?:script|img|iframe)[^>]*\bsrc=["']?(https?:|//)[^\s"'>]*"""
@@ -93,6 +95,28 @@ def test_the_list_of_architectures_is_the_registry():
     assert f"{len(of_hooked)} architectures load as `HookedTransformer`" in readme
     assert f"those {len(of_bridge) - len(more)} and {len(more)} more load" in readme
     assert len(of_bridge) - len(more) == len(of_hooked)
+
+
+def test_every_link_leads_somewhere_in_the_repository():
+    """A page is read there too; `docs/hooks.py` makes the links of the site from these."""
+    pages = {*PAGES, FAQ, *ROOT.glob("*.md")}
+    links = [(page, link) for page in pages for link in LINK.findall(page.read_text("utf-8"))]
+    assert len(links) > 60
+    dead = [(page.name, link) for page, link in links if not (page.parent / link).exists()]
+    assert dead == []
+
+
+def test_links_lead_to_their_place_on_the_site(site):
+    """A notebook is a page of the tutorial there, and the FAQ and the command line have pages."""
+    home, runs, faq = (
+        (site / name).read_text("utf-8")
+        for name in ("index.html", "reference/running.html", "faq.html")
+    )
+    for target in ("tutorial/1_quickstart.html", "faq.html", "figures/index.html"):
+        assert f'<a href="{target}">' in home
+    assert 'src="figures/coverage.png"' in home
+    assert '<a href="command-line.html">' in runs
+    assert '<a href="which-alpha.html">' in faq
 
 
 def commands_of(page: Path) -> list[list[str]]:

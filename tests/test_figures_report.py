@@ -74,6 +74,20 @@ def test_an_analysis_adds_its_sections(grid):
         assert f"<li>{escape(claim)}</li>" in page
 
 
+def test_the_page_on_reading_a_report_has_its_sections_in_order(grid):
+    """Headings of the page are titles of the report, and every title has its heading."""
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "reading-the-report.md"
+    headings = re.findall(r"^## (.+)$", page.read_text("utf-8"), re.MULTILINE)[:-1]
+    of_run = {"cards_reason": "the models are gone"}
+    layers = {25: grid, 26: grid}
+    shown = figures.Report(grid, synthetic_analysis(grid), provenance=of_run, layers=layers)
+    made = sections.sections(shown)
+    titles = ["The answer", *(section.title for section in made[1:])]
+    assert [heading for heading in headings if heading in titles] == titles
+    source = Path(sections.__file__).read_text("utf-8")
+    assert all(f'"{heading}"' in source for heading in headings if heading not in titles)
+
+
 def test_the_first_screen_is_the_answer(grid):
     """A headline, then the sentences, then tiles of the heads that carry most, then the table."""
     analysis = synthetic_analysis(grid)

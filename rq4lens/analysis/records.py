@@ -520,7 +520,7 @@ class Ladder(Listed, Record):
 
     Args:
         rows: a row a head, then a row a chosen set, the whole layer last.
-        idle_below_nats: the idle line: a share of the layer's joint effect.
+        idle_below_nats: the idle line: a share of the joint effect, or so many noise floors.
         rule: how the idle line is drawn, in words.
     """
 

@@ -122,13 +122,15 @@ KINDS = ("idle", "unchanged", "shifted", "recoded", "reassigned", "replaced", "u
 
 RULE = (
     f"idle: a constant, base's activation and leaving the head out of the layer all do less than "
-    f"the idle line ({IDLE_PCT:g}% of the layer's joint effect). Of the others, by how much of "
-    f"what the head tells beyond a constant is recovered, at strength 1 and with its whole 95% "
-    f"interval: unchanged: base's own activation at least {SAME_PCT:g}%; shifted: moved by the "
-    f"difference of means at least {SAME_PCT:g}%; recoded: the map at least {HALF_PCT:g}%, more "
-    f"than the shift, and also on contents it was not fitted on and on neutral prompts; "
-    f"reassigned: the map at least {HALF_PCT:g}%, but not there; replaced: the map below "
-    f"{HALF_PCT:g}%; undecided: an interval holds a line, or what decides was not measured"
+    f"the idle line ({IDLE_PCT:g}% of the layer's joint effect, or {NOISE_MULTIPLE:g} noise floors "
+    f"if that is more), whatever their intervals. Of the others, by how much of what the head "
+    f"tells beyond a constant is recovered, at strength 1 and with its whole 95% interval: "
+    f"unchanged: base's own activation at least {SAME_PCT:g}%; shifted: moved by the difference "
+    f"of means at least {SAME_PCT:g}%; recoded: the map at least {HALF_PCT:g}%, more than the "
+    f"shift, and also on contents it was not fitted on and on neutral prompts (where it may do "
+    f"less than the idle line instead); reassigned: the map at least {HALF_PCT:g}%, but not "
+    f"there; replaced: the map below {HALF_PCT:g}%; undecided: an interval holds a line, or what "
+    f"decides was not measured"
 )
 
 

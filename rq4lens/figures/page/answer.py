@@ -113,7 +113,7 @@ def _undefined(report: Report) -> Iterator[str]:
         yield f"Coverage is undefined: {why}. Measure more prompts, or use a larger --alpha."
     if analysis is None:
         yield (
-            "No analysis was made of this run: kinds of heads, controls and cross-fitting are "
+            "No analysis was made of this run: kinds of heads, stand-ins and cross-fitting are "
             "missing. Run it with --analysis full."
         )
     elif missing := list(_not_measured(analysis)):
@@ -126,7 +126,7 @@ def _undefined(report: Report) -> Iterator[str]:
 PARTS = {
     "neutral": ("neutral prompts", "prompts of a split neutral"),
     "noise": ("the noise pair", "both models in memory and no --no-noise-pair"),
-    "control_layer": ("control", "--control-layer"),
+    "control_layer": ("the control layer", "--control-layer"),
 }
 """What a run may lack, and what it needs to have it."""
 

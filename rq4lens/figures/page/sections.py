@@ -325,7 +325,8 @@ def maps(report: Report) -> Section | None:
     if not fits:
         return None
     table = Table(
-        "Mean over heads of the held-out fit; the map has to beat the other predictors",
+        "Mean over heads of the held-out fit. By R² and cosine the map has to beat the other "
+        "predictors; CKA is the same for all that only rotate, scale and shift base z",
         ("predictor", "R²", "cosine", "CKA"),
         tuple(
             (name, *(_mean([fit[key][quality] for fit in fits]) for quality in QUALITIES))

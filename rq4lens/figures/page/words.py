@@ -27,7 +27,7 @@ WORDS = {
     "held out": "A map that was fitted without the content that the prompt is about.",
     "output": "What base's head adds to the residual stream, in place of what the tuned head adds.",
     "recovered": "Of what a head tells about the prompt beyond a constant, how much is there with "
-    "this in its place. 100%: all, 0: no more than a constant, below 0: worse than nothing.",
+    "this in its place. 100%: all, 0: no more than a constant, below 0: worse than a constant.",
     "damage": "KL of the tuned model with this in place of the head, from the clean tuned model.",
     "damage of a constant": "What the tuned mean in place of the head costs: what there is to "
     "recover.",

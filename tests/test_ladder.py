@@ -20,7 +20,14 @@ from rq4lens.analysis.statistics.bootstrap import (
     undefined,
 )
 from rq4lens.analysis.structure.controls import NO_CONTENT, held_out
-from rq4lens.analysis.structure.kinds import IDLE_PCT, KindInputs, above, head_kinds, ladder
+from rq4lens.analysis.structure.kinds import (
+    IDLE_PCT,
+    NOT_ON_NEUTRAL,
+    KindInputs,
+    above,
+    head_kinds,
+    ladder,
+)
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import PromptSet
 from rq4lens.patching.activations import PairActivations
@@ -189,7 +196,15 @@ def test_kinds_follow_the_ladder_in_their_order(row, neutral, kind):
     """Each rung by its whole interval; an interval that holds the line leaves it undecided."""
     found = kind_of(row, neutral)
     assert found.kind == kind
-    assert (found.why is not None) == (kind == "undecided")
+    if kind != "reassigned":
+        assert (found.why is not None) == (kind == "undecided")
+
+
+@pytest.mark.parametrize(("held_out", "why"), [(10, None), (90, NOT_ON_NEUTRAL)])
+def test_a_reassigned_head_names_neutral_prompts_where_they_alone_tell(held_out, why):
+    """One that fails on other contents works on its own alone, whatever it does elsewhere."""
+    found = kind_of(row_of(mapped=95, held_out=held_out), elsewhere(mapped=10))
+    assert (found.kind, found.why) == ("reassigned", why)
 
 
 def test_a_head_is_idle_where_nothing_it_does_is_above_the_line():

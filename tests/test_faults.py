@@ -324,10 +324,10 @@ def test_out_of_memory_at_any_batch_keeps_what_is_done(
     measure = Measurer._recorded
     calls = iter(range(1, 10**9))
 
-    def exhausted(self, patches, progress):
+    def exhausted(self, patches, progress, put):
         if next(calls) > at:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return measure(self, patches, progress)
+        return measure(self, patches, progress, put)
 
     with monkeypatch.context() as patch:
         patch.setattr(Measurer, "_recorded", exhausted)

@@ -76,16 +76,16 @@ from rq4lens.disk.store import Store
 torch.set_num_threads(1)
 
 def share(text, writes):
-    put, done = Store.put, 0
+    write, done = Store._write, 0
 
-    def put_and_die(self, ingredients, payload):
+    def write_or_die(self, path, record):
         nonlocal done
         done += 1
         if done == writes:
             os.kill(os.getpid(), signal.SIGKILL)
-        return put(self, ingredients, payload)
+        return write(self, path, record)
 
-    Store.put = put_and_die
+    Store._write = write_or_die
     request = Request(command, read_config(Path(config)))
     run_shard(request, Path(folder), Sharing(Share.parse(text), divide))
 

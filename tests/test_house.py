@@ -13,7 +13,7 @@ from rq4lens.config import Settings
 
 PACKAGE = Path(rq4lens.config.__file__).parent
 
-MOST_LINES = 34_400
+MOST_LINES = 34_600
 MOST_FILES = 158
 FEWEST_LINES_OF_A_FILE = 60
 MOST_FILES_OF_A_FOLDER = 12
@@ -22,7 +22,6 @@ MOST_PARAMETERS = 6
 SMALL_WITH_REASON = {
     "__init__.py": "the public names, which stand in its stub",
     "__main__.py": "`python -m rq4lens`",
-    "errors.py": "the one error, which every room imports",
     "jobs/progress.py": "what every job reports to, without importing a job",
 }
 """Files below the usual length, and why each is a file."""

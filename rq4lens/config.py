@@ -394,6 +394,12 @@ class RunConfig(BaseModel):
     effort: Effort = Field(default_factory=Effort)
 
     def __init__(self, **parts: Any) -> None:
+        for name, part in parts.items():
+            if not isinstance(part, (PARTS.get(name, ()), dict)):
+                raise UserError(
+                    f"RunConfig has no part {name}={str(part)[:40]!r}: write patching="
+                    "rq.Patching(layer=1), or rq.config_from({'pair': 'etiquette', 'layer': 1})."
+                )
         super().__init__(**parts)
         refuse_two_places(self.reading, self.patching.k_positions)
 

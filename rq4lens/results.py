@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 from pydantic import TypeAdapter
 
-from rq4lens.config import Effort, Patching, RankBy
+from rq4lens.config import Effort, Patching, RankBy, refuse_unknown
 from rq4lens.errors import UserError
 from rq4lens.heads import Head, HeadSet
 
@@ -633,6 +633,7 @@ def single_scores(
     whole: Float64[ndarray, "*rows head"], delta: Float64[ndarray, "*rows head"], rank_by: RankBy
 ) -> Float64[ndarray, "*rows head"]:
     """The score that orders single heads; see :func:`rank_single_heads`."""
+    refuse_unknown([rank_by], get_args(RankBy), "a ranking of single heads", "score")
     if rank_by in {"delta", "kl_raw"}:
         return delta if rank_by == "delta" else whole
     return np.divide(100 * delta, whole, out=np.full(whole.shape, -np.inf), where=whole > 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from pair_on_disk import write_pair
 from tiny import (
     FAST,
     MAIN,
@@ -26,12 +28,16 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import bootstrap_of, ranking_rows, records
 from rq4lens.analysis.effects.transfer import metric_summary
 from rq4lens.analysis.statistics.plain import from_json, to_json
-from rq4lens.config import AnalysisEffort, Patching, Reading
+from rq4lens.config import AnalysisEffort, Patching, Reading, config_from
 from rq4lens.disk.run import grid_of_table, per_prompt_table
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
+from rq4lens.jobs.run import run as run_job
+from rq4lens.jobs.sweep import sweep_layers
+from rq4lens.models.catalog import load_pair
 from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid, run_grid
 from rq4lens.patching.keys import measured_parts
@@ -376,8 +382,14 @@ def without(field, prompts):
 
 
 REFUSED = {
-    "no foil": (lambda prompts: without("foil", prompts), "has none"),
-    "no answer": (lambda prompts: without("answer", prompts), "has none"),
+    "no foil": (lambda prompts: without("foil", prompts), "and 15 more have none: give it as 'fo"),
+    "no answer": (lambda prompts: without("answer", prompts), "and 15 more have none"),
+    "one without": (
+        lambda prompts: PromptSet(
+            tuple(replace(p, foil=None) if p.id == "p48" else p for p in prompts)
+        ),
+        "prompt 'p48' has none",
+    ),
     "same start": (
         lambda prompts: PromptSet.of(
             [
@@ -399,6 +411,39 @@ def test_a_metric_refuses_prompts_that_lack_what_it_needs(asked_pair, asked_maps
     said = refusal(prepared, pair, asked_maps, metric=metric)
     assert expected in said
     assert repr(pair.prompts.split("val").ids[0]) in said
+
+
+@pytest.mark.parametrize("how", ["in memory", "from disk"])
+def test_prompts_without_answers_are_refused_before_any_work(tmp_path, monkeypatch, how):
+    """No model is loaded or run, and nothing is written."""
+    pair, values = None, write_pair(tmp_path)
+    if how == "in memory":
+        pair = load_pair(**{name: values[name] for name in ("base", "tuned", "prompts")})
+    for work in ("models.catalog._load", "patching.activations.PairActivations.capture"):
+        monkeypatch.setattr(f"rq4lens.{work}", lambda *_, **__: pytest.fail("there was work"))
+    config = config_from({**values, "metric": "logit_difference"})
+    said = refusal(run_job, config, tmp_path / "run", pair=pair)
+    assert "needs the answer of each prompt, and prompts" in said
+    assert not (tmp_path / "run").exists()
+    assert "needs the answer" in refusal(sweep_layers, config, tmp_path / "run", pair=pair)
+    if pair is not None:
+        monkeypatch.undo()
+        maps = fit_maps(pair, MAIN)
+        monkeypatch.setattr(PairActivations, "capture", lambda *_, **__: pytest.fail("a pass"))
+        assert "needs the answer" in refusal(run_grid, pair, maps, MAIN, metric="accuracy")
+
+
+def test_a_metric_may_be_named(asked_pair, asked_maps, asked_grid):
+    """By the word of the command line, it is the metric of the settings."""
+    named = run_grid(
+        asked_pair, asked_maps, MAIN, settings=Patching(k=(1, 2)), metric="logit_difference"
+    )
+    assert named.settings.patching == asked_grid.settings.patching.but(
+        **named.settings.patching.model_dump(include={"control_layer", "alpha"})
+    )
+    assert named.ranking.heads == asked_grid.ranking.heads
+    experiment = prepare(asked_pair, asked_maps, metric="answer_logprob")
+    assert experiment.settings.metric == "answer_logprob"
 
 
 def test_a_function_that_gives_no_number_a_row_is_refused(tiny_pair, tiny_maps):

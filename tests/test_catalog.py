@@ -120,6 +120,11 @@ def test_the_same_folder_twice_is_a_null_pair(own):
         ("nope", (), "pair 'nope' does not exist"),
         (None, ("base",), "no base model is named"),
         (None, ("tuned",), "no tuned model is named"),
+        (
+            None,
+            ("base", "tuned", "prompts"),
+            r"no base model is named: choose a pair, .*--pair; in P",
+        ),
         (None, ("prompts",), "pair 'base and tuned' needs your prompts: give a JSONL file"),
         ("cultural", ("prompts",), r"needs your prompts \(a JSONL file of cultural questions"),
     ],

@@ -74,7 +74,7 @@ def assert_one_sentence(result, said, folder):
         ("run --pair nope", "pair 'nope' does not exist: choose one of etiquette"),
         ("run --pair cultural", "pair 'cultural' needs your prompts"),
         ("run --base a --layer 1", "--base 'a' is given without --tuned"),
-        ("run --base a --tuned b --layer 1", "give a JSONL file with --prompts FILE"),
+        ("run --base a --tuned b --layer 1", "give a JSONL file (--prompts FILE"),
         ("run --base a --tuned b --prompts p.jsonl", "prompt file 'p.jsonl' does not exist"),
         ("run nowhere.toml", "configuration file 'nowhere.toml' does not exist"),
         ("run --pair etiquette --alpha 2", "alpha = '2' is not allowed"),
@@ -105,6 +105,8 @@ def assert_one_sentence(result, said, folder):
         ("figures nowhere", "'nowhere' holds no finished run"),
         ("report nowhere", "'nowhere' holds no finished run"),
         ("verify nowhere", "'nowhere' holds no finished run"),
+        ("verify .", "'.' holds no finished run"),
+        ("validate --base nope", "model 'nope' needs your prompts: give a JSONL file (--prompts"),
     ],
 )
 def test_bad_input_is_one_sentence(rq4lens, line, said):
@@ -122,6 +124,9 @@ def test_bad_input_is_one_sentence(rq4lens, line, said):
         ("run {} --k 0", "k 0 does not fit"),
         ("run {} --split test", "no prompt has split 'test': the splits are train, val"),
         ("run {} --k-positions 99", "k_positions 99 does not fit"),
+        ("run {} --metric accuracy", "needs the answer of each prompt, and prompts"),
+        ("sweep {} --metric accuracy", "needs the answer of each prompt, and prompts"),
+        ("patch {} --metric accuracy", "needs the answer of each prompt, and prompts"),
         ("rank {} --method magic", "magic"),
         ("sweep {} --layers 0-9", "layer 3 does not exist"),
     ],
@@ -160,6 +165,22 @@ def test_no_command_writes_over_a_file_of_another_name(rq4lens, config, tmp_path
     (tmp_path / "taken").write_text("mine")
     result = rq4lens(command, config, "--out", tmp_path / "taken" / "deeper")
     assert_one_sentence(result, "cannot make the directory", Path.cwd())
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["run", "run --fresh", "rank", "sweep", "run --shard 1/2"])
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_a_file_in_place_of_a_folder_is_said_before_the_work(
+    rq4lens, config, tmp_path, monkeypatch, caplog, command, option
+):
+    """No model is loaded, nothing is called set aside, and the option of that folder is named."""
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr("rq4lens.models.catalog._load", lambda *_: pytest.fail("it was loaded"))
+    others = [] if option == "--out" else ["--out", "run"]
+    result = rq4lens(*command.split(), config, option, tmp_path / "taken", *others)
+    assert_one_sentence(result, "is no directory): name another place", Path.cwd())
+    assert f"({option}" in result[2]
+    assert "set aside" not in caplog.text
     assert (tmp_path / "taken").read_text() == "mine"
 
 

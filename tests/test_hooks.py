@@ -1,5 +1,7 @@
 """The reference engine: hooks that are there while a patch lasts, and not a moment longer."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,17 @@ from rq4lens.heads import HeadSet
 from rq4lens.models.load.lens import z_site
 from rq4lens.patching.activations import capture_z
 from rq4lens.patching.engines.hooks import HookEngine, patched_heads
+from rq4lens.patching.experiment import prepare
 from rq4lens.patching.passes import forward_batch
 from rq4lens.patching.patch import (
+    BASE,
+    CONSTANT,
+    MAPPED,
+    OUTPUT,
+    RAW,
+    SELF,
+    SHIFTED,
+    TUNED,
     Patch,
     Sources,
     blend,
@@ -191,6 +202,21 @@ def test_a_missing_source_is_named(model, prompts):
     patch = Patch(MAIN, HeadSet.of([0], TINY_HEADS), 0.3, "mapped")
     with pytest.raises(UserError, match=rf"source 'mapped' at layer {MAIN}: there are 'raw' at"):
         HookEngine(model, prompts).effects([(patch,)], sources())
+
+
+def test_every_source_is_named(tiny_pair, tiny_maps):
+    """Those that are made when they are asked for stand in the sentence beside those of maps."""
+    experiment = prepare(tiny_pair, tiny_maps)
+    every = [RAW, MAPPED, BASE, SELF, TUNED, CONSTANT, SHIFTED, OUTPUT]
+    with (
+        pytest.raises(UserError, match="source 'banana'") as said,
+        patch(experiment, MAIN, "0", source="banana"),
+    ):
+        pass
+    assert list(dict.fromkeys(re.findall(r"'(\w+)'", str(said.value))))[1:] == every
+    for source in every:
+        with patch(experiment, MAIN, "0", source=source) as patched:
+            assert torch.isfinite(patched.logits()).all()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ MOST_PARAMETERS = 6
 SMALL_WITH_REASON = {
     "__init__.py": "the public names, which stand in its stub",
     "__main__.py": "`python -m rq4lens`",
-    "errors.py": "the one error, which every room imports",
     "jobs/progress.py": "what every job reports to, without importing a job",
 }
 """Files below the usual length, and why each is a file."""

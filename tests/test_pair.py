@@ -308,7 +308,24 @@ SAID = {
     "rq.load_pair(base=model, prompts=prompts)": "rq.ModelPair",
     "rq.PairMember(model)": r"write rq.PairMember.of\(model\)",
     "rq.fit_maps(pair, 'ab')": "'a' is no layer: give its number",
-    "rq.run('etiquette', 'runs/x')": "a str is no configuration: .*rq.preset",
+    "rq.run('etiquette', 'runs/x')": "takes no str: give rq.preset",
+    "rq.run(rq.RunConfig(), 'runs/x', pair=model)": r"run\(pair=...\) takes no HookedTr.*ModelPair",
+    "rq.RunConfig(layer=1)": r"no part layer='1': write patching=rq.Patching\(layer=1\)",
+    "rq.RunConfig(patching=rq.Place())": r"no part patching=.*rq.Patching\(layer=1\)",
+    "rq.plant(pair)": "takes no ModelPair: give pair.base.model",
+    "rq.prepare(model, {})": "takes no HookedTransformer: give rq.load_pair",
+    "rq.run_grid(pair, 1, 1)": "takes no int: give rq.fit_maps",
+    "rq.run_grid(pair, {}, 1, metric=len)": "takes no .*: give rq.Metric.* or 'answer_logprob'",
+    "rq.run_grid(pair, {}, 1, metric='banana')": "metric = 'banana' is not allowed",
+    "rq.measure_grid(pair, {}, 1)": r"takes no ModelPair: give rq.prepare\(pair, maps\)",
+    "rq.analyse(pair)": r"takes no ModelPair: give rq.run_grid\(",
+    "rq.compare_layers(pair)": r"takes no ModelPair: give \{1: rq.run_grid\(",
+    "rq.head_card(pair, (1, 0))": r"takes no tuple: give rq.Head\(1, 0\) or 'L1H0'",
+    "rq.head_card(model, 'L1H0')": "takes no HookedTransformer: give rq.read_run.* or rq.load_pair",
+    "rq.plant(model, turned=[3])": "'3' is no head",
+    "grid.ranking_by('tobase')": "unknown score 'tobase': did you mean 'to_base'",
+    "grid.ranking_by('banana')": "unknown score 'banana': allowed are delta, drop_pct, .*to_tuned",
+    "rq.position_map(model)": "takes no HookedTransformer: give rq.read_run",
     "rq.HeadSet.read(0.5, 4, 1)": "'0.5' is no head set: give heads as '0,2'",
     "rq.HeadSet.read([0, None], 4, 1)": "is no head set",
 }
@@ -320,6 +337,7 @@ from tiny import random_prompts, tiny_model, word_tokenizer
 model, prompts = tiny_model(), random_prompts()
 model.tokenizer = word_tokenizer()
 pair = rq.ModelPair(model, model, prompts)
+grid = rq.run_grid(pair, rq.fit_maps(pair, 1), 1, settings=rq.Patching(k=(1,)))
 for attempt in {attempts}:
     try:
         eval(attempt)
@@ -328,12 +346,27 @@ for attempt in {attempts}:
 """
 
 
-def test_what_is_no_pair_is_said_in_python():
-    """The sentence names what to write in Python, and no flag.
+CHECKED = """
+from inspect import isfunction, signature
+import rq4lens as rq
+from rq4lens.errors import WRITTEN
+assert rq.run_grid is rq.run_grid
+asked = set()
+for function in filter(isfunction, (getattr(rq, name) for name in rq.__all__)):
+    for name, parameter in signature(function).parameters.items():
+        kinds = {*str(parameter.annotation).split(" | ")} & {*WRITTEN}
+        asked |= kinds
+        if kinds:
+            try:
+                function(**{name: object()})
+            except rq.UserError as problem:
+                print(problem)
+assert asked == {*WRITTEN}, {*WRITTEN} - asked
+"""
 
-    In an interpreter of its own: under pytest the types of arguments are checked before.
-    """
-    script = ATTEMPTS.format(attempts=list(SAID))
+
+def lines_of(script):
+    """What a script prints, in an interpreter of its own: pytest would check all types before."""
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -342,9 +375,22 @@ def test_what_is_no_pair_is_said_in_python():
         text=True,
         check=True,
     )
-    for sentence, said in zip(done.stdout.splitlines(), SAID.values(), strict=True):
+    return done.stdout.splitlines()
+
+
+def test_what_is_no_pair_is_said_in_python():
+    """The sentence names what to write in Python, and no flag."""
+    lines = lines_of(ATTEMPTS.format(attempts=list(SAID)))
+    for sentence, said in zip(lines, SAID.values(), strict=True):
         assert re.search(said, sentence)
         assert re.search(r"--\w", sentence) is None
+
+
+def test_every_public_function_checks_its_types():
+    """Each annotation can be looked up, and each type of the list is one that somebody asks for."""
+    lines = lines_of(CHECKED)
+    assert len(lines) > 30
+    assert all(re.fullmatch(r"\w+\(\w+=...\) takes no object: give .*\.", each) for each in lines)
 
 
 CONFIG = RunConfig(

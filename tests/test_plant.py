@@ -231,6 +231,18 @@ def test_order_and_repetition_of_heads_do_not_matter(base):
     assert torch.equal(one, other)
 
 
+def test_heads_may_be_labels(base):
+    """A head is named as everywhere else."""
+    how = Planting(strength=0.5)
+    labelled, named = (
+        plant(base, how=how, scaled=["L1H3"]),
+        plant(base, how=how, scaled=[Head(1, 3)]),
+    )
+    assert labelled.truth == named.truth
+    with pytest.raises(UserError, match="'L1' is no head"):
+        plant(base, how=how, scaled=["L1"])
+
+
 def test_the_truth_is_json():
     """The record of a planted pair can be written with every result."""
     pair = plant(

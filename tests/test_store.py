@@ -490,6 +490,15 @@ def test_a_file_where_the_directory_should_be_is_said(tmp_path):
         Store(tmp_path / "conditions")
 
 
+def test_below_a_file_there_is_no_record(tmp_path, caplog):
+    """What cannot be there is absent, not damaged: nothing is set aside."""
+    (tmp_path / "taken").write_text("a file")
+    store = Store(tmp_path / "taken" / "conditions")
+    assert store.get(INGREDIENTS) is None
+    assert store.counters.set_aside == []
+    assert "set aside" not in caplog.text
+
+
 def test_a_hundred_conditions_take_well_under_a_second(store):
     """Keeping a grid costs next to nothing beside computing it."""
     values = [random.Random(0).random() for _ in range(256)]

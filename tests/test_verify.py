@@ -14,6 +14,7 @@ import torch
 from pair_on_disk import LAYER, write_pair
 from safetensors.torch import load_file, save_file
 
+from rq4lens.analysis.saved import read_run
 from rq4lens.config import config_from
 from rq4lens.disk.files import canonical_json
 from rq4lens.disk.run import file_sha256
@@ -187,6 +188,8 @@ TAMPERED = {
     "the summary": (lambda run: (run / "summary.txt").write_text("all is well"), "files"),
     "a missing summary": (lambda run: (run / "summary.txt").unlink(), "files"),
     "the analysis": (edit_json("analysis.json", lambda analysis: analysis.update(x=1)), "files"),
+    "a missing results file": (lambda run: (run / "rq4_results.json").unlink(), "run"),
+    "a cut run.json": (lambda run: (run / "run.json").write_text("{"), "run"),
     "a cut table": (lambda run: (run / "per_prompt.parquet").write_bytes(b"PAR1"), "run"),
 }  # fmt: skip
 
@@ -255,6 +258,15 @@ def test_what_is_no_run_is_said(tmp_path):
     """A folder without a finished run is bad input, not a failed check."""
     with pytest.raises(UserError, match="no finished run"):
         verify_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"config": {"pair": "x"}}', "no JSON"])
+def test_somebody_elses_run_json_is_no_run(tmp_path, text):
+    """Beside nothing that a run writes it is not a damaged run, wherever it is read."""
+    (tmp_path / "run.json").write_text(text)
+    for read in (verify_run, read_run):
+        with pytest.raises(UserError, match="holds no finished run"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -36,6 +35,7 @@ from rq4lens.disk.run import (
     SUMMARY,
     file_sha256,
     grid_of_table,
+    holds_run,
     per_prompt_table,
     written_files,
 )
@@ -171,9 +171,9 @@ def read_run(directory: Path | str) -> Run:
         from rq4lens.disk.hub import fetch_run  # noqa: PLC0415 - a folder needs no hub
 
         directory = fetch_run(named)
-    if not os.path.isfile(directory / RUN):  # noqa: PTH113 - no error for a name that cannot be
+    if not holds_run(directory):
         raise UserError(
-            f"{named!r} holds no finished run ({RUN} is missing): name the folder that "
+            f"{named!r} holds no finished run (no {RUN} beside results): name the folder that "
             "`rq4lens run --out` wrote, or run it again to finish it."
         )
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))

@@ -103,14 +103,24 @@ def refuse_no_file(path: Path | None) -> None:
         )
 
 
+def refuse_no_directory(path: Path | str | None, option: str) -> None:
+    """Refuse, before work is done for it, a directory that a file stands in the way of."""
+    path = Path(path or ".")
+    there = next((each for each in (path, *path.parents) if os.path.lexists(each)), Path())
+    if not there.is_dir():
+        raise UserError(
+            f"cannot make the directory {str(path)!r} ({str(there)!r} is no directory): name "
+            f"another place ({option})."
+        )
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and those above it; one that is there already is fine."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(
-            f"cannot make the directory {str(path)!r} ({problem.strerror}): choose another place, "
-            "with --out on the command line."
+            f"cannot make the directory {str(path)!r} ({problem.strerror}): name another place."
         ) from problem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ def refuse_foreign(directory: Path) -> None:
             f"{str(directory)!r} holds other files ({', '.join(sorted(there)[:3])}) and no run, "
             "whose report or summary could replace yours: name an empty folder (--out)."
         )
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a finished run lies there, damaged or not; a ``run.json`` alone may be anybody's."""
+    here = [name for name in MARKS if os.path.exists(directory / name)]  # noqa: PTH110
+    return RUN in here and len(here) > 1
 
 
 def ranking_file(layer: int, alpha: float, method: str | None = None) -> str:

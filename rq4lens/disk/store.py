@@ -196,7 +196,7 @@ class Store:
             return None
         try:
             found = read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             log.info("computing %s: no record yet", path.name)
             return None
         except DamagedTensorsError as problem:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from rq4lens.config import PairSource, RunConfig
-from rq4lens.disk.files import remove_leftovers
+from rq4lens.disk.files import refuse_no_directory, remove_leftovers
 from rq4lens.disk.run import ACTIVATIONS, CONDITIONS, MAPS, MEASURED, refuse_foreign
 from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Clock, Stage, silent
-from rq4lens.models.catalog import keep_base_card, pair_from, resolve_device, size_of
-from rq4lens.models.load.devices import choose_threads
+from rq4lens.models.catalog import keep_base_card, pair_from, prompts_left_in, size_of
+from rq4lens.models.load.devices import choose_threads, resolve_device
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
@@ -26,6 +26,7 @@ from rq4lens.patching.grid import GridPlan
 from rq4lens.patching.maps.fitting import fit_maps, maps_from
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer
+from rq4lens.patching.metrics import metric_named, require_needs
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,8 @@ class Bench:
         stage: Stage = silent,
         pair: ModelPair | None = None,
     ) -> None:
-        if not isinstance(config, RunConfig):
-            raise UserError(
-                f"a {type(config).__name__} is no configuration: write rq.preset('etiquette'), "
-                "rq.read_config('run.toml') or rq.RunConfig(patching=rq.Patching(layer=1))."
-            )
+        refuse_no_directory(directory, "--out; in Python the directory")
+        refuse_no_directory(config.place.cache, "--cache; in Python rq.Place(cache=...)")
         if directory is not None:
             directory = Path(directory)
             refuse_foreign(directory)
@@ -81,9 +79,12 @@ class Bench:
     @cached_property
     def pair(self) -> ModelPair:
         """The pair; the base model is not loaded while its cached activations do."""
-        if self.given_pair is not None:
-            return self.given_pair
-        config = self.config
+        config, given = self.config, self.given_pair
+        if (metric := metric_named(config.patching.metric)) is not None:  # before a model is read
+            asked = given.prompts if given else prompts_left_in(config.pair, config.reading)
+            require_needs(metric, asked.split(config.patching.split))
+        if given is not None:
+            return given
         cache = None if self.fresh else self.cache
         place = config.place.but(keep_both=self.keep_both)
         choose_threads(size_of(config.pair, "tuned", place).weights.total)

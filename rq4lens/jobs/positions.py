@@ -135,11 +135,6 @@ def _mapped(
     run: Run | GridResult | Path | str, pair: ModelPair | None, trust_remote_code: bool
 ) -> _Mapped:
     run = read_run(run) if isinstance(run, str | Path) else run
-    if not isinstance(run, Run | GridResult):
-        raise UserError(
-            f"a {type(run).__name__} is no run: give what rq.run or rq.read_run returned, a run "
-            "directory, or a grid with its pair."
-        )
     grid = run.grid if isinstance(run, Run) else run
     place, store = Place(), None
     if isinstance(run, Run):

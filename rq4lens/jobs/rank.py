@@ -14,7 +14,7 @@ from rq4lens.analysis.rankings.methods import RankingSettings, method_of, method
 from rq4lens.analysis.records import MethodRow
 from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import RunConfig
-from rq4lens.disk.files import make_directory, write_json_atomic
+from rq4lens.disk.files import make_directory, refuse_no_directory, write_json_atomic
 from rq4lens.disk.run import ranking_file
 from rq4lens.errors import UserError
 from rq4lens.jobs.bench import Bench
@@ -72,6 +72,7 @@ def rank_layer(
     stage: Stage = silent,
 ) -> RankingJob:
     """Rank the heads of the main layer by several methods, and by the rankings of some files."""
+    refuse_no_directory(out, "--out")
     names = _methods(methods, files)
     asked = {"target": target, "ig_steps": ig_steps}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}

@@ -19,7 +19,7 @@ from rq4lens.analysis.saved import Run, read_run
 from rq4lens.analysis.statistics.plain import Listed, to_json
 from rq4lens.config import RunConfig, config_from
 from rq4lens.disk.files import read_json, short_reason
-from rq4lens.disk.run import CONDITIONS, RESULTS, RUN, file_sha256, ranking_file
+from rq4lens.disk.run import CONDITIONS, RESULTS, RUN, file_sha256, holds_run, ranking_file
 from rq4lens.disk.store import StoredRecord, content_key, read_record
 from rq4lens.errors import UserError
 from rq4lens.models.pair import SIDES, ModelPair
@@ -83,8 +83,8 @@ def verify_run(
     pair: ModelPair | None = None,
 ) -> Verification:
     """Check a finished run: its files, its table, its records, and a sample measured again."""
-    if file_sha256(directory / RUN) is None:
-        read_run(directory)  # says what is missing
+    if not holds_run(directory):
+        read_run(directory)  # says so
     try:
         saved = read_run(directory)
     except UserError as problem:

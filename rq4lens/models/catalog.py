@@ -176,11 +176,14 @@ def prompts_of(source: PairSource) -> PromptSet:
     if is_builtin(source) and source.prompts is None:
         return PromptSet.from_jsonl(_builtin_folder(source.name) / "prompts.jsonl")
     if source.prompts is None or source.prompts.startswith(SUPPLY):
+        for side in SIDES:
+            _origin(source, side)  # a model that is missing too is said first
         wish = (source.prompts or "").removeprefix(SUPPLY).strip(": ")
+        both = f"pair {source.name!r}"
         raise UserError(
-            f"pair {source.name!r} needs your prompts"
-            + (f" ({wish})" if wish else "")
-            + ": give a JSONL file with --prompts FILE."
+            f"{both if source.base != source.tuned else f'model {source.base!r}'} needs your "
+            f"prompts{f' ({wish})' if wish else ''}: give a JSONL file (--prompts FILE; in Python "
+            "prompts=...)."
         )
     return PromptSet.of(source.prompts)
 
@@ -216,8 +219,9 @@ def _origin(source: PairSource, side: Side) -> _Origin:
         name = f"{source.name}/{side} (built in)"
     if path is None:
         raise UserError(
-            f"no {side} model is named: choose a pair ({', '.join(preset_names())}) with --pair, "
-            "or give your own with --base and --tuned."
+            f"no {side} model is named: choose a pair, {' or '.join(preset_names())} (--pair; in "
+            "Python rq.load_pair('etiquette'), or pair=... of a run), or give your own models "
+            "(--base and --tuned; in Python base=... and tuned=...)."
         )
     return _Origin(path, revision, name, source.trust_remote_code)
 

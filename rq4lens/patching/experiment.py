@@ -22,7 +22,7 @@ from rq4lens.patching.activations import PairActivations, check_layers, require_
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.maps.map import LayerMap
-from rq4lens.patching.metrics import Asked, Metric, metric_named
+from rq4lens.patching.metrics import Asked, Metric, metric_of, require_needs
 from rq4lens.patching.patch import (
     BASE,
     CONSTANT,
@@ -68,6 +68,8 @@ class Ends:
     def __post_init__(self, metric: Metric | None) -> None:
         self.pair = self.activations.pair
         if metric is not None:
+            measured = self.pair.prompts.split(self.settings.split)
+            require_needs(metric, measured.of_ids(self.prompts("tuned").ids))
             for side in SIDES:
                 prompts = self.prompts(side)
                 self._asked[side] = Asked.of(metric, prompts.ids, prompts.answers, prompts.foils)
@@ -320,7 +322,7 @@ def prepare(
     *,
     activations: PairActivations | None = None,
     rows: Sequence[int] | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
 ) -> Experiment:
     """Capture the measured prompts, map them, and set the tuned model behind an engine.
 
@@ -336,7 +338,7 @@ def prepare(
         activations: already captured activations of this pair.
         rows: places of the split's prompts that are measured, in the order in which they are; all
             of them when left out.
-        metric: a metric of your own, in place of the one that the settings name.
+        metric: a metric or its name, in place of the one that the settings name.
 
     Returns:
         The experiment.
@@ -344,25 +346,22 @@ def prepare(
     Raises:
         UserError: if a layer does not exist, or a prompt lacks what the metric needs.
     """
-    settings, place = settings or Patching(), place or Place()
-    if metric is None:
-        metric = metric_named(settings.metric)
-    else:
-        settings = settings.but(metric=metric.label)
-    split = settings.split
+    settings, metric = metric_of(settings or Patching(), metric)
+    split, place = settings.split, place or Place()
     check_layers(list(maps), pair.n_layers)
     activations = activations or PairActivations(
         pair, k_positions=settings.k_positions, batch_size=place.prompts_per_pass
     )
     settings = settings.but(k_positions=activations.k_positions)
+    if rows is not None:
+        place = place.but(batch_size=len(rows))
+    measured = slice(None) if rows is None else list(rows)
+    # Before any forward pass: it refuses prompts that lack what the metric needs.
+    ends = Ends(activations, settings, place, min(maps), measured, metric)
     activations.capture("base", split, range(pair.n_layers), to_the_end=True)
     raw_maps: dict[int, LayerMap] = {}
     if settings.raw_baseline != "identity":
         raw_maps = fit_maps(pair, list(maps), "moments", activations=activations)
-    if rows is not None:
-        place = place.but(batch_size=len(rows))
-    measured = slice(None) if rows is None else list(rows)
-    ends = Ends(activations, settings, place, min(maps), measured, metric)
     ends.engine("tuned")
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, layer_map in maps.items():

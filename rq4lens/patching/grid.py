@@ -14,7 +14,7 @@ from rq4lens.patching.experiment import Experiment, prepare
 from rq4lens.patching.keys import PREPARED
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer, Planned
-from rq4lens.patching.metrics import Metric
+from rq4lens.patching.metrics import Metric, metric_of
 from rq4lens.patching.patch import SELF, Progress
 from rq4lens.results import (
     EVERY,
@@ -127,7 +127,7 @@ def run_grid(
     *,
     settings: Patching | None = None,
     effort: Effort | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
 ) -> GridResult:
     """Measure every condition of the main job.
 
@@ -145,7 +145,7 @@ def run_grid(
         alpha: blend strength, in [0, 1].
         settings: everything else that decides what is patched and measured.
         effort: resamples and seed of what is drawn later, recorded with the result.
-        metric: a metric of your own, which then ranks heads unless the settings say otherwise.
+        metric: a metric or its name; it then ranks heads unless the settings say otherwise.
 
     Returns:
         The grid's results, with every prompt's own numbers.
@@ -155,8 +155,7 @@ def run_grid(
             lacks what the metric needs.
     """
     named = (settings or Patching()).but(layer=layer, control_layer=control_layer, alpha=alpha)
-    if metric is not None:
-        named = named.but(metric=metric.label)
+    named, metric = metric_of(named, metric)
     return measure_grid(prepare(pair, maps, named, metric=metric), named, effort)
 
 

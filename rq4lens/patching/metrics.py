@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rq4lens.config import MetricName
+from rq4lens.config import MetricName, Patching
 from rq4lens.errors import UserError
+from rq4lens.models.prompts.record import Prompt
 
 Tokens = tuple[int, ...]
 Patched = Float[Tensor, "row token vocab"]
@@ -105,6 +106,26 @@ def metric_named(name: str) -> Metric | None:
     return METRICS[name]
 
 
+def metric_of(settings: Patching, given: Metric | str | None) -> tuple[Patching, Metric | None]:
+    """Settings that name a metric, and the metric: one that is given comes before theirs."""
+    if given is not None:
+        settings = settings.but(metric=given if isinstance(given, str) else given.label)
+    return settings, given if isinstance(given, Metric) else metric_named(settings.metric)
+
+
+def require_needs(metric: Metric, prompts: Iterable[Prompt]) -> None:
+    """Refuse prompts that lack what a metric needs."""
+    for what in metric.needs:
+        lacking = [each.id for each in prompts if not getattr(each, what)]
+        if lacking:
+            n = len(lacking) - 1
+            who = f"prompts {lacking[0]!r} and {n} more have" if n else f"prompt {lacking[0]!r} has"
+            raise UserError(
+                f"metric {metric.name!r} needs the {what} of each prompt, and {who} none: give it "
+                f"as {what!r}, or choose another metric, answer_logprob or kl (--metric)."
+            )
+
+
 @dataclass(frozen=True)
 class Asked:
     """A metric, and the answers and foils that it is asked of, in tokens of the patched model."""
@@ -117,20 +138,10 @@ class Asked:
     def of(
         cls, metric: Metric, ids: Sequence[str], answers: Sequence[Tokens], foils: Sequence[Tokens]
     ) -> Asked:
-        """What a metric asks of some prompts, which must have what it needs."""
-        given = {"answer": answers, "foil": foils}
-        for what in metric.needs:
-            lacking = [name for name, of in zip(ids, given[what], strict=True) if not of]
-            if lacking:
-                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-                raise UserError(
-                    f"metric {metric.name!r} needs the {what} of each prompt, and prompt "
-                    f"{lacking[0]!r}{more} has none: give it as {what!r}, or choose --metric "
-                    "answer_logprob or kl."
-                )
+        """What a metric asks of some prompts, which have what it needs."""
         if len(metric.needs) > 1:
-            _refuse_same_start(metric, ids, given["answer"], given["foil"])
-        return cls(metric, tuple(given["answer"]), tuple(given["foil"]))
+            _refuse_same_start(metric, ids, answers, foils)
+        return cls(metric, tuple(answers), tuple(foils))
 
     def answered(self, tokens: Sequence[int]) -> Asked:
         """The same with a token as the answer of each prompt that has none."""

@@ -43,8 +43,8 @@ class Patch:
         layer: the patched layer, or :data:`rq4lens.results.EVERY_LAYER`.
         heads: the patched heads.
         alpha: blend strength, in [0, 1].
-        source: which activations are blended in: a key of :class:`Sources`, such as ``"raw"``,
-            ``"mapped"`` or ``"self"``; ``"tuned"`` is patched into the base model.
+        source: which activations are blended in: a key of :class:`Sources`, such as ``"raw"``;
+            ``"tuned"`` is patched into the base model. :func:`rq4lens.patch` lists them.
 
     Raises:
         UserError: if alpha is outside [0, 1].
@@ -399,9 +399,10 @@ class Sources(dict[tuple[int, str], Tensor]):
         if source in self.made:
             self[key] = self.made[source](layer)
             return self[key]
-        known = ", ".join(f"{source!r} at layer {layer}" for layer, source in self)
+        there = [f"{name!r} at layer {at}" for at, name in self if name not in self.made]
+        there += ["at any layer " + ", ".join(map(repr, self.made))] if self.made else []
         raise UserError(
-            f"no activations for source {source!r} at layer {layer}: there are {known}."
+            f"no activations for source {source!r} at layer {layer}: there are {', '.join(there)}."
         )
 
     def of_prompts(self, rows: Sequence[int]) -> Sources:

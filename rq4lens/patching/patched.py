@@ -116,9 +116,9 @@ def patch(
         layer: the patched layer.
         heads: the patched heads, as ``"0,2"``, ``[0, 2]`` or ``"L1H0"``.
         alpha: blend strength, in [0, 1].
-        source: what is blended in: ``"raw"`` (base z), ``"mapped"`` (base z through the map),
-            ``"constant"``, ``"shifted"``, ``"output"``, or ``"self"``; ``"tuned"`` patches the base
-            model with tuned z.
+        source: what is blended in: ``"raw"`` or ``"base"`` (base z), ``"mapped"`` (base z through
+            the map), ``"constant"``, ``"shifted"``, ``"output"``, or ``"self"``; ``"tuned"``
+            patches the base model with tuned z.
         prompts: ids of the prompts; every prompt of the val split if left out, all in one forward
             pass: name a few where models are large.
 

@@ -156,7 +156,7 @@ class PlantedPair:
 
 @torch.no_grad()
 def plant(
-    base: HookedTransformer, *, how: Planting = DEFAULTS, **heads: Iterable[Head]
+    base: HookedTransformer, *, how: Planting = DEFAULTS, **heads: Iterable[Head | str]
 ) -> PlantedPair:
     """Make a tuned copy of a model in which chosen heads are changed in known ways.
 
@@ -183,7 +183,7 @@ def plant(
     Args:
         base: the model; it is copied, never changed.
         how: drift, strength and seed, and what rewired and replaced heads get.
-        heads: the heads to change, by kind.
+        heads: the heads to change, by kind; each may be a label, as ``"L1H3"``.
 
     Returns:
         Both models and the truth.
@@ -201,7 +201,8 @@ def plant(
     changes: list[PlantedChange] = []
     for kind in (each for each in CHANGE_KINDS if each in heads):
         shares = kind != "rewired" or bool(set(how.weights) & set(SHARED_WEIGHTS))
-        for group in _groups(tuned, heads[kind], shares):
+        named = [h if isinstance(h, Head) else Head.parse(str(h)) for h in heads[kind]]
+        for group in _groups(tuned, named, shares):
             _refuse_second_change(group, changes)
             seeds = [how.seed, crc32(kind.encode()), group[0].layer, group[0].index]
             site = _Site(tuned, group, np.random.default_rng(seeds))

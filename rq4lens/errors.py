@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
-import re
 from typing import Any
 
 
@@ -52,10 +52,9 @@ def checks_types(public: Any) -> Any:
     @functools.wraps(public)
     def checked(*args: Any, **named: Any) -> Any:
         for name, value in signature.bind_partial(*args, **named).arguments.items():
-            kinds = str(signature.parameters[name].annotation)
-            said = [WRITTEN[kind] for kind in kinds.split(" | ") if kind in WRITTEN]
-            # A mapping is one, whatever it holds: isinstance takes no Mapping[int, LayerMap].
-            if said and not isinstance(value, eval(re.sub(r"\[.*?\]", "", kinds), names)):
+            kinds = str(signature.parameters[name].annotation).split(" | ")
+            said = [WRITTEN[kind] for kind in kinds if kind in WRITTEN]
+            if said and not isinstance(value, tuple(_type_of(kind, names) for kind in kinds)):
                 raise UserError(
                     f"{public.__name__}({name}=...) takes no {type(value).__name__}: give "
                     f"{' or '.join(said)}."
@@ -63,3 +62,10 @@ def checks_types(public: Any) -> Any:
         return public(*args, **named)
 
     return checked
+
+
+def _type_of(kind: str, names: dict[str, Any]) -> Any:
+    """The type that an annotation names; a mapping is one, whatever it holds."""
+    first, *inner = kind.partition("[")[0].split(".")
+    found = functools.reduce(getattr, inner, names.get(first, getattr(builtins, first, None)))
+    return type(None) if found is None else found

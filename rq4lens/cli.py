@@ -47,6 +47,7 @@ from rq4lens.screen.terminal import (
     say,
     show,
     show_log,
+    starting,
     watched,
 )
 
@@ -109,7 +110,7 @@ def demo(
     from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415 - keeps --help fast
 
     refuse_other_run(preset("etiquette"), out)
-    with watched("start"):  # torch and what stands on it take seconds to import
+    with starting():  # torch and what stands on it take seconds to import
         from rq4lens.jobs.bench import Bench  # noqa: PLC0415
         from rq4lens.jobs.run import run_on  # noqa: PLC0415
         from rq4lens.jobs.sweep import sweep_on  # noqa: PLC0415
@@ -170,7 +171,7 @@ def run(
 
     if not (fresh or replace):
         refuse_other_run(config, directory)
-    with watched("start"):
+    with starting():
         from rq4lens.jobs import run as job  # noqa: PLC0415
 
     with kept_when_stopped(directory):
@@ -299,7 +300,7 @@ def sweep(
 
     Every layer is measured from one clean pass of each model.
     """
-    with watched("start"):
+    with starting():
         from rq4lens.jobs.sweep import parse_layers, sweep_layers  # noqa: PLC0415
 
     many = Many(shard, cluster, workers, gpus_per_worker, divide)

@@ -144,3 +144,12 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
         "rq4lens: warning: few prompts",
         "rq4lens: warning: only 3",
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_imports_are_shown_to_a_person_alone(console, is_terminal):
+    """In a log an error sentence stands first, and alone."""
+    text = console(is_terminal)
+    with terminal.starting():
+        pass
+    assert ("start" in text.getvalue()) is is_terminal

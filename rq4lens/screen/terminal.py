@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,11 @@ def watched(name: str, rows: int | None = None) -> Iterator[Callable[[int], None
             progress.update(task, advance=finished, rate=rate)
 
         yield report if rows is not None else None
+
+
+def starting() -> AbstractContextManager[Any]:
+    """Show that imports take their time; without a terminal nothing stands before an error."""
+    return watched("start") if errors.is_terminal else nullcontext()
 
 
 @contextmanager

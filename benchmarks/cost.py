@@ -135,7 +135,7 @@ def _stages(run: dict[str, Any]) -> dict[str, float]:
     named: dict[str, float] = {}
     for stage, seconds in run["stages_seconds"].items():
         name = "load" if stage.startswith("load") else stage
-        if stage not in ("import", "start"):
+        if stage != "import":
             named[name] = named.get(name, 0.0) + seconds
     return {STARTUP: max(run["wall_seconds"] - sum(named.values()), 0.0), **named}
 

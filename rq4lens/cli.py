@@ -523,7 +523,7 @@ def main() -> None:
         command = context.command_path if context else "rq4lens"
         _fail(f"{problem.format_message().rstrip('.')}; see `{command} --help`.")
     finally:
-        gc.freeze()  # else the interpreter looks through all that was imported, for two seconds
+        gc.freeze()  # else the interpreter looks through all that was imported once more
 
 
 def _fail_at_disk(problem: OSError) -> None:

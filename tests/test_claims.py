@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny import CONTROL, MAIN, fine_tuned, pair_of, prepared, random_prompts, tiny_model
@@ -14,14 +15,15 @@ from rq4lens.analysis.claims import NO_SHARE, NOTHING, claims, p_text, share, st
 from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
 from rq4lens.analysis.structure.kinds import NOT_ON_NEUTRAL
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
+from rq4lens.disk.store import Store
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.patching import noise
 from rq4lens.patching.activations import PairActivations
 from rq4lens.patching.experiment import prepare
 from rq4lens.patching.grid import measure_grid
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.measured import Measurer
-from rq4lens.patching.noise import noise_effects
 from rq4lens.validation.planting import Planting, plant
 
 LITTLE = AnalysisEffort(
@@ -40,8 +42,10 @@ def analysis_of(pair, layer=MAIN, control_layer=CONTROL, *, ks=(1, 2), beside_no
     neutral = None
     if "neutral" in pair.prompts.splits:
         neutral = prepare(pair, maps, Patching(split="neutral"), activations=activations)
-    noise = noise_effects(measurer, activations, patching, Place()) if beside_noise else None
-    beside = Beside(neutral, noise)
+    effects = None
+    if beside_noise:
+        effects = noise.noise_effects(measurer, activations, patching, Place())
+    beside = Beside(neutral, effects)
     return analyse(grid, measurer, LITTLE, beside=beside)
 
 
@@ -502,3 +506,23 @@ def test_where_more_than_the_decision_token_is_patched_the_sentences_say_so():
         pair = pair_of(base, tuned, random_prompts(), reading=reading)
         said = every_claim(analysis_of(pair, beside_noise=False))
         assert f"is not in what heads say {where}" in said
+
+
+def test_a_noise_pair_without_room_is_left_out_unless_it_was_measured_before(
+    tmp_path, monkeypatch, caplog
+):
+    """It takes a third model; what an earlier run recorded takes none."""
+    pair = pair_of(tiny_model(), fine_tuned(tiny_model()), random_prompts())
+    activations, patching = PairActivations(pair), Patching(layer=MAIN)
+    maps = fit_maps(pair, [MAIN], activations=activations)
+    measurer = Measurer(prepared(pair, maps, activations=activations), Store(tmp_path / "records"))
+
+    def measured(room):
+        monkeypatch.setattr(noise, "has_room_for", lambda _: room)
+        return noise.noise_effects(measurer, activations, patching, Place())
+
+    assert measured(room=False) is None
+    assert "no room for a third model" in caplog.text
+    first = measured(room=True)
+    again = measured(room=False)
+    np.testing.assert_array_equal(again.gap_base_nats, first.gap_base_nats)

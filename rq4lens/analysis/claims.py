@@ -141,8 +141,8 @@ def _no_repair(analysis: Analysis) -> str | None:
     noise, delta = analysis.noise, analysis.full.delta.value or 0.0
     gap = analysis.gap.base_nats.value
     if noise is not None and not (_is_above(noise.delta_beyond_nats) or analysis.full.is_harm):
-        much = f"what the noise pair's map takes back ({noise.delta:.2g} nats)"
-        return f"it is not clearly more than {much}"
+        noisy = f"{noise.delta:.2g} nats"
+        return f"it is not clearly more than the noise pair's map takes back ({noisy})"
     if gap is not None and abs(delta) < LITTLE_OF_GAP * gap:
         return f"it is {delta:.2g} nats, less than {100 * LITTLE_OF_GAP:g}% of the gap"
     return None
@@ -325,8 +325,7 @@ def _evidence(analysis: Analysis, head: int) -> str:
     if analysis.neutral is not None:
         parts.append(f"on neutral prompts it {_on_neutral(analysis.neutral[f'head{head}'])}")
     undone = {True: ", and W_O undoes it", False: ", and W_O does not undo it", None: ""}
-    only_there = kind.kind == "reassigned" and kind.why is not None
-    meaning = f" ({kind.why if only_there else MEANINGS[kind.kind]}{undone[kind.function_kept]})"
+    meaning = f" ({kind.why or MEANINGS[kind.kind]}{undone[kind.function_kept]})"
     return f"{meaning}: {', '.join(parts)}"
 
 

@@ -36,7 +36,7 @@ from rq4lens.results import NO_RAW_EFFECT, Record, Shown
 NO_METRIC = "the divergence alone was measured: no metric was asked for"
 NOT_MEASURED = "only the grid was given: new head sets would have to be measured"
 NO_NEUTRAL = "the pair has no neutral prompts"
-NO_NOISE_PAIR = "it was not asked for, or the models were not in memory together"
+NO_NOISE_PAIR = "it was not asked for, or there was no room for three models in memory"
 NOT_COVERED = undefined("it was not measured")
 NOT_ASKED = undefined("it is asked of heads that changed alone")
 UNMEASURED = undefined(NOT_MEASURED)

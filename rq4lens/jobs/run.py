@@ -36,7 +36,7 @@ from rq4lens.jobs.finished import LIBRARIES, Finished, refuse_other_run
 from rq4lens.jobs.memory import plan_memory, say_and_require
 from rq4lens.jobs.pages import heads_that_matter, write_cards, write_pages
 from rq4lens.jobs.progress import Progress, Stage, silent
-from rq4lens.models.load.devices import has_room_for, resolve_device
+from rq4lens.models.load.devices import resolve_device
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.pair import SIDES, ModelPair
 from rq4lens.models.prompts.prompt_set import SIDE_EFFECT_SPLIT
@@ -323,9 +323,6 @@ def _noise(bench: Bench, measurer: Measurer) -> NoiseEffects | None:
     """The effects of the noise pair, unless it was not asked for or has no room."""
     config = bench.config
     if not config.effort.noise_pair or not bench.pair.keep_both:
-        return None
-    if not has_room_for(bench.pair.tuned.model):
-        log.warning("the noise pair is left out: there is no room for a third model")
         return None
     return noise_effects(
         measurer, bench.activations, config.patching, config.place, config.effort.seed

@@ -205,11 +205,11 @@ class Measurer:
     def once(
         self, ingredients: NamedIngredients, measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """What was measured and recorded before, else what is measured now."""
+        """What was measured and recorded before, else what is measured now, if anything is."""
         found = self.records and self.records.get(ingredients)
         if not found:
             found = measure()
-            if self.records is not None:
+            if found and self.records is not None:
                 self.records.put(ingredients, found)
         return found
 

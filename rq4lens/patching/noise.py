@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from rq4lens.config import Patching, Place
 from rq4lens.disk.store import NamedIngredients, content_key
 from rq4lens.heads import HeadSet
+from rq4lens.models.load.devices import has_room_for
 from rq4lens.models.load.lens import HookedModel
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.pair import ModelPair, PairMember
@@ -24,6 +26,8 @@ from rq4lens.patching.keys import settings_values
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.patch import BASE, MAPPED, RAW, Patch
+
+log = logging.getLogger(__name__)
 
 
 class NoiseEffects(NamedTuple):
@@ -92,19 +96,24 @@ def noise_effects(
     patching: Patching,
     place: Place,
     seed: int = 0,
-) -> NoiseEffects:
-    """The effects of the noise pair; from the store of the measurer if they lie there."""
+) -> NoiseEffects | None:
+    """The effects of the noise pair; from the store of the measurer if they lie there.
+
+    None where there is no room for a third model.
+    """
     on = {**measurer.on, **settings_values(patching), "seed": seed}
     ingredients = NamedIngredients("noise_pair", on)
 
     def measure() -> dict[str, Any]:
-        effects = _measured(
-            noise_pair(measurer.experiment.pair, seed), activations, patching, place
-        )
+        pair = measurer.experiment.pair
+        if not has_room_for(pair.tuned.model):
+            log.warning("the noise pair is left out: there is no room for a third model")
+            return {}
+        effects = _measured(noise_pair(pair, seed), activations, patching, place)
         return {name: values.tolist() for name, values in effects._asdict().items()}
 
     found = measurer.once(ingredients, measure)
-    return NoiseEffects(**{name: np.array(values) for name, values in found.items()})
+    return NoiseEffects(**{n: np.array(each) for n, each in found.items()}) if found else None
 
 
 def _measured(

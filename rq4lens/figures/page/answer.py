@@ -125,7 +125,7 @@ def _undefined(report: Report) -> Iterator[str]:
 
 PARTS = {
     "neutral": ("neutral prompts", "prompts of a split neutral"),
-    "noise": ("the noise pair", "both models in memory and no --no-noise-pair"),
+    "noise": ("the noise pair", "room for three models in memory and no --no-noise-pair"),
     "control_layer": ("the control layer", "--control-layer"),
 }
 """What a run may lack, and what it needs to have it."""

@@ -215,21 +215,16 @@ def free_bytes(device: str) -> int:
     """Free memory of a device."""
     if torch.device(device).type != "cuda":
         return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info(device)[0])
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + reusable)
 
 
 def has_room_for(model: nn.Module) -> bool:
     """Whether another such model fits beside it, on the same devices."""
-    needed: Counter[torch.device] = Counter()
+    needed: Counter[str] = Counter()
     for parameter in model.parameters():
-        needed[parameter.device] += parameter.numel() * parameter.element_size()
-    for device, n_bytes in needed.items():
-        reusable = 0
-        if device.type == "cuda":
-            reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if n_bytes > free_bytes(str(device)) + reusable:
-            return False
-    return True
+        needed[str(parameter.device)] += parameter.numel() * parameter.element_size()
+    return all(n_bytes <= free_bytes(device) for device, n_bytes in needed.items())
 
 
 AT_THE_EXIT = ("ln_final", "unembed")

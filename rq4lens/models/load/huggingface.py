@@ -145,7 +145,7 @@ def load_hugging_face(
 ) -> Any:
     """The checkpoint as a Hugging Face model, from safetensors alone."""
     _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
-    # Weights come from the files: to draw random ones first takes a second for each model.
+    # Weights come from the files: none need be drawn first.
     with _reading("model", checkpoint), _quiet_unless_terminal(), no_init_weights():
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,

@@ -12,7 +12,7 @@ import torch
 
 from rq4lens.config import PROMPTS_PER_PASS, Place
 from rq4lens.errors import UserError
-from rq4lens.models.load.devices import Placement
+from rq4lens.models.load.devices import Placement, free_bytes
 from rq4lens.models.load.lens import HookedModel, HookedTransformer, ModelConfig
 from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 
@@ -43,9 +43,7 @@ def default_budget_bytes(device: torch.device) -> int:
     """Memory for the rows in flight when the user names none."""
     if is_main_memory(device):
         return CPU_BUDGET_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(FREE_SHARE_OF_GPU * (free + reusable))
+    return int(FREE_SHARE_OF_GPU * free_bytes(str(device)))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,14 @@ from transformers import (
 )
 
 from rq4lens.config import Place
+from rq4lens.errors import UserError
 from rq4lens.models.load import fingerprint, loading
 from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.conversion import hooked_from
 from rq4lens.models.load.devices import Placement
 from rq4lens.models.load.fingerprint import files_digest
+from rq4lens.models.load.huggingface import load_hugging_face, read_ahead, read_tensors
 from rq4lens.models.load.lens import HookedTransformer
 from rq4lens.models.load.loading import CHECK_TEXTS, LoadedModel, load_hooked
 from rq4lens.models.pair import ModelCard, PairMember
@@ -252,6 +255,37 @@ def test_a_checkpoint_is_read_beside_its_loading(llama, monkeypatch):
     monkeypatch.setattr(loading, "load_hugging_face", load_first)
     monkeypatch.setattr(fingerprint, "_piece_digest", after_loading)
     assert len(load_hooked(llama).fingerprint) == 64
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_weights_that_are_read_ahead_are_those_of_the_files(folders, name):
+    """On a GPU they are on their way while transformers still looks at the configuration."""
+    checkpoint, dtype = locate(folders(name)), torch.float32
+    assert read_ahead(checkpoint, torch.device("cpu"), dtype) is None
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.submit(read_tensors, checkpoint, torch.device("cpu"))
+        found = load_hugging_face(checkpoint, dtype=dtype, tensors=ahead)
+    expected = load_hugging_face(checkpoint, dtype=dtype)
+    assert type(found) is type(expected)
+    for values in ("named_parameters", "named_buffers"):
+        pairs = zip(getattr(found, values)(), getattr(expected, values)(), strict=True)
+        for (weight, value), (same_weight, same_value) in pairs:
+            assert weight == same_weight
+            assert value.dtype == same_value.dtype
+            assert torch.equal(value, same_value), weight
+    assert found.config.to_dict() == expected.config.to_dict()
+    assert found.training is expected.training is False
+
+
+def test_damaged_weights_are_refused_when_they_are_read_ahead(llama):
+    """What goes wrong on another thread is said where the model is asked for."""
+    checkpoint = locate(llama)
+    _ = checkpoint.tensors
+    (llama / "model.safetensors").write_bytes(b"")
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.submit(read_tensors, checkpoint, torch.device("cpu"))
+        with pytest.raises(UserError, match=r"cannot be read .*; restore the folder"):
+            load_hugging_face(checkpoint, dtype=torch.float32, tensors=ahead)
 
 
 def test_an_object_is_known_by_its_weights(folders):

@@ -64,7 +64,12 @@ def explained(what: str, fix: str) -> Iterator[None]:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors")
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 """How weights that are neither packed nor quantized are stored."""
 
 LEFTOVER = re.compile(
@@ -218,6 +223,11 @@ class Checkpoint:
                 )
             found[name] = tensor
         return found
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the stored weights."""
+        return {DTYPES[each.dtype] for each in self.tensors.values() if each.dtype in DTYPES}
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:

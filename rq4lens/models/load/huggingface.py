@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -140,26 +148,86 @@ def blocks_of(skeleton: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
+READERS = 8
+"""Tensors that are on their way to a GPU at once; transformers takes half as many."""
+
+
+def read_ahead(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Future[dict[str, Tensor]] | None:
+    """Begin to read a checkpoint onto a GPU, beside other work.
+
+    None where transformers reads as well by itself: on other devices it maps the files, and weights
+    of another type would be in memory twice until all are cast.
+    """
+    if device.type != "cuda" or checkpoint.dtypes != {dtype}:
+        return None
+    pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+    tensors = pool.submit(read_tensors, checkpoint, device)
+    pool.shutdown(wait=False)
+    return tensors
+
+
+def read_tensors(checkpoint: Checkpoint, device: torch.device) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on a device."""
+    stored = checkpoint.tensors
+    files = {file: safe_open(file, "pt", device=str(device)) for file in checkpoint.weight_files}
+    with ThreadPoolExecutor(READERS) as pool:  # copying lets go of the interpreter lock
+        coming = {
+            name: pool.submit(files[each.file].get_tensor, name) for name, each in stored.items()
+        }
+        return {name: each.result() for name, each in coming.items()}
+
+
 def load_hugging_face(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device_map: Mapping[str, str] | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device_map: Mapping[str, str] | None = None,
+    tensors: Future[dict[str, Tensor]] | None = None,
 ) -> Any:
-    """The checkpoint as a Hugging Face model, from safetensors alone."""
+    """The checkpoint as a Hugging Face model, from safetensors alone.
+
+    It takes over ``tensors`` where they were read ahead; else transformers reads the files.
+    """
     _ = checkpoint.tensors  # refuses by name what transformers would quietly cast to numbers
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": dict(device_map or {"": "cpu"}),
+        "attn_implementation": "eager",  # soft caps and sinks are exact in this one
+        "experts_implementation": "eager",  # and this one knows every type
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below, by name
+    }
     # Weights come from the files: none need be drawn first.
     with _reading("model", checkpoint), _quiet_unless_terminal(), no_init_weights():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            device_map=dict(device_map or {"": "cpu"}),
-            use_safetensors=True,
-            trust_remote_code=checkpoint.trust_remote_code,
-            attn_implementation="eager",  # soft caps and sinks are exact in this one
-            experts_implementation="eager",  # and this one knows every type
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        if tensors is None:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                use_safetensors=True,
+                trust_remote_code=checkpoint.trust_remote_code,
+                **settings,
+            )
+        else:
+            skeleton = skeleton_of(checkpoint)
+            with _nothing_reserved():
+                model, report = type(skeleton).from_pretrained(
+                    None, config=skeleton.config, state_dict=tensors.result(), **settings
+                )
+            model.config.name_or_path = str(checkpoint.folder)
     _refuse_other_weights(checkpoint, report)
     return model
+
+
+@contextmanager
+def _nothing_reserved() -> Iterator[None]:
+    """Keep transformers from reserving a GPU's memory for weights that are there already."""
+    reserve = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = reserve
 
 
 def require_finite(hf_model: Any, source: str) -> None:

@@ -33,6 +33,7 @@ from rq4lens.models.load.huggingface import (
     device_map_of,
     load_hugging_face,
     load_tokenizer,
+    read_ahead,
     require_finite,
     skeleton_of,
 )
@@ -167,10 +168,12 @@ def load_hooked(
             f"backend 'bridge' cannot be spread over {', '.join(map(str, used))}; load it on one "
             "device, or use backend 'hooked'."
         )
+    tensors = read_ahead(weights, estimate.placement.entry, dtype) if len(used) == 1 else None
     tokenizer = load_own_tokenizer(asked)
     files = files_digest(asked)
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
-    hf_model = load_hugging_face(weights, dtype=dtype, device_map=places)
+    hf_model = load_hugging_face(weights, dtype=dtype, device_map=places, tensors=tensors)
+    del tensors
     if asked.is_adapter:
         hf_model = with_adapter(hf_model, asked)
     tokens = check_tokens(tokenizer, hf_model.config)

@@ -208,9 +208,8 @@ def test_a_checkpoint_is_known_by_its_files(folders, llama):
     assert len({each.fingerprint for each in (one, half, changed)}) == 3
 
 
-def test_a_file_is_known_by_each_of_its_pieces(llama, monkeypatch):
-    """A bit in the first, a middle or the last piece of a file that is read in many."""
-    monkeypatch.setattr(fingerprint, "PIECE_BYTES", 5000)
+def test_a_file_is_known_by_all_of_its_content(llama):
+    """By a bit at its start, in its middle or at its end."""
     path, prints = llama / "model.safetensors", [files_digest(locate(llama)).result()]
     for at in (1, path.stat().st_size // 2, -1):
         flip_a_bit(path, at)
@@ -223,9 +222,9 @@ def test_a_file_is_known_by_each_of_its_pieces(llama, monkeypatch):
 def test_a_checkpoint_is_read_once_for_its_fingerprint(llama, monkeypatch):
     """Neither a second load nor a card reads it again, and nothing reads the weights in memory."""
     read = []
-    digest = fingerprint._piece_digest
+    digest = fingerprint._file_digest
     monkeypatch.setattr(
-        fingerprint, "_piece_digest", lambda piece: read.append(piece[1].name) or digest(piece)
+        fingerprint, "_file_digest", lambda path: read.append(path.name) or digest(path)
     )
     monkeypatch.setattr(loading, "weights_fingerprint", pytest.fail)
     for _ in range(2):
@@ -241,19 +240,19 @@ def test_a_checkpoint_is_read_once_for_its_fingerprint(llama, monkeypatch):
 def test_a_checkpoint_is_read_beside_its_loading(llama, monkeypatch):
     """The files wait until the model is there; loading would wait for them in vain."""
     loaded = threading.Event()
-    load, digest = loading.load_hugging_face, fingerprint._piece_digest
+    load, digest = loading.load_hugging_face, fingerprint._file_digest
 
     def load_first(*args, **how):
         model = load(*args, **how)
         loaded.set()
         return model
 
-    def after_loading(piece):
+    def after_loading(path):
         assert loaded.wait(timeout=60)
-        return digest(piece)
+        return digest(path)
 
     monkeypatch.setattr(loading, "load_hugging_face", load_first)
-    monkeypatch.setattr(fingerprint, "_piece_digest", after_loading)
+    monkeypatch.setattr(fingerprint, "_file_digest", after_loading)
     assert len(load_hooked(llama).fingerprint) == 64
 
 

@@ -47,7 +47,7 @@ def test_pieces_are_the_chunks_of_a_single_process(n_heads, ks, seeds):
     grid = plan(n_heads, ks=tuple(k for k in ks if k <= n_heads), seeds=tuple(seeds))
     alone = Alone(n_heads)
     Measurer(alone).conditions(grid.fixed())
-    assert [piece.patches for piece in pieces_of([grid])] == alone.asked
+    assert [piece.patches for piece in pieces_of([grid], "cpu")] == alone.asked
 
 
 def test_pieces_of_a_sweep_are_its_chunks_and_measure_all_layers_at_once_one_time():
@@ -56,7 +56,7 @@ def test_pieces_of_a_sweep_are_its_chunks_and_measure_all_layers_at_once_one_tim
     measurer = Measurer(alone)
     for each in plans:
         measurer.conditions(each.fixed())
-    pieces = pieces_of(plans)
+    pieces = pieces_of(plans, "cpu")
     assert [piece.patches for piece in pieces] == alone.asked
     assert [piece.layers for piece in pieces].count(()) == 2
     assert all(len({into_side(patch) for patch in piece.patches}) == 1 for piece in pieces)
@@ -64,10 +64,15 @@ def test_pieces_of_a_sweep_are_its_chunks_and_measure_all_layers_at_once_one_tim
 
 def test_pieces_are_addressed_by_what_they_measure():
     """The same plans give the same keys in the same order; anything else gives others."""
-    one, again = (pieces_of([plan()], "job") for _ in range(2))
+    one, again = (pieces_of([plan()], "cpu", "job") for _ in range(2))
     assert [piece.key for piece in one] == [piece.key for piece in again]
-    assert {piece.key for piece in one}.isdisjoint(x.key for x in pieces_of([plan()], "other job"))
-    for other in (pieces_of([plan(alpha=0.5)], "job"), pieces_of([plan(layer=2)], "job")):
+    assert {piece.key for piece in one}.isdisjoint(
+        x.key for x in pieces_of([plan()], "cpu", "other job")
+    )
+    for other in (
+        pieces_of([plan(alpha=0.5)], "cpu", "job"),
+        pieces_of([plan(layer=2)], "cpu", "job"),
+    ):
         assert [piece.key for piece in one] != [piece.key for piece in other]
         for first, second in product(one, other):
             assert (first.key == second.key) == (first.patches == second.patches)
@@ -75,7 +80,7 @@ def test_pieces_are_addressed_by_what_they_measure():
 
 def test_divided_pieces_cover_each_condition_and_prompt_once():
     """Each has a key of its own, and a stretch of them touches few prompts."""
-    wholes, parts = pieces_of([plan()], "job"), [("a", "b"), ("c",)]
+    wholes, parts = pieces_of([plan()], "cpu", "job"), [("a", "b"), ("c",)]
     pieces = divided(wholes, parts)
     assert [piece.prompts for piece in pieces] == [parts[0]] * len(wholes) + [parts[1]] * len(
         wholes
@@ -106,7 +111,7 @@ def test_prompts_are_divided_where_pieces_are_few(division, n_pieces, n_workers,
 def test_shares_cover_everything_once(n, n_layers, n_lists):
     """The shares of a whole hold each piece exactly once, also of several lists end to end."""
     lists = [
-        pieces_of([plan(8, layer, None) for layer in range(n_layers)], str(place))
+        pieces_of([plan(8, layer, None) for layer in range(n_layers)], "cpu", str(place))
         for place in range(n_lists)
     ]
     held = []

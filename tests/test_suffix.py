@@ -38,7 +38,7 @@ from rq4lens.patching.engines import row_engine as row_engine_module
 from rq4lens.patching.engines.cached import CachedEngine
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.engines.layout import fused_norms, norms_of, store_for_products
+from rq4lens.patching.engines.layout import fused, fusible, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, RowBudget
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.passes import forward_batch
@@ -152,7 +152,7 @@ def test_rows_go_through_the_models_own_submodules(model, prompts, sources):
 
 def test_norms_inside_norms_contexts_are_left_as_they_were(model):
     """A clean pass may start within the rows of an engine; the outer one puts everything back."""
-    with fused_norms(norms_of(model)), fused_norms(norms_of(model.blocks)):
+    with fused(fusible(model)), fused(fusible(model.blocks)):
         assert "forward" in vars(model.ln_final)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -168,7 +168,7 @@ def test_a_derivative_does_not_go_through_a_fused_norm(monkeypatch):
         dual = forward_ad.make_dual(rows, torch.ones_like(rows))
         expected = forward_ad.unpack_dual(norm(dual))
         monkeypatch.setattr(layout.functional, "rms_norm", None)
-        with fused_norms([norm]):
+        with fused([norm]):
             found = forward_ad.unpack_dual(norm(dual))
     assert torch.equal(found.primal, expected.primal)
     assert torch.equal(found.tangent, expected.tangent)

@@ -106,7 +106,7 @@ def test_a_logit_of_minus_infinity_is_not_summed_silently():
     clean = torch.zeros(1, 1, 60, device="cuda")
     clean[..., 3] = -torch.inf
     shared = (clean.softmax(-1), clean.argmax(-1, keepdim=True))
-    _, moment = summed_by_kernel(clean.expand(1, 2, 60), clean, *shared, tilted=True)
+    _, moment, _ = summed_by_kernel(clean.expand(1, 2, 60), clean, *shared, tilted=True)
     assert not moment.isfinite().any()
 
 

@@ -126,7 +126,7 @@ class Piece:
         return f"{where} of {into_side(first)} from {first.source} of {first.heads}{to}{on}"
 
 
-def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:
+def pieces_of(plans: Sequence[GridPlan], device: str, job: str = "") -> list[Piece]:
     """Every patch whose head set is known beforehand, in pieces; top-k sets are for the merge."""
     # A piece is a chunk that a single process measures together too, so that its numbers are the
     # same to the last digit wherever it is measured.
@@ -135,7 +135,7 @@ def pieces_of(plans: Sequence[GridPlan], job: str = "") -> list[Piece]:
     for plan in plans:
         new = [patch for patch in patches_of(plan.fixed()) if patch not in seen]
         seen |= set(new)
-        pieces += (Piece(tuple(chunk), job) for chunk in recorded_together(new))
+        pieces += (Piece(tuple(chunk), job) for chunk in recorded_together(new, device))
     return pieces
 
 
@@ -203,7 +203,7 @@ class Job:
             GridPlan(self.n_heads, patching.but(layer=layer, control_layer=control))
             for layer, control in self.layers
         ]
-        return pieces_of(plans, content_key(self.identity))
+        return pieces_of(plans, self.identity["device"], content_key(self.identity))
 
     def rows(self, piece: Piece) -> int:
         """How many rows (prompt x patch) a piece has."""

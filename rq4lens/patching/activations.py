@@ -22,8 +22,8 @@ from rq4lens.models.pair import SIDES, ModelPair, Side
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch, TokenizedPrompts
 from rq4lens.patching.engines.layout import (
     Steps,
-    fused_norms,
-    norms_of,
+    fused,
+    fusible,
     side_by_side,
     store_for_products,
 )
@@ -81,7 +81,7 @@ def capture(
     stop = cfg.n_layers if to_the_end else max(layers) + 1
     if len(batches) > 1 and isinstance(model, HookedTransformer):
         store_for_products(model.blocks[:stop])
-    with fused_norms(norms_of(model), half_only=True):
+    with fused(fusible(model), half_only=True):
         works = (_read(model, batch, layers, stop, to_the_end) for batch in batches)
         for batch, read, ends in side_by_side(works):
             for layer, z in read.items():

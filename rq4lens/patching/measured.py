@@ -41,8 +41,9 @@ from rq4lens.results import EVERY_LAYER, Compared, ConditionResult, GridResult, 
 T = TypeVar("T")
 Indices = tuple[int, ...]
 
-RECORDED_TOGETHER = 32
-"""Patches of a grid that are measured together; each has a record of its own."""
+RECORDED_TOGETHER = {"cpu": 32, "cuda": 256}
+"""Patches of a grid that are measured together, by kind of device; each has a record of its own. A
+GPU stands still between two chunks."""
 
 MEASURED_TOGETHER = 2048
 """Patches of an analysis that are measured together, and lie in one file."""
@@ -228,7 +229,7 @@ class Measurer:
     def record(self, patches: Sequence[Patch], progress: Progress | None = None) -> None:
         """Measure those patches that are not known, or take them from their records."""
         with nullcontext() if self.records is None else self.records.writing() as put:
-            for chunk in recorded_together(self._unknown(patches)):
+            for chunk in recorded_together(self._unknown(patches), self.device):
                 self._learn(chunk, self._recorded(chunk, progress, put))
 
     def are_recorded(self, patches: Sequence[Patch]) -> bool:
@@ -328,6 +329,12 @@ class Measurer:
         return ConditionIngredients(self.on, patch, self._made_by(patch.layer, patch.source))
 
     @cached_property
+    def device(self) -> str:
+        """The kind of device that measures."""
+        here = isinstance(self.source, Experiment)
+        return device_of(self.experiment.tuned_model).type if here else "cpu"
+
+    @cached_property
     def on(self) -> dict[str, Any]:
         """Everything but the patch that can change an effect.
 
@@ -344,7 +351,7 @@ class Measurer:
             "decision_rule": pair.reading.label,
             "patching": measured_parts(experiment.settings),
             "dtype": pair.tuned.card.dtype,
-            "device": device_of(experiment.tuned_model).type,
+            "device": self.device,
             "libraries": arithmetic_libraries(),
             "numerics_version": NUMERICS_VERSION,
         }
@@ -368,14 +375,14 @@ def patches_of(planned: Sequence[Planned]) -> list[Patch]:
     return list(dict.fromkeys(patch for plan in planned for patch in plan.patches))
 
 
-def recorded_together(patches: Sequence[Patch]) -> Iterator[Sequence[Patch]]:
-    """Patches by the chunks in which they are measured.
+def recorded_together(patches: Sequence[Patch], device: str) -> Iterator[Sequence[Patch]]:
+    """Patches by the chunks in which a kind of device measures them.
 
     All of one model come before any of the other, since they may not fit into memory together.
     All layers at once are alone, so that a sweep, which measures them once, cuts each layer alike.
     """
     for _, together in groupby(sorted(patches, key=_company), key=_company):
-        yield from _chunks(tuple(together), RECORDED_TOGETHER)
+        yield from _chunks(tuple(together), RECORDED_TOGETHER.get(device, RECORDED_TOGETHER["cpu"]))
 
 
 def _company(patch: Patch) -> tuple[bool, bool]:

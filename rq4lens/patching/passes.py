@@ -18,7 +18,7 @@ from rq4lens.models.load.lens import (
     z_site,
 )
 from rq4lens.models.prompts.prompt_set import Places, TokenBatch
-from rq4lens.patching.engines.layout import Steps, fused_norms
+from rq4lens.patching.engines.layout import Steps, fused
 
 Reader = Callable[[Tensor], None]
 """Takes the activations that pass a hook point."""
@@ -112,7 +112,7 @@ def unembed(
     if not isinstance(model, HookedTransformer):
         return resid
     if model.cfg.normalization_type is not None:
-        with fused_norms([model.ln_final]):
+        with fused([model.ln_final]):
             resid = model.ln_final(resid)
     return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
 

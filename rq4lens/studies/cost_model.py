@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from rq4lens.cluster.pieces import pieces_of
+from rq4lens.cluster.pieces import kind_of_device, pieces_of
 from rq4lens.config import Place, RunConfig
 from rq4lens.heads import HeadSet
 from rq4lens.jobs.progress import Stage, silent
@@ -311,7 +311,7 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     layers = [plan.layer for plan in plans]
     n_prompts = len(pair.prompts.split(config.patching.split))
     n_train = len(pair.prompts.split(FIT_SPLIT))
-    pieces = pieces_of(plans)
+    pieces = pieces_of(plans, kind_of_device(config.place.device))
     # The best head is measured among the single ones; larger top-k sets are measured besides.
     n_top = 2 * KINDS * sum(k > 1 for k in plans[0].ks)
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)

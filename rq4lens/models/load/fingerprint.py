@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from importlib.metadata import version
@@ -10,15 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from rq4lens.models.load.adapters import base_of
 from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint
-
-PIECE_BYTES = 2**28
-"""How much of a file one thread reads; part of what a fingerprint is."""
-
-READ_BYTES = 2**22
 
 
 def arithmetic_libraries() -> str:
@@ -27,7 +22,7 @@ def arithmetic_libraries() -> str:
 
 
 def files_digest(checkpoint: Checkpoint) -> Future[str]:
-    """SHA-256 over name and content of a checkpoint's files, and of its base's.
+    """BLAKE3 over name and content of a checkpoint's files, and of its base's.
 
     They are read beside other work; those that have not changed since are not read again.
     """
@@ -70,51 +65,33 @@ def _digest_beside(parts: tuple[tuple[FileState, ...], ...]) -> Future[str]:
 
 
 def _digest_of(parts: tuple[tuple[FileState, ...], ...]) -> str:
-    """One hash of all files, each read in pieces side by side."""
-    pieces = [
-        (number, file.path, start)
-        for number, files in enumerate(parts)
-        for file in files
-        for start in range(0, max(file.size, 1), PIECE_BYTES)
-    ]
-    whole = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
-        for (number, path, start), digest in zip(
-            pieces, pool.map(_piece_digest, pieces), strict=True
-        ):
-            whole.update(f"{number}\0{path.name}\0{start}\0{digest}\n".encode())
-    return whole.hexdigest()
+    """One hash of all files."""
+    whole = blake3()
+    for number, files in enumerate(parts):
+        for file in files:
+            whole.update(f"{number}\0{file.path.name}\0{_file_digest(file.path)}\n".encode())
+    return str(whole.hexdigest())
 
 
-def _piece_digest(piece: tuple[int, Path, int]) -> str:
-    _, path, start = piece
-    digest, left = hashlib.sha256(), PIECE_BYTES
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (data := file.read(min(left, READ_BYTES))):
-            digest.update(data)
-            left -= len(data)
-    return digest.hexdigest()
+def _file_digest(path: Path) -> str:
+    """The hash of a file, by all cores."""
+    return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over name, shape, type and bytes of every parameter, in order of name."""
-    parameters = sorted(model.named_parameters())
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(_tensor_digest, (parameter for _, parameter in parameters))
-    whole = hashlib.sha256()
-    for (name, _), digest in zip(parameters, digests, strict=True):
-        whole.update(name.encode() + b"\0" + digest)
-    return whole.hexdigest()
+    """BLAKE3 over name, shape, type and bytes of every parameter, in order of name."""
+    whole = blake3()
+    for name, parameter in sorted(model.named_parameters()):
+        whole.update(name.encode() + b"\0" + _tensor_digest(parameter))
+    return str(whole.hexdigest())
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """SHA-256 over shape, type and bytes of a tensor."""
+    """BLAKE3 over shape, type and bytes of a tensor."""
     return _tensor_digest(tensor).hex()
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    digest = hashlib.sha256(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+    digest = blake3(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode(), max_threads=blake3.AUTO)
     data = tensor.detach().contiguous().cpu()  # in order first: a GPU does that faster
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    return bytes(digest.update(data.reshape(-1).view(torch.uint8).numpy().data).digest())

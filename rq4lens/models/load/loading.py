@@ -73,7 +73,7 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what the weights are; independent of the path.
+        """BLAKE3 of what the weights are; independent of the path.
 
         That is the files and what was done with them, or names, shapes, types and bytes of an
         object's weights.

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rq4lens.patching.engines.block_row import Pattern, finish_block, gathered, row_attention
 from rq4lens.patching.engines.hooks import HookEngine
-from rq4lens.patching.engines.layout import fused_norms
+from rq4lens.patching.engines.layout import fused
 from rq4lens.patching.engines.row_engine import RowEngine
 from rq4lens.patching.engines.suffix import SuffixEngine
 from rq4lens.patching.passes import Reader, forward_batch, reader_at, reading
@@ -85,7 +85,7 @@ def _of_clean_pass(
     blocks, last = engine.model.blocks, engine.model.cfg.n_layers - 1
     for clean in engine.clean_batches(min(layers)):
         decision, read = engine.prompts.lengths[clean.rows] - 1, {}
-        with fused_norms(engine.norms):
+        with fused(engine.fusible):
             for layer in layers:
                 at = clean.layers[layer].to(engine.placement.layers[layer])
                 pattern, v = row_attention(blocks[layer], at.resid[:, None], at.earlier)

@@ -27,7 +27,7 @@ from rq4lens.models.load.lens import (
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
 from rq4lens.patching.engines.block_row import finish_block, row_z
 from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_prompts
-from rq4lens.patching.engines.layout import fused_norms, norms_of, side_by_side, store_for_products
+from rq4lens.patching.engines.layout import fused, fusible, side_by_side, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, even_parts
 from rq4lens.patching.engines.row_engine import RowEngine, RowGroup, Rows, SourceTensors
 from rq4lens.patching.passes import unembed
@@ -84,13 +84,13 @@ class SuffixEngine(RowEngine):
             clean_pass(self.model, some_prompts(batch, part), first_layer, self.window.n_positions)
             for part in parts
         )
-        with fused_norms(norms_of(self.model), half_only=True):
+        with fused(fusible(self.model), half_only=True):
             return list(side_by_side(works))
 
     @cached_property
-    def norms(self) -> list[nn.Module]:
-        """Those of the blocks that have a fused kernel."""
-        return norms_of(self.model.blocks)
+    def fusible(self) -> list[nn.Module]:
+        """The parts of the blocks that can pass over the rows fewer times."""
+        return fusible(self.model.blocks)
 
     def _at_once(self, n_prompts: int) -> int:
         """Prompts that go through the model together; several devices want several batches."""
@@ -136,7 +136,7 @@ class SuffixEngine(RowEngine):
         sources: Sources,
     ) -> Float[Tensor, "token 1 vocab"]:
         resid = embedded[:, None]
-        with fused_norms(self.norms):
+        with fused(self.fusible):
             for layer, block in enumerate(self.model.blocks):
                 device = self.placement.layers[layer]
                 z = sources[layer, source][rows][:, None].to(device, self.model.cfg.dtype)
@@ -146,7 +146,7 @@ class SuffixEngine(RowEngine):
     def _group_logits(
         self, clean: CleanBatch, prompts: slice, rows: Rows, sources: SourceTensors
     ) -> Iterator[tuple[RowGroup, Float[Tensor, "token row vocab"]]]:
-        with fused_norms(self.norms):
+        with fused(self.fusible):
             resid = self._walk(clean, prompts, rows, sources)
         for group in rows.groups:
             yield group, unembed(self.model, resid[:, group.rows])

@@ -231,16 +231,16 @@ def effects_by_difference(
     """
     clean = clean_logits.to(torch.promote_types(clean_logits.dtype, torch.float32))
     tilted = patched_first(direction)
-    sums = summed_by_tensors
+    # Of vocabularies that differ, the gap has probabilities of its own for the clean model too.
+    whole = None if other is None or other.tokens is not None else other
+    sums, first = summed_by_tensors, (tilted, whole is not None)
     if patched_logits.is_cuda and _kernel_works(
-        patched_logits.device, patched_logits.dtype, clean.dtype, patched_logits.shape[-1]
+        patched_logits.device, patched_logits.dtype, clean.dtype, patched_logits.shape[-1], first
     ):
         from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
         sums = summed_by_kernel
     q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
-    # Of vocabularies that differ, the gap has probabilities of its own for the clean model too.
-    whole = None if other is None or other.tokens is not None else other
     p = None if whole is None else whole.log_probs.exp()[:, None]
     excess, moment, pull = sums(patched_logits, clean, q, answer, p, tilted=tilted)
     ln_z = excess.log1p()
@@ -338,16 +338,25 @@ def summed_by_tensors(
 
 @cache
 def _kernel_works(
-    device: torch.device, dtype: torch.dtype, precise: torch.dtype, n_vocab: int
+    device: torch.device,
+    dtype: torch.dtype,
+    precise: torch.dtype,
+    n_vocab: int,
+    asked: tuple[bool, bool],
 ) -> bool:
-    """Whether the kernel can be built here: it takes Triton and a C compiler."""
+    """Whether the kernel can be built here, tilted and with a pull as ``asked``.
+
+    It takes Triton, a C compiler, and half a second for each form.
+    """
+    tilted, pulled = asked
     if precise != torch.float32:
         return False
     try:
         from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
 
         row = torch.zeros(1, 1, n_vocab, device=device)
-        summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), row, tilted=True)
+        p = row if pulled else None
+        summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), p, tilted=tilted)
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # Triton raises errors of many kinds; the other way is exact too

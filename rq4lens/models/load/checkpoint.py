@@ -225,9 +225,9 @@ class Checkpoint:
         return found
 
     @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The types of the stored weights."""
-        return {DTYPES[each.dtype] for each in self.tensors.values() if each.dtype in DTYPES}
+    def dtypes(self) -> set[torch.dtype | None]:
+        """The types of the stored tensors; None for what are no weights."""
+        return {DTYPES.get(each.dtype) for each in self.tensors.values()}
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:

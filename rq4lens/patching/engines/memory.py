@@ -30,6 +30,9 @@ FEWEST_CONDITIONS = 32
 GPU_PROMPTS = 256
 """Prompts in a clean pass on a GPU, if they fit: with few, its rows are too few to keep it busy."""
 
+LARGEST_PRODUCT = 2**31
+"""Numbers that come out of a product on a GPU at most: for more, slower kernels are taken."""
+
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
 
@@ -48,10 +51,15 @@ def default_budget_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Some prompts by some conditions: the rows that are computed together."""
+    """Some prompts by some conditions: the rows that are computed together.
+
+    ``whole_conditions`` keeps all conditions together and divides prompts alone, so that no part
+    brings a clean reference of its own.
+    """
 
     prompts: slice
     conditions: slice
+    whole_conditions: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -65,11 +73,13 @@ class RowBlock:
         its products are large at all of them. Below a few conditions, the clean reference that
         each part brings along would be felt, and prompts are divided instead.
         """
-        per_part = max(max_rows // _size(self.prompts), min(max_rows, FEWEST_CONDITIONS))
+        fewest = _size(self.conditions) if self.whole_conditions else FEWEST_CONDITIONS
+        per_part = max(max_rows // _size(self.prompts), min(max_rows, fewest))
         conditions = even_parts(self.conditions, per_part)
         widest = max(map(_size, conditions))
         prompts = even_parts(self.prompts, max(1, max_rows // widest))
-        return [RowBlock(some, part) for part in conditions for some in prompts]
+        kept = self.whole_conditions
+        return [RowBlock(some, part, kept) for part in conditions for some in prompts]
 
 
 def _size(part: slice) -> int:
@@ -177,14 +187,13 @@ class MemoryPlan:
         # A pass through the model's own cache ends with logits everywhere.
         vocab = cfg.d_vocab_out if rows_copy_keys else 0
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
-        in_row = bytes_per_row(
-            cfg, longest, cfg.d_vocab_out, max(prompts.windows), by_kernel=not shares_memory
-        )
+        window = max(prompts.windows)
+        in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, window, by_kernel=not shares_memory)
         rows = RowBudget(left, in_row + keys * rows_copy_keys)
         at_once = batch_size or (PROMPTS_PER_PASS if shares_memory else GPU_PROMPTS)
         passes.max_rows = min(passes.max_rows, at_once)
-        if shares_memory:
-            rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
+        largest = LARGEST_PRODUCT // (cfg.d_vocab_out * window[0])
+        rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS if shares_memory else max(1, largest))
         return cls(passes, rows, keep_on_device)
 
     def report(self) -> dict[str, Any]:

@@ -335,6 +335,9 @@ class RowEngine(ABC):
 
         lowest = entry_layer(interventions[0], self.model.cfg.n_layers - 1) if interventions else 0
         batches = self.clean_batches(lowest)
+        at_one_layer = not is_main_memory(self.placement.exit) and all(
+            entry_layer(intervention, lowest) == lowest for intervention in interventions
+        )
         # A batch's prompts are picked beside its layer: picking many of them one by one in main
         # memory wakes all threads of a processor, which slows down several processes at once.
         every = {key: self._beside_layer(key, source) for key, source in used.items()}
@@ -372,8 +375,8 @@ class RowEngine(ABC):
                 if progress is not None:
                     progress(block.n_rows)
 
-            whole = RowBlock(slice(0, len(clean.rows)), slice(0, len(interventions)))
-            self._memory.rows.run(whole, work)
+            prompts, conditions = slice(0, len(clean.rows)), slice(0, len(interventions))
+            self._memory.rows.run(RowBlock(prompts, conditions, at_one_layer), work)
         measured = np.empty(found.shape)
         measured[:, :, torch.cat([clean.rows for clean in batches]).numpy()] = found.cpu().numpy()
         return measured

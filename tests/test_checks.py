@@ -20,7 +20,7 @@ from rq4lens.patching.patch import blend
 def modules():
     """All but the one that runs the command line, and the one that needs Triton."""
     names = [each.name for each in pkgutil.walk_packages(rq4lens.__path__, "rq4lens.")]
-    without = ("rq4lens.__main__", "rq4lens.patching.engines.difference_kernel")
+    without = ("rq4lens.__main__", "rq4lens.patching.engines.kernels")
     return [importlib.import_module(name) for name in names if name not in without]
 
 

@@ -29,7 +29,7 @@ SMALL_WITH_REASON = {
 ON_THE_COMMAND_LINE = {"cli.py", "cluster/commands.py", "screen/options.py"}
 """Parameters of these functions are options of commands."""
 
-KERNELS = {"patching/engines/difference_kernel.py"}
+KERNELS = {"patching/engines/kernels.py"}
 """A kernel takes pointers and strides one by one."""
 
 

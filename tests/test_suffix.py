@@ -397,17 +397,26 @@ def test_a_single_row_that_does_not_fit_says_what_to_change(monkeypatch, model, 
 
 
 @settings(deadline=None)
-@given(n_prompts=st.integers(1, 40), n_conditions=st.integers(1, 40), max_rows=st.integers(1, 300))
-def test_pieces_cover_every_row_once_and_none_is_too_large(n_prompts, n_conditions, max_rows):
-    """Chunking is a partition within the budget."""
+@given(
+    n_prompts=st.integers(1, 40),
+    n_conditions=st.integers(1, 40),
+    max_rows=st.integers(1, 300),
+    together=st.booleans(),
+)
+def test_pieces_cover_every_row_once_and_none_is_too_large(
+    n_prompts, n_conditions, max_rows, together
+):
+    """Chunking is a partition within the budget; conditions stay together where that is asked."""
     seen = np.zeros((n_prompts, n_conditions), dtype=int)
 
     def work(block: RowBlock) -> None:
         assert block.n_rows <= max_rows
+        assert not together or n_conditions > max_rows or block.conditions == every
         seen[block.prompts, block.conditions] += 1
 
+    every = slice(0, n_conditions)
     budget = RowBudget(budget_bytes=max_rows, bytes_per_row=1)
-    budget.run(RowBlock(slice(0, n_prompts), slice(0, n_conditions)), work)
+    budget.run(RowBlock(slice(0, n_prompts), every, together), work)
     assert (seen == 1).all()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,14 +15,17 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import Patching
-from rq4lens.patching import patch
+from rq4lens.patching import passes, patch
+from rq4lens.patching.engines import suffix
+from rq4lens.patching.engines.block_row import kernel_covers, row_z, row_z_by_kernel
 from rq4lens.patching.engines.choice import make_engine
+from rq4lens.patching.engines.clean_pass import each_tensor
 from rq4lens.patching.engines.hooks import HookEngine
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.patching.patch import summed_by_tensors
 
 if torch.cuda.is_available():
-    from rq4lens.patching.engines.difference_kernel import summed_by_kernel
+    from rq4lens.patching.engines.kernels import summed_by_kernel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -121,6 +126,71 @@ def test_a_scan_by_the_kernel_gives_the_same_numbers(dtype, monkeypatch):
     monkeypatch.setattr(patch, "_kernel_works", lambda *_: False)
     expected = engine.effects(interventions, sources).kl_nats
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+KERNEL_VARIANTS = {
+    name: VARIANTS[name] for name in ("rotary, grouped, gated", "sliding window")
+} | {"learned positions": {"positional_embedding_type": "standard", "n_key_value_heads": None}}
+
+
+@pytest.mark.parametrize("n_positions", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", KERNEL_VARIANTS.values(), ids=KERNEL_VARIANTS)
+def test_rows_attend_by_the_kernel_as_with_plain_tensors(fields, dtype, n_positions):
+    """Against float64, and no further from it than plain tensors of the same format are."""
+    model = tiny_model(dtype, device="cuda", d_head=16, **fields)
+    assert kernel_covers(model.cfg)
+    # More rows than a program takes, and more keys than it reads at once.
+    prompts = ragged_prompts((9, 50, 23)).placed(n_positions)
+    engine = make_engine(model, prompts, first_layer=0)
+    clean = engine.clean_batches(0)[0]
+    draw = torch.Generator("cuda").manual_seed(0)
+    for layer, block in enumerate(model.blocks):
+        shared = clean.layers[layer].earlier
+        shape = (3, 70, n_positions, model.cfg.d_model)
+        resid = torch.randn(shape, generator=draw, device="cuda").to(dtype)
+        by_kernel = row_z_by_kernel(block, resid, shared)
+        plain = row_z(block, resid, shared)
+        precise = copy.deepcopy(block).double()
+        in_double = each_tensor(
+            shared, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+        )
+        exact = row_z(precise, resid.double(), in_double)
+        errors = [float((z - exact).abs().max().detach()) for z in (by_kernel, plain)]
+        assert by_kernel.dtype == dtype
+        assert errors[0] <= 1.5 * errors[1]
+        assert errors[1] < 0.05 * float(exact.abs().max().detach())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": torch.float32},
+        {"d_head": 8},
+        {"d_head": 24},
+        {"positional_embedding_type": "alibi", "n_key_value_heads": None},
+        {"attn_scores_soft_cap": 30.0},
+    ],
+)
+def test_what_the_attention_kernel_does_not_cover_goes_by_plain_tensors(fields, monkeypatch):
+    """Such a model is measured all the same."""
+    model = tiny_model(**({"dtype": torch.bfloat16, "d_head": 16, "device": "cuda"} | fields))
+    monkeypatch.setattr(suffix, "row_z_by_kernel", None)
+    prompts = ragged_prompts()
+    engine = make_engine(model, prompts)
+    sources = random_sources(len(prompts), d_head=model.cfg.d_head)
+    assert np.isfinite(engine.effects(all_kinds_of_interventions(), sources).kl_nats).all()
+
+
+def test_logits_in_parts_are_those_of_one_product(monkeypatch):
+    """A product that would be too large is made in parts, also where they are not equal."""
+    model = tiny_model(device="cuda")
+    rows = torch.randn(5, 7, model.cfg.d_model, device="cuda")
+    with torch.no_grad():
+        expected = passes.unembed(model, rows)
+        monkeypatch.setattr(passes, "LARGEST_PRODUCT", 11 * model.cfg.d_vocab_out)
+        found = passes.unembed(model, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rq4lens.models.load.devices import copied_once
 from rq4lens.models.load.lens import (
     HookedModel,
     HookedTransformer,
     HookPoint,
+    Unembed,
     apply_softcap,
     z_site,
 )
@@ -114,7 +117,26 @@ def unembed(
     if model.cfg.normalization_type is not None:
         with fused([model.ln_final]):
             resid = model.ln_final(resid)
-    return apply_softcap(model.unembed(resid), model.cfg.output_logits_soft_cap)
+    return apply_softcap(_logits(model.unembed, resid), model.cfg.output_logits_soft_cap)
+
+
+LARGEST_PRODUCT = 2**31
+"""Numbers that a product on a GPU gives at once: for more, libraries take a slower kernel."""
+
+
+def _logits(
+    unembed: Unembed, resid: Float[Tensor, "prompt *row d_model"]
+) -> Float[Tensor, "prompt *row vocab"]:
+    shape = (*resid.shape[:-1], unembed.W_U.shape[1])
+    n_parts = -(-prod(shape) // LARGEST_PRODUCT)
+    derived = torch.is_grad_enabled() or forward_ad.unpack_dual(resid).tangent is not None
+    if not resid.is_cuda or n_parts == 1 or derived:
+        return unembed(resid)
+    logits = resid.new_empty(shape)
+    parts = (tensor.flatten(0, -2).chunk(n_parts) for tensor in (resid, logits))
+    for rows, into in zip(*parts, strict=True):
+        torch.addmm(unembed.b_U, rows, unembed.W_U, out=into)
+    return logits
 
 
 def precise_dtype(model: HookedModel) -> torch.dtype:

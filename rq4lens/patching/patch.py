@@ -237,7 +237,7 @@ def effects_by_difference(
     if patched_logits.is_cuda and _kernel_works(
         patched_logits.device, patched_logits.dtype, clean.dtype, patched_logits.shape[-1], first
     ):
-        from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
+        from rq4lens.patching.engines.kernels import summed_by_kernel  # noqa: PLC0415
 
         sums = summed_by_kernel
     q, answer = clean.softmax(-1), clean.argmax(-1, keepdim=True)
@@ -344,24 +344,29 @@ def _kernel_works(
     n_vocab: int,
     asked: tuple[bool, bool],
 ) -> bool:
-    """Whether the kernel can be built here, tilted and with a pull as ``asked``.
-
-    It takes Triton, a C compiler, and half a second for each form.
-    """
+    """Whether divergences can be summed by the kernel here, tilted and with a pull as ``asked``."""
     tilted, pulled = asked
-    if precise != torch.float32:
-        return False
-    try:
-        from rq4lens.patching.engines.difference_kernel import summed_by_kernel  # noqa: PLC0415
+
+    def trial() -> None:
+        from rq4lens.patching.engines.kernels import summed_by_kernel  # noqa: PLC0415
 
         row = torch.zeros(1, 1, n_vocab, device=device)
         p = row if pulled else None
         summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), p, tilted=tilted)
+
+    return precise == torch.float32 and is_built("divergences are summed", trial)
+
+
+def is_built(what: str, trial: Callable[[], object]) -> bool:
+    """Whether a kernel can be built here: it takes Triton, a C compiler and half a second."""
+    try:
+        trial()
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # Triton raises errors of many kinds; the other way is exact too
         logger.warning(
-            "divergences are summed without the GPU kernel, which is slower but as exact (%s: %s)",
+            "%s without the GPU kernel, which is slower but as exact (%s: %s)",
+            what,
             type(problem).__name__,
             problem,
         )

@@ -8,6 +8,7 @@ Source: the call order of ``TransformerBlock.forward`` in TransformerLens 3.9.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from rq4lens.models.load.lens import POST_NORM_ARCHITECTURES, TransformerBlock, apply_softcap
+from rq4lens.models.load.lens import (
+    POST_NORM_ARCHITECTURES,
+    ModelConfig,
+    TransformerBlock,
+    apply_softcap,
+)
 
 
 def attention_bias(
@@ -103,40 +109,67 @@ def row_z(
     return gathered(*row_attention(block, resid, shared), shared)
 
 
+def row_z_by_kernel(
+    block: TransformerBlock,
+    resid: Float[Tensor, "prompt condition position d_model"],
+    shared: SharedKeys,
+) -> Float[Tensor, "prompt condition position head d_head"]:
+    """The same by the kernel of :func:`kernel_covers`, which has no derivative."""
+    from rq4lens.patching.engines.kernels import attended_by_kernel  # noqa: PLC0415
+
+    q, k, v = _queries_keys_values(block, resid)
+    rotation = None
+    if shared.own_scale is not None:
+        k = k * shared.own_scale
+    elif block.cfg.positional_embedding_type == "rotary":
+        rotation = _rotations(block.attn, q, shared.position_mask, q.shape[2])
+        k = _rotate(k, rotation)
+    how: dict[str, Any] = {"bias": shared.bias, "rotation": rotation}
+    scale = 1 / block.attn.attn_scale
+    return attended_by_kernel(q, k, v, shared.keys, shared.values, **how, scale=scale)
+
+
+def kernel_covers(cfg: ModelConfig) -> bool:
+    """Whether the attention kernel computes what a model's attention does.
+
+    It is for half precision, where float32 sums lose nothing; its tiles have powers of two as
+    sides, and all heads of a prompt share a bias.
+    """
+    sides = cfg.d_head >= 16 and cfg.d_head & (cfg.d_head - 1) == 0
+    plain = cfg.attn_scores_soft_cap <= 0 and cfg.positional_embedding_type != "alibi"
+    return cfg.dtype in {torch.float16, torch.bfloat16} and sides and plain
+
+
 def row_attention(
     block: TransformerBlock,
     resid: Float[Tensor, "prompt condition position d_model"],
     shared: SharedKeys,
 ) -> tuple[Pattern, Float[Tensor, "prompt condition position kv_head d_head"]]:
     """What rows attend to, and their own values."""
-    attn, n_conditions = block.attn, resid.shape[1]
-    rows = rearrange(
-        resid, "prompt condition position d_model -> prompt (condition position) d_model"
-    )
-    q, k, v = (
-        rearrange(
-            heads,
-            "prompt (condition position) head d_head -> prompt condition position head d_head",
-            condition=n_conditions,
-        )
-        for heads in _queries_keys_values(attn, attention_input(block, rows))
-    )
+    attn = block.attn
+    q, k, v = _queries_keys_values(block, resid)
     if shared.own_scale is not None:
         k = k * shared.own_scale
     elif attn.cfg.positional_embedding_type == "rotary":
-        q, k = (_rotate(attn, heads, shared.position_mask) for heads in (q, k))
+        rotation = _rotations(attn, q, shared.position_mask, q.shape[2])
+        q, k = (_rotate(heads, rotation) for heads in (q, k))
     return _pattern(attn, q, k, shared).to(v.dtype), v
 
 
-def _queries_keys_values(attn: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _queries_keys_values(
+    block: TransformerBlock, resid: Float[Tensor, "prompt condition position d_model"]
+) -> Iterator[Float[Tensor, "prompt condition position heads d_head"]]:
+    """Queries, keys and values of rows, before any rotation."""
+    attn, n_conditions = block.attn, resid.shape[1]
+    rows = attention_input(block, resid.flatten(1, 2))
     q, k, v = attn.calculate_qkv_matrices(rows, rows, rows)
     if attn.cfg.original_architecture in WHOLE_VECTOR_QK_NORM:
         q = attn.q_norm(q.flatten(-2)).reshape(q.shape)
         k = attn.k_norm(k.flatten(-2)).reshape(k.shape)
     limit = attn.cfg.clip_qkv
-    if limit is not None:
-        q, k, v = (heads.clamp(-limit, limit) for heads in (q, k, v))
-    return q, k, v
+    for heads in (q, k, v):
+        limited = heads if limit is None else heads.clamp(-limit, limit)
+        yield limited.unflatten(1, (n_conditions, -1))
 
 
 def _rotations(
@@ -151,20 +184,18 @@ def _rotations(
 
 
 def _rotate(
-    attn: Any,
     heads: Float[Tensor, "prompt condition position head d_head"],
-    position_mask: Int[Tensor, "prompt pos"],
+    rotations: Float[Tensor, "prompt position d_head rotated"],
 ) -> Float[Tensor, "prompt condition position head d_head"]:
-    n_conditions, n_positions = heads.shape[1:3]
     # A product passes over the rows once, TransformerLens' own function seven times. All conditions
     # of a prompt stand at the same positions: to the rotation they are more heads.
     stacked = rearrange(
         heads, "prompt condition position head d_head -> prompt position (condition head) d_head"
     )
     return rearrange(
-        stacked @ _rotations(attn, heads, position_mask, n_positions),
+        stacked @ rotations,
         "prompt position (condition head) d_head -> prompt condition position head d_head",
-        condition=n_conditions,
+        condition=heads.shape[1],
     )
 
 

@@ -30,9 +30,6 @@ FEWEST_CONDITIONS = 32
 GPU_PROMPTS = 256
 """Prompts in a clean pass on a GPU, if they fit: with few, its rows are too few to keep it busy."""
 
-LARGEST_PRODUCT = 2**31
-"""Numbers that come out of a product on a GPU at most: for more, slower kernels are taken."""
-
 FREE_SHARE_OF_GPU = 0.5
 """Share of the free GPU memory that is used unless told otherwise."""
 
@@ -187,13 +184,14 @@ class MemoryPlan:
         # A pass through the model's own cache ends with logits everywhere.
         vocab = cfg.d_vocab_out if rows_copy_keys else 0
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
-        window = max(prompts.windows)
-        in_row = bytes_per_row(cfg, longest, cfg.d_vocab_out, window, by_kernel=not shares_memory)
+        in_row = bytes_per_row(
+            cfg, longest, cfg.d_vocab_out, max(prompts.windows), by_kernel=not shares_memory
+        )
         rows = RowBudget(left, in_row + keys * rows_copy_keys)
         at_once = batch_size or (PROMPTS_PER_PASS if shares_memory else GPU_PROMPTS)
         passes.max_rows = min(passes.max_rows, at_once)
-        largest = LARGEST_PRODUCT // (cfg.d_vocab_out * window[0])
-        rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS if shares_memory else max(1, largest))
+        if shares_memory:
+            rows.max_rows = min(rows.max_rows, CPU_MAX_ROWS)
         return cls(passes, rows, keep_on_device)
 
     def report(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ an approximation: the numbers are those of a full forward pass through native ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -25,7 +25,13 @@ from rq4lens.models.load.lens import (
     TransformerBlock,
 )
 from rq4lens.models.prompts.prompt_set import PaddingSide, TokenBatch
-from rq4lens.patching.engines.block_row import finish_block, row_z
+from rq4lens.patching.engines.block_row import (
+    SharedKeys,
+    finish_block,
+    kernel_covers,
+    row_z,
+    row_z_by_kernel,
+)
 from rq4lens.patching.engines.clean_pass import CleanBatch, clean_pass, some_prompts
 from rq4lens.patching.engines.layout import fused, fusible, side_by_side, store_for_products
 from rq4lens.patching.engines.memory import RowBlock, even_parts
@@ -37,6 +43,7 @@ from rq4lens.patching.patch import (
     Sources,
     all_effects,
     answer_effects,
+    is_built,
     n_measures,
 )
 
@@ -91,6 +98,21 @@ class SuffixEngine(RowEngine):
     def fusible(self) -> list[nn.Module]:
         """The parts of the blocks that can pass over the rows fewer times."""
         return fusible(self.model.blocks)
+
+    @cached_property
+    def _row_z(self) -> Callable[[TransformerBlock, Tensor, SharedKeys], Tensor]:
+        """What rows attend to, by the kernel where it covers the model and can be built."""
+        last, cfg = self.model.blocks[-1], self.model.cfg
+        device = self.placement.layers[-1]
+        # One position has no query to rotate: there a kernel takes longer to build than it saves.
+        several = self.window.n_positions > 1
+        if device.type != "cuda" or not several or not kernel_covers(cfg):
+            return row_z
+        at = self._clean[0].layers[cfg.n_layers - 1].of_prompts(slice(1)).to(device)
+        by_kernel = is_built(
+            "rows attend", lambda: row_z_by_kernel(last, at.resid[:, None], at.earlier)
+        )
+        return row_z_by_kernel if by_kernel else row_z
 
     def _at_once(self, n_prompts: int) -> int:
         """Prompts that go through the model together; several devices want several batches."""
@@ -162,7 +184,7 @@ class SuffixEngine(RowEngine):
             block, at = self.model.blocks[layer], clean.layers[layer].of_prompts(prompts)
             if resid is not None:
                 resid = resid.to(self.placement.layers[layer])
-                changed = row_z(block, resid, at.earlier)
+                changed = self._row_z(block, resid, at.earlier)
             n_new = rows.entering(layer)
             resid, z = _joined(resid, at.resid, n_new), _joined(changed, at.z, n_new)
             written = rows.blend_into(z, layer, sources, patched)

@@ -71,7 +71,7 @@ def held(name: str, population: Population, n_prompts: int, asked: argparse.Name
         drawn = population[:, rng.integers(population.shape[1], size=n_prompts)]
         bootstrap = Bootstrap(names, asked.resamples, study)
         (found,) = bootstrap.shares(drawn[:1], drawn[1:], method=method)
-        low, high = (truth, truth - 2 * NEAR) if found.interval is None else found.interval.pair
+        low, high = (truth, truth - 2 * NEAR) if found.interval is None else found.interval
         hits.append((low <= truth <= high, low - NEAR <= truth <= high + NEAR))
     return Held(*np.mean(hits, axis=0).tolist())
 

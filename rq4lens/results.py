@@ -192,13 +192,9 @@ UNRELATED_COSINE = 0.5
 class Compared(NamedTuple):
     """How well the next-token distributions of the two models can be compared.
 
-    Args:
-        left_out_base_pct: the probability that base gives to tokens that tuned lacks; these are
-            left out of every comparison.
-        left_out_tuned_pct: the same the other way round.
-        noise_nats: ``KL`` between two ways to compute the same clean distribution.
-        weight_cosine: cosine of the weights of the two models, over all matrices; None where the
-            two were not in memory together.
+    Left out is the probability of tokens that the other model lacks; the noise is ``KL`` between
+    two ways to compute one distribution; the cosine, of the weights over all matrices, is None
+    where the two were not in memory together.
     """
 
     left_out_base_pct: float = 0.0
@@ -207,16 +203,8 @@ class Compared(NamedTuple):
     weight_cosine: float | None = None
 
 
-COMPARABLE = Compared()
-
-
 class Transfer(NamedTuple):
-    """What a head set carries: each model with the other one's activations at full strength.
-
-    Args:
-        into_tuned: the tuned model with base's activations.
-        into_base: the base model with tuned activations.
-    """
+    """What a head set carries: each model with the other one's activations at full strength."""
 
     into_tuned: PatchRow
     into_base: PatchRow
@@ -453,7 +441,7 @@ class GridResult(Shown):
     conditions: Mapping[str, ConditionResult]
     noise_floor_nats: float
     every_layer: Transfer | None = None
-    compared: Compared = COMPARABLE
+    compared: Compared = field(default_factory=Compared)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -611,8 +599,9 @@ def rank_single_heads(
     """Rank the heads of one layer, each by its effect when it alone is patched.
 
     ``whole`` and ``part`` are ``KL_raw`` and ``KL_mapped``: the score is their difference ``ΔKL``
-    by ``"delta"``, its share of ``KL_raw`` by ``"drop_pct"`` and ``KL_raw`` itself by ``"kl_raw"``.
-    By ``"to_base"``, ``"to_tuned"`` and ``"metric"`` they are the gap and what is left of it.
+    by ``"delta"``, its share of ``KL_raw`` by ``"drop_pct"`` and ``KL_raw`` itself, map or not, by
+    ``"kl_raw"``. By ``"to_base"``, ``"to_tuned"`` and ``"metric"`` they are the gap and what is
+    left of it.
     """
     delta_nats = whole_nats - part_nats
     scores = single_scores(whole_nats.mean(-1), delta_nats.mean(-1), rank_by)

@@ -16,13 +16,17 @@ import numpy as np
 from rq4lens.analysis.coverage.table import CoverageInputs
 from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
 from rq4lens.analysis.effects.table import full_effect
-from rq4lens.analysis.rankings.exact import rank_by_delta
+from rq4lens.analysis.rankings.exact import single_ranking
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.config import AnalysisEffort, Effort, Patching
 from rq4lens.heads import HeadSet
 from rq4lens.patching.measured import Measurer, Planned
 from rq4lens.patching.patch import BASE, MAPPED, OTHERS, OWN, SELF, TUNED, Effects
 from rq4lens.results import EVERY, EVERY_LAYER, GridResult, GridSettings
+
+GRADIENT_METHODS = tuple(name for name, method in METHODS.items() if method.needs_models)
+"""Methods that need the tuned model itself and no patched measurement."""
 
 
 class Game:
@@ -149,7 +153,7 @@ def inputs_of(
     layer = layer_of(game, ks, n_resamples, seed)
     return CoverageInputs(
         layer=layer,
-        ranking=rank_by_delta(layer.measured),
+        ranking=single_ranking(layer.measured, "delta"),
         effort=AnalysisEffort(
             random_ks=tuple(sorted({*ks, *random_ks})),
             n_random_sets=n_random_sets,

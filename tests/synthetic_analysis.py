@@ -4,11 +4,17 @@ from itertools import combinations
 
 import numpy as np
 
-from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
-from rq4lens.analysis.effects.transfer import gap_effect, gap_of, layer_transfer
+from rq4lens.analysis.effects.table import (
+    gap_effect,
+    gap_of,
+    grid_full_effect,
+    layer_transfer,
+)
 from rq4lens.analysis.records import (
     Agreement,
     AlphaPoint,
+    Analysis,
+    AnalysisSettings,
     ControlLayer,
     CoverageCurve,
     CoverageRow,
@@ -26,8 +32,7 @@ from rq4lens.analysis.records import (
     RankStability,
     StandIn,
 )
-from rq4lens.analysis.result import Analysis, AnalysisSettings
-from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, Spread, undefined
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, Spread, undefined
 from rq4lens.config import AnalysisEffort
 from rq4lens.results import GridResult, HeadRanking
 
@@ -47,7 +52,7 @@ METHODS = (
 def about(value: float, width: float) -> Estimate:
     """An estimate with a symmetric interval."""
     low, high = float(value - width), float(value + width)
-    return Estimate(float(value), Interval(low, high, LEVEL, "made up"))
+    return Estimate(float(value), Interval(low, high))
 
 
 def curve(name: str, grid: GridResult, scale: float) -> CoverageCurve:
@@ -268,11 +273,11 @@ def noise_pair(grid: GridResult, gap: Gap) -> NoisePair:
     )
 
 
-def directions(grid: GridResult, gap: Gap) -> tuple[DirectionCoverage, ...]:
+def directions(grid: GridResult) -> tuple[DirectionCoverage, ...]:
     return tuple(
         DirectionCoverage(
             direction=name,
-            full=gap_effect(gap, name, grid.noise_floor_nats),
+            full=gap_effect(grid, name),
             coverage=coverage_rows(grid),
             curves=(curve(name, grid, 0.8), curve(f"{name} (cross-fitted)", grid, 0.75)),
             random=random_sets(grid),
@@ -322,21 +327,20 @@ def rankings(grid: GridResult) -> tuple[HeadRanking, ...]:
 def synthetic_analysis(grid: GridResult) -> Analysis:
     """An analysis as far as the figures and the report look at it."""
     n_groups = len(set(grid.groups))
-    bootstrap = bootstrap_of(grid)
-    gap = gap_of(grid, bootstrap)
+    gap = gap_of(grid)
     return Analysis(
         settings=AnalysisSettings(
             grid.settings, AnalysisEffort(), "delta", grid.n_prompts, n_groups
         ),
         gap=gap,
-        transfer=layer_transfer(grid, gap, bootstrap),
+        transfer=layer_transfer(grid),
         metric=None,
-        directions=directions(grid, gap),
+        directions=directions(grid),
         ladders=(ladder(grid, 1.0), ladder(grid, grid.settings.patching.alpha)),
         neutral=ladder(grid, 1.0),
         noise=noise_pair(grid, gap),
         weight_cosine=0.997,
-        full=grid_full_effect(grid, bootstrap),
+        full=grid_full_effect(grid),
         coverage=coverage_rows(grid),
         curves=(
             curve("delta", grid, 1.0),

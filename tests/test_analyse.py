@@ -13,8 +13,8 @@ from rq4lens.analysis.analyse import PARTS, Beside, analyse
 from rq4lens.analysis.claims import decisive_row
 from rq4lens.analysis.rankings.agreement import INDEX_NOTE
 from rq4lens.analysis.rankings.methods import METHODS
-from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, exact
+from rq4lens.analysis.records import Analysis
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, exact
 from rq4lens.analysis.structure.controls import QUESTIONS
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import AnalysisEffort
@@ -245,7 +245,7 @@ def test_no_row_decides_on_its_point_alone():
     """The first size whose whole interval lies above one half; the largest if none does."""
     rows = analysed(noisy_game([1.1, 0.9, *[0.1] * 8], 12), ks=(2, 4)).coverage
     vague, firm = (
-        replace(row, cross_fitted_coverage_pct=Estimate(share, Interval(*ends, LEVEL, "bca")))
+        replace(row, cross_fitted_coverage_pct=Estimate(share, Interval(*ends)))
         for row, share, ends in zip(rows, (60.0, 80.0), ((40.0, 80.0), (60.0, 99.0)), strict=True)
     )
     assert decisive_row((vague, firm), 100.0) is firm

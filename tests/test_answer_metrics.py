@@ -25,8 +25,7 @@ from tiny import (
 )
 
 from rq4lens.analysis.analyse import analyse
-from rq4lens.analysis.effects.table import bootstrap_of, ranking_rows, records
-from rq4lens.analysis.effects.transfer import metric_summary
+from rq4lens.analysis.effects.table import metric_summary, ranking_rows, records
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.config import AnalysisEffort, Patching, Reading, config_from
 from rq4lens.disk.run import grid_of_table, per_prompt_table
@@ -128,7 +127,7 @@ def test_swapping_the_models_swaps_both_directions(asked_pair, asked_grid):
         assert here.metric_pct.value is not None
         assert here.metric_pct.value == pytest.approx(there.metric_to_tuned_pct.value, abs=1e-3)
         assert here.metric_to_tuned_pct.value == pytest.approx(there.metric_pct.value, abs=1e-3)
-    one, other = (metric_summary(grid, bootstrap_of(grid)) for grid in (asked_grid, back))
+    one, other = map(metric_summary, (asked_grid, back))
     assert one.base.value == pytest.approx(other.tuned.value, abs=1e-5)
     assert one.difference.value == pytest.approx(-other.difference.value, abs=1e-5)
 

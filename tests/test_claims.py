@@ -12,7 +12,7 @@ from tiny import CONTROL, MAIN, fine_tuned, pair_of, prepared, random_prompts, t
 
 from rq4lens.analysis.analyse import Beside, analyse
 from rq4lens.analysis.claims import NO_SHARE, NOTHING, claims, p_text, share, study_claims
-from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval, undefined
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, undefined
 from rq4lens.analysis.structure.kinds import NOT_ON_NEUTRAL
 from rq4lens.config import AnalysisEffort, Effort, Patching, Place, Reading
 from rq4lens.disk.store import Store
@@ -168,7 +168,7 @@ UNDEFINED = Estimate(None, None, "not drawn")
 
 def around(value, width=1.0):
     value = float(value)
-    return Estimate(value, Interval(value - width, value + width, LEVEL, "bca"))
+    return Estimate(value, Interval(value - width, value + width))
 
 
 def test_a_true_answer_says_what_is_so(found):
@@ -214,8 +214,8 @@ def test_a_gap_that_a_noise_pair_reaches_ends_the_answer(found, changes):
 @pytest.mark.parametrize(
     ("times", "said"),
     [
-        (Estimate(4.0, Interval(1.4, 9.0, LEVEL, "bca"), None), "not clearly more than 1.5 times"),
-        (Estimate(1.1, Interval(0.9, 1.4, LEVEL, "bca"), None), "moves base about as far"),
+        (Estimate(4.0, Interval(1.4, 9.0), None), "not clearly more than 1.5 times"),
+        (Estimate(1.1, Interval(0.9, 1.4), None), "moves base about as far"),
     ],
 )
 def test_how_far_noise_of_the_same_size_goes_is_what_was_measured(found, times, said):

@@ -9,9 +9,7 @@ from tiny import TINY_HEADS, grid_of, pair_of, prepared, random_prompts, tiny_mo
 
 from rq4lens.analysis.claims import control_reading
 from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
-from rq4lens.analysis.effects.transfer import gap_of
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
-from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled
 from rq4lens.analysis.structure.controls import (
     NOTHING_CHANGED,
     QUESTIONS,
@@ -24,6 +22,7 @@ from rq4lens.analysis.structure.controls import (
     stand_in_sources,
     stand_ins,
 )
+from rq4lens.analysis.structure.layers import alpha_sweep
 from rq4lens.config import Effort, Patching
 from rq4lens.heads import Head
 from rq4lens.patching import noise
@@ -71,12 +70,12 @@ def test_shuffled_pairs_know_no_more_than_a_constant(table):
 
 def test_shuffled_pairs_repair_a_share_of_what_the_map_repairs_at_each_strength(planted):
     """Of the raw patch's damage, what they take back, over what the map takes back."""
-    experiment, bootstrap = planted, Bootstrap(planted.groups, 200)
+    experiment = planted
     source = stand_in_sources(experiment, LAYER, None, 0)[SHUFFLED]
     settings = Patching(layer=LAYER, k=(1,), random_seeds=(0,))
     grid = measure_grid(experiment, settings, Effort(resamples=200))
     layer = MeasuredLayer.of_grid(grid, experiment)
-    points = with_shuffled(*alpha_sweep(layer, (0.1, 1.0)), source, bootstrap)
+    points, _ = alpha_sweep(layer, (0.1, 1.0), source)
     for point in points:
         measured = MeasuredSets.of(experiment, LAYER, point.alpha).also({SHUFFLED: source})
         damage = measured.of_source(SHUFFLED, [measured.everything]).mean()
@@ -115,8 +114,7 @@ def grid(planted):
 
 def test_the_control_layer_stands_beside_the_main_one_prompt_by_prompt(grid):
     """`ΔKL` and `to_base` of the main layer less those of the control layer, paired."""
-    bootstrap = Bootstrap(grid.groups, 500)
-    found = control_layer(grid, gap_of(grid, bootstrap), bootstrap)
+    found = control_layer(grid)
     assert found.layer == CONTROL
     assert found.less_nats.value == pytest.approx(grid.full.delta - grid.control.delta)
     gap, own, its = (
@@ -131,8 +129,7 @@ def test_a_control_layer_of_the_very_same_effect_is_not_different(grid):
     """The difference is 0 on every prompt, and specificity is not claimed."""
     same = replace(grid.full, cond="ctrl_full", layer=CONTROL)
     twice = replace(grid, conditions={**grid.conditions, "ctrl_full": same})
-    bootstrap = Bootstrap(grid.groups, 100)
-    found = control_layer(twice, gap_of(twice, bootstrap), bootstrap)
+    found = control_layer(twice)
     assert found.less_nats.value == 0
     assert "less there" not in control_reading(found.layer, found.less_nats)
 
@@ -140,8 +137,8 @@ def test_a_control_layer_of_the_very_same_effect_is_not_different(grid):
 def test_a_grid_without_a_control_layer_has_none(grid):
     """None, not a row of nothing."""
     without = {name: each for name, each in grid.conditions.items() if name != "ctrl_full"}
-    bare, bootstrap = replace(grid, conditions=without), Bootstrap(grid.groups, 50)
-    assert control_layer(bare, gap_of(bare, bootstrap), bootstrap) is None
+    bare = replace(grid, conditions=without)
+    assert control_layer(bare) is None
 
 
 def test_rotation_control_keeps_the_distance_from_the_mean(planted):

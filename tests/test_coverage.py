@@ -60,8 +60,8 @@ def test_k90_is_the_first_k_that_reaches_ninety_percent():
 def test_curve_ends_hold_by_definition():
     """No heads cover 0, all heads cover 100, without any uncertainty."""
     curve = curve_of_game(noisy_game([2.0, 1.0, 0.5], 30))
-    assert curve.coverage_pct[0].interval.pair == [0, 0]
-    assert curve.coverage_pct[-1].interval.pair == [100, 100]
+    assert curve.coverage_pct[0].interval == (0, 0)
+    assert curve.coverage_pct[-1].interval == (100, 100)
 
 
 def test_curve_is_never_clipped():
@@ -101,7 +101,7 @@ def test_negative_full_effect_is_a_share_of_harm():
 
 def test_a_reliable_ranking_has_a_small_cross_fitted_p_value():
     """Heads that are best on every prompt do better as firmly as the prompts can show."""
-    row = coverage(inputs_of(noisy_game(np.arange(12) ** 2 / 10, 60), ks=(1,))).rows[0]
+    row = coverage(inputs_of(noisy_game(np.arange(12) ** 2 / 10, 60), ks=(1,))).coverage[0]
     assert row.p_value == pytest.approx(row.p_value_min)
     # 30 prompts in a half: under the null, all gains positive have probability 2^-30.
     assert row.p_value_min == 2.0**-30
@@ -110,7 +110,7 @@ def test_a_reliable_ranking_has_a_small_cross_fitted_p_value():
 
 def test_optimism_is_plain_minus_cross_fitted():
     """Heads that are all noise look better on the prompts that ranked them."""
-    row = coverage(inputs_of(noisy_game(np.ones(10), 30, noise=1.0), ks=(3,))).rows[0]
+    row = coverage(inputs_of(noisy_game(np.ones(10), 30, noise=1.0), ks=(3,))).coverage[0]
     gap = row.coverage_pct.value - row.cross_fitted_coverage_pct.value
     assert row.optimism_pct.value == pytest.approx(gap)
     assert gap > 0
@@ -118,20 +118,20 @@ def test_optimism_is_plain_minus_cross_fitted():
 
 def test_k_equal_to_all_heads_is_certain():
     """With k = H: coverage 100, no optimism, p-value 1."""
-    row = coverage(inputs_of(noisy_game([1.0, 2.0, 3.0], 30), ks=(3,))).rows[0]
+    row = coverage(inputs_of(noisy_game([1.0, 2.0, 3.0], 30), ks=(3,))).coverage[0]
     assert (row.coverage_pct.value, row.cross_fitted_coverage_pct.value) == (100, 100)
     assert (row.optimism_pct.value, row.p_value) == (0, 1)
 
 
 def test_all_ties_give_p_value_one():
     """Heads that are all the same are never better than random ones."""
-    row = coverage(inputs_of(Game(np.ones((5, 8))), ks=(2,))).rows[0]
+    row = coverage(inputs_of(Game(np.ones((5, 8))), ks=(2,))).coverage[0]
     assert row.p_value == 1
 
 
 def test_a_single_prompt_has_no_cross_fitted_numbers():
     """One prompt cannot be split: what needs a split is missing and says so."""
-    row = coverage(inputs_of(Game(np.array([[2.0], [1.0]])), ks=(1,))).rows[0]
+    row = coverage(inputs_of(Game(np.array([[2.0], [1.0]])), ks=(1,))).coverage[0]
     assert row.p_value is None
     assert "cannot be split" in row.reason
     assert row.cross_fitted_coverage_pct.value is None
@@ -145,9 +145,9 @@ def test_grid_alone_gives_the_table_of_the_grid():
     own = MeasuredLayer.of_grid(grid)
     inputs = replace(inputs_of(game, ks=(1, 2)), seed_sets=seed_sets(grid), layer=own)
     table = coverage_of_grid(inputs)
-    assert [row.n_subsets for row in table.rows] == [3, 3]
-    assert table.rows[0].coverage_pct.value == pytest.approx(50, abs=3)
-    assert "only the grid" in table.rows[0].reason
+    assert [row.n_subsets for row in table.coverage] == [3, 3]
+    assert table.coverage[0].coverage_pct.value == pytest.approx(50, abs=3)
+    assert "only the grid" in table.coverage[0].reason
     with pytest.raises(UserError, match="was not measured"):
         own.measured.delta([(0, 1, 2)])
 

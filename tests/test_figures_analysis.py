@@ -13,8 +13,7 @@ from synthetic_analysis import METHODS, about, curve, synthetic_analysis, synthe
 from rq4lens import figures
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.rankings.agreement import kendall
-from rq4lens.analysis.records import HeadStability
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis, HeadStability
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.analysis.statistics.plain import from_json
 from rq4lens.analysis.structure.layers import compare_layers

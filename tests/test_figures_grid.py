@@ -13,7 +13,7 @@ from synthetic import synthetic_grid
 from synthetic_analysis import synthetic_analysis
 
 from rq4lens import figures
-from rq4lens.analysis.effects.table import bootstrap_of, condition_estimates, records
+from rq4lens.analysis.effects.table import condition_estimates, records
 from rq4lens.results import HeadRanking
 
 
@@ -121,7 +121,7 @@ def test_bars_stand_in_the_order_of_the_ranking(grid):
 
 def test_bars_reach_to_the_ends_of_the_intervals(grid):
     """Error bars end where the bootstrap intervals of ΔKL end."""
-    rows = condition_estimates(grid, grid.singles, bootstrap_of(grid))
+    rows = condition_estimates(grid, grid.singles)
     figure = figures.ranking_bars(grid, grid.ranking)
     trace = figure.data[0]
     bars = zip(

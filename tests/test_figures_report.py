@@ -248,11 +248,11 @@ def test_intervals_are_those_of_the_results_file(grid):
     for trace in figures.ranking_bars(seeded).data[:1]:
         for at, label in enumerate(trace.customdata):
             row = rows[label.removeprefix("L26").replace("H", "head")]
-            low, high = row.to_base_pct.interval.pair
+            low, high = row.to_base_pct.interval
             assert trace.x[at] + trace.error_x.array[at] == pytest.approx(high, rel=1e-9)
             assert trace.x[at] - trace.error_x.arrayminus[at] == pytest.approx(low, rel=1e-9)
             for found, unit in ((row.delta, " nats"), (row.drop_pct, "%"), (row.coverage_pct, "%")):
-                low, high = found.interval.pair
+                low, high = found.interval
                 assert f"{found.value:.3g}{unit} [{low:.3g}, {high:.3g}]" in trace.hovertext[at]
 
 

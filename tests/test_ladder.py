@@ -13,7 +13,6 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.records import Ladder, LadderRow
 from rq4lens.analysis.statistics import bootstrap
 from rq4lens.analysis.statistics.bootstrap import (
-    LEVEL,
     Bootstrap,
     Estimate,
     Interval,
@@ -141,7 +140,7 @@ def test_prompts_without_content_hold_out_none(planted):
 
 def clear(value, width=2.0):
     value = float(value)
-    return Estimate(value, Interval(value - width, value + width, LEVEL, "bca"))
+    return Estimate(value, Interval(value - width, value + width))
 
 
 def row_of(name="head0", *, constant=1.0, **recovered_pct):

@@ -87,10 +87,8 @@ def test_what_stands_in_place_of_the_map_is_measured_beside_the_raw_patch(
     sets = MeasuredSets.of(prepared(tiny_pair, tiny_maps), MAIN, ALPHA)
     sets.require([sets.everything])
     z = sets.experiment.sources[MAIN, MAPPED]
-    others = sets.with_mapped({"twice": 2 * z, "again": z})
-    twice, again, own = (
-        each.delta_nats([sets.everything]) for each in (others["twice"], others["again"], sets)
-    )
+    others = (replace(sets.also({n: s}), mapped=n) for n, s in (("twice", 2 * z), ("again", z)))
+    twice, again, own = (each.delta_nats([sets.everything]) for each in (*others, sets))
     assert np.array_equal(again, own)
     assert not np.array_equal(twice, own)
     everything = range(TINY_HEADS)

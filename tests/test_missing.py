@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import pytest
 from explained import check_explained, unexplained
-from games import Game, measured, noisy_game
+from games import GRADIENT_METHODS, Game, measured, noisy_game
 from synthetic import resampled
 from test_analyse import analysed
 from tiny import grid_of, prepared
@@ -17,9 +17,8 @@ from rq4lens.analysis.analyse import analyse
 from rq4lens.analysis.effects.table import ranking_rows, records
 from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.file import ranking_file_rows
-from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
-from rq4lens.analysis.records import RandomSets
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.rankings.methods import METHODS
+from rq4lens.analysis.records import Analysis, RandomSets
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.analysis.structure.layers import compare_layers
 from rq4lens.config import AnalysisEffort

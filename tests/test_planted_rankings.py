@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from games import GRADIENT_METHODS
 from sklearn.metrics import average_precision_score
 from tiny import TINY_HEADS, TINY_LAYERS, pair_of, prepared, random_prompts, tiny_model
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
 from rq4lens.analysis.rankings.compared import rank_heads
-from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.heads import Head
 from rq4lens.patching.maps.fitting import fit_maps
 from rq4lens.results import TRANSFERS

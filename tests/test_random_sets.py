@@ -127,7 +127,7 @@ def test_random_sets_of_every_size_come_from_the_same_rankings():
     inputs = inputs_of(noisy_game(np.arange(13) ** 2 / 9, 20), random_ks=range(1, 14))
     found = coverage(inputs)
     assert [sets.k for sets in found.random] == list(range(1, 14))
-    assert [row.k for row in found.rows] == [1, 2]
+    assert [row.k for row in found.coverage] == [1, 2]
     many = [k for k in range(1, 14) if comb(13, k) > EXHAUSTIVE_LIMIT]
     assert [sets.k for sets in found.random if not sets.exhaustive] == many
     for sets in found.random:
@@ -147,7 +147,7 @@ def test_the_table_repeats_the_p_values_of_its_sizes():
     """A row's p-values are those of the random sets of its size."""
     found = coverage(inputs_of(noisy_game([5.0, 3, 2, 1, 0], 30), random_ks=(1, 3)))
     by_k = {sets.k: sets for sets in found.random}
-    for row in found.rows:
+    for row in found.coverage:
         sets = by_k[row.k]
         assert (row.p_value, row.p_value_min) == (sets.p_value, sets.p_value_min)
         assert row.n_subsets == sets.n_subsets

@@ -6,21 +6,20 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from games import Game, layer_of, measured, noisy_game
+from games import GRADIENT_METHODS, Game, layer_of, measured, noisy_game
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import THE_SAME
 from rq4lens.analysis.rankings.compared import compare_methods, rank_heads
 from rq4lens.analysis.rankings.exact import (
     exact_shapley,
-    rank_by_delta,
     rank_by_shapley,
     sampled_shapley,
+    single_ranking,
     standard_errors,
 )
 from rq4lens.analysis.rankings.file import ranking_file_rows
 from rq4lens.analysis.rankings.methods import (
-    GRADIENT_METHODS,
     METHODS,
     refuse_unread,
 )
@@ -65,7 +64,7 @@ def test_study_ranking_is_that_of_the_grid():
     """The method "delta" is the ranking the main job prints."""
     game = noisy_game([1.0, 3.0, 2.0], 20)
     grid = game.grid(ks=(1,))
-    ours = rank_by_delta(MeasuredSets.of_grid(grid))
+    ours = single_ranking(MeasuredSets.of_grid(grid), "delta")
     theirs = grid.ranking
     assert ours.heads == theirs.heads
     assert ours.scores == pytest.approx(theirs.scores)
@@ -233,7 +232,7 @@ def test_unknown_method_and_setting_are_refused():
 
 def test_ranking_file_rows():
     """A ranking file lists head, rank, score and standard error, best first."""
-    rows = ranking_file_rows(rank_by_delta(measured(noisy_game([1.0, 2.0], 9))))
+    rows = ranking_file_rows(single_ranking(measured(noisy_game([1.0, 2.0], 9)), "delta"))
     assert [row["head"] for row in rows] == [1, 0]
     assert set(rows[0]) == {"head", "rank", "score", "se"}
 

@@ -193,7 +193,7 @@ def test_shares_are_studentised_on_what_is_left():
     bootstrap = Bootstrap(tuple("aabbcdefghij"), 300, 1)
     (found,) = bootstrap.shares(whole[None], left[None])
     assert found.value == pytest.approx(100 * (1 - left.mean() / whole.mean()))
-    assert found.interval.pair == pytest.approx(studentised_slowly(bootstrap, whole, left))
+    assert found.interval == pytest.approx(studentised_slowly(bootstrap, whole, left))
 
 
 def test_shares_end_at_100_and_have_no_interval_where_nothing_varies():

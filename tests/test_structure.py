@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rq4lens.analysis.coverage.best_sets import interactions
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored
 from rq4lens.analysis.rankings.compared import NO_DIRECTION, alignment, head_shares, rank_stability
-from rq4lens.analysis.rankings.exact import rank_by_delta
+from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, Spread
 from rq4lens.analysis.statistics.concentration import (
     NO_SCORE,
@@ -23,7 +23,7 @@ from rq4lens.analysis.statistics.concentration import (
     gini,
 )
 from rq4lens.analysis.statistics.plain import to_json
-from rq4lens.analysis.structure.alphas import alpha_sweep
+from rq4lens.analysis.structure.layers import alpha_sweep
 from rq4lens.patching.maps.fitting import FitData
 from rq4lens.results import ranks_of
 
@@ -32,7 +32,7 @@ NAMES = tuple(map(str, range(30)))
 
 def stability_of(game, rank_by="delta", n_resamples=500):
     layer = layer_of(game, n_resamples=n_resamples, rank_by=rank_by)
-    return rank_stability(rank_by_delta(layer.measured), layer)
+    return rank_stability(single_ranking(layer.measured, "delta"), layer)
 
 
 def test_well_separated_heads_never_change_rank():
@@ -83,7 +83,7 @@ def test_spread_over_splits_is_a_range_around_its_median():
     assert record["split_half_jaccard"]["1_range95"][1] == 1.0
     draws = np.random.default_rng(0).permutation(np.arange(1001.0))
     spread = Spread.of(draws)
-    assert [spread.value, *spread.interval.pair] == pytest.approx([500, 25, 975])
+    assert [spread.value, *spread.interval] == pytest.approx([500, 25, 975])
 
 
 def test_a_single_prompt_has_no_stability():

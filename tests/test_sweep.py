@@ -96,7 +96,7 @@ def test_layers_of_another_alpha_stay_out_of_a_run(config, tmp_path):
 
 def around(value, half_width):
     """An estimate with a symmetric interval."""
-    return Estimate(value, Interval(value - half_width, value + half_width, 0.95, "bca"))
+    return Estimate(value, Interval(value - half_width, value + half_width))
 
 
 def compared(swept, *layers, gap_undefined_because=None):

@@ -28,9 +28,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.effects.table import records
-from rq4lens.analysis.effects.transfer import effective_number, gap_of
-from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.effects.table import effective_number, gap_of, records
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
@@ -57,7 +55,7 @@ TRANSFERS = ("to_base_pct", "to_tuned_pct")
 
 
 def gap(grid):
-    return gap_of(grid, Bootstrap(grid.groups, 200))
+    return gap_of(grid)
 
 
 def table(grid):

@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from games import GRADIENT_METHODS
 from pair_on_disk import write_pair
 from scipy.stats import binomtest
 from tiny import random_prompts, tiny_model, word_tokenizer
 
 from rq4lens.analysis.effects.measured import MeasuredSets
-from rq4lens.analysis.rankings.methods import GRADIENT_METHODS, METHODS
+from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.cluster.launch import run_validation
 from rq4lens.cluster.many import Cluster
 from rq4lens.config import Reading, config_from

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from rq4lens.analysis.coverage.best_sets import best_subsets, interactions
 from rq4lens.analysis.coverage.curves import half_splits
 from rq4lens.analysis.coverage.random_sets import random_sizes
 from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
-from rq4lens.analysis.effects.transfer import (
+from rq4lens.analysis.effects.table import (
     gap_effect,
     gap_of,
     layer_transfer,
@@ -28,12 +28,11 @@ from rq4lens.analysis.rankings import compared
 from rq4lens.analysis.rankings.compared import rank_stability
 from rq4lens.analysis.rankings.exact import single_ranking
 from rq4lens.analysis.rankings.methods import METHODS, RankingSettings
-from rq4lens.analysis.result import Analysis, AnalysisSettings
+from rq4lens.analysis.records import Analysis, AnalysisSettings
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.concentration import concentration
 from rq4lens.analysis.statistics.sign_flips import head_tests
 from rq4lens.analysis.structure import controls
-from rq4lens.analysis.structure.alphas import alpha_sweep, with_shuffled
 from rq4lens.analysis.structure.kinds import (
     HELD_OUT,
     KindInputs,
@@ -42,6 +41,7 @@ from rq4lens.analysis.structure.kinds import (
     no_kinds,
     with_other_heads,
 )
+from rq4lens.analysis.structure.layers import alpha_sweep
 from rq4lens.config import AnalysisEffort, RankBy
 from rq4lens.heads import Head
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
@@ -54,6 +54,8 @@ from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, HeadRanking
 
 RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
 """The rungs of every ladder."""
+
+NOT_BESIDE = {"neutral": records.NO_NEUTRAL, "noise": records.NO_NOISE_PAIR}
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "directions", "ladders", "kinds"),
@@ -131,9 +133,8 @@ class _Work:
     def analysis(self) -> Analysis:
         """Everything, part by part."""
         seconds = {name: self._seconds(name) for name in PARTS}
-        own, coverage = self.ranking.method, self.coverage
-        if self.best is not None:
-            coverage = coverage.with_best(self.best)
+        own, coverage, best = self.ranking.method, self.coverage, self.best
+        noise = self.beside.noise
         others = [curve for curve in self.compared.curves if curve.ranking != own]
         settings = AnalysisSettings(
             grid=self.grid.settings,
@@ -144,17 +145,17 @@ class _Work:
         )
         analysis = Analysis(
             settings=settings,
-            gap=self.gap,
-            transfer=layer_transfer(self.grid, self.gap, self.layer.bootstrap),
-            metric=metric_summary(self.grid, self.layer.bootstrap),
+            gap=gap_of(self.grid),
+            transfer=layer_transfer(self.grid),
+            metric=metric_summary(self.grid),
             directions=self.directions,
             ladders=self.ladders,
             neutral=self.neutral_ladder,
-            noise=self.noise,
+            noise=noise and controls.beside_noise(self.grid, noise),
             weight_cosine=self.grid.compared.weight_cosine,
             full=self.layer.full,
-            coverage=coverage.rows,
-            curves=(*coverage.curves[:1], *others, *coverage.curves[1:]),
+            coverage=self._rows(),
+            curves=(*coverage.curves[:1], *others, *coverage.curves[1:], *([best] if best else [])),
             random=coverage.random,
             rankings=(self.ranking, *(r for r in self.compared.rankings if r.method != own)),
             methods=self.compared.rows,
@@ -165,21 +166,15 @@ class _Work:
             interactions=self.interactions,
             kinds=self.kinds,
             stand_ins=self.stand_ins,
-            control_layer=controls.control_layer(self.grid, self.gap, self.layer.bootstrap),
+            control_layer=controls.control_layer(self.grid),
             alignment=self.alignment,
             alphas=self.alphas[0],
             claims=(),
             study_claims=(),
             seconds=seconds,
-            reasons=self._reasons,
+            reasons={} if self.experiment is None else NOT_BESIDE,
         )
         return replace(analysis, claims=claims(analysis), study_claims=study_claims(analysis))
-
-    @property
-    def _reasons(self) -> Mapping[str, str]:
-        if self.experiment is None:
-            return {}
-        return {"neutral": records.NO_NEUTRAL, "noise": records.NO_NOISE_PAIR}
 
     def _seconds(self, part: str) -> float:
         start = time.perf_counter()
@@ -200,7 +195,7 @@ class _Work:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        return single_ranking(self.layer.ranked_on, self.layer.rank_by)
+        return single_ranking(self.layer.measured, self.layer.rank_by)
 
     @cached_property
     def inputs(self) -> table.CoverageInputs:
@@ -209,12 +204,23 @@ class _Work:
         return table.CoverageInputs(self.layer, self.ranking, self.effort, seed_sets)
 
     @cached_property
-    def coverage(self) -> table.Coverage:
+    def coverage(self) -> records.DirectionCoverage:
         of = table.coverage if self.can_measure else table.coverage_of_grid
-        found = of(self.inputs)
-        by_answer = compared.answer_coverage(self.grid, self.layer.bootstrap)
-        rows = tuple(replace(row, answer_coverage_pct=by_answer[row.k]) for row in found.rows)
-        return replace(found, rows=rows)
+        return of(self.inputs)
+
+    def _rows(self) -> tuple[records.CoverageRow, ...]:
+        """The coverage table beside its coverage by the answer, and the best sets."""
+        by_answer = compared.answer_coverage(self.grid)
+        rows = [
+            replace(row, answer_coverage_pct=by_answer[row.k]) for row in self.coverage.coverage
+        ]
+        if self.best is None:
+            return tuple(rows)
+        sets, shares = self.best.head_sets, self.best.coverage_pct
+        return tuple(
+            replace(row, best_heads=sets[row.k], best_coverage_pct=shares[row.k].value)
+            for row in rows
+        )
 
     @cached_property
     def compared(self) -> compared.Methods:
@@ -246,11 +252,12 @@ class _Work:
         """The sweep over blend strengths, and the measurements behind it."""
         if not self.can_measure:
             return (), (self.layer.measured,)
-        points, measured = alpha_sweep(self.layer, self.effort.alphas)
+        shuffled = None
         if self.experiment is not None:
-            layer, bootstrap = self.layer.measured.layer, self.layer.bootstrap
-            sources = controls.stand_in_sources(self.experiment, layer, None, bootstrap.seed)
-            points = with_shuffled(points, measured, sources[records.SHUFFLED], bootstrap)
+            layer, seed = self.layer.measured.layer, self.layer.bootstrap.seed
+            sources = controls.stand_in_sources(self.experiment, layer, None, seed)
+            shuffled = sources[records.SHUFFLED]
+        points, measured = alpha_sweep(self.layer, self.effort.alphas, shuffled)
         return tuple(points), tuple(measured)
 
     @cached_property
@@ -266,18 +273,13 @@ class _Work:
         )
 
     @cached_property
-    def gap(self) -> records.Gap:
-        return gap_of(self.grid, self.layer.bootstrap)
-
-    @cached_property
     def directions(self) -> tuple[records.DirectionCoverage, ...]:
         """The coverage table of each direction of transfer, on the sizes of the run."""
         if not self.can_measure or self.layer.gap_nats is None:
             return ()
-        floor, bootstrap = self.layer.full.noise_floor_nats, self.layer.bootstrap
-        wholes = {name: gap_effect(self.gap, name, floor) for name in TRANSFERS}
+        wholes = {name: gap_effect(self.grid, name) for name in TRANSFERS}
         if self.grid.settings.patching.metric != "kl":
-            wholes |= dict.fromkeys(METRIC_TRANSFERS, metric_full_effect(self.grid, bootstrap))
+            wholes |= dict.fromkeys(METRIC_TRANSFERS, metric_full_effect(self.grid))
         return tuple(self._direction(*each) for each in wholes.items())
 
     def _direction(self, direction: RankBy, whole: records.FullEffect) -> records.DirectionCoverage:
@@ -288,10 +290,7 @@ class _Work:
             ranking=single_ranking(layer.measured, direction),
             effort=self.effort.but(random_ks=sorted({1, *layer.ks})),
         )
-        found = table.coverage(inputs)
-        return records.DirectionCoverage(
-            direction, layer.full, found.rows, found.curves, found.random
-        )
+        return table.coverage(inputs)
 
     @cached_property
     def full_strength(self) -> MeasuredSets:
@@ -336,13 +335,6 @@ class _Work:
         own = self.layer.bootstrap
         other = Bootstrap(measured.groups, own.n_resamples, own.seed + 1)
         return ladder(measured, sets, RUNGS, other, self.grid.noise_floor_nats)
-
-    @cached_property
-    def noise(self) -> records.NoisePair | None:
-        effects = self.beside.noise
-        if effects is None:
-            return None
-        return controls.beside_noise(self.grid, effects, self.layer.bootstrap)
 
     @cached_property
     def stand_ins(self) -> tuple[records.StandIn, ...]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rq4lens.analysis.effects.transfer import MOST_LEFT_OUT_PCT
-from rq4lens.analysis.records import SHUFFLED, CoverageRow, Gap, LadderRow, LayerTransfer
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.effects.table import MOST_LEFT_OUT_PCT
+from rq4lens.analysis.records import SHUFFLED, Analysis, CoverageRow, Gap, LadderRow, LayerTransfer
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head
@@ -204,7 +203,9 @@ def _heads(analysis: Analysis) -> str:
     names = _labels(analysis, row.heads)
     crossed = row.cross_fitted_coverage_pct
     # A head that ranks first on any half of the prompts was not chosen by luck.
-    on_others = crossed.value is not None and not _is_alone(row)
+    optimism = row.optimism_pct.value
+    is_alone = row.k == 1 and optimism is not None and abs(optimism) < 1e-9
+    on_others = crossed.value is not None and not is_alone
     amount = share(crossed if on_others else row.coverage_pct)
     scored = " when ranked on other prompts" if on_others else ""
     few = _is_most(row, here.to_base_pct.value or 0.0)
@@ -214,12 +215,6 @@ def _heads(analysis: Analysis) -> str:
     back = here.heads_to_tuned_pct[row.heads[0]]
     other = f", and gives base {share(back)}" if row.k == 1 else ""
     return f"{who} {amount} of the gap{scored}{other}; {_beside_random(row)}."
-
-
-def _is_alone(row: CoverageRow) -> bool:
-    """Whether a single head comes first, whichever prompts rank it."""
-    optimism = row.optimism_pct.value
-    return row.k == 1 and optimism is not None and abs(optimism) < 1e-9
 
 
 def _best(here: LayerTransfer) -> int:
@@ -432,7 +427,7 @@ def control_reading(layer: int, less_nats: Estimate) -> str:
 def share(estimate: Estimate) -> str:
     """A share in percent with its interval, or that it is not determined."""
     if estimate.interval is not None:
-        low, high = estimate.interval.pair
+        low, high = estimate.interval
         if high - low > WIDE_PCT and low < 0 < high:
             return f"an undetermined share ({low:.0f} to {high:.0f}%)"
     return format(estimate, ".0f%")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -136,10 +136,12 @@ class PositionMap(Shown):
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for the whole layer and for each head, at each position."""
-        return pd.DataFrame(self._rows())
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        for position in self.positions:
-            for label, record in zip(self.labels, position.layer_and_heads, strict=True):
-                cells = {field: getattr(record, field) for field in OF_A_CELL.values()}
-                yield {"position": position.role, "heads": label, **to_json(cells)}
+        return pd.DataFrame(
+            {
+                "position": position.role,
+                "heads": label,
+                **to_json({n: getattr(record, n) for n in OF_A_CELL.values()}),
+            }
+            for position in self.positions
+            for label, record in zip(self.labels, position.layer_and_heads, strict=True)
+        )

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from rq4lens.analysis.positions import MappedPosition, PositionMap
-from rq4lens.analysis.records import ConditionRecord, LayerChoice, LayerComparison
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis, ConditionRecord, LayerChoice, LayerComparison
 from rq4lens.analysis.statistics.plain import Listed, from_json, to_json
 from rq4lens.disk.files import (
     read_json,
@@ -108,13 +107,7 @@ class Run(Listed):
 
 @dataclass(frozen=True, repr=False)
 class SavedLayers(Shown):
-    """A sweep, measured just now or read back.
-
-    Args:
-        grids: the grid of each layer.
-        comparison: what the analysis says of them.
-        choice: which layers are proposed as main and control, and why.
-    """
+    """A sweep, measured just now or read back: its layers, what is said of them, and proposed."""
 
     grids: Mapping[int, GridResult]
     comparison: LayerComparison
@@ -179,13 +172,7 @@ def read_run(directory: Path | str) -> Run:
     run, saved, analysis = (read_json(directory / name) for name in (RUN, RESULTS, ANALYSIS))
     _refuse_other_versions(directory, run)
     with refuse_damage(f"run {str(directory)!r}", "run it again"):
-        grid = grid_of_table(
-            GridSettings.from_dict(run["settings"]),
-            pd.read_parquet(directory / PER_PROMPT),
-            noise_floor_nats=float(run["noise_floor_nats"]),
-            compared=Compared(**run["compared"]),
-            provenance=run,
-        )
+        grid = _grid(run, pd.read_parquet(directory / PER_PROMPT))
         records = tuple(from_json(ConditionRecord, each) for each in saved)
         _check_completeness(grid, records)
         return Run(directory, grid, records, from_json(Analysis, analysis), run)
@@ -226,18 +213,14 @@ def write_layers(directory: Path, sweep: SavedLayers) -> None:
 
 
 def read_layers(directory: Path) -> SavedLayers | None:
-    """Read a sweep back; None where there is none.
-
-    Raises:
-        UserError: if its files are damaged.
-    """
+    """Read a sweep back; None where there is none, a sentence where its files are damaged."""
     if not (directory / LAYERS).is_file():
         return None
     record = read_json(directory / LAYERS)
     with refuse_damage(f"the sweep in {str(directory)!r}", f"delete {LAYERS}, or sweep again"):
         table = pd.read_parquet(directory / LAYERS_PER_PROMPT)
         grids = {
-            int(layer): _grid(record, layer, table[table["layer"].isin([int(layer), EVERY_LAYER])])
+            int(layer): _grid(record, table[table["layer"].isin([int(layer), EVERY_LAYER])], layer)
             for layer in record["settings"]
         }
         comparison = from_json(LayerComparison, record["comparison"])
@@ -253,13 +236,16 @@ def _measured_how(grids: Mapping[str, GridResult]) -> dict[str, Any]:
     }
 
 
-def _grid(record: Mapping[str, Any], name: str, table: pd.DataFrame) -> GridResult:
-    """The grid of a name, from what :func:`_measured_how` said and its rows of the table."""
+def _grid(record: Mapping[str, Any], table: pd.DataFrame, name: str | None = None) -> GridResult:
+    """The grid of a run, or the one of a name, from its rows of the table."""
+    keys = ("settings", "noise_floor_nats", "compared")
+    settings, noise, compared = (record[k] if name is None else record[k][name] for k in keys)
     return grid_of_table(
-        GridSettings.from_dict(record["settings"][name]),
+        GridSettings.from_dict(settings),
         table,
-        noise_floor_nats=float(record["noise_floor_nats"][name]),
-        compared=Compared(**record["compared"][name]),
+        noise_floor_nats=float(noise),
+        compared=Compared(**compared),
+        provenance=record if name is None else None,
     )
 
 
@@ -284,11 +270,7 @@ OF_A_POSITION = ("role", "texts", "n_train", "records")
 
 
 def read_positions(directory: Path) -> PositionMap | None:
-    """Read the position map of a run back; None where there is none, or it is of another run.
-
-    Raises:
-        UserError: if its files are damaged.
-    """
+    """Read the position map of a run back; None where there is none, or it is of another run."""
     if not (directory / POSITIONS).is_file():
         return None
     record = read_json(directory / POSITIONS)
@@ -302,7 +284,7 @@ def read_positions(directory: Path) -> PositionMap | None:
                 role=each["role"],
                 texts=tuple(each["texts"]),
                 n_train=int(each["n_train"]),
-                grid=_grid(record, each["role"], table[table["position"] == each["role"]]),
+                grid=_grid(record, table[table["position"] == each["role"]], each["role"]),
                 records=tuple(from_json(ConditionRecord, one) for one in each["records"]),
             )
             for each in record["positions"]

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect, records
-from rq4lens.analysis.effects.transfer import gap_of
-from rq4lens.analysis.records import CoverageCurve, RandomSets
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.effects.table import gap_of, grid_full_effect, records
+from rq4lens.analysis.records import Analysis, CoverageCurve, RandomSets
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact
 from rq4lens.figures import theme
 from rq4lens.figures.numbers import INTERVAL_NOTE, Point, grid_setting, hover, line, shown
@@ -67,7 +65,7 @@ def coverage_curve(grid: GridResult, analysis: Analysis | None = None) -> go.Fig
         theme.add_views(figure, named, [{"yaxis.title.text": title} for title in titles])
         axes(figure, grid.n_heads, titles[0])
     else:
-        why = grid_full_effect(grid, bootstrap_of(grid)).undefined_because
+        why = grid_full_effect(grid).undefined_because
         theme.message(figure, f"Coverage is undefined: {why}.")
     return theme.frame(
         figure,
@@ -89,9 +87,9 @@ def _views(grid: GridResult, analysis: Analysis | None) -> dict[str, list[go.Sca
         for each in (analysis.directions if analysis else ())
         if each.full.undefined_because is None
     }
-    if not views and gap_of(grid, bootstrap_of(grid)).undefined_because is None:
+    if not views and gap_of(grid).undefined_because is None:
         views["to_base"] = _grid_traces(grid, "to_base_pct")
-    if grid_full_effect(grid, bootstrap_of(grid)).undefined_because is not None:
+    if grid_full_effect(grid).undefined_because is not None:
         return views
     if analysis is None or not analysis.curves:
         views["delta"] = _grid_traces(grid, "coverage_pct")
@@ -304,7 +302,7 @@ def _control(grid: GridResult, field: str) -> list[go.Scatter]:
 
 def curve_points(grid: GridResult) -> list[tuple[int, Estimate]]:
     """Coverage of the best k heads of a grid at each measured k; empty where it is undefined."""
-    if grid_full_effect(grid, bootstrap_of(grid)).undefined_because is not None:
+    if grid_full_effect(grid).undefined_because is not None:
         return []
     points = _best_of_grid(grid, "coverage_pct")
     return [(int(p.x), p.estimate) for p in points if p.estimate.value is not None]

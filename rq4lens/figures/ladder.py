@@ -8,8 +8,7 @@ from itertools import chain
 
 import plotly.graph_objects as go
 
-from rq4lens.analysis.records import Ladder, LadderRow
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis, Ladder, LadderRow
 from rq4lens.analysis.saved import Run
 from rq4lens.errors import UserError
 from rq4lens.figures import theme

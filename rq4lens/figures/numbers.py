@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from rq4lens.analysis.effects.table import records
-from rq4lens.analysis.records import NOT_MEASURED, ConditionRecord, HeadKind, HeadKinds
-from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import Estimate, number_text, undefined
+from rq4lens.analysis.records import NOT_MEASURED, Analysis, ConditionRecord, HeadKind, HeadKinds
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text, undefined
 from rq4lens.figures import theme
 from rq4lens.heads import Head
 from rq4lens.results import GridResult, GridSettings
@@ -139,7 +138,7 @@ class SignedLog:
             return estimate
         ends = estimate.interval
         if ends is not None:
-            ends = replace(ends, low=self.place(ends.low), high=self.place(ends.high))
+            ends = Interval(self.place(ends.low), self.place(ends.high))
         return replace(estimate, value=self.place(estimate.value), interval=ends)
 
 

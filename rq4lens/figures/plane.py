@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from rq4lens.analysis.records import ConditionRecord
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis, ConditionRecord
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures import numbers, theme
 from rq4lens.results import GridResult

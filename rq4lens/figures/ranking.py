@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from rq4lens.analysis.records import ConditionRecord, HeadKinds
-from rq4lens.analysis.result import Analysis
-from rq4lens.analysis.statistics.bootstrap import LEVEL, Estimate, Interval
+from rq4lens.analysis.records import Analysis, ConditionRecord, HeadKinds
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
@@ -204,7 +203,7 @@ def _score_estimates(
     if intervals is None:
         intervals, note = _normal_ends(ranking), "bars: ± 1.96 standard errors"
     return [
-        Estimate(value, None if ends is None else Interval(*ends, LEVEL, "given"))
+        Estimate(value, None if ends is None else Interval(*ends))
         for value, ends in zip(values, intervals, strict=True)
     ], note
 

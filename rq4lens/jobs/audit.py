@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from rq4lens.analysis.card.swaps import divergence
 from rq4lens.analysis.effects.apart import PairFacts
-from rq4lens.analysis.effects.transfer import MOST_LEFT_OUT_PCT
+from rq4lens.analysis.effects.table import MOST_LEFT_OUT_PCT
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import RunConfig

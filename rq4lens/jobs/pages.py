@@ -10,8 +10,7 @@ from rq4lens import figures
 from rq4lens.analysis.card.card import MOST_CARDS, MOST_PROMPTS, head_cards
 from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.card.sides import CardInputs
-from rq4lens.analysis.records import LayerComparison
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis, LayerComparison
 from rq4lens.analysis.saved import Run, read_layers, read_positions, read_run
 from rq4lens.analysis.statistics.plain import from_json, to_json
 from rq4lens.disk.files import make_directory, read_json, refuse_damage, write_json_atomic

@@ -15,7 +15,7 @@ from rq4lens.analysis.analyse import PARTS, Beside, analyse
 from rq4lens.analysis.card.sides import NO_CARD, CardInputs
 from rq4lens.analysis.card.swaps import next_tokens
 from rq4lens.analysis.effects.table import ranking_rows, records
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis
 from rq4lens.analysis.saved import Run, read_run, write_grid, write_run
 from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.config import AnalysisEffort, RunConfig

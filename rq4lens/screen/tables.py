@@ -13,13 +13,13 @@ from rq4lens.analysis.claims import metric_sentences
 from rq4lens.analysis.effects.apart import PairFacts
 from rq4lens.analysis.positions import PositionMap
 from rq4lens.analysis.records import (
+    Analysis,
     ConditionRecord,
     HeadTests,
     LayerChoice,
     LayerComparison,
     MethodRow,
 )
-from rq4lens.analysis.result import Analysis
 from rq4lens.analysis.statistics.bootstrap import Estimate, number_text
 from rq4lens.analysis.statistics.sign_flips import SIGNIFICANT
 from rq4lens.heads import Head, HeadSet

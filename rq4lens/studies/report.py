@@ -108,7 +108,7 @@ def study_text(name: str, cells: Sequence[CellSummary], metrics: Sequence[GridNu
 def _texts(estimate: Estimate, metric: GridNumber) -> tuple[str, str]:
     value = "-" if estimate.value is None else metric.text(estimate.value)
     ends = estimate.interval
-    return value, "-" if ends is None else "[{}, {}]".format(*map(metric.text, ends.pair))
+    return value, "-" if ends is None else "[{}, {}]".format(*map(metric.text, ends))
 
 
 def _rows(cell: Cell, saved: SavedLayers, metrics: Sequence[GridNumber]) -> list[CellRow]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
+from scipy.linalg import polar
 from torch import Tensor
 
-from rq4lens.analysis.card.numbers import carried_by, map_facts, moved_pct, numbers_of
 from rq4lens.analysis.card.passes import HeadWrites, some_at_once
 from rq4lens.analysis.card.reads import (
     OTHER_TOKENS,
@@ -27,8 +27,10 @@ from rq4lens.analysis.card.records import (
     Carried,
     Decision,
     HeadCard,
+    HeadNumbers,
     HeadReads,
     Likely,
+    MapFacts,
     NextTokens,
     Shifts,
     TokenShift,
@@ -36,8 +38,10 @@ from rq4lens.analysis.card.records import (
 )
 from rq4lens.analysis.card.sides import CardInputs, Sides
 from rq4lens.analysis.card.swaps import Swapped, TopTokens, divergence, swapped
+from rq4lens.analysis.effects.table import records, why_no_gap
+from rq4lens.analysis.records import Analysis
 from rq4lens.analysis.saved import Run
-from rq4lens.analysis.statistics.bootstrap import undefined
+from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.models.pair import SIDES, ModelPair, Side
@@ -52,9 +56,13 @@ N_SHIFTS, N_SHIFTS_OF_PROMPT = 10, 5
 
 OTHER_VOCABULARY = "the models have other vocabularies, so their answers are over other tokens"
 NO_MAP = "no map of this layer was given"
-Named = TypeVar("Named", Likely, TokenShift)
-
 NO_NUMBERS = "the single heads of this layer were not measured by a run that was given"
+NO_ANALYSIS = "no analysis of the grid was given"
+NO_TRANSFER = "the head carries nothing to take a share of: the interval of its transfer reaches 0"
+NO_OUTPUT = "the head writes nothing in base"
+JOINT_MAP = "the map is one over all heads of the layer"
+
+Named = TypeVar("Named", Likely, TokenShift)
 
 
 def head_card(
@@ -91,11 +99,7 @@ def head_card(
 def head_cards(
     inputs: CardInputs, heads: Sequence[Head], n_prompts: int = MOST_PROMPTS
 ) -> Iterator[HeadCard]:
-    """Cards of many heads, layer by layer, from one clean pass of each model.
-
-    Raises:
-        UserError: if a head does not exist, or a model is no ``HookedTransformer``.
-    """
+    """Cards of many heads, layer by layer, from one clean pass of each model."""
     if n_prompts < 1:
         raise UserError(f"a card cannot show {n_prompts} prompts: ask for at least 1.")
     inputs.refuse_missing(heads)
@@ -108,17 +112,14 @@ def head_cards(
         yield from _Layer(sides, layer, indices, n_prompts).cards()
 
 
-class Extremes(NamedTuple):
-    """The tokens that logits raise and lower most, counted from the mean over the vocabulary."""
-
-    raised: TopTokens
-    lowered: TopTokens
-
-    @classmethod
-    def of(cls, logits: Float[Tensor, "*row vocab"], n: int) -> Extremes:
-        """Both ends of direct effects on the logits; of the lowered ones by how much."""
-        centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
-        return cls(TopTokens.of(centred, n), TopTokens.of(-centred, n))
+def extremes(logits: Float[Tensor, "*row vocab"], n: int) -> TopTokens:
+    """``[row end token]``: what direct effects raise and lower most, from the mean over tokens."""
+    centred, n = logits - logits.mean(-1, keepdim=True), min(n, logits.shape[-1] // 2)
+    raised, lowered = TopTokens.of(centred, n), TopTokens.of(-centred, n)
+    return TopTokens(
+        np.stack([raised.tokens, lowered.tokens], axis=-2),
+        np.stack([raised.numbers, -lowered.numbers], axis=-2),
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class _Model:
     outputs: Float[Tensor, "prompt head d_model"]
     elsewhere: Float[Tensor, "prompt head d_model"] | None
     mean: Float[Tensor, "head vocab"]
-    shown: Sequence[Extremes]
+    shown: Sequence[TopTokens]
 
 
 class _Layer:
@@ -205,12 +206,12 @@ class _Layer:
         writes, heads = self._head_writes(side, states.z), torch.tensor(self.heads)
         added = writes.in_stream[:, heads]
         rows = torch.tensor([list(some) for some in chosen])
-        shown: list[Extremes] = []
+        shown: list[TopTokens] = []
         for places in some_at_once(len(heads), rows.shape[1] * readout.n_vocab):
             prompts = rows[places]
             direct = readout.of_prompts(prompts).direct(added[prompts, places[:, None]])
-            raised, lowered = Extremes.of(direct, N_SHIFTS_OF_PROMPT)
-            shown += [Extremes(raised[at], lowered[at]) for at in range(len(places))]
+            ends = extremes(direct, N_SHIFTS_OF_PROMPT)
+            shown += [ends[at] for at in range(len(places))]
         elsewhere = None
         if states.z_elsewhere:
             elsewhere = self._head_writes(side, states.z_elsewhere).each[:, heads].cpu()
@@ -246,9 +247,9 @@ class _Layer:
         moved, change = [undefined(OTHER_TOKENS)] * len(self.heads), None
         if tuned.elsewhere is not None:
             moved = moved_pct(tuned.elsewhere - base.outputs, base.outputs, self.inputs.bootstrap)
-        before, after = (Extremes.of(each.mean, N_SHIFTS) for each in (base, tuned))
+        before, after = (extremes(each.mean, N_SHIFTS) for each in (base, tuned))
         if self.sides.one_vocabulary:
-            change = Extremes.of(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
+            change = extremes(tuned.mean - base.mean.to(tuned.mean), N_SHIFTS)
         return [
             Writes(
                 base=self._shifts("base", before, place),
@@ -316,21 +317,114 @@ class _Layer:
         )
 
     def _likely(self, side: Side, prompt: int, row: int) -> tuple[Likely, ...]:
-        """The likely tokens of one prompt."""
         return self._named(side, Likely, self.swaps[side].likeliest[prompt, row])
 
-    def _shifts(self, side: Side, ends: Extremes, row: int) -> Shifts:
-        lowered = replace(ends.lowered[row], numbers=-ends.lowered.numbers[row])
-        each = (self._named(side, TokenShift, some) for some in (ends.raised[row], lowered))
-        return Shifts(*each)
+    def _shifts(self, side: Side, ends: TopTokens, row: int) -> Shifts:
+        return Shifts(*(self._named(side, TokenShift, ends[row, end]) for end in (0, 1)))
 
     def _named(
         self, side: Side, kind: Callable[[str, float], Named], found: TopTokens
     ) -> tuple[Named, ...]:
         pairs = zip(found.tokens.tolist(), found.numbers.tolist(), strict=True)
-        return tuple(kind(self.sides.token[side](at), _short(value)) for at, value in pairs)
+        # Four significant digits: a card shows three.
+        return tuple(
+            kind(self.sides.token[side](token), float(f"{number:.4g}")) for token, number in pairs
+        )
 
 
-def _short(value: float) -> float:
-    """A number with four significant digits: a card shows three."""
-    return float(f"{value:.4g}")
+# The numbers of a card
+
+
+def numbers_of(
+    grid: GridResult | None, analysis: Analysis | None, head: Head
+) -> HeadNumbers | None:
+    """What a run measured of a head; None for a layer whose single heads were not measured."""
+    if grid is None or head.layer != grid.settings.layer:
+        return None
+    (record,) = records(grid, [grid.single(head.index)])
+    stable = {row.head: row for row in (analysis.stability.heads if analysis else ())}
+    row, ladders = stable.get(head.index), analysis.ladders if analysis else ()
+    return HeadNumbers(
+        alpha=grid.settings.patching.alpha,
+        kind=analysis.kinds.heads[head.index].kind if analysis else None,
+        rank=grid.ranking.rank_of(head.index),
+        rank_low=row.rank_low if row else None,
+        rank_high=row.rank_high if row else None,
+        KL_raw=record.KL_raw_mean,
+        KL_mapped=record.KL_mapped_mean,
+        delta=record.delta,
+        drop_pct=record.drop_pct,
+        recovered_pct=ladders[0][f"head{head.index}"].recovered_pct if ladders else {},
+        reasons=dict.fromkeys(("kind", "rank_low", "rank_high"), NO_ANALYSIS),
+    )
+
+
+def carried_by(
+    tuned: Swapped, base: Swapped, direct: Float64[ndarray, "row prompt"], bootstrap: Bootstrap
+) -> list[Carried]:
+    """How far each head takes one model to the other; the models have one vocabulary."""
+    transfers = []
+    for swap in (tuned, base):
+        assert swap.kl_nats is not None
+        gap, left = swap.kl_nats[:1], swap.kl_nats[1:]
+        why = why_no_gap(bootstrap.estimate(gap)[0], swap.noise_nats)
+        transfers.append(
+            bootstrap.shares(gap, left) if why is None else [undefined(why)] * len(left)
+        )
+    closed = [each[0] - each[1:] for each in (direct, tuned.kl_nats) if each is not None]
+    shares = bootstrap.estimate(np.concatenate(closed), _ratio_pct)
+    return [
+        Carried(to_base, to_tuned, _direct_pct(to_base, share))
+        for to_base, to_tuned, share in zip(*transfers, shares, strict=True)
+    ]
+
+
+def _direct_pct(transfer: Estimate, share: Estimate) -> Estimate:
+    """How much of a transfer is direct, where there is one."""
+    if transfer.value is None:
+        return transfer
+    ends = transfer.interval
+    reaches_zero = not transfer.value if ends is None else ends.contains(0.0)
+    return undefined(NO_TRANSFER) if reaches_zero else share
+
+
+def _ratio_pct(mean: Float64[ndarray, "*rows both"]) -> ndarray:
+    """The first half of quantities in percent of the second half."""
+    above, below = np.split(mean, 2, axis=-1)
+    return 100 * above / below
+
+
+def moved_pct(
+    moved: Float[Tensor, "prompt head d_model"],
+    beside: Float[Tensor, "prompt head d_model"],
+    bootstrap: Bootstrap,
+) -> list[Estimate]:
+    """The size of each head's movement: root mean square, in percent of that of its vectors."""
+    squares = [each.double().square().sum(-1).T.numpy() for each in (moved, beside)]
+    sizes = bootstrap.estimate(np.concatenate(squares), lambda mean: 10 * np.sqrt(_ratio_pct(mean)))
+    return [
+        size if there else undefined(NO_OUTPUT)
+        for size, there in zip(sizes, map(np.any, squares[1]), strict=True)
+    ]
+
+
+def map_facts(layer_map: LayerMap, head: int, z_tuned: Float[Tensor, "prompt d_head"]) -> MapFacts:
+    """One head's map in a few numbers; a map over the whole layer has no rotation of one head."""
+    kind = layer_map.kind
+    r2 = next((row.fitted.r2 for row in layer_map.diagnostics if row.head == head), None)
+    reasons = {"r2": "no held-out fit was measured, or the activations do not vary"}
+    if layer_map.scope != "head":
+        reasons |= dict.fromkeys(("rotation_degrees", "scale", "shift_pct"), JOINT_MAP)
+        return MapFacts(kind, r2, None, None, None, reasons=reasons)
+    reasons["shift_pct"] = "the head's tuned activations are all 0"
+    weight, bias = layer_map.weight[head].double().numpy(), layer_map.bias[head].double()
+    angles = np.abs(np.angle(np.linalg.eigvals(polar(weight)[0])))
+    length = z_tuned.double().square().sum(-1).mean().sqrt()
+    return MapFacts(
+        kind=kind,
+        r2=r2,
+        rotation_degrees=float(np.degrees(angles).mean()),
+        scale=float(np.sqrt(np.square(weight).sum() / len(weight))),
+        shift_pct=float(100 * bias.norm() / length) if length else None,
+        reasons=reasons,
+    )

@@ -54,12 +54,7 @@ def through(
 
 @dataclass(frozen=True)
 class HeadWrites:
-    """What the heads of a layer add before the block's own norm of the attention's output, if any.
-
-    Args:
-        block: the block.
-        each: ``z W_O`` of every head.
-    """
+    """What ``each`` head of a layer writes, ``z W_O``, before the block's own norm of it."""
 
     block: Any
     each: Float[Tensor, "prompt head d_model"]

@@ -28,14 +28,7 @@ class Role:
 
 @dataclass(frozen=True)
 class TextShare:
-    """How much of its attention a head gives to a token text, in percent, over all prompts.
-
-    Args:
-        text: the text of the token.
-        n_prompts: prompts that hold it.
-        base_pct: mean share in base.
-        tuned_pct: mean share in tuned.
-    """
+    """The attention, in percent over all prompts, to a token text; ``n_prompts`` hold it."""
 
     text: str
     n_prompts: int

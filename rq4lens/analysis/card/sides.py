@@ -9,7 +9,7 @@ from functools import cache, cached_property, partial
 from rq4lens.analysis.card.passes import Readout
 from rq4lens.analysis.card.reads import ReadTexts
 from rq4lens.analysis.effects.table import bootstrap_of
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis
 from rq4lens.analysis.saved import Run
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.config import Effort, Place, config_from
@@ -38,16 +38,10 @@ NO_CARD = (
 
 @dataclass(frozen=True)
 class CardInputs:
-    """What cards are made from: a pair, and what a run measured of it.
+    """What cards are made from: a pair, what a run measured of it, and its maps by layer.
 
-    Args:
-        pair: the pair.
-        grid: its measured grid, if there is one.
-        analysis: the analysis of that grid.
-        maps: maps by layer.
-        place: the engine, and how many prompts a forward pass takes.
-        engines: engines that have made their clean pass over these prompts already, for patches at
-            the decision token alone; the others are made.
+    ``engines`` have made their clean pass over these prompts already, for patches at the decision
+    token alone; those that are missing are made.
     """
 
     pair: ModelPair
@@ -67,11 +61,7 @@ class CardInputs:
 
     @classmethod
     def of_run(cls, run: Run, *, trust_remote_code: bool = False) -> CardInputs:
-        """The inputs that a finished run names; its models are loaded again.
-
-        Raises:
-            UserError: if a model cannot be loaded.
-        """
+        """The inputs that a finished run names; its models are loaded again."""
         pair, place = models_of(run, trust_remote_code=trust_remote_code)
         return cls(pair, run.grid, run.analysis, maps_of(run), place)
 
@@ -100,11 +90,7 @@ class CardInputs:
 
 
 def models_of(run: Run, *, trust_remote_code: bool = False) -> tuple[ModelPair, Place]:
-    """The pair that a finished run names, its models to be loaded again, and where they go.
-
-    Raises:
-        UserError: if a model cannot be loaded.
-    """
+    """The pair that a finished run names, its models to be loaded again, and where they go."""
     config = config_from(run.run["config"], str(run.directory / RUN))
     place = config.place.but(device="auto")
     source = config.pair.found_from(run.directory).but(trust_remote_code=trust_remote_code)

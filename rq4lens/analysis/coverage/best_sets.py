@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 from jaxtyping import Float64
@@ -45,8 +46,9 @@ def best_subsets(layer: MeasuredLayer) -> CoverageCurve:
     # Where coverage is a share of harm, the best sets have the lowest effect.
     sign = -1 if layer.full.is_harm else 1
     search(measured, sign)
-    sets = [best_known(measured, k, 1, sign)[0] for k in range(measured.n_heads + 1)]
-    exhaustive = tuple(measured.is_exhausted(k) for k in range(measured.n_heads + 1))
+    n_heads = measured.n_heads
+    sets = [best_known(measured, k, 1, sign)[0] for k in range(n_heads + 1)]
+    exhaustive = tuple(len(measured.known(k)) == comb(n_heads, k) for k in range(n_heads + 1))
     delta_nats = measured.delta_nats(sets)
     return curve_of("best subset", sets, delta_nats, layer, exhaustive)
 

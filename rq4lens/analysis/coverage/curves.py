@@ -157,7 +157,7 @@ class CrossFit:
     @classmethod
     def of(cls, layer: MeasuredLayer, n_splits: int) -> CrossFit:
         """Rank single heads on each half."""
-        ranked_on = layer.ranked_on
+        ranked_on = layer.measured.ranked_by(layer.rank_by)
         first = half_splits(ranked_on.groups, n_splits, layer.bootstrap.seed)
         whole_nats, part_nats = ranked_on.kl_nats(ranked_on.singles)
         whole, delta = (half_means(each, first) for each in (whole_nats, whole_nats - part_nats))
@@ -199,8 +199,7 @@ def cross_fitted_curve(name: str, cross_fit: CrossFit, layer: MeasuredLayer) -> 
     k90 = across_splits(mean.k90, [split.k90 for split in splits])
     if k90.interval is not None:  # a count of heads has whole ends between 1 and all heads
         ends = max(floor(k90.interval.low), 1), min(ceil(k90.interval.high), n_heads)
-        whole = replace(k90.interval, low=float(ends[0]), high=float(ends[1]))
-        k90 = replace(k90, interval=whole)
+        k90 = replace(k90, interval=Interval(*map(float, ends)))
     return replace(
         mean,
         delta_nats=_each(mean.delta_nats, [split.delta_nats for split in splits]),
@@ -214,7 +213,10 @@ def cross_fitted_curve(name: str, cross_fit: CrossFit, layer: MeasuredLayer) -> 
 
 
 def across_splits(mean: Estimate, splits: Sequence[Estimate]) -> Estimate:
-    """A cross-fitted number with an interval that is valid however halves and splits depend."""
+    """A cross-fitted number with an interval that is valid however halves and splits depend.
+
+    It reaches as far as those of the splits do on average, times ``sqrt(2)``.
+    """
     if mean.value is None:
         return mean
     missing = [each.reason for each in splits if each.interval is None]
@@ -227,9 +229,7 @@ def across_splits(mean: Estimate, splits: Sequence[Estimate]) -> Estimate:
     if below == above == 0:
         return mean
     low, high = (sqrt(2) * max(width, 0.0) / len(splits) for width in (below, above))
-    how = "mean over splits, times sqrt(2): valid however the halves depend"
-    method = f"{seen[0][1].method}, {how}"
-    return Estimate(mean.value, Interval(mean.value - low, mean.value + high, LEVEL, method))
+    return Estimate(mean.value, Interval(mean.value - low, mean.value + high))
 
 
 def _each(mean: Sequence[Estimate], splits: Sequence[Sequence[Estimate]]) -> tuple[Estimate, ...]:

@@ -20,7 +20,7 @@ from rq4lens.analysis.coverage.random_sets import (
     untestable_because,
 )
 from rq4lens.analysis.effects.measured import Indices, MeasuredLayer
-from rq4lens.analysis.records import NOT_MEASURED, CoverageCurve, CoverageRow, RandomSets
+from rq4lens.analysis.records import NOT_MEASURED, CoverageRow, DirectionCoverage, RandomSets
 from rq4lens.analysis.statistics.bootstrap import Estimate, exact, undefined
 from rq4lens.config import AnalysisEffort
 from rq4lens.results import GridResult, HeadRanking
@@ -31,38 +31,10 @@ FROZEN = "resampling keeps the rankings, and optimism comes from choosing them"
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """Coverage of one ranking, with everything it is to be compared with.
-
-    Args:
-        curves: the plain and the cross-fitted curve; empty without an experiment.
-        random: random head sets, of more sizes than the table has rows.
-    """
-
-    rows: tuple[CoverageRow, ...]
-    curves: tuple[CoverageCurve, ...]
-    random: tuple[RandomSets, ...]
-
-    def with_best(self, best: CoverageCurve) -> Coverage:
-        """The same beside the best sets that were measured."""
-        rows = tuple(
-            replace(
-                row,
-                best_heads=best.head_sets[row.k],
-                best_coverage_pct=best.coverage_pct[row.k].value,
-            )
-            for row in self.rows
-        )
-        return replace(self, rows=rows, curves=(*self.curves, best))
-
-
-@dataclass(frozen=True)
 class CoverageInputs:
-    """What a coverage table is made from.
+    """What a coverage table is made from; ``seed_sets`` are the run's own random sets, by size.
 
-    Args:
-        effort: how much is drawn; the sizes of its random sets hold those that are shown.
-        seed_sets: the run's own random sets, by size and seed.
+    The sizes of random sets in ``effort`` hold those that are shown.
     """
 
     layer: MeasuredLayer
@@ -111,18 +83,19 @@ def seed_sets(grid: GridResult) -> dict[int, dict[int, Indices]]:
     }
 
 
-def coverage_of_grid(inputs: CoverageInputs) -> Coverage:
+def coverage_of_grid(inputs: CoverageInputs) -> DirectionCoverage:
     """The coverage table from the grid's own conditions alone."""
     layer = inputs.layer
     missing = undefined(layer.full.undefined_because or NOT_MEASURED)
     random = []
     for k in layer.ks:
         of_seeds = deltas_of(layer.measured, inputs.seed_sets.get(k, {}))
-        drawn = described(k, np.array(list(of_seeds.values())), layer.full_delta, of_seeds)
-        random.append(replace(drawn, reasons=inputs.absent(*RANDOM_SHARES)))
+        found = described(k, np.array(list(of_seeds.values())), layer.full_delta, of_seeds)
+        random.append(replace(found, reasons=inputs.absent(*RANDOM_SHARES)))
     plain = zip(_coverage_of_top(inputs), random, strict=True)
     rows = tuple(_row(inputs, each, missing, sets) for each, sets in plain)
-    return Coverage(rows, (), tuple(sets for sets in random if sets.n_subsets))
+    drawn = tuple(sets for sets in random if sets.n_subsets)
+    return DirectionCoverage(layer.rank_by, layer.full, rows, (), drawn)
 
 
 def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
@@ -139,7 +112,7 @@ def _coverage_of_top(inputs: CoverageInputs) -> list[Estimate]:
     ]
 
 
-def coverage(inputs: CoverageInputs) -> Coverage:
+def coverage(inputs: CoverageInputs) -> DirectionCoverage:
     """The coverage table with curves, random sets and cross-fitting."""
     layer, cross_fit = inputs.layer, inputs.cross_fit
     random = _with_band(inputs, [_judged(inputs, k) for k in inputs.random_ks])
@@ -152,7 +125,7 @@ def coverage(inputs: CoverageInputs) -> Coverage:
         crossed = curves[1].coverage_pct
     by_k = {sets.k: sets for sets in random}
     rows = tuple(_row(inputs, plain.coverage_pct[k], crossed[k], by_k[k]) for k in layer.ks)
-    return Coverage(rows, tuple(curves), tuple(random))
+    return DirectionCoverage(layer.rank_by, layer.full, rows, tuple(curves), tuple(random))
 
 
 def _judged(inputs: CoverageInputs, k: int) -> RandomSets:

@@ -15,19 +15,9 @@ MOST_CHANGED = 3
 
 @dataclass(frozen=True)
 class PairFacts(Record):
-    """What a pair is, before any head is asked.
+    """What a pair is, before any head is asked; ``weights`` are from ``WeightChange.to_dict``.
 
-    Args:
-        gap_base_nats: ``KL(p_base || p_tuned)`` over the tokens of both.
-        gap_tuned_nats: ``KL(p_tuned || p_base)``.
-        answers_differ_pct: share of the measured prompts whose most likely next token differs.
-        n_prompts: all prompts.
-        n_same_tokens: those that are the same token ids for both models.
-        n_cut: those that were cut on the left for one of the models.
-        same_tokenizer: whether each token is the same id in both.
-        relative_weight_change: ``|W_tuned - W_base| / |W_base|`` of all matrices together.
-        weight_cosine: the cosine of all matrices together.
-        weights: each matrix of each layer, as :meth:`WeightChange.to_dict` writes it.
+    Answers are those of the measured prompts; tokens and what is cut on the left are of all.
     """
 
     BECAUSE: ClassVar[Mapping[str, str]] = dict.fromkeys(

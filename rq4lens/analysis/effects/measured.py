@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from math import comb
 from typing import NoReturn
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
 from rq4lens.analysis.rankings.agreement import Scored
 from rq4lens.analysis.records import FullEffect
-from rq4lens.analysis.statistics.bootstrap import Bootstrap, Resampled
+from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.heads import HeadSet
@@ -107,13 +106,6 @@ class MeasuredSets:
         extra = {(self.layer, name): source for name, source in sources.items()}
         return replace(self, measurer=self.measurer.with_sources(extra))
 
-    def with_mapped(self, sources: Mapping[str, Site]) -> dict[str, MeasuredSets]:
-        """The same layer with something else in place of the mapped activations, by its name."""
-        return {
-            name: replace(self.also({name: source}), mapped=name)
-            for name, source in sources.items()
-        }
-
     def require(self, sets: Iterable[Iterable[int]]) -> list[Indices]:
         """Measure those sets, head indices in any order, that are missing; the same sets, sorted.
 
@@ -173,10 +165,6 @@ class MeasuredSets:
             return [()]
         return [heads for heads in self._views[-1] if len(heads) == k and self._has(heads)]
 
-    def is_exhausted(self, k: int) -> bool:
-        """Whether every set of k heads was measured."""
-        return len(self.known(k)) == comb(self.n_heads, k)
-
     @property
     def n_measured(self) -> int:
         """How many head sets were measured, the empty one aside."""
@@ -196,12 +184,20 @@ class MeasuredSets:
         """What head sets of the layer carry in one direction."""
         return TransferSets(self.measurer, self.layer, 1.0, direction=direction)
 
+    def ranked_by(self, rank_by: RankBy) -> MeasuredSets:
+        """What single heads are ranked by: what they carry, or their own effects."""
+        return self.transfer(rank_by) if rank_by in SWAPPED else self
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TransferSets(MeasuredSets):
     """What head sets of one layer carry in one direction: the gap, and what they leave of it."""
 
     direction: RankBy
+
+    def ranked_by(self, rank_by: RankBy) -> MeasuredSets:  # noqa: ARG002
+        """These: they are what heads carry already."""
+        return self
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -245,12 +241,9 @@ def prefixes(heads: Iterable[int]) -> list[Indices]:
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """The measured head sets of one layer, and how tables of them are made.
+    """The measured head sets of one layer, and how tables of sizes ``ks`` are made of them.
 
-    Args:
-        full: the full effect, the denominator of every coverage.
-        ks: sizes of the head sets in tables.
-        gap_nats: the gap to base of the clean models; None if it was not measured.
+    ``full`` is the denominator of every coverage; there is no gap where it was not measured.
     """
 
     measured: MeasuredSets
@@ -264,7 +257,7 @@ class MeasuredLayer:
     def of_grid(cls, grid: GridResult, experiment: MeasuresPatches | None = None) -> MeasuredLayer:
         """The main layer of a grid; the experiment can measure more."""
         bootstrap, patching = bootstrap_of(grid), grid.settings.patching
-        full = grid_full_effect(grid, bootstrap)
+        full = grid_full_effect(grid)
         measured = MeasuredSets.of_grid(grid, experiment)
         nothing = grid["none"].transfer if "none" in grid.conditions else None
         gap_nats = None if nothing is None else nothing.left_nats("to_base")
@@ -274,13 +267,6 @@ class MeasuredLayer:
         """The same layer by what its heads carry of a gap in one direction."""
         measured = self.measured.transfer(direction)
         return replace(self, measured=measured, full=full, rank_by=direction)
-
-    @property
-    def ranked_on(self) -> MeasuredSets:
-        """What single heads are ranked by: their transfer, or the layer's own effects."""
-        if self.rank_by in SWAPPED and not isinstance(self.measured, TransferSets):
-            return self.measured.transfer(self.rank_by)
-        return self.measured
 
     @cached_property
     def whole_nats(self) -> Float64[ndarray, "prompt"]:
@@ -310,11 +296,6 @@ class MeasuredLayer:
         raw, mapped = self.singles
         return raw - mapped
 
-    @cached_property
-    def resampled_singles(self) -> Resampled:
-        """Mean ``ΔKL`` of single heads in every resample."""
-        return self.bootstrap.resampled(self.single_deltas)
-
     def scored(self, name: str = "delta") -> Scored:
         """Exact single-head ``ΔKL``, with which other rankings are compared."""
-        return Scored(name, self.single_deltas.mean(-1), self.resampled_singles)
+        return Scored.of_prompts(name, self.single_deltas, self.bootstrap)

@@ -35,12 +35,9 @@ Ranks = Int64[ndarray, "*rows head"]
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of the same heads in head order, higher is better.
+    """Scores of the same heads in head order, higher is better, and on all resamples of prompts.
 
-    Args:
-        resampled: the scores on all resamples of the prompts; None for scores that do not come from
-            prompts, which then count as fixed.
-        no_interval: why scores that do come from prompts have no resamples, if they have none.
+    Those that do not come from prompts are fixed; those that do may say why there is no interval.
     """
 
     name: str
@@ -86,12 +83,10 @@ def strengths(ranking: HeadRanking) -> Float64[ndarray, "head"]:
     That is the score where scores fall along the ranking, and minus the rank where they do not (a
     greedy ranking's scores are gains at their turn) or where some are undefined.
     """
-    scores = ranking.scores
-    values = np.array([np.nan if score is None else score for score in scores], dtype=float)
-    falls = not np.isnan(values).any() and bool((np.diff(values) <= 0).all())
-    along = values if falls else -np.arange(len(scores), dtype=float)
+    scores = np.array(ranking.scores, dtype=float)  # NaN where there is none
+    falls = not np.isnan(scores).any() and bool((np.diff(scores) <= 0).all())
     by_head = np.empty(len(scores))
-    by_head[list(ranking.heads)] = along
+    by_head[list(ranking.heads)] = scores if falls else -np.arange(len(scores))
     return by_head
 
 

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
+from rq4lens.analysis import records
 from rq4lens.analysis.coverage.curves import TOO_FEW_GROUPS, half_means, half_splits, ranking_curve
 from rq4lens.analysis.effects.measured import MeasuredLayer, MeasuredSets
-from rq4lens.analysis.effects.table import full_effect
+from rq4lens.analysis.effects.table import bootstrap_of, full_effect
 from rq4lens.analysis.rankings.agreement import THE_SAME, Scored, agreement, spearman, top_jaccard
 from rq4lens.analysis.rankings.exact import sampled_orders, shapley_of_orders
 from rq4lens.analysis.rankings.methods import DEFAULTS, RankingSettings, method_of
-from rq4lens.analysis.records import (
-    Agreement,
-    Alignment,
-    CoverageCurve,
-    HeadStability,
-    MethodRow,
-    RankStability,
-)
 from rq4lens.analysis.statistics.bootstrap import (
     LEVEL,
     ONE_GROUP,
@@ -64,9 +57,9 @@ def timed_ranking(
 class Methods:
     """A row for every ranking method; rankings and curves for those that worked."""
 
-    rows: tuple[MethodRow, ...]
+    rows: tuple[records.MethodRow, ...]
     rankings: tuple[HeadRanking, ...]
-    curves: tuple[CoverageCurve, ...]
+    curves: tuple[records.CoverageCurve, ...]
 
 
 def compare_methods(
@@ -80,7 +73,7 @@ def compare_methods(
         except UserError as problem:
             reason = str(problem)
             nothing = undefined(reason)
-            rows.append(MethodRow(method, None, {}, nothing, nothing, None, reason, reason))
+            rows.append(records.MethodRow(method, None, {}, nothing, nothing, None, reason, reason))
             continue
         row, curve = describe_ranking(ranking, layer, seconds)
         rows.append(row)
@@ -91,12 +84,12 @@ def compare_methods(
 
 def describe_ranking(
     ranking: HeadRanking, layer: MeasuredLayer, seconds: float | None = None
-) -> tuple[MethodRow, CoverageCurve]:
+) -> tuple[records.MethodRow, records.CoverageCurve]:
     """One ranking beside exact single-head ``ΔKL``, with its coverage curve."""
     curve, exact = ranking_curve(ranking, layer), layer.scored()
     itself = ranking.method == exact.name and "file" not in ranking.settings
     scored = Scored.of(ranking, layer.bootstrap)
-    row = MethodRow(
+    row = records.MethodRow(
         method=ranking.method,
         agreement=None if itself else agreement("method", scored, exact, layer.ks, layer.bootstrap),
         coverage_pct={k: curve.coverage_pct[k] for k in layer.ks if k <= ranking.n_heads},
@@ -112,7 +105,7 @@ def describe_ranking(
 OTHER_KINDS: tuple[MapKind, ...] = ("procrustes", "procrustes_scaled", "ridge", "low_rank")
 
 
-def metric_agreement(grid: GridResult, layer: MeasuredLayer) -> Agreement:
+def metric_agreement(grid: GridResult, layer: MeasuredLayer) -> records.Agreement:
     """Compare the ranking by ``ΔKL`` with one by a metric that is linear in log-probabilities.
 
     That metric is what the map repairs of the log-probability of the tuned model's own answer.
@@ -128,12 +121,12 @@ def answer_repair_nats(condition: ConditionResult) -> Float64[ndarray, "prompt"]
     return mapped.answer_logprob_change_nats - raw.answer_logprob_change_nats
 
 
-def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimate]:
+def answer_coverage(grid: GridResult) -> dict[int, Estimate]:
     """Coverage of the grid's top k by the answer's log-probability instead of KL, by k.
 
     It is undefined, as coverage is, when the repair under the full patch cannot be told from 0.
     """
-    ks = grid.settings.patching.k
+    ks, bootstrap = grid.settings.patching.k, bootstrap_of(grid)
     whole = answer_repair_nats(grid.full)
     full = full_effect(whole, 0.0, bootstrap)
     if full.undefined_because is not None:
@@ -144,22 +137,23 @@ def answer_coverage(grid: GridResult, bootstrap: Bootstrap) -> dict[int, Estimat
     return {k: exact(100.0) if k == grid.n_heads else share for k, share in shares.items()}
 
 
-def map_kind_agreement(layer: MeasuredLayer, experiment: Experiment) -> list[Agreement]:
+def map_kind_agreement(layer: MeasuredLayer, experiment: Experiment) -> list[records.Agreement]:
     """Compare the ranking by ``ΔKL`` with those of other kinds of maps."""
     measured, own = layer.measured, experiment.maps[layer.measured.layer]
     data = FitData.of(experiment.ends.activations, own.layer)
     z_base = experiment.ends.activations.z("base", experiment.split, own.layer)
     kinds = [kind for kind in OTHER_KINDS if kind != own.kind]
-    varied = measured.with_mapped({kind: refit(own, data, kind)(z_base) for kind in kinds})
     found = []
-    for kind, other in varied.items():
+    for kind in kinds:
+        # Each beside a raw patch of its own: both go through the same products.
+        other = replace(measured.also({kind: refit(own, data, kind)(z_base)}), mapped=kind)
         scored = Scored.of_prompts(kind, other.delta_nats(other.singles), layer.bootstrap)
         reference = layer.scored(own.kind)
         found.append(agreement("map_kind", scored, reference, layer.ks, layer.bootstrap))
     return found
 
 
-def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> Agreement:
+def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> records.Agreement:
     """Compare the rankings by ``ΔKL`` on two halves of the prompts."""
     halves = []
     for name, half in (("first half", first), ("second half", ~first)):
@@ -173,7 +167,7 @@ def fold_agreement(layer: MeasuredLayer, first: Bool[ndarray, "prompt"]) -> Agre
 
 def seed_agreement(
     layer: MeasuredLayer, settings: RankingSettings, shapley: HeadRanking
-) -> Agreement:
+) -> records.Agreement:
     """Compare rankings by sampled Shapley values from one half of the permutations and the other.
 
     So no head set is measured for it.
@@ -194,17 +188,17 @@ def seed_agreement(
 NO_DIRECTION = "the base activations do not predict the change: there is no first direction"
 
 
-def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> Alignment:
+def alignment(data: FitData, delta: Scored, bootstrap: Bootstrap) -> records.Alignment:
     """Shares of the first direction, and their rank correlation with causal scores."""
     n_heads = data.x.shape[1]
     x, y = (z.flatten(1).numpy() for z in (data.x, data.y))
     details = fit_block("low_rank", x, y, data.groups).details
     if not details["spread"] or details["spread"][0] == 0:
         nothing = undefined(NO_DIRECTION)
-        return Alignment((), nothing, nothing, NO_DIRECTION)
+        return records.Alignment((), nothing, nothing, NO_DIRECTION)
     share = head_shares(np.array(details["first_direction"]), n_heads)
     compared = agreement("method", Scored("first direction", share), delta, (), bootstrap)
-    return Alignment(tuple(share.tolist()), compared.spearman, compared.kendall)
+    return records.Alignment(tuple(share.tolist()), compared.spearman, compared.kendall)
 
 
 def head_shares(direction: Float64[ndarray, "d"], n_heads: int) -> Float64[ndarray, "head"]:
@@ -221,7 +215,7 @@ N_HALVES = 500
 SOME_TIED = "in some draws all heads have the same score"
 
 
-def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
+def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> records.RankStability:
     """Stability of the ranking by single-head scores."""
     bootstrap, ks = layer.bootstrap, [k for k in layer.ks if k <= ranking.n_heads]
 
@@ -229,7 +223,7 @@ def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
         raw, delta = np.split(means, 2, axis=-1)
         return single_scores(raw, delta, layer.rank_by)
 
-    whole, part = layer.ranked_on.kl_nats(layer.measured.singles)
+    whole, part = layer.measured.ranked_by(layer.rank_by).kl_nats(layer.measured.singles)
     both = np.concatenate([whole, whole - part])
     scores = bootstrap.resampled(both).apply(scores_of)
     everyone = np.broadcast_to(scores.point, scores.draws.shape)
@@ -237,7 +231,7 @@ def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
     one, other = scores_of(half_means(both, halves)).swapaxes(0, 1)
     ranks = ranks_of(one), ranks_of(other)
     resamples = spearman(scores.draws, everyone) if bootstrap.n_groups > 1 else np.empty(0)
-    return RankStability(
+    return records.RankStability(
         ranking=ranking.method,
         heads=_heads(ranking, scores, ks, bootstrap),
         bootstrap_spearman=_spread(resamples, ONE_GROUP),
@@ -249,18 +243,16 @@ def rank_stability(ranking: HeadRanking, layer: MeasuredLayer) -> RankStability:
 
 def _heads(
     ranking: HeadRanking, scores: Resampled, ks: Sequence[int], bootstrap: Bootstrap
-) -> tuple[HeadStability, ...]:
+) -> tuple[records.HeadStability, ...]:
     ranks, estimates = ranks_of(scores.draws), scores.estimates()
     ranges, shown = rank_ranges(ranks, bootstrap), ks if bootstrap.n_groups > 1 else ()
     return tuple(
-        HeadStability(
+        records.HeadStability(
             head=head,
             rank=rank,
             score=estimates[head],
-            rank_low=ranges[head].low,
-            rank_high=ranges[head].high,
             top_probability={k: float((ranks[:, head] <= k).mean()) for k in shown},
-            reason=ranges[head].reason,
+            **ranges[head]._asdict(),
         )
         for rank, head in enumerate(ranking.heads, 1)
     )
@@ -269,8 +261,8 @@ def _heads(
 class RankRange(NamedTuple):
     """Where a head's rank lies in 95% of the resamples, or why nothing shows that."""
 
-    low: int | None
-    high: int | None
+    rank_low: int | None
+    rank_high: int | None
     reason: str | None
 
 

@@ -18,41 +18,16 @@ from rq4lens.analysis.statistics.bootstrap import ONE_GROUP, group_membership
 from rq4lens.results import NO_RAW_EFFECT, HeadRanking, RankBy, rank_single_heads
 
 
-def rank_by_delta(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by single-head ``ΔKL``: how much of the head's own raw damage the map repairs."""
-    return single_ranking(measured, "delta")
-
-
-def rank_by_drop_pct(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by ``100 ΔKL / KL_raw``; a head without a raw effect has no score."""
-    return single_ranking(measured, "drop_pct")
-
-
-def rank_by_kl_raw(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by single-head ``KL_raw``: how much swapping the head matters, map or not."""
-    return single_ranking(measured, "kl_raw")
-
-
-def rank_by_to_base(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by how far base's activation takes the tuned model back to base."""
-    return single_ranking(measured.transfer("to_base"), "to_base")
-
-
-def rank_by_to_tuned(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by how far the tuned activation takes base towards the tuned model."""
-    return single_ranking(measured.transfer("to_tuned"), "to_tuned")
-
-
 def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
-    """Rank heads by their effect alone, with standard errors."""
+    """Rank heads by their effects alone, with standard errors; see :func:`rank_single_heads`."""
+    measured = measured.ranked_by(rank_by)
     raw, mapped = measured.kl_nats(measured.singles)
     ranking = rank_single_heads(raw, mapped, rank_by, layer=measured.layer, alpha=measured.alpha)
-    scores = np.array([np.nan if score is None else score for score in ranking.by_head])
-    errors = (
-        standard_errors(raw if rank_by == "kl_raw" else raw - mapped, measured.groups)
-        if ranking.share_of is None
-        else _errors_of_shares(scores, raw - mapped, raw, measured.groups)
-    )
+    parts = raw if rank_by == "kl_raw" else raw - mapped
+    errors = standard_errors(parts, measured.groups)
+    if ranking.share_of is not None:
+        scores = np.array(ranking.by_head, dtype=float)  # NaN where there is none
+        errors = _errors_of_shares(scores, parts, raw, measured.groups)
     missing = ONE_GROUP if len(set(measured.groups)) == 1 else NO_RAW_EFFECT
     return replace(
         ranking,
@@ -267,7 +242,7 @@ def _rounds(n_heads: int, max_pairs: int, seed: int) -> Iterator[Pairs]:
     rng = np.random.default_rng(seed)
     left = max(2, max_pairs)
     while left > 0:
-        n_pairs = min(max(2, min(PAIRS_PER_ROUND, left)), left)
+        n_pairs = min(PAIRS_PER_ROUND, left)
         orders = rng.permuted(np.tile(np.arange(n_heads), (n_pairs, 1)), axis=1)
         yield np.stack([orders, orders[:, ::-1]], axis=1)
         left -= n_pairs

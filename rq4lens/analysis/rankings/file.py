@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rq4lens.disk.files import parse_json, read_text
+from rq4lens.disk.files import parse_json, read_text, short_value
 from rq4lens.errors import UserError
 from rq4lens.results import HeadRanking
 
@@ -21,10 +21,6 @@ def read_ranking(
 
     The file is JSON: a list of objects with ``head`` and ``score``, a list of pairs, or an object
     from head to score. Heads are ranked by descending score, whatever their order in the file.
-
-    Raises:
-        UserError: if the file is missing or is not such JSON, or a head is missing, repeated or not
-            a head of the layer, or a score is not a finite number.
     """
     path = Path(path)
     scores: dict[int, float] = {}
@@ -62,7 +58,7 @@ def _entries(content: Any, path: Path) -> Iterator[tuple[int, float]]:
         elif isinstance(entry, list | tuple) and len(entry) == 2:
             head, score = entry
         else:
-            raise UserError(f"{path.name} holds {_shown(entry)}: write {FORM}.")
+            raise UserError(f"{path.name} holds {short_value(entry)}: write {FORM}.")
         yield _head(head, path), _score(score, head, path)
 
 
@@ -71,7 +67,7 @@ def _head(head: Any, path: Path) -> int:
         return int(head)
     if isinstance(head, int) and not isinstance(head, bool):
         return head
-    raise UserError(f"{path.name} names head {_shown(head)}: a head is a whole number from 0.")
+    raise UserError(f"{path.name} names head {short_value(head)}: a head is a whole number from 0.")
 
 
 def _score(score: Any, head: Any, path: Path) -> float:
@@ -80,16 +76,9 @@ def _score(score: Any, head: Any, path: Path) -> float:
     if is_number and -1e300 < score < 1e300 and math.isfinite(score):
         return float(score)
     raise UserError(
-        f"{path.name} gives head {_shown(head)} the score {_shown(score)}: write a number."
+        f"{path.name} gives head {short_value(head)} the score {short_value(score)}: write a "
+        "number."
     )
-
-
-def _shown(value: Any, limit: int = 60) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number with more digits than Python converts
-        return "a number with too many digits"
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def ranking_file_rows(ranking: HeadRanking) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,20 +42,11 @@ MOST_BYTES = 4 * 2**30
 """Memory of a derivative; more of it makes a GPU no faster."""
 
 
-@dataclass(frozen=True)
-class DecisionFunction:
-    """Logits at a compared token of some prompts, as a function of ``z`` at one layer.
-
-    Args:
-        rows: which prompts of the experiment these are.
-    """
+class DecisionFunction(NamedTuple):
+    """Logits at a compared token of some prompts, ``rows``, as a function of ``z`` at one layer."""
 
     rows: Int[Tensor, "prompt"]
     logits: Callable[[RowsOfZ], RowsOfLogits]
-
-    def __call__(self, z: RowsOfZ) -> RowsOfLogits:
-        """Logits of every row."""
-        return self.logits(z)
 
 
 def _suffix_logits(
@@ -209,10 +200,10 @@ def _row_gradients(
     function: DecisionFunction, points: Tensor, clean: Tensor, target: str
 ) -> Tensor:
     with torch.no_grad():
-        scalar = target_of(function(clean), target)
+        scalar = target_of(function.logits(clean), target)
     points = points.detach().requires_grad_()
     # Every row's scalar depends on its own z alone, so one backward pass serves all rows.
-    (gradients,) = torch.autograd.grad(scalar(function(points)).sum(), points)
+    (gradients,) = torch.autograd.grad(scalar(function.logits(points)).sum(), points)
     return gradients
 
 
@@ -255,50 +246,26 @@ def experiment_of(measured: MeasuredSets, method: str) -> Experiment:
 
 # The second-order form of KL
 
-Gram = Float64[ndarray, "prompt head head"]
+
+def rank_by_kl_curvature(measured: MeasuredSets) -> HeadRanking:
+    """Rank heads by ``½ δᵀ F δ``, raw minus mapped: ``ΔKL`` to second order in alpha."""
+    variances = np.diagonal(curvature(measured), axis1=-2, axis2=-1).swapaxes(1, 2).copy()
+    raw, mapped = measured.alpha**2 / 2 * variances
+    return per_prompt_ranking("kl_curvature", measured, raw - mapped)
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """``½ δᵀ F δ`` of every head set, with F the Fisher information of the decision logits.
+def curvature(measured: MeasuredSets) -> Float64[ndarray, "source prompt head head"]:
+    """``½ δᵀ F δ`` of every head set, raw and mapped, with F the Fisher information of the logits.
 
     The divergence has no first-order term at the clean point; this is its leading one, the same for
     both directions of the divergence. With ``u_h = J δ_h`` the first-order change of the logits
     when head h is patched at ``α = 1``, it is ``½ Var_p(Σ_h u_h)`` under the clean distribution p:
-    the Gram matrix ``Cov_p(u_i, u_j)`` of a patch approximates every head set at once.
+    this Gram matrix ``Cov_p(u_i, u_j)`` gives it for every head set at once, from one forward-mode
+    derivative per head and source.
 
     Source:
         Amari, Information Geometry and Its Applications (2016), section 1.2: KL to second order.
     """
-
-    raw: Gram
-    mapped: Gram
-
-    def kl_nats(
-        self, gram: Gram, sets: Iterable[Iterable[int]], alpha: float
-    ) -> Float64[ndarray, "condition prompt"]:
-        """Approximate KL of head sets on each prompt."""
-        every_head = np.arange(gram.shape[-1])
-        masks = np.array([np.isin(every_head, list(heads)) for heads in sets], dtype=float)
-        quadratic = einsum(masks, gram, masks, "set i, prompt i j, set j -> set prompt")
-        return alpha**2 / 2 * quadratic
-
-    def delta_nats(
-        self, sets: Iterable[Iterable[int]], alpha: float
-    ) -> Float64[ndarray, "condition prompt"]:
-        """Approximate ``ΔKL`` of head sets on each prompt."""
-        chosen = list(sets)
-        return self.kl_nats(self.raw, chosen, alpha) - self.kl_nats(self.mapped, chosen, alpha)
-
-
-def rank_by_kl_curvature(measured: MeasuredSets) -> HeadRanking:
-    """Rank heads by ``½ δᵀ F δ``, raw minus mapped: ``ΔKL`` to second order in alpha."""
-    scores = curvature(measured).delta_nats(measured.singles, measured.alpha)
-    return per_prompt_ranking("kl_curvature", measured, scores)
-
-
-def curvature(measured: MeasuredSets) -> Curvature:
-    """The Gram matrices of a layer, from one forward-mode derivative per head and source."""
     experiment = experiment_of(measured, "kl_curvature")
     device = device_of(experiment.tuned_model)
     n_prompts, n_heads = len(experiment.prompts), experiment.n_heads
@@ -313,7 +280,7 @@ def curvature(measured: MeasuredSets) -> Curvature:
         ]
         found = _grams(function, clean, torch.stack(sources, dim=1))
         grams[:, function.rows.numpy()] += found.cpu().numpy()
-    return Curvature(grams[0], grams[1])
+    return grams
 
 
 @torch.no_grad()
@@ -328,12 +295,12 @@ def _grams(
     ).flatten(1, 2)
     with forward_ad.dual_level():
         clean = as_rows(z).expand_as(directions).contiguous()
-        moved = function(forward_ad.make_dual(clean, directions))
+        moved = function.logits(forward_ad.make_dual(clean, directions))
         tangents = forward_ad.unpack_dual(moved).tangent.double()
     changes = rearrange(
         tangents, "prompt (source head) vocab -> prompt source head vocab", source=n_sources
     )
-    p = function(as_rows(z)).double().softmax(-1)[:, :, None]
+    p = function.logits(as_rows(z)).double().softmax(-1)[:, :, None]
     centred = changes - (p * changes).sum(-1, keepdim=True)
     return einsum(
         p[:, 0, 0],

@@ -23,11 +23,8 @@ RankingMethod = Callable[..., Any]
 class RankingSettings:
     """What ranking methods can be told; each reads the settings that it has a use for.
 
-    Args:
-        target: the scalar that a gradient follows, one of ``TARGETS``.
-        ig_steps: points on the path of integrated gradients.
-        seed: seed of the permutations that Shapley values are sampled from.
-        orders: permutations to use instead, whose head sets may have been measured already.
+    ``target`` is the scalar that a gradient follows, ``orders`` are permutations to use in place of
+    drawn ones, whose head sets may have been measured already.
     """
 
     target: str = "answer_logprob"
@@ -51,34 +48,33 @@ DEFAULTS = RankingSettings()
 
 @dataclass(frozen=True)
 class Method:
-    """One ranking method.
+    """One ranking method: its module in this folder and its name there.
 
-    Args:
-        function: module of this folder and name in it; it is imported when heads are ranked, so
-            that the command line can list methods without loading a model library.
-        reads: the fields of :class:`RankingSettings` that it reads; without any, it takes the
-            measured sets alone.
-        needs_models: whether it takes derivatives of the tuned model itself.
+    It is imported when heads are ranked, so that the command line can list methods without loading
+    a model library. It ``reads`` these fields of :class:`RankingSettings`; one that reads none
+    takes, behind the measured sets, what is ``given`` here.
     """
 
     function: str
     reads: tuple[str, ...] = ()
     needs_models: bool = False
+    given: tuple[str, ...] = ()
 
     @property
     def rank(self) -> RankingMethod:
         """The method as a function of :class:`MeasuredSets` and :class:`RankingSettings`."""
         module, _, name = self.function.partition(".")
         function: RankingMethod = getattr(import_module(f"{__package__}.{module}"), name)
-        return function if self.reads else lambda measured, _settings: function(measured)
+        if self.reads:
+            return function
+        return lambda measured, _settings: function(measured, *self.given)
 
 
 METHODS: Mapping[str, Method] = {
-    "delta": Method("exact.rank_by_delta"),
-    "drop_pct": Method("exact.rank_by_drop_pct"),
-    "kl_raw": Method("exact.rank_by_kl_raw"),
-    "to_base": Method("exact.rank_by_to_base"),
-    "to_tuned": Method("exact.rank_by_to_tuned"),
+    **{
+        score: Method("exact.single_ranking", given=(score,))
+        for score in ("delta", "drop_pct", "kl_raw", "to_base", "to_tuned")
+    },
     "leave_one_out": Method("exact.rank_by_leave_one_out"),
     "greedy_forward": Method("exact.rank_greedy_forward"),
     "greedy_backward": Method("exact.rank_greedy_backward"),
@@ -91,9 +87,6 @@ METHODS: Mapping[str, Method] = {
     "kl_curvature": Method("gradients.rank_by_kl_curvature", needs_models=True),
 }
 """The ranking methods by name; the first ones are exact, the last four approximate."""
-
-GRADIENT_METHODS = tuple(name for name, method in METHODS.items() if method.needs_models)
-"""Methods that need the tuned model itself and no patched measurement."""
 
 
 def method_of(name: str) -> Method:

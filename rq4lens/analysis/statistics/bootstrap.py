@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -91,31 +91,16 @@ NO_SPREAD = "every resample gives the same value, so resampling shows no spread"
 UNDEFINED_IN_RESAMPLES = "the quantity is undefined in some resamples (a denominator reaches 0)"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval.
-
-    Args:
-        low: lower end.
-        high: upper end.
-        level: nominal coverage, in (0, 1).
-        method: how it was made; files do not keep it.
-    """
+class Interval(NamedTuple):
+    """A 95% confidence interval, from ``low`` to ``high``."""
 
     low: float
     high: float
-    level: float = LEVEL
-    method: str = field(default="saved", compare=False)
 
     def __format__(self, form: str) -> str:
         """``[low, high]`` by the form of :func:`number_text`, without its unit."""
         form = form.partition(" ")[0].removesuffix("%")
         return f"[{number_text(self.low, form)}, {number_text(self.high, form)}]"
-
-    @property
-    def pair(self) -> list[float]:
-        """``[low, high]``."""
-        return [self.low, self.high]
 
     def contains(self, value: float) -> bool:
         """Whether the value lies in the interval, ends included."""
@@ -148,7 +133,7 @@ class Estimate:
 
     def fields(self, name: str) -> dict[str, Any]:
         """The estimate as ``name``, ``name_ci95`` and, where one is null, ``name_reason``."""
-        ends = None if self.interval is None else self.interval.pair
+        ends = None if self.interval is None else list(self.interval)
         fields = {name: self.value, name + self.ENDS: ends}
         return fields if self.reason is None else {**fields, f"{name}_reason": self.reason}
 
@@ -164,10 +149,8 @@ class Estimate:
         """The same in another unit."""
         if self.value is None:
             return self
-        interval = self.interval
-        if interval is not None:
-            interval = replace(interval, low=interval.low / unit, high=interval.high / unit)
-        return replace(self, value=self.value / unit, interval=interval)
+        ends = None if self.interval is None else Interval(*(end / unit for end in self.interval))
+        return replace(self, value=self.value / unit, interval=ends)
 
 
 class Spread(Estimate):
@@ -182,7 +165,7 @@ class Spread(Estimate):
     def of(cls, draws: Float64[ndarray, "draw"]) -> Spread:
         """The spread of finite draws."""
         low, middle, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]).tolist()
-        return cls(middle, Interval(low, high, LEVEL, "quantiles"))
+        return cls(middle, Interval(low, high))
 
 
 def undefined(reason: str) -> Estimate:
@@ -192,7 +175,7 @@ def undefined(reason: str) -> Estimate:
 
 def exact(value: float) -> Estimate:
     """A number that holds by definition, such as a coverage of 100 for all heads."""
-    return Estimate(value, Interval(value, value, LEVEL, "by definition"))
+    return Estimate(value, Interval(value, value))
 
 
 @dataclass(frozen=True)
@@ -298,7 +281,7 @@ class Bootstrap:
             return plain
         ends = zip(plain, *self._studentised(whole, left).tolist(), strict=True)
         return [
-            replace(each, interval=Interval(low, high, LEVEL, "studentised"))
+            replace(each, interval=Interval(low, high))
             if each.interval is not None and np.isfinite([low, high]).all()
             else each
             for each, low, high in ends
@@ -362,9 +345,14 @@ class Resampled:
             for value, reason in zip(self.point.tolist(), self._reasons(), strict=True)
         ]
         usable = [index for index, each in enumerate(estimates) if each.reason is None]
-        for index, (low, high) in zip(usable, self._bounds(usable, method), strict=True):
-            interval = Interval(low, high, LEVEL, method)
-            estimates[index] = replace(estimates[index], interval=interval)
+        if not usable:
+            return estimates
+        draws, tails = self.draws[:, usable], np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        levels = np.repeat(tails[:, None], len(usable), axis=1)
+        if method == "bca":
+            levels = bca_levels(self.point[usable], draws, self.jackknife[:, usable], tails)
+        for index, ends in zip(usable, quantiles(draws, levels).T.tolist(), strict=True):
+            estimates[index] = replace(estimates[index], interval=Interval(*ends))
         return estimates
 
     def _reasons(self) -> list[str | None]:
@@ -377,15 +365,6 @@ class Resampled:
             UNDEFINED_IN_RESAMPLES if not ok else NO_SPREAD if same else None
             for ok, same in zip(finite, constant, strict=True)
         ]
-
-    def _bounds(self, usable: Sequence[int], method: IntervalMethod) -> list[list[float]]:
-        if not usable:
-            return []
-        draws, tails = self.draws[:, usable], np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        levels = np.repeat(tails[:, None], len(usable), axis=1)
-        if method == "bca":
-            levels = bca_levels(self.point[usable], draws, self.jackknife[:, usable], tails)
-        return quantiles(draws, levels).T.tolist()
 
 
 def group_membership(groups: Sequence[str]) -> csr_array:

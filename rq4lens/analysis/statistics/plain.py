@@ -133,22 +133,23 @@ def _read_class(kind: type, value: Any) -> Any:
 
 
 def _read_mapping(name_kind: type, kind: Any, values: Mapping[str, Any]) -> dict[Any, Any]:
+    flat = kind in (Estimate, Spread)
+    names = [name for name in values if not flat or name + kind.ENDS in values]
+    return {name_kind(name): _read_field(kind, name, values) for name in names}
+
+
+def _read_field(kind: Any, name: str, values: Mapping[str, Any]) -> Any:
+    """What stands under a name; an estimate stands there with its parts beside it."""
     if kind in (Estimate, Spread):
-        names = [name for name in values if name + kind.ENDS in values]
-        return {name_kind(name): kind.from_fields(name, values) for name in names}
-    return {name_kind(name): _read(kind, each) for name, each in values.items()}
+        return kind.from_fields(name, values)
+    return _read(kind, values[name])
 
 
 def _read_record(kind: Any, values: Mapping[str, Any]) -> Any:
     if hasattr(kind, "from_dict"):
         return kind.from_dict(values)
     known = _saved_fields(kind)
-    read = {
-        name: hint.from_fields(name, values)
-        if hint in (Estimate, Spread)
-        else _read(hint, values[name])
-        for name, hint in known.items()
-    }
+    read = {name: _read_field(hint, name, values) for name, hint in known.items()}
     if issubclass(kind, Record):
         why = {name: f"{name}_reason" for name in known if f"{name}_reason" not in known}
         read["reasons"] = {name: values[key] for name, key in why.items() if key in values}

@@ -12,9 +12,9 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from rq4lens.analysis.effects.measured import Indices, MeasuredSets
-from rq4lens.analysis.effects.transfer import NO_GAP
-from rq4lens.analysis.records import SHUFFLED, ControlLayer, Gap, NoisePair, StandIn
+from rq4lens.analysis.effects.measured import Indices, MeasuredSets, Site
+from rq4lens.analysis.effects.table import NO_GAP, bootstrap_of, gap_of
+from rq4lens.analysis.records import SHUFFLED, ControlLayer, NoisePair, StandIn
 from rq4lens.analysis.statistics.bootstrap import Bootstrap, undefined
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
@@ -25,8 +25,6 @@ from rq4lens.patching.maps.map import MapScope, from_blocks, to_blocks
 from rq4lens.patching.noise import NoiseEffects
 from rq4lens.patching.patch import CONSTANT, MAPPED
 from rq4lens.results import NO_CONTROL_LAYER, GridResult, gaps_of
-
-Site = Float[Tensor, "prompt position head d_head"]
 
 WRONG_LAYER = "wrong layer"
 ROTATED = "random rotation"
@@ -89,13 +87,13 @@ def stand_ins(
     experiment = measured.measurer.experiment
     sources = stand_in_sources(experiment, measured.layer, control_layer, bootstrap.seed)
     constant, mapped = (measured.of_source(each, [heads])[0] for each in (CONSTANT, MAPPED))
-    varied = measured.with_mapped(sources)
+    varied = measured.also(sources)
     found = []
     for name, question in QUESTIONS.items():
-        if name not in varied:
+        if name not in sources:
             found.append(_missing(name, NO_CONTROL_LAYER))
             continue
-        damage = varied[name].of_source(name, [heads])[0]
+        damage = varied.of_source(name, [heads])[0]
         value, behind = bootstrap.estimate(np.stack([damage, damage - mapped]))
         (share,) = bootstrap.shares(constant[None], damage[None], method="bca")
         found.append(StandIn(name, question, heads, value, share, behind))
@@ -176,24 +174,25 @@ def from_other_heads(
 # The control layer and the noise pair
 
 
-def control_layer(grid: GridResult, gap: Gap, bootstrap: Bootstrap) -> ControlLayer | None:
+def control_layer(grid: GridResult) -> ControlLayer | None:
     """The control layer beside the main one, on the same prompts; None if there is none."""
-    control = grid.control
+    control, bootstrap = grid.control, bootstrap_of(grid)
     if control is None:
         return None
     deltas = np.stack([control.delta_nats, grid.full.delta_nats - control.delta_nats])
     delta, less = bootstrap.estimate(deltas)
-    if gap.undefined_because is not None or control.transfer is None:
-        transfer = undefined(gap.undefined_because or NO_GAP)
+    why = gap_of(grid).undefined_because
+    if why is not None or control.transfer is None:
+        transfer = undefined(why or NO_GAP)
     else:
         whole, left = gaps_of(grid["none"], [grid.full, control], "to_base")
         (transfer,) = bootstrap.percent(whole[0], left[1:] - left[:1])
     return ControlLayer(control.layer, delta, less, transfer)
 
 
-def beside_noise(grid: GridResult, noise: NoiseEffects, bootstrap: Bootstrap) -> NoisePair:
+def beside_noise(grid: GridResult, noise: NoiseEffects) -> NoisePair:
     """The noise pair's numbers, and the real ones as multiples of them."""
-    nothing, full = grid["none"].transfer, grid.full
+    nothing, full, bootstrap = grid["none"].transfer, grid.full, bootstrap_of(grid)
     delta = noise.kl_raw_nats - noise.kl_mapped_nats
     of_noise = np.stack([noise.gap_base_nats, noise.kl_raw_nats, delta])
     gap = np.zeros(grid.n_prompts) if nothing is None else nothing.left_nats("to_base")

@@ -136,14 +136,9 @@ RULE = (
 
 @dataclass(frozen=True)
 class KindInputs:
-    """What kinds are decided by.
+    """What kinds are decided by: the ladders at strength 1, here and on neutral prompts.
 
-    Args:
-        ladder: the ladder at strength 1; its first rows are the heads.
-        neutral: the same on neutral prompts, or why there is none.
-        map_over_shift_nats: damage of the shift less that of the map, by head.
-        leave_one_out_nats: what the raw patch of the layer does less without each head.
-        held_out_because: why no content was held out, if none was.
+    The map over the shift, and what the layer's raw patch does less without a head, are by head.
     """
 
     ladder: Ladder
@@ -204,44 +199,31 @@ def _verdict(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | 
         return "idle", None
     if row.recovered_pct["constant"].value is None:
         return "undecided", row.recovered_pct["constant"].reason
-    return _same(row) or _mapped(inputs, row, head)
-
-
-def _same(row: LadderRow) -> tuple[str, str | None] | None:
-    """Unchanged or shifted; None if clearly neither."""
-    recovered = row.recovered_pct
     for source, kind in (("raw", "unchanged"), ("shifted", "shifted")):
-        holds = _holds(source, recovered[source], SAME_PCT)
+        holds = _holds(source, row.recovered_pct[source], SAME_PCT)
         if holds:
             return (kind, None) if holds is True else ("undecided", holds)
-    return None
+    return _mapped(inputs, row, head)
 
 
 def _mapped(inputs: KindInputs, row: LadderRow, head: int) -> tuple[str, str | None]:
-    """Recoded, reassigned or replaced, by how the map does."""
+    """Replaced where the map does not do, recoded where it holds elsewhere too, else reassigned.
+
+    Of a reassigned head whose map does hold on other contents, or was not asked there, it says so.
+    """
     mapped = _holds("mapped", row.recovered_pct["mapped"], HALF_PCT)
     if mapped is not True:
         return ("undecided", mapped) if mapped else ("replaced", None)
     if not above(inputs.map_over_shift_nats[head], 0.0):
         return "undecided", "the map does not clearly recover more than a shift of the mean"
-    return _elsewhere(inputs, row)
-
-
-def _elsewhere(inputs: KindInputs, row: LadderRow) -> tuple[str, str | None]:
-    """Recoded where the map holds on other contents and on neutral prompts, else reassigned.
-
-    Of a reassigned head whose map does hold on other contents, or was not asked there, it says so.
-    """
-    places: dict[str, bool | str] = {
-        "held-out content": _on_held_out(inputs, row),
-        "neutral prompts": _on_neutral(inputs, row.name),
-    }
-    if False in places.values():
-        return "reassigned", None if places["held-out content"] is False else NOT_ON_NEUTRAL
+    held_out, neutral = _on_held_out(inputs, row), _on_neutral(inputs, row.name)
+    if held_out is False or neutral is False:
+        return "reassigned", None if held_out is False else NOT_ON_NEUTRAL
+    places = {"held-out content": held_out, "neutral prompts": neutral}
     open_ = [f"{place}: {found}" for place, found in places.items() if found is not True]
-    return (
-        ("undecided", f"recoded or reassigned ({'; '.join(open_)})") if open_ else ("recoded", None)
-    )
+    if open_:
+        return "undecided", f"recoded or reassigned ({'; '.join(open_)})"
+    return "recoded", None
 
 
 def _on_held_out(inputs: KindInputs, row: LadderRow) -> bool | str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rq4lens.analysis.claims import NOTHING, metric_sentences
-from rq4lens.analysis.effects.table import bootstrap_of, grid_full_effect
-from rq4lens.analysis.effects.transfer import gap_of
-from rq4lens.analysis.records import ControlLayer, NoisePair, StandIn
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.effects.table import gap_of, grid_full_effect
+from rq4lens.analysis.records import Analysis, ControlLayer, NoisePair, StandIn
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures.numbers import label_of, rounded
 from rq4lens.figures.page.parts import Report, Row, Section, Table, TableEntry, Tile, cell, cells
@@ -103,13 +101,13 @@ def _main_numbers(report: Report) -> Iterator[str]:
 
 def _undefined(report: Report) -> Iterator[str]:
     """What is undefined or was not measured, once, and what to do next."""
-    bootstrap, analysis = bootstrap_of(report.grid), report.analysis
-    if why := gap_of(report.grid, bootstrap).undefined_because:
+    analysis = report.analysis
+    if why := gap_of(report.grid).undefined_because:
         yield (
             f"Shares of the gap are undefined: {why}. Use prompts on which the two models answer "
             "differently, or more of them."
         )
-    if why := grid_full_effect(report.grid, bootstrap).undefined_because:
+    if why := grid_full_effect(report.grid).undefined_because:
         yield f"Coverage is undefined: {why}. Measure more prompts, or use a larger --alpha."
     if analysis is None:
         yield (

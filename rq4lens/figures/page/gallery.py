@@ -11,8 +11,7 @@ import plotly.graph_objects as go
 from rq4lens.analysis.effects.table import bootstrap_of
 from rq4lens.analysis.positions import PositionMap
 from rq4lens.analysis.rankings.agreement import Scored, agreement, strengths
-from rq4lens.analysis.records import Agreement, LayerComparison
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Agreement, Analysis, LayerComparison
 from rq4lens.figures.alphas import alpha_sweep
 from rq4lens.figures.coverage import coverage_curve, method_curves
 from rq4lens.figures.heatmaps import (

@@ -12,8 +12,7 @@ import plotly.graph_objects as go
 from rq4lens.analysis.card.records import HeadCard
 from rq4lens.analysis.effects.table import records
 from rq4lens.analysis.positions import PositionMap
-from rq4lens.analysis.records import ConditionRecord, HeadKind, LayerComparison
-from rq4lens.analysis.result import Analysis
+from rq4lens.analysis.records import Analysis, ConditionRecord, HeadKind, LayerComparison
 from rq4lens.analysis.statistics.bootstrap import Estimate
 from rq4lens.figures.numbers import rounded, told_kinds
 from rq4lens.results import GridResult

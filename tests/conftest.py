@@ -1,42 +1,20 @@
-"""Small pairs and everything measured on them, made once in each worker."""
+"""How tests are run: in which order, where they write, and by which processes."""
 
-import gc
 import os
+import shutil
+from pathlib import Path
 
-import checks  # noqa: F401 - before the package is imported
-import pytest
-import torch
-from counts import pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
-from hypothesis import settings
-from tiny import (
-    ALPHA,
-    CONTROL,
-    FAST,
-    MAIN,
-    MicroFormula,
-    fine_tuned,
-    grid_of,
-    pair_of,
-    prepared,
-    random_prompts,
-    tiny_model,
-)
+import counts
+from counts import pytest_terminal_summary  # noqa: F401 - a hook
 
-from rq4lens.jobs import run as run_job
-from rq4lens.models.catalog import load_pair
-from rq4lens.models.load.lens import HAS_HOOKED
-from rq4lens.models.prompts.reading import tokenize
-from rq4lens.patching.maps.fitting import fit_maps
+MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 4 * 2**30
+"""Where files are in memory, and how much room the temporary files of all tests have there.
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores; threads of their own make small products many times slower.
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-    torch.set_num_threads(1)
+Runs sync every file that they write, which takes a disk longer than small models to be measured.
+"""
 
-# A busy machine is no failing example.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
-
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 LONGEST_FIRST = (
     *("test_printouts", "test_faults", "test_ray", "test_validate", "test_kills", "test_shards"),
@@ -47,90 +25,15 @@ LONGEST_FIRST = (
 """Files that keep a worker busy for long: begun late, one of them would be waited for."""
 
 
+def pytest_configure(config):
+    """Load what tests share, except into the process that only hands them out to workers."""
+    counts.pytest_configure(config)
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("shared")
+
+
 def pytest_collection_modifyitems(config, items):
     """Workers take whole files, in this order, so that each fixture is made in one of them."""
     if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONGEST_FIRST)}
         items.sort(key=lambda item: place.get(item.path.stem, len(place)))
-
-
-def pytest_collection_finish():
-    """Let collections of garbage pass over what was imported: it stays to the end.
-
-    statsmodels asks for a full collection with every table of p-values it corrects.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Processes that are compared byte by byte compute alike: this one with one thread too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_pages(monkeypatch):
-    """A run without figures and report: they are drawn from its numbers, and change none."""
-    monkeypatch.setattr(run_job, "write_pages", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def tokenized_once():
-    """Prompts that many pairs share are tokenized once by each tokenizer."""
-    known = {}
-
-    def remembered(prompts, tokenizer, reading):
-        key = (prompts.fingerprint, id(tokenizer), reading)
-        if key not in known:  # the tokenizer stays, so that its id is not given away
-            known[key] = tokenizer, tokenize(prompts, tokenizer, reading)
-        return known[key][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rq4lens.models.pair.tokenize", remembered)
-        yield
-
-
-@pytest.fixture(scope="session")
-def micro():
-    """The formulas of the base and the tuned micro model, and both as a pair."""
-    if not HAS_HOOKED:
-        pytest.skip("no bridge is made of plain weights")
-    words = ("a", "b", "c", "d", "e")
-    base, tuned = MicroFormula(seed=1), MicroFormula(seed=2)
-    prompts = random_prompts(words, n_train=24, n_val=8, seed=3)
-    return base, tuned, pair_of(base.model(), tuned.model(), prompts, words)
-
-
-@pytest.fixture(scope="session")
-def tiny_pair():
-    """A random decoder and a copy with other attention weights and two rotated heads."""
-    base = tiny_model()
-    return pair_of(base, fine_tuned(base), random_prompts())
-
-
-@pytest.fixture(scope="session")
-def tiny_maps(tiny_pair):
-    """The default maps of the tiny pair's main and control layer."""
-    return fit_maps(tiny_pair, [MAIN, CONTROL])
-
-
-@pytest.fixture(scope="session", params=[FAST, "hooks"])
-def tiny_experiment(tiny_pair, tiny_maps, request):
-    """The tiny pair ready to be measured, by the fast engine and by the reference."""
-    return prepared(tiny_pair, tiny_maps, engine=request.param)
-
-
-@pytest.fixture(scope="session")
-def tiny_grid(tiny_pair, tiny_maps):
-    """The main job's grid of the tiny pair."""
-    return grid_of(tiny_pair, tiny_maps, MAIN, CONTROL, ALPHA, ks=(1, 2, 4))
-
-
-@pytest.fixture(scope="session")
-def etiquette():
-    """The pair in the box."""
-    return load_pair("etiquette")

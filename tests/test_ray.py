@@ -47,6 +47,8 @@ pytestmark = [
 ]
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+NOTICED_SOON = {"health_check_period_ms": 1000}
+"""Ray calls a node dead that missed five checks; its own pause between them is three seconds."""
 LAYERS = (1, 2)
 
 
@@ -60,6 +62,7 @@ def nodes():
             "num_cpus": 0,
             "include_dashboard": False,
             "node_ip_address": "127.0.0.1",
+            "_system_config": NOTICED_SOON,
         },
     )
     added = [cluster.add_node(**NODE, node_ip_address="127.0.0.1") for _ in range(2)]
@@ -101,10 +104,10 @@ def test_a_sweep_outlives_a_node_and_has_the_numbers_of_a_single_process(nodes, 
     """
     cluster, added = nodes
     config = preset("etiquette").updated(
-        prompts=str(few_prompts(tmp_path, val=80)),
+        prompts=str(few_prompts(tmp_path, val=48)),
         resamples=200,
         device="cpu",
-        random_seeds=list(range(25)),
+        random_seeds=list(range(9)),
         batch_size=8,
     )
     stage, acted = acting(
@@ -113,7 +116,7 @@ def test_a_sweep_outlives_a_node_and_has_the_numbers_of_a_single_process(nodes, 
     where = Cluster(address=cluster.address, workers=2)
     said = run_on_cluster(Request("sweep", config, LAYERS), tmp_path / "ray", where, stage=stage)
     assert acted == ["pieces on 2 workers"]
-    assert len(read_job(tmp_path / "ray").prompt_parts) == 10  # 80 prompts, 8 in a forward pass
+    assert len(read_job(tmp_path / "ray").prompt_parts) == 6  # 48 prompts, 8 in a forward pass
     alone = sweep_layers(config, tmp_path / "alone", LAYERS)
     assert said.startswith(alone.summary)
     assert said.endswith("workers were lost on the way\n")
@@ -172,72 +175,6 @@ def test_interrupted_work_goes_on_and_its_ports_are_loopback(config, tmp_path):
     while list(children()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not list(children())
-
-
-def test_a_validation_goes_on_after_ctrl_c_and_outlives_a_worker(config, tmp_path):
-    """Planted pairs are judged by any worker: the numbers of a single process, each judged once.
-
-    What was done before Ctrl-C is kept; a worker that is killed afterwards is replaced.
-    """
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    def kill():
-        names = {each.name(): each for each in psutil.Process().children(recursive=True)}
-        next(each for name, each in names.items() if name.startswith("ray::Planter")).kill()
-
-    out, alone, where = tmp_path / "v.json", tmp_path / "alone.json", Cluster(workers=2)
-    request = ValidationRequest(config, ("delta", "kl_raw"), layer=1, pairs=1)
-    with connected(where):
-        with pytest.raises(KeyboardInterrupt):
-            run_validation(request, out, where, stage=acting("planted", interrupt)[0])
-        assert not out.exists()
-        kept = {each: each.stat().st_mtime_ns for each in kept_beside(out).iterdir()}
-        assert 0 < len(kept) < request.n_planted
-        stage, acted = acting("planted", kill)
-        said = run_validation(request, out, where, stage=stage)
-        assert acted == ["planted pairs on 2 workers"]
-    assert {each: each.stat().st_mtime_ns for each in kept} == kept
-    assert said == run_validation(request, alone)
-    assert json.loads(out.read_text()) == json.loads(alone.read_text())
-
-
-@pytest.mark.parametrize(("workers", "stage_name"), [(1, "sweeps on 1"), (3, "pieces on")])
-def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
-    config, tmp_path, workers, stage_name
-):
-    """Whole sweeps for each worker where there are enough of them; else all share each sweep."""
-    pair = "\n".join(
-        f"{name} = {getattr(config.pair, name)!r}" for name in ("base", "tuned", "prompts")
-    )
-    path = tmp_path / "study.toml"
-    path.write_text(
-        f'alphas = [0.3, 0.6]\nlayers = "1"\n[settings]\ndevice = "cpu"\nresamples = 100\n'
-        f'[[pairs]]\nname = "p"\n{pair}\n'
-    )
-    study = read_study(path)
-    names = []
-
-    @contextmanager
-    def stage(name, _rows=None):
-        names.append(name)
-        yield lambda _: None
-
-    many = Many(cluster="local", workers=workers)
-    said = run_study_file(study, tmp_path / "ray", many, stage=stage)
-    assert any(name.startswith(stage_name) for name in names)
-    assert said == run_study_file(study, tmp_path / "alone")
-    assert (tmp_path / "ray" / ROWS).read_bytes() == (tmp_path / "alone" / ROWS).read_bytes()
-
-
-def test_what_a_worker_refuses_is_one_sentence(config, tmp_path):
-    """A layer that does not exist is said by the worker and reaches the user unchanged."""
-    request = Request("run", config.updated(layer=17))
-    sentence = "^layer 17 does not exist: the models have layers 0 to 2.$"
-    with pytest.raises(UserError, match=sentence):
-        run_on_cluster(request, tmp_path / "out", Cluster(workers=1))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "ray", "ray:x"])
@@ -303,3 +240,85 @@ def test_settings_of_other_ways_are_refused(settings, sentence):
     """A shard is no cluster, and workers are of a cluster."""
     with pytest.raises(UserError, match=sentence):
         Many(**settings)
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    """Ray on this machine for the tests from here on, since those above find it not there."""
+    with connected(Cluster()):
+        yield
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_validation_goes_on_after_ctrl_c_and_outlives_a_worker(config, tmp_path):
+    """Planted pairs are judged by any worker: the numbers of a single process, each judged once.
+
+    What was done before Ctrl-C is kept; a worker that is killed afterwards is replaced.
+    """
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def kill():
+        names = {each.name(): each for each in psutil.Process().children(recursive=True)}
+        next(each for name, each in names.items() if name.startswith("ray::Planter")).kill()
+
+    out, alone = tmp_path / "v.json", tmp_path / "alone.json"
+    request = ValidationRequest(config, ("delta", "kl_raw"), layer=1, pairs=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_validation(request, out, Cluster(workers=1), stage=acting("planted", interrupt)[0])
+    assert not out.exists()
+    kept = {each: each.stat().st_mtime_ns for each in kept_beside(out).iterdir()}
+    assert 0 < len(kept) < request.n_planted
+    stage, acted = acting("planted", kill)
+    said = run_validation(request, out, Cluster(workers=2), stage=stage)
+    assert acted == ["planted pairs on 2 workers"]
+    assert {each: each.stat().st_mtime_ns for each in kept} == kept
+    assert said == run_validation(request, alone)
+    assert json.loads(out.read_text()) == json.loads(alone.read_text())
+
+
+@pytest.fixture(scope="module")
+def study(config, tmp_path_factory):
+    """A study of two sweeps; what a single process says of it, and where."""
+    folder = tmp_path_factory.mktemp("study")
+    pair = "\n".join(
+        f"{name} = {getattr(config.pair, name)!r}" for name in ("base", "tuned", "prompts")
+    )
+    path = folder / "study.toml"
+    path.write_text(
+        f'alphas = [0.3, 0.6]\nlayers = "1"\n[settings]\ndevice = "cpu"\nresamples = 100\n'
+        f'[[pairs]]\nname = "p"\n{pair}\n'
+    )
+    study = read_study(path)
+    return study, run_study_file(study, folder / "alone"), folder / "alone"
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize(("workers", "stage_name"), [(1, "sweeps on 1"), (3, "pieces on")])
+def test_a_study_on_a_cluster_has_the_report_of_a_single_process(
+    study, tmp_path, workers, stage_name
+):
+    """Whole sweeps for each worker where there are enough of them; else all share each sweep."""
+    study, of_one, alone = study
+    names = []
+
+    @contextmanager
+    def stage(name, _rows=None):
+        names.append(name)
+        yield lambda _: None
+
+    many = Many(cluster="local", workers=workers)
+    assert run_study_file(study, tmp_path, many, stage=stage) == of_one
+    assert any(name.startswith(stage_name) for name in names)
+    assert (tmp_path / ROWS).read_bytes() == (alone / ROWS).read_bytes()
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_what_a_worker_refuses_is_one_sentence(config, tmp_path):
+    """A layer that does not exist is said by the worker and reaches the user unchanged."""
+    request = Request("run", config.updated(layer=17))
+    sentence = "^layer 17 does not exist: the models have layers 0 to 2.$"
+    with pytest.raises(UserError, match=sentence):
+        run_on_cluster(request, tmp_path / "out", Cluster(workers=1))
+    assert list(tmp_path.iterdir()) == []

@@ -321,29 +321,31 @@ class Trial:
         scenario: Scenario,
         planted: PlantedPair,
         chosen: Chosen,
-        pair: ModelPair,
+        activations: PairActivations,
         *,
         n_val: int,
         alpha: float,
     ) -> Trial:
         """Fit the pair's maps and make it ready to be measured."""
-        layer, activations = chosen.layer, PairActivations(pair)
+        layer, pair = chosen.layer, activations.pair
         maps = fit_maps(pair, [layer], activations=activations)
 
-        def ready(split: str, alpha: float = 1.0, n_prompts: int | None = None) -> MeasuredSets:
+        def ready(split: str, n_prompts: int | None = None) -> MeasuredSets:
             rows = range(len(pair.prompts.split(split)))[:n_prompts]
             patching = Patching(split=split)
             experiment = prepare(pair, maps, patching, activations=activations, rows=rows)
-            return MeasuredSets.of(experiment, layer, alpha)
+            return MeasuredSets.of(experiment, layer, 1.0)
 
         neutral = SIDE_EFFECT_SPLIT in pair.prompts.splits
+        of_kinds = ready(MEASURE_SPLIT)
+        sees_all = n_val >= len(of_kinds.groups)
         return cls(
             scenario,
             planted,
             chosen,
             activations,
-            measured=ready(MEASURE_SPLIT, alpha, n_val),
-            of_kinds=ready(MEASURE_SPLIT),
+            measured=(of_kinds if sees_all else ready(MEASURE_SPLIT, n_val)).at(alpha),
+            of_kinds=of_kinds,
             of_neutral=ready(SIDE_EFFECT_SPLIT) if neutral else None,
             of_truth=ready(FIT_SPLIT),
         )

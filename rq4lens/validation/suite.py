@@ -37,7 +37,7 @@ from rq4lens.models.prompts.prompt_set import (
     SIDE_EFFECT_SPLIT,
     PromptSet,
 )
-from rq4lens.patching.activations import check_layers
+from rq4lens.patching.activations import PairActivations, check_layers
 from rq4lens.patching.keys import identity
 from rq4lens.patching.passes import device_of
 from rq4lens.patching.patch import Progress
@@ -266,7 +266,10 @@ class Suite:
         planted = unrelated(model, seed) if scenario.unrelated else plant(model, **heads, how=how)
         tuned = planted.loaded(self.base)
         pair = ModelPair(self.base, tuned, self._used, name="planted", reading=given.reading)
-        return Trial.of(scenario, planted, chosen, pair, n_val=given.n_val, alpha=given.alpha)
+        activations = self._of_base.beside(pair)
+        return Trial.of(
+            scenario, planted, chosen, activations, n_val=given.n_val, alpha=given.alpha
+        )
 
     def _judged(self, scenario: Scenario, number: int) -> Outcome:
         trial = self.trial(scenario, number)
@@ -284,6 +287,15 @@ class Suite:
         """The prompts that are used: few of them may decide how heads are ranked."""
         given = self.settings
         return self._first(given.n_train, max(given.n_val, given.n_val_kinds))
+
+    @cached_property
+    def _of_base(self) -> PairActivations:
+        """The base model's activations, which all planted pairs have in common."""
+        pair = ModelPair(self.base, self.base, self._used, reading=self.settings.reading)
+        activations = PairActivations(pair)
+        for split in pair.prompts.splits:
+            activations.capture("base", split, range(pair.n_layers), to_the_end=True)
+        return activations
 
     @cached_property
     def _heads(self) -> BaseHeads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from rq4lens.models.load.adapters import base_of
 from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint
 
 
+@cache
 def arithmetic_libraries() -> str:
     """The libraries of which another version may round, or read a configuration, in another way."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens"))

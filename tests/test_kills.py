@@ -183,7 +183,7 @@ def forks(command: tuple[str, ...]) -> Iterator[Forks]:
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory) -> Iterator[Forks]:
     """The demo on fewer prompts: no fewer files are written, and none is written otherwise."""
-    prompts = few_prompts(tmp_path_factory.mktemp("prompts"))
+    prompts = few_prompts(tmp_path_factory.mktemp("prompts"), train=80, val=12)
     with forks((*COMMAND, str(prompts))) as running:
         yield running
 

@@ -365,8 +365,16 @@ assert asked == {*WRITTEN}, {*WRITTEN} - asked
 """
 
 
-def lines_of(script):
-    """What a script prints, in an interpreter of its own: pytest would check all types before."""
+BETWEEN = "and now the types"
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What both scripts print, in an interpreter of their own: pytest would check all types before.
+
+    Each is a list of lines.
+    """
+    script = f"{ATTEMPTS.format(attempts=list(SAID))}\nprint({BETWEEN!r})\n{CHECKED}"
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -375,20 +383,20 @@ def lines_of(script):
         text=True,
         check=True,
     )
-    return done.stdout.splitlines()
+    return [part.strip().splitlines() for part in done.stdout.split(BETWEEN)]
 
 
-def test_what_is_no_pair_is_said_in_python():
+def test_what_is_no_pair_is_said_in_python(printed):
     """The sentence names what to write in Python, and no flag."""
-    lines = lines_of(ATTEMPTS.format(attempts=list(SAID)))
+    lines, _ = printed
     for sentence, said in zip(lines, SAID.values(), strict=True):
         assert re.search(said, sentence)
         assert re.search(r"--\w", sentence) is None
 
 
-def test_every_public_function_checks_its_types():
+def test_every_public_function_checks_its_types(printed):
     """Each annotation can be looked up, and each type of the list is one that somebody asks for."""
-    lines = lines_of(CHECKED)
+    _, lines = printed
     assert len(lines) > 30
     assert all(re.fullmatch(r"\w+\(\w+=...\) takes no object: give .*\.", each) for each in lines)
 

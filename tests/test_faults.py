@@ -169,9 +169,11 @@ def test_whatever_lies_in_the_directory_the_numbers_are_the_same(
     damage(folder)
     run_job(config_from(pair), folder)
     assert numbers(folder) == numbers(undisturbed)
-    for foreign in (folder / "conditions").glob("newer_*"):
+    if foreign := list((folder / "conditions").glob("newer_*")):
+        for path in foreign[1:]:
+            path.unlink()
         assert not verify_run(folder, sample=0).passed  # what does not belong there is said
-        foreign.unlink()
+        foreign[0].unlink()
     assert verify_run(folder, sample=0).passed
 
 

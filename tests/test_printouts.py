@@ -11,7 +11,7 @@ from rq4lens.jobs import run as run_job
 
 ROOT = Path(__file__).parent.parent
 
-ANSWER = partial(rq.AnalysisEffort, methods=("delta",), alphas=(0.3,))
+ANSWER = partial(rq.AnalysisEffort, methods=("delta",), alphas=(0.3,), n_random_sets=20)
 """The analysis behind the answer; what it leaves out stands in tables that no page prints."""
 
 
@@ -70,10 +70,11 @@ def test_the_prompt_of_the_readme_says_what_it_says():
     text, base, tuned = shown.groups()
     pair = rq.load_pair("etiquette")
     name = next(each.id for each in pair.prompts if each.text == text)
+    ready = rq.prepare(pair, rq.fit_maps(pair, 1), place=rq.Place(engine="hooks"))
     answers = []
     for alpha in (1.0, 0.0):
-        with rq.patch(pair, layer=1, heads="L1H0", alpha=alpha, source="raw", prompts=[name]) as it:
+        with rq.patch(ready, layer=1, heads="L1H0", alpha=alpha, prompts=[name]) as it:
             answers.append(it.to_dataframe().answer[0].strip())
     assert answers == [base, tuned]
-    with rq.patch(pair, layer=1, heads="NONE", source="tuned", prompts=[name]) as it:
+    with rq.patch(ready, layer=1, heads="NONE", source="tuned", prompts=[name]) as it:
         assert it.to_dataframe().answer[0].strip() == base

@@ -12,6 +12,8 @@ from rq4lens.jobs import finished
 from rq4lens.jobs.run import run
 from rq4lens.models import catalog
 
+no_pages = pytest.mark.usefixtures("no_pages")
+
 
 @dataclass
 class Shared:
@@ -52,6 +54,7 @@ def test_the_same_run_is_copied_without_loading_a_model(shared):
     assert shared.files("again") == shared.files("first")
 
 
+@no_pages
 def test_without_a_shared_cache_nothing_is_copied(shared):
     del shared.settings["cache"]
     assert shared.run("again") == 2
@@ -80,6 +83,7 @@ def the_first_run_is_gone(shared):
     (shared.folder / "first").rename(shared.folder / "elsewhere")
 
 
+@no_pages
 @pytest.mark.parametrize(
     "change",
     [one_bit_of_a_weight, a_word_of_a_prompt, a_file_of_the_first_run, the_first_run_is_gone],
@@ -89,6 +93,7 @@ def test_whatever_changed_since_is_measured(shared, change):
     assert shared.run("again") > 0
 
 
+@no_pages
 @pytest.mark.parametrize(
     "changes", [{"alpha": 0.5}, {"seed": 1}, {"resamples": 110}, {"batch_size": 5}]
 )
@@ -96,17 +101,20 @@ def test_another_setting_is_another_run(shared, changes):
     assert shared.run("again", **changes) > 0
 
 
+@no_pages
 def test_another_code_is_another_run(shared, monkeypatch):
     monkeypatch.setattr(finished, "_code", lambda: "edited")
     assert shared.run("again") > 0
 
 
+@no_pages
 def test_a_file_that_changed_a_moment_ago_is_not_trusted(shared, monkeypatch):
     """Its next change could come within the same tick of the clock."""
     monkeypatch.setattr(finished, "SETTLED_NS", 10**15)
     assert shared.run("again") > 0
 
 
+@no_pages
 def test_a_copy_that_was_interrupted_is_no_finished_run(shared, monkeypatch):
     write, written = finished.write_bytes_atomic, []
 

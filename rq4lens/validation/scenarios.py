@@ -322,7 +322,6 @@ class Trial:
         planted: PlantedPair,
         chosen: Chosen,
         activations: PairActivations,
-        *,
         n_val: int,
         alpha: float,
     ) -> Trial:

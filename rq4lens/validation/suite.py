@@ -267,9 +267,7 @@ class Suite:
         tuned = planted.loaded(self.base)
         pair = ModelPair(self.base, tuned, self._used, name="planted", reading=given.reading)
         activations = self._of_base.beside(pair)
-        return Trial.of(
-            scenario, planted, chosen, activations, n_val=given.n_val, alpha=given.alpha
-        )
+        return Trial.of(scenario, planted, chosen, activations, given.n_val, given.alpha)
 
     def _judged(self, scenario: Scenario, number: int) -> Outcome:
         trial = self.trial(scenario, number)

@@ -17,7 +17,7 @@ LENS4 := $(addprefix tests/test_, laws.py architectures.py backends.py bridge.py
 BIN4 := .venv-lens4/bin
 INSTALLED4 := .venv-lens4/.installed
 
-.PHONY: help demo test test-lens4 quick lint figures notebooks docs clean
+.PHONY: help demo test suite test-lens4 quick lint figures notebooks docs clean
 
 help:
 	@echo "make demo      run the main job on the built-in pair, into runs/demo/"
@@ -54,7 +54,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# The type checker is one process and the tests wait for imports at first: both cores are busy.
+test: $(INSTALLED)
+	$(MAKE) --jobs 2 lint suite
+
+suite: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-lens4: $(INSTALLED) $(INSTALLED4)

@@ -17,10 +17,11 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 LONGEST_FIRST = (
-    *("test_printouts", "test_faults", "test_ray", "test_validate", "test_kills", "test_shards"),
-    *("test_notebooks", "test_examples", "test_folder_runs", "test_verify", "test_backends"),
-    *("test_claims", "test_study", "test_dialect", "test_honest_selection", "test_hostile_fuzz"),
-    *("test_architectures", "test_builtin"),
+    *("test_validate", "test_faults", "test_printouts", "test_ray", "test_examples"),
+    *("test_notebooks", "test_kills", "test_report_browser", "test_shards"),
+    *("test_honest_selection", "test_folder_runs", "test_dialect", "test_hostile_fuzz"),
+    *("test_finished", "test_study_file", "test_study", "test_verify", "test_claims"),
+    *("test_backends", "test_transfer", "test_builtin", "test_architectures"),
 )
 """Files that keep a worker busy for long: begun late, one of them would be waited for."""
 

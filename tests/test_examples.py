@@ -12,7 +12,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory):
+def known(tmp_path_factory, tokenized_once):  # noqa: ARG001 - pairs share their prompts
     """What the package's docstring makes, and a finished run; pages are drawn elsewhere."""
     found = {"rq": rq, "SCENARIOS": SCENARIOS}
     start = doctest.DocTestParser().get_doctest(rq.__doc__, found, "rq4lens", None, None)

@@ -16,7 +16,9 @@ SEED = os.environ.get("RQ4LENS_FUZZ_SEED", "0")
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_damaged_inputs_end_in_a_value_or_a_user_error(record_property):
+def test_a_hundred_thousand_damaged_inputs_end_in_a_value_or_a_user_error(
+    record_property, tmp_path
+):
     """No reader raises anything but UserError, outside pytest's own shape checks.
 
     ``RQ4LENS_FUZZ_SHARE=50 RQ4LENS_FUZZ_SEED=1`` feeds five million others.
@@ -24,7 +26,12 @@ def test_a_hundred_thousand_damaged_inputs_end_in_a_value_or_a_user_error(record
     done = subprocess.run(
         [sys.executable, "tests/fuzz_readers.py", SHARE, SEED],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(tmp_path),
+        },
         capture_output=True,
         text=True,
         check=False,

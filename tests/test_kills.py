@@ -172,9 +172,13 @@ class Forks:
 @contextmanager
 def forks(command: tuple[str, ...]) -> Iterator[Forks]:
     """The warm process, for as long as it is needed."""
-    pipe = subprocess.PIPE
+    pipe, environment = subprocess.PIPE, {**QUIET, "TMPDIR": str(Path(command[-1]).parent)}
     with subprocess.Popen(
-        [sys.executable, "-c", FORKS, *command], env=QUIET, stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", FORKS, *command],
+        env=environment,
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
     ) as process:
         yield Forks(process, command)
         process.stdin.close()

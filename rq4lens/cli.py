@@ -13,30 +13,22 @@ import typer
 
 from rq4lens import __version__
 from rq4lens.analysis.rankings.methods import METHODS, methods_of
-from rq4lens.cluster.commands import (
-    Divide,
-    Fresh,
-    GpusPerWorker,
-    OnCluster,
-    Shard,
-    Workers,
-    by_many,
-    merge,
-    study,
-)
 from rq4lens.cluster.many import Many
 from rq4lens.config import PARTS, PairSource, Reading, RunConfig, preset, preset_names, preset_text
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.errors import UserError
 from rq4lens.screen.options import (
-    DIRECTORY,
+    Fresh,
     IgSteps,
+    Out,
     Paneled,
     RankingFiles,
     RankOut,
     Target,
     TrustCode,
+    in_directory,
     takes_config,
+    takes_many,
 )
 from rq4lens.screen.terminal import (
     errors,
@@ -74,10 +66,6 @@ ANALYSIS = ("analysis", "random_sizes")
 *_others, _last = METHODS
 METHOD_HELP = f"{', '.join(_others)} or {_last}; several with commas, or ALL."
 
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="DIR", help="Run directory.", rich_help_panel=DIRECTORY),
-]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")]
 
 
@@ -124,31 +112,19 @@ def demo(
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens run {OWN_PAIR} --layer 26 --out runs/mine")
 @takes_config(*EVERY_PART, config_file=True)
+@takes_many()
 def run(
     config: RunConfig,
     out: Out = None,
     fresh: Fresh = False,
     replace: Annotated[
-        bool,
-        typer.Option(
-            "--replace",
-            help="Replace a finished run of other settings.",
-            rich_help_panel=DIRECTORY,
-        ),
+        bool, in_directory("--replace", help="Replace a finished run of other settings.")
     ] = False,
     plan: Annotated[
-        bool,
-        typer.Option(
-            "--plan",
-            help="Say what memory it will take; measure nothing.",
-            rich_help_panel=DIRECTORY,
-        ),
+        bool, in_directory("--plan", help="Say what memory it will take; measure nothing.")
     ] = False,
-    shard: Shard = None,
-    cluster: OnCluster = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    divide: Divide = "auto",
+    *,
+    many: Many,
 ) -> None:
     """Run the main job on a pair, and write its report.
 
@@ -163,9 +139,8 @@ def run(
     directory = (
         out or Path("runs") / f"{name}_L{config.patching.layer}_alpha{config.patching.alpha:g}"
     )
-    many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
-        by_many("run", config, None, directory, many, fresh)
+        _by_many("run", config, None, directory, many, fresh)
         return
     from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415
 
@@ -283,6 +258,7 @@ def rank(
 
 @app.command(cls=Paneled, epilog=f"Example: rq4lens sweep {OWN_PAIR} --layers 20-31")
 @takes_config(*EVERY_PART, without=("layer", "control_layer", *ANALYSIS), config_file=True)
+@takes_many()
 def sweep(
     config: RunConfig,
     layers: Annotated[
@@ -290,11 +266,8 @@ def sweep(
     ] = None,
     out: Out = None,
     fresh: Fresh = False,
-    shard: Shard = None,
-    cluster: OnCluster = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    divide: Divide = "auto",
+    *,
+    many: Many,
 ) -> None:
     """Compare all layers, and propose main and control.
 
@@ -303,16 +276,83 @@ def sweep(
     with starting():
         from rq4lens.jobs.sweep import parse_layers, sweep_layers  # noqa: PLC0415
 
-    many = Many(shard, cluster, workers, gpus_per_worker, divide)
     if many.asked:
-        by_many("sweep", config, parse_layers(layers), out, many, fresh)
+        _by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return
     result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
     say(result.summary, *([] if out is None else [out]))
 
 
-app.command()(study)
-app.command()(merge)
+def _by_many(
+    command: Literal["run", "sweep"],
+    config: RunConfig,
+    layers: list[int] | None,
+    out: Path | None,
+    many: Many,
+    fresh: bool,
+) -> None:
+    """Measure a share, or everything on a cluster, and print what became of it."""
+    from rq4lens.cluster.launch import run_on_cluster  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.cluster.pieces import Request  # noqa: PLC0415
+    from rq4lens.cluster.shards import run_shard  # noqa: PLC0415
+
+    if out is None:
+        raise UserError("several processes need one folder to meet in: name it with --out DIR.")
+    request = Request(command, config, None if layers is None else tuple(layers))
+    with kept_when_stopped(out):
+        if many.shard is not None:
+            said = run_shard(request, out, many.sharing, fresh=fresh, stage=watched)
+        else:
+            said = run_on_cluster(request, out, many.where, fresh=fresh, stage=watched)
+    say(said, out)
+
+
+@app.command()
+@takes_many()
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.toml", help="Pairs, layers, alphas, maps.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Study directory; runs/NAME.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it takes, from a short probe.")
+    ] = False,
+    fresh: Fresh = False,
+    *,
+    many: Many,
+) -> None:
+    """Sweep several pairs, strengths and map kinds.
+
+    They are compared in one report.
+    """
+    from rq4lens.studies.cost_model import plan_text  # noqa: PLC0415
+    from rq4lens.studies.file import read_study  # noqa: PLC0415 - keeps --help fast
+    from rq4lens.studies.job import run_study_file  # noqa: PLC0415
+
+    wanted = read_study(file)
+    if plan:
+        say(plan_text(wanted, stage=watched))
+        return
+    directory = out or Path("runs") / file.stem
+    with kept_when_stopped(directory):
+        said = run_study_file(wanted, directory, many, fresh=fresh, stage=watched)
+    say(said, directory)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of the shares.")],
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Put together what shares of a job measured.
+
+    Says which shares of the run, sweep or study are missing, if any are.
+    """
+    from rq4lens.studies.job import merge as merged  # noqa: PLC0415 - keeps --help fast
+
+    say(merged(run, trust_remote_code=trust_remote_code, stage=watched), run)
 
 
 @app.command(epilog="Example: rq4lens positions runs/demo --last 4 --prompt val0001")
@@ -453,6 +493,7 @@ def verify(
     config_file=True,
     default_pair="etiquette",
 )
+@takes_many("cluster", "workers", "gpus_per_worker")
 def validate(
     config: RunConfig,
     method: Annotated[str, typer.Option(metavar="LIST", help=METHOD_HELP)] = "ALL",
@@ -468,9 +509,8 @@ def validate(
         typer.Option("--out", metavar="FILE", help="Write the result as JSON; keep pairs beside."),
     ] = None,
     fresh: Fresh = False,
-    cluster: OnCluster = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
+    *,
+    many: Many,
 ) -> None:
     """Test ranking methods on planted heads of a base model.
 
@@ -479,7 +519,6 @@ def validate(
     from rq4lens.cluster.launch import kept_beside, run_validation  # noqa: PLC0415
     from rq4lens.validation.suite import ValidationRequest  # noqa: PLC0415
 
-    many = Many(None, cluster, workers, gpus_per_worker)
     request = ValidationRequest(config, methods_of(method), layer, pairs, drift)
     where = many.where if many.asked else None
     with kept_when_stopped(None if out is None else kept_beside(out)):

@@ -26,7 +26,7 @@ SMALL_WITH_REASON = {
 }
 """Files below the usual length, and why each is a file."""
 
-ON_THE_COMMAND_LINE = {"cli.py", "cluster/commands.py", "screen/options.py"}
+ON_THE_COMMAND_LINE = {"cli.py", "screen/options.py"}
 """Parameters of these functions are options of commands."""
 
 KERNELS = {"patching/engines/kernels.py"}

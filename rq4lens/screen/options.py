@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
+from rq4lens.cluster.many import Many
 from rq4lens.config import PARTS, SETTINGS, RunConfig, Settings, config_from, preset, read_config
 from rq4lens.errors import UserError
 
@@ -36,6 +37,10 @@ DIRECTORY, MANY = "Run directory", "Many processes"
 
 ORDER = ("Arguments", "Options", DIRECTORY, *PANELS.values(), MANY)
 """The panels of the help."""
+
+
+in_directory = functools.partial(typer.Option, rich_help_panel=DIRECTORY)
+of_many = functools.partial(typer.Option, rich_help_panel=MANY)
 
 
 class Paneled(TyperCommand):
@@ -67,6 +72,8 @@ RankOut = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Also write a file per ranking and the table."),
 ]
+Fresh = Annotated[bool, in_directory("--fresh", help="Measure anew, and replace what is there.")]
+Out = Annotated[Path | None, in_directory("--out", metavar="DIR", help="Run directory.")]
 TrustCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a checkpoint run its own code.")
 ]
@@ -87,6 +94,52 @@ IgSteps = Annotated[
         "[default: 8]",
     ),
 ]
+
+SHARED_OUT: dict[str, Any] = {
+    "shard": Annotated[
+        str | None,
+        of_many("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
+    ],
+    "cluster": Annotated[
+        str | None,
+        of_many("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
+    ],
+    "workers": Annotated[
+        int | None, of_many(metavar="N", help="With --cluster: workers; as many as fit.")
+    ],
+    "gpus_per_worker": Annotated[
+        float | None, of_many(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
+    ],
+    "divide": Annotated[
+        str | None,
+        of_many(
+            metavar="auto|conditions|prompts",
+            help="Pieces of conditions, or of prompts as well.  [default: auto]",
+        ),
+    ],
+}
+"""The options of :class:`Many`."""
+
+
+def takes_many(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command some options of many processes, all if none is named, as its last parameter.
+
+    It is called with what they ask for, a :class:`Many`.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        asked = {name: SHARED_OUT[name] for name in names or SHARED_OUT}
+        *own, last = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [*own, *(_keyword(name, option) for name, option in asked.items())]
+
+        def call(**values: Any) -> Any:
+            given = {name: values.pop(name) for name in asked}
+            many = Many(**{name: each for name, each in given.items() if each is not None})
+            return command(**values, **{last.name: many})
+
+        return _read_as(command, parameters, call)
+
+    return decorate
 
 
 def takes_config(
@@ -117,18 +170,25 @@ def takes_config(
         parameters += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         parameters += [_keyword(name, _option(name)) for name in names if name not in first]
 
-        @functools.wraps(command)
-        def wrapper(**values: Any) -> Any:
+        def call(**values: Any) -> Any:
             settings = {name: values.pop(name) for name in names}
             file = values.pop("config", None)
             return command(_assemble(file, settings, default_pair), **values)
 
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
-        del wrapper.__wrapped__  # else the original signature would be read
-        return wrapper
+        return _read_as(command, parameters, call)
 
     return decorate
+
+
+def _read_as(
+    command: Callable[..., Any], parameters: list[inspect.Parameter], call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function by the name and docstring of a command, of which others read these parameters."""
+    functools.update_wrapper(call, command)
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    del call.__wrapped__  # type: ignore[attr-defined] # else the original signature would be read
+    return call
 
 
 def _assemble(

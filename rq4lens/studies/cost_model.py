@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from rq4lens.config import Place, RunConfig
 from rq4lens.heads import HeadSet
 from rq4lens.jobs.progress import Stage, silent
 from rq4lens.models.catalog import pair_from
+from rq4lens.models.load.lens import ModelConfig
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT, TokenizedPrompts
 from rq4lens.patching.engines.choice import make_engine
@@ -36,68 +37,44 @@ PROBE_PROMPTS = 64
 """Prompts of the largest probe point, where there are as many."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The shape of a model, in TransformerLens' words; a gated MLP has three matrices, not two."""
-
-    n_layers: int
-    n_heads: int
-    n_key_value_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
-    gated_mlp: bool
-    d_vocab: int
-    bytes_per_number: int = 4
-
-    @classmethod
-    def of(cls, cfg: Any) -> Shape:
-        """The shape in a TransformerLens configuration."""
-        names = ("n_layers", "n_heads", "d_model", "d_head", "gated_mlp", "d_vocab")
-        return cls(
-            **{name: getattr(cfg, name) for name in names},
-            n_key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
-            d_mlp=cfg.d_mlp or 0,
-            bytes_per_number=cfg.dtype.itemsize,
-        )
-
-    @property
-    def width(self) -> int:
-        """Width of all heads of a layer side by side."""
-        return self.n_heads * self.d_head
-
-    @property
-    def mlp_weights(self) -> int:
-        """Weights of one layer's MLP."""
-        return (3 if self.gated_mlp else 2) * self.d_model * self.d_mlp
-
-    @property
-    def block_weights(self) -> int:
-        """Weights of one layer."""
-        keys = self.n_key_value_heads * self.d_head
-        return 2 * self.d_model * (self.width + keys) + self.mlp_weights
+def width(cfg: ModelConfig) -> int:
+    """Width of all heads of a layer side by side."""
+    return cfg.n_heads * cfg.d_head
 
 
-def pass_flops(shape: Shape, n_prompts: int, n_tokens: int, n_layers: int | None = None) -> float:
+def mlp_weights(cfg: ModelConfig) -> int:
+    """Weights of one layer's MLP; a gated one has three matrices, not two."""
+    return (3 if cfg.gated_mlp else 2) * cfg.d_model * (cfg.d_mlp or 0)
+
+
+def block_weights(cfg: ModelConfig) -> int:
+    """Weights of one layer."""
+    keys = (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
+    return 2 * cfg.d_model * (width(cfg) + keys) + mlp_weights(cfg)
+
+
+def pass_flops(
+    cfg: ModelConfig, n_prompts: int, n_tokens: int, n_layers: int | None = None
+) -> float:
     """Operations of a forward pass through the first layers; the unembedding is one row's.
 
     Two per weight and token, and four per pair of positions and unit of the heads' width.
     """
-    layers = shape.n_layers if n_layers is None else n_layers
-    weights = 2.0 * n_tokens * shape.block_weights
-    attention = 4.0 * shape.width * n_tokens**2
+    layers = cfg.n_layers if n_layers is None else n_layers
+    weights = 2.0 * n_tokens * block_weights(cfg)
+    attention = 4.0 * width(cfg) * n_tokens**2
     return n_prompts * layers * (weights + attention)
 
 
-def row_flops(shape: Shape, layer: int, n_tokens: int) -> float:
+def row_flops(cfg: ModelConfig, layer: int, n_tokens: int) -> float:
     """Operations of one row: a prompt under one condition, patched at a layer.
 
     The rest of the patched block, every block above, and one query over the prompt's keys in each;
     the unembedding is counted by its logits.
     """
-    above = shape.n_layers - 1 - layer
-    own = shape.d_model * shape.width + shape.mlp_weights
-    return 2.0 * (own + above * shape.block_weights) + 4.0 * above * shape.width * n_tokens
+    above = cfg.n_layers - 1 - layer
+    own = cfg.d_model * width(cfg) + mlp_weights(cfg)
+    return 2.0 * (own + above * block_weights(cfg)) + 4.0 * above * width(cfg) * n_tokens
 
 
 def busy_share(n_devices: int) -> float:
@@ -122,18 +99,12 @@ class Work:
         """The same number of conditions (head sets times kinds) at each of some layers."""
         return cls(n_prompts, n_tokens, tuple((each, n_conditions * n_prompts) for each in layers))
 
-    @classmethod
-    def atlas(cls, shape: Shape, n_prompts: int, n_tokens: int) -> Work:
-        """Every head of every layer, raw and mapped."""
-        conditions = KINDS * shape.n_heads
-        return cls.grid(n_prompts, n_tokens, conditions, range(shape.n_layers))
-
-    def features(self, shape: Shape) -> tuple[float, float, float]:
+    def features(self, cfg: ModelConfig) -> tuple[float, float, float]:
         """What the seconds of the rows are made of: blocks visited, operations, logits."""
-        lowest = min((layer for layer, _ in self.rows), default=shape.n_layers)
-        flops = sum(count * row_flops(shape, layer, self.n_tokens) for layer, count in self.rows)
+        lowest = min((layer for layer, _ in self.rows), default=cfg.n_layers)
+        flops = sum(count * row_flops(cfg, layer, self.n_tokens) for layer, count in self.rows)
         n_rows = sum(count for _, count in self.rows)
-        return float(shape.n_layers - lowest), flops, float(n_rows * shape.d_vocab)
+        return float(cfg.n_layers - lowest), flops, float(n_rows * cfg.d_vocab)
 
 
 @dataclass(frozen=True)
@@ -147,7 +118,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine takes for a model of some shape.
+    """What a machine takes for a model of some cfg.
 
     A clean pass has its start, whatever its size, and its operations; rows have the blocks that
     they visit, whatever their number, their operations, and their logits.
@@ -160,37 +131,37 @@ class Machine:
     logit_seconds: float
 
     @classmethod
-    def calibrated(cls, shape: Shape, points: Sequence[Measured]) -> Machine:
+    def calibrated(cls, cfg: ModelConfig, points: Sequence[Measured]) -> Machine:
         """Constants, none negative, that miss the measured points least in relative terms."""
         passes = [
-            (1.0, pass_flops(shape, point.work.n_prompts, point.work.n_tokens)) for point in points
+            (1.0, pass_flops(cfg, point.work.n_prompts, point.work.n_tokens)) for point in points
         ]
-        rows = [point.work.features(shape) for point in points]
+        rows = [point.work.features(cfg) for point in points]
         start, per_flop = _fit(passes, [point.pass_seconds for point in points])
         block, per_row_flop, logit = _fit(rows, [point.rows_seconds for point in points])
         return cls(start, per_flop, block, per_row_flop, logit)
 
-    def pass_seconds(self, shape: Shape, work: Work) -> float:
+    def pass_seconds(self, cfg: ModelConfig, work: Work) -> float:
         """Seconds of the tuned model's clean pass."""
-        flops = pass_flops(shape, work.n_prompts, work.n_tokens)
+        flops = pass_flops(cfg, work.n_prompts, work.n_tokens)
         return self.start_seconds + self.pass_flop_seconds * flops
 
-    def rows_seconds(self, shape: Shape, work: Work) -> float:
+    def rows_seconds(self, cfg: ModelConfig, work: Work) -> float:
         """Seconds of the rows."""
-        blocks, flops, logits = work.features(shape)
+        blocks, flops, logits = work.features(cfg)
         return (
             self.block_seconds * blocks
             + self.row_flop_seconds * flops
             + self.logit_seconds * logits
         )
 
-    def seconds(self, shape: Shape, work: Work, n_train: int = 0, n_devices: int = 1) -> float:
+    def seconds(self, cfg: ModelConfig, work: Work, n_train: int = 0, n_devices: int = 1) -> float:
         """Seconds of a job from two loaded models to its numbers, fitting maps aside."""
         highest = max((layer for layer, _ in work.rows), default=0)
         # Activations are read up to the highest layer: of base on all prompts, of tuned on train.
-        read = pass_flops(shape, work.n_prompts + 2 * n_train, work.n_tokens, highest + 1)
-        passes = self.pass_flop_seconds * read + self.pass_seconds(shape, work)
-        return passes * busy_share(n_devices) + self.rows_seconds(shape, work)
+        read = pass_flops(cfg, work.n_prompts + 2 * n_train, work.n_tokens, highest + 1)
+        passes = self.pass_flop_seconds * read + self.pass_seconds(cfg, work)
+        return passes * busy_share(n_devices) + self.rows_seconds(cfg, work)
 
 
 def _fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -206,11 +177,11 @@ def store_bytes(n_patches: int, n_prompts: int) -> int:
     return n_patches * (RECORD_BYTES + RECORD_BYTES_PER_PROMPT * n_prompts)
 
 
-def map_bytes(shape: Shape, n_layers: int, scope: str = "head") -> int:
+def map_bytes(cfg: ModelConfig, n_layers: int, scope: str = "head") -> int:
     """Disk of the maps of some layers, which are kept in float32."""
-    side = shape.d_head if scope == "head" else shape.width
-    blocks = shape.n_heads if scope == "head" else 1
-    json_bytes = MAP_JSON_BYTES_PER_HEAD * shape.n_heads
+    side = cfg.d_head if scope == "head" else width(cfg)
+    blocks = cfg.n_heads if scope == "head" else 1
+    json_bytes = MAP_JSON_BYTES_PER_HEAD * cfg.n_heads
     return n_layers * (blocks * 4 * (side * side + side) + json_bytes)
 
 
@@ -221,19 +192,11 @@ def map_bytes(shape: Shape, n_layers: int, scope: str = "head") -> int:
 class Probe:
     """What a short measurement said about a model on this machine; ``seconds`` is what it took."""
 
-    shape: Shape
+    cfg: ModelConfig
     machine: Machine
     load_seconds: float
     n_tokens: int
     seconds: float
-
-
-class CellCost(NamedTuple):
-    """What one cell will take, from loading both models to the numbers."""
-
-    pieces: int
-    seconds: float
-    disk_bytes: int
 
 
 def plan_text(plan: StudyPlan, *, stage: Stage = silent) -> str:
@@ -269,23 +232,21 @@ def probe(config: RunConfig, pair: ModelPair) -> Probe:
     model: Any = pair.use("tuned").model
     load_seconds = time.perf_counter() - started
     prompts = pair.tokens("tuned", config.patching.split)
-    shape = Shape.of(model.cfg)
-    machine = Machine.calibrated(shape, list(_points(model, prompts, shape, config)))
+    machine = Machine.calibrated(model.cfg, list(_points(model, prompts, config)))
     n_tokens = int(prompts.lengths.float().mean())
-    return Probe(shape, machine, load_seconds, n_tokens, time.perf_counter() - started)
+    return Probe(model.cfg, machine, load_seconds, n_tokens, time.perf_counter() - started)
 
 
-def _points(
-    model: Any, prompts: TokenizedPrompts, shape: Shape, config: RunConfig
-) -> Iterator[Measured]:
+def _points(model: Any, prompts: TokenizedPrompts, config: RunConfig) -> Iterator[Measured]:
     """Few and many prompts, one and all heads, the top and the middle layer."""
-    top, middle = shape.n_layers - 1, shape.n_layers // 2
+    cfg = model.cfg
+    top, middle = cfg.n_layers - 1, cfg.n_layers // 2
     many = min(PROBE_PROMPTS, len(prompts))
     few = max(1, many // 8)
     place = Place(batch_size=config.place.batch_size)
     _point(model, prompts.some(range(few)), top, 1, place)  # the first time also loads kernels
     for n_prompts in (few, many):
-        for layer, n_heads in ((top, shape.n_heads), (middle, 1), (middle, shape.n_heads)):
+        for layer, n_heads in ((top, cfg.n_heads), (middle, 1), (middle, cfg.n_heads)):
             yield _point(model, prompts.some(range(n_prompts)), layer, n_heads, place)
 
 
@@ -304,9 +265,9 @@ def _point(
     return Measured(work, passed - started, finished - passed)
 
 
-def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
-    """What a cell will take, from the probe of a model of the same shape."""
-    config, shape = cell.request.config, probed.shape
+def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> tuple[int, float, int]:
+    """Pieces, seconds and bytes of a cell, from the probe of a model of the same shape."""
+    config, cfg = cell.request.config, probed.cfg
     plans = cell.request.plans(pair)
     layers = [plan.layer for plan in plans]
     n_prompts = len(pair.prompts.split(config.patching.split))
@@ -316,11 +277,11 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> CellCost:
     n_top = 2 * KINDS * sum(k > 1 for k in plans[0].ks)
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)
     work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
-    seconds = probed.machine.seconds(shape, work, n_train) + 2 * probed.load_seconds
+    seconds = probed.machine.seconds(cfg, work, n_train) + 2 * probed.load_seconds
     n_sites = (n_prompts + n_train) * len(layers) * config.patching.k_positions
     disk_bytes = (
         store_bytes(n_patches, n_prompts)
-        + map_bytes(shape, len(layers), config.patching.map_scope)
-        + n_sites * shape.width * shape.bytes_per_number
+        + map_bytes(cfg, len(layers), config.patching.map_scope)
+        + n_sites * width(cfg) * cfg.dtype.itemsize
     )
-    return CellCost(len(pieces), seconds, disk_bytes)
+    return len(pieces), seconds, disk_bytes

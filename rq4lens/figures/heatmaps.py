@@ -84,7 +84,7 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = Non
     """
     layers = sorted(grids)
     singles = [numbers.single_records(grids[layer]) for layer in layers]
-    heads = range(numbers.any_grid(grids).n_heads)
+    heads = range(len(singles[0]))
     figure = heatmap(
         {
             name: [[getattr(each, kind.field).value for each in row] for row in singles]

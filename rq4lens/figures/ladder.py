@@ -66,7 +66,9 @@ def ladder(run: Run | Analysis, *, alpha: float = 1.0) -> go.Figure:
     return theme.frame(
         figure,
         f"What replaces a head, layer {layer}",
-        settings_line(analysis.settings.grid, analysis.settings.n_prompts, found.rule, alpha=alpha),
+        settings_line(
+            analysis.settings.grid, analysis.settings.n_prompts, found.rule, alpha=f"{alpha:g}"
+        ),
         theme.Layout(160 + 36 * max(3, len(drawn)), left_px=126),
         caption=CAPTION + (f" {idle} heads tell too little and are left out." if idle else ""),
     )

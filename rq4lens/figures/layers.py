@@ -36,7 +36,7 @@ def global_ranking(
     """
     span = (min(grids), max(grids))
     # All layers have the same gap.
-    (any_head,) = numbers.single_records(numbers.any_grid(grids), [0])
+    (any_head,) = numbers.single_records(grids[min(grids)], [0])
     scores: list[RankBy] = ["delta"] if any_head.to_base_pct.value is None else ["to_base", "delta"]
     views = {name: _ranked(_best(grids, name, top), name, comparison, span) for name in scores}
     first = views[scores[0]]
@@ -154,7 +154,7 @@ def layer_curves(
         trace = numbers.line(f"layer {layer}", marks, look, bars=False)
         figure.add_trace(trace.update(meta=f"L{layer}"))
     figure.add_trace(_depth_scale(span))
-    axes(figure, numbers.any_grid(grids).n_heads)
+    axes(figure, grids[min(grids)].n_heads)
     notes = ["each layer relative to its own ΔKL of all heads"]
     if undefined:
         notes.append(f"coverage undefined in layers {', '.join(undefined)}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
 from rq4lens.analysis.effects.table import records
-from rq4lens.analysis.records import NOT_MEASURED, Analysis, ConditionRecord, HeadKind, HeadKinds
-from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text, undefined
+from rq4lens.analysis.records import Analysis, ConditionRecord, HeadKinds
+from rq4lens.analysis.statistics.bootstrap import Estimate, Interval, number_text
 from rq4lens.figures import theme
 from rq4lens.heads import Head
 from rq4lens.results import GridResult, GridSettings
@@ -31,16 +31,15 @@ def settings_line(
     n_prompts: int,
     *notes: str,
     where: str | None = None,
-    alpha: str | float | None = None,
+    alpha: str | None = None,
 ) -> tuple[str, ...]:
     """How numbers came about, from the settings alone."""
     patching = settings.patching
     baseline, k = patching.raw_baseline, patching.k_positions
-    strength = patching.alpha if alpha is None else alpha
     return (
         settings.pair,
         where or f"layer {settings.layer} of {settings.n_layers}",
-        f"α = {strength if isinstance(strength, str) else format(strength, 'g')}",
+        f"α = {alpha or format(patching.alpha, 'g')}",
         f"{patching.split}, n = {n_prompts}",
         f"map {patching.map_kind} per {patching.map_scope}",
         f"KL({patching.kl_direction.replace('||', ' ‖ ')}) in nats",
@@ -52,14 +51,9 @@ def settings_line(
     )
 
 
-def any_grid(grids: Mapping[int, GridResult]) -> GridResult:
-    """One of the grids of a sweep; they share everything but the layer."""
-    return grids[min(grids)]
-
-
 def layers_setting(grids: Mapping[int, GridResult], *notes: str) -> tuple[str, ...]:
-    """The setting of several layers."""
-    grid, layers = any_grid(grids), sorted(grids)
+    """The setting of several layers, whose grids share everything but the layer."""
+    grid, layers = grids[min(grids)], sorted(grids)
     whole = layers == list(range(layers[0], layers[-1] + 1))
     named = (
         f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))
@@ -181,19 +175,15 @@ def told_kinds(analysis: Analysis | None) -> HeadKinds | None:
     return analysis.kinds if analysis is not None and analysis.ladders else None
 
 
-def head_kinds(grid: GridResult, analysis: Analysis | None) -> HeadKinds:
-    """Which kind each head of the main layer is, in head order, and the rule in words."""
-    if kinds := told_kinds(analysis):
-        return kinds
-    nothing = undefined(NOT_MEASURED)
-    heads = range(grid.n_heads)
-    unknown = (HeadKind(head, "undecided", NOT_MEASURED, None, nothing) for head in heads)
-    return HeadKinds(tuple(unknown), NO_KINDS)
+def kinds_rule(kinds: HeadKinds | None) -> str:
+    """How kinds were told apart, in words."""
+    return NO_KINDS if kinds is None else kinds.rule
 
 
-def by_kind(kinds: HeadKinds, heads: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
+def by_kind(kinds: HeadKinds | None, heads: Collection[int]) -> Iterator[tuple[str, list[int]]]:
     """Some heads by their kind, for every kind that any head of the layer is."""
-    heads, of = list(heads), {each.head: each.kind for each in kinds.heads}
+    unknown = dict.fromkeys(heads, "undecided")
+    of = {each.head: each.kind for each in kinds.heads} if kinds else unknown
     for kind in theme.KINDS:
         if kind in of.values():
             yield kind, [head for head in heads if of[head] == kind]

@@ -48,7 +48,7 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
         The figure: one scatter trace per kind of head, ``customdata`` names the head.
     """
     singles = numbers.single_records(grid)
-    kinds = numbers.head_kinds(grid, analysis)
+    kinds = numbers.told_kinds(analysis)
     square = _Square.around(singles)
     named = _names(singles, square)
     figure = go.Figure()
@@ -79,7 +79,9 @@ def head_plane(grid: GridResult, analysis: Analysis | None = None) -> go.Figure:
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}: raw against mapped",
-        numbers.grid_setting(grid, "dotted: KL_mapped = KL_raw", numbers.INTERVAL_NOTE, kinds.rule),
+        numbers.grid_setting(
+            grid, "dotted: KL_mapped = KL_raw", numbers.INTERVAL_NOTE, numbers.kinds_rule(kinds)
+        ),
         theme.Layout(560),
         caption="Far right and low: base's own activation does damage, and the map repairs it. On "
         "the dotted line it repairs nothing.",
@@ -186,7 +188,7 @@ def map_quality(
         The figure: a point per head, coloured by its kind.
     """
     singles = numbers.single_records(grid)
-    kinds = numbers.head_kinds(grid, analysis)
+    kinds = numbers.told_kinds(analysis)
     fits = {row["head"]: row for row in diagnostics}
     figure = go.Figure()
     for kind, heads in numbers.by_kind(kinds, fits):
@@ -200,7 +202,9 @@ def map_quality(
     return theme.frame(
         figure,
         f"Map quality and causal effect, layer {grid.settings.layer}",
-        numbers.grid_setting(grid, "fit measured on prompts held out of train", kinds.rule),
+        numbers.grid_setting(
+            grid, "fit measured on prompts held out of train", numbers.kinds_rule(kinds)
+        ),
         theme.Layout(520),
         caption="High and far left would be a head that does much though the map predicts it "
         "badly: prediction and effect are two things.",

@@ -81,7 +81,7 @@ def ranking_bars(
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
-        numbers.grid_setting(grid, scores[0][1], kinds.rule if kinds else numbers.NO_KINDS),
+        numbers.grid_setting(grid, scores[0][1], numbers.kinds_rule(kinds)),
         theme.Layout(190 + 17 * max(6, len(first.bars["y"])), left_px=126 if kinds else 66),
         caption=CAPTION if carries else OWN_CAPTION,
     )

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import compress
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -108,12 +109,9 @@ def look(place: int | None) -> Look:
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of a figure.
+    """The sizes of a figure; ``axis_px`` is the room below the plot for its axis.
 
-    Args:
-        rows: rows of room above the plot, for a colour bar or nothing; the legend's own and a
-            legend when left out.
-        axis_px: room below the plot for its axis.
+    ``rows`` are rows of room above it, for a colour bar or nothing; without them it has a legend.
     """
 
     height_px: int = 460
@@ -337,12 +335,8 @@ def legend_rows(figure: go.Figure) -> int:
     everything = [True] * len(figure.data)
     buttons = [button for menu in figure.layout.updatemenus for button in menu.buttons]
     views = [button.args[0].get("visible", everything) for button in buttons] or [everything]
-    return max(_rows_of(_legend_names(figure, view)) for view in views)
-
-
-def _legend_names(figure: go.Figure, view: Sequence[bool]) -> list[str]:
-    traces = [trace for trace, shown in zip(figure.data, view, strict=True) if shown]
-    return [trace.name for trace in traces if trace.showlegend is not False and trace.name]
+    named = ["" if trace.showlegend is False else trace.name for trace in figure.data]
+    return max(_rows_of([name for name in compress(named, view) if name]) for view in views)
 
 
 def _rows_of(shown: Sequence[str]) -> int:

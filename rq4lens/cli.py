@@ -17,31 +17,7 @@ from rq4lens.cluster.many import Many
 from rq4lens.config import PARTS, PairSource, Reading, RunConfig, preset, preset_names, preset_text
 from rq4lens.disk.files import refuse_no_file, write_json_atomic
 from rq4lens.errors import UserError
-from rq4lens.screen.options import (
-    Fresh,
-    IgSteps,
-    Out,
-    Paneled,
-    RankingFiles,
-    RankOut,
-    Target,
-    TrustCode,
-    in_directory,
-    takes_config,
-    takes_many,
-)
-from rq4lens.screen.terminal import (
-    errors,
-    kept_when_stopped,
-    output,
-    output_problem,
-    replace_unprintable,
-    say,
-    show,
-    show_log,
-    starting,
-    watched,
-)
+from rq4lens.screen import options, terminal
 
 app = typer.Typer(
     help="Which attention heads carry what a fine-tune changed.",
@@ -71,7 +47,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a fin
 
 def _say_version(asked: bool) -> bool:
     if asked:
-        output.print(f"rq4lens {__version__}")
+        terminal.output.print(f"rq4lens {__version__}")
         raise typer.Exit
     return asked
 
@@ -86,42 +62,44 @@ def _common(
         bool, typer.Option("--verbose", "-v", help="Say what is reused or computed, and why.")
     ] = False,
 ) -> None:
-    show_log(verbose)
+    terminal.show_log(verbose)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Run directory.")] = Path("runs/demo"),
-    fresh: Fresh = False,
+    fresh: options.Fresh = False,
 ) -> None:
     """Run the main job on the built-in pair, every layer beside it."""
     from rq4lens.jobs.finished import refuse_other_run  # noqa: PLC0415 - keeps --help fast
 
     refuse_other_run(preset("etiquette"), out)
-    with starting():  # torch and what stands on it take seconds to import
+    with terminal.starting():  # torch and what stands on it take seconds to import
         from rq4lens.jobs.bench import Bench  # noqa: PLC0415
         from rq4lens.jobs.run import run_on  # noqa: PLC0415
         from rq4lens.jobs.sweep import sweep_on  # noqa: PLC0415
 
-    bench = Bench(preset("etiquette"), out, fresh=fresh, stage=watched)
-    with kept_when_stopped(out):
+    bench = Bench(preset("etiquette"), out, fresh=fresh, stage=terminal.watched)
+    with terminal.kept_when_stopped(out):
         # The sweep first: the run takes its layers into the report, and what it measured.
         sweep_on(bench)
-        say(run_on(bench).summary, out)
+        terminal.say(run_on(bench).summary, out)
 
 
-@app.command(cls=Paneled, epilog=f"Example: rq4lens run {OWN_PAIR} --layer 26 --out runs/mine")
-@takes_config(*EVERY_PART, config_file=True)
-@takes_many()
+@app.command(
+    cls=options.Paneled, epilog=f"Example: rq4lens run {OWN_PAIR} --layer 26 --out runs/mine"
+)
+@options.takes_config(*EVERY_PART, config_file=True)
+@options.takes_many()
 def run(
     config: RunConfig,
-    out: Out = None,
-    fresh: Fresh = False,
+    out: options.Out = None,
+    fresh: options.Fresh = False,
     replace: Annotated[
-        bool, in_directory("--replace", help="Replace a finished run of other settings.")
+        bool, options.in_directory("--replace", help="Replace a finished run of other settings.")
     ] = False,
     plan: Annotated[
-        bool, in_directory("--plan", help="Say what memory it will take; measure nothing.")
+        bool, options.in_directory("--plan", help="Say what memory it will take; measure nothing.")
     ] = False,
     *,
     many: Many,
@@ -133,7 +111,7 @@ def run(
     if plan:
         from rq4lens.jobs.memory import plan_memory  # noqa: PLC0415 - keeps --help fast
 
-        output.print(plan_memory(config).table)
+        terminal.output.print(plan_memory(config).table)
         return
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in config.pair.name)
     directory = (
@@ -146,18 +124,19 @@ def run(
 
     if not (fresh or replace):
         refuse_other_run(config, directory)
-    with starting():
+    with terminal.starting():
         from rq4lens.jobs import run as job  # noqa: PLC0415
 
-    with kept_when_stopped(directory):
-        finished = job.run(config, directory, fresh=fresh, replace=replace, stage=watched)
-        say(finished.summary, directory)
+    with terminal.kept_when_stopped(directory):
+        finished = job.run(config, directory, fresh=fresh, replace=replace, stage=terminal.watched)
+        terminal.say(finished.summary, directory)
 
 
 @app.command(
-    cls=Paneled, epilog="Example: rq4lens patch --pair etiquette --heads L1H0,L1H2 --alpha 1"
+    cls=options.Paneled,
+    epilog="Example: rq4lens patch --pair etiquette --heads L1H0,L1H2 --alpha 1",
 )
-@takes_config(
+@options.takes_config(
     *EVERY_PART,
     without=("control_layer", "k", "random_seeds", "rank_by", *ANALYSIS),
     config_file=True,
@@ -186,8 +165,8 @@ def patch(
     """
     from rq4lens.jobs.patch import patch_once  # noqa: PLC0415 - keeps --help fast
 
-    result = patch_once(config, heads, out, say=say, prompts=prompt or (), stage=watched)
-    output.print(result.text, end="")
+    result = patch_once(config, heads, out, say=say, prompts=prompt or (), stage=terminal.watched)
+    terminal.output.print(result.text, end="")
 
 
 @app.command()
@@ -201,7 +180,7 @@ def head(
         bool, typer.Option("--all", help="Write the cards of all heads into RUN/heads.")
     ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that a card shows.")] = 12,
-    trust_remote_code: TrustCode = False,
+    trust_remote_code: options.TrustCode = False,
 ) -> None:
     """Say what a head reads, writes and decides in both models of a run.
 
@@ -211,21 +190,23 @@ def head(
     from rq4lens.jobs.pages import card_of_run, write_every_card  # noqa: PLC0415 - keeps --help fast
     from rq4lens.screen.card import card_parts  # noqa: PLC0415
 
-    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": terminal.watched}
     if every == (label is not None):
         raise UserError("name one head, as in `rq4lens head RUN L1H0`, or ask for --all.")
     if label is None:
-        say("", write_every_card(run, prompts, **how))
+        terminal.say("", write_every_card(run, prompts, **how))
         return
     card = card_of_run(run, label, prompts, **how)
     if as_json:
-        output.print(json.dumps(to_json(card), ensure_ascii=False, indent=1))
+        terminal.output.print(json.dumps(to_json(card), ensure_ascii=False, indent=1))
     else:
-        show(card_parts(card))
+        terminal.show(card_parts(card))
 
 
-@app.command(cls=Paneled, epilog="Example: rq4lens rank --pair etiquette --method delta,shapley")
-@takes_config(
+@app.command(
+    cls=options.Paneled, epilog="Example: rq4lens rank --pair etiquette --method delta,shapley"
+)
+@options.takes_config(
     *EVERY_PART,
     without=("control_layer", "random_seeds", "rank_by", *ANALYSIS),
     config_file=True,
@@ -233,10 +214,10 @@ def head(
 def rank(
     config: RunConfig,
     method: Annotated[str, typer.Option(metavar="LIST", help=METHOD_HELP)] = "delta",
-    file: RankingFiles = None,
-    target: Target = None,
-    ig_steps: IgSteps = None,
-    out: RankOut = None,
+    file: options.RankingFiles = None,
+    target: options.Target = None,
+    ig_steps: options.IgSteps = None,
+    out: options.RankOut = None,
 ) -> None:
     """Rank the heads of a layer by any method.
 
@@ -251,21 +232,21 @@ def rank(
         target=target,
         ig_steps=ig_steps,
         out=out,
-        stage=watched,
+        stage=terminal.watched,
     )
-    say(job.summary, *job.files)
+    terminal.say(job.summary, *job.files)
 
 
-@app.command(cls=Paneled, epilog=f"Example: rq4lens sweep {OWN_PAIR} --layers 20-31")
-@takes_config(*EVERY_PART, without=("layer", "control_layer", *ANALYSIS), config_file=True)
-@takes_many()
+@app.command(cls=options.Paneled, epilog=f"Example: rq4lens sweep {OWN_PAIR} --layers 20-31")
+@options.takes_config(*EVERY_PART, without=("layer", "control_layer", *ANALYSIS), config_file=True)
+@options.takes_many()
 def sweep(
     config: RunConfig,
     layers: Annotated[
         str | None, typer.Option(metavar="LIST", help="Layers: '24,26', '20-31' or ALL.")
     ] = None,
-    out: Out = None,
-    fresh: Fresh = False,
+    out: options.Out = None,
+    fresh: options.Fresh = False,
     *,
     many: Many,
 ) -> None:
@@ -273,14 +254,14 @@ def sweep(
 
     Every layer is measured from one clean pass of each model.
     """
-    with starting():
+    with terminal.starting():
         from rq4lens.jobs.sweep import parse_layers, sweep_layers  # noqa: PLC0415
 
     if many.asked:
         _by_many("sweep", config, parse_layers(layers), out, many, fresh)
         return
-    result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=watched)
-    say(result.summary, *([] if out is None else [out]))
+    result = sweep_layers(config, out, parse_layers(layers), fresh=fresh, stage=terminal.watched)
+    terminal.say(result.summary, *([] if out is None else [out]))
 
 
 def _by_many(
@@ -299,16 +280,16 @@ def _by_many(
     if out is None:
         raise UserError("several processes need one folder to meet in: name it with --out DIR.")
     request = Request(command, config, None if layers is None else tuple(layers))
-    with kept_when_stopped(out):
+    with terminal.kept_when_stopped(out):
         if many.shard is not None:
-            said = run_shard(request, out, many.sharing, fresh=fresh, stage=watched)
+            said = run_shard(request, out, many.sharing, fresh=fresh, stage=terminal.watched)
         else:
-            said = run_on_cluster(request, out, many.where, fresh=fresh, stage=watched)
-    say(said, out)
+            said = run_on_cluster(request, out, many.where, fresh=fresh, stage=terminal.watched)
+    terminal.say(said, out)
 
 
 @app.command()
-@takes_many()
+@options.takes_many()
 def study(
     file: Annotated[
         Path, typer.Argument(metavar="STUDY.toml", help="Pairs, layers, alphas, maps.")
@@ -319,7 +300,7 @@ def study(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it takes, from a short probe.")
     ] = False,
-    fresh: Fresh = False,
+    fresh: options.Fresh = False,
     *,
     many: Many,
 ) -> None:
@@ -333,18 +314,18 @@ def study(
 
     wanted = read_study(file)
     if plan:
-        say(plan_text(wanted, stage=watched))
+        terminal.say(plan_text(wanted, stage=terminal.watched))
         return
     directory = out or Path("runs") / file.stem
-    with kept_when_stopped(directory):
-        said = run_study_file(wanted, directory, many, fresh=fresh, stage=watched)
-    say(said, directory)
+    with terminal.kept_when_stopped(directory):
+        said = run_study_file(wanted, directory, many, fresh=fresh, stage=terminal.watched)
+    terminal.say(said, directory)
 
 
 @app.command()
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of the shares.")],
-    trust_remote_code: TrustCode = False,
+    trust_remote_code: options.TrustCode = False,
 ) -> None:
     """Put together what shares of a job measured.
 
@@ -352,7 +333,7 @@ def merge(
     """
     from rq4lens.studies.job import merge as merged  # noqa: PLC0415 - keeps --help fast
 
-    say(merged(run, trust_remote_code=trust_remote_code, stage=watched), run)
+    terminal.say(merged(run, trust_remote_code=trust_remote_code, stage=terminal.watched), run)
 
 
 @app.command(epilog="Example: rq4lens positions runs/demo --last 4 --prompt val0001")
@@ -365,7 +346,7 @@ def positions(
         list[str] | None,
         typer.Option(metavar="ID", help="Measure on this prompt alone; repeatable."),
     ] = None,
-    trust_remote_code: TrustCode = False,
+    trust_remote_code: options.TrustCode = False,
 ) -> None:
     """Say at which token the heads of a run's layer carry something.
 
@@ -377,14 +358,14 @@ def positions(
     from rq4lens.jobs.positions import map_run  # noqa: PLC0415 - keeps --help fast
     from rq4lens.screen.tables import positions_text  # noqa: PLC0415
 
-    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": watched}
-    with kept_when_stopped(run):
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "stage": terminal.watched}
+    with terminal.kept_when_stopped(run):
         found = map_run(run, int(last) if last.isdecimal() else last, prompt, **how)
-    say(positions_text(found), run)
+    terminal.say(positions_text(found), run)
 
 
-@app.command(cls=Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
-@takes_config(PairSource, Reading, "backend", "device", "dtype", config_file=True)
+@app.command(cls=options.Paneled, epilog=f"Example: rq4lens audit {OWN_PAIR}")
+@options.takes_config(PairSource, Reading, "backend", "device", "dtype", config_file=True)
 def audit(
     config: RunConfig,
     every: Annotated[bool, typer.Option("--all", help="Show every prompt.")] = False,
@@ -408,10 +389,10 @@ def audit(
     from rq4lens.screen.audit import WIDTHS, audit_parts  # noqa: PLC0415
 
     refuse_no_file(out)
-    found = audit_pair(config, compare, stage=watched)
+    found = audit_pair(config, compare, stage=terminal.watched)
     if out is not None:
         write_json_atomic(out, found.to_dict())
-    show(audit_parts(*found, every_prompt=every), **WIDTHS)
+    terminal.show(audit_parts(*found, every_prompt=every), **WIDTHS)
     if found.audit.lacking or not found.audit.enough:
         raise typer.Exit(1)
 
@@ -432,8 +413,8 @@ def figures(
 
     directory = out or run / FIGURES
     for sentence in draw_run(run, directory):
-        errors.print(sentence)
-    say("", directory)
+        terminal.errors.print(sentence)
+    terminal.say("", directory)
 
 
 @app.command()
@@ -444,7 +425,7 @@ def report(run: Run) -> None:
     """
     from rq4lens.jobs.pages import write_report_of  # noqa: PLC0415 - keeps --help fast
 
-    say("", write_report_of(run))
+    terminal.say("", write_report_of(run))
 
 
 @app.command()
@@ -463,7 +444,7 @@ def push(
     """
     from rq4lens.analysis.saved import read_run  # noqa: PLC0415 - keeps --help fast
 
-    output.print(f"pushed to {read_run(run).push(repo, private=private)}")
+    terminal.output.print(f"pushed to {read_run(run).push(repo, private=private)}")
 
 
 @app.command()
@@ -472,7 +453,7 @@ def verify(
     sample: Annotated[
         int, typer.Option(min=0, help="Conditions to measure again through the reference engine.")
     ] = 5,
-    trust_remote_code: TrustCode = False,
+    trust_remote_code: options.TrustCode = False,
 ) -> None:
     """Check a finished run, and measure some of it again.
 
@@ -480,20 +461,22 @@ def verify(
     """
     from rq4lens.jobs.verify import verify_run  # noqa: PLC0415 - keeps --help fast
 
-    with watched("verify"):
+    with terminal.watched("verify"):
         verification = verify_run(run, sample=sample, trust_remote_code=trust_remote_code)
-    output.print(verification.text, end="")
+    terminal.output.print(verification.text, end="")
     raise typer.Exit(0 if verification.passed else 1)
 
 
-@app.command(cls=Paneled, epilog="Example: rq4lens validate --base BASE --prompts prompts.jsonl")
-@takes_config(
+@app.command(
+    cls=options.Paneled, epilog="Example: rq4lens validate --base BASE --prompts prompts.jsonl"
+)
+@options.takes_config(
     *(PairSource, Reading, "alpha", "device", "dtype", "seed"),
     without=("tuned", "tuned_revision", "exclude_misaligned"),
     config_file=True,
     default_pair="etiquette",
 )
-@takes_many("cluster", "workers", "gpus_per_worker")
+@options.takes_many("cluster", "workers", "gpus_per_worker")
 def validate(
     config: RunConfig,
     method: Annotated[str, typer.Option(metavar="LIST", help=METHOD_HELP)] = "ALL",
@@ -508,7 +491,7 @@ def validate(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Write the result as JSON; keep pairs beside."),
     ] = None,
-    fresh: Fresh = False,
+    fresh: options.Fresh = False,
     *,
     many: Many,
 ) -> None:
@@ -521,9 +504,9 @@ def validate(
 
     request = ValidationRequest(config, methods_of(method), layer, pairs, drift)
     where = many.where if many.asked else None
-    with kept_when_stopped(None if out is None else kept_beside(out)):
-        said = run_validation(request, out, where, fresh=fresh, stage=watched)
-    output.print(said, end="")
+    with terminal.kept_when_stopped(None if out is None else kept_beside(out)):
+        said = run_validation(request, out, where, fresh=fresh, stage=terminal.watched)
+    terminal.output.print(said, end="")
 
 
 @app.command()
@@ -532,20 +515,20 @@ def pairs(
 ) -> None:
     """List the pairs that come with the package."""
     if name is not None:
-        output.print(preset_text(name), end="")
+        terminal.output.print(preset_text(name), end="")
         return
     for each in preset_names():
-        output.print(f"{each:<12}{preset(each).pair.about}")
+        terminal.output.print(f"{each:<12}{preset(each).pair.about}")
 
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
-    replace_unprintable()
+    terminal.replace_unprintable()
     try:
         # They may stand behind the command too, where one looks for them.
         arguments = sorted(sys.argv[1:], key=lambda each: each not in ("-v", "--verbose"))
         said = app(args=arguments or ["--help"], prog_name="rq4lens", standalone_mode=False)
-        if (why := output_problem()) is not None:
+        if (why := terminal.output_problem()) is not None:
             _fail_at_output(why)
         sys.exit(said or 0)
     except OSError as problem:
@@ -567,7 +550,7 @@ def main() -> None:
 
 def _fail_at_disk(problem: OSError) -> None:
     """Say what no command can help: an output that takes no more, a place that is not open."""
-    if (why := output_problem("\n")) is not None:
+    if (why := terminal.output_problem("\n")) is not None:
         _fail_at_output(why)
     if problem.filename is None or problem.errno not in UNUSABLE:
         raise problem
@@ -578,11 +561,13 @@ def _fail_at_disk(problem: OSError) -> None:
 
 
 def _fail_at_output(why: str) -> None:
-    errors.print(f"rq4lens: cannot print the result ({why}); files that were written are complete")
+    terminal.errors.print(
+        f"rq4lens: cannot print the result ({why}); files that were written are complete"
+    )
     sys.exit(1)
 
 
 def _fail(sentence: str) -> None:
     # What a library says may have several lines; the sentence stays one.
-    errors.print(f"rq4lens: {' '.join(sentence.split())}")
+    terminal.errors.print(f"rq4lens: {' '.join(sentence.split())}")
     sys.exit(2)

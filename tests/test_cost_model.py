@@ -69,7 +69,7 @@ def measured_points(shape, record):
         heads = value if axis.startswith("heads") else shape.n_heads
         n_layers = value if axis.startswith("layers") else None
         layers = range(shape.n_layers - value, shape.n_layers) if n_layers else [layer]
-        work = Work.grid(
+        work = Work(
             value if axis == "prompts" else prompts,
             value if axis.startswith("tokens") else tokens,
             KINDS * heads,
@@ -93,7 +93,7 @@ def test_the_grid_is_predicted_within_thirty_percent(name):
     """From two loaded models to the numbers of the main grid; its time is in no probe point."""
     record, shape, machine = calibrated(name)
     prompts, tokens, layer = setting(record)
-    work = Work.grid(prompts, tokens, record["grid"]["n_conditions"], [layer])
+    work = Work(prompts, tokens, record["grid"]["n_conditions"], [layer])
     assert machine.seconds(shape, work) == pytest.approx(record["grid"]["seconds"], rel=TOLERANCE)
 
 
@@ -102,7 +102,7 @@ def test_the_atlas_is_predicted_within_thirty_percent(name):
     """All heads of all layers beyond the clean pass; its time is in no probe point."""
     record, shape, machine = calibrated(name)
     prompts, tokens, _ = setting(record)
-    atlas = Work.grid(prompts, tokens, KINDS * shape.n_heads, range(shape.n_layers))
+    atlas = Work(prompts, tokens, KINDS * shape.n_heads, range(shape.n_layers))
     predicted = machine.rows_seconds(shape, atlas)
     assert predicted == pytest.approx(record["scan"]["seconds"], rel=TOLERANCE)
 
@@ -112,7 +112,7 @@ def test_a_pair_of_70b_over_two_gpus_is_predicted_from_the_8b_within_thirty_perc
     _, _, machine = calibrated("llama-8b")
     record = json.loads((RECORDS / "spread-llama-70b.json").read_text())
     prompts, tokens, layer = setting(record)
-    work = Work.grid(prompts, tokens, record["n_conditions"], [layer])
+    work = Work(prompts, tokens, record["n_conditions"], [layer])
     predicted = machine.seconds(LLAMA_70B, work, n_devices=2)
     assert predicted == pytest.approx(record["grid_seconds"], rel=TOLERANCE)
 
@@ -138,7 +138,7 @@ def test_constants_come_back_from_points_that_they_made():
     """A machine that follows the model exactly is found again."""
     truth, shape = Machine(0.1, 2e-15, 3e-4, 1.5e-15, 1e-11), SHAPES["llama-8b"]
     works = [
-        Work.grid(prompts, tokens, conditions, range(low, 32))
+        Work(prompts, tokens, conditions, range(low, 32))
         for prompts, tokens, conditions, low in
         [(150, 96, 64, 31), (150, 96, 64, 0), (10, 96, 64, 26), (150, 12, 2, 26), (20, 24, 8, 16)]
     ]  # fmt: skip
@@ -213,10 +213,10 @@ def test_maps_are_as_large_as_predicted(tiny_maps, tiny_pair, tmp_path):
 def test_more_of_anything_never_costs_less():
     """Layers, prompts, tokens and conditions each add seconds."""
     machine, shape = Machine(0.1, 2e-15, 3e-4, 1.5e-15, 1e-11), SHAPES["gpt2-small"]
-    start = Work.grid(20, 50, 60, [8])
+    start = Work(20, 50, 60, [8])
     more = [
-        Work.grid(40, 50, 60, [8]), Work.grid(20, 90, 60, [8]), Work.grid(20, 50, 90, [8]),
-        Work.grid(20, 50, 60, [7, 8]),
+        Work(40, 50, 60, [8]), Work(20, 90, 60, [8]), Work(20, 50, 90, [8]),
+        Work(20, 50, 60, [7, 8]),
     ]  # fmt: skip
     assert all(machine.seconds(shape, each) > machine.seconds(shape, start) for each in more)
     deeper = replace(shape, n_layers=24)

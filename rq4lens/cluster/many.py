@@ -36,7 +36,6 @@ class Cluster:
     address: str = LOCAL
     workers: int | None = None
     gpus_per_worker: float | None = None
-    cpus_per_worker: int = 1
     division: Division = "auto"
 
     def __post_init__(self) -> None:
@@ -116,13 +115,10 @@ WHOLE = Share(Fraction(0), Fraction(1))
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the work of a job is shared out.
+    """How the work of a job is shared out: the first share to come decides its division.
 
-    Args:
-        share: which share is measured.
-        division: whether prompts are divided too; the first share to come decides.
-        part: the part of the pieces, where it is not simply the share.
-        study: the directory of the study that the job belongs to, if it belongs to one.
+    ``part`` is the part of the pieces where it is not simply the share, and ``study`` the directory
+    of the study that the job belongs to, if it belongs to one.
     """
 
     share: Share

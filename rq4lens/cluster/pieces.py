@@ -157,12 +157,9 @@ def inward(layers: Sequence[int]) -> list[int]:
 class Job:
     """What the processes that share a run directory agree on.
 
-    Args:
-        identity: everything that decides its numbers: settings, fingerprints, kind of device.
-        layers: the layer and control layer of each grid.
-        n_shards: into how many shares the first process divided it; 1 where it did not.
-        prompt_parts: ids of the prompts of the parts that pieces cover; empty where each covers
-            all.
+    ``identity`` is everything that decides its numbers, ``layers`` are the layer and control layer
+    of each grid, and ``n_shards`` is into how many shares the first process divided it.
+    ``prompt_parts`` are ids of the prompts that pieces cover; empty where each covers all.
     """
 
     request: Request

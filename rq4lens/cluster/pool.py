@@ -176,9 +176,7 @@ def workers(
     cluster: Cluster, kind: type, size: int, arguments: Callable[[], tuple[Any, ...]]
 ) -> Iterator[Pool]:
     """A pool of actors of a class; all are let go at the end."""
-    actor: Any = ray.remote(kind).options(
-        num_cpus=cluster.cpus_per_worker, num_gpus=gpus_of(cluster), max_restarts=0
-    )
+    actor: Any = ray.remote(kind).options(num_cpus=1, num_gpus=gpus_of(cluster), max_restarts=0)
     pool = Pool(lambda: actor.remote(*arguments()), size)
     try:
         yield pool
@@ -198,7 +196,7 @@ def size_of(cluster: Cluster, n_pieces: int = sys.maxsize) -> int:
     if cluster.workers is not None:
         return min(cluster.workers, n_pieces)
     have, gpus = ray.cluster_resources(), gpus_of(cluster)
-    fitting = have.get("GPU", 0) / gpus if gpus else have.get("CPU", 1) / cluster.cpus_per_worker
+    fitting = have.get("GPU", 0) / gpus if gpus else have.get("CPU", 1)
     return max(1, min(int(fitting), n_pieces))
 
 

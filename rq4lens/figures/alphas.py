@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -23,7 +22,6 @@ _TOP_HEADS = 3
 _AXES = {
     "undoes": "undoes of the gap (%)",
     "coverage": "coverage (% of ΔKL of all heads)",
-    "nats": ALL_HEADS,
 }
 
 
@@ -42,7 +40,13 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
     """
     figure = go.Figure()
     views = _views(grid, points)
-    axes = [_axis(name, points) for name in views]
+    nats = [value for point in points for value in _quantities(point).values()]
+    axes = [
+        effect_axis(ALL_HEADS, nats)
+        if name == "nats"
+        else {"title_text": _AXES[name], "type": "linear", "rangemode": "tozero"}
+        for name in views
+    ]
     buttons = [theme.parts("yaxis", {**theme.PLAIN_AXIS, **axis}) for axis in axes]
     theme.add_views(figure, views, buttons)
     figure.add_vline(
@@ -135,13 +139,6 @@ def _line(
     ]
     marks = zip((point.alpha for point in points), values, texts, strict=True)
     return line(name, [Point(*each, head) for each in marks], look)
-
-
-def _axis(view: str, points: Sequence[AlphaPoint]) -> dict[str, Any]:
-    if view != "nats":
-        return {"title_text": _AXES[view], "type": "linear", "rangemode": "tozero"}
-    estimates = (value for point in points for value in _quantities(point).values())
-    return effect_axis(_AXES[view], estimates)
 
 
 def _quantities(point: AlphaPoint) -> dict[str, Estimate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -39,12 +39,12 @@ def global_ranking(
     (any_head,) = numbers.single_records(grids[min(grids)], [0])
     scores: list[RankBy] = ["delta"] if any_head.to_base_pct.value is None else ["to_base", "delta"]
     views = {name: _ranked(_best(grids, name, top), name, comparison, span) for name in scores}
-    first = views[scores[0]]
+    marks, axis = views[scores[0]]
     look = {"mode": "markers", "cliponaxis": False, **theme.hover(None)}
-    figure = go.Figure([go.Scatter({**look, **first.marks}), _depth_scale(span)])
-    figure.update_layout(xaxis=first.axis, yaxis=theme.rows(first.marks["y"]))
-    theme.switch(figure, [view.button(QUANTITIES[name].name) for name, view in views.items()])
-    n = len(first.marks["y"])
+    figure = go.Figure([go.Scatter({**look, **marks}), _depth_scale(span)])
+    figure.update_layout(xaxis=axis, yaxis=theme.rows(marks["y"]))
+    theme.switch(figure, [_button(QUANTITIES[name].name, *view) for name, view in views.items()])
+    n = len(marks["y"])
     return theme.frame(
         figure,
         f"The best {n} heads of all layers",
@@ -67,18 +67,10 @@ def _best(grids: Mapping[int, GridResult], score: RankBy, top: int) -> list[Cond
     return [numbers.single_records(grid, [head])[0] for _, grid, head in scored[:top]]
 
 
-class _Ranked(NamedTuple):
-    """One order of the heads of all layers: the data of its marks and its axis."""
-
-    marks: dict[str, Any]
-    axis: dict[str, Any]
-
-    def button(self, label: str) -> dict[str, Any]:
-        """The button that shows this order."""
-        change = {name: [value] for name, value in self.marks.items()}
-        layout = theme.parts("xaxis", {**theme.PLAIN_AXIS, **self.axis})
-        layout |= theme.parts("yaxis", theme.rows(self.marks["y"]))
-        return {"label": label, "method": "update", "args": [change, layout, [0]]}
+def _button(label: str, marks: dict[str, Any], axis: dict[str, Any]) -> dict[str, Any]:
+    """The button that shows these marks."""
+    axes = {"xaxis": {**theme.PLAIN_AXIS, **axis}, "yaxis": theme.rows(marks["y"])}
+    return theme.button(label, {name: [value] for name, value in marks.items()}, axes, [0])
 
 
 def _ranked(
@@ -86,7 +78,8 @@ def _ranked(
     score: RankBy,
     comparison: LayerComparison | None,
     span: tuple[int, int],
-) -> _Ranked:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One order of the heads of all layers: a mark for each, and the axis."""
     quantity, labels = QUANTITIES[score], [numbers.label_of(each) for each in best]
     values = [getattr(each, quantity.field) for each in best]
     ranges = {
@@ -109,8 +102,8 @@ def _ranked(
         ],
     }
     if score == "delta":
-        return _Ranked(marks, numbers.effect_axis("ΔKL of the head alone", values))
-    return _Ranked(marks, {"title_text": quantity.title, "rangemode": "tozero"})
+        return marks, numbers.effect_axis("ΔKL of the head alone", values)
+    return marks, {"title_text": quantity.title, "rangemode": "tozero"}
 
 
 def layer_curves(

@@ -74,15 +74,15 @@ def ranking_bars(
         _view(each, estimates, singles, kinds, top)
         for each, (estimates, _) in zip(given, scores, strict=True)
     ]
-    first, carries = views[0], given[0].method == "to_base" and ranking is None
-    figure = go.Figure([go.Bar(**first.bars), go.Scatter(**first.marks)])
-    figure.update_layout(barmode="overlay", bargap=0.25, **first.axes)
-    theme.switch(figure, [view.button for view in views])
+    (bars, marks, axes), carries = views[0], given[0].method == "to_base" and ranking is None
+    figure = go.Figure([go.Bar(**bars), go.Scatter(**marks)])
+    figure.update_layout(barmode="overlay", bargap=0.25, **axes)
+    theme.switch(figure, [_button(*view) for view in views])
     return theme.frame(
         figure,
         f"Heads of layer {grid.settings.layer}, best first",
         numbers.grid_setting(grid, scores[0][1], numbers.kinds_rule(kinds)),
-        theme.Layout(190 + 17 * max(6, len(first.bars["y"])), left_px=126 if kinds else 66),
+        theme.Layout(190 + 17 * max(6, len(bars["y"])), left_px=126 if kinds else 66),
         caption=CAPTION if carries else OWN_CAPTION,
     )
 
@@ -99,23 +99,12 @@ def _rankings(grid: GridResult, singles: Sequence[ConditionRecord]) -> list[Head
     return [grid.ranking_by(name) for name in known]
 
 
-class _View(NamedTuple):
-    """One order of the heads: the data of a bar and of a mark for each, and the axes."""
-
-    bars: dict[str, Any]
-    marks: dict[str, Any]
-    axes: dict[str, dict[str, Any]]
-
-    @property
-    def button(self) -> dict[str, Any]:
-        """The button that shows this order."""
-        keys = ("name", "y", "x", "customdata", "error_x", "hovertext", "marker", "visible")
-        both = {**self.bars, "visible": True}, self.marks
-        change = {key: [each.get(key) for each in both] for key in keys}
-        layout: dict[str, Any] = {}
-        for axis in self.axes.items():
-            layout |= theme.parts(*axis)
-        return {"label": self.bars["name"], "method": "update", "args": [change, layout]}
+def _button(bars: dict[str, Any], marks: dict[str, Any], axes: dict[str, Any]) -> dict[str, Any]:
+    """The button that shows this order of the heads."""
+    keys = ("name", "y", "x", "customdata", "error_x", "hovertext", "marker", "visible")
+    both = {**bars, "visible": True}, marks
+    change = {key: [each.get(key) for each in both] for key in keys}
+    return theme.button(bars["name"], change, axes)
 
 
 def _view(
@@ -124,8 +113,8 @@ def _view(
     singles: Sequence[ConditionRecord],
     kinds: HeadKinds | None,
     top: int | None,
-) -> _View:
-    """An order of the heads by the scores of all of them."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """One order of the heads, by the scores of all: a bar and a mark for each, and the axes."""
     heads, method = ranking.heads[:top], ranking.method
     score = SCORES.get(method) or Score(
         method, theme.plain(method), f"score by {theme.plain(method)}"
@@ -170,7 +159,7 @@ def _view(
         "xaxis": _score_axis(score.title, scores, scale),
         "yaxis": {**theme.rows(labels), **ticks},
     }
-    return _View(bars, marks, axes)
+    return bars, marks, axes
 
 
 def _score_axis(

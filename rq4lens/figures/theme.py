@@ -284,6 +284,16 @@ def add_views(
     switch(figure, buttons)
 
 
+def button(
+    label: str, change: Mapping[str, Any], axes: Mapping[str, Mapping[str, Any]], *traces: Any
+) -> dict[str, Any]:
+    """A button that changes parts of the axes and of some traces, of all if none is named."""
+    layout: dict[str, Any] = {}
+    for axis in axes.items():
+        layout |= parts(*axis)
+    return {"label": label, "method": "update", "args": [dict(change), layout, *traces]}
+
+
 PLAIN_AXIS = {"type": "linear", "dtick": None, "autorange": True}
 """Undoes what another view of the same axis set."""
 

@@ -88,23 +88,18 @@ def busy_share(n_devices: int) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured of one pair: ``rows`` are layers and how many rows enter there."""
+    """What is measured of one pair: so many conditions (head sets times kinds) at each layer."""
 
     n_prompts: int
     n_tokens: int
-    rows: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def grid(cls, n_prompts: int, n_tokens: int, n_conditions: int, layers: Sequence[int]) -> Work:
-        """The same number of conditions (head sets times kinds) at each of some layers."""
-        return cls(n_prompts, n_tokens, tuple((each, n_conditions * n_prompts) for each in layers))
+    n_conditions: int
+    layers: Sequence[int]
 
     def features(self, cfg: ModelConfig) -> tuple[float, float, float]:
         """What the seconds of the rows are made of: blocks visited, operations, logits."""
-        lowest = min((layer for layer, _ in self.rows), default=cfg.n_layers)
-        flops = sum(count * row_flops(cfg, layer, self.n_tokens) for layer, count in self.rows)
-        n_rows = sum(count for _, count in self.rows)
-        return float(cfg.n_layers - lowest), flops, float(n_rows * cfg.d_vocab)
+        visited, n_rows = cfg.n_layers - min(self.layers), self.n_conditions * self.n_prompts
+        flops = n_rows * sum(row_flops(cfg, layer, self.n_tokens) for layer in self.layers)
+        return float(visited), flops, float(n_rows * len(self.layers) * cfg.d_vocab)
 
 
 @dataclass(frozen=True)
@@ -157,9 +152,9 @@ class Machine:
 
     def seconds(self, cfg: ModelConfig, work: Work, n_train: int = 0, n_devices: int = 1) -> float:
         """Seconds of a job from two loaded models to its numbers, fitting maps aside."""
-        highest = max((layer for layer, _ in work.rows), default=0)
         # Activations are read up to the highest layer: of base on all prompts, of tuned on train.
-        read = pass_flops(cfg, work.n_prompts + 2 * n_train, work.n_tokens, highest + 1)
+        n_layers, n_prompts = max(work.layers) + 1, work.n_prompts + 2 * n_train
+        read = pass_flops(cfg, n_prompts, work.n_tokens, n_layers)
         passes = self.pass_flop_seconds * read + self.pass_seconds(cfg, work)
         return passes * busy_share(n_devices) + self.rows_seconds(cfg, work)
 
@@ -261,7 +256,7 @@ def _point(
     engine.effects([(Patch(layer, each, 0.3, RAW),) for each in heads], sources)
     finished = time.perf_counter()
     n_tokens = int(prompts.lengths.float().mean())
-    work = Work.grid(len(prompts), n_tokens, n_heads, [layer])
+    work = Work(len(prompts), n_tokens, n_heads, [layer])
     return Measured(work, passed - started, finished - passed)
 
 
@@ -276,7 +271,7 @@ def estimate(cell: Cell, pair: ModelPair, probed: Probe) -> tuple[int, float, in
     # The best head is measured among the single ones; larger top-k sets are measured besides.
     n_top = 2 * KINDS * sum(k > 1 for k in plans[0].ks)
     n_patches = sum(len(piece.patches) for piece in pieces) + n_top * len(layers)
-    work = Work.grid(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
+    work = Work(n_prompts, probed.n_tokens, n_patches // len(layers), layers)
     seconds = probed.machine.seconds(cfg, work, n_train) + 2 * probed.load_seconds
     n_sites = (n_prompts + n_train) * len(layers) * config.patching.k_positions
     disk_bytes = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rq4lens.cluster.launch import finish_on_cluster
 from rq4lens.cluster.many import WHOLE, Many
@@ -101,11 +100,7 @@ class _Cells:
 
 def _named(name: str, stage: Stage) -> Stage:
     """Stages that say which cell they are of."""
-
-    def open_stage(what: str, rows: int | None) -> Any:
-        return stage(f"{name}: {what}", rows)
-
-    return open_stage
+    return lambda what, rows: stage(f"{name}: {what}", rows)
 
 
 def _run_share(plan: StudyPlan, directory: Path, many: Many, *, fresh: bool, stage: Stage) -> str:

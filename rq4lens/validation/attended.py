@@ -8,7 +8,6 @@ has to be read from what is left of ``x`` once everything that goes along with `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from rq4lens.errors import UserError
 from rq4lens.models.load.lens import HookedTransformer, HookPoint, z_site
-from rq4lens.models.prompts.prompt_set import TokenBatch, TokenizedPrompts
+from rq4lens.models.prompts.prompt_set import TokenizedPrompts
 from rq4lens.patching.passes import forward_batch
 
 ROUNDING = 1e-6
@@ -53,7 +52,33 @@ class AttendedInputs:
             layer: the layer.
             batch_size: prompts per forward pass.
         """
-        return cls(layer, *_read(model, layer, tuple(prompts.batches(batch_size))))
+        attention: Any = model.blocks[layer].attn
+        pattern_site, site = f"blocks.{layer}.attn.hook_pattern", z_site(layer)
+        batches = tuple(prompts.batches(batch_size))
+        seen: dict[str, Tensor] = {}
+        read: list[tuple[Tensor, Tensor]] = []
+
+        def keep(value: Tensor, hook: HookPoint) -> None:
+            seen[str(hook.name)] = value.double().cpu()
+
+        def keep_input(_module: Any, _args: Any, inputs: dict[str, Tensor]) -> None:
+            seen["input"] = inputs["value_input"].double().cpu()
+
+        with (
+            attention.register_forward_pre_hook(keep_input, with_kwargs=True),
+            model.hooks(fwd_hooks=[(pattern_site, keep), (site, keep)]),
+        ):
+            for batch in batches:
+                residual = forward_batch(model, batch, layer)
+                model(residual, start_at_layer=layer, stop_at_layer=layer + 1)
+                rows = torch.arange(len(batch.rows))
+                pattern = seen[pattern_site][rows, :, batch.decision]
+                axes = "prompt head key, prompt key d -> prompt head d"
+                x = einops.einsum(pattern, seen["input"], axes)
+                read.append((x, seen[site][rows, batch.decision]))
+        order = torch.argsort(torch.cat([batch.rows for batch in batches]))
+        x, z = (torch.cat(part)[order] for part in zip(*read, strict=True))
+        return cls(layer, x, z)
 
     def unread(
         self, heads: tuple[int, ...], strength: float, mixing: Float[Tensor, "d_model d_head"]
@@ -102,34 +127,3 @@ def _unit(conditions: Float[Tensor, "head d_model condition"]) -> Tensor:
     """The conditions of each head at one size, so that none is lost among larger ones."""
     size = conditions.norm(dim=(1, 2), keepdim=True)
     return conditions / size.where(size > 0, 1.0)
-
-
-def _read(
-    model: HookedTransformer, layer: int, batches: Sequence[TokenBatch]
-) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, "prompt head d_head"]]:
-    attention: Any = model.blocks[layer].attn
-    pattern_site, site = f"blocks.{layer}.attn.hook_pattern", z_site(layer)
-    seen: dict[str, Tensor] = {}
-    read: list[tuple[Tensor, Tensor]] = []
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        seen[str(hook.name)] = value.double().cpu()
-
-    def keep_input(_module: Any, _args: Any, inputs: dict[str, Tensor]) -> None:
-        seen["input"] = inputs["value_input"].double().cpu()
-
-    with (
-        attention.register_forward_pre_hook(keep_input, with_kwargs=True),
-        model.hooks(fwd_hooks=[(pattern_site, keep), (site, keep)]),
-    ):
-        for batch in batches:
-            residual = forward_batch(model, batch, layer)
-            model(residual, start_at_layer=layer, stop_at_layer=layer + 1)
-            rows = torch.arange(len(batch.rows))
-            pattern = seen[pattern_site][rows, :, batch.decision]
-            axes = "prompt head key, prompt key d -> prompt head d"
-            x = einops.einsum(pattern, seen["input"], axes)
-            read.append((x, seen[site][rows, batch.decision]))
-    order = torch.argsort(torch.cat([batch.rows for batch in batches]))
-    x, z = (torch.cat(part)[order] for part in zip(*read, strict=True))
-    return x, z

@@ -325,11 +325,9 @@ _PLANTERS: dict[str, Callable[[_Site, Planting], PlantedChange]] = {
 
 @torch.no_grad()
 def unrelated(base: HookedTransformer, seed: int = 0) -> PlantedPair:
-    """A base model beside one that shares its shape and the sizes of its weights, nothing else.
+    """A base model beside a copy with the entries of each weight in an order that the seed decides.
 
-    Args:
-        base: the model; it is copied, never changed.
-        seed: decides the order of the entries of each weight.
+    The two share their shape and the sizes of their weights, nothing else.
     """
     other = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(seed)

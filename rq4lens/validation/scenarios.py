@@ -28,7 +28,7 @@ from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.rankings.agreement import strengths
 from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import RankingMethod
-from rq4lens.analysis.records import HeadKind, Ladder
+from rq4lens.analysis.records import Ladder
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
 from rq4lens.analysis.statistics.sign_flips import sign_flips
 from rq4lens.analysis.structure.controls import held_out
@@ -403,7 +403,9 @@ class Trial:
             bootstrap,
         )
         for head in head_kinds(inputs).heads:
-            yield self.scenario.name, self.truth(head.head), verdict_of(head)
+            kept = head.function_kept if head.kind == "recoded" else None
+            verdict = head.kind if kept is None else UNDONE if kept else NOT_UNDONE
+            yield self.scenario.name, self.truth(head.head), verdict
 
     def _ladder(self, measured: MeasuredSets, rungs: Sequence[str]) -> Ladder:
         bootstrap = Bootstrap(measured.groups, RESAMPLES, self.planted.how.seed)
@@ -444,10 +446,3 @@ class Trial:
             )
             flips = sign_flips(one.kl_nats - other.kl_nats, experiment.groups, 1000, seed)
             yield bool(np.nanmin(flips.p_max_t) <= LEVEL)
-
-
-def verdict_of(head: HeadKind) -> str:
-    """What a head is called, and of a recoded one whether its ``W_O`` undoes that."""
-    if head.kind != "recoded" or head.function_kept is None:
-        return head.kind
-    return UNDONE if head.function_kept else NOT_UNDONE

@@ -8,6 +8,7 @@ from rq4lens.analysis.claims import NOTHING, metric_sentences
 from rq4lens.analysis.effects.table import gap_of, grid_full_effect
 from rq4lens.analysis.records import Analysis, ControlLayer, NoisePair, StandIn
 from rq4lens.analysis.statistics.bootstrap import Estimate
+from rq4lens.figures.ladder import SOURCES
 from rq4lens.figures.numbers import label_of, rounded
 from rq4lens.figures.page.parts import Report, Row, Section, Table, TableEntry, Tile, cell, cells
 from rq4lens.results import EVERY, GridResult
@@ -220,9 +221,6 @@ def heads(report: Report) -> Section:
         figures=("ranking", "coverage", "ladder"),
         notes=(choose, rule) if rule else (choose,),
     )
-
-
-SOURCES = ("raw", "shifted", "mapped", "held_out", "output")
 
 
 def _heads_table(report: Report) -> Table:

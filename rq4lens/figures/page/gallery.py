@@ -8,23 +8,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rq4lens import figures
 from rq4lens.analysis.effects.table import bootstrap_of
 from rq4lens.analysis.positions import PositionMap
 from rq4lens.analysis.rankings.agreement import Scored, agreement, strengths
 from rq4lens.analysis.records import Agreement, Analysis, LayerComparison
-from rq4lens.figures.alphas import alpha_sweep
-from rq4lens.figures.coverage import coverage_curve, method_curves
-from rq4lens.figures.heatmaps import (
-    agreement_matrix,
-    interaction_matrix,
-    layer_heatmap,
-    position_map,
-    strongest_prompt,
-)
-from rq4lens.figures.ladder import ladder
-from rq4lens.figures.layers import global_ranking, layer_curves
-from rq4lens.figures.plane import head_plane, map_quality, per_prompt
-from rq4lens.figures.ranking import rank_flow, ranking_bars
+from rq4lens.figures.heatmaps import strongest_prompt
 from rq4lens.results import GridResult
 
 AGREEMENT_KINDS = {"map_kind": "map kinds", "metric": "metrics", "fold": "folds", "seed": "seeds"}
@@ -54,24 +43,29 @@ def run_figures(
         Figures by name, in reading order.
     """
     drawn = {
-        "ranking": ranking_bars(grid, analysis=analysis),
-        "coverage": coverage_curve(grid, analysis),
-        **({"ladder": ladder(analysis)} if analysis is not None and analysis.ladders else {}),
-        "plane": head_plane(grid, analysis),
-        "prompts": per_prompt(grid),
+        "ranking": figures.ranking_bars(grid, analysis=analysis),
+        "coverage": figures.coverage_curve(grid, analysis),
     }
+    if analysis is not None and analysis.ladders:
+        drawn["ladder"] = figures.ladder(analysis)
+    drawn["plane"] = figures.head_plane(grid, analysis)
+    drawn["prompts"] = figures.per_prompt(grid)
     if analysis is not None:
         drawn |= dict(_of_analysis(grid, analysis))
     if layers is not None and len(layers) > 1:
-        drawn["layers"] = layer_heatmap(layers)
-        drawn["layers_ranking"] = global_ranking(layers, comparison)
-        drawn["layers_coverage"] = layer_curves(layers, comparison, main=grid.settings.layer)
+        drawn["layers"] = figures.layer_heatmap(layers)
+        drawn["layers_ranking"] = figures.global_ranking(layers, comparison)
+        drawn["layers_coverage"] = figures.layer_curves(
+            layers, comparison, main=grid.settings.layer
+        )
     if positions is not None:
-        drawn["positions"] = position_map(positions)
-        drawn["positions_prompt"] = position_map(positions, prompt=strongest_prompt(positions))
+        drawn["positions"] = figures.position_map(positions)
+        drawn["positions_prompt"] = figures.position_map(
+            positions, prompt=strongest_prompt(positions)
+        )
     diagnostics = map_diagnostics(grid, grid.provenance if provenance is None else provenance)
     if diagnostics:
-        drawn["maps"] = map_quality(grid, diagnostics, analysis=analysis)
+        drawn["maps"] = figures.map_quality(grid, diagnostics, analysis=analysis)
     return drawn
 
 
@@ -86,31 +80,25 @@ def _of_analysis(grid: GridResult, analysis: Analysis) -> Iterator[tuple[str, go
         what = "ranking methods"
         orders = {ranking.method: ranking.heads for ranking in analysis.rankings}
         ranges = {name: rank_ranges(analysis, name) for name in orders}
-        yield "methods", method_curves(grid, analysis)
-        yield "methods_flow", rank_flow(grid, orders, what=what, rank_ranges=ranges)
+        yield "methods", figures.method_curves(grid, analysis)
+        yield "methods_flow", figures.rank_flow(grid, orders, what=what, rank_ranges=ranges)
         agreements = method_agreements(grid, analysis)
-        yield "methods_agreement", agreement_matrix(grid, agreements, what=what)
+        yield "methods_agreement", figures.agreement_matrix(grid, agreements, what=what)
     for kind, what in AGREEMENT_KINDS.items():
         rows = [row for row in analysis.agreement if row.kind == kind]
         if len({name for row in rows for name in (row.first, row.second)}) > 2:
-            yield f"{kind}_agreement", agreement_matrix(grid, rows, what=what)
+            yield f"{kind}_agreement", figures.agreement_matrix(grid, rows, what=what)
     if analysis.interactions is not None:
-        yield "interactions", interaction_matrix(grid, analysis.interactions)
+        yield "interactions", figures.interaction_matrix(grid, analysis.interactions)
     if len(analysis.alphas) > 1:
-        yield "alpha", alpha_sweep(grid, analysis.alphas)
-        yield "alpha_flow", _alpha_flow(grid, analysis)
-
-
-def _alpha_flow(grid: GridResult, analysis: Analysis) -> go.Figure:
-    alphas = [point.alpha for point in analysis.alphas]
-    return rank_flow(
-        grid,
-        {f"α = {point.alpha:g}": point.heads for point in analysis.alphas},
-        what="blend strengths",
-        alpha=f"{alphas[0]:g} to {alphas[-1]:g}",
+        yield "alpha", figures.alpha_sweep(grid, analysis.alphas)
+        orders = {f"α = {point.alpha:g}": point.heads for point in analysis.alphas}
+        span = f"{analysis.alphas[0].alpha:g} to {analysis.alphas[-1].alpha:g}"
         # At every strength heads are ranked by ΔKL; the run's own ranking may be another.
-        rank_ranges={f"α = {grid.settings.patching.alpha:g}": rank_ranges(analysis, "delta")},
-    )
+        ranges = {f"α = {grid.settings.patching.alpha:g}": rank_ranges(analysis, "delta")}
+        what = "blend strengths"
+        flow = figures.rank_flow(grid, orders, what=what, alpha=span, rank_ranges=ranges)
+        yield "alpha_flow", flow
 
 
 def rank_ranges(analysis: Analysis, ranking: str) -> dict[int, tuple[int, int]]:

@@ -373,7 +373,10 @@ def provenance(report: Report) -> Section:
         **_read_alike(run.get("audit")),
         **{name: run[name] for name in ("rq4lens", "device") if name in run},
     }
-    rows = tuple((name, _plain_value(value)) for name, value in settings.items())
+    rows = tuple(
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in settings.items()
+    )
     table = Table("Settings", ("setting", "value"), rows, long=(1,))
     blocks = (("run.json", json.dumps(run, indent=1, default=str)),) if run else ()
     text = (
@@ -393,7 +396,3 @@ def _read_alike(audit: Mapping[str, Any] | None) -> dict[str, Any]:
         counts["prompts left out because they are not"] = excluded
     cut = (audit.get("n_cut_left") or {}).items()
     return counts | {f"prompts cut on the left, {side}": n_cut for side, n_cut in cut if n_cut}
-
-
-def _plain_value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -96,27 +96,13 @@ IgSteps = Annotated[
 ]
 
 SHARED_OUT: dict[str, Any] = {
-    "shard": Annotated[
-        str | None,
-        of_many("--shard", metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
-    ],
-    "cluster": Annotated[
-        str | None,
-        of_many("--cluster", metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
-    ],
-    "workers": Annotated[
-        int | None, of_many(metavar="N", help="With --cluster: workers; as many as fit.")
-    ],
-    "gpus_per_worker": Annotated[
-        float | None, of_many(metavar="X", help="With --cluster: GPUs of each worker, also 0.5.")
-    ],
-    "divide": Annotated[
-        str | None,
-        of_many(
-            metavar="auto|conditions|prompts",
-            help="Pieces of conditions, or of prompts as well.  [default: auto]",
-        ),
-    ],
+    "shard": of_many(metavar="I/N", help="Measure one of N shares; then `rq4lens merge`."),
+    "cluster": of_many(metavar="local|auto|ADDRESS", help="Measure on a Ray cluster."),
+    "workers": of_many(metavar="N", help="With --cluster: workers; as many as fit."),
+    "gpus_per_worker": of_many(metavar="X", help="With --cluster: GPUs of each worker, also 0.5."),
+    "divide": of_many(
+        metavar="auto|conditions|prompts", help="Pieces of conditions, or of prompts as well."
+    ),
 }
 """The options of :class:`Many`."""
 
@@ -128,16 +114,21 @@ def takes_many(*names: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        asked = {name: SHARED_OUT[name] for name in names or SHARED_OUT}
         *own, last = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [*own, *(_keyword(name, option) for name, option in asked.items())]
+        fields = inspect.signature(Many, eval_str=True).parameters
+        asked = [
+            fields[name].replace(
+                kind=inspect.Parameter.KEYWORD_ONLY,
+                annotation=Annotated[fields[name].annotation, SHARED_OUT[name]],
+            )
+            for name in names or SHARED_OUT
+        ]
 
-        def call(**values: Any) -> Any:
-            given = {name: values.pop(name) for name in asked}
-            many = Many(**{name: each for name, each in given.items() if each is not None})
-            return command(**values, **{last.name: many})
+        def call(*config: Any, **values: Any) -> Any:
+            many = Many(**{each.name: values.pop(each.name) for each in asked})
+            return command(*config, **values, **{last.name: many})
 
-        return _read_as(command, parameters, call)
+        return _read_as(command, [*own, *asked], call)
 
     return decorate
 

@@ -14,6 +14,7 @@ from rq4lens.analysis.positions import Quantity as OfACell
 from rq4lens.analysis.records import Agreement, Interactions
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
+from rq4lens.figures.numbers import Quantity
 from rq4lens.results import GridResult
 
 Cells = Sequence[Sequence[float | None]]
@@ -41,16 +42,6 @@ class Heat(NamedTuple):
             z = [[None if value is None else scale.place(value) for value in row] for row in z]
             low, reach = scale.place(low), scale.place(reach)
         return cls({"z": z, "zmin": low, "zmax": reach, "autocolorscale": True}, ticks)
-
-
-class Quantity(NamedTuple):
-    """A quantity of the heatmap: its name on the switch, the field of its records, its scale."""
-
-    name: str
-    field: str
-    title: str
-    most: float | None = None
-    signed: bool = True
 
 
 # A single head can make things a hundred times worse in percent; colours end at 100%.

@@ -167,6 +167,16 @@ def hover(record: ConditionRecord, name: str | None = None) -> str:
     )
 
 
+class Quantity(NamedTuple):
+    """A number that a figure can switch to: its name, the field of its records, its scale."""
+
+    name: str
+    field: str
+    title: str
+    most: float | None = None
+    signed: bool = True
+
+
 NO_KINDS = "kinds of heads: not told apart, since the ladder was not measured"
 
 

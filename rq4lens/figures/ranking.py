@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,27 +13,19 @@ from rq4lens.analysis.statistics.bootstrap import Estimate, Interval
 from rq4lens.config import RankBy
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
+from rq4lens.figures.numbers import Quantity
 from rq4lens.results import METRIC_TRANSFERS, TRANSFERS, GridResult, HeadRanking
 
-
-class Score(NamedTuple):
-    """A score that heads are ranked by: the field of its records, its button and its axis."""
-
-    field: str
-    button: str
-    title: str
-
-
 SCORES = {
-    "to_base": Score("to_base_pct", "undoes", "undoes of the gap, alone at strength 1 (%)"),
-    "to_tuned": Score("to_tuned_pct", "gives base", "gives base, alone at strength 1 (%)"),
-    "metric": Score("metric_pct", "metric", "undoes of the metric, alone at strength 1 (%)"),
-    "metric_to_tuned": Score(
-        "metric_to_tuned_pct", "metric, to tuned", "gives base of the metric, at strength 1 (%)"
+    "to_base": Quantity("undoes", "to_base_pct", "undoes of the gap, alone at strength 1 (%)"),
+    "to_tuned": Quantity("gives base", "to_tuned_pct", "gives base, alone at strength 1 (%)"),
+    "metric": Quantity("metric", "metric_pct", "undoes of the metric, alone at strength 1 (%)"),
+    "metric_to_tuned": Quantity(
+        "metric, to tuned", "metric_to_tuned_pct", "gives base of the metric, at strength 1 (%)"
     ),
-    "delta": Score("delta", "ΔKL", "ΔKL of the head alone (nats)"),
-    "kl_raw": Score("KL_raw_mean", "KL_raw", "KL_raw of the head alone (nats)"),
-    "drop_pct": Score("drop_pct", "drop", "drop of the head alone (%)"),
+    "delta": Quantity("ΔKL", "delta", "ΔKL of the head alone (nats)"),
+    "kl_raw": Quantity("KL_raw", "KL_raw_mean", "KL_raw of the head alone (nats)"),
+    "drop_pct": Quantity("drop", "drop_pct", "drop of the head alone (%)"),
 }
 FIRST_VIEWS: tuple[RankBy, ...] = ("to_base", "delta", "kl_raw")
 CAPTION = (
@@ -116,9 +108,8 @@ def _view(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """One order of the heads, by the scores of all: a bar and a mark for each, and the axes."""
     heads, method = ranking.heads[:top], ranking.method
-    score = SCORES.get(method) or Score(
-        method, theme.plain(method), f"score by {theme.plain(method)}"
-    )
+    named = theme.plain(method)
+    score = SCORES.get(method) or Quantity(named, method, f"score by {named}")
     kind = {head: kinds.heads[head].kind for head in heads} if kinds else {}
     labels = [numbers.label_of(singles[head]) for head in heads]
     scores = [estimates[head] for head in heads]
@@ -133,7 +124,7 @@ def _view(
     ]
     rows = {"y": labels, "customdata": labels, **theme.hover(texts)}
     bars = {
-        "name": score.button,
+        "name": score.name,
         "orientation": "h",
         "marker": {"color": [theme.KINDS[kind.get(head, "recoded")][0] for head in heads]},
         "x": [each.value for each in placed],
@@ -142,7 +133,7 @@ def _view(
     }
     # The other direction, which stands beside ``to_base`` alone.
     marks = {
-        "name": SCORES["to_tuned"].button,
+        "name": SCORES["to_tuned"].name,
         "mode": "markers",
         "marker": {"symbol": "diamond-open", "size": 9, "color": theme.INK, "line": {"width": 1.5}},
         "visible": method == "to_base",

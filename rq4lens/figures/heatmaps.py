@@ -9,15 +9,16 @@ import numpy as np
 import plotly.graph_objects as go
 
 from rq4lens.analysis.card.fragment import token_text
-from rq4lens.analysis.positions import OF_A_CELL, MappedPosition, PositionMap
+from rq4lens.analysis.positions import MappedPosition, PositionMap
 from rq4lens.analysis.positions import Quantity as OfACell
-from rq4lens.analysis.records import Agreement, Interactions
+from rq4lens.analysis.records import Agreement, ConditionRecord, Interactions
 from rq4lens.errors import UserError
 from rq4lens.figures import numbers, theme
 from rq4lens.figures.numbers import Quantity
 from rq4lens.results import GridResult
 
 Cells = Sequence[Sequence[float | None]]
+Records = Sequence[ConditionRecord]
 
 
 class Heat(NamedTuple):
@@ -77,10 +78,7 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = Non
     singles = [numbers.single_records(grids[layer]) for layer in layers]
     heads = range(len(singles[0]))
     figure = heatmap(
-        {
-            name: [[getattr(each, kind.field).value for each in row] for row in singles]
-            for name, kind in QUANTITIES.items()
-        },
+        _cells(singles, QUANTITIES),
         quantity,
         x=list(heads),
         y=[str(layer) for layer in layers],
@@ -105,6 +103,14 @@ def layer_heatmap(grids: Mapping[int, GridResult], *, quantity: str | None = Non
         theme.Layout(250 + max(220, 14 * len(layers)), rows=2),
         caption=CAPTION,
     )
+
+
+def _cells(rows: Sequence[Records], quantities: Iterable[str]) -> dict[str, Cells]:
+    """The cells of some quantities, by rows of records."""
+    return {
+        name: [[getattr(each, QUANTITIES[name].field).value for each in row] for row in rows]
+        for name in quantities
+    }
 
 
 def heatmap(cells: Mapping[str, Cells], quantity: str | None, **trace: Any) -> go.Figure:
@@ -160,8 +166,9 @@ def position_map(
     row = None if prompt is None else positions.row_of(prompt)
     labels, places = list(positions.labels), list(range(len(positions.positions)))
     hovers = [_hovers(positions, place, row) for place in places]
+    columns = [each.layer_and_heads for each in positions.positions]
     figure = heatmap(
-        _of_all(positions) if row is None else _of_prompt(positions, row),
+        _cells([*zip(*columns, strict=True)], UNITS) if row is None else _of_prompt(positions, row),
         quantity,
         x=places,
         y=labels,
@@ -205,15 +212,6 @@ def strongest_prompt(positions: PositionMap) -> str:
     nothing = positions.grid["none"].transfer
     assert nothing is not None
     return positions.grid.prompt_ids[int(np.argmax(nothing.left_nats("to_base")))]
-
-
-def _of_all(positions: PositionMap) -> dict[str, Cells]:
-    """The cells of each quantity, a row for the whole layer and for each head."""
-    columns = [each.layer_and_heads for each in positions.positions]
-    return {
-        name: [[getattr(each, field).value for each in row] for row in zip(*columns, strict=True)]
-        for name, field in OF_A_CELL.items()
-    }
 
 
 def _of_prompt(positions: PositionMap, row: int) -> dict[str, Cells]:

@@ -8,6 +8,7 @@ import torch
 from games import Game, measured
 from tiny import random_prompts, tiny_model, word_tokenizer
 
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.heads import Head
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.patching.patch import Effects
@@ -63,7 +64,7 @@ def test_what_does_nothing_is_never_chosen(heads):
         chosen = heads.choose({"rewired": 3}, None, np.random.default_rng(seed))
         assert chosen.layer in heads.layers
         assert SILENT not in [head.index for head in chosen.heads["rewired"]]
-        assert all(cost > 0 for cost in chosen.cost_nats.values())
+        assert all(cost > 0 for cost in chosen.base_cost_nats.values())
 
 
 def test_all_heads_are_drawn_from_where_nothing_is_asked_of_them(heads):
@@ -91,7 +92,7 @@ def test_a_choice_is_recorded(heads):
     """What decided is data: the layer, the heads and what each costs the base model."""
     chosen = heads.choose({"rewired": 1}, 1, np.random.default_rng(0))
     (head,) = chosen.heads["rewired"]
-    record = chosen.to_dict()
+    record = to_json(chosen)
     assert record["heads"] == {"rewired": [head.label]}
     assert record["base_cost_nats"] == {head.label: heads.cost(1).group_nats[head.index]}
     assert isinstance(head, Head)

@@ -30,6 +30,7 @@ from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import RankingMethod
 from rq4lens.analysis.records import Ladder
 from rq4lens.analysis.statistics.bootstrap import Bootstrap
+from rq4lens.analysis.statistics.plain import to_json
 from rq4lens.analysis.statistics.sign_flips import sign_flips
 from rq4lens.analysis.structure.controls import held_out
 from rq4lens.analysis.structure.kinds import (
@@ -177,17 +178,8 @@ class Chosen:
 
     layer: int
     heads: Mapping[ChangeKind, tuple[Head, ...]]
+    base_cost_nats: Mapping[Head, float]
     among: Among
-    cost_nats: Mapping[Head, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The choice as JSON."""
-        return {
-            "layer": self.layer,
-            "heads": {kind: [h.label for h in heads] for kind, heads in self.heads.items()},
-            "base_cost_nats": {head.label: cost for head, cost in self.cost_nats.items()},
-            "among": self.among,
-        }
 
 
 class BaseHeads:
@@ -239,7 +231,7 @@ class BaseHeads:
             heads[kind] = tuple(Head(layer, self._width * group) for group in groups)
             if cost:
                 costs |= zip(heads[kind], cost.group_nats[groups].tolist(), strict=True)
-        return Chosen(layer, heads, among, costs)
+        return Chosen(layer, heads, costs, among)
 
     @cached_property
     def layers(self) -> Sequence[int]:
@@ -359,7 +351,7 @@ class Trial:
         """What was planted, and how its heads were chosen."""
         return {
             "scenario": self.scenario.name,
-            "chosen": self.chosen.to_dict(),
+            "chosen": to_json(self.chosen),
             **self.planted.to_dict(),
         }
 

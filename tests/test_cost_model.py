@@ -12,7 +12,7 @@ import pytest
 from tiny import stored_map, tiny_model
 
 from rq4lens.disk.store import Store
-from rq4lens.models.load.lens import HookedTransformerConfig
+from rq4lens.models.load.lens import TransformerBridgeConfig
 from rq4lens.studies.cost_model import (
     KINDS,
     Machine,
@@ -31,7 +31,7 @@ RECORDS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def shape_of(n_layers, n_heads, n_key_value_heads, d_model, d_head, d_mlp, gated_mlp, d_vocab):
     """The configuration of a model of this shape."""
-    return HookedTransformerConfig(
+    return TransformerBridgeConfig(
         n_layers=n_layers,
         n_heads=n_heads,
         n_key_value_heads=n_key_value_heads,

@@ -12,10 +12,11 @@ from rq4lens.figures import theme
 from rq4lens.figures.numbers import Point, effect_axis, grid_setting, line, shown
 from rq4lens.results import GridResult
 
+# The field of each quantity, and its line.
 _NATS = {
-    "KL_raw": theme.Look(theme.RAW, "square", "dash"),
-    "KL_mapped": theme.Look(theme.MAPPED, "circle", "solid"),
-    "ΔKL": theme.Look(theme.DELTA, "triangle-up", "dot"),
+    "KL_raw": ("KL_raw", theme.Look(theme.RAW, "square", "dash")),
+    "KL_mapped": ("KL_mapped", theme.Look(theme.MAPPED, "circle", "solid")),
+    "ΔKL": ("delta", theme.Look(theme.DELTA, "triangle-up", "dot")),
 }
 ALL_HEADS = "all heads"
 _TOP_HEADS = 3
@@ -40,7 +41,7 @@ def alpha_sweep(grid: GridResult, points: Sequence[AlphaPoint]) -> go.Figure:
     """
     figure = go.Figure()
     views = _views(grid, points)
-    nats = [value for point in points for value in _quantities(point).values()]
+    nats = [getattr(point, field) for point in points for field, _ in _NATS.values()]
     axes = [
         effect_axis(ALL_HEADS, nats)
         if name == "nats"
@@ -104,8 +105,8 @@ def _views(grid: GridResult, points: Sequence[AlphaPoint]) -> dict[str, list[go.
         for view, lines in shares.items()
     }
     nats = [
-        line(name, [Point(p.alpha, _quantities(p)[name], _hover(p)) for p in points], look)
-        for name, look in _NATS.items()
+        line(name, [Point(p.alpha, getattr(p, field), _hover(p)) for p in points], look)
+        for name, (field, look) in _NATS.items()
     ]
     return {view: traces for view, traces in {**views, "nats": nats}.items() if traces}
 
@@ -141,12 +142,8 @@ def _line(
     return line(name, [Point(*each, head) for each in marks], look)
 
 
-def _quantities(point: AlphaPoint) -> dict[str, Estimate]:
-    return {"KL_raw": point.KL_raw, "KL_mapped": point.KL_mapped, "ΔKL": point.delta}
-
-
 def _hover(point: AlphaPoint) -> str:
-    lines = [f"{name} {shown(value, 'nats')}" for name, value in _quantities(point).items()]
+    lines = [f"{name} {shown(getattr(point, each), 'nats')}" for name, (each, _) in _NATS.items()]
     drop = f"drop {shown(point.drop_pct, '%')}"
     best = "best heads " + ", ".join(f"H{head}" for head in point.heads[:5])
     return "<br>".join([f"<b>α = {point.alpha:g}</b>", *lines, drop, best])

@@ -75,15 +75,13 @@ def ladder(run: Run | Analysis, *, alpha: float = 1.0) -> go.Figure:
 
 
 def _ladder_at(analysis: Analysis, alpha: float) -> Ladder:
-    for found in analysis.ladders:
-        if found.rows[0].alpha == alpha:
-            return found
-    strengths = [f"{each.rows[0].alpha:g}" for each in analysis.ladders]
-    if not strengths:
+    found = {each.rows[0].alpha: each for each in analysis.ladders}
+    if not found:
         raise UserError("the analysis has no ladder: run it with '--analysis full'.")
-    raise UserError(
-        f"the analysis has no ladder at alpha {alpha:g}: it has {', '.join(strengths)}."
-    )
+    if alpha not in found:
+        has = ", ".join(f"{each:g}" for each in found)
+        raise UserError(f"the analysis has no ladder at alpha {alpha:g}: it has {has}.")
+    return found[alpha]
 
 
 def _name(row: LadderRow, layer: int) -> str:

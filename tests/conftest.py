@@ -13,7 +13,7 @@ MEMORY, ENOUGH_BYTES = Path("/dev/shm"), 4 * 2**30
 Runs sync every file that they write, which takes a disk longer than small models to be measured.
 """
 
-if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 LONGEST_FIRST = (

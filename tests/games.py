@@ -25,7 +25,9 @@ from rq4lens.patching.measured import Measurer, Planned
 from rq4lens.patching.patch import BASE, MAPPED, OTHERS, OWN, SELF, TUNED, Effects
 from rq4lens.results import EVERY, EVERY_LAYER, GridResult, GridSettings
 
-GRADIENT_METHODS = tuple(name for name, method in METHODS.items() if method.needs_models)
+GRADIENT_METHODS = tuple(
+    name for name, method in METHODS.items() if method.function.startswith("gradients.")
+)
 """Methods that need the tuned model itself and no patched measurement."""
 
 

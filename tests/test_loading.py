@@ -43,7 +43,7 @@ from transformers import (
 
 from rq4lens.config import Place
 from rq4lens.errors import UserError
-from rq4lens.models.load import fingerprint, loading
+from rq4lens.models.load import fingerprint, huggingface, loading
 from rq4lens.models.load.architectures import ARCHITECTURES, Architecture
 from rq4lens.models.load.checkpoint import locate
 from rq4lens.models.load.conversion import hooked_from
@@ -257,8 +257,9 @@ def test_a_checkpoint_is_read_beside_its_loading(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_weights_that_are_read_ahead_are_those_of_the_files(folders, name):
+def test_weights_that_are_read_ahead_are_those_of_the_files(folders, name, monkeypatch):
     """On a GPU they are on their way while transformers still looks at the configuration."""
+    monkeypatch.setattr(huggingface, "PIECE_BYTES", 1000)  # some tensors take several, most one
     checkpoint, dtype = locate(folders(name)), torch.float32
     assert read_ahead(checkpoint, torch.device("cpu"), dtype) is None
     with ThreadPoolExecutor() as pool:
@@ -273,14 +274,16 @@ def test_weights_that_are_read_ahead_are_those_of_the_files(folders, name):
             assert value.dtype == same_value.dtype
             assert torch.equal(value, same_value), weight
     assert found.config.to_dict() == expected.config.to_dict()
+    assert found.name_or_path == expected.name_or_path
     assert found.training is expected.training is False
 
 
-def test_damaged_weights_are_refused_when_they_are_read_ahead(llama):
+@pytest.mark.parametrize("n_bytes", [0, -100])
+def test_damaged_weights_are_refused_when_they_are_read_ahead(llama, n_bytes):
     """What goes wrong on another thread is said where the model is asked for."""
-    checkpoint = locate(llama)
+    checkpoint, path = locate(llama), llama / "model.safetensors"
     _ = checkpoint.tensors
-    (llama / "model.safetensors").write_bytes(b"")
+    path.write_bytes(path.read_bytes()[:n_bytes])
     with ThreadPoolExecutor() as pool:
         ahead = pool.submit(read_tensors, checkpoint, torch.device("cpu"))
         with pytest.raises(UserError, match=r"cannot be read .*; restore the folder"):

@@ -16,7 +16,6 @@ from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.analysis.rankings.methods import METHODS
 from rq4lens.config import Patching
 from rq4lens.patching import passes, patch
-from rq4lens.patching.engines import suffix
 from rq4lens.patching.engines.block_row import kernel_covers, row_z, row_z_by_kernel
 from rq4lens.patching.engines.choice import make_engine
 from rq4lens.patching.engines.clean_pass import each_tensor
@@ -172,14 +171,35 @@ def test_rows_attend_by_the_kernel_as_with_plain_tensors(fields, dtype, n_positi
         {"attn_scores_soft_cap": 30.0},
     ],
 )
-def test_what_the_attention_kernel_does_not_cover_goes_by_plain_tensors(fields, monkeypatch):
+def test_what_the_attention_kernel_does_not_cover_goes_by_plain_tensors(fields):
     """Such a model is measured all the same."""
     model = tiny_model(**({"dtype": torch.bfloat16, "d_head": 16, "device": "cuda"} | fields))
-    monkeypatch.setattr(suffix, "row_z_by_kernel", None)
     prompts = ragged_prompts()
-    engine = make_engine(model, prompts)
-    sources = random_sources(len(prompts), d_head=model.cfg.d_head)
+    engine = make_engine(model, prompts, Patching(k_positions=3))
+    sources = random_sources(len(prompts), 3, d_head=model.cfg.d_head)
     assert np.isfinite(engine.effects(all_kinds_of_interventions(), sources).kl_nats).all()
+    assert engine._row_z is row_z
+
+
+@pytest.mark.parametrize("d_head", [16, 64])
+def test_rows_of_several_positions_attend_by_the_kernel(d_head):
+    """An engine takes it where it covers the model, and stays as near to native hooks as they are
+    to themselves in float32.
+    """
+    made = [
+        tiny_model(dtype, device="cuda", d_head=d_head) for dtype in (torch.bfloat16, torch.float32)
+    ]
+    made[1].load_state_dict(made[0].state_dict())
+    prompts, settings = ragged_prompts(), Patching(k_positions=3)
+    sources, interventions = random_sources(len(prompts), 3, d_head), all_kinds_of_interventions()
+    engine = make_engine(made[0], prompts, settings)
+    found = engine.effects(interventions, sources).kl_nats
+    assert engine._row_z is row_z_by_kernel
+    native, exact = (
+        HookEngine(model, prompts, settings).effects(interventions, sources).kl_nats
+        for model in made
+    )
+    assert np.abs(found - exact).mean() <= 1.5 * np.abs(native - exact).mean()
 
 
 def test_logits_in_parts_are_those_of_one_product(monkeypatch):

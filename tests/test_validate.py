@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from games import GRADIENT_METHODS
 from pair_on_disk import write_pair
 from scipy.stats import binomtest
@@ -21,6 +22,7 @@ from rq4lens.errors import UserError
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
 from rq4lens.models.prompts.prompt_set import PromptSet
+from rq4lens.patching.activations import PairActivations
 from rq4lens.results import TRANSFERS, HeadRanking
 from rq4lens.validation.scenarios import (
     LEVEL,
@@ -306,6 +308,28 @@ def test_a_scenario_of_ones_own():
     )
     assert {truth for _, truth, _ in validation.kinds} == {"rotated", "scaled", "untouched"}
     assert "both" in validation_text(validation)
+
+
+@pytest.mark.parametrize("answer_tokens", [1, 3])
+def test_what_planted_pairs_share_is_what_base_gives_in_each(answer_tokens):
+    """Where the tuned model decides what is compared, nothing of another pair is taken over."""
+    asked = ValidationSettings(
+        methods=["delta"],
+        n_train=24,
+        n_val=8,
+        n_val_kinds=8,
+        strength=3.0,
+        scenarios=[BY_NAME["rotated"]],
+        reading=Reading(answer_tokens=answer_tokens),
+    )
+    suite = Suite(tiny_base(), tiny_prompts(24, 8, 8), asked)
+    for number in range(2):
+        shared = suite.trial(BY_NAME["rotated"], number).activations
+        fresh = PairActivations(shared.pair)
+        for split in shared.pair.prompts.splits:
+            assert shared.read("base", split) == fresh.read("base", split)
+            found, expected = (each.log_probs("base", split) for each in (shared, fresh))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

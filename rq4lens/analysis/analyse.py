@@ -56,6 +56,7 @@ RUNGS = (CONSTANT, BASE, SHIFTED, MAPPED)
 """The rungs of every ladder."""
 
 NOT_BESIDE = {"neutral": records.NO_NEUTRAL, "noise": records.NO_NOISE_PAIR}
+"""Why these parts are missing although an experiment was given."""
 
 PARTS = (
     *("coverage", "compared", "interactions", "alphas", "directions", "ladders", "kinds"),

@@ -658,13 +658,13 @@ class NoisePair(Record):
 
 @dataclass(frozen=True, repr=False)
 class DirectionCoverage(Listed):
-    """What the top k heads carry of the gap in one direction, beside random heads.
+    """What the top k heads cover by one score, beside random heads.
 
     Args:
         direction: ``"to_base"`` or ``"to_tuned"``; of the metric ``"metric"``, to base, or
-            ``"metric_to_tuned"``.
-        full: the gap, of which everything is a share.
-        curves: the curve of the ranking by this direction, and the cross-fitted one.
+            ``"metric_to_tuned"``; else the run's own score, as ``"delta"``.
+        full: what everything is a share of: the gap, or the effect of all heads.
+        curves: the curve of the ranking by this score, and the cross-fitted one.
     """
 
     ROWS: ClassVar[str] = "coverage"

@@ -54,7 +54,8 @@ FEW_PIECES = 16
 
 A piece of 32 patches of a middle layer costs about as much as 32 tokens in half of the layers; the
 clean pass of a prompt of T tokens, which every worker makes unless prompts are divided, about T
-tokens in all of them. With T = 96 that is the work of six pieces.
+tokens in all of them. With T = 96 that is the work of six pieces. On a GPU a piece is 256 patches:
+the grid of one layer has too few of them for several workers, and prompts are divided earlier.
 """
 
 

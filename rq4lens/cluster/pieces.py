@@ -27,7 +27,7 @@ from rq4lens.results import EVERY, EVERY_LAYER
 Command = Literal["run", "sweep"]
 
 PIECES = "pieces"
-FORMAT = 2
+FORMAT = 3
 
 ELSEWHERE = {
     *("about", "base", "tuned", "base_revision", "tuned_revision", "prompts", "trust_remote_code"),

@@ -49,7 +49,7 @@ TENSORS = ".safetensors"
 SHA256 = "sha256"
 """Name of the checksum of the tensors in the payload of their record."""
 
-NUMERICS_VERSION = "2"
+NUMERICS_VERSION = "3"
 """Raised whenever a change of the code changes a stored number; older records are then unused."""
 
 

@@ -236,8 +236,14 @@ class PairActivations:
         refuse_two_places(self.pair.reading, self.k_positions)
 
     def beside(self, pair: ModelPair) -> PairActivations:
-        """Activations of a pair of the same base model and prompts; base's are there already."""
-        of_base = {key: found for key, found in self._captured.items() if key[0] == "base"}
+        """Activations of a pair of the same base model and prompts.
+
+        Base's are there already, unless it reads answers that the other model gives.
+        """
+        alike = self.pair.reading.answer_tokens == 1
+        of_base = {
+            key: found for key, found in self._captured.items() if alike and key[0] == "base"
+        }
         return PairActivations(
             pair, k_positions=self.k_positions, batch_size=self.batch_size, _captured=of_base
         )

@@ -128,12 +128,12 @@ def _logits(
     unembed: Unembed, resid: Float[Tensor, "prompt *row d_model"]
 ) -> Float[Tensor, "prompt *row vocab"]:
     shape = (*resid.shape[:-1], unembed.W_U.shape[1])
-    n_parts = -(-prod(shape) // LARGEST_PRODUCT)
+    n_rows = max(1, LARGEST_PRODUCT // shape[-1])
     derived = torch.is_grad_enabled() or forward_ad.unpack_dual(resid).tangent is not None
-    if not resid.is_cuda or n_parts == 1 or derived:
+    if not resid.is_cuda or prod(shape[:-1]) <= n_rows or derived:
         return unembed(resid)
     logits = resid.new_empty(shape)
-    parts = (tensor.flatten(0, -2).chunk(n_parts) for tensor in (resid, logits))
+    parts = (tensor.flatten(0, -2).split(n_rows) for tensor in (resid, logits))
     for rows, into in zip(*parts, strict=True):
         torch.addmm(unembed.b_U, rows, unembed.W_U, out=into)
     return logits

@@ -39,6 +39,7 @@ ORDER = ("Arguments", "Options", DIRECTORY, *PANELS.values(), MANY)
 """The panels of the help."""
 
 
+# An option in one of these two panels of the help.
 in_directory = functools.partial(typer.Option, rich_help_panel=DIRECTORY)
 of_many = functools.partial(typer.Option, rich_help_panel=MANY)
 

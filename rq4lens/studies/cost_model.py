@@ -113,7 +113,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine takes for a model of some cfg.
+    """What a machine takes for a model of some configuration.
 
     A clean pass has its start, whatever its size, and its operations; rows have the blocks that
     they visit, whatever their number, their operations, and their logits.

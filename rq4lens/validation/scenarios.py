@@ -396,7 +396,8 @@ class Trial:
         )
         for head in head_kinds(inputs).heads:
             kept = head.function_kept if head.kind == "recoded" else None
-            verdict = head.kind if kept is None else UNDONE if kept else NOT_UNDONE
+            # What a head is called, and of a recoded one whether its W_O undoes that.
+            verdict = {None: head.kind, True: UNDONE, False: NOT_UNDONE}[kept]
             yield self.scenario.name, self.truth(head.head), verdict
 
     def _ladder(self, measured: MeasuredSets, rungs: Sequence[str]) -> Ladder:

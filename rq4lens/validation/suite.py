@@ -288,10 +288,10 @@ class Suite:
 
     @cached_property
     def _of_base(self) -> PairActivations:
-        """The base model's activations, which all planted pairs have in common."""
+        """The base model's activations, where all planted pairs have them in common."""
         pair = ModelPair(self.base, self.base, self._used, reading=self.settings.reading)
         activations = PairActivations(pair)
-        for split in pair.prompts.splits:
+        for split in pair.prompts.splits if pair.reading.answer_tokens == 1 else ():
             activations.capture("base", split, range(pair.n_layers), to_the_end=True)
         return activations
 

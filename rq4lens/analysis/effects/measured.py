@@ -195,10 +195,6 @@ class TransferSets(MeasuredSets):
 
     direction: RankBy
 
-    def ranked_by(self, rank_by: RankBy) -> MeasuredSets:  # noqa: ARG002
-        """These: they are what heads carry already."""
-        return self
-
     @property
     def sources(self) -> tuple[str, ...]:
         """The other model's activations."""

@@ -24,8 +24,9 @@ def single_ranking(measured: MeasuredSets, rank_by: RankBy) -> HeadRanking:
     raw, mapped = measured.kl_nats(measured.singles)
     ranking = rank_single_heads(raw, mapped, rank_by, layer=measured.layer, alpha=measured.alpha)
     parts = raw if rank_by == "kl_raw" else raw - mapped
-    errors = standard_errors(parts, measured.groups)
-    if ranking.share_of is not None:
+    if ranking.share_of is None:
+        errors = standard_errors(parts, measured.groups)
+    else:
         scores = np.array(ranking.by_head, dtype=float)  # NaN where there is none
         errors = _errors_of_shares(scores, parts, raw, measured.groups)
     missing = ONE_GROUP if len(set(measured.groups)) == 1 else NO_RAW_EFFECT

@@ -57,7 +57,6 @@ class Method:
 
     function: str
     reads: tuple[str, ...] = ()
-    needs_models: bool = False
     given: tuple[str, ...] = ()
 
     @property
@@ -79,12 +78,12 @@ METHODS: Mapping[str, Method] = {
     "greedy_forward": Method("exact.rank_greedy_forward"),
     "greedy_backward": Method("exact.rank_greedy_backward"),
     "shapley": Method("exact.rank_by_shapley", ("seed", "orders")),
-    "grad_act": Method("gradients.rank_by_grad_act", ("target",), True),
-    "attribution": Method("gradients.rank_by_attribution", ("target",), True),
+    "grad_act": Method("gradients.rank_by_grad_act", ("target",)),
+    "attribution": Method("gradients.rank_by_attribution", ("target",)),
     "integrated_gradients": Method(
-        "gradients.rank_by_integrated_gradients", ("target", "ig_steps"), True
+        "gradients.rank_by_integrated_gradients", ("target", "ig_steps")
     ),
-    "kl_curvature": Method("gradients.rank_by_kl_curvature", needs_models=True),
+    "kl_curvature": Method("gradients.rank_by_kl_curvature"),
 }
 """The ranking methods by name; the first ones are exact, the last four approximate."""
 

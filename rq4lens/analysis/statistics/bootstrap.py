@@ -92,7 +92,10 @@ UNDEFINED_IN_RESAMPLES = "the quantity is undefined in some resamples (a denomin
 
 
 class Interval(NamedTuple):
-    """A 95% confidence interval, from ``low`` to ``high``."""
+    """A 95% confidence interval, from ``low`` to ``high``.
+
+    ``in`` looks for one of the ends, as in any tuple; :meth:`contains` for what lies between.
+    """
 
     low: float
     high: float

@@ -15,6 +15,8 @@ from torch import Tensor
 from rq4lens.models.load.adapters import base_of
 from rq4lens.models.load.checkpoint import SMALL_FILES, Checkpoint
 
+READ_BYTES = 2**22
+
 
 @cache
 def arithmetic_libraries() -> str:
@@ -66,24 +68,34 @@ def _digest_beside(parts: tuple[tuple[FileState, ...], ...]) -> Future[str]:
 
 
 def _digest_of(parts: tuple[tuple[FileState, ...], ...]) -> str:
-    """One hash of all files."""
+    """One hash of all files, which are read side by side."""
+    named = [(number, file.path) for number, files in enumerate(parts) for file in files]
     whole = blake3()
-    for number, files in enumerate(parts):
-        for file in files:
-            whole.update(f"{number}\0{file.path.name}\0{_file_digest(file.path)}\n".encode())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+        digests = pool.map(_file_digest, (path for _, path in named))
+        for (number, path), digest in zip(named, digests, strict=True):
+            whole.update(f"{number}\0{path.name}\0{digest}\n".encode())
     return str(whole.hexdigest())
 
 
 def _file_digest(path: Path) -> str:
-    """The hash of a file, by all cores."""
-    return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
+    # Read, not mapped: a mapped file that somebody cuts short meanwhile would end the process. And
+    # by one thread: those of the library's own pool would leave a forked process waiting for ever.
+    digest, memory = blake3(), bytearray(READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while n_bytes := file.readinto(memory):
+            digest.update(memoryview(memory)[:n_bytes])
+    return str(digest.hexdigest())
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """BLAKE3 over name, shape, type and bytes of every parameter, in order of name."""
+    parameters = sorted(model.named_parameters())
     whole = blake3()
-    for name, parameter in sorted(model.named_parameters()):
-        whole.update(name.encode() + b"\0" + _tensor_digest(parameter))
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_tensor_digest, (parameter for _, parameter in parameters))
+        for (name, _), digest in zip(parameters, digests, strict=True):
+            whole.update(name.encode() + b"\0" + digest)
     return str(whole.hexdigest())
 
 
@@ -93,6 +105,6 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    digest = blake3(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode(), max_threads=blake3.AUTO)
+    digest = blake3(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
     data = tensor.detach().contiguous().cpu()  # in order first: a GPU does that faster
     return bytes(digest.update(data.reshape(-1).view(torch.uint8).numpy().data).digest())

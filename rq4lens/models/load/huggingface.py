@@ -168,9 +168,10 @@ def read_ahead(
     """Begin to read a checkpoint onto a GPU, beside other work.
 
     None where transformers reads as well by itself: on other devices it maps the files, and weights
-    of another type would be in memory twice until all are cast.
+    of another type would be in memory twice until all are cast, as experts until they are merged.
     """
-    if device.type != "cuda" or checkpoint.dtypes != {dtype}:
+    merged = any(".experts." in name for name in checkpoint.tensors)
+    if device.type != "cuda" or checkpoint.dtypes != {dtype} or merged:
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
     tensors = pool.submit(read_tensors, checkpoint, device)
@@ -255,7 +256,7 @@ def load_hugging_face(
                 model, report = type(skeleton).from_pretrained(
                     None, config=skeleton.config, state_dict=tensors.result(), **settings
                 )
-            model.config.name_or_path = str(checkpoint.folder)
+            model.name_or_path = model.config.name_or_path = str(checkpoint.folder)
     _refuse_other_weights(checkpoint, report)
     return model
 

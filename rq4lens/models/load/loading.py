@@ -168,8 +168,8 @@ def load_hooked(
             f"backend 'bridge' cannot be spread over {', '.join(map(str, used))}; load it on one "
             "device, or use backend 'hooked'."
         )
-    tensors = read_ahead(weights, estimate.placement.entry, dtype) if len(used) == 1 else None
     tokenizer = load_own_tokenizer(asked)
+    tensors = read_ahead(weights, estimate.placement.entry, dtype) if len(used) == 1 else None
     files = files_digest(asked)
     places = _hugging_face_places(weights, estimate.placement, merged=asked.is_adapter)
     hf_model = load_hugging_face(weights, dtype=dtype, device_map=places, tensors=tensors)

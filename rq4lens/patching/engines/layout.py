@@ -31,9 +31,9 @@ def fused(modules: Sequence[nn.Module], *, half_only: bool = False) -> Iterator[
 
     Norms compute by torch's kernel of the same function: TransformerLens' own forward passes over
     the rows nine times, 0.79 ms against 0.08 ms for 14,700 rows of 4,096 bf16 values on an H200,
-    where norms would take a tenth of a scan over all heads. Gated MLPs multiply in
-    place, and leave out a bias of zeros. A module that someone listens to, or of another kind, runs
-    as it is.
+    where norms would take a tenth of a scan over all heads. Gated MLPs multiply in place, which
+    loses what a backward pass would need, and leave out a bias of zeros. A module that someone
+    listens to, or of another kind, runs as it is.
     """
     chosen = [
         module

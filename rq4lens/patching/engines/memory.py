@@ -50,7 +50,7 @@ def default_budget_bytes(device: torch.device) -> int:
 class RowBlock:
     """Some prompts by some conditions: the rows that are computed together.
 
-    ``whole_conditions`` keeps all conditions together and divides prompts alone, so that no part
+    ``whole_conditions`` divides prompts alone as long as all conditions of one fit, so that no part
     brings a clean reference of its own.
     """
 
@@ -64,7 +64,7 @@ class RowBlock:
         return _size(self.prompts) * _size(self.conditions)
 
     def split(self, max_rows: int) -> list[RowBlock]:
-        """Blocks of at most ``max_rows`` rows; conditions are divided first.
+        """Blocks of at most ``max_rows`` rows; conditions are divided first if they may be.
 
         They are sorted by the layer at which they enter, so a part of them starts at few layers and
         its products are large at all of them. Below a few conditions, the clean reference that
@@ -185,7 +185,7 @@ class MemoryPlan:
         vocab = cfg.d_vocab_out if rows_copy_keys else 0
         passes = RowBudget(left, longest * bytes_per_row(cfg, longest, vocab) + keys)
         in_row = bytes_per_row(
-            cfg, longest, cfg.d_vocab_out, max(prompts.windows), by_kernel=not shares_memory
+            cfg, longest, cfg.d_vocab_out, max(prompts.windows), sums_in_place=not shares_memory
         )
         rows = RowBudget(left, in_row + keys * rows_copy_keys)
         at_once = batch_size or (PROMPTS_PER_PASS if shares_memory else GPU_PROMPTS)
@@ -220,7 +220,7 @@ def bytes_per_row(
     vocab: int,
     window: tuple[int, int] = (1, 1),
     *,
-    by_kernel: bool = False,
+    sums_in_place: bool = False,
 ) -> int:
     """Memory of one row at its widest point, estimated from above.
 
@@ -234,7 +234,7 @@ def bytes_per_row(
     always = 6 * cfg.d_model * max(size, 4)
     attention = size * cfg.n_heads * (8 * cfg.d_head + 4 * n_pos)
     mlp = 5 * size * (cfg.d_mlp or 0) * (cfg.experts_per_token or 1)
-    logits = n_answer * vocab * (2 * size + (0 if by_kernel else 2 * max(size, 4)))
+    logits = n_answer * vocab * (2 * size + (0 if sums_in_place else 2 * max(size, 4)))
     return n_positions * always + max(n_positions * attention, n_positions * mlp, logits)
 
 

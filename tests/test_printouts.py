@@ -1,7 +1,6 @@
 """What README and documentation print is what the program prints today."""
 
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,16 @@ from rq4lens.jobs import run as run_job
 
 ROOT = Path(__file__).parent.parent
 
-ANSWER = partial(rq.AnalysisEffort, methods=("delta",), alphas=(0.3,), n_random_sets=20)
-"""The analysis behind the answer; what it leaves out stands in tables that no page prints."""
-
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What the demo says: the sweep, then the main job on its layers."""
     folder, config = tmp_path_factory.mktemp("demo"), rq.preset("etiquette")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_job, "AnalysisEffort", ANSWER)
         for pages in ("write_pages", "_write_cards"):
             patched.setattr(run_job, pages, lambda *_: None)
         sweep = rq.sweep_layers(config, folder)
-        run = rq.run(config.updated(random_sizes="k"), folder)
-        return {"sweep": sweep.summary, "run": run.summary}
+        return {"sweep": sweep.summary, "run": rq.run(config, folder).summary}
 
 
 def printed_in(page: str) -> list[str]:

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from rq4lens.analysis.effects.measured import MeasuredSets
 from rq4lens.analysis.effects.table import effective_number, gap_of, records
+from rq4lens.analysis.rankings.compared import rank_heads
 from rq4lens.heads import HeadSet
 from rq4lens.models.catalog import load_pair
 from rq4lens.models.load.loading import LoadedModel
@@ -122,6 +123,15 @@ def test_swapping_the_models_swaps_the_columns(tiny_pair):
         there.every_layer_to_tuned_pct.value, abs=1e-3
     )
     assert here.answers_differ_pct.value == pytest.approx(there.answers_differ_pct.value)
+
+
+@pytest.mark.parametrize("direction", ("to_base", "to_tuned"))
+def test_a_ranking_by_a_direction_is_by_that_one_wherever_it_is_asked(tiny_pair, direction):
+    """Of head sets that are measured in the other direction, too."""
+    measured = MeasuredSets.of(prepare(tiny_pair, fit_maps(tiny_pair, MAIN)), MAIN, 0.3)
+    expected = rank_heads(direction, measured)
+    for other in ("to_base", "to_tuned"):
+        assert rank_heads(direction, measured.transfer(other)) == expected
 
 
 def test_identical_models_have_no_gap_to_share(tiny_pair):

@@ -488,7 +488,7 @@ def test_an_engine_that_crashes_is_not_used(monkeypatch, prompts):
     def crash(*_: Any) -> Any:
         raise RuntimeError("no such projection")
 
-    monkeypatch.setattr(block_row, "_queries_keys_values", crash)
+    monkeypatch.setattr(block_row, "_heads", crash)
     monkeypatch.setattr(CachedEngine, "_clean_pass", crash)
     engine = make_engine(tiny_model(), prompts)
     assert engine.name == "hooks"

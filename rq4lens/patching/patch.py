@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import einops
@@ -336,7 +335,6 @@ def summed_by_tensors(
     return excess, weighted.sum(-1), pull
 
 
-@cache
 def _kernel_works(
     device: torch.device,
     dtype: torch.dtype,
@@ -354,11 +352,24 @@ def _kernel_works(
         p = row if pulled else None
         summed_by_kernel(row.to(dtype), row, row, row[..., :1].long(), p, tilted=tilted)
 
-    return precise == torch.float32 and is_built("divergences are summed", trial)
+    form = (device, dtype, n_vocab, asked)
+    return precise == torch.float32 and is_built("divergences are summed", form, trial)
 
 
-def is_built(what: str, trial: Callable[[], object]) -> bool:
-    """Whether a kernel can be built here: it takes Triton, a C compiler and half a second."""
+_BUILT: dict[tuple[str, Hashable], bool] = {}
+
+
+def is_built(what: str, form: Hashable, trial: Callable[[], object]) -> bool:
+    """Whether a kernel can be built here; each form of it is tried once.
+
+    It takes Triton, a C compiler and half a second.
+    """
+    if (what, form) not in _BUILT:
+        _BUILT[what, form] = _succeeds(what, trial)
+    return _BUILT[what, form]
+
+
+def _succeeds(what: str, trial: Callable[[], object]) -> bool:
     try:
         trial()
     except torch.OutOfMemoryError:

@@ -8,7 +8,6 @@ Source: the call order of ``TransformerBlock.forward`` in TransformerLens 3.9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,13 +116,7 @@ def row_z_by_kernel(
     """The same by the kernel of :func:`kernel_covers`, which has no derivative."""
     from rq4lens.patching.engines.kernels import attended_by_kernel  # noqa: PLC0415
 
-    q, k, v = _queries_keys_values(block, resid)
-    rotation = None
-    if shared.own_scale is not None:
-        k = k * shared.own_scale
-    elif block.cfg.positional_embedding_type == "rotary":
-        rotation = _rotations(block.attn, q, shared.position_mask, q.shape[2])
-        k = _rotate(k, rotation)
+    (q, k, v), rotation = _heads(block, resid, shared)
     how: dict[str, Any] = {"bias": shared.bias, "rotation": rotation}
     scale = 1 / block.attn.attn_scale
     return attended_by_kernel(q, k, v, shared.keys, shared.values, **how, scale=scale)
@@ -146,20 +139,25 @@ def row_attention(
     shared: SharedKeys,
 ) -> tuple[Pattern, Float[Tensor, "prompt condition position kv_head d_head"]]:
     """What rows attend to, and their own values."""
-    attn = block.attn
-    q, k, v = _queries_keys_values(block, resid)
-    if shared.own_scale is not None:
-        k = k * shared.own_scale
-    elif attn.cfg.positional_embedding_type == "rotary":
-        rotation = _rotations(attn, q, shared.position_mask, q.shape[2])
-        q, k = (_rotate(heads, rotation) for heads in (q, k))
-    return _pattern(attn, q, k, shared).to(v.dtype), v
+    (q, k, v), rotation = _heads(block, resid, shared)
+    if rotation is not None:
+        q = _rotate(q, rotation)
+    return _pattern(block.attn, q, k, shared).to(v.dtype), v
 
 
-def _queries_keys_values(
-    block: TransformerBlock, resid: Float[Tensor, "prompt condition position d_model"]
-) -> Iterator[Float[Tensor, "prompt condition position heads d_head"]]:
-    """Queries, keys and values of rows, before any rotation."""
+def _heads(
+    block: TransformerBlock,
+    resid: Float[Tensor, "prompt condition position d_model"],
+    shared: SharedKeys,
+) -> tuple[
+    tuple[
+        Float[Tensor, "prompt condition position head d_head"],
+        Float[Tensor, "prompt condition position kv_head d_head"],
+        Float[Tensor, "prompt condition position kv_head d_head"],
+    ],
+    Float[Tensor, "prompt position d_head rotated"] | None,
+]:
+    """Queries, keys and values of rows, and the rotation that queries still lack, if any."""
     attn, n_conditions = block.attn, resid.shape[1]
     rows = attention_input(block, resid.flatten(1, 2))
     q, k, v = attn.calculate_qkv_matrices(rows, rows, rows)
@@ -167,9 +165,15 @@ def _queries_keys_values(
         q = attn.q_norm(q.flatten(-2)).reshape(q.shape)
         k = attn.k_norm(k.flatten(-2)).reshape(k.shape)
     limit = attn.cfg.clip_qkv
-    for heads in (q, k, v):
-        limited = heads if limit is None else heads.clamp(-limit, limit)
-        yield limited.unflatten(1, (n_conditions, -1))
+    if limit is not None:
+        q, k, v = (heads.clamp(-limit, limit) for heads in (q, k, v))
+    q, k, v = (heads.unflatten(1, (n_conditions, -1)) for heads in (q, k, v))
+    if shared.own_scale is not None:
+        return (q, k * shared.own_scale, v), None
+    if attn.cfg.positional_embedding_type != "rotary":
+        return (q, k, v), None
+    rotation = _rotations(attn, q, shared.position_mask, q.shape[2])
+    return (q, _rotate(k, rotation), v), rotation
 
 
 def _rotations(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +50,6 @@ from rq4lens.patching.patch import (
 BATCHES_PER_DEVICE = 3
 """Of a model that is spread over several. Only one device has work when the first batch begins and
 when the last one ends; with more and smaller batches it is the caller that cannot keep up."""
-
-
-_BUILT: dict[tuple[Any, ...], bool] = {}
-"""Whether the attention kernel can be built for models of a form, which is tried once."""
 
 
 class SuffixEngine(RowEngine):
@@ -115,11 +110,10 @@ class SuffixEngine(RowEngine):
             return row_z
         at = self._clean[0].layers[cfg.n_layers - 1].of_prompts(slice(1)).to(device)
         form = (device, cfg.dtype, cfg.n_heads, at.earlier.keys.shape[1], *at.resid.shape[1:])
-        if form not in _BUILT:
-            _BUILT[form] = is_built(
-                "rows attend", lambda: row_z_by_kernel(last, at.resid[:, None], at.earlier)
-            )
-        return row_z_by_kernel if _BUILT[form] else row_z
+        by_kernel = is_built(
+            "rows attend", form, lambda: row_z_by_kernel(last, at.resid[:, None], at.earlier)
+        )
+        return row_z_by_kernel if by_kernel else row_z
 
     def _at_once(self, n_prompts: int) -> int:
         """Prompts that go through the model together; several devices want several batches."""

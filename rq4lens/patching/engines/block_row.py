@@ -117,9 +117,10 @@ def row_z_by_kernel(
     from rq4lens.patching.engines.kernels import attended_by_kernel  # noqa: PLC0415
 
     (q, k, v), rotation = _heads(block, resid, shared)
-    how: dict[str, Any] = {"bias": shared.bias, "rotation": rotation}
-    scale = 1 / block.attn.attn_scale
-    return attended_by_kernel(q, k, v, shared.keys, shared.values, **how, scale=scale)
+    attn, n_before = block.attn, shared.position_mask.sum(-1) - q.shape[2]
+    window = attn.cfg.window_size if attn.attn_type == "local" else None
+    how: dict[str, Any] = {"scale": 1 / attn.attn_scale, "window": window}
+    return attended_by_kernel(q, k, v, shared.keys, shared.values, n_before, rotation, **how)
 
 
 def kernel_covers(cfg: ModelConfig) -> bool:
@@ -141,7 +142,7 @@ def row_attention(
     """What rows attend to, and their own values."""
     (q, k, v), rotation = _heads(block, resid, shared)
     if rotation is not None:
-        q = _rotate(q, rotation)
+        q, k = _rotate(q, rotation), _rotate(k, rotation)
     return _pattern(block.attn, q, k, shared).to(v.dtype), v
 
 
@@ -157,7 +158,7 @@ def _heads(
     ],
     Float[Tensor, "prompt position d_head rotated"] | None,
 ]:
-    """Queries, keys and values of rows, and the rotation that queries still lack, if any."""
+    """Queries, keys and values of rows, and the rotation that the first two still lack, if any."""
     attn, n_conditions = block.attn, resid.shape[1]
     rows = attention_input(block, resid.flatten(1, 2))
     q, k, v = attn.calculate_qkv_matrices(rows, rows, rows)
@@ -172,8 +173,7 @@ def _heads(
         return (q, k * shared.own_scale, v), None
     if attn.cfg.positional_embedding_type != "rotary":
         return (q, k, v), None
-    rotation = _rotations(attn, q, shared.position_mask, q.shape[2])
-    return (q, _rotate(k, rotation), v), rotation
+    return (q, k, v), _rotations(attn, q, shared.position_mask, q.shape[2])
 
 
 def _rotations(

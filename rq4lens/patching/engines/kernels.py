@@ -96,89 +96,125 @@ def summed_by_kernel(
     return sums[0], sums[1], None if p is None else sums[2]
 
 
-TILE = 32
-"""Rows (condition x query head) that one program attends from, and keys that it reads at a time."""
+ROWS = 64
+"""Rows (condition x position x query head of a group) that one program attends from."""
+
+KEYS = 16
+"""Keys that it reads at a time."""
 
 WARPS = 4
 
 
 @no_type_check
-@triton.jit(do_not_specialize=["n_conditions", "n_columns", "n_tiles"])
+@triton.jit(do_not_specialize=["n_own"])
+def _turned(
+    heads,
+    turned,
+    cos,
+    sin,
+    partner,
+    n_own,
+    n_heads,
+    N_POSITIONS: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    # One program for all heads of a prompt, condition and position.
+    own = tl.program_id(0)
+    d = tl.arange(0, D_HEAD)
+    at = (own // n_own * N_POSITIONS + own % N_POSITIONS) * D_HEAD + d
+    head = tl.arange(0, HEADS)[:, None]
+    place = (own.to(tl.int64) * n_heads) * D_HEAD + head * D_HEAD
+    inside = head < n_heads
+    kept = tl.load(heads + place + d[None, :], mask=inside, other=0)
+    added = tl.load(heads + place + tl.load(partner + d)[None, :], mask=inside, other=0)
+    found = kept.to(tl.float32) * tl.load(cos + at).to(tl.float32)[None, :]
+    found += added.to(tl.float32) * tl.load(sin + at).to(tl.float32)[None, :]
+    tl.store(turned + place + d[None, :], found.to(kept.dtype), mask=inside)
+
+
+@no_type_check
+@triton.jit
+def _gather(highest, total, z, query, key, value, seen, scale):
+    """More keys and values into a softmax that is under way."""
+    score = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, -float("inf"))
+    now = tl.maximum(highest, tl.max(score, 1))
+    kept, weight = tl.exp(highest - now), tl.exp(score - now[:, None])
+    z = z * kept[:, None] + tl.dot(weight.to(value.dtype), value)
+    return now, total * kept + tl.sum(weight, 1), z
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["n_own", "n_columns", "n_tiles", "window"])
 def _attended(
     q,
     k,
     v,
     keys,
     values,
-    bias,
-    rotation,
+    n_before,
     z,
-    n_conditions,
+    n_own,
     n_columns,
     n_tiles,
+    window,
     scale,
     N_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     N_POSITIONS: tl.constexpr,
     D_HEAD: tl.constexpr,
-    BIASED: tl.constexpr,
-    ROTATED: tl.constexpr,
-    TILE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    # One program for some rows of a prompt, key head and position: they share keys and a rotation.
+    # One program for some rows of a prompt and key head. A row's own key is one of n_own, which
+    # lie in the order of conditions and, within one, of positions. Here they are counted from the
+    # first that the tile sees: the first of its first row's condition.
     tile = tl.program_id(0) % n_tiles
-    at = tl.program_id(0) // n_tiles
-    position = at % N_POSITIONS
-    kv_head = at // N_POSITIONS % N_KV_HEADS
-    prompt = (at // (N_POSITIONS * N_KV_HEADS)).to(tl.int64)
-    row = tile * TILE + tl.arange(0, TILE)
-    condition, member = row // GROUP, row % GROUP
-    inside = (row < n_conditions * GROUP)[:, None]
+    kv_head = tl.program_id(0) // n_tiles % N_KV_HEADS
+    prompt = (tl.program_id(0) // (n_tiles * N_KV_HEADS)).to(tl.int64)
+    first = tile * ROWS // GROUP // N_POSITIONS * N_POSITIONS
+    row = tile * ROWS + tl.arange(0, ROWS)
+    itself, member = row // GROUP - first, row % GROUP
+    position, condition = itself % N_POSITIONS, itself // N_POSITIONS
+    inside = (itself < n_own - first)[:, None]
     d = tl.arange(0, D_HEAD)[None, :]
-    first = (prompt * n_conditions + condition) * N_POSITIONS
-    query_head = ((first + position) * N_KV_HEADS + kv_head) * GROUP + member
-    query = tl.load(q + query_head[:, None] * D_HEAD + d, mask=inside, other=0)
-    spot = prompt * N_POSITIONS + position
-    bias += spot * n_columns
-    if ROTATED:
-        square = tl.arange(0, D_HEAD)[:, None] * D_HEAD + d
-        query = tl.dot(query, tl.load(rotation + spot * D_HEAD * D_HEAD + square)).to(query.dtype)
-    # A row always sees itself, so its sums begin with its own key and never divide by nothing.
-    itself = ((first + position) * N_KV_HEADS + kv_head)[:, None] * D_HEAD + d
-    own_key = tl.load(k + itself, mask=inside, other=0).to(tl.float32)
-    highest = tl.sum(query.to(tl.float32) * own_key, 1) * scale
-    total = tl.full([TILE], 1, tl.float32)
-    gathered = tl.load(v + itself, mask=inside, other=0).to(tl.float32)
-    for own in range(0, position):
-        before = ((first + own) * N_KV_HEADS + kv_head)[:, None] * D_HEAD + d
-        own_key = tl.load(k + before, mask=inside, other=0).to(tl.float32)
-        score = tl.sum(query.to(tl.float32) * own_key, 1) * scale
-        if BIASED:
-            score += tl.load(bias + n_columns - N_POSITIONS + own).to(tl.float32)
-        now = tl.maximum(highest, score)
-        kept, weight = tl.exp(highest - now), tl.exp(score - now)
-        own_value = tl.load(v + before, mask=inside, other=0).to(tl.float32)
-        gathered = gathered * kept[:, None] + own_value * weight[:, None]
-        total = total * kept + weight
-        highest = now
-    shared = (prompt * N_KV_HEADS + kv_head) * n_columns
-    for start in range(0, n_columns - N_POSITIONS, TILE):
-        column = start + tl.arange(0, TILE)
-        there = column < n_columns - N_POSITIONS
-        place = (shared + column)[:, None] * D_HEAD + d
-        key = tl.load(keys + place, mask=there[:, None], other=0)
-        score = tl.dot(query, tl.trans(key)) * scale
-        if BIASED:
-            score += tl.load(bias + column, mask=there, other=0).to(tl.float32)[None, :]
-        score = tl.where(there[None, :], score, -float("inf"))
-        now = tl.maximum(highest, tl.max(score, 1))
-        kept, weight = tl.exp(highest - now), tl.exp(score - now[:, None])
-        value = tl.load(values + place, mask=there[:, None], other=0)
-        gathered = gathered * kept[:, None] + tl.dot(weight.to(value.dtype), value)
-        total = total * kept + tl.sum(weight, 1)
-        highest = now
+    start_own = ((prompt * n_own + first) * N_KV_HEADS + kv_head) * D_HEAD
+    start_shared = (prompt * N_KV_HEADS + kv_head) * n_columns * D_HEAD
+    q, z = q + start_own * GROUP, z + start_own * GROUP
+    k, v = k + start_own, v + start_own
+    keys, values = keys + start_shared, values + start_shared
+    place = (itself * (N_KV_HEADS * GROUP) + member)[:, None] * D_HEAD + d
+    query = tl.load(q + place, mask=inside, other=0)
+    # Finite, so that keys of which a row sees none leave no NaN.
+    highest = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    gathered = tl.zeros([ROWS, D_HEAD], tl.float32)
+    before = tl.load(n_before + prompt).to(tl.int32)
+    for start in range(0, before, KEYS):
+        column = start + tl.arange(0, KEYS)
+        there = column < before
+        at = column[:, None] * D_HEAD + d
+        key = tl.load(keys + at, mask=there[:, None], other=0)
+        value = tl.load(values + at, mask=there[:, None], other=0)
+        seen = there[None, :]
+        if WINDOWED:
+            seen = seen & (column[None, :] > (before + position - window)[:, None])
+        highest, total, gathered = _gather(highest, total, gathered, query, key, value, seen, scale)
+    end = tl.minimum((tile * ROWS + ROWS - 1) // GROUP + 1, n_own) - first
+    for start in range(0, end, KEYS):
+        own = start + tl.arange(0, KEYS)
+        there = (own < end)[:, None]
+        at = own[:, None] * (N_KV_HEADS * D_HEAD) + d
+        key = tl.load(k + at, mask=there, other=0)
+        value = tl.load(v + at, mask=there, other=0)
+        behind = itself[:, None] - own[None, :]
+        seen = (own // N_POSITIONS == condition[:, None]) & (behind >= 0)
+        if WINDOWED:
+            seen = seen & (behind < window)
+        highest, total, gathered = _gather(highest, total, gathered, query, key, value, seen, scale)
     found = (gathered / total[:, None]).to(query.dtype)
-    tl.store(z + query_head[:, None] * D_HEAD + d, found, mask=inside)
+    tl.store(z + place, found, mask=inside)
 
 
 def attended_by_kernel(
@@ -187,10 +223,11 @@ def attended_by_kernel(
     v: Float[Tensor, "prompt condition position kv_head d_head"],
     keys: Float[Tensor, "prompt kv_head key d_head"],
     values: Float[Tensor, "prompt kv_head key d_head"],
-    bias: Float[Tensor, "prompt 1 1 1 position key"] | None,
-    rotation: Float[Tensor, "prompt position d_head d_head"] | None,
+    n_before: Int[Tensor, "prompt"],
+    rotation: Float[Tensor, "prompt position d_head rotated"] | None,
     *,
     scale: float,
+    window: int | None,
 ) -> Float[Tensor, "prompt condition position head d_head"]:
     """The values that rows gather over shared keys and their own, in one pass over the rows.
 
@@ -198,35 +235,75 @@ def attended_by_kernel(
 
     Args:
         q: queries; ``rotation`` is still to be applied to them.
-        k: the rows' own keys, as queries meet them.
+        k: the rows' own keys, likewise.
         v: the rows' own values.
-        keys: keys of the positions before, and a column for each own key.
+        keys: keys of the positions before; those of each prompt come first.
         values: their values.
-        bias: what is added to the scores of all heads.
-        rotation: what the rotary embedding does to queries at each position.
+        n_before: how many positions each prompt has before the rows' own.
+        rotation: what the rotary embedding does at each position.
         scale: factor of the scores.
+        window: how many positions are attended to, with the row's own; None: all.
     """
     n_prompts, n_conditions, n_positions, n_heads, d_head = q.shape
     n_kv_heads, n_columns = keys.shape[1:3]
-    group = n_heads // n_kv_heads
-    n_tiles = triton.cdiv(n_conditions * group, TILE)
-    tensors = [q, k, v, keys, values, *(q if each is None else each for each in (bias, rotation))]
+    group, n_own = n_heads // n_kv_heads, n_conditions * n_positions
+    n_tiles = triton.cdiv(n_own * group, ROWS)
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     with torch.cuda.device(q.device):
-        _attended[(n_prompts * n_kv_heads * n_positions * n_tiles,)](
-            *(tensor.contiguous() for tensor in tensors),
+        if rotation is not None:
+            turns = _turns(rotation)
+            q, k = _rotated(q, turns), _rotated(k, turns)
+        _attended[(n_prompts * n_kv_heads * n_tiles,)](
+            *(tensor.contiguous() for tensor in (q, k, v, keys, values, n_before)),
             z,
-            n_conditions,
+            n_own,
             n_columns,
             n_tiles,
+            window or 0,
             scale,
             N_KV_HEADS=n_kv_heads,
             GROUP=group,
             N_POSITIONS=n_positions,
             D_HEAD=d_head,
-            BIASED=bias is not None,
-            ROTATED=rotation is not None,
-            TILE=TILE,
+            WINDOWED=window is not None,
+            ROWS=ROWS,
+            KEYS=KEYS,
             num_warps=WARPS,
         )
     return z
+
+
+Turns = tuple[
+    Float[Tensor, "prompt position rotated"],
+    Float[Tensor, "prompt position rotated"],
+    Int[Tensor, "rotated"],
+]
+"""A rotary embedding turns pairs: the share kept, the partner's share, and who the partner is."""
+
+
+def _turns(rotation: Float[Tensor, "prompt position d_head rotated"]) -> Turns:
+    cos = rotation.diagonal(dim1=-2, dim2=-1)
+    others = rotation - torch.diag_embed(cos)
+    partner = others.abs().amax((0, 1)).argmax(0)
+    sin = others.gather(-2, partner.expand(*others.shape[:2], 1, -1)).squeeze(-2)
+    return cos.contiguous(), sin, partner
+
+
+def _rotated(
+    heads: Float[Tensor, "prompt condition position head d_head"], turns: Turns
+) -> Float[Tensor, "prompt condition position head d_head"]:
+    """Queries or keys as the rotary embedding turns them."""
+    n_prompts, n_conditions, n_positions, n_heads, d_head = heads.shape
+    turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    n_own = n_conditions * n_positions
+    _turned[(n_prompts * n_own,)](
+        heads.contiguous(),
+        turned,
+        *turns,
+        n_own,
+        n_heads,
+        N_POSITIONS=n_positions,
+        D_HEAD=d_head,
+        HEADS=triton.next_power_of_2(n_heads),
+    )
+    return turned

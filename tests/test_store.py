@@ -18,6 +18,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -161,6 +162,32 @@ def test_numbers_return_bit_for_bit(store):
     store.put(INGREDIENTS, {"kl": values})
     returned = store.get(INGREDIENTS)["kl"]
     assert [v.hex() for v in returned] == [v.hex() for v in values]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_arrays_return_bit_for_bit_and_nan_as_null(store, many):
+    """Whatever their layout in memory, and however they are stored."""
+    draw = np.random.default_rng(0)
+    payload = {
+        "each": draw.standard_normal(50) * 10.0 ** draw.integers(-300, 300, 50),
+        "by_token": draw.standard_normal((3, 4)).T,
+        "edge": np.array([0.0, -0.0, 5e-324, 1e22, np.nan]),
+    }
+    if many:
+        store.put_all([(INGREDIENTS, payload)])
+    else:
+        store.put(INGREDIENTS, payload)
+    found = store.get(INGREDIENTS)
+    assert found["edge"][4] is None
+    for name, numbers in payload.items():
+        assert np.array(found[name], dtype=float).tobytes() == numbers.tobytes()
+
+
+def test_an_infinity_is_refused_and_nothing_written(store):
+    """Not turned into null, which would say that nothing was measured."""
+    with pytest.raises(UserError, match="kl_nats holds an infinity"):
+        store.put(INGREDIENTS, {"kl_nats": np.array([1.0, np.inf])})
+    assert store.get(INGREDIENTS) is None
 
 
 def test_counters_say_what_was_reused_and_computed(store):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from rq4lens.analysis.saved import read_run
 from rq4lens.config import config_from
-from rq4lens.disk.files import canonical_json
 from rq4lens.disk.run import file_sha256
-from rq4lens.disk.store import read_record
+from rq4lens.disk.store import NamedIngredients, Store, read_record
 from rq4lens.errors import UserError
 from rq4lens.jobs.run import run as run_job
 from rq4lens.jobs.verify import verify_run
@@ -208,9 +206,8 @@ def test_numbers_that_were_forged_everywhere_are_found_by_measuring_again(run):
     path = first_record(run)
     record = read_record(path)
     payload = {**record.payload, "kl_nats": [2 * kl for kl in record.payload["kl_nats"]]}
-    digest = hashlib.sha256(canonical_json(payload).encode()).hexdigest()
-    forged = json.loads(path.read_text()) | {"payload": payload, "payload_sha256": digest}
-    path.write_text(json.dumps(forged))
+    _, forged = Store(path.parent)._record(NamedIngredients("", record.ingredients), payload)
+    path.write_bytes(forged)
     table = pd.read_parquet(run / "per_prompt.parquet")
     table.loc[(table["cond"] == "head3") & (table["kind"] == "raw"), "kl"] *= 2
     table.to_parquet(run / "per_prompt.parquet", index=False)

@@ -20,7 +20,10 @@ from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from numpy import ndarray
+
 from rq4lens.disk.files import (
+    arrays_json,
     canonical_json,
     make_directory,
     parse_json,
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = "rq4lens record 1"
+CHECKSUM = ',"payload_sha256":'
 WRITERS = 16
 """Records that are written at a time."""
 
@@ -137,11 +141,9 @@ class Store:
 
     def _record(self, ingredients: Ingredients, payload: Any) -> tuple[Path, bytes]:
         """The name and the content of a record's file."""
-        made_of, text = canonical_json(ingredients.to_dict()), canonical_json(payload)
-        head = f'{{"format":"{FORMAT}","ingredients":{made_of}'
-        # The payload stands in the record as the very text that its checksum is taken of.
-        record = f'{head},"payload":{text},"payload_sha256":"{_sha256(text)}"}}\n'
-        return self._named(ingredients.label, _sha256(made_of)), record.encode("ascii")
+        made_of, text = canonical_json(ingredients.to_dict()), _payload_text(payload)
+        record = _record_text(made_of, text).encode("ascii")
+        return self._named(ingredients.label, _sha256(made_of)), record
 
     def _write(self, path: Path, record: bytes) -> None:
         write_bytes_atomic(path, record)
@@ -227,7 +229,8 @@ def read_record(path: Path) -> StoredRecord:
     """Read a record; it is whole, or the reading fails as that of any file or JSON."""
     if path.is_symlink():
         raise ValueError("a symlink instead of a record")
-    record = parse_json(read_regular_file(path))
+    text = read_regular_file(path)
+    record = parse_json(text)
     fields = {"format", "ingredients", "payload", "payload_sha256"}
     if not isinstance(record, dict) or set(record) != fields:
         raise ValueError("not a record of this store")
@@ -235,9 +238,26 @@ def read_record(path: Path) -> StoredRecord:
         raise ValueError(f"written in another format, {str(record['format'])[:40]!r}")
     if not isinstance(record["ingredients"], dict):
         raise ValueError("no ingredients")
-    if _sha256(canonical_json(record["payload"])) != record["payload_sha256"]:
+    made_of = canonical_json(record["ingredients"])
+    payload, _, _ = text[len(_head(made_of)) :].rpartition(CHECKSUM)
+    if text != _record_text(made_of, payload):
         raise ValueError("the checksum does not match")
     return StoredRecord(record["ingredients"], record["payload"])
+
+
+def _head(made_of: str) -> str:
+    return f'{{"format":"{FORMAT}","ingredients":{made_of},"payload":'
+
+
+def _record_text(made_of: str, payload: str) -> str:
+    # The payload stands in the record as the very text that its checksum is taken of.
+    return f'{_head(made_of)}{payload}{CHECKSUM}"{_sha256(payload)}"}}\n'
+
+
+def _payload_text(payload: Any) -> str:
+    if isinstance(payload, dict) and any(isinstance(each, ndarray) for each in payload.values()):
+        return arrays_json(payload)
+    return canonical_json(payload)
 
 
 def _record_of(path: Path, ingredients: Ingredients) -> StoredRecord:

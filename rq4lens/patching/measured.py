@@ -276,7 +276,7 @@ class Measurer:
         measured = self._measured(patches, progress)
         if put is not None:
             put(
-                (self._ingredients(patch), payload_of(row))
+                (self._ingredients(patch), row.measures)
                 for patch, found, row in zip(patches, records, measured, strict=True)
                 if not found
             )

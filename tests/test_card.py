@@ -381,13 +381,16 @@ def test_the_head_of_the_changed_customs_carries_them(etiquette_cards):
 
 
 def test_one_card_is_that_of_many(etiquette, etiquette_cards):
-    """Heads that share a pass do not see each other."""
+    """Heads that share a pass do not see each other; only how products are cut rounds."""
     alone, among = head_card(etiquette, "L1H3", n_prompts=4), etiquette_cards[1]
-    assert alone.decides == among.decides
+    nats = [[decision.closed_nats for decision in card.decides] for card in (alone, among)]
+    assert nats[0] == pytest.approx(nats[1], abs=1e-6)
+    without = [[replace(each, closed_nats=0.0) for each in card.decides] for card in (alone, among)]
+    assert without[0] == without[1]
     assert alone.writes.change == among.writes.change
     for name in ("to_base_pct", "to_tuned_pct"):
         values = [getattr(each.carried, name).value for each in (alone, among)]
-        assert values[0] == pytest.approx(values[1], rel=1e-6)
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_a_card_is_read_back_as_it_was_written(etiquette_cards):

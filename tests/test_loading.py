@@ -171,6 +171,20 @@ def test_conversion_takes_over_the_memory(folders):
 
 
 @needs_hooked
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "gptj"])
+def test_rotary_tables_are_those_that_each_block_makes(folders, name):
+    """They are made once for blocks that have the same, and belong to each of them."""
+    blocks = load_hooked(folders(name)).model.blocks
+    for block in blocks:
+        attn = block.attn
+        sizes, base = (attn.cfg.rotary_dim, len(attn.rotary_sin)), attn._rotary_base()
+        own = attn.calculate_sin_cos_rotary(*sizes, base=base, dtype=attn.cfg.dtype)
+        assert torch.equal(attn.rotary_sin, own[0])
+        assert torch.equal(attn.rotary_cos, own[1])
+    assert len({block.attn.rotary_sin.data_ptr() for block in blocks}) == len(blocks) > 1
+
+
+@needs_hooked
 def test_tied_embeddings_are_untied(folders):
     """Editing the unembedding of a checkpoint with tied embeddings leaves the embedding alone."""
     model = load_hooked(folders("gpt2")).model

@@ -106,6 +106,21 @@ def test_the_kernel_sums_what_the_definition_says(dtype, n_vocab, tilted):
         torch.testing.assert_close(sums.double(), exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_others", [50, 52])
+def test_a_kernel_that_is_built_ahead_is_built_once(n_others, monkeypatch):
+    """Whoever comes while it is built waits; the engine finds what it asks for."""
+    tried = []
+    monkeypatch.setattr(patch, "_BUILT", {})
+    monkeypatch.setattr(patch, "_succeeds", lambda what, _trial: tried.append(what) or True)
+    patch.build_ahead("cuda", torch.float32, (50, n_others), "patched||clean")
+    alike = n_others == 50
+    here = torch.zeros(0, device="cuda").device
+    for _ in range(3):
+        assert patch._kernel_works(here, torch.float32, torch.float32, 50, (True, alike))
+        assert alike or patch._kernel_works(here, torch.float32, torch.float32, 50, (False, True))
+    assert len(tried) == (1 if alike else 2)
+
+
 def test_a_logit_of_minus_infinity_is_not_summed_silently():
     """The sums are not finite then, and the engine takes the slower definition."""
     clean = torch.zeros(1, 1, 60, device="cuda")

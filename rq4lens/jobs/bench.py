@@ -17,7 +17,7 @@ from rq4lens.disk.store import Store
 from rq4lens.errors import UserError
 from rq4lens.jobs.progress import Clock, Stage, silent
 from rq4lens.models.catalog import keep_base_card, pair_from, prompts_left_in, size_of
-from rq4lens.models.load.devices import choose_threads, resolve_device
+from rq4lens.models.load.devices import choose_threads, chosen_devices, resolve_device
 from rq4lens.models.pair import ModelPair
 from rq4lens.models.prompts.prompt_set import FIT_SPLIT
 from rq4lens.patching.activations import PairActivations, check_layers
@@ -27,6 +27,7 @@ from rq4lens.patching.maps.fitting import fit_maps, maps_from
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.patching.measured import Measurer
 from rq4lens.patching.metrics import metric_named, require_needs
+from rq4lens.patching.patch import build_ahead
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,11 @@ class Bench:
             return given
         cache = None if self.fresh else self.cache
         place = config.place.but(keep_both=self.keep_both)
-        choose_threads(size_of(config.pair, "tuned", place).weights.total)
+        tuned, base = (size_of(config.pair, side, place) for side in ("tuned", "base"))
+        choose_threads(tuned.weights.total)
+        vocabularies = tuned.cfg.d_vocab_out, base.cfg.d_vocab_out
+        exit_device, direction = chosen_devices(place).names[-1], config.patching.kl_direction
+        build_ahead(exit_device, tuned.cfg.dtype, vocabularies, direction)
         return pair_from(config.pair, config.reading, place, cache=cache)
 
     @property

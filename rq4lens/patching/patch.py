@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from threading import Lock
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import einops
@@ -356,7 +358,24 @@ def _kernel_works(
     return precise == torch.float32 and is_built("divergences are summed", form, trial)
 
 
+def build_ahead(
+    device: str, dtype: torch.dtype, vocabularies: Sequence[int], direction: KLDirection
+) -> None:
+    """Begin to build the kernel that a pair's divergences will be summed by, beside other work."""
+    here = torch.empty(0, device=device).device  # with its number, as tensors name it
+    if here.type != "cuda":
+        return
+    alike, tilted = len(set(vocabularies)) == 1, patched_first(direction)
+    # Of vocabularies that differ the gap is summed by itself.
+    forms = [(tilted, True)] if alike else [(tilted, False), (False, True)]
+    pool = ThreadPoolExecutor(1, thread_name_prefix="kernels")
+    for form in forms:
+        pool.submit(_kernel_works, here, dtype, torch.float32, vocabularies[0], form)
+    pool.shutdown(wait=False)
+
+
 _BUILT: dict[tuple[str, Hashable], bool] = {}
+_BUILDING = Lock()
 
 
 def is_built(what: str, form: Hashable, trial: Callable[[], object]) -> bool:
@@ -364,9 +383,10 @@ def is_built(what: str, form: Hashable, trial: Callable[[], object]) -> bool:
 
     It takes Triton, a C compiler and half a second.
     """
-    if (what, form) not in _BUILT:
-        _BUILT[what, form] = _succeeds(what, trial)
-    return _BUILT[what, form]
+    with _BUILDING:
+        if (what, form) not in _BUILT:
+            _BUILT[what, form] = _succeeds(what, trial)
+        return _BUILT[what, form]
 
 
 def _succeeds(what: str, trial: Callable[[], object]) -> bool:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from numpy import ndarray
-from scipy.linalg import polar
 from torch import Tensor
 
 from rq4lens.analysis.card.passes import HeadWrites, some_at_once
@@ -45,6 +44,7 @@ from rq4lens.analysis.statistics.bootstrap import Bootstrap, Estimate, undefined
 from rq4lens.errors import UserError
 from rq4lens.heads import Head
 from rq4lens.models.pair import SIDES, ModelPair, Side
+from rq4lens.patching.maps.kinds import polar_factor
 from rq4lens.patching.maps.map import LayerMap
 from rq4lens.results import GridResult
 
@@ -417,14 +417,14 @@ def map_facts(layer_map: LayerMap, head: int, z_tuned: Float[Tensor, "prompt d_h
         reasons |= dict.fromkeys(("rotation_degrees", "scale", "shift_pct"), JOINT_MAP)
         return MapFacts(kind, r2, None, None, None, reasons=reasons)
     reasons["shift_pct"] = "the head's tuned activations are all 0"
-    weight, bias = layer_map.weight[head].double().numpy(), layer_map.bias[head].double()
-    angles = np.abs(np.angle(np.linalg.eigvals(polar(weight)[0])))
+    weight, bias = layer_map.weight[head].double(), layer_map.bias[head].double()
+    angles = torch.linalg.eigvals(polar_factor(weight[None])[0]).angle().abs()
     length = z_tuned.double().square().sum(-1).mean().sqrt()
     return MapFacts(
         kind=kind,
         r2=r2,
-        rotation_degrees=float(np.degrees(angles).mean()),
-        scale=float(np.sqrt(np.square(weight).sum() / len(weight))),
+        rotation_degrees=float(angles.rad2deg().mean()),
+        scale=float((weight.square().sum() / len(weight)).sqrt()),
         shift_pct=float(100 * bias.norm() / length) if length else None,
         reasons=reasons,
     )

@@ -9,6 +9,8 @@ parameters themselves, so that a model is never in memory twice; TransformerLens
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from rq4lens.models.load.checkpoint import explained
 from rq4lens.models.load.devices import AT_THE_EXIT, Placement, bring_inputs
 from rq4lens.models.load.lens import (
     SUPPORTED_ACTIVATIONS,
+    AbstractAttention,
     HookedModel,
     HookedTransformer,
     HookedTransformerConfig,
@@ -48,7 +51,7 @@ def hooked_from(
             f"a {architecture} cannot be spread over {', '.join(map(str, placement.devices))}, "
             "because TransformerLens keeps its ALiBi slopes on one of them; load it on one device."
         )
-    with init_empty_weights():
+    with init_empty_weights(), _tables_made_once():
         model = HookedTransformer(cfg, move_to_device=False)
     with explained(CANNOT.format(architecture), USUAL):
         weights = find_architecture(architecture).weights(hf_model, cfg)
@@ -56,6 +59,29 @@ def hooked_from(
     write_longrope_tables(model, hf_model.config)
     _place(model, placement)
     return model.eval()
+
+
+@contextmanager
+def _tables_made_once() -> Iterator[None]:
+    """Make the rotary tables of a model once for all blocks that have the same.
+
+    TransformerLens makes them anew for each block, which takes a large model two seconds.
+    """
+    make = AbstractAttention.calculate_sin_cos_rotary
+    made: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def made_once(attn: Any, *sizes: Any, **how: Any) -> tuple[Tensor, Tensor]:
+        key = (attn.attn_type, sizes, *how.items())
+        if key not in made:
+            made[key] = make(attn, *sizes, **how)
+        sin, cos = made[key]
+        return sin.clone(), cos.clone()
+
+    AbstractAttention.calculate_sin_cos_rotary = made_once
+    try:
+        yield
+    finally:
+        AbstractAttention.calculate_sin_cos_rotary = make
 
 
 def hooked_config(

@@ -106,31 +106,16 @@ WARPS = 4
 
 
 @no_type_check
-@triton.jit(do_not_specialize=["n_own"])
-def _turned(
-    heads,
-    turned,
-    cos,
-    sin,
-    partner,
-    n_own,
-    n_heads,
-    N_POSITIONS: tl.constexpr,
-    D_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    # One program for all heads of a prompt, condition and position.
-    own = tl.program_id(0)
+@triton.jit
+def _turned(heads, cos, sin, partner, at, inside, D_HEAD: tl.constexpr):
+    """Queries or keys as the rotary embedding turns them at their positions."""
     d = tl.arange(0, D_HEAD)
-    at = (own // n_own * N_POSITIONS + own % N_POSITIONS) * D_HEAD + d
-    head = tl.arange(0, HEADS)[:, None]
-    place = (own.to(tl.int64) * n_heads) * D_HEAD + head * D_HEAD
-    inside = head < n_heads
-    kept = tl.load(heads + place + d[None, :], mask=inside, other=0)
-    added = tl.load(heads + place + tl.load(partner + d)[None, :], mask=inside, other=0)
-    found = kept.to(tl.float32) * tl.load(cos + at).to(tl.float32)[None, :]
-    found += added.to(tl.float32) * tl.load(sin + at).to(tl.float32)[None, :]
-    tl.store(turned + place + d[None, :], found.to(kept.dtype), mask=inside)
+    # A product with a permutation brings each number's partner to its place, unrounded.
+    swap = (d[:, None] == tl.load(partner + d)[None, :]).to(heads.dtype)
+    at = at[:, None] * D_HEAD + d[None, :]
+    kept = heads.to(tl.float32) * tl.load(cos + at, mask=inside, other=0).to(tl.float32)
+    added = tl.dot(heads, swap) * tl.load(sin + at, mask=inside, other=0).to(tl.float32)
+    return (kept + added).to(heads.dtype)
 
 
 @no_type_check
@@ -153,6 +138,9 @@ def _attended(
     keys,
     values,
     n_before,
+    cos,
+    sin,
+    partner,
     z,
     n_own,
     n_columns,
@@ -164,6 +152,7 @@ def _attended(
     N_POSITIONS: tl.constexpr,
     D_HEAD: tl.constexpr,
     WINDOWED: tl.constexpr,
+    ROTATED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -181,11 +170,15 @@ def _attended(
     d = tl.arange(0, D_HEAD)[None, :]
     start_own = ((prompt * n_own + first) * N_KV_HEADS + kv_head) * D_HEAD
     start_shared = (prompt * N_KV_HEADS + kv_head) * n_columns * D_HEAD
+    start_turns = prompt * N_POSITIONS * D_HEAD
     q, z = q + start_own * GROUP, z + start_own * GROUP
     k, v = k + start_own, v + start_own
     keys, values = keys + start_shared, values + start_shared
+    cos, sin = cos + start_turns, sin + start_turns
     place = (itself * (N_KV_HEADS * GROUP) + member)[:, None] * D_HEAD + d
     query = tl.load(q + place, mask=inside, other=0)
+    if ROTATED:
+        query = _turned(query, cos, sin, partner, position, inside, D_HEAD)
     # Finite, so that keys of which a row sees none leave no NaN.
     highest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -207,6 +200,8 @@ def _attended(
         there = (own < end)[:, None]
         at = own[:, None] * (N_KV_HEADS * D_HEAD) + d
         key = tl.load(k + at, mask=there, other=0)
+        if ROTATED:
+            key = _turned(key, cos, sin, partner, own % N_POSITIONS, there, D_HEAD)
         value = tl.load(v + at, mask=there, other=0)
         behind = itself[:, None] - own[None, :]
         seen = (own // N_POSITIONS == condition[:, None]) & (behind >= 0)
@@ -248,13 +243,11 @@ def attended_by_kernel(
     n_kv_heads, n_columns = keys.shape[1:3]
     group, n_own = n_heads // n_kv_heads, n_conditions * n_positions
     n_tiles = triton.cdiv(n_own * group, ROWS)
+    turns = (q, q, q) if rotation is None else _turns(rotation)
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     with torch.cuda.device(q.device):
-        if rotation is not None:
-            turns = _turns(rotation)
-            q, k = _rotated(q, turns), _rotated(k, turns)
         _attended[(n_prompts * n_kv_heads * n_tiles,)](
-            *(tensor.contiguous() for tensor in (q, k, v, keys, values, n_before)),
+            *(tensor.contiguous() for tensor in (q, k, v, keys, values, n_before, *turns)),
             z,
             n_own,
             n_columns,
@@ -266,6 +259,7 @@ def attended_by_kernel(
             N_POSITIONS=n_positions,
             D_HEAD=d_head,
             WINDOWED=window is not None,
+            ROTATED=rotation is not None,
             ROWS=ROWS,
             KEYS=KEYS,
             num_warps=WARPS,
@@ -273,37 +267,16 @@ def attended_by_kernel(
     return z
 
 
-Turns = tuple[
+def _turns(
+    rotation: Float[Tensor, "prompt position d_head rotated"],
+) -> tuple[
     Float[Tensor, "prompt position rotated"],
     Float[Tensor, "prompt position rotated"],
     Int[Tensor, "rotated"],
-]
-"""A rotary embedding turns pairs: the share kept, the partner's share, and who the partner is."""
-
-
-def _turns(rotation: Float[Tensor, "prompt position d_head rotated"]) -> Turns:
+]:
+    """A rotary embedding turns pairs: the share kept, the partner's share, and who that is."""
     cos = rotation.diagonal(dim1=-2, dim2=-1)
     others = rotation - torch.diag_embed(cos)
     partner = others.abs().amax((0, 1)).argmax(0)
     sin = others.gather(-2, partner.expand(*others.shape[:2], 1, -1)).squeeze(-2)
-    return cos.contiguous(), sin, partner
-
-
-def _rotated(
-    heads: Float[Tensor, "prompt condition position head d_head"], turns: Turns
-) -> Float[Tensor, "prompt condition position head d_head"]:
-    """Queries or keys as the rotary embedding turns them."""
-    n_prompts, n_conditions, n_positions, n_heads, d_head = heads.shape
-    turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
-    n_own = n_conditions * n_positions
-    _turned[(n_prompts * n_own,)](
-        heads.contiguous(),
-        turned,
-        *turns,
-        n_own,
-        n_heads,
-        N_POSITIONS=n_positions,
-        D_HEAD=d_head,
-        HEADS=triton.next_power_of_2(n_heads),
-    )
-    return turned
+    return cos, sin, partner

@@ -150,11 +150,12 @@ def per_prompt_table(grid: GridResult) -> pd.DataFrame:
     table = table.loc[table.index.repeat(len(grid.prompt_ids))].reset_index(drop=True)
     table.insert(0, "prompt_id", grid.prompt_ids * len(rows))
     table.insert(1, "group", grid.groups * len(rows))
-    nothing = [None] * len(grid.prompt_ids)
+    nothing = np.full(len(grid.prompt_ids), np.nan)
     for column, name in MEASURES.items():
         found = [getattr(row, name) for row in rows]
         if any(each is not None for each in found):
-            table[column] = [n for each in found for n in (nothing if each is None else each)]
+            whole = np.concatenate([nothing if each is None else each for each in found])
+            table[column] = whole if whole.ndim == 1 else list(whole)
     return table
 
 

@@ -63,9 +63,9 @@ def hooked_from(
 
 @contextmanager
 def _tables_made_once() -> Iterator[None]:
-    """Make the rotary tables of a model once for all blocks that have the same.
+    """Make rotary tables once for all blocks that have the same.
 
-    TransformerLens makes them anew for each block, which takes a large model two seconds.
+    TransformerLens makes them anew for each block, the longest part of making a large model.
     """
     make = AbstractAttention.calculate_sin_cos_rotary
     made: dict[Any, tuple[Tensor, Tensor]] = {}

@@ -12,15 +12,11 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import orjson
 import psutil
-from jaxtyping import Num
-from numpy import ndarray
 
 from rq4lens.errors import UserError
 
@@ -38,16 +34,6 @@ def canonical_json(value: Any) -> str:
     """The one spelling of a JSON value: sorted keys, no spaces, ASCII, exact floats."""
     _refuse_foreign_types(value, "value")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def arrays_json(arrays: Mapping[str, Num[ndarray, "..."]]) -> str:
-    """Arrays of numbers as JSON, exact, null where there is none (NaN), sorted by name."""
-    for name, each in arrays.items():
-        if np.isinf(each).any():
-            raise UserError(f"{name} holds an infinity: JSON has finite numbers only.")
-    whole = {name: np.ascontiguousarray(each) for name, each in arrays.items()}
-    # Thousands of records are spelled beside other work, which waits for the interpreter meanwhile.
-    return orjson.dumps(whole, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS).decode()
 
 
 def read_text(

@@ -20,10 +20,12 @@ from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+import orjson
+from jaxtyping import Num
 from numpy import ndarray
 
 from rq4lens.disk.files import (
-    arrays_json,
     canonical_json,
     make_directory,
     parse_json,
@@ -34,6 +36,7 @@ from rq4lens.disk.files import (
     short_reason,
     write_bytes_atomic,
 )
+from rq4lens.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,8 +259,18 @@ def _record_text(made_of: str, payload: str) -> str:
 
 def _payload_text(payload: Any) -> str:
     if isinstance(payload, dict) and any(isinstance(each, ndarray) for each in payload.values()):
-        return arrays_json(payload)
+        return _arrays_text(payload)
     return canonical_json(payload)
+
+
+def _arrays_text(arrays: Mapping[str, Num[ndarray, "..."]]) -> str:
+    """Arrays of numbers as JSON, exact, null where there is none (NaN), sorted by name."""
+    for name, each in arrays.items():
+        if np.isinf(each).any():
+            raise UserError(f"{name} holds an infinity: JSON has finite numbers only.")
+    whole = {name: np.ascontiguousarray(each) for name, each in arrays.items()}
+    # Thousands of records are spelled beside other work, which waits for the interpreter meanwhile.
+    return orjson.dumps(whole, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SORT_KEYS).decode()
 
 
 def _record_of(path: Path, ingredients: Ingredients) -> StoredRecord:

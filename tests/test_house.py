@@ -13,7 +13,7 @@ from rq4lens.config import Settings
 
 PACKAGE = Path(rq4lens.config.__file__).parent
 
-MOST_LINES = 34_600
+MOST_LINES = 34_580
 MOST_FILES = 153
 FEWEST_LINES_OF_A_FILE = 60
 MOST_FILES_OF_A_FOLDER = 12

@@ -192,9 +192,9 @@ UNRELATED_COSINE = 0.5
 class Compared(NamedTuple):
     """How well the next-token distributions of the two models can be compared.
 
-    Left out is the probability of tokens that the other model lacks; the noise is ``KL`` between
-    two ways to compute one distribution; the cosine, of the weights over all matrices, is None
-    where the two were not in memory together.
+    Left out is the probability of tokens that the other model lacks; the noise is the mean size of
+    ``KL`` between two ways to compute one distribution; the cosine, of the weights over all
+    matrices, is None where the two were not in memory together.
     """
 
     left_out_base_pct: float = 0.0

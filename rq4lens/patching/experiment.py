@@ -135,7 +135,7 @@ class Ends:
         return Compared(
             left_out_base_pct=left_out["base"],
             left_out_tuned_pct=left_out["tuned"],
-            noise_nats=float(noise.abs().mean()),
+            noise_nats=float(noise.abs().mean()),  # signed roundings may cancel by chance
             weight_cosine=weights and weights.cosine,
         )
 

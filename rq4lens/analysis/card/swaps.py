@@ -138,7 +138,7 @@ def swapped(
     back = torch.cat(rows).argsort().numpy()
     return Swapped(
         np.concatenate(kl)[back].T if kl else None,
-        float(np.concatenate(noise).mean()),
+        float(np.abs(np.concatenate(noise)).mean()),
         TopTokens(np.concatenate(tokens), np.exp(np.concatenate(log_p)))[back],
     )
 
